@@ -1,0 +1,211 @@
+"""What all pruning callbacks share: when they act in a fit, and the pruned base on disk.
+
+A method overrides `plan`, `check` and `arguments`. The first pruning callback of the trainer runs
+all of them in list order, in `setup`, before the optimizer exists: layers removed later would
+stay in it as dead tensors. Rank 0 scores, applies and saves a verified directory; then every rank
+loads the same bytes. A directory with the same fingerprint is reused: a resume never scores again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
+
+from prunelight.calibration import Windows, check_windows, split_windows
+from prunelight.evaluation import (
+    Measurement,
+    forward_seconds,
+    free_memory,
+    measure_stage,
+    measuring,
+)
+from prunelight.metrics import parameter_bytes
+from prunelight.module import RecoveryModule
+from prunelight.plan import Plan, describe_windows, fingerprint_of, model_fingerprint
+from prunelight.report import Cost, RunRecord
+from prunelight.saving import MARKER, check_replaceable, save
+from prunelight.surgery import apply
+
+log = logging.getLogger(__name__)
+
+MEASURED = "measured.json"  # beside the pruned base: the record of the run so far
+
+
+class PruningCallback(Callback, ABC):
+    """Base of all pruning methods; `plan` and `prunelight.apply` work without a Trainer too."""
+
+    version = 1  # raise it when the same arguments lead to other decisions than before
+
+    @abstractmethod
+    def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
+        """Decide what to prune; the model is unchanged afterwards."""
+
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments as JSON values."""
+
+    @abstractmethod
+    def check(self, model: PreTrainedModel) -> None:
+        """Check the arguments against the model, before any data is read.
+
+        Raises:
+            ValueError: if they ask for something that this model cannot give.
+        """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prune at the start of a fit; Lightning calls it."""
+        callbacks = pruning_callbacks(trainer)
+        if stage == "fit" and self is callbacks[0]:
+            if not isinstance(pl_module, RecoveryModule):
+                raise TypeError(
+                    f"{type(self).__name__} prunes a prunelight RecoveryModule, not a "
+                    f"{type(pl_module).__name__}; elsewhere call plan and prunelight.apply yourself"
+                )
+            if pl_module.base is None:  # a second fit goes on with the pruned model
+                prune_base(trainer, pl_module, callbacks)
+
+
+def pruning_callbacks(trainer: Trainer) -> list[PruningCallback]:
+    """Return the trainer's pruning callbacks in the order in which they act."""
+    return [c for c in trainer.callbacks if isinstance(c, PruningCallback)]  # type: ignore[attr-defined]
+
+
+def prune_base(
+    trainer: Trainer, module: RecoveryModule, callbacks: Sequence[PruningCallback]
+) -> None:
+    """Make, or find, the pruned base of a run and load it into the module on every rank.
+
+    Raises:
+        ValueError, TypeError: for arguments or data that do not fit, before the first forward.
+        RuntimeError: on the other ranks, if rank 0 failed.
+    """
+    module.check_strategy(trainer)
+    failure: BaseException | None = None
+    directory: str | None = None
+    if trainer.is_global_zero:
+        try:
+            directory = str(_prune_on_rank_zero(trainer, module, callbacks))
+        except Exception as error:  # the other ranks wait for word
+            failure = error
+    told, reason = trainer.strategy.broadcast((directory, failure and str(failure)))
+    if failure is not None:
+        raise failure
+    if told is None:
+        raise RuntimeError(f"pruning failed on rank 0: {reason}")
+    record = RunRecord.from_dict(json.loads((Path(told) / MEASURED).read_text())["record"])
+    module.use_base(Path(told), record)
+
+
+def _prune_on_rank_zero(
+    trainer: Trainer, module: RecoveryModule, callbacks: Sequence[PruningCallback]
+) -> Path:
+    root = Path(trainer.default_root_dir)
+    check_replaceable(root / "final")
+    datamodule = getattr(trainer, "datamodule", None)
+    if not hasattr(datamodule, "calibration_windows"):
+        raise ValueError(
+            "pruning needs calibration windows: give the Trainer a TextDataModule, or a "
+            "LightningDataModule with a method calibration_windows()"
+        )
+    model = module.load_model()
+    for callback in callbacks:
+        callback.check(model)
+    windows = datamodule.calibration_windows()
+    check_windows(model, windows)
+    check_windows(model, module.evaluation_windows(trainer))
+    fingerprint = _base_fingerprint(model, callbacks, windows)
+    directory = root / f"pruned-{fingerprint}"
+    check_replaceable(directory)
+    reusable = (directory / MARKER).is_file() and (directory / MEASURED).is_file()
+    model = _to_root_device(model, trainer)
+    if reusable and _evaluated_alike(directory, module, trainer):
+        log.info("reusing %s: same model, arguments and calibration", directory)
+        _mark_reused(directory)
+    else:
+        _make_base(trainer, module, callbacks, windows, directory, fingerprint)
+    module.forget_model()
+    return directory
+
+
+def _make_base(
+    trainer: Trainer,
+    module: RecoveryModule,
+    callbacks: Sequence[PruningCallback],
+    windows: Windows,
+    directory: Path,
+    fingerprint: str,
+) -> None:
+    model = module.load_model()
+    evaluated = module.evaluation_windows(trainer)
+    record = module.new_record(trainer, fingerprint)
+    with measuring(model.device) as dense:
+        record.stages.append(measure_stage("dense", model, evaluated))
+    record.forward_seconds = unit = forward_seconds(model, windows)
+
+    def cost(name: str, phase: Measurement) -> None:
+        record.costs.append(Cost(name, phase.seconds, phase.seconds / unit, phase.peak_bytes))
+
+    cost("evaluate dense", dense)
+    plans: list[Plan] = []
+    for callback in callbacks:
+        with measuring(model.device) as phase:
+            plans.append(callback.plan(model, windows))
+        cost(f"score and plan ({plans[-1].method})", phase)
+        with measuring(model.device) as phase:
+            model = apply(model, plans[-1], windows)
+        cost(f"apply ({plans[-1].method})", phase)
+    record.plans = [plan.to_dict() for plan in plans]
+    with measuring(model.device) as phase:
+        record.stages.append(measure_stage("pruned", model, evaluated))
+    cost("evaluate pruned", phase)
+    with measuring(model.device) as phase:
+        others = {f"plan-{i + 2}.json": json.dumps(p.to_dict()) for i, p in enumerate(plans[1:])}
+        saved = save(model, module.tokenizer, directory, plan=plans[0], extra_files=others)
+    cost("save and verify pruned", phase)
+    record.verification[directory.name] = saved.verification
+    record.stages[-1] = replace(record.stages[-1], size_bytes=saved.size_bytes)
+    _write_measured(directory, record)
+
+
+def _to_root_device(model: PreTrainedModel, trainer: Trainer) -> PreTrainedModel:
+    """Move the model to the device that the strategy trains on, if it fits there."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda" and free_memory(device) < 1.2 * parameter_bytes(model):
+        log.warning("the dense model does not fit on %s; scoring on the CPU instead", device)
+        return model
+    # transformers decorates `to` so that type checkers lose its result.
+    moved: Any = model.to(device)  # type: ignore[arg-type]
+    return moved
+
+
+def _base_fingerprint(
+    model: PreTrainedModel, callbacks: Sequence[PruningCallback], windows: Windows
+) -> str:
+    methods = [[type(c).__name__, c.version, c.arguments()] for c in callbacks]
+    data = describe_windows(*split_windows(windows))
+    return fingerprint_of(model_fingerprint(model), str(model.dtype), methods, data)
+
+
+def _evaluated_alike(directory: Path, module: RecoveryModule, trainer: Trainer) -> bool:
+    record = json.loads((directory / MEASURED).read_text())["record"]
+    return record["evaluation"] == module.describe_evaluation(trainer)
+
+
+def _mark_reused(directory: Path) -> None:
+    record = RunRecord.from_dict(json.loads((directory / MEASURED).read_text())["record"])
+    record.costs = [replace(cost, reused=True) for cost in record.costs]
+    _write_measured(directory, record)
+
+
+def _write_measured(directory: Path, record: RunRecord) -> None:
+    temporary = directory / f".{MEASURED}.tmp"
+    temporary.write_text(json.dumps({"record": record.to_dict()}, indent=1))
+    temporary.replace(directory / MEASURED)

@@ -1,0 +1,1 @@
+"""The YAML files of runs; find them with importlib.resources."""

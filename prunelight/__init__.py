@@ -1,0 +1,23 @@
+"""prunelight: make causal language models smaller, bring them back, and save what others can load.
+
+The functions below need no Trainer; the Lightning callbacks are in `prunelight.callbacks`.
+"""
+
+from pathlib import Path
+
+# A source checkout keeps `callbacks/` and `configs/` beside this folder. Without the next lines,
+# anything started from the repository root after a wheel install would not find them.
+_repository = Path(__file__).resolve().parent.parent
+if (_repository / "pyproject.toml").is_file() and (_repository / "callbacks").is_dir():
+    __path__.append(str(_repository))
+
+__version__ = "0.1.0"
+
+from prunelight.evaluation import perplexity  # noqa: E402
+from prunelight.models import load  # noqa: E402
+from prunelight.plan import Plan  # noqa: E402
+from prunelight.saving import save  # noqa: E402
+from prunelight.surgery import apply  # noqa: E402
+from prunelight.windows import calibration_windows  # noqa: E402
+
+__all__ = ["Plan", "apply", "calibration_windows", "load", "perplexity", "save"]

@@ -1,0 +1,152 @@
+"""The one place that knows model families: where the decoder layers are and what is inside them.
+
+One table entry a family, keyed by `config.model_type`. Depth pruning also works on families that
+are not in the table, if exactly one `ModuleList` of the model has `num_hidden_layers` members.
+Everything else in prunelight asks the functions below and never looks at a class name or a path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+# Attributes in which transformers keeps a layer's own index (it selects the cache slot).
+INDEX_ATTRIBUTES = ("layer_idx", "layer_id")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Module names of one model family.
+
+    Attributes:
+        layers: dotted path from the causal language model to its `ModuleList` of decoder layers.
+        projections: names of the linear projections of attention (or mixer) and MLP.
+        experts: names of fused expert weights (3-D parameters), relative to a decoder layer.
+    """
+
+    layers: str
+    projections: tuple[str, ...]
+    experts: tuple[str, ...] = ()
+
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_LLAMA = Architecture("model.layers", (*_ATTENTION, "gate_proj", "up_proj", "down_proj"))
+_FUSED_MLP = Architecture("model.layers", (*_ATTENTION, "gate_up_proj", "down_proj"))
+_MIXTURE = Architecture("model.layers", _LLAMA.projections, _EXPERTS)
+_FALCON = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "granite": _LLAMA,
+    "smollm3": _LLAMA,
+    "olmo2": _LLAMA,
+    "stablelm": _LLAMA,
+    "cohere": _LLAMA,
+    "nemotron": Architecture("model.layers", (*_ATTENTION, "up_proj", "down_proj")),
+    "glm4": _FUSED_MLP,
+    "phi3": Architecture("model.layers", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "phi": Architecture("model.layers", ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")),
+    "starcoder2": Architecture("model.layers", (*_ATTENTION, "c_fc", "c_proj")),
+    "mixtral": _MIXTURE,
+    "qwen3_moe": _MIXTURE,
+    "opt": Architecture(
+        "model.decoder.layers", ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    ),
+    "gpt2": Architecture("transformer.h", ("c_attn", "c_proj", "c_fc")),
+    "gpt_neox": Architecture("gpt_neox.layers", _FALCON),
+    "falcon": Architecture("transformer.h", _FALCON),
+    "bloom": Architecture("transformer.h", _FALCON),
+    # peft refuses LoRA on a Mamba's out_proj: the fused kernel reads that weight directly.
+    "mamba": Architecture("backbone.layers", ("in_proj", "x_proj")),
+    "mamba2": Architecture("backbone.layers", ("in_proj",)),
+    "rwkv": Architecture("rwkv.blocks", ("key", "value", "receptance", "output")),
+}
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture | None:
+    """Return the table entry of the model's family, or None for an unknown family."""
+    return ARCHITECTURES.get(model.config.model_type)
+
+
+def layers_path(model: PreTrainedModel) -> str:
+    """Return the dotted path of the `ModuleList` of decoder layers.
+
+    Raises:
+        TypeError: if the family is unknown and the structure does not tell which list it is.
+    """
+    known = architecture_of(model)
+    if known is not None:
+        return known.layers
+    count = getattr(model.config, "num_hidden_layers", None)
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if len(paths) != 1:
+        raise TypeError(
+            f"model_type={model.config.model_type!r} is not a known family and {len(paths)} module "
+            f"lists have num_hidden_layers={count} members, exactly one must; known families: "
+            f"{', '.join(sorted(ARCHITECTURES))}. Add an entry to prunelight/architecture.py"
+        )
+    return paths[0]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the model's decoder layers (Mamba mixers and RWKV blocks included).
+
+    Raises:
+        TypeError: if they cannot be found, see `layers_path`.
+    """
+    layers = model.get_submodule(layers_path(model))
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def lora_targets(model: PreTrainedModel) -> tuple[list[str] | str, list[str]]:
+    """Return what LoRA adapts: (names of projections, names of fused expert parameters).
+
+    An unknown family gives peft's own "all-linear", which leaves out the head.
+    """
+    known = architecture_of(model)
+    return ("all-linear", []) if known is None else (list(known.projections), list(known.experts))
+
+
+def maximum_length(config: PretrainedConfig) -> int | None:
+    """Return the longest sequence in tokens that the model allows, None if it has no limit."""
+    for name in ("max_position_embeddings", "context_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def first_tensor(value: Any) -> Tensor:
+    """Return the hidden states of a layer's output, which is a tensor or a tuple that starts so."""
+    return value[0] if isinstance(value, (tuple, list)) else value
+
+
+@torch.no_grad()
+def restore_rwkv_scale(model: PreTrainedModel) -> None:
+    """Undo, in place, the halving that an RWKV of transformers applies to its weights in eval mode.
+
+    Its first eval forward divides the output weights of layer i by 2^(i // rescale_every). Saving,
+    removing layers or taking a fingerprint then would mix two scales. Exact: powers of two.
+    """
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            was_training = module.training
+            module.training = True
+            module._rescale_layers()
+            module.training = was_training

@@ -1,0 +1,144 @@
+"""Feeding calibration windows through a model: micro-batches, modes, and hooks on decoder layers.
+
+Nothing else in prunelight registers a hook. Each layer is seen with the very hidden states it gets
+from the model, so positions, masks and layer types need no rebuilding, and the state after the last
+layer is the raw one, not transformers' `hidden_states[-1]`, which is after the final norm.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from prunelight.architecture import (
+    decoder_layers,
+    first_tensor,
+    maximum_length,
+    restore_rwkv_scale,
+)
+
+# Token ids (N, T), or those with an attention_mask of the same shape (0 = padding).
+Windows: TypeAlias = Tensor | Mapping[str, Tensor]
+# Called as visit(layer index, input (B, T, D), output (B, T, D)).
+Visit: TypeAlias = Callable[[int, Tensor, Tensor], None]
+
+MICRO_BATCH_TOKENS = 2048
+
+
+def split_windows(windows: Windows) -> tuple[Tensor, Tensor | None]:
+    """Return (input_ids (N, T), attention_mask (N, T) or None where nothing is padding).
+
+    Raises:
+        ValueError: if windows are not two-dimensional whole numbers.
+    """
+    ids, mask = (
+        (windows, None)
+        if isinstance(windows, Tensor)
+        else (windows["input_ids"], windows.get("attention_mask"))
+    )
+    if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise ValueError(
+            f"windows of shape {tuple(ids.shape)} and type {ids.dtype} must be token ids of shape "
+            "(num_samples, seq_len); see prunelight.calibration_windows"
+        )
+    return ids, None if mask is None or bool(mask.all()) else mask
+
+
+def check_windows(model: PreTrainedModel, windows: Windows) -> None:
+    """Check that the model can read the windows.
+
+    Raises:
+        ValueError: if they are longer than the model allows or hold ids that it does not have.
+    """
+    ids, _ = split_windows(windows)
+    limit = maximum_length(model.config)
+    if limit is not None and ids.shape[1] > limit:
+        raise ValueError(f"seq_len={ids.shape[1]} must be at most {limit}, which the model allows")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= rows:
+        raise ValueError(
+            f"token id {int(ids.max())} must be below {rows}, the model's vocabulary; use the "
+            "model's own tokenizer"
+        )
+
+
+def micro_batches(
+    model: PreTrainedModel, windows: Windows, *, tokens: int = MICRO_BATCH_TOKENS, label: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Yield keyword arguments for the model: `tokens` tokens a time, on the model's device.
+
+    Shows a progress bar named `label` on a terminal.
+    """
+    ids, mask = split_windows(windows)
+    size = max(1, tokens // ids.shape[1])
+    starts = range(0, ids.shape[0], size)
+    for start in tqdm(starts, desc=label, disable=None if label else True, leave=False):
+        batch = {"input_ids": ids[start : start + size].to(model.device)}
+        if mask is not None:
+            batch["attention_mask"] = mask[start : start + size].to(model.device)
+        yield batch
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model in eval mode without gradients and cache; undo all on exit, errors included."""
+    training = {module: module.training for module in model.modules()}
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        model.eval()
+        model.config.use_cache = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        model.config.use_cache = use_cache
+        restore_rwkv_scale(model)
+
+
+@contextmanager
+def watching_layers(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
+    """Call `visit` with the input and output of every decoder layer of each forward."""
+    handles = [
+        layer.register_forward_hook(_hook(index, layer, visit), with_kwargs=True)
+        for index, layer in enumerate(decoder_layers(model))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(index: int, layer: nn.Module, visit: Visit) -> Callable[..., None]:
+    name = next(iter(inspect.signature(layer.forward).parameters))
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        visit(index, args[0] if args else kwargs[name], first_tensor(output))
+
+    return hook
+
+
+def run_layers(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """Run the model up to its last decoder layer's consumer, without the language-model head."""
+    model.base_model(**batch)
+
+
+def first_positions(mask: Tensor | None) -> Tensor | None:
+    """Return which tokens are the first of their sequence, bool (B, T); None means column 0."""
+    return None if mask is None else (mask.cumsum(dim=1) == 1) & mask.bool()
+
+
+def counted_positions(mask: Tensor | None, shape: torch.Size, ignore_first: int) -> Tensor | None:
+    """Return which tokens count: no padding, not the first `ignore_first`; None counts all."""
+    if mask is None and ignore_first == 0:
+        return None
+    mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+    return mask & (mask.cumsum(dim=1) > ignore_first)

@@ -1,0 +1,135 @@
+"""The command line: `prunelight fit | validate | test | prune --config FILE`, by LightningCLI.
+
+`fit` prunes at its start, recovers, evaluates and saves; `prune` stops after the pruned directory.
+Config files are found by name among the installed ones. A fault that prunelight itself reports ends
+in one line; set PRUNELIGHT_TRACEBACK=1 to see where it came from.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+import prunelight.callbacks
+from prunelight.callbacks.base import prune_base, pruning_callbacks
+from prunelight.data import TextDataModule
+from prunelight.module import RecoveryModule
+from prunelight.report import summary_table, write_report
+
+PACKAGE = Path(__file__).resolve().parent
+CALLBACKS = Path(prunelight.callbacks.__file__).resolve().parent
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer with the verb prune."""
+
+    def prune(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> None:
+        """Score, plan, apply and save the pruned model with its report, then stop.
+
+        Raises:
+            ValueError: if no pruning callback is configured.
+        """
+        callbacks = pruning_callbacks(self)
+        if not callbacks:
+            raise ValueError("trainer.callbacks has no pruning callback; add one, such as ShortGPT")
+        self.strategy.connect(model)
+        model.trainer = self
+        self.datamodule = datamodule
+        if not self.is_global_zero:
+            return  # one process is enough to prune; the others would write the same
+        prune_base(self, model, callbacks)
+        assert model.record is not None
+        write_report(Path(self.default_root_dir), model.record)
+
+
+class CLI(LightningCLI):
+    """LightningCLI with prunelight's verbs and the tokenizer linked to the model."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the verbs, and the arguments of each that the command line does not ask for."""
+        verbs = LightningCLI.subcommands()
+        verbs.pop("predict")
+        return {**verbs, "prune": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let the data use the model's own tokenizer."""
+        parser.link_arguments("model.name", "data.tokenizer")
+
+    def before_fit(self) -> None:
+        """Refuse a strategy before any process is started."""
+        self.model.check_strategy(self.trainer)
+
+    def after_fit(self) -> None:
+        """Show the result."""
+        self._show()
+
+    def after_prune(self) -> None:
+        """Show the result."""
+        self._show()
+
+    @rank_zero_only
+    def _show(self) -> None:
+        record = self.model.record
+        if record is not None:
+            console = Console()
+            console.print(summary_table(record))
+            console.print(f"Report and models: {Path(self.trainer.default_root_dir).resolve()}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    sys.argv[1:] = find_configs(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("prunelight").setLevel(logging.INFO)
+    try:
+        CLI(
+            RecoveryModule,
+            TextDataModule,
+            trainer_class=Trainer,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "prunelight"},
+        )
+    except Exception as error:
+        if os.environ.get("PRUNELIGHT_TRACEBACK") or not is_ours(error):
+            raise
+        sys.exit(f"prunelight: error: {error}")
+
+
+def find_configs(arguments: Sequence[str]) -> list[str]:
+    """Replace config names that are no file here by the installed config of that name."""
+    found = list(arguments)
+    for position, argument in enumerate(found):
+        option, separator, value = argument.partition("=")
+        if option in ("--config", "-c") and separator:
+            found[position] = f"{option}={_installed(value)}"
+        elif position and found[position - 1] in ("--config", "-c"):
+            found[position] = _installed(argument)
+    return found
+
+
+def _installed(name: str) -> str:
+    candidate = files("prunelight.configs") / name
+    return str(candidate) if not Path(name).exists() and candidate.is_file() else name
+
+
+def is_ours(error: BaseException) -> bool:
+    """Return whether prunelight raised the error on purpose: its last frame is in our code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    expected = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+    folder = Path(frames[-1].filename).resolve().parent if frames else None
+    return isinstance(error, expected) and folder in (PACKAGE, CALLBACKS)
+
+
+if __name__ == "__main__":
+    main()

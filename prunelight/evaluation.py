@@ -1,0 +1,227 @@
+"""Evaluation of a model in memory: perplexity, accuracy, speed, and the memory a phase takes.
+
+Speeds are tokens per second of this machine: compare them within one run only.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunelight.architecture import decoder_layers
+from prunelight.calibration import Windows, evaluating, micro_batches, split_windows
+from prunelight.metrics import (
+    IGNORED,
+    TokenAccuracy,
+    TokenPerplexity,
+    next_token_sums,
+    parameter_bytes,
+    parameter_count,
+)
+from prunelight.report import Stage
+
+# Logits are the largest tensor of an evaluation: (tokens, vocabulary) in the model's dtype.
+_EVALUATION_TOKENS = 1024
+_PREFILL_TOKENS = 256
+_DECODE_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality on held-out windows: perplexity, next-token accuracy in [0, 1], predicted tokens."""
+
+    perplexity: float
+    accuracy: float
+    tokens: int
+
+
+def perplexity(model: PreTrainedModel, windows: Windows) -> float:
+    """Return the token-weighted perplexity of windows (N, T), each predicted on its own.
+
+    Raises:
+        ValueError: if windows are not token ids.
+    """
+    return evaluate(model, windows).perplexity
+
+
+def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
+    """Evaluate a model on windows (N, T), or a mapping with attention_mask and labels beside them.
+
+    Raises:
+        ValueError: if windows are not token ids.
+    """
+    ids, _ = split_windows(windows)
+    labels = _labels(windows)
+    quality, hits = TokenPerplexity(), TokenAccuracy()
+    start = 0
+    with evaluating(model):
+        for batch in micro_batches(model, windows, tokens=_EVALUATION_TOKENS, label="evaluation"):
+            wanted = labels[start : start + len(batch["input_ids"])]
+            start += len(wanted)
+            nll, correct, tokens = next_token_sums(model(**batch).logits, wanted)
+            quality.update(nll, tokens)
+            hits.update(correct, tokens)
+    assert start == len(ids)
+    return Evaluation(quality.compute().item(), hits.compute().item(), int(quality.tokens))
+
+
+def _labels(windows: Windows) -> Tensor:
+    """Return the labels (N, T); without any, the ids themselves, padding left out."""
+    ids, mask = split_windows(windows)
+    given = windows.get("labels") if isinstance(windows, Mapping) else None
+    if given is not None:
+        return given
+    return ids if mask is None else ids.masked_fill(~mask.bool(), IGNORED)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second at batch 1: reading a prompt, and greedy decoding with the cache."""
+
+    prefill: float
+    decode: float
+
+
+def measure_speed(model: PreTrainedModel, *, repeats: int = 3) -> Speed:
+    """Measure prefill of 256 tokens and decoding of 24; medians after one warm-up."""
+    ids = torch.arange(3, 3 + _PREFILL_TOKENS, device=model.device)[None]
+    ids = ids % model.get_input_embeddings().weight.shape[0]
+    with evaluating(model):
+        prefill = [_seconds(model, lambda: model(ids)) for _ in range(repeats + 1)][1:]
+        few = ids[:, :16]
+        one = [_seconds(model, lambda: _generate(model, few, 1)) for _ in range(2)][1:]
+        many = [
+            _seconds(model, lambda: _generate(model, few, 1 + _DECODE_TOKENS))
+            for _ in range(repeats)
+        ]
+    # The first generated token pays for the prompt: take its time off.
+    decode = max(statistics.median(many) - statistics.median(one), 1e-9)
+    return Speed(_PREFILL_TOKENS / statistics.median(prefill), _DECODE_TOKENS / decode)
+
+
+def _generate(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
+    pad = model.config.pad_token_id
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        use_cache=True,
+        min_new_tokens=count,
+        max_new_tokens=count,
+        pad_token_id=0 if pad is None else pad,
+    )
+
+
+def greedy_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
+    """Continue ids (B, T) greedily by `count` tokens with the cache, (B, T + count)."""
+    with evaluating(model):
+        return _generate(model, ids, count)
+
+
+def _seconds(model: PreTrainedModel, call: object) -> float:
+    assert callable(call)
+    synchronize(model.device)
+    start = time.perf_counter()
+    call()
+    synchronize(model.device)
+    return time.perf_counter() - start
+
+
+def forward_seconds(model: PreTrainedModel, windows: Windows) -> float:
+    """Estimate F: seconds of one forward of the windows through the whole model.
+
+    Times up to two micro-batches after a warm-up and scales to all windows.
+    """
+    ids, _ = split_windows(windows)
+    with evaluating(model):
+        sizes, seconds = [], []
+        for count, batch in enumerate(micro_batches(model, windows)):
+            seconds.append(_seconds(model, lambda batch=batch: model(**batch)))
+            sizes.append(len(batch["input_ids"]))
+            if count == 2:
+                break
+    timed = slice(1, None) if len(seconds) > 1 else slice(None)
+    return sum(seconds[timed]) / sum(sizes[timed]) * len(ids)
+
+
+def measure_stage(name: str, model: PreTrainedModel, windows: Windows) -> Stage:
+    """Measure one state of a model for the report: sizes, quality on windows, and speed."""
+    quality, speed = evaluate(model, windows), measure_speed(model)
+    return Stage(
+        name=name,
+        num_layers=len(decoder_layers(model)),
+        parameters=parameter_count(model),
+        size_bytes=parameter_bytes(model),
+        perplexity=quality.perplexity,
+        accuracy=quality.accuracy,
+        prefill_tokens_per_second=speed.prefill,
+        decode_tokens_per_second=speed.decode,
+    )
+
+
+@dataclass
+class Measurement:
+    """Seconds and peak memory of one phase; filled in when the phase ends."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@contextmanager
+def measuring(device: torch.device) -> Iterator[Measurement]:
+    """Measure a phase: wall seconds, and the peak of allocated CUDA memory or of process memory."""
+    measurement = Measurement()
+    _reset_peak(device)
+    synchronize(device)
+    start = time.perf_counter()
+    try:
+        yield measurement
+    finally:
+        synchronize(device)
+        measurement.seconds = time.perf_counter() - start
+        measurement.peak_bytes = peak_memory(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; does nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+        except OSError:
+            return  # a sandbox without it: the peak is then that of the whole process
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak bytes since the last reset: allocated on CUDA, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,102 @@
+"""What is measured: perplexity and next-token accuracy as torchmetrics, and sizes of a model.
+
+Perplexity comes from summed cross-entropy over all tokens, so it is exact over batches of any size
+and over processes. `torchmetrics.text.Perplexity` takes a softmax of the full logits instead: twice
+the memory, and it underflows in bfloat16.
+"""
+
+# B sequences, T tokens, V vocabulary
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+IGNORED = -100  # the label that transformers leaves out of the loss
+_CHUNK_TOKENS = 256
+
+
+@torch.no_grad()
+def next_token_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum cross-entropy and hits over all predicted tokens, in float32 whatever the logits' dtype.
+
+    Args:
+        logits: (B, T, V); position t predicts the label at t + 1.
+        labels: (B, T), -100 where a token does not count.
+
+    Returns:
+        Scalars: summed negative log-likelihood in nats (float64), correct predictions, tokens.
+    """
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1])
+    target = labels[:, 1:].reshape(-1).to(logits.device)
+    nll = torch.zeros((), dtype=torch.float64)
+    correct = torch.zeros((), dtype=torch.long, device=logits.device)
+    for part, wanted in zip(flat.split(_CHUNK_TOKENS), target.split(_CHUNK_TOKENS), strict=True):
+        # In chunks: a float32 copy of all logits is the largest tensor of an evaluation.
+        loss = cross_entropy(part.float(), wanted, ignore_index=IGNORED, reduction="sum")
+        nll += loss.double().cpu()
+        correct += (part.argmax(-1) == wanted).sum()
+    return nll, correct.cpu(), (target != IGNORED).sum().cpu()
+
+
+class TokenPerplexity(Metric):
+    """Token-weighted perplexity: exp of the mean negative log-likelihood over all tokens."""
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    nll: Tensor
+    tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:  # torchmetrics' own keyword arguments
+        super().__init__(**kwargs)
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, tokens: Tensor) -> None:
+        """Add a summed negative log-likelihood in nats and its number of tokens."""
+        self.nll += nll.to(self.nll.device)
+        self.tokens += tokens.to(self.tokens.device)
+
+    def compute(self) -> Tensor:
+        """Return the perplexity, float64 scalar in [1, inf)."""
+        return torch.exp(self.nll / self.tokens)
+
+
+class TokenAccuracy(Metric):
+    """Share of tokens that greedy decoding would predict, in [0, 1]."""
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+    correct: Tensor
+    tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:  # torchmetrics' own keyword arguments
+        super().__init__(**kwargs)
+        self.add_state("correct", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, correct: Tensor, tokens: Tensor) -> None:
+        """Add correct predictions and their number of tokens."""
+        self.correct += correct.to(self.correct.device)
+        self.tokens += tokens.to(self.tokens.device)
+
+    def compute(self) -> Tensor:
+        """Return the accuracy, scalar in [0, 1]."""
+        return self.correct / self.tokens
+
+
+def parameter_count(model: PreTrainedModel, *, trainable: bool = False) -> int:
+    """Return the number of parameters, tied ones once; only the trainable ones if asked."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def parameter_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of all parameters, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

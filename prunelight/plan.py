@@ -1,0 +1,233 @@
+"""The plan: what will be done to which layer, and why; JSON that holds decisions, no tensors.
+
+A plan can be read, edited, diffed and applied later. All layer indices are those of the model that
+the plan was made for. A new kind of step is one frozen dataclass with `kind` and `check`, added to
+`STEPS`; how it is carried out is in `surgery.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+FORMAT = 1
+# Elements of each tensor that enter a model's fingerprint.
+_SAMPLED = 512
+
+
+@dataclass(frozen=True)
+class RemoveLayers:
+    """Remove whole decoder layers."""
+
+    kind: ClassVar[str] = "remove_layers"
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Sort the indices, so that equal decisions are equal plans."""
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in self.layers):
+            raise ValueError(f"layers={list(self.layers)} must be a list of whole numbers")
+        object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+
+    def check(self, num_layers: int) -> None:
+        """Check the step against a model of `num_layers` decoder layers.
+
+        Raises:
+            ValueError: if an index is repeated or out of range, or no layer would be left.
+        """
+        outside = [i for i in self.layers if not 0 <= i < num_layers]
+        if outside:
+            raise ValueError(f"layers={outside} must lie in [0, {num_layers - 1}]")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers={list(self.layers)} must not name a layer twice")
+        if len(self.layers) >= num_layers:
+            raise ValueError(
+                f"layers={list(self.layers)} would remove all {num_layers} layers; keep one"
+            )
+
+
+Step = RemoveLayers
+STEPS: dict[str, type[Step]] = {step.kind: step for step in (RemoveLayers,)}
+
+
+def step_from_dict(value: Mapping[str, Any]) -> Step:
+    """Build a step from its JSON form.
+
+    Raises:
+        ValueError: if the kind is unknown or the keys are not the step's own.
+    """
+    keys = dict(value)
+    kind = keys.pop("kind", None)
+    if kind not in STEPS:
+        raise ValueError(f"kind={kind!r} is not a known kind of step: {', '.join(sorted(STEPS))}")
+    expected = {f.name for f in fields(STEPS[kind])}
+    if set(keys) != expected:
+        raise ValueError(f"step {kind!r} has keys {sorted(keys)}, it must have {sorted(expected)}")
+    return STEPS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in keys.items()})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions of one pruning method for one model.
+
+    Attributes:
+        method: name of the callback that made it.
+        arguments: its arguments, JSON values.
+        model: name, model_type, num_hidden_layers, hidden_size and fingerprint of the dense model.
+        calibration: num_samples, seq_len and fingerprint of the windows; empty without data.
+        scores: score name -> one number a layer (or a window of layers).
+        steps: what to do, in order.
+        versions: of the libraries that took part.
+    """
+
+    method: str
+    arguments: dict[str, Any]
+    model: dict[str, Any]
+    steps: tuple[Step, ...]
+    calibration: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        steps = [{"kind": step.kind, **_lists(asdict(step))} for step in self.steps]
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "steps"}
+        return {"format": FORMAT, **values, "steps": steps}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Plan:
+        """Build a plan from its JSON form.
+
+        Raises:
+            ValueError: if keys are missing or unknown, or the format is newer than this version.
+        """
+        keys = dict(value)
+        version = keys.pop("format", None)
+        if version != FORMAT:
+            raise ValueError(f"format={version!r} must be {FORMAT}; use the version that wrote it")
+        unknown = set(keys) - {f.name for f in fields(cls)}
+        missing = {"method", "arguments", "model", "steps"} - set(keys)
+        if unknown or missing:
+            raise ValueError(f"missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
+        steps = []
+        for position, step in enumerate(keys.pop("steps")):
+            try:
+                steps.append(step_from_dict(step))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"steps[{position}]: {error}") from error
+        return cls(steps=tuple(steps), **keys)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            ValueError: if the file is not JSON or not a plan; the message names the file.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a valid plan: {error}") from error
+
+    def check(self, model: PreTrainedModel, *, strict: bool = True) -> None:
+        """Check that the plan was made for this model and that every step can be carried out.
+
+        Args:
+            model: the dense model.
+            strict: also require the same weights; False lets a plan be applied to a fine-tuned
+                model of the same shape.
+
+        Raises:
+            ValueError: naming the fact that differs, or the step and its fault.
+        """
+        facts = describe_model(model) if strict else _shape_facts(model)
+        for key, value in facts.items():
+            if key != "name" and key in self.model and self.model[key] != value:
+                raise ValueError(
+                    f"the plan was made for another model: {key} is {self.model[key]!r} in the "
+                    f"plan and {value!r} in {model.config._name_or_path or 'this model'}; plan "
+                    "again" + (" or pass strict=False" if key == "fingerprint" else "")
+                )
+        for position, step in enumerate(self.steps):
+            try:
+                step.check(model.config.num_hidden_layers)
+            except ValueError as error:
+                raise ValueError(f"steps[{position}] ({step.kind}): {error}") from error
+
+
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the facts by which a plan recognises its model."""
+    name = model.config._name_or_path
+    return {"name": name, **_shape_facts(model), "fingerprint": model_fingerprint(model)}
+
+
+def _shape_facts(model: PreTrainedModel) -> dict[str, Any]:
+    keys = ("model_type", "num_hidden_layers", "hidden_size")
+    return {key: getattr(model.config, key, None) for key in keys}
+
+
+def describe_windows(windows: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
+    """Return shape, number of tokens that are not padding, and fingerprint of windows (N, T)."""
+    tokens = windows.numel() if attention_mask is None else int(attention_mask.sum())
+    digest = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
+    if attention_mask is not None:
+        digest.update(attention_mask.to(torch.uint8).cpu().contiguous().numpy().tobytes())
+    num_samples, seq_len = windows.shape
+    return {
+        "num_samples": num_samples,
+        "seq_len": seq_len,
+        "tokens": tokens,
+        "fingerprint": digest.hexdigest()[:16],
+    }
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Return 16 hex digits from names, shapes and evenly spaced values of all weights.
+
+    Values enter rounded to bfloat16, so that a plan made on a bfloat16 copy fits the float32
+    model. Milliseconds per tensor; a change of very few single weights can go unnoticed.
+    """
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLED)
+        sample = flat[::step].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """Return 16 hex digits that identify JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of prunelight, torch and transformers."""
+    from prunelight import __version__  # the package imports this module
+
+    return {
+        "prunelight": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _lists(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}

@@ -1,0 +1,214 @@
+"""Saving a model so that it certainly loads again: write aside, verify by loading, rename.
+
+The check is the one a user would make: plain `AutoModelForCausalLM.from_pretrained` on the written
+directory, all weights equal bit for bit, equal logits, equal greedy generation with the cache.
+Where a second copy does not fit in memory, config, shapes and every tensor on disk are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from prunelight.architecture import maximum_length, restore_rwkv_scale
+from prunelight.calibration import evaluating
+from prunelight.evaluation import free_memory, greedy_tokens
+from prunelight.metrics import parameter_bytes
+from prunelight.models import quiet_transformers
+from prunelight.plan import Plan, library_versions, model_fingerprint
+
+log = logging.getLogger(__name__)
+
+MARKER = "prunelight.json"  # a directory that holds it is ours, and may be replaced
+_NEW_TOKENS = 8
+# Equal weights on the same device give equal logits up to the order of sums inside a kernel.
+_LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `save` wrote: the directory, bytes of its weights, and how it was verified."""
+
+    directory: str
+    size_bytes: int
+    verification: str
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    *,
+    plan: Plan | None = None,
+    extra_files: Mapping[str, str] | None = None,
+) -> Saved:
+    """Write a verified transformers directory: all of it, or nothing.
+
+    Args:
+        model: the model in memory; it is unchanged afterwards.
+        tokenizer: written beside it.
+        directory: new, empty, or written by prunelight before (then replaced).
+        plan: written as plan.json.
+        extra_files: file name -> text, written beside the weights.
+
+    Raises:
+        FileExistsError: if the directory exists and is not ours.
+        RuntimeError: if the written model differs from the one in memory; says in what.
+    """
+    directory = Path(directory).expanduser()
+    check_replaceable(directory)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    restore_rwkv_scale(model)
+    try:
+        with quiet_transformers():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        for name, text in (extra_files or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        if plan is not None:
+            plan.save(temporary / "plan.json")
+        size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+        saved = Saved(str(directory), size, verify(model, temporary))
+        _write_marker(temporary, model, saved)
+        _replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    log.info("saved %s (%.1f MB): %s", directory, saved.size_bytes / 1e6, saved.verification)
+    return saved
+
+
+def check_replaceable(directory: Path) -> None:
+    """Check that a directory may be written.
+
+    Raises:
+        FileExistsError: if it exists, is not empty, and was not written by prunelight.
+    """
+    if not directory.exists():
+        return
+    if directory.is_dir() and (not any(directory.iterdir()) or (directory / MARKER).is_file()):
+        return
+    raise FileExistsError(
+        f"{directory} exists and was not written by prunelight (it has no {MARKER}); choose "
+        "another directory or remove it"
+    )
+
+
+def verify(model: PreTrainedModel, directory: Path) -> str:
+    """Compare a saved directory with the model in memory; return how it was done.
+
+    Raises:
+        RuntimeError: if anything differs or the directory does not load; says what.
+    """
+    try:
+        # Twice: loading may hold the weights a second time while it converts them.
+        if free_memory(model.device) < 2 * parameter_bytes(model):
+            _compare_files(model, directory)
+            return "config, shapes and all weights on disk compared (no memory for a second copy)"
+        with quiet_transformers():
+            reloaded = AutoModelForCausalLM.from_pretrained(directory).to(model.device)
+        _compare_weights(_weights(model), _weights(reloaded))
+        _compare_behaviour(model, reloaded)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RuntimeError(
+            f"the saved model failed its verification: {error}. Nothing was kept on disk"
+        ) from error
+    return "reloaded with AutoModelForCausalLM: equal weights, logits and cached generation"
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return name -> tensor as in a checkpoint, on whatever device they are."""
+    return dict(model.state_dict())
+
+
+def _compare_weights(memory: Mapping[str, Tensor], disk: Mapping[str, Tensor]) -> None:
+    if set(memory) != set(disk):
+        odd = sorted(set(memory) ^ set(disk))
+        raise RuntimeError(f"{len(odd)} tensors are only on one side, the first is {odd[0]}")
+    for name, tensor in memory.items():
+        _compare_tensor(name, tensor, disk[name])
+
+
+def _compare_tensor(name: str, memory: Tensor, disk: Tensor) -> None:
+    if memory.shape != disk.shape or memory.dtype != disk.dtype:
+        raise RuntimeError(
+            f"{name} is {tuple(memory.shape)} {memory.dtype} in memory and {tuple(disk.shape)} "
+            f"{disk.dtype} on disk"
+        )
+    if not torch.equal(memory, disk.to(memory.device)):
+        raise RuntimeError(f"{name} has other values on disk than in memory")
+
+
+def _compare_behaviour(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    length = min(16, (maximum_length(model.config) or 64) - _NEW_TOKENS)
+    ids = torch.randint(vocabulary, (2, length), generator=generator).to(model.device)
+    with evaluating(model), evaluating(reloaded):
+        expected, found = model(ids).logits, reloaded(ids).logits
+    worst = (expected.float() - found.float()).abs().max().item()
+    allowed = _LOGIT_TOLERANCE.get(expected.dtype, 1e-4) * expected.float().abs().max().item()
+    if not worst <= allowed:  # written so that NaN fails
+        raise RuntimeError(f"logits differ by {worst:.3g}, allowed is {allowed:.3g}")
+    if not model.can_generate():
+        return
+    expected = greedy_tokens(model, ids, _NEW_TOKENS)
+    found = greedy_tokens(reloaded, ids, _NEW_TOKENS)
+    if not torch.equal(expected, found):
+        raise RuntimeError("greedy generation with the cache gives other tokens than in memory")
+
+
+def _compare_files(model: PreTrainedModel, directory: Path) -> None:
+    """Compare config, names, shapes and values with the files, one tensor in memory at a time."""
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    memory = _weights(model)
+    shapes = {name: tuple(t.shape) for name, t in _weights(empty).items()}
+    if shapes != {name: tuple(t.shape) for name, t in memory.items()}:
+        raise RuntimeError("config.json describes other weights than the model in memory has")
+    found: set[str] = set()
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                _compare_tensor(name, memory[name], tensors.get_tensor(name))
+                found.add(name)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = set(memory) - found - tied
+    if missing:
+        raise RuntimeError(f"{len(missing)} tensors are not on disk, e.g. {min(missing)}")
+
+
+def _write_marker(directory: Path, model: PreTrainedModel, saved: Saved) -> None:
+    facts = {
+        **asdict(saved),
+        "fingerprint": model_fingerprint(model),
+        "versions": library_versions(),
+    }
+    (directory / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _replace(temporary: Path, directory: Path) -> None:
+    """Rename, keeping the old directory until the new one stands."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(temporary, directory)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,170 @@
+"""Pure scores of decoder layers, from what each layer does to the hidden states.
+
+Block Influence (ShortGPT, arXiv:2403.03853) and the angular distance over windows of layers (Gromov
+et al., arXiv:2403.17887). Both cost one forward without the head. Unlike the released codes we take
+the raw output of the last layer (theirs is after the final norm), leave padding out, and compute in
+float32 whatever the model's dtype.
+"""
+
+# B sequences, T tokens, D hidden, L layers
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
+
+from prunelight.architecture import decoder_layers
+from prunelight.calibration import (
+    Windows,
+    counted_positions,
+    evaluating,
+    first_positions,
+    micro_batches,
+    run_layers,
+    watching_layers,
+)
+from prunelight.statistics import MeanCosine
+
+
+@dataclass(frozen=True)
+class BlockInfluence:
+    """Block Influence of every decoder layer, in [0, 2]; 0 means the layer only rescales.
+
+    Attributes:
+        mean: over all counted tokens, length L.
+        first_token: of the first token of each sequence alone, length L. Attention sinks live
+            there: a layer can look harmless in the mean and still create the sink.
+    """
+
+    mean: list[float]
+    first_token: list[float]
+
+
+def block_influence(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Block Influence of one decoder layer: 1 - mean cosine similarity (arXiv:2403.03853, Eq. 1).
+
+    Args:
+        inputs: hidden states entering the layer, (tokens, D).
+        outputs: hidden states leaving it, same shape.
+
+    Returns:
+        Scalar in [0, 2], dimensionless, float32; 0 means the layer only rescales its input.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if inputs.shape != outputs.shape:
+        raise ValueError(
+            f"inputs {tuple(inputs.shape)} and outputs {tuple(outputs.shape)} must have one shape"
+        )
+    return 1 - cosine_similarity(inputs.float(), outputs.float(), dim=-1).mean()
+
+
+def block_influences(
+    model: PreTrainedModel, windows: Windows, *, ignore_first_tokens: int = 0
+) -> BlockInfluence:
+    """Score every decoder layer by Block Influence; the model is unchanged afterwards.
+
+    Args:
+        model: the dense model.
+        windows: calibration windows (N, T), or input_ids with an attention_mask.
+        ignore_first_tokens: tokens at the start of each sequence that do not count.
+
+    Raises:
+        ValueError: if a layer's output holds NaN or Inf (named), or no token counts.
+    """
+    sums = [MeanCosine() for _ in decoder_layers(model)]
+    with evaluating(model):
+        for batch in micro_batches(model, windows, label="block influence"):
+            mask = batch.get("attention_mask")
+            counted = counted_positions(mask, batch["input_ids"].shape, ignore_first_tokens)
+            counted = None if counted is None else counted.to(model.device)
+            first = first_positions(mask)
+
+            def visit(
+                index: int,
+                inputs: Tensor,
+                outputs: Tensor,
+                counted: Tensor | None = counted,
+                first: Tensor | None = first,
+            ) -> None:
+                sums[index].update(inputs, outputs, counted, first)
+                _check_finite(index, sums[index].total + sums[index].first_total, outputs)
+
+            with watching_layers(model, visit):
+                run_layers(model, batch)
+    return BlockInfluence(
+        mean=[1 - layer.result() for layer in sums],
+        first_token=[1 - layer.first_result() for layer in sums],
+    )
+
+
+def angular_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Angle between paired vectors (B, D) as a share of pi, in [0, 1] (arXiv:2403.17887)."""
+    cosine = cosine_similarity(x.float(), y.float(), dim=-1)
+    # Rounding can push the cosine of equal vectors above 1, whose arccos is NaN.
+    return torch.arccos(cosine.clamp(-1, 1)) / math.pi
+
+
+def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> list[float]:
+    """Score every contiguous window of `size` decoder layers by angular distance.
+
+    The distance is taken between the window's input and output at each sequence's last token that
+    is not padding, and averaged over sequences (arXiv:2403.17887).
+
+    Returns:
+        Score of the window that starts at layer i, for i = 0 .. L - size; the model is unchanged.
+
+    Raises:
+        ValueError: if a layer's output holds NaN or Inf (named).
+    """
+    count = len(decoder_layers(model))
+    totals = torch.zeros(count - size + 1, dtype=torch.float64)
+    with evaluating(model):
+        for batch in micro_batches(model, windows, label="angular distance"):
+            last = _last_positions(batch)
+            rows = torch.arange(last.shape[0], device=last.device)
+            states: list[Tensor] = []  # the last token's state before layer 0 and after each layer
+
+            def visit(
+                index: int,
+                inputs: Tensor,
+                outputs: Tensor,
+                states: list[Tensor] = states,
+                rows: Tensor = rows,
+                last: Tensor = last,
+            ) -> None:
+                if index == 0:
+                    states.append(inputs[rows, last])
+                states.append(outputs[rows, last])
+                _check_finite(index, states[-1].float().norm().item(), outputs)
+
+            with watching_layers(model, visit):
+                run_layers(model, batch)
+            for start in range(count - size + 1):
+                distance = angular_distance(states[start], states[start + size])
+                totals[start] += distance.sum().item()
+    num_samples = (windows if isinstance(windows, Tensor) else windows["input_ids"]).shape[0]
+    return (totals / num_samples).tolist()
+
+
+def _last_positions(batch: dict[str, Tensor]) -> Tensor:
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None:
+        return torch.full((ids.shape[0],), ids.shape[1] - 1, device=ids.device)
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    return (mask * positions).argmax(dim=1)
+
+
+def _check_finite(index: int, statistic: float, outputs: Tensor) -> None:
+    if not math.isfinite(statistic):
+        what = "NaN" if bool(outputs.isnan().any()) else "Inf"
+        raise ValueError(
+            f"{what} in the hidden states after decoder layer {index} (dtype {outputs.dtype}); "
+            "load the model in bfloat16 or float32, or check its weights"
+        )

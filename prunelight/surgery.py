@@ -1,0 +1,153 @@
+"""Carrying out a plan: `apply(model, plan, windows)`.
+
+Removing layers changes more than a list: every layer keeps its own index for the cache, configs
+hold one entry a layer or count layers, and an RWKV's first block has a norm that no other has. All
+of it follows here, so that the result is a stock model that its own config describes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from prunelight.architecture import (
+    INDEX_ATTRIBUTES,
+    decoder_layers,
+    layers_path,
+    restore_rwkv_scale,
+)
+from prunelight.calibration import Windows
+from prunelight.metrics import parameter_count
+from prunelight.plan import Plan, RemoveLayers, Step
+
+log = logging.getLogger(__name__)
+
+# Config fields that say from which layer on something starts, or how many layers it covers.
+COUNTING_FIELDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
+# Config fields that list layer indices.
+LISTING_FIELDS = ("mlp_only_layers",)
+# Config fields that make layers depend on each other or on their index: removal is refused.
+REFUSED_FIELDS = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
+
+
+def apply(
+    model: PreTrainedModel, plan: Plan, windows: Windows | None = None, *, strict: bool = True
+) -> PreTrainedModel:
+    """Carry out a plan, in place where the class stays, and return the pruned model.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: from a callback's `plan`, or `Plan.load`.
+        windows: calibration windows, for steps that need data (removing layers does not).
+        strict: require the very weights that the plan was made for, see `Plan.check`.
+
+    Raises:
+        ValueError: if the plan does not fit the model; the model is then unchanged.
+        TypeError: if the decoder layers cannot be found.
+    """
+    plan.check(model, strict=strict)
+    before = parameter_count(model)
+    for step in plan.steps:
+        model = _carry_out(model, step)
+    after = parameter_count(model)
+    log.info(
+        "parameters %.1fM -> %.1fM (%+.1f %%)",
+        before / 1e6,
+        after / 1e6,
+        100 * (after / before - 1),
+    )
+    return model
+
+
+def _carry_out(model: PreTrainedModel, step: Step) -> PreTrainedModel:
+    if isinstance(step, RemoveLayers):
+        remove_layers(model, step.layers)
+        return model
+    raise TypeError(f"no surgery is known for the step {step!r}")
+
+
+@torch.no_grad()
+def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Remove decoder layers in place, renumber the others and cut the config accordingly.
+
+    Args:
+        model: any causal language model whose decoder layers can be found.
+        layers: indices to remove; none is allowed and changes nothing.
+
+    Raises:
+        ValueError: if the model's config ties layers to their index or to each other.
+        TypeError: if the decoder layers cannot be found.
+    """
+    for name in REFUSED_FIELDS:
+        if layers and getattr(model.config, name, None):
+            raise ValueError(
+                f"{name}={getattr(model.config, name)} of {model.config.model_type} makes layers "
+                "depend on each other or on their index; removing layers would change the others"
+            )
+    restore_rwkv_scale(model)
+    old = decoder_layers(model)
+    kept = [i for i in range(len(old)) if i not in set(layers)]
+    _move_first_norm(old[0], old[kept[0]])
+    parent, _, name = layers_path(model).rpartition(".")
+    left = nn.ModuleList(old[i] for i in kept)
+    setattr(model.get_submodule(parent), name, left)
+    _renumber(left)
+    cut_config(model.config, kept, len(old))
+
+
+def _move_first_norm(first: nn.Module, new_first: nn.Module) -> None:
+    """Give the norm that only an RWKV's first block has to the block that is first from now on."""
+    if first is not new_first and hasattr(first, "pre_ln") and not hasattr(new_first, "pre_ln"):
+        new_first.pre_ln = first.pre_ln
+
+
+def _renumber(layers: nn.ModuleList) -> None:
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            for attribute in INDEX_ATTRIBUTES:
+                if isinstance(getattr(module, attribute, None), int):
+                    setattr(module, attribute, index)
+
+
+def cut_config(config: PretrainedConfig, kept: Sequence[int], total: int) -> None:
+    """Cut every per-layer field of a config in place to the kept layers.
+
+    Lists of length `total` keep the entries of the kept layers; fields that count layers from the
+    start, or list indices, are translated; regular spacing of mixture-of-experts layers, which
+    removal breaks, is written out as a list.
+    """
+    values = config.to_dict()
+    settable = {
+        name for name in values if not isinstance(getattr(type(config), name, None), property)
+    }
+    lists = {
+        name: [value[i] for i in kept]
+        for name, value in values.items()
+        if name in settable and isinstance(value, (list, tuple)) and len(value) == total
+        if name not in LISTING_FIELDS
+    }
+    counts = {
+        name: sum(i < values[name] for i in kept)
+        for name in COUNTING_FIELDS
+        if isinstance(values.get(name), int)
+    }
+    dense = _dense_layers(values, total)
+    # One assignment at a time would leave a config that contradicts itself in between.
+    config.num_hidden_layers = len(kept)
+    for name, value in {**lists, **counts}.items():
+        setattr(config, name, value)
+    if dense is not None:
+        config.decoder_sparse_step = 1
+        config.mlp_only_layers = [new for new, i in enumerate(kept) if i in dense]
+
+
+def _dense_layers(values: dict[str, object], total: int) -> set[int] | None:
+    """Return which layers of a mixture-of-experts model are dense; None for other models."""
+    step, listed = values.get("decoder_sparse_step"), values.get("mlp_only_layers")
+    if not isinstance(step, int) or not isinstance(listed, list):
+        return None
+    return {i for i in range(total) if i in listed or (i + 1) % step != 0}
