@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from prunelight.callbacks.base import PruningCallback
 from transformers import PreTrainedModel
 
 from prunelight.allocation import (
@@ -21,6 +20,7 @@ from prunelight.allocation import (
 )
 from prunelight.architecture import decoder_layers
 from prunelight.calibration import Windows, check_windows, split_windows
+from prunelight.callbacks.base import PruningCallback
 from prunelight.plan import Plan, RemoveLayers, describe_model, describe_windows
 from prunelight.scoring import angular_distances, block_influences
 

@@ -72,11 +72,11 @@ def lowest_window(scores: Sequence[float], size: int, protected: Collection[int]
         protected: layers that no window may contain.
 
     Raises:
-        ValueError: if every window contains a protected layer.
+        ValueError: if a protected index does not exist or every window contains a protected layer.
     """
+    protected = resolve_indices(protected, len(scores) + size - 1)
     if size == 0:
         return []
-    protected = resolve_indices(protected, len(scores) + size - 1)
     starts = [i for i in range(len(scores)) if not protected & set(range(i, i + size))]
     if not starts:
         raise ValueError(

@@ -36,7 +36,7 @@ def split_windows(windows: Windows) -> tuple[Tensor, Tensor | None]:
     """Return (input_ids (N, T), attention_mask (N, T) or None where nothing is padding).
 
     Raises:
-        ValueError: if windows are not two-dimensional whole numbers.
+        ValueError: if windows are not two-dimensional whole numbers, or the mask does not fit.
     """
     ids, mask = (
         (windows, None)
@@ -47,6 +47,11 @@ def split_windows(windows: Windows) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"windows of shape {tuple(ids.shape)} and type {ids.dtype} must be token ids of shape "
             "(num_samples, seq_len); see prunelight.calibration_windows"
+        )
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} must have the shape of input_ids, "
+            f"{tuple(ids.shape)}"
         )
     return ids, None if mask is None or bool(mask.all()) else mask
 
@@ -62,9 +67,10 @@ def check_windows(model: PreTrainedModel, windows: Windows) -> None:
     if limit is not None and ids.shape[1] > limit:
         raise ValueError(f"seq_len={ids.shape[1]} must be at most {limit}, which the model allows")
     rows = model.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= rows:
+    worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
+    if not 0 <= worst < rows:
         raise ValueError(
-            f"token id {int(ids.max())} must be below {rows}, the model's vocabulary; use the "
+            f"token id {worst} must lie in [0, {rows - 1}], the model's vocabulary; use the "
             "model's own tokenizer"
         )
 

