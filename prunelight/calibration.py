@@ -96,16 +96,19 @@ def micro_batches(
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Put the model in eval mode without gradients and cache; undo all on exit, errors included."""
     training = {module: module.training for module in model.modules()}
+    caches = hasattr(model.config, "use_cache")
     use_cache = getattr(model.config, "use_cache", None)
     try:
         model.eval()
-        model.config.use_cache = False
+        if caches:
+            model.config.use_cache = False
         with torch.no_grad():
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
-        model.config.use_cache = use_cache
+        if caches:
+            model.config.use_cache = use_cache
         restore_rwkv_scale(model)
 
 

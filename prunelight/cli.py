@@ -91,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     sys.argv[1:] = find_configs(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("prunelight").setLevel(logging.INFO)
+    logging.getLogger("prunelight").setLevel(
+        logging.INFO if rank_zero_only.rank == 0 else logging.ERROR
+    )
     try:
         CLI(
             RecoveryModule,
@@ -101,9 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser_kwargs={"prog": "prunelight"},
         )
     except Exception as error:
-        if os.environ.get("PRUNELIGHT_TRACEBACK") or not is_ours(error):
+        ours = our_error(error)
+        if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
             raise
-        sys.exit(f"prunelight: error: {error}")
+        sys.exit(f"prunelight: error: {ours}")
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
@@ -123,12 +126,19 @@ def _installed(name: str) -> str:
     return str(candidate) if not Path(name).exists() and candidate.is_file() else name
 
 
-def is_ours(error: BaseException) -> bool:
-    """Return whether prunelight raised the error on purpose: its last frame is in our code."""
-    frames = traceback.extract_tb(error.__traceback__)
+def our_error(error: BaseException | None) -> BaseException | None:
+    """Return the error in a chain of causes that prunelight raised on purpose, if there is one.
+
+    It is one whose last frame is in our code. jsonargparse wraps errors of constructors in its own.
+    """
     expected = (ValueError, TypeError, OSError, ImportError, RuntimeError)
-    folder = Path(frames[-1].filename).resolve().parent if frames else None
-    return isinstance(error, expected) and folder in (PACKAGE, CALLBACKS)
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        folder = Path(frames[-1].filename).resolve().parent if frames else None
+        if isinstance(error, expected) and folder in (PACKAGE, CALLBACKS):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 if __name__ == "__main__":

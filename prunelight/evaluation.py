@@ -23,7 +23,6 @@ from prunelight.architecture import decoder_layers, maximum_length
 from prunelight.calibration import (
     Windows,
     evaluating,
-    first_positions,
     micro_batches,
     split_windows,
 )
@@ -69,7 +68,9 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
     """
     ids, _ = split_windows(windows)
     labels = _labels(windows)
-    quality, hits = TokenPerplexity(), TokenAccuracy()
+    # This process alone: the metrics of torchmetrics would wait for all ranks of a distributed job.
+    quality = TokenPerplexity(sync_on_compute=False)
+    hits = TokenAccuracy(sync_on_compute=False)
     start = 0
     with evaluating(model):
         for batch in micro_batches(model, windows, tokens=_EVALUATION_TOKENS, label="evaluation"):
@@ -90,8 +91,9 @@ def _labels(windows: Windows) -> Tensor:
         return given
     if mask is None:
         return ids
-    # What stands before the first token of a left-padded sequence predicts nothing either.
-    return ids.masked_fill(~mask.bool() | first_positions(mask), IGNORED)
+    # Left padding must not predict the first token of its sequence: only from the second on.
+    second_on = mask.bool() & (mask.cumsum(dim=1) > 1)
+    return ids.masked_fill(~second_on, IGNORED)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def load(
     _check_safetensors(Path(source.location))
     with quiet_transformers():
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.location,
                 config=config,  # a GGUF file is parsed anew, for seconds, each time it is needed
                 dtype=torch_dtype,
@@ -105,6 +105,7 @@ def load(
             )
         except _READ_ERRORS as error:
             raise ValueError(f"model {str(name)!r} cannot be read: {_line(error)}") from error
+    model, loading = loaded
     _check_complete(model, loading, str(name))
     _forget_gguf(model)
     model.config._name_or_path = str(name)

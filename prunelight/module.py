@@ -184,7 +184,7 @@ class RecoveryModule(LightningModule):
         if hasattr(model.config, "rescale_every"):
             model.config.rescale_every = 0
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         if self.recovery == "lora":
             self.model = attach_lora(model, self.lora)
         elif self.recovery == "full":
@@ -348,7 +348,7 @@ class RecoveryModule(LightningModule):
         if "rescale_every" in self._base_config:
             model.config.rescale_every = self._base_config["rescale_every"]
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
         self.model, self._adapted = model, False
         return model.eval()
 

@@ -7,6 +7,7 @@ dtype, as peft does it: a learning rate of 1e-4 is lost in bfloat16 weights.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,9 @@ def attach_lora(model: PreTrainedModel, settings: LoRA) -> PeftModel:
         target_parameters=parameters or None,
     )
     try:
-        wrapped = get_peft_model(model, config)
+        with warnings.catch_warnings():  # peft asks transformers for a renamed attribute
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(
             f"lora.targets={names} fit no module of {model.config.model_type}: {error}"

@@ -203,6 +203,7 @@ def test_a_hub_that_answers_is_used_and_its_cache_when_it_is_gone(directory, tmp
         timeout=100,
     )
     assert done.stdout.split() == ["someone/tiny", "128", "6"], done.stderr[-3000:]
+    assert "Retrying" not in done.stderr
 
 
 # Models of the wrong kind

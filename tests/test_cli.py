@@ -1,0 +1,186 @@
+"""The command line, in this process where that is enough and in a real one where it is not."""
+
+import json
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+from runs import TEXT, write_model
+from transformers import AutoModelForCausalLM
+
+import prunelight
+from prunelight.cli import CLI, Trainer, find_configs, main, our_error
+from prunelight.data import TextDataModule
+from prunelight.module import RecoveryModule
+
+CONFIGS = sorted(
+    path.name for path in files("prunelight.configs").iterdir() if path.suffix == ".yaml"
+)
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def arguments(name, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    config = {
+        "model": {"name": name, "learning_rate": 0.01, "warmup_steps": 0},
+        "data": {
+            **dict.fromkeys(("train", "validation", "calibration"), str(tmp_path / "text.txt")),
+            "seq_len": 32,
+            "batch_size": 2,
+            "num_calibration": 4,
+            "num_validation": 3,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 2,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            "enable_progress_bar": False,
+            "default_root_dir": str(tmp_path / "run"),
+            "callbacks": [{"class_path": "ShortGPT", "init_args": {"num_layers": 2}}],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return ["--config", str(path)]
+
+
+def run(*arguments):
+    """Run the real command in a process of its own."""
+    command = [sys.executable, "-m", "prunelight.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def fails(capsys, *arguments):
+    """Run the command and return its one line of error."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert isinstance(stopped.value.code, str)
+    assert "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_parses_and_says_how_it_is_run(config):
+    text = config.read_text(encoding="utf-8")
+    assert f"prunelight fit --config {config.name}" in text
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_lightning_class_args(RecoveryModule, "model")
+    parser.add_lightning_class_args(TextDataModule, "data")
+    parser.link_arguments("model.name", "data.tokenizer")
+    parsed = parser.parse_string(text)
+    assert parsed.data.tokenizer == parsed.model.name
+
+
+def test_fit_writes_a_run_and_ends_with_the_table(arguments, tmp_path, capsys):
+    main(["fit", *arguments])
+    shown = capsys.readouterr().out
+    for word in ("dense", "pruned", "recovered", "perplexity", "decode"):
+        assert word in shown
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert model.config.num_hidden_layers == 4
+
+
+def test_prune_stops_after_the_pruned_directory(arguments, tmp_path, capsys):
+    main(["prune", *arguments])
+    (base,) = (tmp_path / "run").glob("pruned-*")
+    assert prunelight.load(base)[0].config.num_hidden_layers == 4
+    assert not (tmp_path / "run" / "final").exists()
+    assert not list((tmp_path / "run").glob("**/*.ckpt"))
+    stages = json.loads((tmp_path / "run" / "report.json").read_text())["stages"]
+    assert [stage["name"] for stage in stages] == ["dense", "pruned"]
+    assert "pruned" in capsys.readouterr().out
+
+
+def test_fit_after_prune_reuses_its_base(arguments, tmp_path):
+    main(["prune", *arguments])
+    (weights,) = (tmp_path / "run").glob("pruned-*/model.safetensors")
+    written = weights.stat().st_mtime_ns
+    main(["fit", *arguments])
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_validate_and_test_evaluate_a_finished_directory(arguments, tmp_path, capsys):
+    main(["fit", *arguments])
+    final = str(tmp_path / "run" / "final")
+    for verb in ("validate", "test"):
+        capsys.readouterr()
+        main([verb, *arguments, "--model.name", final, "--trainer.limit_val_batches", "1.0"])
+        assert "perplexity" in capsys.readouterr().out
+
+
+def test_the_console_script_prints_the_whole_config_with_the_linked_tokenizer(arguments, name):
+    done = run("fit", *arguments, "--model.lora.r", "4", "--print_config")
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    assert config["model"]["name"] == name
+    assert config["model"]["lora"]["r"] == 4
+    assert config["trainer"]["callbacks"][0]["class_path"] == "prunelight.callbacks.ShortGPT"
+
+
+def test_an_installed_config_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in (["--config", "quickstart.yaml"], ["--config=quickstart.yaml"]):
+        found = find_configs(["fit", *given])[-1].removeprefix("--config=")
+        assert Path(found).is_file()
+    (tmp_path / "quickstart.yaml").write_text("model: {}\n")
+    assert find_configs(["fit", "-c", "quickstart.yaml"])[-1] == "quickstart.yaml"
+    assert find_configs(["fit", "-c", "absent.yaml"])[-1] == "absent.yaml"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model.name", "/nowhere/model"], "'/nowhere/model' must be an existing directory"),
+        (["--model.recovery", "lora", "--model.lora.r", "0"], "lora.r=0 must be at least 1"),
+        (["--data.num_calibration", "9999"], "9999"),
+        (["--data.seq_len", "129", "--data.num_calibration", "1"], "seq_len=129"),
+        (["--trainer.strategy", "ddp_spawn"], "use strategy=ddp"),
+        (["--trainer.callbacks.num_layers", "6"], "would remove 6 of 6 decoder layers"),
+        (["--trainer.callbacks.ratio", "0.5"], "give exactly one of the two"),
+        (["--data.train", "/nowhere/text.txt"], "/nowhere/text.txt"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_the_value(arguments, capsys, tmp_path, extra, message):
+    assert message in fails(capsys, "fit", *arguments, *extra)
+    assert not list((tmp_path / "run").glob("pruned-*"))
+
+
+def test_a_typo_in_a_yaml_key_names_the_key(arguments, capsys):
+    path = Path(arguments[1])
+    path.write_text(path.read_text().replace("learning_rate", "leraning_rate"))
+    with pytest.raises(SystemExit):
+        main(["fit", *arguments])
+    assert "leraning_rate" in capsys.readouterr().err
+
+
+def test_prune_without_a_method_is_refused(arguments, capsys):
+    path = Path(arguments[1])
+    config = yaml.safe_load(path.read_text())
+    config["trainer"]["callbacks"] = []
+    path.write_text(yaml.safe_dump(config))
+    assert "has no pruning callback" in fails(capsys, "prune", *arguments)
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ValueError, match="Expecting property name") as foreign:
+        json.loads("{")
+    assert our_error(foreign.value) is None
+    with pytest.raises(ValueError, match="format=99") as ours:
+        prunelight.Plan.from_dict({"format": 99})
+    assert our_error(ours.value) is ours.value
+
+
+def test_only_the_verbs_that_do_something_are_offered():
+    assert set(CLI.subcommands()) == {"fit", "validate", "test", "prune"}

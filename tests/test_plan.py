@@ -1,0 +1,282 @@
+import json
+
+import pytest
+import torch
+from tiny import tiny_model, token_windows
+
+import prunelight
+from prunelight.callbacks import ShortGPT
+from prunelight.plan import (
+    Plan,
+    RemoveLayers,
+    describe_model,
+    describe_windows,
+    fingerprint_of,
+    model_fingerprint,
+    step_from_dict,
+)
+
+FACTS = {
+    "name": "org/tiny",
+    "model_type": "llama",
+    "num_hidden_layers": 6,
+    "hidden_size": 32,
+    "fingerprint": "0123456789abcdef",
+}
+
+
+def make_plan(**changes):
+    values = {
+        "method": "ShortGPT",
+        "arguments": {"ratio": 0.5, "num_layers": None, "protected": [0, -1]},
+        "model": FACTS,
+        "calibration": {"num_samples": 4, "seq_len": 16, "fingerprint": "fe"},
+        "scores": {"block_influence": [0.1, 0.25, 1 / 3]},
+        "versions": {"torch": "2.13"},
+        "steps": (RemoveLayers((3, 1)), RemoveLayers((4,))),
+    }
+    return Plan(**{**values, **changes})
+
+
+def plan_for(model, *layers, **changes):
+    return make_plan(model=describe_model(model), steps=(RemoveLayers(layers),), **changes)
+
+
+def written(directory, **changes):
+    """Write a plan's JSON with some keys changed (None removes a key) and return the path."""
+    keys = {**make_plan().to_dict(), **changes}
+    path = directory / "plan.json"
+    path.write_text(json.dumps({k: v for k, v in keys.items() if v is not None}))
+    return path
+
+
+def test_plan_to_json_to_plan_is_the_same_plan():
+    assert Plan.from_dict(json.loads(json.dumps(make_plan().to_dict()))) == make_plan()
+
+
+def test_json_to_plan_to_json_is_the_same_json():
+    text = json.dumps(make_plan().to_dict())
+    assert json.dumps(Plan.from_dict(json.loads(text)).to_dict()) == text
+
+
+def test_a_saved_plan_loads_equal_and_leaves_no_other_file(tmp_path):
+    path = tmp_path / "plan.json"
+    make_plan().save(path)
+    assert Plan.load(path) == Plan.load(str(path)) == make_plan()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_real_plan_survives_the_disk(tmp_path):
+    plan = ShortGPT(num_layers=2, protected=[0]).plan(tiny_model(), token_windows())
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "plan.json"
+    make_plan().save(path)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        make_plan(arguments={"ratio": torch.ones(1)}).save(path)
+    assert Plan.load(path) == make_plan()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_json_form_is_the_documented_one():
+    value = make_plan().to_dict()
+    assert value["format"] == 1
+    assert value["steps"] == [
+        {"kind": "remove_layers", "layers": [1, 3]},
+        {"kind": "remove_layers", "layers": [4]},
+    ]
+
+
+def test_keys_with_defaults_may_be_left_out(tmp_path):
+    plan = Plan.load(written(tmp_path, calibration=None, scores=None, versions=None))
+    assert plan.calibration == {}
+    assert plan.scores == {}
+    assert plan.versions["prunelight"] == prunelight.__version__
+    assert set(plan.versions) == {"prunelight", "torch", "transformers"}
+
+
+def test_the_order_of_layers_in_a_step_does_not_matter():
+    assert RemoveLayers((4, 1, 2)) == RemoveLayers((1, 2, 4))
+
+
+@pytest.mark.parametrize("layers", [(1.0,), (True,), ("1",), (None,)])
+def test_layers_must_be_whole_numbers(layers):
+    with pytest.raises(ValueError, match="must be a list of whole numbers"):
+        RemoveLayers(layers)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((6,), r"layers=\[6\] must lie in \[0, 5\]"),
+        ((-1, 2), r"layers=\[-1\] must lie in \[0, 5\]"),
+        ((2, 2), r"layers=\[2, 2\] must not name a layer twice"),
+        ((0, 1, 2, 3, 4, 5), "would remove all 6 layers; keep one"),
+    ],
+)
+def test_a_step_that_does_not_fit_the_model_is_refused_by_position(layers, message):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        RemoveLayers(layers).check(6)
+    plan = make_plan(model=describe_model(model), steps=(RemoveLayers((0,)), RemoveLayers(layers)))
+    with pytest.raises(ValueError, match=rf"steps\[1\] \(remove_layers\): .*{message}"):
+        plan.check(model)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [((1, 2), "must not name a layer twice"), ((2, 3, 4, 5), "would remove all 6 layers")],
+)
+def test_steps_are_checked_together(second, message):
+    model = tiny_model()
+    steps = (RemoveLayers((0, 1)), RemoveLayers(second))
+    with pytest.raises(ValueError, match=rf"steps\[1\] \(remove_layers\): .*{message}"):
+        make_plan(model=describe_model(model), steps=steps).check(model)
+
+
+def test_an_unknown_kind_of_step_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="kind='melt' is not a known kind of step: remove_layers"):
+        step_from_dict({"kind": "melt", "layers": [1]})
+    with pytest.raises(ValueError, match="kind=None is not a known kind"):
+        step_from_dict({"layers": [1]})
+
+
+@pytest.mark.parametrize("keys", [{}, {"layers": [1], "why": "because"}, {"layer": [1]}])
+def test_a_step_has_exactly_its_own_keys(keys):
+    with pytest.raises(ValueError, match=r"'remove_layers' has keys .* it must have \['layers'\]"):
+        step_from_dict({"kind": "remove_layers", **keys})
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_is_refused(tmp_path, version):
+    with pytest.raises(ValueError, match=rf"format={version!r} must be 1; use the version"):
+        Plan.load(written(tmp_path, format=version))
+
+
+@pytest.mark.parametrize("key", ["method", "arguments", "model", "steps"])
+def test_a_missing_key_is_named(tmp_path, key):
+    with pytest.raises(ValueError, match=rf"missing keys \['{key}'\], unknown keys \[\]"):
+        Plan.load(written(tmp_path, **{key: None}))
+
+
+def test_an_unknown_key_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"missing keys \[\], unknown keys \['notes'\]"):
+        Plan.load(written(tmp_path, notes="mine"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("method", 3), ("arguments", [1]), ("model", "llama"), ("steps", {}), ("scores", 1.5)],
+)
+def test_a_value_of_the_wrong_type_is_named(tmp_path, key, value):
+    with pytest.raises(ValueError, match=rf"keys \['{key}'\] hold values of the wrong type"):
+        Plan.load(written(tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"kind": "melt"}, "kind='melt' is not a known kind"),
+        ({"kind": "remove_layers", "layers": 3}, "not iterable"),
+        ({"kind": "remove_layers", "layers": "12"}, "must be a list of whole numbers"),
+        ({"kind": "remove_layers", "layers": [1.5]}, "must be a list of whole numbers"),
+        ("remove_layers", "dictionary"),
+        (7, "not iterable"),
+    ],
+)
+def test_a_bad_step_in_a_file_is_named_by_file_and_position(tmp_path, step, message):
+    path = written(tmp_path, steps=[{"kind": "remove_layers", "layers": [1]}, step])
+    with pytest.raises(
+        ValueError, match=rf"plan.json is not a valid plan: steps\[1\]: .*{message}"
+    ):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": 1, "met', b"\xff\xfe{", b"[1, 2]", b"null"])
+def test_a_corrupt_file_is_named(tmp_path, content):
+    path = tmp_path / "broken.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken.json is not a valid plan"):
+        Plan.load(path)
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent.json"):
+        Plan.load(tmp_path / "absent.json")
+
+
+def test_a_plan_fits_the_model_it_was_made_for():
+    model = tiny_model()
+    plan_for(model, 2).check(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model_type", "qwen2"), ("num_hidden_layers", 7), ("hidden_size", 64)],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_plan_for_a_model_of_another_shape_is_refused(key, value, strict):
+    model = tiny_model()
+    plan = make_plan(model={**describe_model(model), key: value})
+    with pytest.raises(
+        ValueError, match=rf"another model: {key} is {value!r} in the plan"
+    ) as error:
+        plan.check(model, strict=strict)
+    assert "strict=False" not in str(error.value)
+
+
+def test_a_plan_for_other_weights_is_refused_unless_not_strict():
+    plan, tuned = plan_for(tiny_model(seed=0), 2), tiny_model(seed=1)
+    with pytest.raises(
+        ValueError, match="fingerprint is .* in this model; .* or pass strict=False"
+    ):
+        plan.check(tuned)
+    plan.check(tuned, strict=False)
+
+
+def test_a_model_that_moved_to_another_directory_is_the_same_model():
+    model = tiny_model()
+    plan = plan_for(model, 2)
+    model.config._name_or_path = "elsewhere"
+    assert describe_model(model)["name"] == "elsewhere"
+    plan.check(model)
+
+
+def test_the_fingerprint_does_not_depend_on_the_precision():
+    model = tiny_model()
+    fingerprint = model_fingerprint(model)
+    assert len(fingerprint) == 16
+    assert model_fingerprint(tiny_model(dtype=torch.bfloat16)) == fingerprint
+    plan_for(model.to(torch.bfloat16), 2).check(tiny_model())
+
+
+def test_the_fingerprint_changes_with_any_weight_tensor():
+    model = tiny_model()
+    fingerprints = {model_fingerprint(model)}
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        with torch.no_grad():
+            parameter.mul_(1.05)
+        fingerprints.add(model_fingerprint(model))
+    assert len(fingerprints) == len(parameters) + 1
+
+
+def test_the_fingerprint_of_windows_depends_on_ids_and_mask():
+    windows = token_windows(4, 16)
+    mask = torch.ones_like(windows)
+    mask[0, 10:] = 0
+    plain, masked = describe_windows(windows), describe_windows(windows, mask)
+    assert plain == describe_windows(windows.clone())
+    assert (plain["num_samples"], plain["seq_len"], plain["tokens"]) == (4, 16, 64)
+    assert masked["tokens"] == 64 - 6
+    other = describe_windows(token_windows(4, 16, seed=1))
+    assert len({plain["fingerprint"], masked["fingerprint"], other["fingerprint"]}) == 3
+
+
+def test_the_fingerprint_of_values_does_not_depend_on_the_order_of_keys():
+    assert fingerprint_of({"a": 1, "b": [2]}) == fingerprint_of({"b": [2], "a": 1})
+    assert fingerprint_of({"a": 1}) != fingerprint_of({"a": 2})
+    assert len(fingerprint_of(1)) == 16
