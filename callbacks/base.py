@@ -26,6 +26,7 @@ from prunelight.evaluation import (
     free_memory,
     measure_stage,
     measuring,
+    to_device,
 )
 from prunelight.metrics import parameter_bytes
 from prunelight.module import RecoveryModule
@@ -109,7 +110,7 @@ def _prune_on_rank_zero(
 ) -> Path:
     root = Path(trainer.default_root_dir)
     check_replaceable(root / "final")
-    datamodule = getattr(trainer, "datamodule", None)
+    datamodule: Any = getattr(trainer, "datamodule", None)
     if not hasattr(datamodule, "calibration_windows"):
         raise ValueError(
             "pruning needs calibration windows: give the Trainer a TextDataModule, or a "
@@ -168,7 +169,9 @@ def _make_base(
     cost("evaluate pruned", phase)
     with measuring(model.device) as phase:
         others = {f"plan-{i + 2}.json": json.dumps(p.to_dict()) for i, p in enumerate(plans[1:])}
-        saved = save(model, module.tokenizer, directory, plan=plans[0], extra_files=others)
+        saved = save(
+            model, module.checked_tokenizer(), directory, plan=plans[0], extra_files=others
+        )
     cost("save and verify pruned", phase)
     record.verification[directory.name] = saved.verification
     record.stages[-1] = replace(record.stages[-1], size_bytes=saved.size_bytes)
@@ -181,9 +184,7 @@ def _to_root_device(model: PreTrainedModel, trainer: Trainer) -> PreTrainedModel
     if device.type == "cuda" and free_memory(device) < 1.2 * parameter_bytes(model):
         log.warning("the dense model does not fit on %s; scoring on the CPU instead", device)
         return model
-    # transformers decorates `to` so that type checkers lose its result.
-    moved: Any = model.to(device)  # type: ignore[arg-type]
-    return moved
+    return to_device(model, device)
 
 
 def _base_fingerprint(

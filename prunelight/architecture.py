@@ -7,6 +7,7 @@ Everything else in prunelight asks the functions below and never looks at a clas
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,12 @@ def lora_targets(model: PreTrainedModel) -> tuple[list[str] | str, list[str]]:
     return ("all-linear", []) if known is None else (list(known.projections), list(known.experts))
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the number of token ids that the model has embeddings for."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
 def maximum_length(config: PretrainedConfig) -> int | None:
     """Return the longest sequence in tokens that the model allows, None if it has no limit."""
     for name in ("max_position_embeddings", "context_length"):
@@ -144,7 +151,8 @@ def restore_rwkv_scale(model: PreTrainedModel) -> None:
     Its first eval forward divides the output weights of layer i by 2^(i // rescale_every). Saving,
     removing layers or taking a fingerprint then would mix two scales. Exact: powers of two.
     """
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if getattr(module, "layers_are_rescaled", False):
             was_training = module.training
             module.training = True

@@ -22,6 +22,7 @@ from prunelight.architecture import (
     first_tensor,
     maximum_length,
     restore_rwkv_scale,
+    vocabulary_size,
 )
 
 # Token ids (N, T), or those with an attention_mask of the same shape (0 = padding).
@@ -66,7 +67,7 @@ def check_windows(model: PreTrainedModel, windows: Windows) -> None:
     limit = maximum_length(model.config)
     if limit is not None and ids.shape[1] > limit:
         raise ValueError(f"seq_len={ids.shape[1]} must be at most {limit}, which the model allows")
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = vocabulary_size(model)
     worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
     if not 0 <= worst < rows:
         raise ValueError(

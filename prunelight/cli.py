@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.argv[1:] = find_configs(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("prunelight").setLevel(
-        logging.INFO if rank_zero_only.rank == 0 else logging.ERROR
+        logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.ERROR
     )
     try:
         CLI(

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.architecture import decoder_layers, maximum_length
+from prunelight.architecture import decoder_layers, maximum_length, vocabulary_size
 from prunelight.calibration import (
     Windows,
     evaluating,
@@ -64,7 +65,7 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
     """Evaluate a model on windows (N, T), or a mapping with attention_mask and labels beside them.
 
     Raises:
-        ValueError: if windows are not token ids.
+        ValueError: if windows are not token ids, or nothing is predicted.
     """
     ids, _ = split_windows(windows)
     labels = _labels(windows)
@@ -80,6 +81,11 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
             quality.update(nll, tokens)
             hits.update(correct, tokens)
     assert start == len(ids)
+    if quality.tokens == 0:
+        raise ValueError(
+            f"windows of shape {tuple(ids.shape)} predict 0 tokens; each needs two tokens or more, "
+            "and labels other than -100"
+        )
     return Evaluation(quality.compute().item(), hits.compute().item(), int(quality.tokens))
 
 
@@ -111,7 +117,7 @@ def measure_speed(model: PreTrainedModel, *, repeats: int = 3) -> Speed:
     """
     tokens = min(_PREFILL_TOKENS, maximum_length(model.config) or _PREFILL_TOKENS)
     ids = torch.arange(3, 3 + tokens, device=model.device)[None]
-    ids = ids % model.get_input_embeddings().weight.shape[0]
+    ids = ids % vocabulary_size(model)
     with evaluating(model):
         prefill = [_seconds(model, lambda: model(ids)) for _ in range(repeats + 1)][1:]
         few = ids[:, :16]
@@ -127,7 +133,7 @@ def measure_speed(model: PreTrainedModel, *, repeats: int = 3) -> Speed:
 
 def _generate(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
     pad = model.config.pad_token_id
-    return model.generate(
+    tokens: Tensor = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
@@ -136,6 +142,7 @@ def _generate(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
         max_new_tokens=count,
         pad_token_id=0 if pad is None else pad,
     )
+    return tokens
 
 
 def greedy_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
@@ -233,6 +240,12 @@ def peak_memory(device: torch.device) -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model to a device, in place, and return it."""
+    movable: Any = model  # transformers decorates `to` in a way that type checkers lose
+    return movable.to(device)
 
 
 def free_memory(device: torch.device) -> int:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from torchmetrics import Metric
-from transformers import PreTrainedModel
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 _CHUNK_TOKENS = 256
@@ -85,7 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total / counted
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of the logits; usable once, which frees its memory."""
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(upstream.to(gradient.dtype)), None
@@ -139,7 +138,7 @@ class TokenAccuracy(Metric):
         return self.correct / self.tokens
 
 
-def parameter_count(model: PreTrainedModel, *, trainable: bool = False) -> int:
+def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:
     """Return the number of parameters, tied ones once; only the trainable ones if asked."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 

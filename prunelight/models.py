@@ -30,6 +30,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from prunelight.architecture import vocabulary_size
+
 log = logging.getLogger(__name__)
 
 # Aliases of weights that a Python package ships: alias -> (package, hub id to fall back on).
@@ -293,7 +295,7 @@ def _check_complete(model: PreTrainedModel, loading: Mapping[str, Any], name: st
 
 
 def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = vocabulary_size(model)
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(
@@ -318,8 +320,8 @@ def _forget_gguf(model: PreTrainedModel) -> None:
         method = model.config.quantization_config.get("quant_method")
     if str(getattr(method, "value", method)) == "gguf":
         del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
+        traces: Any = model
+        traces.hf_quantizer, traces.is_quantized = None, False
 
 
 def _line(error: BaseException) -> str:

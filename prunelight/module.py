@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from prunelight.architecture import decoder_layers, restore_rwkv_scale
 from prunelight.calibration import Windows, split_windows
-from prunelight.evaluation import Measurement, measure_stage, measuring
+from prunelight.evaluation import Measurement, measure_stage, measuring, to_device
 from prunelight.metrics import (
     TokenAccuracy,
     TokenPerplexity,
@@ -150,7 +150,7 @@ class RecoveryModule(LightningModule):
             self.record = self.new_record(self.trainer, model_fingerprint(model))
             device = self.trainer.strategy.root_device
             windows = self.evaluation_windows(self.trainer)
-            self.record.stages.append(measure_stage("dense", model.to(device), windows))
+            self.record.stages.append(measure_stage("dense", to_device(model, device), windows))
         if self.recovery == "none":
             self.trainer.limit_train_batches = 0
 
@@ -320,10 +320,12 @@ class RecoveryModule(LightningModule):
         self.trainer.strategy.barrier("prunelight final")
 
     def _finish(self) -> None:
-        model = self._merged().to(self.trainer.strategy.root_device)
+        model = to_device(self._merged(), self.trainer.strategy.root_device)
         final = self._final_directory()
         with measuring(model.device) as phase:
-            saved = save(model, self._the_tokenizer(), final, plan=None, extra_files=self._plans())
+            saved = save(
+                model, self.checked_tokenizer(), final, plan=None, extra_files=self._plans()
+            )
         record = self.record
         if record is None:
             return
@@ -352,8 +354,14 @@ class RecoveryModule(LightningModule):
         self.model, self._adapted = model, False
         return model.eval()
 
-    def _the_tokenizer(self) -> PreTrainedTokenizerBase:
-        assert self.tokenizer is not None
+    def checked_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of the loaded model.
+
+        Raises:
+            ValueError: if a model was given without one.
+        """
+        if self.tokenizer is None:
+            raise ValueError("module.tokenizer=None: set it together with module.model")
         return self.tokenizer
 
     def _plans(self) -> dict[str, str]:

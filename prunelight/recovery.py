@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,7 +33,7 @@ class LoRA:
     """
 
     r: int = 8
-    alpha: float = 16
+    alpha: int = 16
     dropout: float = 0.05
     targets: list[str] | None = None
 
@@ -83,7 +84,8 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
     Raises:
         ValueError: if a merged weight would be NaN or Inf.
     """
-    restore_rwkv_scale(model.get_base_model())
+    base: Any = model.get_base_model()
+    restore_rwkv_scale(base)
     return model.merge_and_unload(safe_merge=True)
 
 

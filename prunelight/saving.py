@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from prunelight.architecture import maximum_length, restore_rwkv_scale
+from prunelight.architecture import maximum_length, restore_rwkv_scale, vocabulary_size
 from prunelight.calibration import evaluating
-from prunelight.evaluation import free_memory, greedy_tokens
+from prunelight.evaluation import free_memory, greedy_tokens, to_device
 from prunelight.metrics import parameter_bytes
 from prunelight.models import quiet_transformers
 from prunelight.plan import Plan, library_versions, model_fingerprint
@@ -123,10 +123,11 @@ def verify(model: PreTrainedModel, directory: Path) -> str:
             _compare_files(model, directory)
             return "config, shapes and all weights on disk compared (no memory for a second copy)"
         with quiet_transformers():
-            reloaded = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 directory,
                 ignore_mismatched_sizes=True,  # the comparison says which and how
-            ).to(model.device)
+            )
+        reloaded = to_device(loaded, model.device)
         _compare_weights(_weights(model), _weights(reloaded))
         _compare_behaviour(model, reloaded)
     except Exception as error:  # whatever a wrong config makes the model's own code raise
@@ -163,9 +164,8 @@ def _compare_tensor(name: str, memory: Tensor, disk: Tensor) -> None:
 
 def _compare_behaviour(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     length = min(16, (maximum_length(model.config) or 64) - _NEW_TOKENS)
-    ids = torch.randint(vocabulary, (2, length), generator=generator).to(model.device)
+    ids = torch.randint(vocabulary_size(model), (2, length), generator=generator).to(model.device)
     with evaluating(model), evaluating(reloaded):
         expected, found = model(ids).logits, reloaded(ids).logits
     worst = (expected.float() - found.float()).abs().max().item()
@@ -226,5 +226,10 @@ def _replace(temporary: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         os.replace(directory, old)
-    os.replace(temporary, directory)
+    try:
+        os.replace(temporary, directory)
+    except OSError:
+        if old.exists():
+            os.replace(old, directory)
+        raise
     shutil.rmtree(old, ignore_errors=True)

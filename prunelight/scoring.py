@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel
 
 from prunelight.architecture import decoder_layers
@@ -106,9 +106,9 @@ def block_influences(
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
     """Angle between paired vectors (B, D) as a share of pi, in [0, 1] (arXiv:2403.17887)."""
-    cosine = cosine_similarity(x.float(), y.float(), dim=-1)
-    # Rounding can push the cosine of equal vectors above 1, whose arccos is NaN.
-    return torch.arccos(cosine.clamp(-1, 1)) / math.pi
+    u, v = normalize(x.float(), dim=-1), normalize(y.float(), dim=-1)
+    # Not arccos of the cosine: near 1 it is off by 1e-4 in float32, and NaN beyond.
+    return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)) / math.pi
 
 
 def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> list[float]:
