@@ -6,7 +6,6 @@ Speeds are tokens per second of this machine: compare them within one run only.
 from __future__ import annotations
 
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -110,25 +109,26 @@ class Speed:
     decode: float
 
 
-def measure_speed(model: PreTrainedModel, *, repeats: int = 3) -> Speed:
+def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:
     """Measure prefill of 256 tokens (or as many as the model allows) and decoding of 24.
 
-    Medians after one warm-up.
+    The fastest of `repeats`, after a warm-up: other work on the machine only ever adds time.
     """
     tokens = min(_PREFILL_TOKENS, maximum_length(model.config) or _PREFILL_TOKENS)
     ids = torch.arange(3, 3 + tokens, device=model.device)[None]
     ids = ids % vocabulary_size(model)
+    few = ids[:, :16]
+    calls = (
+        lambda: model(ids),
+        lambda: _generate(model, few, 1),
+        lambda: _generate(model, few, 1 + _DECODE_TOKENS),
+    )
     with evaluating(model):
-        prefill = [_seconds(model, lambda: model(ids)) for _ in range(repeats + 1)][1:]
-        few = ids[:, :16]
-        one = [_seconds(model, lambda: _generate(model, few, 1)) for _ in range(2)][1:]
-        many = [
-            _seconds(model, lambda: _generate(model, few, 1 + _DECODE_TOKENS))
-            for _ in range(repeats)
-        ]
+        prefill, one, many = (
+            min([_seconds(model, call) for _ in range(repeats + 1)][1:]) for call in calls
+        )
     # The first generated token pays for the prompt: take its time off.
-    decode = max(statistics.median(many) - statistics.median(one), 1e-9)
-    return Speed(tokens / statistics.median(prefill), _DECODE_TOKENS / decode)
+    return Speed(tokens / prefill, _DECODE_TOKENS / max(many - one, 1e-9))
 
 
 def _generate(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
