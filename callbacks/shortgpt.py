@@ -7,6 +7,7 @@ last layer after the final norm, count padding and rank sums in float16; see pru
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,9 @@ from prunelight.calibration import Windows, check_windows, split_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.plan import Plan, RemoveLayers, describe_model, describe_windows
 from prunelight.scoring import angular_distances, block_influences
+from prunelight.surgery import check_removable
+
+log = logging.getLogger(__name__)
 
 SCORES = ("block_influence", "angular")
 
@@ -79,13 +83,17 @@ class ShortGPT(PruningCallback):
         }
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check that the model has enough layers that are not protected.
+        """Check that the model has enough layers that may be removed.
 
         Raises:
-            ValueError: if it has not.
+            ValueError: if it has not, or its layers depend on each other.
         """
         total = len(decoder_layers(model))
         count = layers_to_remove(self.ratio, self.num_layers, total)
+        if count > 0:
+            check_removable(model)
+        elif self.ratio:
+            log.warning("ratio=%s removes none of %d decoder layers", self.ratio, total)
         self._choose([0.0] * self._num_scores(total, count), count)
 
     @torch.no_grad()

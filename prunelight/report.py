@@ -136,7 +136,7 @@ def plot_layers(plan: dict[str, Any], path: Path) -> None:
 
     Drawn is the first list of scores with one entry a layer, else the first list (the angular
     distance has one entry a window, at the window's first layer). The scale is logarithmic if all
-    scores are positive and span more than a factor of 50. Raises ValueError without such a list.
+    scores are positive and span more than a factor of 20. Raises ValueError without such a list.
     """
     from matplotlib.figure import Figure  # the object API: no pyplot, no global state
 
@@ -178,7 +178,7 @@ def _draw_bars(
     for layer in removed:
         axes.axvspan(layer - 0.5, layer + 0.5, color="#faeadf", linewidth=0, zorder=0)
     unit = "nats" if {"nll", "kl"} & set(name.split("_")) else "dimensionless"
-    if finite and min(finite) > 0 and max(finite) > 50 * min(finite):
+    if finite and min(finite) > 0 and max(finite) > 20 * min(finite):
         axes.set_yscale("log")
         axes.set_ylim(bottom=min(finite) / 2)  # so that the shortest bar is seen
         unit += ", log scale"
@@ -282,7 +282,6 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
 def _loading(name: str) -> str:
     return (
         "In the directory of this report:\n\n```python\n"
-        "import prunelight  # only needed for classes that transformers does not have (slicing)\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n```"

@@ -92,12 +92,7 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     RemoveLayers(tuple(layers)).check(len(old))
     if not layers:
         return
-    for name in REFUSED_FIELDS:
-        if getattr(model.config, name, None):
-            raise ValueError(
-                f"{name}={getattr(model.config, name)} of {model.config.model_type} makes layers "
-                "depend on each other or on their index; removing layers would change the others"
-            )
+    check_removable(model)
     restore_rwkv_scale(model)
     kept = [i for i in range(len(old)) if i not in set(layers)]
     _move_first_norm(old[0], old[kept[0]])
@@ -106,6 +101,20 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     setattr(model.get_submodule(parent), name, left)
     _renumber(left)
     cut_config(model.config, kept, len(old))
+
+
+def check_removable(model: PreTrainedModel) -> None:
+    """Check that decoder layers can be removed without changing what the others compute.
+
+    Raises:
+        ValueError: if the model's config ties layers to their index or to each other.
+    """
+    for name in REFUSED_FIELDS:
+        if getattr(model.config, name, None):
+            raise ValueError(
+                f"{name}={getattr(model.config, name)} of {model.config.model_type} makes layers "
+                "depend on each other or on their index; removing layers would change the others"
+            )
 
 
 def _move_first_norm(first: nn.Module, new_first: nn.Module) -> None:
@@ -145,10 +154,11 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int], total: int) -> Non
         if isinstance(values.get(name), int)
     }
     dense = _dense_layers(values, total)
-    # One assignment at a time would leave a config that contradicts itself in between.
     config.num_hidden_layers = len(kept)
     for name, value in {**lists, **counts}.items():
         setattr(config, name, value)
+    if "attention_types" in values:  # GPT-Neo derives attention_layers, cut above, from this
+        config.attention_types = [[[kind], 1] for kind in config.attention_layers]
     if dense is not None:
         config.decoder_sparse_step = 1
         config.mlp_only_layers = [new for new, i in enumerate(kept) if i in dense]

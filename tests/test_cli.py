@@ -17,9 +17,7 @@ from prunelight.cli import CLI, Trainer, find_configs, main, our_error
 from prunelight.data import TextDataModule
 from prunelight.module import RecoveryModule
 
-CONFIGS = sorted(
-    path.name for path in files("prunelight.configs").iterdir() if path.suffix == ".yaml"
-)
+CONFIGS = sorted(Path(str(files("prunelight.configs"))).glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def fails(capsys, *arguments):
     return stopped.value.code
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_parses_and_says_how_it_is_run(config):
     text = config.read_text(encoding="utf-8")
     assert f"prunelight fit --config {config.name}" in text

@@ -58,6 +58,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 # Not in the table of architectures: found by structure.
 UNKNOWN_FAMILIES: dict[str, dict[str, object]] = {
     "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 8},
 }
 
 
