@@ -20,19 +20,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from prunelight.calibration import Windows, check_windows, split_windows
+from prunelight.distributed import check_strategy, on_rank_zero
 from prunelight.evaluation import (
     Measurement,
+    device_name,
     forward_seconds,
     free_memory,
     measure_stage,
     measuring,
+    new_record,
     to_device,
 )
 from prunelight.metrics import parameter_bytes
 from prunelight.module import RecoveryModule
 from prunelight.plan import Plan, describe_windows, fingerprint_of, model_fingerprint
+from prunelight.recovery import check_targets
 from prunelight.report import Cost, RunRecord
-from prunelight.saving import MARKER, check_replaceable, save
+from prunelight.saving import check_replaceable, save
 from prunelight.surgery import apply
 
 log = logging.getLogger(__name__)
@@ -71,6 +75,7 @@ class PruningCallback(Callback, ABC):
                     f"{type(pl_module).__name__}; elsewhere call plan and prunelight.apply yourself"
                 )
             if pl_module.base is None:  # a second fit goes on with the pruned model
+                pl_module.check_output()
                 prune_base(trainer, pl_module, callbacks)
 
 
@@ -88,52 +93,60 @@ def prune_base(
         ValueError, TypeError: for arguments or data that do not fit, before the first forward.
         RuntimeError: on the other ranks, if rank 0 failed.
     """
-    module.check_strategy(trainer)
-    failure: BaseException | None = None
-    directory: str | None = None
-    if trainer.is_global_zero:
-        try:
-            directory = str(_prune_on_rank_zero(trainer, module, callbacks))
-        except Exception as error:  # the other ranks wait for word
-            failure = error
-    told, reason = trainer.strategy.broadcast((directory, failure and str(failure)))
-    if failure is not None:
-        raise failure
-    if told is None:
-        raise RuntimeError(f"pruning failed on rank 0: {reason}")
-    record = RunRecord.from_dict(json.loads((Path(told) / MEASURED).read_text())["record"])
-    module.use_base(Path(told), record)
+    check_strategy(trainer)
+    told = on_rank_zero(trainer, lambda: str(_prune_on_rank_zero(trainer, module, callbacks)))
+    assert told is not None
+    module.use_base(Path(told), _read_measured(Path(told)))
 
 
 def _prune_on_rank_zero(
     trainer: Trainer, module: RecoveryModule, callbacks: Sequence[PruningCallback]
 ) -> Path:
-    root = Path(trainer.default_root_dir)
-    check_replaceable(root / "final")
     datamodule: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(datamodule, "calibration_windows"):
-        raise ValueError(
-            "pruning needs calibration windows: give the Trainer a TextDataModule, or a "
-            "LightningDataModule with a method calibration_windows()"
-        )
+    for needed in ("calibration_windows", "validation_windows"):
+        if not hasattr(datamodule, needed):
+            raise ValueError(
+                f"pruning needs data: give the Trainer a TextDataModule, or a LightningDataModule "
+                f"with a method {needed}()"
+            )
     model = module.load_model()
     for callback in callbacks:
         callback.check(model)
+    check_targets(model, module.lora)
     windows = datamodule.calibration_windows()
     check_windows(model, windows)
     check_windows(model, module.evaluation_windows(trainer))
     fingerprint = _base_fingerprint(model, callbacks, windows)
-    directory = root / f"pruned-{fingerprint}"
+    directory = Path(trainer.default_root_dir) / f"pruned-{fingerprint}"
     check_replaceable(directory)
-    reusable = (directory / MARKER).is_file() and (directory / MEASURED).is_file()
-    model = _to_root_device(model, trainer)
-    if reusable and _evaluated_alike(directory, module, trainer):
-        log.info("reusing %s: same model, arguments and calibration", directory)
-        _mark_reused(directory)
-    else:
+    record = _read_measured(directory)
+    if record is None:
         _make_base(trainer, module, callbacks, windows, directory, fingerprint)
+    else:
+        log.info("reusing %s: same model, arguments and calibration", directory)
+        _reuse_base(trainer, module, directory, record)
     module.forget_model()
     return directory
+
+
+def _reuse_base(
+    trainer: Trainer, module: RecoveryModule, directory: Path, record: RunRecord
+) -> None:
+    """Keep the decision; measure again if text or device of the evaluation are others."""
+    record.costs = [replace(cost, reused=True) for cost in record.costs]
+    described = module.describe_evaluation(trainer)
+    same_text = record.evaluation["fingerprint"] == described["fingerprint"]
+    if not same_text or record.device != device_name(trainer.strategy.root_device):
+        evaluated = module.evaluation_windows(trainer)
+        dense = _to_root_device(module.load_model(), trainer)
+        stages = [measure_stage("dense", dense, evaluated)]
+        record.device = device_name(dense.device)
+        module.use_base(directory, None)
+        pruned = _to_root_device(module.load_model(), trainer)
+        stages.append(measure_stage("pruned", pruned, evaluated))
+        module.base = None
+        record.stages, record.evaluation = stages, described
+    _write_measured(directory, record)
 
 
 def _make_base(
@@ -144,9 +157,10 @@ def _make_base(
     directory: Path,
     fingerprint: str,
 ) -> None:
-    model = module.load_model()
+    model = _to_root_device(module.load_model(), trainer)
     evaluated = module.evaluation_windows(trainer)
-    record = module.new_record(trainer, fingerprint)
+    described = module.describe_evaluation(trainer)
+    record = new_record(module.name, model, fingerprint, described)
     with measuring(model.device) as dense:
         record.stages.append(measure_stage("dense", model, evaluated))
     record.forward_seconds = unit = forward_seconds(model, windows)
@@ -170,7 +184,12 @@ def _make_base(
     with measuring(model.device) as phase:
         others = {f"plan-{i + 2}.json": json.dumps(p.to_dict()) for i, p in enumerate(plans[1:])}
         saved = save(
-            model, module.checked_tokenizer(), directory, plan=plans[0], extra_files=others
+            model,
+            module.checked_tokenizer(),
+            directory,
+            plan=plans[0],
+            extra_files=others,
+            trust_remote_code=module.trust_remote_code,
         )
     cost("save and verify pruned", phase)
     record.verification[directory.name] = saved.verification
@@ -192,21 +211,24 @@ def _base_fingerprint(
 ) -> str:
     methods = [[type(c).__name__, c.version, c.arguments()] for c in callbacks]
     data = describe_windows(*split_windows(windows))
-    return fingerprint_of(model_fingerprint(model), str(model.dtype), methods, data)
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version"):  # not what the model computes
+        config.pop(name, None)
+    return fingerprint_of(model_fingerprint(model), str(model.dtype), config, methods, data)
 
 
-def _evaluated_alike(directory: Path, module: RecoveryModule, trainer: Trainer) -> bool:
-    record = json.loads((directory / MEASURED).read_text())["record"]
-    return record["evaluation"] == module.describe_evaluation(trainer)
-
-
-def _mark_reused(directory: Path) -> None:
-    record = RunRecord.from_dict(json.loads((directory / MEASURED).read_text())["record"])
-    record.costs = [replace(cost, reused=True) for cost in record.costs]
-    _write_measured(directory, record)
+def _read_measured(directory: Path) -> RunRecord | None:
+    """Return the record of a base on disk; None if there is no whole one of this version."""
+    try:
+        return RunRecord.from_dict(json.loads((directory / MEASURED).read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        log.warning("%s is damaged or of another version (%s): pruning anew", directory, error)
+        return None
 
 
 def _write_measured(directory: Path, record: RunRecord) -> None:
     temporary = directory / f".{MEASURED}.tmp"
-    temporary.write_text(json.dumps({"record": record.to_dict()}, indent=1))
+    temporary.write_text(json.dumps(record.to_dict(), indent=1))
     temporary.replace(directory / MEASURED)

@@ -64,9 +64,7 @@ def check_windows(model: PreTrainedModel, windows: Windows) -> None:
         ValueError: if they are longer than the model allows or hold ids that it does not have.
     """
     ids, _ = split_windows(windows)
-    limit = maximum_length(model.config)
-    if limit is not None and ids.shape[1] > limit:
-        raise ValueError(f"seq_len={ids.shape[1]} must be at most {limit}, which the model allows")
+    check_length(model, ids.shape[1])
     rows = vocabulary_size(model)
     worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
     if not 0 <= worst < rows:
@@ -74,6 +72,17 @@ def check_windows(model: PreTrainedModel, windows: Windows) -> None:
             f"token id {worst} must lie in [0, {rows - 1}], the model's vocabulary; use the "
             "model's own tokenizer"
         )
+
+
+def check_length(model: PreTrainedModel, seq_len: int) -> None:
+    """Check that the model allows sequences of `seq_len` tokens.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    limit = maximum_length(model.config)
+    if limit is not None and seq_len > limit:
+        raise ValueError(f"seq_len={seq_len} must be at most {limit}, which the model allows")
 
 
 def micro_batches(

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 import prunelight.callbacks
 from prunelight.callbacks.base import prune_base, pruning_callbacks
 from prunelight.data import TextDataModule
+from prunelight.distributed import check_strategy
 from prunelight.module import RecoveryModule
 from prunelight.report import summary_table, write_report
 
@@ -47,6 +49,7 @@ class Trainer(pl.Trainer):
         self.datamodule = datamodule
         if not self.is_global_zero:
             return  # one process is enough to prune; the others would write the same
+        model.check_output()
         prune_base(self, model, callbacks)
         assert model.record is not None
         write_report(Path(self.default_root_dir), model.record)
@@ -65,10 +68,25 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data use the model's own tokenizer."""
         parser.link_arguments("model.name", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+
+    def instantiate_trainer(self, **kwargs: object) -> pl.Trainer:
+        """Log to CSV files inside the run's own directory, unless told otherwise."""
+        settings = self._get(self.config_init, "trainer", default={})
+        if settings.get("logger") is None:
+            root = settings.get("default_root_dir") or Path.cwd()
+            kwargs["logger"] = CSVLogger(root, name="logs")
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Refuse a strategy before any process is started."""
-        self.model.check_strategy(self.trainer)
+        """Refuse a strategy or a checkpoint before any process is started."""
+        check_strategy(self.trainer)
+        path = self._get(self.config_init, "ckpt_path")
+        if path and path not in ("best", "last", "hpc", "registry") and not Path(path).exists():
+            raise FileNotFoundError(
+                f"ckpt_path={str(path)!r} does not exist; give a checkpoint of an earlier run, or "
+                "last for the newest"
+            )
 
     def after_fit(self) -> None:
         """Show the result."""
@@ -101,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             trainer_class=Trainer,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": "prunelight"},
+            auto_configure_optimizers=False,
         )
     except Exception as error:
         ours = our_error(error)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -21,13 +22,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from prunelight import windows as text
+from prunelight.calibration import Windows
 from prunelight.models import load_tokenizer
 
 log_once = rank_zero_only(logging.getLogger(__name__).info)
 
 # N examples, T tokens of the longest
 Example = tuple[Tensor, Tensor]  # input_ids and labels, LongTensors (T,)
-Windows = Tensor | dict[str, Tensor]
 
 
 class TextDataModule(LightningDataModule):
@@ -46,6 +47,7 @@ class TextDataModule(LightningDataModule):
         bos: "auto", "always" or "never": whether each window starts with the BOS token.
         seed: of the training order and of the choice of calibration windows.
         num_workers: processes that load batches.
+        trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
         ValueError: if a number is out of range.
@@ -66,6 +68,7 @@ class TextDataModule(LightningDataModule):
         bos: text.Bos = "auto",
         seed: int = 0,
         num_workers: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         lowest = {"seq_len": 2, "batch_size": 1, "num_calibration": 1, "num_validation": 1}
@@ -73,7 +76,9 @@ class TextDataModule(LightningDataModule):
         for (name, low), value in zip(lowest.items(), given, strict=True):
             if value is not None and value < low:
                 raise ValueError(f"{name}={value} must be at least {low}; raise it or leave it out")
-        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        if isinstance(tokenizer, str):
+            tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+        self.tokenizer = tokenizer
         text.bos_token_id(self.tokenizer, bos)  # raises now rather than after minutes of other work
         self.sources = {"train": train, "validation": validation, "calibration": calibration}
         self.seq_len, self.batch_size, self.num_workers = seq_len, batch_size, num_workers
@@ -106,6 +111,12 @@ class TextDataModule(LightningDataModule):
         (N, T). Raises ValueError if there are fewer calibration examples than `num_calibration`.
         """
         examples = self.examples("calibration")
+        if self.num_calibration > len(examples):
+            raise ValueError(
+                f"num_calibration={self.num_calibration} must be at most {len(examples)}, which "
+                f"calibration={self.sources['calibration']!r} holds at seq_len={self.seq_len}; "
+                "give more text, or lower num_calibration or seq_len"
+            )
         drawn = text.sample_indices(len(examples), self.num_calibration, seed=self.seed)
         windows = self._windows([examples[i] for i in drawn])
         if isinstance(windows, dict):
@@ -125,8 +136,23 @@ class TextDataModule(LightningDataModule):
         return self._loader(examples, DistributedSampler(examples, **share, seed=self.seed))  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
-        """Batches of the validation examples, in order."""
-        return self._loader(self.examples("validation"), None)
+        """Batches of the validation examples, in order; over processes, none of them twice.
+
+        Raises:
+            ValueError: if there are fewer examples than processes.
+        """
+        examples = self.examples("validation")
+        share = self.trainer and self.trainer.distributed_sampler_kwargs
+        if not share:
+            return self._loader(examples, None)
+        if len(examples) < share["num_replicas"]:
+            raise ValueError(
+                f"validation={self.sources['validation']!r} holds {len(examples)} examples for "
+                f"{share['num_replicas']} processes; each needs one"
+            )
+        # A plain DistributedSampler repeats examples until all processes have equally many.
+        sampler = UnrepeatedDistributedSampler(examples, **share, shuffle=False)
+        return self._loader(examples, sampler)
 
     test_dataloader = val_dataloader
 

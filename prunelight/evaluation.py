@@ -27,14 +27,15 @@ from prunelight.calibration import (
     split_windows,
 )
 from prunelight.metrics import (
-    IGNORED,
     TokenAccuracy,
     TokenPerplexity,
     next_token_sums,
     parameter_bytes,
     parameter_count,
 )
-from prunelight.report import Stage
+from prunelight.plan import library_versions
+from prunelight.report import RunRecord, Stage
+from prunelight.windows import IGNORED_LABEL
 
 # Logits are the largest tensor of an evaluation: (tokens, vocabulary) in the model's dtype.
 _EVALUATION_TOKENS = 1024
@@ -98,7 +99,7 @@ def _labels(windows: Windows) -> Tensor:
         return ids
     # Left padding must not predict the first token of its sequence: only from the second on.
     second_on = mask.bool() & (mask.cumsum(dim=1) > 1)
-    return ids.masked_fill(~second_on, IGNORED)
+    return ids.masked_fill(~second_on, IGNORED_LABEL)
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,28 @@ def measure_stage(name: str, model: PreTrainedModel, windows: Windows) -> Stage:
     )
 
 
+def new_record(
+    name: str, model: PreTrainedModel, fingerprint: str, evaluation: dict[str, Any]
+) -> RunRecord:
+    """Start the record of a run from the dense model, before anything is measured."""
+    return RunRecord(
+        model=name,
+        device=device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        fingerprint=fingerprint,
+        plans=[],
+        stages=[],
+        costs=[],
+        checkpoint_bytes=parameter_bytes(model),
+        layer_bytes=max(parameter_bytes(layer) for layer in decoder_layers(model)),
+        recovery={},
+        evaluation=evaluation,
+        verification={},
+        versions=library_versions(),
+        warnings=[],
+    )
+
+
 @dataclass
 class Measurement:
     """Seconds and peak memory of one phase; filled in when the phase ends."""
@@ -219,6 +242,8 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device; does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _reset_peak(device: torch.device) -> None:
@@ -248,8 +273,14 @@ def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return movable.to(device)
 
 
+def device_name(device: torch.device) -> str:
+    """Return a device's name for reports: that of the card, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on a device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from torchmetrics import Metric
 
-IGNORED = -100  # the label that transformers leaves out of the loss
+from prunelight.windows import IGNORED_LABEL
+
 _CHUNK_TOKENS = 256
 
 
@@ -31,16 +32,15 @@ def next_token_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
     Returns:
         Scalars: summed negative log-likelihood in nats (float64), correct predictions, tokens.
     """
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1])
-    target = labels[:, 1:].reshape(-1).to(logits.device)
+    flat, target = logits.flatten(0, 1), _targets(labels.to(logits.device))
     nll = torch.zeros((), dtype=torch.float64)
     correct = torch.zeros((), dtype=torch.long, device=logits.device)
     for part, wanted in zip(flat.split(_CHUNK_TOKENS), target.split(_CHUNK_TOKENS), strict=True):
         # In chunks: a float32 copy of all logits is the largest tensor of an evaluation.
-        loss = cross_entropy(part.float(), wanted, ignore_index=IGNORED, reduction="sum")
-        nll += loss.double().cpu()
+        loss = cross_entropy(part.float(), wanted, ignore_index=IGNORED_LABEL, reduction="sum")
+        nll += loss.cpu().double()  # not every device has float64
         correct += (part.argmax(-1) == wanted).sum()
-    return nll, correct.cpu(), (target != IGNORED).sum().cpu()
+    return nll, correct.cpu(), (target != IGNORED_LABEL).sum().cpu()
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -56,24 +56,34 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar in nats, float32; 0 if no token counts.
     """
-    targets = pad(labels[:, 1:], (0, 1), value=IGNORED)
-    loss: Tensor = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+    loss: Tensor = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), _targets(labels))
     return loss
 
 
+def _targets(labels: Tensor) -> Tensor:
+    """Return what each position predicts, (B, T) -> (B * T,); nothing at the last one."""
+    return pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy whose gradient, in the logits' dtype, is made in the forward."""
+    """Cross-entropy whose gradient is made in the forward.
+
+    It is held in the logits' dtype, but in float32 for float16 logits: before the loss is scaled,
+    most of its entries are too small for float16.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss over targets that are not ignored."""
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        counted = (targets != IGNORED).sum().clamp(min=1)
-        total = torch.zeros((), device=logits.device)
+        dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.empty_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
+        ctx.dtype = logits.dtype
+        counted = (targets != IGNORED_LABEL).sum().clamp(min=1)
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
         for start in range(0, len(logits), _CHUNK_TOKENS):
             part = slice(start, start + _CHUNK_TOKENS)
             wanted = targets[part].clamp(min=0)[:, None]
-            keep = (targets[part] != IGNORED)[:, None]
+            keep = (targets[part] != IGNORED_LABEL)[:, None]
             log_probabilities = logits[part].float().log_softmax(-1)
             total -= (log_probabilities.gather(1, wanted) * keep).sum()
             if gradient is not None:
@@ -87,7 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of the logits; usable once, which frees its memory."""
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(upstream.to(gradient.dtype)), None
+        return gradient.mul_(upstream).to(ctx.dtype), None
 
 
 class TokenPerplexity(Metric):
@@ -96,22 +106,24 @@ class TokenPerplexity(Metric):
     higher_is_better = False
     is_differentiable = False
     full_state_update = False
-    nll: Tensor
+    micronats: Tensor
     tokens: Tensor
 
     def __init__(self, **kwargs: Any) -> None:  # torchmetrics' own keyword arguments
         super().__init__(**kwargs)
-        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # Whole numbers: a Trainer with precision bf16-true casts every floating-point state, in
+        # which a sum of thousands of batches no longer grows.
+        self.add_state("micronats", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, tokens: Tensor) -> None:
         """Add a summed negative log-likelihood in nats and its number of tokens."""
-        self.nll += nll.to(self.nll.device)
+        self.micronats += (nll.cpu().double() * 1e6).round().long().to(self.micronats.device)
         self.tokens += tokens.to(self.tokens.device)
 
     def compute(self) -> Tensor:
         """Return the perplexity, float64 scalar in [1, inf)."""
-        return torch.exp(self.nll / self.tokens)
+        return torch.exp(self.micronats.cpu().double() / 1e6 / self.tokens.cpu())
 
 
 class TokenAccuracy(Metric):

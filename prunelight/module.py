@@ -11,32 +11,37 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import AdamW
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, get_scheduler
 
-from prunelight.architecture import decoder_layers, restore_rwkv_scale
-from prunelight.calibration import Windows, split_windows
-from prunelight.evaluation import Measurement, measure_stage, measuring, to_device
+from prunelight.architecture import restore_rwkv_scale
+from prunelight.calibration import Windows, check_length, split_windows
+from prunelight.distributed import check_strategy, on_rank_zero
+from prunelight.evaluation import (
+    Measurement,
+    measure_stage,
+    measuring,
+    new_record,
+    to_device,
+)
 from prunelight.metrics import (
     TokenAccuracy,
     TokenPerplexity,
     next_token_loss,
     next_token_sums,
-    parameter_bytes,
     parameter_count,
 )
 from prunelight.models import load, resolve_dtype
-from prunelight.plan import describe_windows, library_versions, model_fingerprint
+from prunelight.plan import describe_windows, model_fingerprint
 from prunelight.recovery import LoRA, attach_lora, freeze, merge_lora, train_all
 from prunelight.report import Cost, RunRecord, write_report
 from prunelight.saving import check_replaceable, save
@@ -58,7 +63,8 @@ class RecoveryModule(LightningModule):
         learning_rate: peak learning rate.
         warmup_steps: optimizer steps over which it rises linearly from 0.
         lr_scheduler: what follows: a schedule of transformers.get_scheduler.
-        optimizer: called with the trainable parameters and lr.
+        optimizer: called with the trainable parameters; brings its own learning rate. None takes
+            AdamW with `learning_rate`.
         gradient_checkpointing: compute activations again in the backward, for memory.
         trust_remote_code: run Python code that comes with the model.
 
@@ -78,7 +84,7 @@ class RecoveryModule(LightningModule):
         learning_rate: float = 1e-4,
         warmup_steps: int = 100,
         lr_scheduler: str = "linear",
-        optimizer: OptimizerCallable = AdamW,
+        optimizer: OptimizerCallable | None = None,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
@@ -89,6 +95,11 @@ class RecoveryModule(LightningModule):
             raise ValueError(
                 f"learning_rate={learning_rate} must be above 0 and warmup_steps={warmup_steps} "
                 "at least 0"
+            )
+        if lr_scheduler not in {kind.value for kind in SchedulerType}:
+            raise ValueError(
+                f"lr_scheduler={lr_scheduler!r} must be one of "
+                f"{', '.join(kind.value for kind in SchedulerType)}"
             )
         resolve_dtype(dtype)
         self.name = name
@@ -141,33 +152,40 @@ class RecoveryModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check strategy and output; load the model if no callback did. Lightning calls it."""
-        self.check_strategy(self.trainer)
-        model = self.load_model() if not self._adapted else None
-        if stage != "fit" or model is None:
+        check_strategy(self.trainer)
+        if self._adapted:
             return
-        check_replaceable(self._final_directory())
-        if self.record is None and self._evaluates(self.trainer) and self.trainer.is_global_zero:
-            self.record = self.new_record(self.trainer, model_fingerprint(model))
-            device = self.trainer.strategy.root_device
-            windows = self.evaluation_windows(self.trainer)
-            self.record.stages.append(measure_stage("dense", to_device(model, device), windows))
+        model = self.load_model()
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        check_length(model, getattr(datamodule, "seq_len", 0))
+        if stage != "fit":
+            return
+        self.check_output()
+        if self.record is None and hasattr(datamodule, "validation_windows"):
+            on_rank_zero(self.trainer, lambda: self._measure_dense(model))
         if self.recovery == "none":
             self.trainer.limit_train_batches = 0
 
-    def check_strategy(self, trainer: Trainer) -> None:
-        """Check that the strategy leaves the right model in the right process.
+    def _measure_dense(self, model: PreTrainedModel) -> None:
+        described = self.describe_evaluation(self.trainer)
+        self.record = new_record(self.name, model, model_fingerprint(model), described)
+        model = to_device(model, self.trainer.strategy.root_device)
+        windows = self.evaluation_windows(self.trainer)
+        self.record.stages.append(measure_stage("dense", model, windows))
+
+    def check_output(self) -> None:
+        """Check that the run may write its result and report.
 
         Raises:
-            ValueError: for spawn and fork strategies, and for sharded ones.
+            FileExistsError: if there is a final/ or a report.md that prunelight did not write.
         """
-        strategy, name = trainer.strategy, type(trainer.strategy).__name__
-        if isinstance(strategy.launcher, _MultiProcessingLauncher):
-            raise ValueError(
-                f"strategy {name} starts its processes by spawn or fork, after which the main "
-                "process holds a model that was never pruned; use strategy=ddp"
+        check_replaceable(self._final_directory())
+        report = self._root() / "report.md"
+        if report.exists() and not report.with_name("report.json").exists():
+            raise FileExistsError(
+                f"{report} exists and has no report.json of prunelight beside it; set "
+                "trainer.default_root_dir to a directory of its own"
             )
-        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise ValueError(f"strategy {name} is not supported; use one device or strategy=ddp")
 
     def configure_model(self) -> None:
         """Make the model trainable, before the optimizer exists. Lightning calls it."""
@@ -188,6 +206,11 @@ class RecoveryModule(LightningModule):
         if self.recovery == "lora":
             self.model = attach_lora(model, self.lora)
         elif self.recovery == "full":
+            if model.dtype != torch.float32:
+                self._warn(
+                    f"recovery=full trains {model.dtype} weights, in which small updates are lost; "
+                    "set model.dtype=float32 and trainer.precision=bf16-mixed"
+                )
             train_all(model)
         else:
             freeze(model)
@@ -201,22 +224,36 @@ class RecoveryModule(LightningModule):
             parameter_count(self.model) / 1e6,
         )
 
+    def _warn(self, text: str) -> None:
+        """Warn now and in the report."""
+        log.warning(text)
+        if self.record is not None:
+            self.record.warnings.append(text)
+
     # --- training ----------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return logits (B, T, V) for token ids (B, T)."""
         assert self.model is not None
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None  # lets attention take its causal fast path
         return self.model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).logits
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> Any:
+        """Count tokens, and leave out a mask without padding, while the batch is on the CPU.
+
+        Without a mask attention takes its causal fast path; on a GPU either look would wait.
+        """
+        mask = batch.get("attention_mask")
+        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        if self.trainer.training:
+            self._tokens_seen += tokens * self.trainer.world_size
+        return {**batch, "attention_mask": None if mask is None or mask.all() else mask}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy over the tokens whose label counts."""
         logits = self(batch["input_ids"], batch["attention_mask"])
         loss = next_token_loss(logits, batch["labels"])
-        self._tokens_seen += int(batch["attention_mask"].sum()) * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -245,7 +282,8 @@ class RecoveryModule(LightningModule):
             )
         if self.warmup_steps >= steps:
             log.warning("warmup_steps=%d reaches past the %d steps", self.warmup_steps, steps)
-        optimizer = self.optimizer(parameters, lr=self.learning_rate)  # type: ignore[call-arg]
+        make = self.optimizer or partial(AdamW, lr=self.learning_rate)
+        optimizer = make(parameters)
         scheduler = get_scheduler(self.lr_scheduler_name, optimizer, self.warmup_steps, int(steps))
         return {
             "optimizer": optimizer,
@@ -315,16 +353,19 @@ class RecoveryModule(LightningModule):
 
     def on_fit_end(self) -> None:
         """Merge adapters, save a verified directory, evaluate, and write the report."""
-        if self.trainer.is_global_zero:
-            self._finish()
-        self.trainer.strategy.barrier("prunelight final")
+        model = self._merged()  # on every rank: a validation may follow
+        on_rank_zero(self.trainer, lambda: self._finish(model))
 
-    def _finish(self) -> None:
-        model = to_device(self._merged(), self.trainer.strategy.root_device)
+    def _finish(self, model: PreTrainedModel) -> None:
+        model = to_device(model, self.trainer.strategy.root_device)
         final = self._final_directory()
         with measuring(model.device) as phase:
             saved = save(
-                model, self.checked_tokenizer(), final, plan=None, extra_files=self._plans()
+                model,
+                self.checked_tokenizer(),
+                final,
+                extra_files=self._plans(),
+                trust_remote_code=self.trust_remote_code,
             )
         record = self.record
         if record is None:
@@ -395,41 +436,13 @@ class RecoveryModule(LightningModule):
 
     # --- the record of the run ---------------------------------------------------------------
 
-    def _evaluates(self, trainer: Trainer) -> bool:
-        return hasattr(getattr(trainer, "datamodule", None), "validation_windows")
-
     def evaluation_windows(self, trainer: Trainer) -> Windows:
         """Return the held-out windows on which dense, pruned and recovered model are compared."""
         return trainer.datamodule.validation_windows()  # type: ignore[attr-defined]
 
     def describe_evaluation(self, trainer: Trainer) -> dict[str, Any]:
         """Return facts about the evaluation windows: source, numbers and fingerprint."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        described = data.describe() if hasattr(data, "describe") else {}
-        source = described.get("sources", {}).get("validation", type(data).__name__)
+        data: Any = getattr(trainer, "datamodule", None)
+        source = getattr(data, "sources", {}).get("validation", type(data).__name__)
         windows = self.evaluation_windows(trainer)
         return {"source": str(source), **describe_windows(*split_windows(windows))}
-
-    def new_record(self, trainer: Trainer, fingerprint: str) -> RunRecord:
-        """Start the record of a run from the dense model."""
-        model = self.load_model()
-        layers = decoder_layers(model)
-        device = trainer.strategy.root_device
-        cuda = device.type == "cuda"
-        return RunRecord(
-            model=self.name,
-            device=torch.cuda.get_device_name(device) if cuda else str(device),
-            dtype=str(model.dtype).removeprefix("torch."),
-            fingerprint=fingerprint,
-            plans=[],
-            stages=[],
-            costs=[],
-            checkpoint_bytes=parameter_bytes(model),
-            layer_bytes=max(parameter_bytes(layer) for layer in layers),
-            forward_seconds=float("nan"),
-            recovery={},
-            evaluation=self.describe_evaluation(trainer),
-            verification={},
-            versions=library_versions(),
-            warnings=[],
-        )

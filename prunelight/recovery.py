@@ -77,6 +77,22 @@ def attach_lora(model: PreTrainedModel, settings: LoRA) -> PeftModel:
     return wrapped
 
 
+def check_targets(model: PreTrainedModel, settings: LoRA) -> None:
+    """Check, without attaching anything, that every target names a module.
+
+    Raises:
+        ValueError: for a target that is the name of no module.
+    """
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    paths = {name for name, _ in model.named_modules()}
+    missing = [t for t in settings.targets or [] if t not in names | paths]
+    if missing:
+        raise ValueError(
+            f"lora.targets={missing} fit no module of {model.config.model_type}; its projections "
+            f"are {lora_targets(model)[0]}"
+        )
+
+
 @torch.no_grad()
 def merge_lora(model: PeftModel) -> PreTrainedModel:
     """Merge the adapters into the base, in place, and return the base without adapters.

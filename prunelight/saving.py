@@ -57,6 +57,7 @@ def save(
     *,
     plan: Plan | None = None,
     extra_files: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
 ) -> Saved:
     """Write a verified transformers directory: all of it, or nothing.
 
@@ -66,6 +67,7 @@ def save(
         directory: new, empty, or written by prunelight before (then replaced).
         plan: written as plan.json.
         extra_files: file name -> text, written beside the weights.
+        trust_remote_code: for a model whose code came with it: verifying runs that code.
 
     Raises:
         FileExistsError: if the directory exists and is not ours.
@@ -86,7 +88,7 @@ def save(
         if plan is not None:
             plan.save(temporary / "plan.json")
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
-        saved = Saved(str(directory), size, verify(model, temporary))
+        saved = Saved(str(directory), size, verify(model, temporary, trust_remote_code))
         _write_marker(temporary, model, saved)
         _replace(temporary, directory)
     finally:
@@ -111,20 +113,22 @@ def check_replaceable(directory: Path) -> None:
     )
 
 
-def verify(model: PreTrainedModel, directory: Path) -> str:
+def verify(model: PreTrainedModel, directory: Path, trust_remote_code: bool = False) -> str:
     """Compare a saved directory with the model in memory; return how it was done.
 
     Raises:
         RuntimeError: if anything differs or the directory does not load; says what.
     """
     try:
-        # Twice: loading may hold the weights a second time while it converts them.
-        if free_memory(model.device) < 2 * parameter_bytes(model):
+        # Loading happens on the CPU and may hold the weights twice while it converts them.
+        size = parameter_bytes(model)
+        if free_memory(torch.device("cpu")) < 2 * size or free_memory(model.device) < size:
             _compare_files(model, directory)
             return "config, shapes and all weights on disk compared (no memory for a second copy)"
         with quiet_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(
                 directory,
+                trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # the comparison says which and how
             )
         reloaded = to_device(loaded, model.device)
@@ -182,8 +186,25 @@ def _compare_behaviour(model: PreTrainedModel, reloaded: PreTrainedModel) -> Non
             "that its layers are numbered 0, 1, 2, ... (layer_idx)"
         ) from error
     found = greedy_tokens(reloaded, ids, _NEW_TOKENS)
-    if not torch.equal(expected, found):
+    if not torch.equal(expected, found) and not _is_tie(model, expected, found, allowed):
         raise RuntimeError("greedy generation with the cache gives other tokens than in memory")
+
+
+def _is_tie(model: PreTrainedModel, expected: Tensor, found: Tensor, allowed: float) -> bool:
+    """Return whether each row's first difference is between tokens of nearly equal logits.
+
+    Kernels on a GPU may add in another order from run to run, which decides such ties.
+    """
+    with evaluating(model):
+        logits = model(expected).logits.float()
+    for row, (a, b) in enumerate(zip(expected, found, strict=True)):
+        differs = (a != b).nonzero()
+        if len(differs):
+            first = int(differs[0])
+            scores = logits[row, first - 1]
+            if (scores[a[first]] - scores[b[first]]).abs().item() > allowed:
+                return False
+    return True
 
 
 def _compare_files(model: PreTrainedModel, directory: Path) -> None:
@@ -225,6 +246,7 @@ def _replace(temporary: Path, directory: Path) -> None:
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
+        log.info("replacing %s", directory)
         os.replace(directory, old)
     try:
         os.replace(temporary, directory)

@@ -35,9 +35,9 @@ class MeanCosine:
         cosine = token_cosine(x, y)  # (B, T)
         heads = cosine[:, 0] if first is None else cosine[first]
         counted = cosine if mask is None else cosine[mask]
-        self.total += counted.sum(dtype=torch.float64).item()
+        self.total += counted.cpu().double().sum().item()
         self.count += counted.numel()
-        self.first_total += heads.sum(dtype=torch.float64).item()
+        self.first_total += heads.cpu().double().sum().item()
         self.first_count += heads.numel()
 
     def result(self) -> float:

@@ -41,8 +41,8 @@ def arguments(name, tmp_path):
             "accelerator": "cpu",
             "devices": 1,
             "max_steps": 2,
+            "log_every_n_steps": 1,
             "num_sanity_val_steps": 0,
-            "limit_val_batches": 0,
             "enable_progress_bar": False,
             "default_root_dir": str(tmp_path / "run"),
             "callbacks": [{"class_path": "ShortGPT", "init_args": {"num_layers": 2}}],
@@ -88,6 +88,7 @@ def test_fit_writes_a_run_and_ends_with_the_table(arguments, tmp_path, capsys):
         assert word in shown
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert model.config.num_hidden_layers == 4
+    assert list((tmp_path / "run" / "logs").glob("**/metrics.csv"))
 
 
 def test_prune_stops_after_the_pruned_directory(arguments, tmp_path, capsys):
@@ -114,7 +115,7 @@ def test_validate_and_test_evaluate_a_finished_directory(arguments, tmp_path, ca
     final = str(tmp_path / "run" / "final")
     for verb in ("validate", "test"):
         capsys.readouterr()
-        main([verb, *arguments, "--model.name", final, "--trainer.limit_val_batches", "1.0"])
+        main([verb, *arguments, "--model.name", final])
         assert "perplexity" in capsys.readouterr().out
 
 
@@ -148,6 +149,8 @@ def test_an_installed_config_is_found_by_its_name_from_anywhere(tmp_path, monkey
         (["--trainer.callbacks.num_layers", "6"], "would remove 6 of 6 decoder layers"),
         (["--trainer.callbacks.ratio", "0.5"], "give exactly one of the two"),
         (["--data.train", "/nowhere/text.txt"], "/nowhere/text.txt"),
+        (["--model.lr_scheduler", "linaer"], "lr_scheduler='linaer' must be one of"),
+        (["--ckpt_path", "/nowhere/a.ckpt"], "ckpt_path='/nowhere/a.ckpt' does not exist"),
     ],
 )
 def test_a_fault_is_one_line_that_names_the_value(arguments, capsys, tmp_path, extra, message):

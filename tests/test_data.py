@@ -237,5 +237,8 @@ def test_a_source_too_short_for_one_window_is_named(tmp_path):
 
 
 def test_too_few_calibration_windows_are_named():
-    with pytest.raises(ValueError, match=r"holds \d+ windows but num_samples=9999 were asked for"):
+    with pytest.raises(
+        ValueError,
+        match=r"num_calibration=9999 must be at most \d+, which calibration='sample",
+    ):
         make_data(num_calibration=9999).calibration_windows()

@@ -16,7 +16,8 @@ from prunelight.evaluation import (
     measure_stage,
     measuring,
 )
-from prunelight.metrics import IGNORED, parameter_bytes, parameter_count
+from prunelight.metrics import parameter_bytes, parameter_count
+from prunelight.windows import IGNORED_LABEL
 
 CPU = torch.device("cpu")
 
@@ -61,7 +62,7 @@ def test_padding_has_no_influence(side):
 
 def test_labels_are_used_where_they_are_given():
     model, ids = tiny_model(), token_windows()
-    labels = ids.masked_fill(torch.arange(16) < 10, IGNORED)
+    labels = ids.masked_fill(torch.arange(16) < 10, IGNORED_LABEL)
     found = evaluate(model, {"input_ids": ids, "labels": labels})
     assert found.tokens == 4 * 6
     expected = math.exp(losses(model, ids)[:, 9:].mean().item())
@@ -71,7 +72,7 @@ def test_labels_are_used_where_they_are_given():
 def test_accuracy_of_a_models_own_greedy_text_is_one():
     model = tiny_model()
     ids = greedy_tokens(model, token_windows(1, 4), 8)
-    labels = ids.masked_fill(torch.arange(12) < 4, IGNORED)
+    labels = ids.masked_fill(torch.arange(12) < 4, IGNORED_LABEL)
     assert evaluate(model, {"input_ids": ids, "labels": labels}).accuracy == 1
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import prunelight
 from prunelight.callbacks import ShortGPT
+from prunelight.distributed import check_strategy
 from prunelight.evaluation import evaluate
 from prunelight.module import RecoveryModule
 from prunelight.recovery import LoRA
@@ -87,6 +90,40 @@ def test_other_validation_text_measures_again_but_keeps_the_decision(fitted, nam
     assert module.record.stages[-1].perplexity == pytest.approx(expected)
 
 
+def test_a_config_with_other_settings_makes_another_base(fitted, name, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(name, copied)
+    config = json.loads((copied / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 5000.0
+    (copied / "config.json").write_text(json.dumps(config))
+    make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(
+        make_module(str(copied), recovery="none"), make_data(name, tmp_path)
+    )
+    assert len(list(tmp_path.glob("pruned-*/plan.json"))) == 2
+
+
+def test_a_damaged_record_of_a_base_leads_to_a_new_one(fitted, name, tmp_path, caplog):
+    (measured,) = tmp_path.glob("pruned-*/measured.json")
+    measured.write_text(measured.read_text()[:100])
+    module = make_module(name, recovery="none")
+    make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(module, make_data(name, tmp_path))
+    assert "pruning anew" in caplog.text
+    assert not any(cost.reused for cost in module.record.costs)
+
+
+def test_speeds_of_another_device_are_measured_again(fitted, name, tmp_path):
+    (measured,) = tmp_path.glob("pruned-*/measured.json")
+    record = json.loads(measured.read_text())
+    record["device"] = "NVIDIA H100"
+    record["stages"][0]["decode_tokens_per_second"] = 1e9
+    measured.write_text(json.dumps(record))
+    module = make_module(name, recovery="none")
+    make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(module, make_data(name, tmp_path))
+    assert module.record.device == "cpu"
+    assert [stage.num_layers for stage in module.record.stages] == [6, 4]
+    assert module.record.stages[0].decode_tokens_per_second < 1e9
+
+
 def test_recovery_none_saves_the_pruned_weights_themselves(name, tmp_path):
     module = make_module(name, recovery="none")
     make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(module, make_data(name, tmp_path))
@@ -151,6 +188,23 @@ def test_a_checkpoint_validates_after_the_merge_and_in_a_new_process_state(fitte
     assert again[0]["val/perplexity"] == pytest.approx(adapted)
 
 
+def test_half_precision_does_not_touch_the_metric(name, tmp_path):
+    module, data = make_module(name, dtype="bfloat16"), make_data(name, tmp_path, num_validation=12)
+    trainer = make_trainer(tmp_path, precision="bf16-true")
+    (measured,) = trainer.validate(module, data, verbose=False)
+    expected = prunelight.perplexity(module.model, data.validation_windows())
+    assert measured["val/perplexity"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_full_recovery_of_half_precision_weights_warns_and_says_so_in_the_report(
+    name, tmp_path, caplog
+):
+    module = make_module(name, dtype="bfloat16", recovery="full")
+    make_trainer(tmp_path).fit(module, make_data(name, tmp_path))
+    assert "small updates are lost" in caplog.text
+    assert "small updates are lost" in (tmp_path / "report.md").read_text()
+
+
 def test_gradient_checkpointing_leads_to_the_same_weights(name, tmp_path):
     weights = []
     for checkpointing in (False, True):
@@ -179,11 +233,13 @@ def test_adapters_stay_float32_over_a_bfloat16_base(name, tmp_path):
 
 
 def test_optimizer_and_schedule_are_the_users_choice(name, tmp_path):
-    module = make_module(name, lr_scheduler="cosine", warmup_steps=2, optimizer=torch.optim.SGD)
+    make = partial(torch.optim.SGD, lr=0.5)
+    module = make_module(name, lr_scheduler="cosine", warmup_steps=2, optimizer=make)
     trainer = make_trainer(tmp_path, ShortGPT(num_layers=2))
     trainer.fit(module, make_data(name, tmp_path))
     (optimizer,) = trainer.optimizers
     assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.param_groups[0]["initial_lr"] == 0.5
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)  # cosine ends at zero
     assert trainer.global_step == 6
 
@@ -241,17 +297,32 @@ def test_a_final_directory_that_is_not_ours_is_refused_before_any_work(name, tmp
     assert not list(tmp_path.glob("pruned-*"))
 
 
+def test_a_report_that_is_not_ours_is_refused(name, tmp_path):
+    (tmp_path / "report.md").write_text("my thesis")
+    with pytest.raises(FileExistsError, match="has no report.json of prunelight beside it"):
+        make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(
+            make_module(name), make_data(name, tmp_path)
+        )
+
+
+def test_lora_targets_that_fit_nothing_are_refused_before_any_pruning(name, tmp_path):
+    module = make_module(name, lora=LoRA(targets=["q_porj"]))
+    with pytest.raises(ValueError, match=r"lora.targets=\['q_porj'\] fit no module of llama"):
+        make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(module, make_data(name, tmp_path))
+    assert not list(tmp_path.glob("pruned-*"))
+
+
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
-def test_spawn_and_fork_strategies_are_refused(name, tmp_path, strategy):
+def test_spawn_and_fork_strategies_are_refused(tmp_path, strategy):
     trainer = make_trainer(tmp_path, ShortGPT(num_layers=2), strategy=strategy)
     with pytest.raises(ValueError, match="spawn or fork.*use strategy=ddp"):
-        make_module(name).check_strategy(trainer)
+        check_strategy(trainer)
 
 
-def test_a_sharded_strategy_is_refused_by_name(name, tmp_path):
+def test_a_sharded_strategy_is_refused_by_name(tmp_path):
     trainer = make_trainer(tmp_path, strategy=ModelParallelStrategy(tensor_parallel_size=1))
     with pytest.raises(ValueError, match="strategy ModelParallelStrategy is not supported"):
-        make_module(name).check_strategy(trainer)
+        check_strategy(trainer)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +332,7 @@ def test_a_sharded_strategy_is_refused_by_name(name, tmp_path):
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
         ({"warmup_steps": -1}, "warmup_steps=-1 at least 0"),
         ({"dtype": "int8"}, "dtype='int8' must be one of"),
+        ({"lr_scheduler": "linaer"}, "lr_scheduler='linaer' must be one of linear, cosine"),
     ],
 )
 def test_a_module_argument_out_of_range_is_named(name, arguments, message):
@@ -294,14 +366,18 @@ def test_windows_longer_than_the_model_allows_are_refused(name, tmp_path):
 # --- processes
 
 RUN = """
-import sys
+import json, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from runs import make_data, make_module, make_trainer
 from prunelight.callbacks import ShortGPT
 root = Path({root!r})
 trainer = make_trainer(root, ShortGPT(num_layers=2), **{arguments!r})
-trainer.fit(make_module({name!r}), make_data({name!r}, root))
+module, data = make_module({name!r}), make_data({name!r}, root)
+trainer.fit(module, data)
+measured = trainer.validate(module, data, verbose=False)[0]
+if trainer.is_global_zero:
+    (root / "validated.json").write_text(json.dumps(measured))
 """
 
 
@@ -324,6 +400,12 @@ def test_two_processes_prune_alike_and_validate_alike(name, tmp_path):
     assert bases[0][0].parent.name == bases[1][0].parent.name
     first, second = (load_file(files[0]) for files in bases)
     assert all(torch.equal(first[key], second[key]) for key in first)
+    # Three windows on two ranks: a sampler that repeats one would change the mean.
+    measured = json.loads((tmp_path / "two" / "validated.json").read_text())
+    final, _ = prunelight.load(tmp_path / "two" / "final")
+    expected = evaluate(final, make_data(name, tmp_path / "two").validation_windows())
+    assert measured["val/perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+    assert measured["val/accuracy"] == pytest.approx(expected.accuracy)
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == ["dense", "pruned", "recovered"]
     assert report["recovery"]["optimizer_steps"] == 2

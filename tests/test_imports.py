@@ -17,13 +17,13 @@ LAYERS = (
     {"calibration"},
     {"scoring", "surgery", "models"},
     {"evaluation", "recovery"},
-    {"saving"},
+    {"saving", "distributed"},
     {"data", "module"},
     {"callbacks"},
     {"cli"},
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-WITH_LIGHTNING = {"data", "module", "callbacks", "cli"}
+WITH_LIGHTNING = {"data", "module", "distributed", "callbacks", "cli"}
 FILES = sorted([*(ROOT / "prunelight").glob("*.py"), *(ROOT / "callbacks").glob("*.py")])
 MODULES = [file for file in FILES if file != ROOT / "prunelight" / "__init__.py"]
 # `__version__` belongs to the package, which is no module of a layer.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunelight
 from prunelight.evaluation import greedy_tokens
 from prunelight.plan import Plan, RemoveLayers, describe_model
-from prunelight.saving import MARKER, check_replaceable, verify
+from prunelight.saving import MARKER, _is_tie, check_replaceable, verify
 
 FILES_COMPARED = "config, shapes and all weights on disk compared"
 RELOADED = "reloaded with AutoModelForCausalLM: equal weights, logits and cached generation"
@@ -294,3 +294,16 @@ def test_an_rwkv_whose_weights_are_halved_in_memory_is_saved_whole(tmp_path, tin
     with torch.no_grad():
         assert torch.equal(reloaded(ids).logits, expected)
         assert torch.equal(model(ids).logits, expected)
+
+
+def test_tokens_of_equal_logits_may_differ_and_others_may_not():
+    model = tiny_model()
+    expected = greedy_tokens(model, token_windows(2, 8), 4)
+    with torch.no_grad():
+        scores = model(expected).logits[0, 9]
+    found = expected.clone()
+    found[0, 10] = scores.argmin()
+    gap = (scores[expected[0, 10]] - scores.min()).item()
+    assert _is_tie(model, expected, found, 1.01 * gap)
+    assert not _is_tie(model, expected, found, 0.99 * gap)
+    assert _is_tie(model, expected, expected.clone(), 0.0)

@@ -103,9 +103,7 @@ class Clock(pl.Callback):
 
 def lightning_step_seconds(directory, data, steps, lora):
     module, clock = Timed(directory, lora=lora, warmup_steps=0), Clock()
-    data_module = TextDataModule(directory, **data)
-    data_module.validation_windows = None
-    module._evaluates = lambda trainer: False
+    loader = TextDataModule(directory, **data).train_dataloader()  # no data module, no report
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -116,7 +114,7 @@ def lightning_step_seconds(directory, data, steps, lora):
         default_root_dir=tempfile.mkdtemp(),
         callbacks=[clock],
     )
-    trainer.fit(module, data_module)
+    trainer.fit(module, loader)
     return (clock.marks[-1] - clock.marks[0]) / (steps - 1)
 
 
