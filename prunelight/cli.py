@@ -84,8 +84,8 @@ class CLI(LightningCLI):
         path = self._get(self.config_init, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry") and not Path(path).exists():
             raise FileNotFoundError(
-                f"ckpt_path={str(path)!r} does not exist; give a checkpoint of an earlier run, or "
-                "last for the newest"
+                f"ckpt_path={str(path)!r} does not exist; give a checkpoint of an earlier run "
+                "(they are in logs/version_*/checkpoints/ of its directory)"
             )
 
     def after_fit(self) -> None:

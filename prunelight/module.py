@@ -235,25 +235,17 @@ class RecoveryModule(LightningModule):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return logits (B, T, V) for token ids (B, T)."""
         assert self.model is not None
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None  # lets attention take its causal fast path
         return self.model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).logits
-
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> Any:
-        """Count tokens, and leave out a mask without padding, while the batch is on the CPU.
-
-        Without a mask attention takes its causal fast path; on a GPU either look would wait.
-        """
-        mask = batch.get("attention_mask")
-        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
-        if self.trainer.training:
-            self._tokens_seen += tokens * self.trainer.world_size
-        return {**batch, "attention_mask": None if mask is None or mask.all() else mask}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy over the tokens whose label counts."""
         logits = self(batch["input_ids"], batch["attention_mask"])
         loss = next_token_loss(logits, batch["labels"])
+        self._tokens_seen += int(batch["attention_mask"].sum()) * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
