@@ -7,6 +7,7 @@ not favour either. F is one forward of the calibration windows through the whole
 """
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -21,7 +22,7 @@ from prunelight.architecture import decoder_layers, lora_targets
 from prunelight.calibration import evaluating, micro_batches
 from prunelight.callbacks import ShortGPT
 from prunelight.data import TextDataModule
-from prunelight.evaluation import measuring
+from prunelight.evaluation import measure_speed, measuring
 from prunelight.metrics import parameter_bytes
 from prunelight.module import RecoveryModule
 from prunelight.recovery import LoRA
@@ -158,6 +159,13 @@ def benchmark_training(model, tokenizer, rounds, steps):
         )
 
 
+def benchmark_speed(dense, pruned, rounds):
+    pairs = [(measure_speed(dense), measure_speed(pruned)) for _ in range(rounds)]
+    for phase in ("prefill", "decode"):
+        ratios = [getattr(after, phase) / getattr(before, phase) for before, after in pairs]
+        print(f"{phase} of 24 layers over 30: {statistics.median(ratios):.2f}", ratios)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -167,7 +175,8 @@ def main():
     windows = TextDataModule(tokenizer, num_calibration=16).calibration_windows()
     benchmark_scoring(model, windows, arguments.rounds)
     plan = ShortGPT(num_layers=6).plan(model, windows)
-    model = prunelight.apply(model, plan)
+    dense, model = model, prunelight.apply(copy.deepcopy(model), plan)
+    benchmark_speed(dense, model, arguments.rounds)
     benchmark_training(model, tokenizer, arguments.rounds, arguments.steps)
 
 
