@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
@@ -31,6 +32,7 @@ from prunelight.evaluation import (
     new_record,
     to_device,
 )
+from prunelight.handover import plan_files
 from prunelight.metrics import parameter_bytes
 from prunelight.module import RecoveryModule
 from prunelight.plan import Plan, describe_windows, fingerprint_of, model_fingerprint
@@ -48,6 +50,9 @@ class PruningCallback(Callback, ABC):
     """Base of all pruning methods; `plan` and `prunelight.apply` work without a Trainer too."""
 
     version = 1  # raise it when the same arguments lead to other decisions than before
+    device: torch.device | None = None  # where layers compute; None: where the model is
+    offload_activations = False  # keep calibration states on the CPU
+    gradual = False  # prunes while the model trains, not at fit start
 
     @abstractmethod
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
@@ -64,6 +69,16 @@ class PruningCallback(Callback, ABC):
         Raises:
             ValueError: if they ask for something that this model cannot give.
         """
+
+    def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
+        """Check the arguments against the run, before anything is computed."""
+
+    def apply(
+        self, model: PreTrainedModel, plan: Plan, windows: Windows, outcomes: list[dict[str, Any]]
+    ) -> PreTrainedModel:
+        """Carry out the plan at fit start; `outcomes` gets what each step did."""
+        places: dict[str, Any] = {"device": self.device, "offload": self.offload_activations}
+        return apply(model, plan, windows, outcomes=outcomes, **places)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prune at the start of a fit; Lightning calls it."""
@@ -109,6 +124,8 @@ def _prune_on_rank_zero(
                 f"pruning needs data: give the Trainer a TextDataModule, or a LightningDataModule "
                 f"with a method {needed}()"
             )
+    for callback in callbacks:
+        callback.check_run(trainer, module)
     model = module.load_model()
     for callback in callbacks:
         callback.check(model)
@@ -141,10 +158,11 @@ def _reuse_base(
         dense = _to_root_device(module.load_model(), trainer)
         stages = [measure_stage("dense", dense, evaluated)]
         record.device = device_name(dense.device)
-        module.use_base(directory, None)
-        pruned = _to_root_device(module.load_model(), trainer)
-        stages.append(measure_stage("pruned", pruned, evaluated))
-        module.base = None
+        if len(record.stages) > 1:
+            module.use_base(directory, None)
+            pruned = _to_root_device(module.load_model(), trainer)
+            stages.append(measure_stage("pruned", pruned, evaluated))
+            module.base = None
         record.stages, record.evaluation = stages, described
     _write_measured(directory, record)
 
@@ -171,24 +189,29 @@ def _make_base(
     cost("evaluate dense", dense)
     plans: list[Plan] = []
     for callback in callbacks:
+        callback.device = trainer.strategy.root_device
         with measuring(model.device) as phase:
             plans.append(callback.plan(model, windows))
         cost(f"score and plan ({plans[-1].method})", phase)
+        if callback.gradual:
+            continue
         with measuring(model.device) as phase:
-            model = apply(model, plans[-1], windows)
+            model = callback.apply(model, plans[-1], windows, record.outcomes)
         cost(f"apply ({plans[-1].method})", phase)
     record.plans = [plan.to_dict() for plan in plans]
+    if not all(callback.gradual for callback in callbacks):
+        with measuring(model.device) as phase:
+            record.stages.append(measure_stage("pruned", model, evaluated))
+        cost("evaluate pruned", phase)
     with measuring(model.device) as phase:
-        record.stages.append(measure_stage("pruned", model, evaluated))
-    cost("evaluate pruned", phase)
-    with measuring(model.device) as phase:
-        others = {f"plan-{i + 2}.json": json.dumps(p.to_dict()) for i, p in enumerate(plans[1:])}
+        # What was done to the model before this run still holds: zeros stay planned zeros.
+        texts = [file.read_text(encoding="utf-8") for file in plan_files(Path(module.name))]
+        texts += [json.dumps(plan.to_dict(), indent=1) + "\n" for plan in plans]
         saved = save(
             model,
             module.checked_tokenizer(),
             directory,
-            plan=plans[0],
-            extra_files=others,
+            extra_files={f"plan{f'-{i + 1}' * (i > 0)}.json": t for i, t in enumerate(texts)},
             trust_remote_code=module.trust_remote_code,
         )
     cost("save and verify pruned", phase)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 # Attributes in which transformers keeps a layer's own index (it selects the cache slot).
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id")
@@ -27,11 +28,53 @@ class Architecture:
         layers: dotted path from the causal language model to its `ModuleList` of decoder layers.
         projections: names of the linear projections of attention (or mixer) and MLP.
         experts: names of fused expert weights (3-D parameters), relative to a decoder layer.
+        not_adapted: names of further projections, which can be sparsified but not adapted by LoRA.
     """
 
     layers: str
     projections: tuple[str, ...]
     experts: tuple[str, ...] = ()
+    not_adapted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A weight of a decoder layer that can be sparsified, of `Linear`, `Conv1D` or fused experts.
+
+    Attributes:
+        name: dotted path of the module, or of the parameter for fused experts.
+        owner: the module whose forward gets the input; the experts module for fused experts.
+        parameter_name: name of the weight inside `owner`.
+        transposed: stored (in, out), as a `Conv1D` does.
+    """
+
+    name: str
+    owner: nn.Module
+    parameter_name: str = "weight"
+    transposed: bool = False
+
+    @property
+    def parameter(self) -> Tensor:
+        """Return the weight as it is stored."""
+        parameter: Tensor = getattr(self.owner, self.parameter_name)
+        return parameter
+
+    @property
+    def fused(self) -> bool:
+        """Return whether it is a stack of experts' weights, (experts, out, in)."""
+        return self.parameter.ndim == 3
+
+    def views(self, stored: Tensor | None = None) -> list[Tensor]:
+        """Return views (out, in) of the weight, or of a tensor like it: one, or one an expert."""
+        data = self.parameter.data if stored is None else stored
+        if data.ndim == 3:
+            return list(data)
+        return [data.T if self.transposed else data]
+
+    @property
+    def in_features(self) -> int:
+        """Return the width of the input."""
+        return int(self.parameter.shape[0 if self.transposed else -1])
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -69,8 +112,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon": Architecture("transformer.h", _FALCON),
     "bloom": Architecture("transformer.h", _FALCON),
     # peft refuses LoRA on a Mamba's out_proj: the fused kernel reads that weight directly.
-    "mamba": Architecture("backbone.layers", ("in_proj", "x_proj")),
-    "mamba2": Architecture("backbone.layers", ("in_proj",)),
+    "mamba": Architecture("backbone.layers", ("in_proj", "x_proj"), (), ("out_proj",)),
+    "mamba2": Architecture("backbone.layers", ("in_proj",), (), ("out_proj",)),
     "rwkv": Architecture("rwkv.blocks", ("key", "value", "receptance", "output")),
 }
 
@@ -113,6 +156,43 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     layers = model.get_submodule(layers_path(model))
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def layer_matrices(model: PreTrainedModel, index: int) -> list[Matrix]:
+    """Return the weights of one decoder layer that can be sparsified, in the order of its modules.
+
+    Projections of attention, mixer and MLP, and fused experts; never routers, norms, embeddings or
+    the head. In a family that is not in the table: every `Linear` and `Conv1D` of the layer.
+
+    Raises:
+        TypeError: if a projection is quantized: it has no weight matrix to put zeros into.
+    """
+    known, layer = architecture_of(model), decoder_layers(model)[index]
+    prefix = f"{layers_path(model)}.{index}"
+    found = []
+    for path, module in layer.named_modules():
+        name = path.rpartition(".")[2]
+        if known is not None and name not in known.projections + known.not_adapted:
+            continue
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        if not module.weight.is_floating_point() or module.weight.shape[-1] == 1:
+            raise TypeError(
+                f"{prefix}.{path} is a quantized {type(module).__name__} ({module.weight.dtype}): "
+                "prune first, save, and load the result in 4 or 8 bits"
+            )
+        found.append(Matrix(f"{prefix}.{path}", module, transposed=isinstance(module, Conv1D)))
+    for path in known.experts if known is not None else ():
+        owner, _, parameter = path.rpartition(".")
+        if hasattr(layer.get_submodule(owner.partition(".")[0]), "experts"):
+            found.append(Matrix(f"{prefix}.{path}", layer.get_submodule(owner), parameter))
+    return found
+
+
+def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
+    """Return all weights of the decoder layers that can be sparsified, by name; see `Matrix`."""
+    layers = range(len(decoder_layers(model)))
+    return {m.name: m for index in layers for m in layer_matrices(model, index)}
 
 
 def lora_targets(model: PreTrainedModel) -> tuple[list[str] | str, list[str]]:

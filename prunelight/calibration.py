@@ -1,8 +1,8 @@
 """Feeding calibration windows through a model: micro-batches, modes, and hooks on decoder layers.
 
-Nothing else in prunelight registers a hook. Each layer is seen with the very hidden states it gets
-from the model, so positions, masks and layer types need no rebuilding, and the state after the last
-layer is the raw one, not transformers' `hidden_states[-1]`, which is after the final norm.
+Each layer is seen with the very hidden states it gets from the model, so positions, masks and layer
+types need no rebuilding, and the state after the last layer is the raw one, not transformers'
+`hidden_states[-1]`, which is after the final norm. Layer by layer: see walk.py.
 """
 
 from __future__ import annotations
@@ -136,8 +136,13 @@ def watching_layers(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
             handle.remove()
 
 
+def hidden_name(layer: nn.Module) -> str:
+    """Return the name of the argument by which a decoder layer takes its hidden states."""
+    return next(iter(inspect.signature(layer.forward).parameters))
+
+
 def _hook(index: int, layer: nn.Module, visit: Visit) -> Callable[..., None]:
-    name = next(iter(inspect.signature(layer.forward).parameters))
+    name = hidden_name(layer)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         visit(index, args[0] if args else kwargs[name], first_tensor(output))

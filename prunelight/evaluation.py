@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.architecture import decoder_layers, maximum_length, vocabulary_size
+from prunelight.architecture import decoder_layers, matrices, maximum_length, vocabulary_size
 from prunelight.calibration import (
     Windows,
     evaluating,
@@ -32,6 +32,7 @@ from prunelight.metrics import (
     next_token_sums,
     parameter_bytes,
     parameter_count,
+    zero_share,
 )
 from prunelight.plan import library_versions
 from prunelight.report import RunRecord, Stage
@@ -179,7 +180,7 @@ def forward_seconds(model: PreTrainedModel, windows: Windows) -> float:
 
 
 def measure_stage(name: str, model: PreTrainedModel, windows: Windows) -> Stage:
-    """Measure one state of a model for the report: sizes, quality on windows, and speed."""
+    """Measure one state of a model for the report: sizes, zeros, quality on windows, and speed."""
     quality, speed = evaluate(model, windows), measure_speed(model)
     return Stage(
         name=name,
@@ -190,7 +191,21 @@ def measure_stage(name: str, model: PreTrainedModel, windows: Windows) -> Stage:
         accuracy=quality.accuracy,
         prefill_tokens_per_second=speed.prefill,
         decode_tokens_per_second=speed.decode,
+        sparsity=zero_share(model.parameters()),
+        linear_sparsity=linear_sparsity(model),
     )
+
+
+def linear_sparsity(model: PreTrainedModel) -> float:
+    """Return the share of zeros in all `architecture.matrices`, in [0, 1].
+
+    0 for a model in which none are found, or whose weights are quantized.
+    """
+    try:
+        found = matrices(model)
+    except TypeError:
+        return 0.0
+    return zero_share(matrix.parameter for matrix in found.values())
 
 
 def new_record(

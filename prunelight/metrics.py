@@ -9,6 +9,7 @@ the memory, and it underflows in bfloat16.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -158,3 +159,17 @@ def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:
 def parameter_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of all parameters, tied ones once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@torch.no_grad()
+def zero_share(parameters: Iterable[Tensor]) -> float:
+    """Return the share of exact zeros among all weights, tied ones once, in [0, 1].
+
+    0 without any, and where zeros cannot be seen: in packed 4-bit or 8-bit weights.
+    """
+    found = list({id(parameter): parameter for parameter in parameters}.values())
+    if any(not p.is_floating_point() or p.element_size() == 1 or p.is_meta for p in found):
+        return 0.0
+    total = sum(parameter.numel() for parameter in found)
+    filled = sum(int(torch.count_nonzero(parameter)) for parameter in found)
+    return (total - filled) / total if total else 0.0

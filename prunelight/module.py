@@ -2,15 +2,16 @@
 
 Pruning callbacks give it the pruned base in `setup`; without any it recovers the model that `name`
 stands for. It trains by LoRA, fully, or not at all, validates with exact token-weighted metrics,
-and at fit end saves a verified directory and the report. Checkpoints hold what is trained and name
-the base; they contain primitives only and load with `weights_only=True`.
+and at fit end saves a verified directory and the report. Zeros that a plan put into the weights
+stay zero (`masking.py`). Checkpoints hold what is trained and name the base; they contain
+primitives and tensors only and load with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,34 +22,35 @@ from lightning.pytorch.cli import OptimizerCallable
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import AdamW
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.architecture import restore_rwkv_scale
 from prunelight.calibration import Windows, check_length, split_windows
+from prunelight.checkpoint import KEY, check_same_parameters, check_same_run, facts_of
 from prunelight.distributed import check_strategy, on_rank_zero
-from prunelight.evaluation import (
-    Measurement,
-    measure_stage,
-    measuring,
-    new_record,
-    to_device,
-)
+from prunelight.evaluation import Measurement, measure_stage, measuring, new_record, to_device
+from prunelight.handover import FINAL, add_result, check_output, plan_files, save_adapter
+from prunelight.masking import WeightMasks
 from prunelight.metrics import (
     TokenAccuracy,
     TokenPerplexity,
     next_token_loss,
     next_token_sums,
-    parameter_count,
 )
 from prunelight.models import load, resolve_dtype
-from prunelight.plan import describe_windows, model_fingerprint
-from prunelight.recovery import LoRA, attach_lora, freeze, merge_lora, train_all
-from prunelight.report import Cost, RunRecord, write_report
-from prunelight.saving import check_replaceable, save
+from prunelight.plan import Plan, describe_windows, model_fingerprint
+from prunelight.recovery import (
+    LoRA,
+    PlannedZeros,
+    check_settings,
+    make_schedule,
+    make_trainable,
+    merge_lora,
+)
+from prunelight.report import RunRecord, write_report
+from prunelight.saving import save
 
 log = logging.getLogger(__name__)
-
-RECOVERIES = ("none", "lora", "full")
 
 
 class RecoveryModule(LightningModule):
@@ -66,10 +68,18 @@ class RecoveryModule(LightningModule):
         optimizer: called with the trainable parameters; brings its own learning rate. None takes
             AdamW with `learning_rate`.
         gradient_checkpointing: compute activations again in the backward, for memory.
+        keep_zeros: keep the zeros of sparsified weights: full training holds them at exactly zero,
+            LoRA trains W + m * (B A), so that merging keeps every zero and N:M group. False leaves
+            the adapters dense and unmerged ones in adapter/; merging fills the zeros.
         trust_remote_code: run Python code that comes with the model.
 
     The defaults are those with which the depth-pruning papers recover. To recover a model that is
-    already in memory, set `module.model` and `module.tokenizer` before the fit.
+    already in memory, set `module.model` and `module.tokenizer` before the fit. Zeros count as
+    planned if the plans of the pruning callbacks name them, or those in the directory `name`.
+
+    Attributes:
+        gradual: set before `configure_model` by a callback that prunes during training:
+            `masks` then exist in every recovery, and start by keeping all weights.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -86,21 +96,16 @@ class RecoveryModule(LightningModule):
         lr_scheduler: str = "linear",
         optimizer: OptimizerCallable | None = None,
         gradient_checkpointing: bool = False,
+        keep_zeros: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if recovery not in RECOVERIES:
-            raise ValueError(f"recovery={recovery!r} must be one of {', '.join(RECOVERIES)}")
-        if learning_rate <= 0 or warmup_steps < 0:
-            raise ValueError(
-                f"learning_rate={learning_rate} must be above 0 and warmup_steps={warmup_steps} "
-                "at least 0"
-            )
-        if lr_scheduler not in {kind.value for kind in SchedulerType}:
-            raise ValueError(
-                f"lr_scheduler={lr_scheduler!r} must be one of "
-                f"{', '.join(kind.value for kind in SchedulerType)}"
-            )
+        check_settings(
+            recovery,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            lr_scheduler=lr_scheduler,
+        )
         resolve_dtype(dtype)
         self.name = name
         self.dtype_name = dtype
@@ -111,11 +116,14 @@ class RecoveryModule(LightningModule):
         self.lr_scheduler_name = lr_scheduler
         self.optimizer = optimizer
         self.gradient_checkpointing = gradient_checkpointing
+        self.keep_zeros = keep_zeros
         self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | PeftModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.base: Path | None = None  # the pruned base on disk
         self.record: RunRecord | None = None
+        self.gradual = False
+        self._zeros = PlannedZeros()
         self.val_perplexity = TokenPerplexity()
         self.val_accuracy = TokenAccuracy()
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
@@ -139,7 +147,12 @@ class RecoveryModule(LightningModule):
 
     def forget_model(self) -> None:
         """Drop the model, so that its memory is free for the next one."""
-        self.model = None
+        self.model, self._zeros = None, PlannedZeros()
+
+    @property
+    def masks(self) -> WeightMasks | None:
+        """Return the masks of sparsified weights; None if there is nothing that needs them."""
+        return self._zeros.masks
 
     def use_base(self, directory: Path, record: RunRecord | None) -> None:
         """Load the pruned base that the callbacks saved; later loads and checkpoints name it."""
@@ -177,15 +190,10 @@ class RecoveryModule(LightningModule):
         """Check that the run may write its result and report.
 
         Raises:
-            FileExistsError: if there is a final/ or a report.md that prunelight did not write.
+            FileExistsError: if there is a final/, adapter/ or report.md that prunelight did not
+                write.
         """
-        check_replaceable(self._final_directory())
-        report = self._root() / "report.md"
-        if report.exists() and not report.with_name("report.json").exists():
-            raise FileExistsError(
-                f"{report} exists and has no report.json of prunelight beside it; set "
-                "trainer.default_root_dir to a directory of its own"
-            )
+        check_output(self._root())
 
     def configure_model(self) -> None:
         """Make the model trainable, before the optimizer exists. Lightning calls it."""
@@ -203,26 +211,17 @@ class RecoveryModule(LightningModule):
             model.config.rescale_every = 0
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        if self.recovery == "lora":
-            self.model = attach_lora(model, self.lora)
-        elif self.recovery == "full":
-            if model.dtype != torch.float32:
-                self._warn(
-                    f"recovery=full trains {model.dtype} weights, in which small updates are lost; "
-                    "set model.dtype=float32 and trainer.precision=bf16-mixed"
-                )
-            train_all(model)
-        else:
-            freeze(model)
+        if self.recovery == "full" and model.dtype != torch.float32:
+            self._warn(
+                f"recovery=full trains {model.dtype} weights, in which small updates are lost; "
+                "set model.dtype=float32 and trainer.precision=bf16-mixed"
+            )
+        self._zeros = PlannedZeros.find(model, [Plan.load(f) for f in self._plan_files()])
+        self.model = make_trainable(model, self.recovery, self.lora)
+        if self._zeros.matrices and self.keep_zeros and self.recovery != "none":
+            self._zeros.keep(self.model, growing=self.gradual)
         self._adapted = True
-        assert self.model is not None
         self.model.train()  # from_pretrained leaves eval mode, and Lightning leaves that alone
-        log.info(
-            "%s recovery: %.2fM of %.1fM parameters are trained",
-            self.recovery,
-            parameter_count(self.model, trainable=True) / 1e6,
-            parameter_count(self.model) / 1e6,
-        )
 
     def _warn(self, text: str) -> None:
         """Warn now and in the report."""
@@ -243,15 +242,16 @@ class RecoveryModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy over the tokens whose label counts."""
-        logits = self(batch["input_ids"], batch["attention_mask"])
-        loss = next_token_loss(logits, batch["labels"])
-        self._tokens_seen += int(batch["attention_mask"].sum()) * self.trainer.world_size
+        mask = batch.get("attention_mask")
+        loss = next_token_loss(self(batch["input_ids"], mask), batch["labels"])
+        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        self._tokens_seen += tokens * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch to perplexity and next-token accuracy."""
-        logits = self(batch["input_ids"], batch["attention_mask"])
+        logits = self(batch["input_ids"], batch.get("attention_mask"))
         nll, correct, tokens = next_token_sums(logits, batch["labels"])
         self.val_perplexity.update(nll, tokens)
         self.val_accuracy.update(correct, tokens)
@@ -266,21 +266,13 @@ class RecoveryModule(LightningModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             return None
+        optimizer = (self.optimizer or partial(AdamW, lr=self.learning_rate))(parameters)
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ValueError(
-                "max_steps=-1 without max_epochs leaves the end of the learning-rate schedule "
-                "open; set trainer.max_steps or trainer.max_epochs"
-            )
-        if self.warmup_steps >= steps:
-            log.warning("warmup_steps=%d reaches past the %d steps", self.warmup_steps, steps)
-        make = self.optimizer or partial(AdamW, lr=self.learning_rate)
-        optimizer = make(parameters)
-        scheduler = get_scheduler(self.lr_scheduler_name, optimizer, self.warmup_steps, int(steps))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        scheduler = make_schedule(self.lr_scheduler_name, optimizer, self.warmup_steps, steps)
+        if self.masks is not None:
+            self.masks.watch(optimizer)
+        by_step = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": by_step}
 
     def on_train_start(self) -> None:
         """Start to measure the recovery."""
@@ -294,16 +286,19 @@ class RecoveryModule(LightningModule):
     # --- checkpoints -------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained, and say on which base."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        state = checkpoint["state_dict"]
+        """Keep what is trained, and say on which base.
+
+        Raises:
+            RuntimeError: if a weight that must be zero is not.
+        """
+        self._zeros.check()
+        trained, state = self._trained_names(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
-        checkpoint["prunelight"] = {
-            "base": str(self.base.resolve() if self.base else self.name),
-            "fingerprint": self._fingerprint,
+        checkpoint[KEY] = {
+            **self._describe_training(),
             "config": self._base_config,
-            "recovery": self.recovery,
             "tokens_seen": self._tokens_seen,
+            "masks": self.masks and self.masks.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -312,26 +307,25 @@ class RecoveryModule(LightningModule):
         Raises:
             ValueError: if it was trained on another base or in another way; names both.
         """
-        saved = checkpoint.get("prunelight")
-        if saved is None:
-            raise ValueError("the checkpoint has no key 'prunelight': it is not from this module")
+        saved = facts_of(checkpoint)
         if not self._adapted:
             self._rebuild(saved)
-        if (saved["fingerprint"], saved["recovery"]) != (self._fingerprint, self.recovery):
-            raise ValueError(
-                f"the checkpoint was trained by {saved['recovery']} on base {saved['fingerprint']} "
-                f"({saved['base']}), this run trains by {self.recovery} on base "
-                f"{self._fingerprint} ({self.base or self.name}); use the arguments of that run, "
-                "or start without ckpt_path"
-            )
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        odd = trained ^ set(checkpoint["state_dict"])
-        if odd:
-            raise ValueError(
-                f"{len(odd)} trained parameters are only on one side, e.g. {min(odd)}; the LoRA "
-                "settings must be those of the run that wrote the checkpoint"
-            )
+        check_same_run(saved, self._describe_training())
+        check_same_parameters(checkpoint["state_dict"], self._trained_names())
+        if self.masks is not None:
+            self.masks.load_state_dict(saved["masks"])
         self._tokens_seen = saved["tokens_seen"]
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if p.requires_grad}
+
+    def _describe_training(self) -> dict[str, str]:
+        return {
+            "base": str(self.base.resolve() if self.base else self.name),
+            "fingerprint": self._fingerprint,
+            "recovery": self.recovery,
+            "zeros": self._zeros.state,
+        }
 
     def _rebuild(self, saved: dict[str, Any]) -> None:
         """Load the base that a checkpoint names and prepare it as in training."""
@@ -339,38 +333,46 @@ class RecoveryModule(LightningModule):
             self.use_base(Path(saved["base"]), self.record)
         else:
             self.forget_model()
+        self.gradual = saved["zeros"] == "growing"
         self._adapt()
 
     # --- the end -----------------------------------------------------------------------------
 
     def on_fit_end(self) -> None:
-        """Merge adapters, save a verified directory, evaluate, and write the report."""
+        """Merge adapters, save a verified directory, evaluate, and write the report.
+
+        Raises:
+            RuntimeError: if a weight that must be zero is not.
+        """
+        adapted = self.model
+        if self._zeros.matrices and not self.keep_zeros and isinstance(adapted, PeftModel):
+            on_rank_zero(self.trainer, lambda: save_adapter(adapted, self._root()))
         model = self._merged()  # on every rank: a validation may follow
         on_rank_zero(self.trainer, lambda: self._finish(model))
 
     def _finish(self, model: PreTrainedModel) -> None:
         model = to_device(model, self.trainer.strategy.root_device)
-        final = self._final_directory()
         with measuring(model.device) as phase:
             saved = save(
                 model,
                 self.checked_tokenizer(),
-                final,
-                extra_files=self._plans(),
+                self._root() / FINAL,
+                extra_files={f.name: f.read_text(encoding="utf-8") for f in self._plan_files()},
                 trust_remote_code=self.trust_remote_code,
             )
-        record = self.record
-        if record is None:
+        if self.record is None:
             return
-        self._add_cost("recover", self._measurement)
-        self._add_cost("save and verify final", phase)
-        record.verification[final.name] = saved.verification
-        record.recovery = self._describe_recovery()
-        if self.recovery != "none":
-            windows = self.evaluation_windows(self.trainer)
-            stage = measure_stage("recovered", model, windows)
-            record.stages.append(replace(stage, size_bytes=saved.size_bytes))
-        for file in write_report(self._root(), record):
+        none = self.recovery == "none"
+        self.record.recovery = self._describe_recovery()
+        add_result(
+            self.record,
+            model,
+            saved,
+            training=self._measurement,
+            saving=phase,
+            windows=None if none else self.evaluation_windows(self.trainer),
+        )
+        for file in write_report(self._root(), self.record):
             log.info("wrote %s", file)
 
     def _merged(self) -> PreTrainedModel:
@@ -380,12 +382,22 @@ class RecoveryModule(LightningModule):
             model = merge_lora(model)
         assert isinstance(model, PreTrainedModel)
         restore_rwkv_scale(model)
+        self._settle_zeros(model)
         if "rescale_every" in self._base_config:
             model.config.rescale_every = self._base_config["rescale_every"]
         if self.gradient_checkpointing:
             model.activation_checkpointing_disable()
         self.model, self._adapted = model, False
         return model.eval()
+
+    def _settle_zeros(self, model: PreTrainedModel) -> None:
+        """Check that zeros were kept, or say how many are left."""
+        self._zeros.check()
+        if self.masks is not None:
+            self.masks.unwatch()
+        elif self._zeros.matrices and not self.keep_zeros and self.recovery != "none":
+            kept = "; adapter/ holds the adapters unmerged" if self.recovery == "lora" else ""
+            self._warn(self._zeros.describe_loss(model) + kept)
 
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer of the loaded model.
@@ -397,21 +409,16 @@ class RecoveryModule(LightningModule):
             raise ValueError("module.tokenizer=None: set it together with module.model")
         return self.tokenizer
 
-    def _plans(self) -> dict[str, str]:
-        """Return the plans that led to the base, as files to keep beside the result."""
-        files = sorted(self.base.glob("plan*.json")) if self.base else []
-        return {file.name: file.read_text(encoding="utf-8") for file in files}
-
-    def _add_cost(self, name: str, phase: Measurement | None) -> None:
-        if self.record is not None and phase is not None:
-            forwards = phase.seconds / self.record.forward_seconds
-            self.record.costs.append(Cost(name, phase.seconds, forwards, phase.peak_bytes))
+    def _plan_files(self) -> list[Path]:
+        """Return the plans that led to the base, or to the directory that is recovered."""
+        return plan_files(self.base or Path(self.name).expanduser())
 
     def _describe_recovery(self) -> dict[str, Any]:
         lora = asdict(self.lora) if self.recovery == "lora" else {}
         return {
             "mode": self.recovery,
             **lora,
+            **({"keep_zeros": self.keep_zeros} if self._zeros.matrices else {}),
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
             "lr_scheduler": self.lr_scheduler_name,
@@ -422,9 +429,6 @@ class RecoveryModule(LightningModule):
 
     def _root(self) -> Path:
         return Path(self.trainer.default_root_dir)
-
-    def _final_directory(self) -> Path:
-        return self._root() / "final"
 
     # --- the record of the run ---------------------------------------------------------------
 

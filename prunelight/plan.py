@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import transformers
@@ -33,6 +33,11 @@ class RemoveLayers:
 
     kind: ClassVar[str] = "remove_layers"
     layers: tuple[int, ...]
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Return the layers that are gone after the step."""
+        return self.layers
 
     def __post_init__(self) -> None:
         """Sort the indices, so that equal decisions are equal plans."""
@@ -57,8 +62,42 @@ class RemoveLayers:
             )
 
 
-Step = RemoveLayers
-STEPS: dict[str, type[Step]] = {step.kind: step for step in (RemoveLayers,)}
+@dataclass(frozen=True)
+class Sparsify:
+    """Put zeros into weights of decoder layers.
+
+    Attributes:
+        sparsity: name of a matrix (see `architecture.Matrix`) -> share of zeros, in [0, 1).
+        solver: "magnitude", "wanda", "wanda_variant" or "sparsegpt".
+        pattern: "N:M" keeps N of M consecutive inputs; a matrix' own N is M * (1 - sparsity).
+        options: the solver's own options.
+    """
+
+    kind: ClassVar[str] = "sparsify"
+    removed: ClassVar[tuple[int, ...]] = ()
+    sparsity: dict[str, float]
+    solver: str
+    pattern: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the types, which a hand-written plan may have wrong."""
+        if not (isinstance(self.sparsity, dict) and isinstance(self.options, dict)):
+            raise ValueError("sparsity and options must be objects, {name: value}")
+
+    def check(self, num_layers: int) -> None:
+        """Check the shares; what concerns the model is checked by `sparsify.check_step`.
+
+        Raises:
+            ValueError: if a share does not lie in [0, 1).
+        """
+        for name, share in self.sparsity.items():
+            if not isinstance(share, (int, float)) or not 0 <= share < 1:
+                raise ValueError(f"sparsity={share} of {name} must lie in [0, 1)")
+
+
+Step: TypeAlias = RemoveLayers | Sparsify
+STEPS: dict[str, type[Step]] = {step.kind: step for step in (RemoveLayers, Sparsify)}
 
 
 def step_from_dict(value: Mapping[str, Any]) -> Step:
@@ -72,9 +111,16 @@ def step_from_dict(value: Mapping[str, Any]) -> Step:
     if kind not in STEPS:
         raise ValueError(f"kind={kind!r} is not a known kind of step: {', '.join(sorted(STEPS))}")
     expected = {f.name for f in fields(STEPS[kind])}
-    if set(keys) != expected:
+    optional = {
+        f.name
+        for f in fields(STEPS[kind])
+        if f.default is not MISSING or f.default_factory is not MISSING
+    }
+    if not expected - optional <= set(keys) <= expected:
         raise ValueError(f"step {kind!r} has keys {sorted(keys)}, it must have {sorted(expected)}")
-    return STEPS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in keys.items()})
+    make: Any = STEPS[kind]
+    step: Step = make(**{k: tuple(v) if isinstance(v, list) else v for k, v in keys.items()})
+    return step
 
 
 @dataclass(frozen=True)
@@ -172,12 +218,41 @@ class Plan:
                 )
         removed: tuple[int, ...] = ()
         for position, step in enumerate(self.steps):
-            removed += step.layers
+            removed += step.removed
             try:
                 step.check(model.config.num_hidden_layers)
                 RemoveLayers(removed).check(model.config.num_hidden_layers)
             except ValueError as error:
                 raise ValueError(f"steps[{position}] ({step.kind}): {error}") from error
+
+
+def sparsified(plans: Sequence[Plan], layers_path: str) -> dict[str, float]:
+    """Return which matrices of the final model have planned zeros: name -> share of zeros.
+
+    Args:
+        plans: in the order in which they were carried out.
+        layers_path: dotted path of the model's decoder layers, `architecture.layers_path`.
+    """
+    found: dict[str, float] = {}
+    for plan in plans:
+        for step in plan.steps:
+            if isinstance(step, Sparsify):
+                found |= step.sparsity
+        removed = {i for step in plan.steps for i in step.removed}
+        names = renumbered(found, layers_path, removed)
+        found = {new: found[old] for old, new in names.items()}
+    return found
+
+
+def renumbered(names: Iterable[str], layers_path: str, removed: Collection[int]) -> dict[str, str]:
+    """Map names of matrices to those after some layers are removed; theirs are left out."""
+    mapping = {}
+    for name in names:
+        index, _, rest = name.removeprefix(f"{layers_path}.").partition(".")
+        if int(index) not in removed:
+            new = int(index) - sum(i < int(index) for i in removed)
+            mapping[name] = f"{layers_path}.{new}.{rest}"
+    return mapping
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:

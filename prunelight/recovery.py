@@ -7,15 +7,32 @@ dtype, as peft does it: a learning rate of 1e-4 is lost in bfloat16 weights.
 
 from __future__ import annotations
 
+import logging
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, SchedulerType, get_scheduler
 
-from prunelight.architecture import lora_targets, restore_rwkv_scale
+from prunelight.architecture import (
+    Matrix,
+    layers_path,
+    lora_targets,
+    matrices,
+    restore_rwkv_scale,
+)
+from prunelight.masking import WeightMasks, ZeroRecord, mask_adapters
+from prunelight.metrics import parameter_count, zero_share
+from prunelight.plan import Plan, sparsified
+
+log = logging.getLogger(__name__)
+
+RECOVERIES = ("none", "lora", "full")
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,64 @@ class LoRA:
             raise ValueError(f"lora.alpha={self.alpha} must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
+
+
+def check_settings(
+    recovery: str, *, learning_rate: float, warmup_steps: int, lr_scheduler: str
+) -> None:
+    """Check the arguments of a recovery.
+
+    Raises:
+        ValueError: if one is out of its range.
+    """
+    if recovery not in RECOVERIES:
+        raise ValueError(f"recovery={recovery!r} must be one of {', '.join(RECOVERIES)}")
+    if learning_rate <= 0 or warmup_steps < 0:
+        raise ValueError(
+            f"learning_rate={learning_rate} must be above 0 and warmup_steps={warmup_steps} "
+            "at least 0"
+        )
+    schedules = [kind.value for kind in SchedulerType]
+    if lr_scheduler not in schedules:
+        raise ValueError(f"lr_scheduler={lr_scheduler!r} must be one of {', '.join(schedules)}")
+
+
+def make_schedule(name: str, optimizer: Optimizer, warmup_steps: int, steps: float) -> LRScheduler:
+    """Return a learning-rate schedule of transformers.get_scheduler over `steps` steps.
+
+    Raises:
+        ValueError: if the number of steps is not known.
+    """
+    if steps == float("inf"):
+        raise ValueError(
+            "max_steps=-1 without max_epochs leaves the end of the learning-rate schedule "
+            "open; set trainer.max_steps or trainer.max_epochs"
+        )
+    if warmup_steps >= steps:
+        log.warning("warmup_steps=%d reaches past the %d steps", warmup_steps, steps)
+    return get_scheduler(name, optimizer, warmup_steps, int(steps))
+
+
+def make_trainable(
+    model: PreTrainedModel, recovery: str, settings: LoRA
+) -> PreTrainedModel | PeftModel:
+    """Prepare a model for its recovery, in place; returns peft's wrapper for "lora".
+
+    Raises:
+        ValueError: if no module has one of LoRA's target names.
+    """
+    adapted: PreTrainedModel | PeftModel = model
+    if recovery == "lora":
+        adapted = attach_lora(model, settings)
+    else:
+        (train_all if recovery == "full" else freeze)(model)
+    log.info(
+        "%s recovery: %.2fM of %.1fM parameters are trained",
+        recovery,
+        parameter_count(adapted, trainable=True) / 1e6,
+        parameter_count(adapted) / 1e6,
+    )
+    return adapted
 
 
 def attach_lora(model: PreTrainedModel, settings: LoRA) -> PeftModel:
@@ -115,3 +190,72 @@ def freeze(model: PreTrainedModel) -> None:
     """Make no weight trainable, in place."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+
+
+@dataclass
+class PlannedZeros:
+    """The zeros that plans put into a model, during its recovery; by default none.
+
+    Attributes:
+        matrices: that have planned zeros.
+        sparsity: share of zeros in all matrices of the decoder layers before the recovery.
+        masks: in full training, and where zeros are added during training; else None.
+        state: "not kept", "kept", or "growing" where zeros are added during training.
+    """
+
+    matrices: list[Matrix] = field(default_factory=list)
+    sparsity: float = 0.0
+    masks: WeightMasks | None = None
+    state: str = "not kept"
+    _record: ZeroRecord | None = None
+
+    @classmethod
+    def find(cls, model: PreTrainedModel, plans: Sequence[Plan]) -> PlannedZeros:
+        """Return the zeros that plans put into a model, which has no adapters yet.
+
+        Args:
+            model: as it is after all plans.
+            plans: that led to it, in order.
+
+        Raises:
+            ValueError: if the plans name a matrix that the model does not have.
+        """
+        names = sparsified(plans, layers_path(model)) if plans else {}
+        if not names:
+            return cls()
+        found = matrices(model)
+        missing = set(names) - set(found)
+        if missing:
+            raise ValueError(
+                f"the plans put zeros into {len(missing)} matrices that the model does not have, "
+                f"e.g. {min(missing)}; the plans beside a model must be those that led to it"
+            )
+        return cls([found[name] for name in names], zero_share(m.parameter for m in found.values()))
+
+    def keep(self, model: PreTrainedModel | PeftModel, *, growing: bool) -> None:
+        """Keep the zeros from now on, in place; `growing`: those that `masks` will be told of."""
+        if isinstance(model, PeftModel):
+            mask_adapters(model, [matrix.name for matrix in self.matrices])
+        if growing or not isinstance(model, PeftModel):
+            self.masks = WeightMasks(self.matrices)
+        else:
+            self._record = ZeroRecord(self.matrices)
+        self.state = "growing" if growing else "kept"
+
+    def check(self) -> None:
+        """Check that all zeros that are kept are exactly zero.
+
+        Raises:
+            RuntimeError: naming the matrix, and how many of its zeros are filled.
+        """
+        keeper = self.masks or self._record
+        if keeper is not None:
+            keeper.check()
+
+    def describe_loss(self, model: PreTrainedModel) -> str:
+        """Return how much of the sparsity a recovery that did not keep zeros has left."""
+        left = zero_share(matrix.parameter for matrix in matrices(model).values())
+        return (
+            "keep_zeros=False filled zeros: the sparsity of the decoder layers' matrices went from "
+            f"{self.sparsity:.4f} to {left:.4f}"
+        )

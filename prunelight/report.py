@@ -2,8 +2,9 @@
 
 What is reported is what travels between machines: changes against the dense model, time in units
 of F (one forward of the calibration set through the dense model), memory in units of the
-checkpoint and of one decoder layer. Measuring is not done here (see evaluation.py): this module
-needs neither torch nor lightning and can render a report.json that another machine wrote.
+checkpoint and of one decoder layer. Measuring is not done here (see evaluation.py), nor drawing
+(plots.py): this module needs neither torch nor lightning and can render a report.json that another
+machine wrote.
 """
 
 from __future__ import annotations
@@ -14,19 +15,33 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from prunelight.plots import (
+    drawable,
+    layer_table,
+    nominal,
+    percent,
+    plot_layers,
+    sparsify_facts,
+    sparsify_steps,
+)
+
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One measured state of the model; accuracy is next-token accuracy in [0, 1]."""
+    """One measured state of the model; accuracy is next-token accuracy in [0, 1].
+
+    `sparsity` is the share of zeros among all parameters, `linear_sparsity` that among the weights
+    of decoder layers that can be sparsified.
+    """
 
     name: str  # "dense" | "pruned" | "recovered"; the others are compared with "dense"
     num_layers: int
@@ -36,6 +51,8 @@ class Stage:
     accuracy: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    sparsity: float = 0.0
+    linear_sparsity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,11 @@ class Cost:
 
 @dataclass
 class RunRecord:
-    """All that a report says about one run; `plans` holds `Plan.to_dict()` of each callback."""
+    """All that a report says about one run.
+
+    `plans` holds `Plan.to_dict()` of each callback, `outcomes` what `surgery.apply` told of each of
+    their sparsify steps, in order.
+    """
 
     model: str
     device: str
@@ -68,6 +89,7 @@ class RunRecord:
     versions: dict[str, str]
     warnings: list[str]
     forward_seconds: float = math.nan  # F on this device
+    outcomes: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON data: NaN and infinities become "NaN", "Infinity" and "-Infinity".
@@ -120,135 +142,69 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
         text = json.dumps(record.to_dict(), indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     sections: list[str] = []
+    outcomes = iter(record.outcomes)
     for plan in record.plans:
+        told = [next(outcomes, {}) for _ in sparsify_steps(plan)]
         picture = f"layers-{len(names)}.png" if len(names) > 1 else "layers.png"
-        if drawable := bool(_score_lists(plan)):
-            plot_layers(plan, directory / picture)
+        if shown := drawable(plan):
+            with _replacing(directory / picture) as temporary:
+                plot_layers(plan, told[-1] if told else None).savefig(temporary, format="png")
             names.append(picture)
-        sections += _plan_section(plan, picture if drawable else None)
+        sections += _plan_section(plan, told, picture if shown else None, _measured(record))
     with _replacing(directory / "report.md") as temporary:
         temporary.write_text(_markdown(record, sections), encoding="utf-8")
     return [directory / name for name in (*names, "report.md")]
 
 
-def plot_layers(plan: dict[str, Any], path: Path) -> None:
-    """Draw the scores of a plan over the decoder layers, with the removed layers marked.
-
-    Drawn is the first list of scores with one entry a layer, else the first list (the angular
-    distance has one entry a window, at the window's first layer). The scale is logarithmic if all
-    scores are positive and span more than a factor of 20. Raises ValueError without such a list.
-    """
-    from matplotlib.figure import Figure  # the object API: no pyplot, no global state
-
-    lists, num_layers = _score_lists(plan), plan["model"]["num_hidden_layers"]
-    if not lists:
-        raise ValueError(
-            f"scores={plan.get('scores')} of the {plan['method']} plan must hold a list of "
-            "numbers to be drawn; skip the picture for this plan"
-        )
-    name = next((key for key in lists if len(lists[key]) == num_layers), next(iter(lists)))
-    figure = Figure((min(max(7.0, 2.5 + 0.16 * num_layers), 13.0), 4.0), 150, layout="constrained")
-    axes = figure.add_subplot()
-    _draw_bars(axes, name, lists[name], removed=_removed(plan), num_layers=num_layers)
-    model = plan["model"]["name"]
-    model = model if len(model) <= 60 else f"...{model[-57:]}"
-    axes.set_title(f"{plan['method']}: {model}\n{_nominal(plan)}", loc="left", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    with _replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")
+def _measured(record: RunRecord) -> float:
+    """Share of zeros in decoder linears, if one step alone made them; else 0."""
+    steps = [step for plan in record.plans for step in plan["steps"]]
+    return max((s.linear_sparsity for s in record.stages), default=0.0) if len(steps) == 1 else 0.0
 
 
-def _draw_bars(
-    axes: Any, name: str, scores: list[float], *, removed: list[int], num_layers: int
-) -> None:
-    marked, labels, place = removed, ("kept", f"removed ({len(removed)})"), "decoder layer"
-    if len(scores) < num_layers:
-        marked, labels = removed[:1], ("score of a window", "first window taken")
-        place = "decoder layer (a window's score stands at its first; removed layers shaded)"
-    elif len(scores) > num_layers:
-        marked, labels, removed, place = [], ("score", ""), [], f"entry of {name}"
-    marked = [index for index in marked if index < len(scores)]
-    plain = sorted(set(range(len(scores))) - set(marked))
-    finite = [score for score in scores if math.isfinite(score)]
-    heights = [score if math.isfinite(score) else math.nan for score in scores]  # inf breaks axes
-    style = {"color": "#d55e00", "hatch": "////", "edgecolor": "white", "linewidth": 0}
-    axes.bar(plain, [heights[index] for index in plain], label=labels[0], color="#0072b2")
-    if marked:
-        axes.bar(marked, [heights[index] for index in marked], label=labels[1], **style)
-    for layer in removed:
-        axes.axvspan(layer - 0.5, layer + 0.5, color="#faeadf", linewidth=0, zorder=0)
-    unit = "nats" if {"nll", "kl"} & set(name.split("_")) else "dimensionless"
-    if finite and min(finite) > 0 and max(finite) > 20 * min(finite):
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=min(finite) / 2)  # so that the shortest bar is seen
-        unit += ", log scale"
-    axes.set_ylabel(f"{name.replace('_', ' ')} ({unit})")
-    axes.set_xlabel(place)
-    axes.set_xlim(-0.8, max(num_layers, len(scores)) - 0.2)
-    axes.locator_params(axis="x", nbins=20, integer=True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _fates(plan: dict[str, Any]) -> dict[int, str]:
-    """What happened to each decoder layer that did not stay whole."""
-    fates: dict[int, str] = {}
-    for step in plan["steps"]:
-        fates |= dict.fromkeys(step.get("layers", ()), "removed")
-        for group in step.get("groups", ()):
-            kept = group[-1] if step.get("merge") == "top" else group[0]
-            fates |= {layer: f"merged into {kept}" for layer in group if layer != kept}
-        for part in ("attention", "mlp"):
-            for layer in step.get(part, ()):
-                fates[layer] = f"{fates[layer]}, no {part}" if layer in fates else f"no {part}"
-    return fates
-
-
-def _removed(plan: dict[str, Any]) -> list[int]:
-    return sorted(layer for layer, fate in _fates(plan).items() if not fate.startswith("no "))
-
-
-def _score_lists(plan: dict[str, Any]) -> dict[str, list[float]]:
-    lists = {name: x for name, x in (plan.get("scores") or {}).items() if isinstance(x, list) and x}
-    return {
-        name: [math.nan if score is None else float(score) for score in scores]
-        for name, scores in lists.items()
-        if all(isinstance(score, int | float | None) for score in scores)
-    }
-
-
-def _nominal(plan: dict[str, Any]) -> str:
-    """The ratio in the method's own terms: of decoder layers, of width or of weights."""
-    removed, num_layers = len(_removed(plan)), plan["model"]["num_hidden_layers"]
-    if removed:
-        share = f"{100 * removed / num_layers:.1f} %"
-        return f"{removed} of {num_layers} decoder layers removed ({share})"
-    named = [key for key in ("ratio", "slice_ratio", "sparsity") if key in plan["arguments"]]
-    return ", ".join(f"{key} {plan['arguments'][key]}" for key in named) or "no layer removed"
-
-
-def _plan_section(plan: dict[str, Any], picture: str | None) -> list[str]:
+def _plan_section(
+    plan: dict[str, Any], outcomes: list[dict[str, Any]], picture: str | None, measured: float
+) -> list[str]:
     """What one plan did and why; the long table of layers is folded away."""
-    parts = [f"## {plan['method']}: {_nominal(plan)}"]
+    parts, remaining = [f"## {plan['method']}: {nominal(plan)}"], iter(outcomes)
     for step in plan["steps"]:
-        details = {key: value for key, value in step.items() if key != "kind"}
-        parts.append(f"Step `{step['kind']}`:\n{_bullets(details)}")
         if step["kind"] == "sparsify":
-            parts.append("The zeros are stored: the model is neither smaller nor faster for them.")
+            parts += _sparsify_section(plan, step, next(remaining), measured)
+        else:
+            details = {key: value for key, value in step.items() if key != "kind"}
+            parts.append(f"Step `{step['kind']}`:\n{_bullets(details)}")
+    # Settings within settings are told with their step.
+    arguments = {k: v for k, v in plan["arguments"].items() if not isinstance(v, dict)}
     calibration = {f"calibration {k}": v for k, v in (plan.get("calibration") or {}).items()}
-    parts.append(f"Decided with:\n{_bullets({**plan['arguments'], **calibration})}")
+    parts.append(f"Decided with:\n{_bullets({**arguments, **calibration})}")
     if picture:
         parts.append(f"![scores of the decoder layers]({picture})")
-    fates, num_layers = _fates(plan), plan["model"]["num_hidden_layers"]
-    lists = {name: x for name, x in _score_lists(plan).items() if len(x) <= num_layers}
-    rows = []
-    for layer in range(num_layers):
-        scores = [f"{x[layer]:.4g}" if layer < len(x) else "" for x in lists.values()]
-        bold = "**" if layer in fates else ""
-        rows.append([f"{bold}{layer}{bold}", *scores, f"{bold}{fates.get(layer, 'kept')}{bold}"])
-    names = [name + ("" if len(x) == num_layers else " from here") for name, x in lists.items()]
-    table = _table(["layer", *(name.replace("_", " ") for name in names), "fate"], rows)
-    title = f"<details><summary>All {num_layers} decoder layers</summary>"
-    return [*parts, title, table, "</details>"] if lists or fates else parts
+    columns = layer_table(plan, outcomes[-1] if outcomes else None)
+    rows = list(zip(*columns.values(), strict=True))
+    title = f"<details><summary>All {len(rows)} decoder layers</summary>"
+    table = [title, _table(list(columns), rows), "</details>"]
+    return parts + table if len(columns) > 1 else parts
+
+
+def _sparsify_section(
+    plan: dict[str, Any], step: dict[str, Any], outcome: dict[str, Any], measured: float
+) -> list[str]:
+    """What a sparsify step did, in totals; the share of each matrix is left to report.json."""
+    facts = {**sparsify_facts(plan, step, outcome, measured), **step.get("options", {})}
+    notes = "".join(f"\n- {note}" for note in outcome.get("notes", ()))
+    kind = f"{step['pattern']} zeros" if step.get("pattern") else "Unstructured zeros"
+    parts = [
+        f"Step `sparsify`:\n{_bullets(facts)}{notes}",
+        f"{kind} are stored like any other weight and do not by themselves make inference faster "
+        "or the files smaller: speed comes from depth, width and slicing.",
+    ]
+    schedule = plan["arguments"].get("schedule")
+    return parts if schedule is None else [*parts, _schedule_sentence(schedule)]
+
+
+def _schedule_sentence(schedule: dict[str, Any]) -> str:
+    text = "from step {start_step} to step {end_step} every {every} steps along a {curve} curve."
+    return f"Sparsity rises {text.format_map(schedule)}"
 
 
 def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
@@ -274,9 +230,24 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
         ("Versions", {**where, **record.versions}, ""),
     ):
         parts += [f"## {title}", _bullets(values) or otherwise]
+        if title == "Recovery":
+            parts += _lost_zeros(record)
     if record.verification:
         parts += ["## How to load the result", _loading(list(record.verification)[-1])]
     return "\n\n".join(parts) + "\n"
+
+
+def _lost_zeros(record: RunRecord) -> list[str]:
+    """One sentence if the recovery was free to fill zeros, and did."""
+    stages = {stage.name: stage.linear_sparsity for stage in record.stages}
+    before, after = stages.get("pruned", math.nan), stages.get("recovered", math.nan)
+    if record.recovery.get("keep_zeros", True) or not after < before:
+        return []
+    what = "Merging the adapters" if record.recovery.get("mode") == "lora" else "Training"
+    return [
+        f"{what} filled zeros: {percent(before)} -> {percent(after)} of the weights of decoder "
+        "linears are zero; recover with keep_zeros to keep them all."
+    ]
 
 
 def _loading(name: str) -> str:
@@ -308,7 +279,11 @@ _FIGURES: tuple[
     ("prefill tokens/s", "prefill_tokens_per_second", _decimal),
     ("decode tokens/s", "decode_tokens_per_second", _decimal),
 )
-_HEADLINE = ("layers", "parameters", "perplexity", "decode tokens/s")
+_ZEROS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # shown once something is sparsified
+    ("zeros in decoder linears", "linear_sparsity", percent),
+    ("zeros in all parameters", "sparsity", percent),
+)
+_HEADLINE = ("layers", "parameters", _ZEROS[0][0], "perplexity", "decode tokens/s")
 
 
 def _result(record: RunRecord) -> str:
@@ -321,22 +296,26 @@ def _result(record: RunRecord) -> str:
         return f"The {last.name} model: {', '.join(f'{row[0]} {row[-1]}' for row in told)}."
     column = 1 + record.stages.index(dense)
     arrows = ", ".join(f"{row[0]} {row[column]} -> {row[-1]}" for row in told)
-    true = 100 * (1 - last.parameters / max(dense.parameters, 1))
-    nominal = " + ".join(_nominal(plan) for plan in record.plans) or "nothing pruned"
+    true = f"{100 * (1 - last.parameters / max(dense.parameters, 1)):.1f} %"
+    if _sparsified(record):
+        true += f"; zeros among all parameters: {percent(last.sparsity)}"
+    told_ratios = " + ".join(nominal(plan) for plan in record.plans) or "nothing pruned"
     return (
         f"{_methods(record)}, {dense.name} -> {last.name}: {arrows}.\n\n"
-        f"- Nominal ratio: {nominal}\n- True share of all parameters removed: {true:.1f} %"
+        f"- Nominal ratio: {told_ratios}\n- True share of all parameters removed: {true}"
     )
 
 
 def _stage_rows(record: RunRecord) -> list[list[str]]:
     """One row a figure, one cell a stage, with the change against the dense stage."""
-    rows = [[label] for label, _, _ in _FIGURES]
+    figures = _FIGURES + (_ZEROS if _sparsified(record) else ())
+    rows = [[label] for label, _, _ in figures]
     dense = _dense(record)
     for stage in record.stages:
-        for row, (_, name, show) in zip(rows, _FIGURES, strict=True):
+        for row, (label, name, show) in zip(rows, figures, strict=True):
             value = getattr(stage, name)
-            base = math.nan if dense in (None, stage) else getattr(dense, name)
+            alone = dense in (None, stage) or (label, name, show) in _ZEROS
+            base = math.nan if alone else getattr(dense, name)
             change = _change(value, base, factor=name.endswith("per_second"))
             row.append(show(value) + (f" ({change})" if change else ""))
     return rows
@@ -363,6 +342,10 @@ def _cost_rows(record: RunRecord) -> list[list[str]]:
 
 def _dense(record: RunRecord) -> Stage | None:
     return next((stage for stage in record.stages if stage.name == "dense"), None)
+
+
+def _sparsified(record: RunRecord) -> bool:
+    return any(sparsify_steps(plan) for plan in record.plans)
 
 
 def _methods(record: RunRecord) -> str:

@@ -1,7 +1,8 @@
 """Pure scores of decoder layers, from what each layer does to the hidden states.
 
 Block Influence (ShortGPT, arXiv:2403.03853) and the angular distance over windows of layers (Gromov
-et al., arXiv:2403.17887). Both cost one forward without the head. Unlike the released codes we take
+et al., arXiv:2403.17887); for shares of zeros, how the products |W_ij| * ||X_j|| of a layer are
+distributed (DLP, OWL). All cost one forward without the head. Unlike the released codes we take
 the raw output of the last layer (theirs is after the final norm), leave padding out, and compute in
 float32 whatever the model's dtype.
 """
@@ -11,14 +12,17 @@ float32 whatever the model's dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel
 
-from prunelight.architecture import decoder_layers
+from prunelight.architecture import Matrix, decoder_layers, layer_matrices
 from prunelight.calibration import (
     Windows,
     counted_positions,
@@ -28,7 +32,12 @@ from prunelight.calibration import (
     run_layers,
     watching_layers,
 )
-from prunelight.statistics import MeanCosine
+from prunelight.sparsity import wanda_scores
+from prunelight.statistics import InputNorm, MeanCosine, exact_median
+from prunelight.walk import InputStatistics, LayerWalk
+
+# How the Wanda scores of a layer's weights are summed up: DLP's paper, DLP's released code, OWL.
+WeightScore: TypeAlias = Literal["median", "mean", "outlier_ratio"]
 
 
 @dataclass(frozen=True)
@@ -171,3 +180,78 @@ def _check_finite(index: int, statistic: float, outputs: Tensor) -> None:
             f"{what} in the hidden states after decoder layer {index} (dtype {outputs.dtype}); "
             "load the model in bfloat16 or float32, or check its weights"
         )
+
+
+@torch.no_grad()
+def weight_scores(
+    model: PreTrainedModel,
+    windows: Windows,
+    score: WeightScore,
+    *,
+    outlier_factor: float = 5.0,
+    by_matrix: bool = False,
+    device: torch.device | None = None,
+    offload: bool = False,
+) -> dict[str, float]:
+    """Sum up A_ij = |W_ij| * ||X_j|| over the matrices of each decoder layer of the dense model.
+
+    The norm is the root mean square over tokens, so that a score does not depend on how many there
+    were. "median" is DLP's paper (arXiv:2505.23807), "mean" its released code, "outlier_ratio" the
+    share of A above `outlier_factor` times its mean (OWL, arXiv:2310.05175).
+
+    Args:
+        model: the dense model; unchanged.
+        windows: calibration windows (N, T), or input_ids with an attention_mask.
+        score: how A is summed up.
+        outlier_factor: OWL's M.
+        by_matrix: one score for each matrix instead of each layer.
+        device: where the layers compute, one at a time; None takes the model's own.
+        offload: keep the states on the CPU.
+
+    Returns:
+        Name of each matrix -> score; without `by_matrix` those of a layer have one score.
+
+    Raises:
+        ValueError: if an activation is NaN or Inf; names the matrix.
+        TypeError: if the layers cannot be run one by one.
+    """
+    scores: dict[str, float] = {}
+    with LayerWalk(model, windows, device=device, offload=offload, label=f"{score} score") as walk:
+        for index, _ in walk.layers():
+            found = layer_matrices(model, index)
+            seen = InputStatistics(found, InputNorm)
+            for batch, mask in enumerate(walk.masks):
+                with seen.watching(mask):
+                    walk.states[batch] = walk.forward(batch).to(walk.store)
+            for group in [[matrix] for matrix in found] if by_matrix else [found]:
+                parts = partial(_wanda_parts, group, seen, walk.counted())
+                scores |= dict.fromkeys(
+                    (matrix.name for matrix in group), _summed_up(parts, score, outlier_factor)
+                )
+    return scores
+
+
+def _wanda_parts(
+    group: list[Matrix], seen: InputStatistics[InputNorm], tokens: int
+) -> Iterator[Tensor]:
+    """Yield A of each matrix (or expert), computed anew at each call: all of them may not fit."""
+    for matrix in group:
+        for view, statistic in zip(matrix.views(), seen.of(matrix), strict=True):
+            try:
+                norms = statistic.norms().to(view.device)
+                yield wanda_scores(view, norms / math.sqrt(tokens))
+            except ValueError as error:
+                raise ValueError(f"{matrix.name}: {error}") from error
+
+
+def _summed_up(
+    parts: Callable[[], Iterable[Tensor]], score: WeightScore, outlier_factor: float
+) -> float:
+    if score == "median":
+        return exact_median(parts)
+    sums = [(part.sum().item(), part.numel()) for part in parts()]
+    total = sum(count for _, count in sums)
+    mean = math.fsum(value for value, _ in sums) / total
+    if score == "mean":
+        return mean
+    return sum(int((part > outlier_factor * mean).sum()) for part in parts()) / total

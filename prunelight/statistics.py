@@ -1,12 +1,14 @@
 """Streaming accumulators: `update` with the tokens of one micro-batch, `result` at the end.
 
-They hold running sums in float64 on the CPU, never a list of states, so memory does not grow with
-the calibration set. Padding is masked by the caller's `mask`.
+They hold running sums, never a list of states, so memory does not grow with the calibration set.
+Padding is masked by the caller.
 """
 
-# B sequences, T tokens, D hidden
+# B sequences, T tokens, D hidden, I in_features
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -64,3 +66,102 @@ def token_cosine(x: Tensor, y: Tensor) -> Tensor:
     """
     rows = [cosine_similarity(a.float(), b.float(), dim=-1) for a, b in zip(x, y, strict=True)]
     return torch.stack(rows)
+
+
+class InputNorm:
+    """Squared norms of the input features of a weight, over tokens; float32 on the inputs' device.
+
+    Attributes:
+        tokens: how many were seen.
+        squares: sum of x_j^2, (I,); a tensor of zeros on the CPU before the first token.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        self.tokens = 0
+        self.squares = torch.zeros(in_features)
+
+    def update(self, x: Tensor) -> None:
+        """Add tokens (T, I)."""
+        self.tokens += len(x)
+        self.squares = self.squares.to(x.device) + x.float().square().sum(0)
+
+    def norms(self) -> Tensor:
+        """Return ||X_j||_2 over all tokens, (I,); ones if all are zero, which ranks by |W|.
+
+        Raises:
+            ValueError: if an input was NaN or Inf.
+        """
+        if not bool(self.squares.isfinite().all()):
+            raise ValueError(
+                "inputs are NaN or Inf; load the model in bfloat16 or float32, or check its weights"
+            )
+        seen = bool(self.squares.any())  # in another process perhaps, so not self.tokens
+        return self.squares.sqrt() if seen else torch.ones_like(self.squares)
+
+
+class Hessian(InputNorm):
+    """X^T X of the inputs of a weight, beside their squared norms; float32 on the inputs' device.
+
+    Only blocks on and above the diagonal are computed: the product is symmetric.
+    """
+
+    _BLOCK = 512
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features)
+        self.product: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add tokens (T, I)."""
+        x = x.float()
+        self.tokens += len(x)
+        if self.product is None:
+            self.product = x.new_zeros(x.shape[1], x.shape[1])
+        for start in range(0, x.shape[1], self._BLOCK):
+            block = slice(start, start + self._BLOCK)
+            self.product[block, start:].addmm_(x[:, block].T, x[:, start:])
+        self.squares = self.product.diagonal()
+
+    def result(self) -> Tensor:
+        """Return X^T X, (I, I); the identity if no token was seen, which ranks by |W|.
+
+        Raises:
+            ValueError: if an input was NaN or Inf.
+        """
+        self.norms()  # checks
+        if self.product is None:
+            return torch.eye(len(self.squares))
+        upper = self.product.triu()
+        return upper + upper.triu(1).T
+
+
+def exact_median(parts: Callable[[], Iterable[Tensor]]) -> float:
+    """Return the lower median over parts without joining them, as torch.median of all would.
+
+    Two histograms of 16 bits each: non-negative floats are ordered as their bit patterns are.
+
+    Args:
+        parts: gives the same non-negative float32 tensors each time it is called.
+    """
+    high = sum(torch.bincount(_bits(part) >> 16, minlength=1 << 16) for part in parts())
+    assert isinstance(high, Tensor)
+    rank = (int(high.sum()) - 1) // 2
+    top, rank = _bin_of(high, rank)
+    low = sum(
+        torch.bincount(bits[bits >> 16 == top] & 0xFFFF, minlength=1 << 16)
+        for bits in map(_bits, parts())
+    )
+    assert isinstance(low, Tensor)
+    bottom, _ = _bin_of(low, rank)
+    return torch.tensor(top << 16 | bottom, dtype=torch.int32).view(torch.float32).item()
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.float().contiguous().view(torch.int32).flatten()
+
+
+def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:
+    """Return the bin that holds the element of a rank (from 0), and its rank within that bin."""
+    cumulative = histogram.cumsum(0)
+    found = int((cumulative <= rank).sum())
+    return found, rank - (int(cumulative[found - 1]) if found else 0)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +24,8 @@ from prunelight.architecture import (
 )
 from prunelight.calibration import Windows
 from prunelight.metrics import parameter_count
-from prunelight.plan import Plan, RemoveLayers, Step
+from prunelight.plan import Plan, RemoveLayers, Sparsify, renumbered
+from prunelight.sparsify import check_data, check_step, sparsify
 
 log = logging.getLogger(__name__)
 
@@ -37,25 +40,50 @@ REFUSED_FIELDS = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
 
 
 def apply(
-    model: PreTrainedModel, plan: Plan, windows: Windows | None = None, *, strict: bool = True
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: Windows | None = None,
+    *,
+    strict: bool = True,
+    device: torch.device | None = None,
+    offload: bool = False,
+    outcomes: list[dict[str, Any]] | None = None,
 ) -> PreTrainedModel:
     """Carry out a plan, in place where the class stays, and return the pruned model.
 
     Args:
         model: the model that the plan was made for.
         plan: from a callback's `plan`, or `Plan.load`.
-        windows: calibration windows, for steps that need data (removing layers does not).
+        windows: calibration windows, for steps that need data (sparsify, unless by magnitude).
         strict: require the very weights that the plan was made for, see `Plan.check`.
+        device: where the layers compute, one at a time, for a model that is elsewhere.
+        offload: keep the calibration states on the CPU.
+        outcomes: gets what each sparsify step did, see `sparsify.Outcome`.
 
     Raises:
         ValueError: if the plan does not fit the model; the model is then unchanged.
         TypeError: if the decoder layers cannot be found.
     """
     plan.check(model, strict=strict)
-    before = parameter_count(model)
-    left = list(range(len(decoder_layers(model))))  # the plan's index of each layer still there
     for step in plan.steps:
-        model, left = _carry_out(model, step, left)
+        if isinstance(step, Sparsify):
+            check_step(model, step)
+            check_data(step, windows)
+    before = parameter_count(model)
+    removed: set[int] = set()  # the plan counts the layers of the dense model
+    for step in plan.steps:
+        if isinstance(step, RemoveLayers):
+            remove_layers(model, [i - sum(r < i for r in removed) for i in step.layers])
+            removed |= set(step.layers)
+        elif isinstance(step, Sparsify):
+            names = renumbered(step.sparsity, layers_path(model), removed)
+            left = {new: step.sparsity[old] for old, new in names.items()}
+            step = replace(step, sparsity=left)
+            outcome = sparsify(model, step, windows, device=device, offload=offload)
+            if outcomes is not None:
+                outcomes.append(asdict(outcome))
+        else:
+            raise TypeError(f"no surgery is known for the step {step!r}")
     after = parameter_count(model)
     log.info(
         "parameters %.1fM -> %.1fM (%+.1f %%)",
@@ -64,15 +92,6 @@ def apply(
         100 * (after / before - 1),
     )
     return model
-
-
-def _carry_out(
-    model: PreTrainedModel, step: Step, left: list[int]
-) -> tuple[PreTrainedModel, list[int]]:
-    if isinstance(step, RemoveLayers):
-        remove_layers(model, [left.index(i) for i in step.layers])
-        return model, [i for i in left if i not in step.layers]
-    raise TypeError(f"no surgery is known for the step {step!r}")
 
 
 @torch.no_grad()

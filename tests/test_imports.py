@@ -13,11 +13,13 @@ from prunelight.callbacks import PruningCallback
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; a module imports from lower layers and from its own, never in a circle.
 LAYERS = (
-    {"architecture", "plan", "metrics", "statistics", "allocation", "report", "windows"},
-    {"calibration"},
-    {"scoring", "surgery", "models"},
-    {"evaluation", "recovery"},
-    {"saving", "distributed"},
+    {"architecture", "plan", "metrics", "statistics", "allocation", "report", "plots", "windows"},
+    {"calibration", "sparsity"},
+    {"walk"},
+    {"scoring", "sparsify", "gradual", "models"},
+    {"surgery", "evaluation", "recovery", "masking"},
+    {"saving", "distributed", "checkpoint"},
+    {"handover"},
     {"data", "module"},
     {"callbacks"},
     {"cli"},
@@ -102,7 +104,7 @@ def test_lightning_stays_in_data_module_cli_and_callbacks(path):
     assert not WITH_LIGHTNING & set(ours(path))
 
 
-def test_no_file_is_longer_than_450_lines_and_all_stay_under_6000():
+def test_no_file_is_longer_than_450_lines_and_all_stay_under_7500():
     files = [*FILES, *(ROOT / "configs").iterdir()]
     lengths = {
         path: len(path.read_text(encoding="utf-8").splitlines())
@@ -110,7 +112,7 @@ def test_no_file_is_longer_than_450_lines_and_all_stay_under_6000():
         if path.suffix in (".py", ".yaml")
     }
     assert {str(path): count for path, count in lengths.items() if count > 450} == {}
-    assert sum(lengths.values()) < 6000
+    assert sum(lengths.values()) < 7500
 
 
 def test_callbacks_exports_every_pruning_callback():

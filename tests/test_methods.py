@@ -1,25 +1,57 @@
 """One table of methods; every method must plan, apply, train, resume, save, reload and generate."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import floor
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from runs import SEQ_LEN, make_data, make_module, make_trainer, write_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunelight
-from prunelight.callbacks import ShortGPT
+from prunelight.architecture import matrices
+from prunelight.callbacks import DLP, PruningCallback, ShortGPT
 from prunelight.evaluation import greedy_tokens
+from prunelight.gradual import Schedule
+from prunelight.plan import sparsified
+from prunelight.sparsify import amount_of
+from prunelight.sparsity import Pattern
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to make a method, and what is left: decoder layers, and zeros in their matrices."""
+
+    make: Callable[[], PruningCallback]
+    layers: int = 6
+    sparsity: float | None = None
+    gradual: bool = False
+
+
+def gradually() -> DLP:
+    """Two rounds of zeros in the six steps of a run, one before and one after a resume."""
+    return DLP(0.5, schedule=Schedule(1, 5, every=2))
+
 
 METHODS = {
-    "ShortGPT by number": (lambda: ShortGPT(num_layers=2), 4),
-    "ShortGPT by ratio": (lambda: ShortGPT(ratio=0.5), 3),
-    "ShortGPT, sinks ignored, ends protected": (
-        lambda: ShortGPT(num_layers=1, ignore_first_tokens=4, protected=[0, -1]),
-        5,
+    "ShortGPT by number": Method(lambda: ShortGPT(num_layers=2), layers=4),
+    "ShortGPT by ratio": Method(lambda: ShortGPT(ratio=0.5), layers=3),
+    "ShortGPT, sinks ignored, ends protected": Method(
+        lambda: ShortGPT(num_layers=1, ignore_first_tokens=4, protected=[0, -1]), layers=5
     ),
-    "ShortGPT, angular": (lambda: ShortGPT(num_layers=2, score="angular"), 4),
+    "ShortGPT, angular": Method(lambda: ShortGPT(num_layers=2, score="angular"), layers=4),
+    "DLP, Wanda": Method(lambda: DLP(0.5), sparsity=0.5),
+    "DLP, Wanda's variant": Method(lambda: DLP(0.5, solver="wanda_variant"), sparsity=0.5),
+    "DLP, SparseGPT": Method(lambda: DLP(0.5, solver="sparsegpt"), sparsity=0.5),
+    "DLP by linear": Method(lambda: DLP(0.6, granularity="linear"), sparsity=0.6),
+    "DLP, mixed 2:4": Method(lambda: DLP(pattern="2:4", alpha=0.3), sparsity=0.5),
+    "OWL, magnitude": Method(lambda: DLP(0.5, allocation="owl", solver="magnitude"), sparsity=0.5),
+    "2:4, Wanda": Method(lambda: DLP(pattern="2:4", allocation="uniform"), sparsity=0.5),
+    "DLP, gradual": Method(gradually, sparsity=0.5, gradual=True),
 }
 RECOVERIES = ("lora", "full")
 
@@ -34,61 +66,132 @@ def method(request):
     return METHODS[request.param]
 
 
+@pytest.fixture(params=RECOVERIES, scope="module")
+def recovery(request):
+    return request.param
+
+
+def fit(method, recovery, name, root, **arguments):
+    pl.seed_everything(0, verbose=False)  # adapters start from random numbers
+    module, data = make_module(name, recovery=recovery), make_data(name, root)
+    make_trainer(root, method.make()).fit(module, data, weights_only=True, **arguments)
+    return AutoModelForCausalLM.from_pretrained(root / "final")
+
+
+@pytest.fixture(scope="module")
+def root(method, recovery, name, tmp_path_factory):
+    """Return the directory of a whole run."""
+    directory = tmp_path_factory.mktemp("run")
+    fit(method, recovery, name, directory)
+    return directory
+
+
+def zeros_of(weight, share, step):
+    """Return how many zeros a solver makes where a share of the weight (O, I) is asked for."""
+    rows, columns = weight.shape
+    if step.solver == "wanda" and step.pattern is None:
+        return rows * floor(columns * share + 1e-6)
+    return floor(rows * columns * share + 1e-6)
+
+
+def assert_planned_zeros(model, plans):
+    """Check every matrix: number of zeros, and N:M groups."""
+    steps = [step for plan in plans for step in plan.steps if step.kind == "sparsify"]
+    shares = sparsified(plans, "model.layers")
+    found = matrices(model)
+    assert set(shares) == (set(found) if steps else set())
+    for name, share in shares.items():
+        zero = found[name].parameter == 0
+        assert zero.sum() == zeros_of(zero, share, steps[-1])
+        amount = amount_of(steps[-1], name) if name in steps[-1].sparsity else None
+        if isinstance(amount, Pattern):
+            assert (zero.view(-1, amount.of).sum(1) == amount.of - amount.kept).all()
+
+
+def share_of_zeros(model):
+    weights = torch.cat([m.parameter.flatten() for m in matrices(model).values()])
+    return (weights == 0).double().mean().item()
+
+
 def test_the_plan_survives_json_and_leads_to_a_model_that_reloads(method, name, tmp_path):
-    make, layers = method
     model, tokenizer = prunelight.load(name)
     windows = make_data(name, tmp_path).calibration_windows()
-    plan = make().plan(model, windows)
+    plan = method.make().plan(model, windows)
     plan.save(tmp_path / "plan.json")
     assert prunelight.Plan.load(tmp_path / "plan.json") == plan
     model = prunelight.apply(model, plan, windows)
-    assert model.config.num_hidden_layers == layers
+    assert model.config.num_hidden_layers == method.layers
+    assert_planned_zeros(model, [plan])
+    # Rows of 32 weights round the share down by up to 1 / 32.
+    assert share_of_zeros(model) == pytest.approx(method.sparsity or 0, abs=1 / 32)
     prunelight.save(model, tokenizer, tmp_path / "out", plan=plan)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert prunelight.perplexity(again, windows) == prunelight.perplexity(model, windows)
 
 
-@pytest.mark.parametrize("recovery", RECOVERIES)
-def test_a_fit_prunes_trains_and_leaves_a_model_that_generates(method, recovery, name, tmp_path):
-    make, layers = method
-    data = make_data(name, tmp_path)
-    module = make_module(name, recovery=recovery)
-    make_trainer(tmp_path, make()).fit(module, data)
-    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
-    assert final.config.num_hidden_layers == layers
-    ids = AutoTokenizer.from_pretrained(tmp_path / "final")("The river", return_tensors="pt")
+def test_a_fit_prunes_trains_and_leaves_a_model_that_generates(method, name, root):
+    final = AutoModelForCausalLM.from_pretrained(root / "final")
+    assert final.config.num_hidden_layers == method.layers
+    ids = AutoTokenizer.from_pretrained(root / "final")("The river", return_tensors="pt")
     with torch.no_grad():
         uncached = final.generate(**ids, do_sample=False, max_new_tokens=6, use_cache=False)
     cached = greedy_tokens(final, ids["input_ids"], 6)
     assert torch.equal(cached[:, : uncached.shape[1]], uncached)
-    stages = {s["name"]: s for s in json.loads((tmp_path / "report.json").read_text())["stages"]}
-    assert list(stages) == ["dense", "pruned", "recovered"]
-    assert stages["recovered"]["perplexity"] < stages["pruned"]["perplexity"]
+    report = json.loads((root / "report.json").read_text())
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    before = "dense" if method.gradual else "pruned"
+    assert list(stages) == list(dict.fromkeys(["dense", before, "recovered"]))
+    assert stages["recovered"]["perplexity"] < stages[before]["perplexity"]
     assert stages["recovered"]["perplexity"] == pytest.approx(
-        prunelight.perplexity(final, data.validation_windows())
+        prunelight.perplexity(final, make_data(name, root).validation_windows())
     )
+    assert stages["recovered"]["linear_sparsity"] == pytest.approx(share_of_zeros(final))
+    assert len(report["outcomes"]) == (method.sparsity is not None and not method.gradual)
 
 
-@pytest.mark.parametrize("recovery", RECOVERIES)
-def test_a_resumed_run_equals_one_that_was_never_stopped(method, recovery, name, tmp_path):
-    make, _ = method
+def test_a_recovery_leaves_exactly_the_planned_zeros(method, root):
+    final = AutoModelForCausalLM.from_pretrained(root / "final")
+    assert_planned_zeros(final, [prunelight.Plan.load(root / "final" / "plan.json")])
+    (base,) = root.glob("pruned-*")
+    before, after = (load_file(d / "model.safetensors") for d in (base, root / "final"))
+    for name in matrices(final):
+        key = f"{name}.weight"
+        assert not after[key][before[key] == 0].any()
+        assert not torch.equal(after[key], before[key]), "it was not trained"
 
-    def run(root, epochs, ckpt_path=None):
-        pl.seed_everything(0, verbose=False)  # adapters start from random numbers
-        trainer = make_trainer(root, make(), max_epochs=epochs)
-        # A constant rate: any other schedule depends on the end, which differs here.
-        module = make_module(name, recovery=recovery, lr_scheduler="constant")
-        trainer.fit(module, make_data(name, tmp_path), ckpt_path=ckpt_path, weights_only=True)
-        return AutoModelForCausalLM.from_pretrained(root / "final").state_dict()
 
-    whole = run(tmp_path / "whole", 2)
-    run(tmp_path / "parts", 1)
-    scored = sorted((tmp_path / "parts").glob("pruned-*/model.safetensors"))
-    written = [file.stat().st_mtime_ns for file in scored]
-    parts = run(tmp_path / "parts", 2, tmp_path / "parts" / "checkpoints" / "epoch=0.ckpt")
+def test_a_resumed_run_equals_one_that_was_never_stopped(method, recovery, name, root):
+    whole = load_file(root / "final" / "model.safetensors")
+    (base,) = root.glob("pruned-*/model.safetensors")
+    written = base.stat().st_mtime_ns
+    parts = fit(method, recovery, name, root, ckpt_path=root / "checkpoints" / "epoch=0.ckpt")
+    parts = parts.state_dict()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    assert len(written) == 1
-    assert [file.stat().st_mtime_ns for file in scored] == written, "the base was made again"
+    assert base.stat().st_mtime_ns == written, "the base was made again"
+
+
+COMBINATIONS = {
+    "ShortGPT then DLP": lambda: [ShortGPT(num_layers=2), DLP(0.5)],
+    "DLP then ShortGPT": lambda: [DLP(0.5), ShortGPT(num_layers=2)],
+    "ShortGPT then gradual": lambda: [ShortGPT(num_layers=2), gradually()],
+    "gradual then ShortGPT": lambda: [gradually(), ShortGPT(num_layers=2)],
+}
+
+
+@pytest.mark.parametrize("make", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_depth_and_sparsity_combine_in_list_order(make, name, tmp_path):
+    callbacks = make()
+    make_trainer(tmp_path, *callbacks).fit(make_module(name), make_data(name, tmp_path))
+    files = [tmp_path / "final" / file for file in ("plan.json", "plan-2.json")]
+    plans = [prunelight.Plan.load(file) for file in files]
+    assert [plan.method for plan in plans] == [type(c).__name__ for c in callbacks]
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert final.config.num_hidden_layers == 4
+    assert_planned_zeros(final, plans)
+    if plans[0].method == "ShortGPT":  # else layers with more or fewer zeros are gone
+        assert share_of_zeros(final) == pytest.approx(0.5, abs=1 / 32)
+    stages = [s["name"] for s in json.loads((tmp_path / "report.json").read_text())["stages"]]
+    assert stages == ["dense", "pruned", "recovered"]
 
 
 def test_two_methods_in_one_run_act_in_list_order(name, tmp_path):

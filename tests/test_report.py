@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,8 @@ import pytest
 from rich.console import Console
 
 from prunelight import report
-from prunelight.report import Cost, RunRecord, Stage, plot_layers, summary_table, write_report
+from prunelight.plots import layer_zeros, nominal, plot_layers
+from prunelight.report import Cost, RunRecord, Stage, summary_table, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 REMOVED = [5, 6, 8]
@@ -66,6 +68,50 @@ def make_record(**changes: Any) -> RunRecord:
     return RunRecord(**(values | changes))
 
 
+PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+
+
+def make_sparse(
+    shares: list[float], *, pattern: str | None = None, **changes: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A DLP plan with one share for all seven projections of a layer, and what Wanda made of it."""
+    names = [[f"model.layers.{i}.{name}" for name in PROJECTIONS] for i in range(len(shares))]
+    planned = {name: share for row, share in zip(names, shares, strict=True) for name in row}
+    step = {"kind": "sparsify", "sparsity": planned, "solver": "wanda", "pattern": pattern}
+    arguments = {"sparsity": None if pattern else 0.7, "pattern": pattern, "alpha": 0.15}
+    plan = make_plan(
+        method="DLP",
+        arguments=arguments | {"sparsegpt": {"dampening": 0.01}},
+        model={"name": "org/tiny", "model_type": "llama", "num_hidden_layers": len(shares)},
+        scores={"median": [0.01 * (i + 1) for i in range(len(shares))], "sparsity": list(shares)},
+        steps=[step | {"options": {}}],
+    )
+    outcome = {
+        "sparsity": {name: math.floor(576 * share + 1e-6) / 576 for name, share in planned.items()},
+        "reconstruction_error": [0.02 + 0.01 * i for i in range(len(shares))],
+        "notes": ["Layer 3 saw 500 tokens, fewer than the 1,536 inputs of down_proj."],
+    }
+    return plan | changes, outcome
+
+
+UNSTRUCTURED = make_sparse([0.55 + 0.3 * i / 29 for i in range(30)])
+MIXED = make_sparse([0.625] * 5 + [0.75] * 20 + [0.875] * 5, pattern="2:8")
+
+
+def make_sparse_record(made: tuple[dict, dict] = UNSTRUCTURED, **changes: Any) -> RunRecord:
+    sizes = (30, 134_500_000, 269_000_000)
+    stages = [
+        Stage("dense", *sizes, 20.0, 0.5, 1000.0, 20.0, 0.00001, 0.0),
+        Stage("pruned", *sizes, 90.0, 0.25, 1000.0, 20.0, 0.552, 0.6997),
+        Stage("recovered", *sizes, 31.0, 0.45, 1000.0, 20.0, 0.552, 0.6997),
+    ]
+    values: dict[str, Any] = {"plans": [made[0]], "outcomes": [made[1]], "stages": stages}
+    return make_record(**(values | changes))
+
+
 def printed(record: RunRecord) -> str:
     console = Console(width=100, file=io.StringIO())
     console.print(summary_table(record))
@@ -77,9 +123,17 @@ def markdown(directory: Path, record: RunRecord) -> str:
     return (directory / "report.md").read_text(encoding="utf-8")
 
 
-def test_a_record_survives_the_way_through_json() -> None:
-    record = make_record()
+@pytest.mark.parametrize("record", [make_record(), make_sparse_record(), make_sparse_record(MIXED)])
+def test_a_record_survives_the_way_through_json(record: RunRecord) -> None:
     assert RunRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+def test_a_record_from_before_there_was_sparsity_is_read() -> None:
+    data = make_record().to_dict()
+    del data["outcomes"]
+    for stage in data["stages"]:
+        del stage["sparsity"], stage["linear_sparsity"]
+    assert RunRecord.from_dict(data) == make_record()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -201,19 +255,188 @@ def test_merged_and_dropped_layers_are_told_apart(tmp_path: Path) -> None:
     assert "3 of 10 decoder layers removed" in text
 
 
-def test_a_sparse_plan_reports_its_sparsity_and_promises_no_speed(tmp_path: Path) -> None:
-    sparsity = {f"model.layers.{i}.self_attn.q_proj": 0.5 for i in range(10)}
-    steps = [{"kind": "sparsify", "sparsity": sparsity, "solver": "wanda", "pattern": None}]
-    plan = make_plan(method="DLP", arguments={"sparsity": 0.5}, steps=steps)
-    text = markdown(tmp_path, make_record(plans=[plan]))
-    assert "Nominal ratio: sparsity 0.5" in text
-    assert "neither smaller nor faster" in text
+def test_a_report_of_removed_layers_knows_nothing_of_zeros(tmp_path: Path) -> None:
+    record = make_record()
+    record.stages[1] = replace(record.stages[1], sparsity=0.1, linear_sparsity=0.1)
+    text = printed(record) + markdown(tmp_path, record)
+    assert "zero" not in text
+    assert "sparsity" not in text
+    assert "True share of all parameters removed: 15.8 %\n" in text
+    assert "| layer | block influence | block influence first token | fate |" in text
+
+
+def test_the_table_shows_zeros_in_percent_and_no_change(tmp_path: Path) -> None:
+    record = make_sparse_record()
+    rows = {row[0]: row[1:] for row in table_rows(markdown(tmp_path, record))}
+    assert rows["zeros in decoder linears"] == ["0.00 %", "69.97 %", "69.97 %"]
+    assert rows["zeros in all parameters"] == ["0.00 %", "55.20 %", "55.20 %"]
+    assert "69.97 %" in printed(record)
+    assert "55.20 %" in printed(record)
+
+
+def table_rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_a_sparse_report_says_what_was_asked_and_what_came_of_it(tmp_path: Path) -> None:
+    text = markdown(tmp_path, make_sparse_record())
+    for phrase in (
+        "zeros in decoder linears 0.00 % -> 69.97 %",
+        "- Nominal ratio: 70.0 % of the weights of decoder linears\n",
+        "True share of all parameters removed: 0.0 %; zeros among all parameters: 55.20 %\n",
+        "- solver: wanda\n- pattern: none (unstructured)\n- matrices: 210 in 30 decoder layers\n",
+        "- planned sparsity of decoder linears: 70.00 %\n",
+        "- achieved sparsity of decoder linears: 69.97 %\n",
+        "- densest decoder layer (0): 54.86 %\n",  # 316 of 576
+        "- sparsest decoder layer (29): 84.90 %\n",  # 489 of 576
+        "- Layer 3 saw 500 tokens, fewer than the 1,536 inputs of down_proj.",
+        "- alpha: 0.15",
+        "| layer | median | sparsity | reconstruction error |\n",
+        "| 29 | 0.3 | 84.90 % | 0.31 |\n",
+    ):
+        assert phrase in text
+    assert "q_proj" not in text
+    assert "dampening" not in text
+    assert max(map(len, text.splitlines())) < 300
+
+
+def test_a_report_of_mixed_patterns_names_the_average_and_each_layer(tmp_path: Path) -> None:
+    text = markdown(tmp_path, make_sparse_record(MIXED))
+    for phrase in (
+        "Nominal ratio: 2:8 pattern on average",
+        "- pattern: 2:8\n",
+        "- planned sparsity of decoder linears: 75.00 %\n",
+        "2:8 zeros are stored",
+        "| 0 | 0.01 | 62.50 % | 0.02 |",
+        "| 29 | 0.3 | 87.50 % | 0.31 |",
+    ):
+        assert phrase in text
+
+
+def test_without_a_measured_share_the_achieved_one_is_the_mean_of_the_layers(
+    tmp_path: Path,
+) -> None:
+    text = markdown(tmp_path, make_sparse_record(MIXED, stages=[]))
+    assert "- achieved sparsity of decoder linears: 75.00 %\n" in text
+
+
+def test_one_pattern_for_all_layers_is_no_average() -> None:
+    assert nominal(make_sparse([0.5] * 4, pattern="2:4")[0]) == "2:4 pattern"
+
+
+@pytest.mark.parametrize("made", [UNSTRUCTURED, MIXED])
+def test_one_sentence_says_that_zeros_alone_give_no_speed(tmp_path: Path, made: tuple) -> None:
+    text = markdown(tmp_path, make_sparse_record(made))
+    found = re.findall(r"[^.\n]*do not by themselves make inference faster[^.\n]*\.", text)
+    assert len(found) == 1
+    assert found[0].endswith("or the files smaller: speed comes from depth, width and slicing.")
+
+
+def test_options_of_the_solver_are_told_with_its_step(tmp_path: Path) -> None:
+    plan, outcome = make_sparse([0.7] * 4)
+    plan["steps"][0] |= {"solver": "sparsegpt", "options": {"dampening": 0.01, "block_size": 128}}
+    text = markdown(tmp_path, make_sparse_record((plan, outcome)))
+    assert "- solver: sparsegpt" in text
+    assert "- dampening: 0.01\n- block size: 128\n- Layer 3 saw" in text
+
+
+def test_a_schedule_is_told_in_one_sentence(tmp_path: Path) -> None:
+    plan, _ = make_sparse([0.7] * 4)
+    schedule = {"start_step": 10, "end_step": 500, "every": 20, "curve": "cubic"}
+    plan["arguments"]["schedule"] = schedule
+    text = markdown(tmp_path, make_sparse_record((plan, {}), outcomes=[]))
+    sentence = "Sparsity rises from step 10 to step 500 every 20 steps along a cubic curve."
+    assert text.count(sentence) == 1
+    assert "schedule" not in text.replace("scheduler", "")
+    assert "achieved sparsity" not in text  # nothing was told yet
+
+
+def test_without_a_schedule_none_is_told(tmp_path: Path) -> None:
+    plan, outcome = make_sparse([0.7] * 4)
+    plan["arguments"]["schedule"] = None
+    assert "Sparsity rises" not in markdown(tmp_path, make_sparse_record((plan, outcome)))
+
+
+@pytest.mark.parametrize(("mode", "what"), [("lora", "Merging the adapters"), ("full", "Training")])
+def test_zeros_that_a_recovery_filled_are_told(tmp_path: Path, mode: str, what: str) -> None:
+    stages = make_sparse_record().stages
+    stages[-1] = replace(stages[-1], linear_sparsity=0.0312)
+    lost = f"{what} filled zeros: 69.97 % -> 3.12 % of the weights of decoder linears are zero"
+    for keep, after in ((False, stages), (True, stages), (False, make_sparse_record().stages)):
+        recovery = {"mode": mode, "keep_zeros": keep}
+        text = markdown(tmp_path, make_sparse_record(recovery=recovery, stages=after))
+        assert (lost in text) == (not keep and after is stages)
+
+
+def test_outcomes_go_to_their_steps_over_several_plans(tmp_path: Path) -> None:
+    (first, told), (second, other) = make_sparse([0.5] * 4), make_sparse([0.7] * 4)
+    other["notes"] = ["The second note."]
+    record = make_sparse_record(plans=[first, make_plan(), second], outcomes=[told, other])
+    text = markdown(tmp_path, record)
+    parts = re.split(r"\n## (?:DLP|ShortGPT)", text)
+    assert "Layer 3 saw" in parts[1]
+    assert "note" not in parts[2]
+    assert "The second note." in parts[3]
+    assert "[scores of the decoder layers](layers-3.png)" in parts[3]
+    assert "3 of 10 decoder layers removed (30.0 %) + " in text
+
+
+def test_layers_removed_and_made_sparse_by_one_plan_are_told_apart(tmp_path: Path) -> None:
+    plan, outcome = make_sparse([0.5, 0.6, 0.7, 0.8])
+    plan["steps"].insert(0, {"kind": "remove_layers", "layers": [1]})
+    # Layers of an outcome are those that were left: 0, 2 and 3.
+    outcome = {
+        "sparsity": {
+            f"model.layers.{new}.{name}": share
+            for new, share in enumerate([0.49, 0.69, 0.79])
+            for name in PROJECTIONS
+        },
+        "reconstruction_error": [0.1, 0.2, 0.3],
+        "notes": [],
+    }
+    text = markdown(tmp_path, make_sparse_record((plan, outcome)))
+    assert "| layer | median | sparsity | reconstruction error | fate |" in text
+    assert "| **1** | 0.02 |  | nan | **removed** |" in text
+    assert "| 3 | 0.04 | 79.00 % | 0.3 | kept |" in text
+
+
+def test_the_share_of_a_layer_weighs_its_matrices_as_the_plan_does() -> None:
+    plan, outcome = make_sparse([0.5] * 2)
+    q_proj = "model.layers.0.self_attn.q_proj"
+    plan["steps"][0]["sparsity"][q_proj] = 0.8  # a quarter of the layer's weights, let us say
+    plan["scores"]["sparsity"] = [0.575, 0.5]
+    outcome["sparsity"] = {**plan["steps"][0]["sparsity"]}
+    zeros = layer_zeros(plan, plan["steps"][0], outcome)
+    assert zeros.layers == pytest.approx([0.575, 0.5])
+    assert zeros.projections["q_proj"] == [0.8, 0.5]
+    outcome["sparsity"] = {name: x - 0.01 for name, x in outcome["sparsity"].items()}
+    zeros = layer_zeros(plan, plan["steps"][0], outcome)
+    assert zeros.layers == pytest.approx([0.565, 0.49])
+
+
+def test_projections_of_one_name_are_told_apart_and_experts_are_averaged() -> None:
+    shares = {
+        "transformer.h.0.attn.c_proj": 0.5,
+        "transformer.h.0.mlp.c_proj": 0.6,
+        "transformer.h.1.mlp.experts.0.w1": 0.7,
+        "transformer.h.1.mlp.experts.1.w1": 0.8,
+    }
+    plan, _ = make_sparse([0.0, 0.0])
+    plan["scores"], plan["steps"][0]["sparsity"] = {}, shares
+    zeros = layer_zeros(plan, plan["steps"][0])
+    assert list(zeros.projections) == ["attn.c_proj", "mlp.c_proj", "w1"]
+    assert zeros.projections["mlp.c_proj"] == pytest.approx([0.6, math.nan], nan_ok=True)
+    assert zeros.projections["w1"] == pytest.approx([math.nan, 0.75], nan_ok=True)
+    assert zeros.layers == pytest.approx([0.55, 0.75])
 
 
 def test_pages_of_numbers_are_left_to_the_json(tmp_path: Path) -> None:
-    sparsity = {f"model.layers.{i}.self_attn.q_proj": 0.5 for i in range(200)}
-    steps = [{"kind": "sparsify", "sparsity": sparsity, "solver": "wanda", "pattern": None}]
-    text = markdown(tmp_path, make_record(plans=[make_plan(steps=steps)]))
+    groups = [[i, i + 1] for i in range(0, 1000, 2)]
+    steps = [{"kind": "merge_layers", "groups": groups, "merge": "top"}]
+    plan = make_plan(steps=steps)
+    plan["model"]["num_hidden_layers"] = 1000
+    text = markdown(tmp_path, make_record(plans=[plan]))
     assert "(in report.json)" in text
     assert max(map(len, text.splitlines())) < 600
 
@@ -255,18 +478,81 @@ def test_each_plan_with_scores_gets_its_own_picture(tmp_path: Path) -> None:
     ],
 )
 def test_the_picture_is_drawn_for_any_list_of_scores(tmp_path: Path, scores: dict) -> None:
-    path = tmp_path / "picture.png"
-    plot_layers(make_plan(scores=scores), path)
+    assert_drawn(make_plan(scores=scores), None, tmp_path)
+
+
+def assert_drawn(plan: dict, outcome: dict | None, directory: Path) -> None:
+    path = directory / "picture.png"
+    plot_layers(plan, outcome).savefig(path)
     data = path.read_bytes()
     assert data.startswith(PNG)
     assert len(data) > 5000
-    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_plan_without_a_list_of_scores_cannot_be_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", [UNSTRUCTURED, MIXED, make_sparse([0.5] * 4), make_sparse([0.7])])
+def test_a_picture_of_zeros_has_a_panel_for_all_that_is_known(tmp_path: Path, made: tuple) -> None:
+    plan, outcome = made
+    assert_drawn(plan, outcome, tmp_path)
+    labels = [axes.get_ylabel() for axes in plot_layers(plan, outcome).axes]
+    # The heat map of projections has names of projections; the last axes are its colour bar.
+    expected = ["median of |W| ‖X‖", "zeros (%)", "", "reconstruction\nerror", "zeros (%)"]
+    assert [label.replace(" (log scale)", "") for label in labels] == expected
+    uniform = plan | {"scores": {"sparsity": plan["scores"]["sparsity"]}}
+    assert len(plot_layers(uniform).axes) == 3
+
+
+def test_the_bars_and_the_heat_map_show_what_was_achieved() -> None:
+    plan, outcome = UNSTRUCTURED
+    _, bars, heat, errors, _ = plot_layers(plan, outcome).axes
+    heights = [patch.get_height() for patch in bars.patches]
+    assert heights == pytest.approx([100 * x for x in layer_zeros(*parts(UNSTRUCTURED)).layers])
+    assert [text.get_text() for text in heat.get_yticklabels()][:2] == ["q_proj", "k_proj"]
+    assert heat.images[0].get_array().shape == (7, 30)
+    assert [patch.get_height() for patch in errors.patches] == outcome["reconstruction_error"]
+    assert {axes.get_xlim() for axes in (bars, heat, errors)} == {(-0.8, 29.8)}
+
+
+def parts(made: tuple[dict, dict]) -> tuple[dict, dict, dict]:
+    plan, outcome = made
+    return plan, plan["steps"][0], outcome
+
+
+def test_scores_of_projections_are_drawn_as_lines() -> None:
+    plan, outcome = make_sparse([0.5, 0.6, 0.7])
+    plan["scores"] = {f"median_{name}": [0.1, 0.2, math.inf] for name in ("q_proj", "up_proj")} | {
+        "median_c_proj": [0.1] * 6,
+        "sparsity": [0.5, 0.6, 0.7],
+    }  # c_proj: two in each layer
+    top = plot_layers(plan, outcome).axes[0]
+    assert [line.get_label() for line in top.lines] == ["q_proj", "up_proj"]
+    assert top.get_ylabel() == "median of |W| ‖X‖"
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        {"sparsity": {}, "reconstruction_error": [], "notes": []},
+        {"sparsity": {}, "reconstruction_error": [math.nan, math.inf, 0.1, -0.0], "notes": []},
+        {"sparsity": {}, "reconstruction_error": [0.1], "notes": []},
+    ],
+)
+def test_odd_outcomes_are_reported(tmp_path: Path, outcome: dict) -> None:
+    plan, _ = make_sparse([0.5, 0.0, 0.7, 0.999])
+    record = make_sparse_record((plan, outcome))
+    assert "- sparsest decoder layer (3): 99.90 %" in markdown(tmp_path, record)
+    assert (tmp_path / "layers.png").exists()
+
+
+def test_a_step_without_matrices_is_reported(tmp_path: Path) -> None:
+    plan, _ = make_sparse([0.5, 0.5])
+    plan["steps"][0]["sparsity"] = {}
+    text = markdown(tmp_path, make_sparse_record((plan, {})))
+    assert "- matrices: 0 in 0 decoder layers" in text
+
+
+def test_a_plan_without_a_list_of_scores_cannot_be_drawn() -> None:
     with pytest.raises(ValueError, match=r"must hold a list of numbers.*; skip the picture"):
-        plot_layers(make_plan(scores={"total": 3.0}), tmp_path / "picture.png")
-    assert not list(tmp_path.iterdir())
+        plot_layers(make_plan(scores={"total": 3.0}))
 
 
 def test_when_drawing_fails_the_record_is_safe_and_nothing_is_half_written(
@@ -295,13 +581,15 @@ def test_an_error_leaves_the_earlier_report_as_it_was(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_module_alone_imports_neither_torch_nor_lightning_nor_matplotlib() -> None:
+def test_report_and_plots_need_neither_torch_nor_lightning_nor_matplotlib() -> None:
+    directory = str(Path(report.__file__).parent)
     code = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('report', {report.__file__!r})\n"
-        "module = importlib.util.module_from_spec(spec)\n"
-        "sys.modules['report'] = module\n"
-        "spec.loader.exec_module(module)\n"
+        "import sys, types\n"
+        "package = types.ModuleType('prunelight')\n"  # the package itself imports all of it
+        f"package.__path__ = [{directory!r}]\n"
+        "sys.modules['prunelight'] = package\n"
+        "import prunelight.report\n"
+        "assert 'prunelight.plots' in sys.modules\n"
         "assert not {'torch', 'lightning', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -275,7 +275,7 @@ def test_a_step_without_surgery_is_refused():
     @dataclass(frozen=True)
     class Melt:
         kind: ClassVar[str] = "melt"
-        layers: tuple[int, ...] = ()
+        removed: tuple[int, ...] = ()
 
         def check(self, num_layers):
             pass

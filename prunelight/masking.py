@@ -1,0 +1,343 @@
+"""Training that keeps zeros: masks for full training, and LoRA that adapts W + m * (s B A).
+
+Full training takes the gradient of m * W, and after every optimizer step sets masked weights and
+their optimizer state to exactly zero. LoRA (arXiv:2106.09685) multiplies its update by the mask
+m = (W != 0) of the frozen weight, so that merging keeps every zero and every N:M group. That costs
+a dense product more per matrix and step: with a mask, the update has no low rank.
+"""
+
+# O out_features, I in_features, E experts, r rank; m = (W != 0), s = alpha / r
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear, LoraVariant, ParamWrapper
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from prunelight.architecture import Matrix
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Return a bool tensor as bits on the CPU: uint8, (ceil(n / 8),)."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unpack(bits: Tensor, like: Tensor) -> Tensor:
+    """Return packed bits as a bool tensor with shape and device of `like`.
+
+    Raises:
+        ValueError: if the number of bits does not fit.
+    """
+    if bits.numel() != (like.numel() + 7) // 8:
+        raise ValueError(f"{8 * bits.numel()} packed bits do not fit shape {tuple(like.shape)}")
+    flat = np.unpackbits(bits.cpu().numpy(), count=like.numel())
+    return torch.from_numpy(flat).bool().view(like.shape).to(like.device)
+
+
+def _check_zero(matrix: Matrix, pruned: Tensor) -> None:
+    filled = int(((matrix.parameter != 0) & pruned).sum())  # NaN counts as filled
+    if filled:
+        raise RuntimeError(
+            f"{filled} weights of {matrix.name} are pruned and no longer zero; train with "
+            "keep_zeros=True, and let nothing else write to the weights"
+        )
+
+
+class ZeroRecord:
+    """Where weights are zero now, as bits on the CPU, to check later that they still are."""
+
+    def __init__(self, matrices: Iterable[Matrix]) -> None:
+        """Record the zeros of the matrices."""
+        self._zeros = [(matrix, pack(matrix.parameter == 0)) for matrix in matrices]
+
+    def check(self) -> None:
+        """Check that all recorded zeros are exactly zero.
+
+        Raises:
+            RuntimeError: naming the matrix, and how many of its zeros are filled.
+        """
+        for matrix, bits in self._zeros:
+            _check_zero(matrix, unpack(bits, matrix.parameter))
+
+
+class WeightMasks:
+    """Masks that keep pruned weights at exactly zero while all weights are trained.
+
+    One byte per weight, in the shape in which the weight is stored (a `Conv1D` holds (I, O)) and
+    on its device.
+
+    Attributes:
+        matrices: name -> matrix.
+
+    Args:
+        matrices: whose weights are kept where they are not zero.
+    """
+
+    def __init__(self, matrices: Iterable[Matrix]) -> None:
+        self.matrices = {matrix.name: matrix for matrix in matrices}
+        self._pruned = {name: m.parameter.detach() == 0 for name, m in self.matrices.items()}
+        self._hooks: list[Any] = []
+
+    def pruned(self, name: str) -> Tensor:
+        """Return the mask of a matrix, True where it is pruned, on the device of its weight."""
+        device = self.matrices[name].parameter.device  # the model may have moved since
+        self._pruned[name] = self._pruned[name].to(device)
+        return self._pruned[name]
+
+    def update(self, name: str, kept: Tensor) -> None:
+        """Prune more of a matrix, in place: what is not in `kept` becomes zero, for good.
+
+        Optimizer state follows with the next step, or at once with `apply(optimizer)`.
+
+        Args:
+            name: of the matrix.
+            kept: bool, True where weights stay, in the shape in which the weight is stored.
+        """
+        pruned = self.pruned(name)
+        pruned.logical_or_(~kept.to(pruned.device))
+        self._zero(name, None)
+
+    def apply(self, optimizer: Optimizer | None = None) -> None:
+        """Set pruned weights, and their entries in the optimizer's state, to zero, in place."""
+        for name in self.matrices:
+            self._zero(name, optimizer)
+
+    @torch.no_grad()
+    def _zero(self, name: str, optimizer: Optimizer | None) -> None:
+        weight, pruned = self.matrices[name].parameter, self.pruned(name)
+        weight.masked_fill_(pruned, 0)  # a product with 0 would leave -0.0 and NaN
+        state = optimizer.state.get(weight, {}) if optimizer is not None else {}
+        for value in state.values():
+            # The codes of an 8-bit optimizer have the same shape, but their 0 is not the value 0.
+            entries = isinstance(value, Tensor) and value.shape == weight.shape
+            if entries and value.is_floating_point():
+                value.masked_fill_(pruned.to(value.device), 0)
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Mask gradients from now on, and weights and state after every step of the optimizer.
+
+        Without the gradients' mask, pruned weights would enter the norm that gradients are clipped
+        by, and the update of kept weights in optimizers that mix the entries of a matrix.
+        """
+        for name, matrix in self.matrices.items():
+            if matrix.parameter.requires_grad:
+                # As a hook of the tensor it acts before DDP averages and before anything clips.
+                self._hooks.append(matrix.parameter.register_hook(self._masker(name)))
+        step = optimizer.register_step_post_hook(lambda stepped, *_: self.apply(stepped))
+        self._hooks.append(step)
+
+    def _masker(self, name: str) -> Callable[[Tensor], Tensor]:
+        return lambda gradient: gradient.masked_fill(self.pruned(name), 0)
+
+    def unwatch(self) -> None:
+        """Undo `watch`."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def check(self) -> None:
+        """Check that all pruned weights are exactly zero.
+
+        Raises:
+            RuntimeError: naming the matrix, and how many of its pruned weights are not.
+        """
+        for name, matrix in self.matrices.items():
+            _check_zero(matrix, self.pruned(name))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the kept weights as bits: matrix name -> uint8, 1/8 byte per weight."""
+        return {name: pack(~self.pruned(name)) for name in self.matrices}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the masks from `state_dict` and set pruned weights to zero, in place.
+
+        Raises:
+            ValueError: if the state is that of other matrices.
+        """
+        odd = set(state) ^ set(self.matrices)
+        if odd:
+            raise ValueError(f"masks of {len(odd)} matrices are only on one side, e.g. {min(odd)}")
+        for name, bits in state.items():
+            self._pruned[name] = ~unpack(bits, self.matrices[name].parameter)
+        self.apply()
+
+
+def mask_adapters(model: PeftModel, names: Iterable[str]) -> None:
+    """Make LoRA adapters keep the zeros of their weights, in place: W + m * (s B A).
+
+    The mask is derived from the weight in every step: zeros that are added later count too.
+
+    Args:
+        model: adapted by `attach_lora`.
+        names: of matrices; those without an adapter are frozen and keep their zeros as it is.
+    """
+    base = model.get_base_model()
+    for name in names:
+        owner, _, parameter_name = name.rpartition(".")
+        layer: Any = base.get_submodule(owner)
+        while isinstance(layer, ParamWrapper):  # one inside the other, one per fused weight
+            if layer.parameter_name == parameter_name:
+                # peft allows no variants here and offers no other hook; the wrapper keeps its
+                # adapters and only looks up two methods elsewhere.
+                layer.__class__ = MaskedParamWrapper
+            layer = layer.base_layer
+        layer = getattr(layer, parameter_name, None)
+        if isinstance(layer, Linear):
+            for adapter in layer.lora_A:
+                layer.lora_variant[adapter] = MaskedVariant()
+
+
+class MaskedVariant(LoraVariant):
+    """LoRA of a `Linear` or `Conv1D` whose update is masked: y = x W^T + dropout(x) (m * s B A)^T.
+
+    What peft calls a variant; the base class says what each method is for.
+    """
+
+    def supports_lora_conversion(self) -> bool:
+        """Return False: the masked update has no low rank."""
+        return False
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
+    ) -> Tensor:
+        """Return `result` plus the masked update of x (..., I)."""
+        W = module.get_base_layer().weight
+        # peft hands over x in the adapter's float32. The update is a dense product here: it is
+        # computed in the dtype of the base's own product, half precision or that of autocast.
+        x = module.lora_dropout[active_adapter](x).to(result.dtype)
+        return result + MaskedUpdate.apply(
+            x,
+            W.T if module.fan_in_fan_out else W,
+            module.lora_A[active_adapter].weight,
+            module.lora_B[active_adapter].weight,
+            module.scaling[active_adapter],
+        )
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return the merged weight."""
+        return orig_weight + MaskedVariant._delta(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """Merge into the weight, in place."""
+        orig_weight.data += MaskedVariant._delta(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return the weight as it was before merging, up to rounding."""
+        return orig_weight - MaskedVariant._delta(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def _delta(module: Any, adapter: str, W: Tensor) -> Tensor:
+        return module.get_delta_weight(adapter).masked_fill(W == 0, 0).to(W.dtype)
+
+
+class MaskedParamWrapper(ParamWrapper):
+    """LoRA of fused expert weights (E, O, I) whose update is masked."""
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the masked update, for merging."""
+        delta = super().get_delta_weight(adapter_name, *args, **kwargs)
+        return delta.masked_fill(self.get_param() == 0, 0)
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        """Replace the weight by the masked sum; peft folds the factors into a dense one."""
+        adapters = [adapter for adapter in active_adapters if adapter in self.lora_A]
+        if not adapters:
+            yield
+            return
+        (adapter,) = adapters
+        owner: Any = self.get_base_layer()
+        proxy = _MaskedSumProxy(*self.get_delta_factors(adapter))
+        parametrize.register_parametrization(owner, self.parameter_name, proxy)
+        owner.parametrizations[self.parameter_name].original.requires_grad_(False)
+        try:
+            with parametrize.cached():
+                yield
+        finally:
+            self._remove_parametrizations()
+
+
+class _MaskedSumProxy(nn.Module):
+    """What stands in for the frozen weight while the experts run."""
+
+    def __init__(self, lhs: Tensor, rhs: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.factors = (lhs, rhs, scaling)
+
+    def forward(self, W: Tensor) -> Tensor:
+        return MaskedSum.apply(W, *self.factors)
+
+
+class MaskedUpdate(torch.autograd.Function):
+    """x (m * s B A)^T for x (..., I), W (O, I), A (r, I) and B (O, r); W is frozen.
+
+    Autograd would keep mask and update, (O, I), of every matrix until the backward: they are
+    computed again there. B A is computed in the adapter's dtype, the large products in that of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """Return the update of the output, (..., O)."""
+        ctx.save_for_backward(x, W, A, B)
+        ctx.scaling = scaling
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, _masked_product(W, A, B, scaling).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, A and B."""
+        x, W, A, B = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            of_x = None
+            if ctx.needs_input_grad[0]:
+                of_x = gradient @ _masked_product(W, A, B, ctx.scaling).to(x.dtype)
+            of_delta = (_rows(gradient).T @ _rows(x)).to(A.dtype)  # (O, I)
+            of_delta = of_delta.mul_(ctx.scaling).masked_fill_(W == 0, 0)
+            return of_x, None, B.T @ of_delta, of_delta @ A.T, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _masked_product(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Return m * s B A, (O, I)."""
+    return (B @ A).mul_(scaling).masked_fill_(W == 0, 0)
+
+
+class MaskedSum(torch.autograd.Function):
+    """m * (W + s L R) for W (E, O, I), L (E, O, r), R (E, r, I); W is frozen.
+
+    It equals W + m * s L R, since W is zero where m is. The mask is computed again in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, lhs: Tensor, rhs: Tensor, scaling: float) -> Tensor:
+        """Return the weight to compute with, like W."""
+        ctx.save_for_backward(W, lhs, rhs)
+        ctx.scaling = scaling
+        with torch.autocast(W.device.type, enabled=False):
+            return torch.baddbmm(W, lhs, rhs, alpha=scaling).masked_fill_(W == 0, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the factors."""
+        W, lhs, rhs = ctx.saved_tensors
+        with torch.autocast(W.device.type, enabled=False):
+            of_delta = gradient.masked_fill(W == 0, 0).mul_(ctx.scaling)
+            return None, of_delta @ rhs.mT, lhs.mT @ of_delta, None

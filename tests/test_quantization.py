@@ -1,0 +1,58 @@
+"""Zeros survive NF4 and FP4, and quantized weights are not pruned."""
+
+import pytest
+import torch
+from tiny import token_windows
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import prunelight
+from prunelight.architecture import decoder_layers, matrices
+from prunelight.callbacks import DLP
+
+bitsandbytes = pytest.importorskip(
+    "bitsandbytes", reason="bitsandbytes is missing: pip install 'prunelight[quantization]'"
+)
+WINDOWS = token_windows()
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """A tiny llama with 2:4 zeros whose widths are multiples of 64, and its directory."""
+    from runs import write_model
+
+    name = write_model(
+        tmp_path_factory.mktemp("quantization") / "dense", hidden_size=64, intermediate_size=128
+    )
+    model, tokenizer = prunelight.load(name)
+    windows = WINDOWS % len(tokenizer)
+    plan = DLP(pattern="2:4", solver="sparsegpt").plan(model, windows)
+    prunelight.apply(model, plan, windows)
+    directory = tmp_path_factory.mktemp("quantization") / "sparse"
+    prunelight.save(model, tokenizer, directory, plan=plan)
+    return model, directory
+
+
+def load_in_4bit(directory, kind):
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32
+    )
+    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_pruned_model_loaded_in_4_bit_keeps_every_zero(sparse, kind):
+    model, directory = sparse
+    quantized = load_in_4bit(directory, kind)
+    for name, matrix in matrices(model).items():
+        weight = quantized.get_submodule(name).weight
+        restored = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert (matrix.parameter == 0).any()
+        assert (restored[matrix.parameter == 0] == 0).all(), name
+    assert torch.isfinite(quantized(WINDOWS % 64).logits).all()
+
+
+def test_a_model_in_4_bit_is_refused_with_the_remedy(sparse):
+    quantized = load_in_4bit(sparse[1], "nf4")
+    with pytest.raises(TypeError, match="q_proj is a quantized Linear4bit .*prune first, save"):
+        DLP(sparsity=0.5).check(quantized)
+    assert len(decoder_layers(quantized)) == 6
