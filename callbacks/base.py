@@ -109,6 +109,8 @@ def prune_base(
         RuntimeError: on the other ranks, if rank 0 failed.
     """
     check_strategy(trainer)
+    for callback in callbacks:  # on every rank: Lightning counts the steps of all together
+        callback.check_run(trainer, module)
     told = on_rank_zero(trainer, lambda: str(_prune_on_rank_zero(trainer, module, callbacks)))
     assert told is not None
     module.use_base(Path(told), _read_measured(Path(told)))
@@ -124,8 +126,6 @@ def _prune_on_rank_zero(
                 f"pruning needs data: give the Trainer a TextDataModule, or a LightningDataModule "
                 f"with a method {needed}()"
             )
-    for callback in callbacks:
-        callback.check_run(trainer, module)
     model = module.load_model()
     for callback in callbacks:
         callback.check(model)

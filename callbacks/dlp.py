@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from prunelight.allocation import (
@@ -98,12 +99,14 @@ class DLP(PruningCallback):
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
-        if alpha is not None and alpha < 0:
+        if alpha is not None and not alpha >= 0:
             raise ValueError(f"alpha={alpha} must be at least 0")
         if alpha and allocation == "uniform":
             raise ValueError(f"alpha={alpha} has no effect with allocation='uniform'")
-        if outlier_factor <= 0:
+        if not outlier_factor > 0:
             raise ValueError(f"outlier_factor={outlier_factor} must be above 0")
+        if outlier_factor != 5 and allocation != "owl":
+            raise ValueError(f"{outlier_factor=} has no effect with {allocation=}")
         if solver != "sparsegpt" and sparsegpt != SparseGPT():
             raise ValueError(f"{sparsegpt} has no effect with solver={solver!r}")
         if self.pattern is not None and solver == "wanda_variant":
@@ -125,7 +128,6 @@ class DLP(PruningCallback):
         self._training: Gradual | None = None
         self._watch = ExitStack()
         self._norms: dict[str, Any] = {}  # of the checkpoint that the run goes on from
-        self._layers_path = ""
         self._done = 0  # optimizer steps after which zeros were last added
         self.strict = strict
         self.offload_activations = offload_activations
@@ -165,6 +167,8 @@ class DLP(PruningCallback):
         """
         if self.schedule is None:
             return
+        if trainer.state.fn != "fit":
+            raise ValueError(f"{self.schedule} prunes while the model trains; use fit, not prune")
         if module.recovery == "none" or not module.keep_zeros:
             raise ValueError(
                 f"a schedule prunes while the model trains and keeps the zeros: recovery="
@@ -191,11 +195,11 @@ class DLP(PruningCallback):
         """
         self.check(model)
         check_windows(model, windows)
-        self._layers_path = layers_path(model)
         found = matrices(model)
         sizes = {name: matrix.parameter.numel() for name, matrix in found.items()}
         layers = _by_layer(model, list(found))
-        units = layers if self.granularity == "layer" else [[name] for name in found]
+        by_layer = self.granularity == "layer"
+        units = [layer for layer in layers if layer] if by_layer else [[name] for name in found]
         scores = self._scores(model, windows)
         shares = self._allocate(
             [scores[unit[0]] for unit in units] if scores else [],
@@ -207,7 +211,7 @@ class DLP(PruningCallback):
             arguments=self.arguments(),
             model=describe_model(model),
             calibration=describe_windows(*split_windows(windows)),
-            scores=self._told(layers, scores, sparsity, sizes),
+            scores=self._told(layers_path(model), layers, scores, sparsity, sizes),
             steps=(self._step({name: sparsity[name] for name in found}),),
         )
 
@@ -252,6 +256,7 @@ class DLP(PruningCallback):
 
     def _told(
         self,
+        path: str,
         layers: list[list[str]],
         scores: dict[str, float],
         sparsity: dict[str, float],
@@ -262,11 +267,11 @@ class DLP(PruningCallback):
         kind = str(ALLOCATIONS[self.allocation])
         for layer in layers if scores else []:
             for name in layer if self.granularity == "linear" else layer[:1]:
-                rest = name.removeprefix(f"{self._layers_path}.").partition(".")[2]
+                rest = name.removeprefix(f"{path}.").partition(".")[2]
                 suffix = f"_{rest}" if self.granularity == "linear" else ""
                 told.setdefault(kind + suffix, []).append(scores[name])
         told["sparsity"] = [
-            weighted_mean([sparsity[n] for n in layer], [sizes[n] for n in layer])
+            weighted_mean([sparsity[n] for n in layer], [sizes[n] for n in layer]) if layer else 0.0
             for layer in layers
         ]
         return told
@@ -279,7 +284,6 @@ class DLP(PruningCallback):
         if stage == "fit" and self.gradual:
             assert isinstance(pl_module, RecoveryModule)  # or the base refused it
             pl_module.gradual = True
-            self._layers_path = layers_path(pl_module.load_model())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the matrices that zeros will be put into."""
@@ -288,9 +292,11 @@ class DLP(PruningCallback):
         assert isinstance(pl_module, RecoveryModule)
         assert pl_module.masks is not None
         assert pl_module.record is not None
+        model = pl_module.model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         plans = [Plan.from_dict(plan) for plan in pl_module.record.plans]
         found = pl_module.masks.matrices
-        step = self._step(sparsified(plans, self._layers_path))
+        step = self._step(sparsified(plans, layers_path(base)))
         self._training = Gradual(
             {name: (matrix, amount_of(step, name)) for name, matrix in found.items()},
             self.schedule,
@@ -308,6 +314,10 @@ class DLP(PruningCallback):
             self._watch.enter_context(
                 self._training.watching(None if mask is None else mask.bool())
             )
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        """Watch no longer: gradient checkpointing runs the layers again in the backward."""
+        self._watch.close()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

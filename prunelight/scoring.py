@@ -238,8 +238,9 @@ def _wanda_parts(
     for matrix in group:
         for view, statistic in zip(matrix.views(), seen.of(matrix), strict=True):
             try:
-                norms = statistic.norms().to(view.device)
-                yield wanda_scores(view, norms / math.sqrt(tokens))
+                statistic.norms()  # checks
+                mean_squares = statistic.squares.to(view.device) / tokens  # 0 if none was seen
+                yield wanda_scores(view, mean_squares.sqrt())
             except ValueError as error:
                 raise ValueError(f"{matrix.name}: {error}") from error
 

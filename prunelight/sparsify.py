@@ -121,9 +121,10 @@ def _sparsify_layer(
         sparse = walk.states[0].to(walk.device)
     else:
         sparse = walk.forward(0)
-    error = (sparse.float() - dense.float()).square().sum()
-    change = (dense.float() - before.float()).square().sum()
-    outcome.reconstruction_error.append((error / change.clamp(min=1e-30)).item())
+    real = slice(None) if walk.masks[0] is None else walk.masks[0]
+    x, y, pruned = (state[real].float() for state in (before, dense, sparse))
+    error = (pruned - y).square().sum() / (y - x).square().sum().clamp(min=1e-30)
+    outcome.reconstruction_error.append(error.item())
 
 
 @contextmanager

@@ -7,12 +7,14 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from runs import TEXT, write_model
 from transformers import AutoModelForCausalLM
 
 import prunelight
+from prunelight.architecture import matrices
 from prunelight.cli import CLI, Trainer, find_configs, main, our_error
 from prunelight.data import TextDataModule
 from prunelight.module import RecoveryModule
@@ -100,6 +102,58 @@ def test_prune_stops_after_the_pruned_directory(arguments, tmp_path, capsys):
     stages = json.loads((tmp_path / "run" / "report.json").read_text())["stages"]
     assert [stage["name"] for stage in stages] == ["dense", "pruned"]
     assert "pruned" in capsys.readouterr().out
+
+
+def with_dlp(arguments, **settings):
+    """Replace the method of the config by DLP."""
+    path = Path(arguments[1])
+    config = yaml.safe_load(path.read_text())
+    callback = {"class_path": "DLP", "init_args": settings}
+    config["trainer"] |= {"callbacks": [callback], "max_steps": 4}
+    path.write_text(yaml.safe_dump(config))
+    return arguments
+
+
+def share_of_zeros(directory):
+    found = matrices(prunelight.load(directory)[0])
+    weights = torch.cat([matrix.parameter.flatten() for matrix in found.values()])
+    return (weights == 0).double().mean().item()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pattern": "2:4", "allocation": "uniform", "solver": "magnitude"},
+        {"pattern": "2:4", "solver": "sparsegpt", "sparsegpt": {"dampening": 0.1}},
+        {"sparsity": 0.5, "schedule": {"start_step": 1, "end_step": 3, "every": 1}},
+    ],
+    ids=["uniform", "sparsegpt", "gradual"],
+)
+def test_fit_by_dlp_leaves_the_zeros_that_the_config_asks_for(arguments, tmp_path, settings):
+    main(["fit", *with_dlp(arguments, **settings)])
+    assert share_of_zeros(tmp_path / "run" / "final") == pytest.approx(0.5, abs=1 / 32)
+
+
+def test_prune_refuses_a_schedule_which_prunes_while_the_model_trains(arguments, tmp_path, capsys):
+    with_dlp(arguments, sparsity=0.5, schedule={"start_step": 0, "end_step": 4})
+    assert "prunes while the model trains; use fit" in fails(capsys, "prune", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 70}, "sparsity=70.0 must lie in [0, 1)"),
+        ({"pattern": "2/4"}, "pattern='2/4' must be N:M"),
+        ({"pattern": "5:7"}, "model.layers.0.self_attn.q_proj has 32"),
+        ({"sparsity": 0.5, "alpha": 0.9, "strict": True}, "take a smaller alpha"),
+        ({"sparsity": 0.5, "schedule": {"start_step": 0, "end_step": 5}}, "4 optimizer steps"),
+        ({"sparsity": 0.5, "schedule": {"start_step": 5, "end_step": 5}}, "below end_step=5"),
+    ],
+)
+def test_a_fault_of_dlp_is_one_line_too(arguments, capsys, tmp_path, settings, message):
+    assert message in fails(capsys, "fit", *with_dlp(arguments, **settings))
+    assert not list((tmp_path / "run").glob("pruned-*"))
 
 
 def test_fit_after_prune_reuses_its_base(arguments, tmp_path):

@@ -10,11 +10,12 @@ from tiny import FAMILIES, NUM_LAYERS, UNKNOWN_FAMILIES, tiny_model, token_windo
 from transformers import AutoModelForCausalLM
 
 import prunelight
-from prunelight.architecture import decoder_layers
+from prunelight.architecture import decoder_layers, matrices
 from prunelight.callbacks import ShortGPT
-from prunelight.plan import model_fingerprint
+from prunelight.plan import Sparsify, model_fingerprint
 from prunelight.recovery import LoRA, attach_lora, merge_lora
 from prunelight.scoring import angular_distances, block_influences
+from prunelight.sparsify import sparsify
 from prunelight.surgery import remove_layers
 
 ALL_FAMILIES = [*FAMILIES, *UNKNOWN_FAMILIES]
@@ -238,3 +239,43 @@ def test_angular_distance_equals_a_plain_computation(family, size):
     expected = [cosine(x[:, -1], y[:, -1]).arccos().mean().item() / math.pi for x, y in pairs]
     # The cosines are float32.
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def masked(windows, side):
+    """Return windows whose outer tokens on one side are padding."""
+    if side is None:
+        return windows
+    mask = torch.ones_like(windows)
+    mask[:, slice(0, 3) if side == "left" else slice(-3, None)] = 0
+    return {"input_ids": windows, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt"])
+def test_sparsifying_leaves_exact_zeros_and_a_model_that_generates(family, solver, side):
+    model = copy.deepcopy(dense_model(family)).train()
+    decoder_layers(model)[1].eval()
+    modes, config = [m.training for m in model.modules()], model.config.to_dict()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    step = Sparsify(dict.fromkeys(matrices(model), 0.6), solver)
+    outcome = sparsify(model, step, masked(WINDOWS[:, :12], side))
+
+    pruned = set()
+    for name, matrix in matrices(model).items():
+        for view in matrix.views():
+            rows, width = view.shape
+            expected = rows * int(0.6 * width) if solver == "wanda" else int(0.6 * view.numel())
+            assert int((view == 0).sum()) == expected, name
+        pruned.add(name if matrix.fused else f"{name}.weight")
+    assert set(outcome.sparsity) == set(matrices(model))
+    assert len(outcome.reconstruction_error) == NUM_LAYERS
+    assert all(0 < error < math.inf for error in outcome.reconstruction_error)
+
+    after = model.state_dict()
+    assert {name for name in before if not torch.equal(after[name], before[name])} == pruned
+    assert [m.training for m in model.modules()] == modes
+    assert model.config.to_dict() == config
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any("forward" in vars(layer) for layer in decoder_layers(model))
+    if side is None:
+        check_cache(family, model.eval(), copy.deepcopy(model))

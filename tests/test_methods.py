@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 
 import lightning.pytorch as pl
@@ -17,7 +17,7 @@ from prunelight.architecture import matrices
 from prunelight.callbacks import DLP, PruningCallback, ShortGPT
 from prunelight.evaluation import greedy_tokens
 from prunelight.gradual import Schedule
-from prunelight.plan import sparsified
+from prunelight.plan import Sparsify, sparsified
 from prunelight.sparsify import amount_of
 from prunelight.sparsity import Pattern
 
@@ -96,14 +96,13 @@ def zeros_of(weight, share, step):
 
 def assert_planned_zeros(model, plans):
     """Check every matrix: number of zeros, and N:M groups."""
-    steps = [step for plan in plans for step in plan.steps if step.kind == "sparsify"]
-    shares = sparsified(plans, "model.layers")
-    found = matrices(model)
+    shares, found = sparsified(plans, "model.layers"), matrices(model)
+    steps = [step for plan in plans for step in plan.steps if isinstance(step, Sparsify)]
     assert set(shares) == (set(found) if steps else set())
     for name, share in shares.items():
         zero = found[name].parameter == 0
         assert zero.sum() == zeros_of(zero, share, steps[-1])
-        amount = amount_of(steps[-1], name) if name in steps[-1].sparsity else None
+        amount = amount_of(replace(steps[-1], sparsity=shares), name)
         if isinstance(amount, Pattern):
             assert (zero.view(-1, amount.of).sum(1) == amount.of - amount.kept).all()
 
@@ -192,6 +191,19 @@ def test_depth_and_sparsity_combine_in_list_order(make, name, tmp_path):
         assert share_of_zeros(final) == pytest.approx(0.5, abs=1 / 32)
     stages = [s["name"] for s in json.loads((tmp_path / "report.json").read_text())["stages"]]
     assert stages == ["dense", "pruned", "recovered"]
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+def test_zeros_of_an_earlier_run_are_kept_when_its_result_loses_layers(recovery, name, tmp_path):
+    sparse, data = DLP(0.5, allocation="uniform"), make_data(name, tmp_path)
+    make_trainer(tmp_path, sparse).fit(make_module(name, recovery="none"), data)
+    first = str(tmp_path / "final")
+    trainer = make_trainer(tmp_path / "next", ShortGPT(num_layers=2))
+    trainer.fit(make_module(first, recovery=recovery), data)
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "next" / "final")
+    assert share_of_zeros(final) == 0.5
+    files = [tmp_path / "next" / "final" / file for file in ("plan.json", "plan-2.json")]
+    assert [prunelight.Plan.load(file).method for file in files] == ["DLP", "ShortGPT"]
 
 
 def test_two_methods_in_one_run_act_in_list_order(name, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from prunelight.callbacks import ShortGPT
 from prunelight.plan import (
     Plan,
     RemoveLayers,
+    Sparsify,
     describe_model,
     describe_windows,
     fingerprint_of,
     model_fingerprint,
+    renumbered,
+    sparsified,
     step_from_dict,
 )
 
@@ -280,3 +284,113 @@ def test_the_fingerprint_of_values_does_not_depend_on_the_order_of_keys():
     assert fingerprint_of({"a": 1, "b": [2]}) == fingerprint_of({"b": [2], "a": 1})
     assert fingerprint_of({"a": 1}) != fingerprint_of({"a": 2})
     assert len(fingerprint_of(1)) == 16
+
+
+# --- shares of zeros --------------------------------------------------------------------------
+
+PATH = "model.layers"
+
+
+def name_of(index, name="mlp.up_proj"):
+    return f"{PATH}.{index}.{name}"
+
+
+def sparse(*layers, share=0.5, **rest):
+    return Sparsify({name_of(index): share for index in layers}, "wanda", **rest)
+
+
+STEPS = {
+    "plain": sparse(0, 3),
+    "pattern": Sparsify({name_of(1): 0.5, name_of(2): 0.25}, "magnitude", "2:4"),
+    "options": Sparsify({name_of(1): 1 / 3}, "sparsegpt", None, {"dampening": 0.1, "bits": None}),
+    "nothing": Sparsify({}, "wanda"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=list(STEPS))
+def test_a_sparsify_step_survives_json(step, tmp_path):
+    plan = make_plan(steps=(RemoveLayers((1,)), step))
+    text = json.dumps(plan.to_dict())
+    assert Plan.from_dict(json.loads(text)) == plan
+    assert json.dumps(Plan.from_dict(json.loads(text)).to_dict()) == text
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").steps == plan.steps
+
+
+def test_the_json_form_of_a_sparsify_step_is_the_documented_one():
+    (step,) = make_plan(steps=(sparse(0),)).to_dict()["steps"]
+    assert step == {
+        "kind": "sparsify",
+        "sparsity": {"model.layers.0.mlp.up_proj": 0.5},
+        "solver": "wanda",
+        "pattern": None,
+        "options": {},
+    }
+
+
+def test_optional_keys_of_a_step_are_filled():
+    written = {"kind": "sparsify", "sparsity": {name_of(0): 0.5}, "solver": "wanda"}
+    assert step_from_dict(written) == sparse(0)
+    assert step_from_dict({**written, "pattern": "2:4"}) == sparse(0, pattern="2:4")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"solver": "wanda"}, {"sparsity": {}}, {"sparsity": {}, "solver": "wanda", "alpha": 1}],
+)
+def test_missing_and_unknown_keys_of_a_sparsify_step_are_refused(keys):
+    with pytest.raises(ValueError, match="'sparsify' has keys .* it must have .*'solver'"):
+        step_from_dict({"kind": "sparsify", **keys})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("sparsity", 0.5), ("sparsity", [0.5]), ("options", None), ("options", "act_order")],
+)
+def test_a_sparsify_step_of_wrong_types_is_named_by_file_and_position(tmp_path, key, value):
+    step = {"kind": "sparsify", "sparsity": {}, "solver": "wanda", key: value}
+    message = r"plan.json is not a valid plan: steps\[0\]: sparsity and options must be objects"
+    with pytest.raises(ValueError, match=message):
+        Plan.load(written(tmp_path, steps=[step]))
+
+
+@pytest.mark.parametrize("share", [1, 1.0, -0.1, 70, float("nan"), float("inf"), "0.5", None, True])
+def test_a_share_outside_its_range_is_refused_by_position(share):
+    model = tiny_model()
+    message = re.escape(f"sparsity={share} of {name_of(2)} must lie in [0, 1)")
+    step = Sparsify({name_of(1): 0, name_of(2): share}, "wanda")
+    plan = make_plan(model=describe_model(model), steps=(RemoveLayers((0,)), step))
+    with pytest.raises(ValueError, match=rf"steps\[1\] \(sparsify\): {message}"):
+        plan.check(model)
+
+
+def test_the_shares_of_several_plans_follow_the_layers():
+    plans = [
+        make_plan(steps=steps)
+        for steps in (
+            (sparse(1, 4, share=0.5),),
+            (RemoveLayers((2,)),),  # 4 becomes 3
+            # Both count the layers that this plan found: 0 goes, 1 and 3 become 0 and 2.
+            (sparse(3, share=0.7), RemoveLayers((0,)), sparse(4, share=0.2)),
+        )
+    ]
+    assert sparsified(plans, PATH) == {name_of(0): 0.5, name_of(2): 0.7, name_of(3): 0.2}
+    assert sparsified(plans[:2], PATH) == {name_of(1): 0.5, name_of(3): 0.5}
+    assert sparsified([], PATH) == {}
+
+
+def test_a_removed_layer_takes_its_shares_along():
+    for steps in ((sparse(0, 1), RemoveLayers((1,))), (RemoveLayers((1,)), sparse(0, 1))):
+        assert sparsified([make_plan(steps=steps)], PATH) == {name_of(0): 0.5}
+    later = [make_plan(steps=(sparse(1),)), make_plan(steps=(RemoveLayers((1,)),))]
+    assert sparsified(later, PATH) == {}
+
+
+def test_names_are_renumbered_by_the_layer_and_nothing_else():
+    path = "transformer.h"
+    names = [f"{path}.{i}.mlp.experts.3.w2" for i in (0, 2, 11)]
+    assert renumbered(names, path, {1, 2}) == {
+        names[0]: names[0],
+        names[2]: f"{path}.9.mlp.experts.3.w2",
+    }
+    assert renumbered(names, path, ()) == {name: name for name in names}

@@ -9,9 +9,10 @@ from tiny import NUM_LAYERS, tiny_model, token_windows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunelight
-from prunelight.architecture import ARCHITECTURES, decoder_layers, layers_path
+from prunelight.architecture import ARCHITECTURES, decoder_layers, layers_path, matrices
 from prunelight.metrics import parameter_count
-from prunelight.plan import Plan, RemoveLayers, describe_model
+from prunelight.plan import Plan, RemoveLayers, Sparsify, describe_model, sparsified
+from prunelight.sparsify import sparsify
 from prunelight.surgery import cut_config, remove_layers
 
 WINDOWS = token_windows()
@@ -309,3 +310,93 @@ def test_an_unknown_family_is_found_by_its_structure():
     model = tiny_model("gpt_oss")
     assert "gpt_oss" not in ARCHITECTURES
     assert layers_path(model) == "model.layers"
+
+
+# --- zeros and removals together --------------------------------------------------------------
+
+REMOVED = (1, 4)
+
+
+def combined(model, *steps):
+    return Plan(method="by hand", arguments={}, model=describe_model(model), steps=steps)
+
+
+def shares_of(model):
+    """A share for each matrix that tells its layer."""
+    path = f"{layers_path(model)}."
+    indices = {n: int(n.removeprefix(path).partition(".")[0]) for n in matrices(model)}
+    return {name: (1 + index) / 8 for name, index in indices.items()}
+
+
+def zeros_of(model):
+    return {n: (m.parameter == 0).double().mean().item() for n, m in matrices(model).items()}
+
+
+@pytest.mark.parametrize("removed_first", [False, True])
+@pytest.mark.parametrize("solver", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "rwkv"])
+def test_a_combined_plan_counts_the_layers_of_the_dense_model(family, solver, removed_first):
+    model, by_hand = tiny_model(family), tiny_model(family)
+    steps = (Sparsify(shares_of(model), solver), RemoveLayers(REMOVED))
+    plan, outcomes = combined(model, *(steps[::-1] if removed_first else steps)), []
+    assert prunelight.apply(model, plan, WINDOWS, outcomes=outcomes) is model
+    planned = sparsified([plan], layers_path(model))
+    assert sorted(set(planned.values())) == [
+        (1 + i) / 8 for i in range(NUM_LAYERS) if i not in (1, 4)
+    ]
+    assert zeros_of(model) == pytest.approx(planned, abs=1e-9)
+    (outcome,) = outcomes
+    assert set(outcome) == {"sparsity", "reconstruction_error", "notes"}
+    assert outcome["sparsity"] == pytest.approx(
+        planned if removed_first else shares_of(by_hand), abs=1e-9
+    )
+    if removed_first:
+        remove_layers(by_hand, REMOVED)
+        sparsify(by_hand, Sparsify(planned, solver), WINDOWS)
+    else:
+        sparsify(by_hand, Sparsify(shares_of(by_hand), solver), WINDOWS)
+        remove_layers(by_hand, REMOVED)
+    check_equal(model, by_hand)
+
+
+def test_zeros_in_several_steps_and_plans_are_all_there():
+    model, outcomes = tiny_model(), []
+    up, down = "model.layers.{}.mlp.up_proj", "model.layers.{}.mlp.down_proj"
+    first = combined(
+        model,
+        Sparsify({up.format(0): 0.5, up.format(3): 0.25}, "wanda"),
+        RemoveLayers((2,)),
+        Sparsify({down.format(3): 0.5, down.format(2): 0.5}, "magnitude"),  # 2 is gone by now
+    )
+    prunelight.apply(model, first, WINDOWS, outcomes=outcomes)
+    second = combined(model, RemoveLayers((0,)), Sparsify({up.format(4): 0.75}, "sparsegpt"))
+    prunelight.apply(model, second, WINDOWS, outcomes=outcomes)
+    planned = sparsified([first, second], "model.layers")
+    assert planned == {up.format(1): 0.25, down.format(1): 0.5, up.format(3): 0.75}
+    assert {name: share for name, share in zeros_of(model).items() if share} == planned
+    assert [len(outcome["sparsity"]) for outcome in outcomes] == [2, 1, 1]
+    assert [len(outcome["reconstruction_error"]) for outcome in outcomes] == [6, 0, 4]
+
+
+@pytest.mark.parametrize(
+    ("step", "windows", "message"),
+    [
+        (Sparsify({"lm_head": 0.5}, "wanda"), WINDOWS, "lm_head is no matrix of the decoder"),
+        (Sparsify({}, "melt"), WINDOWS, "solver='melt' must be one of"),
+        (Sparsify({}, "wanda"), None, "solver='wanda' needs calibration windows; pass them to"),
+        (Sparsify({"x": 2}, "wanda"), WINDOWS, r"steps\[1\] \(sparsify\): sparsity=2 of x must"),
+    ],
+)
+def test_a_faulty_sparsify_step_leaves_the_model_unchanged(step, windows, message):
+    model = tiny_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        prunelight.apply(model, combined(model, RemoveLayers((1,)), step), windows)
+    check_unchanged(model, before)
+
+
+def test_zeros_survive_the_disk(tmp_path):
+    model = tiny_model("mixtral")
+    plan = combined(model, Sparsify(shares_of(model), "wanda"), RemoveLayers(REMOVED))
+    prunelight.apply(model, plan, WINDOWS)
+    assert zeros_of(reloaded(model, tmp_path)) == zeros_of(model)

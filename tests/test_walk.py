@@ -1,0 +1,415 @@
+"""The walk through the decoder layers equals the model, and its statistics a plain computation."""
+
+import copy
+import inspect
+import types
+
+import pytest
+import torch
+from test_scoring import hooks, lively_model, padded
+from tiny import FAMILIES, NUM_LAYERS, UNKNOWN_FAMILIES, tiny_model, token_windows
+from torch.nn.functional import silu
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from prunelight.architecture import decoder_layers, first_tensor, layer_matrices
+from prunelight.calibration import MICRO_BATCH_TOKENS
+from prunelight.plan import Sparsify
+from prunelight.sparsify import sparsify
+from prunelight.statistics import Hessian, InputNorm
+from prunelight.walk import InputStatistics, LayerWalk
+
+WINDOWS = token_windows(3, 12)
+KINDS = {
+    "plain": WINDOWS,
+    "right": padded(WINDOWS),
+    "left": padded(WINDOWS, left=True),
+}
+every_kind = pytest.mark.parametrize("windows", KINDS.values(), ids=list(KINDS))
+
+
+def walked(model, windows, **options):
+    """The states after the last layer, (N, T, D)."""
+    with LayerWalk(model, windows, **options) as walk:
+        for _ in walk.layers():
+            walk.advance()
+        return torch.cat(walk.states)
+
+
+@torch.no_grad()
+def raw_output(model, windows):
+    """What the last decoder layer puts out in the model's own forward."""
+    found = []
+    handle = decoder_layers(model)[-1].register_forward_hook(
+        lambda _, args, output: found.append(first_tensor(output))
+    )
+    batch = windows if isinstance(windows, dict) else {"input_ids": windows}
+    model(**batch, use_cache=False)
+    handle.remove()
+    return found[0]
+
+
+def statistics(model, windows, index, make=InputNorm):
+    """What the matrices of one layer see, and how many tokens count."""
+    with LayerWalk(model, windows) as walk:
+        for layer, _ in walk.layers():
+            if layer == index:
+                seen = InputStatistics(layer_matrices(model, index), make)
+                for batch, mask in enumerate(walk.masks):
+                    with seen.watching(mask):
+                        walk.forward(batch)
+                return seen, walk.counted()
+            walk.advance()
+
+
+def short(name):
+    return name.rpartition(".")[2]
+
+
+# --- the walk is the model --------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("family", [*FAMILIES, *UNKNOWN_FAMILIES])
+def test_the_walk_ends_where_the_model_does(family, windows):
+    model = tiny_model(family)
+    weights = copy.deepcopy(model.state_dict())
+    found = walked(model, windows)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+    if family == "rwkv":  # the walk leaves out the halving between its layers, which is no layer's
+        model.config.rescale_every = 0
+    assert torch.equal(found, raw_output(model, windows))
+
+
+@every_kind
+def test_several_micro_batches_give_the_states_of_each_window_alone(windows):
+    model, masked = lively_model(), isinstance(windows, dict)
+    ids = token_windows(40, 100)  # two micro-batches of one shape
+    big = padded(ids, left=windows is KINDS["left"]) if masked else {"input_ids": ids}
+    if masked:
+        big["attention_mask"][20, 7:90] = 0  # only the second micro-batch has this
+    assert ids.numel() > MICRO_BATCH_TOKENS
+    found = walked(model, big)
+    for row in (0, 20, 39):
+        one = {name: value[row : row + 1] for name, value in big.items()}
+        real = one.get("attention_mask", torch.ones_like(one["input_ids"])).bool()
+        # Rows of other batch sizes are summed in another order.
+        expected = raw_output(model, one)
+        assert torch.allclose(found[row : row + 1][real], expected[real], 1e-3, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "falcon", "mamba", "rwkv", "opt"])
+def test_a_layer_may_be_run_again_and_again(family):
+    model = lively_model(family)
+    with LayerWalk(model, KINDS["right"]) as walk:
+        for _ in walk.layers():
+            before = walk.states[0].clone()
+            first, second = walk.forward(0), walk.forward(0)
+            assert torch.equal(first, second)
+            assert torch.equal(walk.states[0], before)
+            walk.advance()
+            assert torch.equal(walk.states[0], first)
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "cpu:0"])  # cpu:0 makes the layers move
+@pytest.mark.parametrize("offload", [False, True])
+def test_place_and_offloading_change_nothing(device, offload):
+    model, expected = lively_model(), walked(lively_model(), KINDS["left"])
+    device = None if device is None else torch.device(device)
+    found = walked(model, KINDS["left"], device=device, offload=offload)
+    assert torch.equal(found, expected)
+    assert {p.device for p in model.parameters()} == {torch.device("cpu")}
+
+
+def test_a_layer_moves_to_the_compute_device_and_back_home_on_errors_too():
+    model, moves = tiny_model(), []
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.to = lambda device, index=index: moves.append((index, str(device)))
+
+    def act():
+        with LayerWalk(model, WINDOWS, device=torch.device("cpu:0")) as walk:
+            for index, _ in walk.layers():
+                if index == 1:
+                    raise KeyError("broken")
+                walk.advance()
+
+    with pytest.raises(KeyError):
+        act()
+    assert moves == [(0, "cpu:0"), (0, "cpu"), (1, "cpu:0"), (1, "cpu")]
+
+
+def test_a_walk_may_stop_before_the_end_and_start_anew():
+    model = lively_model()
+    with LayerWalk(model, WINDOWS) as walk:
+        for index, _ in walk.layers():
+            walk.advance()
+            if index == 2:
+                break
+    assert torch.equal(walked(model, WINDOWS), raw_output(model, WINDOWS))
+
+
+def test_an_rwkv_in_mid_evaluation_walks_as_at_rest():
+    running, at_rest = lively_model("rwkv"), lively_model("rwkv")
+    with torch.no_grad():
+        expected = running(WINDOWS).logits  # halves weights by layer
+    assert torch.equal(walked(running, WINDOWS), walked(at_rest, WINDOWS))
+    assert running.config.rescale_every == FAMILIES["rwkv"]["rescale_every"]
+    weights = at_rest.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in running.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(running(WINDOWS).logits, expected)
+
+
+@pytest.mark.parametrize("fault", ["none", "body", "layer", "probe", "recording"])
+@pytest.mark.parametrize("family", ["llama", "rwkv"])
+def test_the_model_is_restored_whatever_happens(family, fault):
+    model = lively_model(family).train()
+    layers = decoder_layers(model)
+    layers[1].eval()
+    model.config.use_cache = True
+    windows, calls = WINDOWS.clone(), []
+    own = layers[4].forward  # as accelerate wraps one
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if fault == "probe" or (fault == "layer" and len(calls) > 3):  # the probe takes three
+            raise IndexError("broken")
+        return own(*args, **kwargs)
+
+    wrapped.__signature__ = inspect.signature(own)
+    layers[4].forward = wrapped
+    if fault == "recording":
+        windows[-1, -1] = 10_000  # beyond the embeddings and the probe
+    weights, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+
+    def act():
+        with LayerWalk(model, windows, device=torch.device("cpu:0")) as walk:
+            for index, _ in walk.layers():
+                assert not torch.is_grad_enabled()
+                if fault == "body" and index == 3:
+                    raise IndexError("broken")
+                walk.advance()
+
+    if fault == "none":
+        act()
+    else:
+        with pytest.raises(IndexError):
+            act()
+    assert [m.training for m in model.modules()] == modes
+    assert model.config.use_cache is True
+    assert getattr(model.config, "rescale_every", 2) == 2
+    assert hooks(model) == [0] * len(hooks(model))
+    assert ["forward" in vars(layer) for layer in layers] == [i == 4 for i in range(NUM_LAYERS)]
+    assert layers[4].forward is wrapped
+    assert torch.is_grad_enabled()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+
+
+def between(model, change):
+    """Make a llama do something between its layers: change(hidden states, second output)."""
+
+    def forward(self, input_ids=None, attention_mask=None, **_):
+        x, second = self.embed_tokens(input_ids), None
+        positions = torch.arange(x.shape[1])[None]
+        angles = self.rotary_emb(x, position_ids=positions)
+        for layer in self.layers:
+            x = layer(x, position_embeddings=angles, attention_mask=None, second=second)
+            x, second = change(*x) if isinstance(x, tuple) else change(x, None)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
+
+    model.model.forward = types.MethodType(forward, model.model)
+    return model
+
+
+@pytest.mark.parametrize("factor", [1.01, 1.5, 0.0])
+def test_a_model_that_does_more_between_its_layers_is_refused(factor):
+    walked(between(tiny_model(), lambda x, _: (x, None)), WINDOWS)  # this one does not
+    model = between(tiny_model(), lambda x, _: (factor * x, None))
+    with pytest.raises(TypeError, match=r"decoder layer \d of llama cannot be run on its own"):
+        walked(model, WINDOWS)
+    with pytest.raises(TypeError, match="go layer by layer do not support it"):
+        sparsify(model, Sparsify({"model.layers.0.mlp.up_proj": 0.5}, "wanda"), WINDOWS)
+
+
+def test_a_model_that_hands_on_a_second_output_is_refused():
+    model = between(lively_model(), lambda x, second: (x, second))
+    for layer in decoder_layers(model):
+
+        def forward(hidden_states, second=None, own=layer.forward, **kwargs):
+            x = own(hidden_states, **kwargs)
+            return x if second is None else x + second, x.mean(dim=(1, 2), keepdim=True)
+
+        layer.forward = forward
+    with pytest.raises(TypeError, match=r"decoder layer \d of llama cannot be run on its own"):
+        walked(model, WINDOWS)
+
+
+def test_windows_without_any_token_are_refused():
+    empty = {"input_ids": WINDOWS, "attention_mask": torch.zeros_like(WINDOWS)}
+    model = tiny_model().train()
+    with pytest.raises(ValueError, match="0 tokens were counted; mask less"):
+        walked(model, empty)
+    assert model.training
+
+
+# --- what the matrices see --------------------------------------------------------------------
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+SHARED = {
+    "llama": [QKV, ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "gemma3_text": [QKV, ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
+    "opt": [QKV, ["out_proj"], ["fc1"], ["fc2"]],
+    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+    # Attention and MLP side by side read one normed state.
+    "falcon": [
+        ["query_key_value", "dense_h_to_4h"],
+        ["dense"],
+        ["dense_4h_to_h"],
+    ],
+    "phi": [[*QKV, "fc1"], ["dense"], ["fc2"]],
+    "cohere": [[*QKV, "gate_proj", "up_proj"], ["o_proj"], ["down_proj"]],
+    # Side by side too, but each with a norm of its own.
+    "gpt_neox": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+    "mixtral": [QKV, ["o_proj"], ["gate_up_proj"], ["down_proj"]],
+    "mamba": [["in_proj"], ["x_proj"], ["out_proj"]],
+    "rwkv": [[n] for n in ("key", "value", "receptance", "output", "key", "receptance", "value")],
+}
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_matrices_that_read_one_tensor_share_a_statistic(family):
+    seen, counted = statistics(tiny_model(family), WINDOWS, 1)
+    groups = [sorted(short(matrix.name) for matrix in group) for group in seen.groups()]
+    assert sorted(groups) == sorted(sorted(group) for group in SHARED[family])
+    for group in seen.groups():
+        assert all(seen.of(matrix) is seen.of(group[0]) for matrix in group)
+        if not group[0].fused:
+            assert [one.tokens for one in seen.of(group[0])] == [counted] == [WINDOWS.numel()]
+
+
+@every_kind
+@pytest.mark.parametrize("family", ["llama", "bloom", "cohere", "opt"])
+def test_norms_and_hessians_are_those_of_the_real_tokens(family, windows):
+    # The unpadded windows give the truth; a mask changes the attention kernel.
+    model = lively_model(family)
+    inputs, modules = {}, dict(model.named_modules())
+    found = layer_matrices(model, 2)
+    for matrix in found:
+        modules[matrix.name].register_forward_pre_hook(
+            lambda _, args, name=matrix.name: inputs.update({name: args[0].double()})
+        )
+    raw_output(model, WINDOWS)
+    expected = {name: x.flatten(0, -2) for name, x in inputs.items()}
+    seen, counted = statistics(model, windows, 2, Hessian)
+    assert counted == WINDOWS.numel()
+    for matrix in found:
+        (one,) = seen.of(matrix)
+        x = expected[matrix.name]
+        assert one.tokens == counted
+        assert torch.allclose(one.norms().double(), x.square().sum(0).sqrt(), 1e-3)
+        gram = x.T @ x
+        assert (one.result() - gram).norm() < 1e-3 * gram.norm()
+
+
+@every_kind
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_see_the_tokens_that_are_routed_to_them(family, windows):
+    model, routed = lively_model(family), []
+    experts = decoder_layers(model)[1].mlp.experts
+    seen, _ = statistics(model, windows, 1, Hessian)
+    handle = experts.register_forward_pre_hook(lambda _, args: routed.append(args))
+    raw_output(model, windows)
+    handle.remove()
+    ((states, chosen, _),) = routed
+    mask = windows["attention_mask"].flatten().bool() if isinstance(windows, dict) else None
+    gate_up, down = (m for m in layer_matrices(model, 1) if m.fused)
+    for expert in range(4):
+        rows = [
+            token
+            for token in range(len(states))
+            if expert in chosen[token] and (mask is None or mask[token])
+        ]
+        x = states[rows]
+        gate, up = (x @ gate_up.views()[expert].T).chunk(2, dim=-1)
+        for matrix, inputs in ((gate_up, x), (down, silu(gate) * up)):
+            one, inputs = seen.of(matrix)[expert], inputs.double()
+            assert one.tokens == len(rows) > 0
+            # Products of float32.
+            assert torch.allclose(one.result().double(), inputs.T @ inputs, 1e-3, 1e-4)
+            assert torch.allclose(one.norms().double(), inputs.norm(dim=0), 1e-4)
+    total = WINDOWS.numel() * chosen.shape[1]
+    assert sum(one.tokens for one in seen.of(gate_up)) == total
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_one_weight_of_the_experts_may_be_watched_without_the_other(name):
+    model = lively_model("mixtral")
+    both, _ = statistics(model, WINDOWS, 0)
+    (matrix,) = (m for m in layer_matrices(model, 0) if short(m.name) == name)
+    alone = InputStatistics([matrix], InputNorm)
+    with LayerWalk(model, WINDOWS) as walk:
+        for _ in walk.layers():
+            with alone.watching():
+                walk.forward(0)
+            break
+    for one, other in zip(alone.of(matrix), both.of(matrix), strict=True):
+        assert torch.equal(one.squares, other.squares)
+
+
+def test_a_matrix_that_is_never_called_is_named():
+    model = tiny_model()
+    layer = decoder_layers(model)[3]
+    layer.mlp.forward = lambda x: x
+    step = Sparsify(dict.fromkeys([m.name for m in layer_matrices(model, 3)], 0.5), "wanda")
+    message = r"model\.layers\.3\.mlp\.gate_proj was never called in a forward.*leave it out"
+    with pytest.raises(ValueError, match=message):
+        sparsify(model, step, WINDOWS)
+    seen = InputStatistics(layer_matrices(model, 0), InputNorm)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj was never called"):
+        seen.groups()
+
+
+def test_watching_leaves_no_hooks_behind_on_errors_too():
+    model = tiny_model()
+    seen = InputStatistics(layer_matrices(model, 0), InputNorm)
+
+    def act():
+        with seen.watching():
+            model(WINDOWS[:, :4])
+            raise KeyError("broken")
+
+    with pytest.raises(KeyError):
+        act()
+    assert hooks(model) == [0] * len(hooks(model))
+    model(WINDOWS)
+    assert {one.tokens for m in seen.matrices for one in seen.of(m)} == {12}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_statistics_go_on_from_their_saved_state(family, tmp_path):
+    model = lively_model(family)
+    found = layer_matrices(model, 0)
+    whole, first, second = (InputStatistics(found, InputNorm) for _ in range(3))
+    for seen, part in ((whole, WINDOWS[:1]), (whole, WINDOWS[1:]), (first, WINDOWS[:1])):
+        with seen.watching(), torch.no_grad():
+            model(part)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    with second.watching(), torch.no_grad():
+        model(WINDOWS[1:])
+    for matrix in found:
+        for one, other in zip(second.of(matrix), whole.of(matrix), strict=True):
+            assert one.tokens == other.tokens
+            assert torch.equal(one.squares, other.squares)
+    assert [[m.name for m in group] for group in second.groups()] == [
+        [m.name for m in group] for group in whole.groups()
+    ]
+
+
+def test_sums_are_replaced_once_where_they_are_shared():
+    seen, _ = statistics(lively_model(), WINDOWS, 0)
+    before = {m.name: seen.of(m)[0].norms() for m in seen.matrices}
+    seen.reduce(lambda squares: 4 * squares)
+    assert all(torch.equal(seen.of(m)[0].norms(), 2 * before[m.name]) for m in seen.matrices)
