@@ -79,7 +79,7 @@ class DLP(PruningCallback):
     def __init__(
         self,
         sparsity: float | None = None,
-        pattern: str | None = None,
+        pattern: str | int | None = None,
         allocation: Literal["dlp", "dlp_mean", "owl", "uniform"] = "dlp",
         alpha: float | None = None,
         outlier_factor: float = 5.0,
@@ -90,6 +90,8 @@ class DLP(PruningCallback):
         strict: bool = False,
         offload_activations: bool = False,
     ) -> None:
+        if isinstance(pattern, int):  # YAML 1.1 counts in sixties
+            raise ValueError(f'pattern={pattern} is what YAML makes of N:M; quote it: "2:4"')
         self.pattern = None if pattern is None else Pattern.parse(pattern)
         self.target = _target(sparsity, self.pattern)
         for name, value, known in (
@@ -251,6 +253,8 @@ class DLP(PruningCallback):
         shares = fit_to_target(shares, sizes, self.target)
         if self.pattern is None:
             return shares
+        if self.pattern.kept == 1:
+            log.warning("pattern=%s is uniform: no layer can keep fewer than 1", self.pattern)
         kept = mixed_kept(shares, sizes, (self.pattern.kept, self.pattern.of))
         return [1 - n / self.pattern.of for n in kept]
 
@@ -361,6 +365,11 @@ class DLP(PruningCallback):
     ) -> None:
         """Leave no hooks behind."""
         self._watch.close()
+
+    @property
+    def state_key(self) -> str:
+        """Return a key of its own for each set of arguments: a run may hold several DLPs."""
+        return self._generate_state_key(**self.arguments())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running norms, for a checkpoint."""

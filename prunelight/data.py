@@ -79,12 +79,12 @@ class TextDataModule(LightningDataModule):
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         self.tokenizer = tokenizer
-        text.bos_token_id(self.tokenizer, bos)  # raises now rather than after minutes of other work
+        text.bos_token_id(tokenizer, bos)  # raises now rather than after minutes of other work
         self.sources = {"train": train, "validation": validation, "calibration": calibration}
         self.seq_len, self.batch_size, self.num_workers = seq_len, batch_size, num_workers
         self.num_calibration, self.num_validation = num_calibration, num_validation
         self.text_field, self.bos, self.seed = text_field, bos, seed
-        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         pad_token_id = next(token for token in tokens if token is not None)
         self._collate = partial(pad_examples, pad_token_id=pad_token_id)
         self._examples: dict[str, list[Example]] = {}

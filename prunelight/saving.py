@@ -18,12 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from prunelight.architecture import maximum_length, restore_rwkv_scale, vocabulary_size
@@ -89,7 +84,9 @@ def save(
             plan.save(temporary / "plan.json")
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         saved = Saved(str(directory), size, verify(model, temporary, trust_remote_code))
-        _write_marker(temporary, model, saved)
+        versions = {"fingerprint": model_fingerprint(model), "versions": library_versions()}
+        marker = json.dumps({**asdict(saved), **versions}, indent=1) + "\n"
+        (temporary / MARKER).write_text(marker, encoding="utf-8")
         _replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,14 +100,12 @@ def check_replaceable(directory: Path) -> None:
     Raises:
         FileExistsError: if it exists, is not empty, and was not written by prunelight.
     """
-    if not directory.exists():
-        return
-    if directory.is_dir() and (not any(directory.iterdir()) or (directory / MARKER).is_file()):
-        return
-    raise FileExistsError(
-        f"{directory} exists and was not written by prunelight (it has no {MARKER}); choose "
-        "another directory or remove it"
-    )
+    ours = (directory / MARKER).is_file()
+    if directory.exists() and not ours and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory} exists and was not written by prunelight (it has no {MARKER}); choose "
+            "another directory or remove it"
+        )
 
 
 def verify(model: PreTrainedModel, directory: Path, trust_remote_code: bool = False) -> str:
@@ -132,18 +127,13 @@ def verify(model: PreTrainedModel, directory: Path, trust_remote_code: bool = Fa
                 ignore_mismatched_sizes=True,  # the comparison says which and how
             )
         reloaded = to_device(loaded, model.device)
-        _compare_weights(_weights(model), _weights(reloaded))
+        _compare_weights(model.state_dict(), reloaded.state_dict())
         _compare_behaviour(model, reloaded)
     except Exception as error:  # whatever a wrong config makes the model's own code raise
         raise RuntimeError(
             f"the saved model failed its verification: {error}. Nothing was kept on disk"
         ) from error
     return "reloaded with AutoModelForCausalLM: equal weights, logits and cached generation"
-
-
-def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return name -> tensor as in a checkpoint, on whatever device they are."""
-    return dict(model.state_dict())
 
 
 def _compare_weights(memory: Mapping[str, Tensor], disk: Mapping[str, Tensor]) -> None:
@@ -197,12 +187,9 @@ def _is_tie(model: PreTrainedModel, expected: Tensor, found: Tensor, allowed: fl
     """
     with evaluating(model):
         logits = model(expected).logits.float()
-    for row, (a, b) in enumerate(zip(expected, found, strict=True)):
-        differs = (a != b).nonzero()
-        if len(differs):
-            first = int(differs[0])
-            scores = logits[row, first - 1]
-            if (scores[a[first]] - scores[b[first]]).abs().item() > allowed:
+    for a, b, scores in zip(expected, found, logits, strict=True):
+        for first in (a != b).nonzero().flatten().tolist()[:1]:
+            if (scores[first - 1, a[first]] - scores[first - 1, b[first]]).abs() > allowed:
                 return False
     return True
 
@@ -212,9 +199,9 @@ def _compare_files(model: PreTrainedModel, directory: Path) -> None:
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    memory = _weights(model)
-    shapes = {name: tuple(t.shape) for name, t in _weights(empty).items()}
-    if shapes != {name: tuple(t.shape) for name, t in memory.items()}:
+    memory = dict(model.state_dict())
+    shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in memory.items()}:
         raise RuntimeError("config.json describes other weights than the model in memory has")
     # Some families are stored under other names, and experts one by one, than they are held.
     memory = revert_weight_conversion(model, memory)
@@ -226,19 +213,9 @@ def _compare_files(model: PreTrainedModel, directory: Path) -> None:
                     raise RuntimeError(f"{name} is on disk and not in memory")
                 _compare_tensor(name, memory[name], tensors.get_tensor(name))
                 found.add(name)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = set(memory) - found - tied
+    missing = set(memory) - found - set(getattr(model, "all_tied_weights_keys", None) or {})
     if missing:
         raise RuntimeError(f"{len(missing)} tensors are not on disk, e.g. {min(missing)}")
-
-
-def _write_marker(directory: Path, model: PreTrainedModel, saved: Saved) -> None:
-    facts = {
-        **asdict(saved),
-        "fingerprint": model_fingerprint(model),
-        "versions": library_versions(),
-    }
-    (directory / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _replace(temporary: Path, directory: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from prunelight.architecture import Matrix, decoder_layers, layer_matrices, matrices
 from prunelight.calibration import Windows
+from prunelight.metrics import zero_share
 from prunelight.plan import Sparsify
 from prunelight.sparsity import (
     Amount,
@@ -44,12 +45,14 @@ class Outcome:
 
     Attributes:
         sparsity: name of a matrix -> share of zeros it now has.
+        layer_sparsity: of each decoder layer, the share of zeros in all its matrices.
         reconstruction_error: of each decoder layer, ||Y' - Y||^2 / ||Y - X||^2 over the first
             micro-batch: its input X, dense output Y and sparse output Y'; empty for magnitude.
         notes: what a reader should know about the run.
     """
 
     sparsity: dict[str, float] = field(default_factory=dict)
+    layer_sparsity: list[float] = field(default_factory=list)
     reconstruction_error: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -87,6 +90,7 @@ def sparsify(
                     for view in matrix.views():
                         view.masked_fill_(magnitude_mask(view, amount_of(step, matrix.name)), 0)
                 _note_zeros(outcome, matrix)
+        _note_layers(outcome, model)
         return outcome
     assert windows is not None  # check_data
     with LayerWalk(
@@ -97,6 +101,7 @@ def sparsify(
             _note_scarce([known[name] for name in step.sparsity], walk.counted(), outcome)
         for index, _ in walk.layers():
             _sparsify_layer(model, step, walk, index, outcome)
+    _note_layers(outcome, model)
     return outcome
 
 
@@ -180,6 +185,12 @@ def _note_scarce(found: Sequence[Matrix], tokens: int, outcome: Outcome) -> None
 def _note_zeros(outcome: Outcome, matrix: Matrix) -> None:
     parameter = matrix.parameter
     outcome.sparsity[matrix.name] = 1 - int(parameter.count_nonzero()) / parameter.numel()
+
+
+def _note_layers(outcome: Outcome, model: PreTrainedModel) -> None:
+    for index in range(len(decoder_layers(model))):
+        found = layer_matrices(model, index)
+        outcome.layer_sparsity.append(zero_share(matrix.parameter for matrix in found))
 
 
 def _note(outcome: Outcome, text: str) -> None:

@@ -115,8 +115,7 @@ def pack(tokens: Sequence[int], seq_len: int, *, bos_token_id: int | None = None
     if seq_len < 2:
         raise ValueError(f"seq_len={seq_len} must be at least 2: one token predicts the next")
     width = seq_len if bos_token_id is None else seq_len - 1
-    kept = tokens[: len(tokens) // width * width]
-    windows = torch.tensor(kept, dtype=torch.long).view(-1, width)
+    windows = torch.tensor(tokens[: len(tokens) // width * width]).long().view(-1, width)
     return windows if bos_token_id is None else pad(windows, (1, 0), value=bos_token_id)
 
 

@@ -296,6 +296,7 @@ def test_offloading_is_no_reason_to_prune_again(tmp_path):
         ({"sparsity": 70}, r"sparsity=70 must lie in \[0, 1\); 0.7 makes 70 % of them zero"),
         ({"sparsity": float("nan")}, r"sparsity=nan must lie in \[0, 1\)"),
         ({"pattern": "2-4"}, "pattern='2-4' must be N:M"),
+        ({"pattern": 124}, "pattern=124 is what YAML makes of N:M; quote it"),
         ({"pattern": "0:4"}, "pattern=0:4 must keep at least 1 and at most 4 weights"),
         ({"pattern": "5:4"}, "pattern=5:4 must keep at least 1 and at most 4 weights"),
         ({"sparsity": 0.5, "allocation": "magic"}, "allocation='magic' must be one of dlp, dlp_me"),

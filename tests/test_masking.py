@@ -343,7 +343,20 @@ def test_custom_gradients_pass_the_numerical_check():
         return value * (value > 0) if zeros else value.requires_grad_()
 
     x, A, B = random(2, 3, 4), random(2, 4), random(5, 2)
-    assert torch.autograd.gradcheck(MaskedUpdate.apply, (x, random(5, 4, zeros=True), A, B, 0.7))
+    y, W = random(2, 3, 5), random(5, 4, zeros=True)
+    assert torch.autograd.gradcheck(MaskedUpdate.apply, (x, y, W, A, B, 0.7, False))
+
+    def joined(x, A, B):  # as with a frozen base product that is cut off from the graph
+        return MaskedUpdate.apply(x, (x @ W.T).detach(), W, A, B, 0.7, True)
+
+    def plain(x, A, B):
+        return x @ W.T + x @ (0.7 * (W != 0) * (B @ A)).T
+
+    found = []
+    for call in (joined, plain):
+        output = call(x, A, B)
+        found.append((output, *torch.autograd.grad((output**2).sum(), (x, A, B))))
+    assert all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
     lhs, rhs = random(2, 5, 3), random(2, 3, 4)
     assert torch.autograd.gradcheck(MaskedSum.apply, (random(2, 5, 4, zeros=True), lhs, rhs, 0.7))
 

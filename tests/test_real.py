@@ -4,12 +4,13 @@ import copy
 import itertools
 
 import pytest
+import reference_sparsity
 import torch
 from transformers import AutoModelForCausalLM
 
 import prunelight
-from prunelight.architecture import decoder_layers
-from prunelight.callbacks import ShortGPT
+from prunelight.architecture import decoder_layers, matrices
+from prunelight.callbacks import DLP, ShortGPT
 from prunelight.data import TextDataModule
 from prunelight.evaluation import greedy_tokens
 
@@ -90,3 +91,60 @@ def test_dense_perplexity_is_that_of_a_language_model_and_pruning_costs(smollm2,
     pruned = prunelight.perplexity(prunelight.apply(copy.deepcopy(model), plan), windows[1])
     assert 10 < dense < 40
     assert dense < pruned < 1000
+
+
+# --- sparsity ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sparse_perplexities(smollm2, windows):
+    """Perplexity at 70 % by allocation and solver, and the models."""
+    model, _ = smollm2
+    found = {}
+    for allocation, solver in (
+        ("uniform", "magnitude"),
+        ("uniform", "wanda"),
+        ("uniform", "sparsegpt"),
+        ("dlp", "wanda"),
+    ):
+        method = DLP(sparsity=0.7, allocation=allocation, solver=solver)
+        pruned = copy.deepcopy(model)
+        plan = method.plan(pruned, windows[0])
+        pruned = prunelight.apply(pruned, plan, windows[0])
+        found[allocation, solver] = prunelight.perplexity(pruned, windows[1]), pruned, plan
+    return found
+
+
+def test_the_order_of_solvers_and_allocations_is_that_of_the_paper(sparse_perplexities):
+    told = {key: value[0] for key, value in sparse_perplexities.items()}
+    assert told["uniform", "sparsegpt"] < told["uniform", "wanda"] < told["uniform", "magnitude"]
+    assert told["dlp", "wanda"] < told["uniform", "wanda"]
+
+
+def test_every_matrix_has_exactly_its_planned_zeros(smollm2, sparse_perplexities):
+    dense = matrices(smollm2[0])
+    for (_, solver), (_, pruned, plan) in sparse_perplexities.items():
+        (step,) = plan.steps
+        for name, matrix in matrices(pruned).items():
+            rows, columns = matrix.views()[0].shape
+            by_row = solver == "wanda"
+            planned = (
+                rows * int(columns * step.sparsity[name] + 1e-6)
+                if by_row
+                else int(rows * columns * step.sparsity[name] + 1e-6)
+            )
+            zeros = int((matrix.parameter == 0).sum())
+            natural = int((dense[name].parameter == 0).sum())  # quantized weights had some
+            assert planned <= zeros <= planned + natural, name
+
+
+def test_perplexity_is_not_above_that_of_an_independent_implementation(
+    smollm2, windows, sparse_perplexities
+):
+    ours, pruned, _ = sparse_perplexities["dlp", "wanda"]
+    model = copy.deepcopy(smollm2[0])
+    reference_sparsity.prune(model, windows[0], "dlp", "wanda", 0.7)
+    assert ours <= 1.01 * prunelight.perplexity(model, windows[1])  # bfloat16 decides near ties
+    pairs = zip(matrices(pruned).values(), matrices(model).values(), strict=True)
+    equal = [((a.parameter == 0) == (b.parameter == 0)).float().mean().item() for a, b in pairs]
+    assert min(equal) > 0.999

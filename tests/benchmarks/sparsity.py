@@ -17,7 +17,7 @@ import torch
 
 import prunelight
 from prunelight import sparsify, walk
-from prunelight.architecture import decoder_layers
+from prunelight.architecture import decoder_layers, layer_matrices
 from prunelight.calibration import evaluating, micro_batches
 from prunelight.callbacks import DLP
 from prunelight.data import TextDataModule
@@ -87,7 +87,7 @@ def told(values):
     return ", ".join(f"{value:.2f}" for value in values)
 
 
-def cost(model, windows, rounds):
+def cost(model, windows, rounds, loading):
     layer = decoder_layers(model)[0]
     for solver, goal in (("wanda", 2.5), ("sparsegpt", 4.5)):
         ratios, allocation, splits = [], [], []
@@ -107,6 +107,7 @@ def cost(model, windows, rounds):
                 applied, _ = seconds(lambda: prunelight.apply(pruned, plan, windows))  # noqa: B023
             ratios.append(applied / unit)
             allocation.append(planned / unit)
+            sums["load"] = loading
             splits.append({name: round(value / unit, 2) for name, value in sums.items()})
         median = statistics.median
         print(f"{solver}: {median(ratios):.2f} F (goal {goal}); rounds {told(ratios)}")
@@ -119,11 +120,12 @@ def cost(model, windows, rounds):
             prunelight.apply(pruned, plan, windows)
         above = phase.peak_bytes - idle.peak_bytes
         states = windows.numel() * model.config.hidden_size * model.dtype.itemsize
+        hessians = sum(4 * m.in_features**2 for m in layer_matrices(model, 0))  # q, k, v share one
         print(
             f"  memory above the loaded model {above / 1e6:.0f} MB = "
             f"{above / parameter_bytes(model):.2f} checkpoints = "
-            f"{above / parameter_bytes(layer):.1f} decoder layers; the states alone are "
-            f"{states / 1e6:.0f} MB",
+            f"{above / parameter_bytes(layer):.1f} decoder layers; the states are "
+            f"{states / 1e6:.0f} MB, one layer's Hessians at most {hessians / 1e6:.0f} MB",
             flush=True,
         )
 
@@ -142,7 +144,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    start = time.perf_counter()
     model, tokenizer = prunelight.load("smollm2-135m", dtype="bfloat16")
+    loading = time.perf_counter() - start
 
     def data_of(seed):
         files = {"calibration": options.calibration, "validation": options.evaluation}
@@ -157,7 +161,7 @@ def main():
         return data.calibration_windows(), data.validation_windows()
 
     if options.what == "cost":
-        cost(model, data_of(0)[0], options.rounds)
+        cost(model, data_of(0)[0], options.rounds, loading)
     else:
         quality(
             model, data_of, options.amounts, options.allocations, options.solvers, options.seeds
