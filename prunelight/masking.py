@@ -228,8 +228,10 @@ class MaskedVariant(LoraVariant):
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Return the merged weight."""
-        return orig_weight + MaskedVariant._delta(module, active_adapter, orig_weight)
+        """Return the merged weight; a kept one that rounds to zero takes the smallest number."""
+        W = orig_weight
+        merged = W + MaskedVariant._delta(module, active_adapter, W)
+        return merged.where((merged != 0) | (W == 0), W.sign() * torch.finfo(W.dtype).tiny)
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:

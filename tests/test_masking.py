@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -22,6 +23,7 @@ from prunelight.handover import plan_files
 from prunelight.masking import (
     MaskedSum,
     MaskedUpdate,
+    MaskedVariant,
     WeightMasks,
     ZeroRecord,
     mask_adapters,
@@ -333,6 +335,18 @@ class PlainParamWrapper(ParamWrapper):
     def get_delta_factors(self, adapter_name):  # peft then adds identity @ update
         update = self.get_delta_weight(adapter_name) * (self.get_param() != 0)
         return torch.eye(update.shape[1]).to(update).expand(len(update), -1, -1), update, 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_kept_weight_that_merging_would_cancel_stays_apart_from_the_zeros(dtype):
+    W = torch.tensor([[0.5, -0.25, 0.0, 1.0]], dtype=dtype)
+    adapter = SimpleNamespace(get_delta_weight=lambda _: torch.tensor([[-0.5, 0.25, 9.0, 1.0]]))
+    merged = MaskedVariant.merge_safe(adapter, "default", W)
+    assert merged.dtype == dtype
+    assert ((merged == 0) == (W == 0)).all()
+    assert merged[0, 3] == 2
+    assert torch.equal(merged[0, :2].sign(), W[0, :2].sign())
+    assert merged[0, :2].abs().max() < 1e-4
 
 
 def test_custom_gradients_pass_the_numerical_check():
