@@ -32,6 +32,7 @@ from prunelight.evaluation import (
     new_record,
     to_device,
 )
+from prunelight.files import replacing
 from prunelight.handover import plan_files
 from prunelight.metrics import parameter_bytes
 from prunelight.module import RecoveryModule
@@ -252,6 +253,5 @@ def _read_measured(directory: Path) -> RunRecord | None:
 
 
 def _write_measured(directory: Path, record: RunRecord) -> None:
-    temporary = directory / f".{MEASURED}.tmp"
-    temporary.write_text(json.dumps(record.to_dict(), indent=1))
-    temporary.replace(directory / MEASURED)
+    with replacing(directory / MEASURED) as temporary:
+        temporary.write_text(json.dumps(record.to_dict(), indent=1))

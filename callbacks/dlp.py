@@ -34,10 +34,11 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.gradual import Gradual, Schedule, weights_with_adapters
 from prunelight.metrics import zero_share
 from prunelight.module import RecoveryModule
-from prunelight.plan import Plan, Sparsify, describe_model, describe_windows, sparsified
+from prunelight.plan import Plan, describe_model, describe_windows, sparsified
 from prunelight.scoring import WeightScore, weight_scores
 from prunelight.sparsify import SOLVERS, amount_of, check_step
 from prunelight.sparsity import Pattern, SparseGPT
+from prunelight.steps import Sparsify
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ from prunelight.allocation import (
 from prunelight.architecture import decoder_layers
 from prunelight.calibration import Windows, check_windows, split_windows
 from prunelight.callbacks.base import PruningCallback
-from prunelight.plan import Plan, RemoveLayers, describe_model, describe_windows
+from prunelight.plan import Plan, describe_model, describe_windows
 from prunelight.scoring import angular_distances, block_influences
+from prunelight.steps import RemoveLayers
 from prunelight.surgery import check_removable
 
 log = logging.getLogger(__name__)

@@ -1,126 +1,31 @@
 """The plan: what will be done to which layer, and why; JSON that holds decisions, no tensors.
 
 A plan can be read, edited, diffed and applied later. All layer indices are those of the model that
-the plan was made for. A new kind of step is one frozen dataclass with `kind` and `check`, added to
-`STEPS`; how it is carried out is in `surgery.py`.
+the plan was made for. What can be done to a model is in `steps.py`, how it is done in `surgery.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunelight.files import replacing
+from prunelight.steps import RemoveLayers, Sparsify, Step, renumbered, step_from_dict
+
 FORMAT = 1
 # Elements of each tensor that enter a model's fingerprint.
 _SAMPLED = 512
 # Keys of a plan's JSON form that are not objects.
 _JSON_TYPES: dict[str, type] = {"method": str, "steps": list}
-
-
-@dataclass(frozen=True)
-class RemoveLayers:
-    """Remove whole decoder layers."""
-
-    kind: ClassVar[str] = "remove_layers"
-    layers: tuple[int, ...]
-
-    @property
-    def removed(self) -> tuple[int, ...]:
-        """Return the layers that are gone after the step."""
-        return self.layers
-
-    def __post_init__(self) -> None:
-        """Sort the indices, so that equal decisions are equal plans."""
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in self.layers):
-            raise ValueError(f"layers={list(self.layers)} must be a list of whole numbers")
-        object.__setattr__(self, "layers", tuple(sorted(self.layers)))
-
-    def check(self, num_layers: int) -> None:
-        """Check the step against a model of `num_layers` decoder layers.
-
-        Raises:
-            ValueError: if an index is repeated or out of range, or no layer would be left.
-        """
-        outside = [i for i in self.layers if not 0 <= i < num_layers]
-        if outside:
-            raise ValueError(f"layers={outside} must lie in [0, {num_layers - 1}]")
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers={list(self.layers)} must not name a layer twice")
-        if len(self.layers) >= num_layers:
-            raise ValueError(
-                f"layers={list(self.layers)} would remove all {num_layers} layers; keep one"
-            )
-
-
-@dataclass(frozen=True)
-class Sparsify:
-    """Put zeros into weights of decoder layers.
-
-    Attributes:
-        sparsity: name of a matrix (see `architecture.Matrix`) -> share of zeros, in [0, 1).
-        solver: "magnitude", "wanda", "wanda_variant" or "sparsegpt".
-        pattern: "N:M" keeps N of M consecutive inputs; a matrix' own N is M * (1 - sparsity).
-        options: the solver's own options.
-    """
-
-    kind: ClassVar[str] = "sparsify"
-    removed: ClassVar[tuple[int, ...]] = ()
-    sparsity: dict[str, float]
-    solver: str
-    pattern: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check the types, which a hand-written plan may have wrong."""
-        if not (isinstance(self.sparsity, dict) and isinstance(self.options, dict)):
-            raise ValueError("sparsity and options must be objects, {name: value}")
-
-    def check(self, num_layers: int) -> None:
-        """Check the shares; what concerns the model is checked by `sparsify.check_step`.
-
-        Raises:
-            ValueError: if a share does not lie in [0, 1).
-        """
-        for name, share in self.sparsity.items():
-            if not isinstance(share, (int, float)) or not 0 <= share < 1:
-                raise ValueError(f"sparsity={share} of {name} must lie in [0, 1)")
-
-
-Step: TypeAlias = RemoveLayers | Sparsify
-STEPS: dict[str, type[Step]] = {step.kind: step for step in (RemoveLayers, Sparsify)}
-
-
-def step_from_dict(value: Mapping[str, Any]) -> Step:
-    """Build a step from its JSON form.
-
-    Raises:
-        ValueError: if the kind is unknown or the keys are not the step's own.
-    """
-    keys = dict(value)
-    kind = keys.pop("kind", None)
-    if kind not in STEPS:
-        raise ValueError(f"kind={kind!r} is not a known kind of step: {', '.join(sorted(STEPS))}")
-    expected = {f.name for f in fields(STEPS[kind])}
-    optional = {
-        f.name
-        for f in fields(STEPS[kind])
-        if f.default is not MISSING or f.default_factory is not MISSING
-    }
-    if not expected - optional <= set(keys) <= expected:
-        raise ValueError(f"step {kind!r} has keys {sorted(keys)}, it must have {sorted(expected)}")
-    make: Any = STEPS[kind]
-    step: Step = make(**{k: tuple(v) if isinstance(v, list) else v for k, v in keys.items()})
-    return step
 
 
 @dataclass(frozen=True)
@@ -180,10 +85,8 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -242,17 +145,6 @@ def sparsified(plans: Sequence[Plan], layers_path: str) -> dict[str, float]:
         names = renumbered(found, layers_path, removed)
         found = {new: found[old] for old, new in names.items()}
     return found
-
-
-def renumbered(names: Iterable[str], layers_path: str, removed: Collection[int]) -> dict[str, str]:
-    """Map names of matrices to those after some layers are removed; theirs are left out."""
-    mapping = {}
-    for name in names:
-        index, _, rest = name.removeprefix(f"{layers_path}.").partition(".")
-        if int(index) not in removed:
-            new = int(index) - sum(i < int(index) for i in removed)
-            mapping[name] = f"{layers_path}.{new}.{rest}"
-    return mapping
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from prunelight.files import replacing
 from prunelight.plots import (
     layer_zeros,
     nominal,
@@ -136,7 +135,7 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     names, sections, outcomes = ["report.json"], [], iter(record.outcomes)
-    with _replacing(directory / names[0]) as temporary:
+    with replacing(directory / names[0]) as temporary:
         text = json.dumps(record.to_dict(), indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     for plan in record.plans:
@@ -146,9 +145,9 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
         if score_lists(plan) or sparsify_steps(plan):
             names.append(f"layers-{len(names)}.png" if len(names) > 1 else "layers.png")
             sections.append(f"![scores of the decoder layers]({names[-1]})")
-            with _replacing(directory / names[-1]) as temporary:
+            with replacing(directory / names[-1]) as temporary:
                 plot_layers(plan, told[-1] if told else None).savefig(temporary, format="png")
-    with _replacing(directory / "report.md") as temporary:
+    with replacing(directory / "report.md") as temporary:
         temporary.write_text(_markdown(record, sections), encoding="utf-8")
     return [directory / name for name in (*names, "report.md")]
 
@@ -335,14 +334,3 @@ def _bullets(values: dict[str, Any]) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place on success and is gone on an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

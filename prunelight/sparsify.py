@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from prunelight.architecture import Matrix, decoder_layers, layer_matrices, matrices
 from prunelight.calibration import Windows
 from prunelight.metrics import zero_share
-from prunelight.plan import Sparsify
 from prunelight.sparsity import (
     Amount,
     Pattern,
@@ -32,6 +31,7 @@ from prunelight.sparsity import (
     wanda_variant_mask,
 )
 from prunelight.statistics import Hessian, InputNorm
+from prunelight.steps import Sparsify
 from prunelight.walk import InputStatistics, LayerWalk
 
 log = logging.getLogger(__name__)

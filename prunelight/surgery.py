@@ -24,8 +24,9 @@ from prunelight.architecture import (
 )
 from prunelight.calibration import Windows
 from prunelight.metrics import parameter_count
-from prunelight.plan import Plan, RemoveLayers, Sparsify, renumbered
+from prunelight.plan import Plan
 from prunelight.sparsify import check_data, check_step, sparsify
+from prunelight.steps import RemoveLayers, Sparsify, renumbered
 
 log = logging.getLogger(__name__)
 

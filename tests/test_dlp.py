@@ -15,8 +15,9 @@ from prunelight.allocation import weighted_mean
 from prunelight.architecture import decoder_layers, layer_matrices, matrices
 from prunelight.callbacks import DLP
 from prunelight.gradual import Schedule
-from prunelight.plan import Sparsify, describe_model, describe_windows
+from prunelight.plan import describe_model, describe_windows
 from prunelight.sparsity import SparseGPT
+from prunelight.steps import Sparsify
 
 WINDOWS = token_windows()
 PER_TOKEN = WINDOWS.numel() ** -0.5  # ours are of the mean square over tokens, not of the sum

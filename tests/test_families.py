@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 import prunelight
 from prunelight.architecture import decoder_layers, matrices
 from prunelight.callbacks import ShortGPT
-from prunelight.plan import Sparsify, model_fingerprint
+from prunelight.plan import model_fingerprint
 from prunelight.recovery import LoRA, attach_lora, merge_lora
 from prunelight.scoring import angular_distances, block_influences
 from prunelight.sparsify import sparsify
+from prunelight.steps import Sparsify
 from prunelight.surgery import remove_layers
 
 ALL_FAMILIES = [*FAMILIES, *UNKNOWN_FAMILIES]

@@ -32,8 +32,9 @@ from prunelight.masking import (
 )
 from prunelight.metrics import zero_share
 from prunelight.module import RecoveryModule
-from prunelight.plan import Plan, Sparsify, describe_model
+from prunelight.plan import Plan, describe_model
 from prunelight.recovery import LoRA, PlannedZeros, attach_lora, merge_lora
+from prunelight.steps import Sparsify
 
 FAMILIES = ("llama", "gpt2", "mixtral")  # Linear, Conv1D, fused experts
 

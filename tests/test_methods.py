@@ -17,9 +17,10 @@ from prunelight.architecture import matrices
 from prunelight.callbacks import DLP, PruningCallback, ShortGPT
 from prunelight.evaluation import greedy_tokens
 from prunelight.gradual import Schedule
-from prunelight.plan import Sparsify, sparsified
+from prunelight.plan import sparsified
 from prunelight.sparsify import amount_of
 from prunelight.sparsity import Pattern
+from prunelight.steps import Sparsify
 
 
 @dataclass(frozen=True)

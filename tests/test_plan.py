@@ -9,16 +9,13 @@ import prunelight
 from prunelight.callbacks import ShortGPT
 from prunelight.plan import (
     Plan,
-    RemoveLayers,
-    Sparsify,
     describe_model,
     describe_windows,
     fingerprint_of,
     model_fingerprint,
-    renumbered,
     sparsified,
-    step_from_dict,
 )
+from prunelight.steps import RemoveLayers, Sparsify, renumbered, step_from_dict
 
 FACTS = {
     "name": "org/tiny",

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunelight
 from prunelight.evaluation import greedy_tokens
-from prunelight.plan import Plan, RemoveLayers, describe_model
+from prunelight.plan import Plan, describe_model
 from prunelight.saving import MARKER, _is_tie, check_replaceable, verify
+from prunelight.steps import RemoveLayers
 
 FILES_COMPARED = "config, shapes and all weights on disk compared"
 RELOADED = "reloaded with AutoModelForCausalLM: equal weights, logits and cached generation"

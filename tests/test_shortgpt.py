@@ -7,7 +7,8 @@ from tiny import NUM_LAYERS, VOCABULARY, tiny_model, token_windows
 import prunelight
 from prunelight.architecture import decoder_layers
 from prunelight.callbacks import ShortGPT
-from prunelight.plan import RemoveLayers, describe_model, describe_windows
+from prunelight.plan import describe_model, describe_windows
+from prunelight.steps import RemoveLayers
 
 WINDOWS = token_windows()
 

@@ -14,9 +14,9 @@ from torch import nn
 from prunelight.architecture import decoder_layers, layer_matrices, matrices
 from prunelight.calibration import MICRO_BATCH_TOKENS
 from prunelight.callbacks import DLP
-from prunelight.plan import Sparsify
 from prunelight.sparsify import SOLVERS, sparsify
 from prunelight.sparsity import Pattern, magnitude_mask, wanda_mask
+from prunelight.steps import Sparsify
 from prunelight.surgery import apply
 
 WINDOWS = token_windows(4, 32)

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import prunelight
 from prunelight.architecture import ARCHITECTURES, decoder_layers, layers_path, matrices
 from prunelight.metrics import parameter_count
-from prunelight.plan import Plan, RemoveLayers, Sparsify, describe_model, sparsified
+from prunelight.plan import Plan, describe_model, sparsified
 from prunelight.sparsify import sparsify
+from prunelight.steps import RemoveLayers, Sparsify
 from prunelight.surgery import cut_config, remove_layers
 
 WINDOWS = token_windows()

@@ -13,9 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from prunelight.architecture import decoder_layers, first_tensor, layer_matrices
 from prunelight.calibration import MICRO_BATCH_TOKENS
-from prunelight.plan import Sparsify
 from prunelight.sparsify import sparsify
 from prunelight.statistics import Hessian, InputNorm
+from prunelight.steps import Sparsify
 from prunelight.walk import InputStatistics, LayerWalk
 
 WINDOWS = token_windows(3, 12)
