@@ -2,6 +2,18 @@
 
 from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.dlp import DLP
+from prunelight.callbacks.shortened_llama import ShortenedLlama
 from prunelight.callbacks.shortgpt import ShortGPT
+from prunelight.callbacks.sleb import SLEB
+from prunelight.callbacks.sliding_layer_merging import SlidingLayerMerging
+from prunelight.callbacks.width_pruning import WidthPruning
 
-__all__ = ["DLP", "PruningCallback", "ShortGPT"]
+__all__ = [
+    "DLP",
+    "SLEB",
+    "PruningCallback",
+    "ShortGPT",
+    "ShortenedLlama",
+    "SlidingLayerMerging",
+    "WidthPruning",
+]

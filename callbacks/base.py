@@ -1,6 +1,6 @@
 """What all pruning callbacks share: when they act in a fit, and the pruned base on disk.
 
-A method overrides `plan`, `check` and `arguments`. The first pruning callback of the trainer runs
+A method overrides `plan` and `check`. The first pruning callback of the trainer runs
 all of them in list order, in `setup`, before the optimizer exists: layers removed later would
 stay in it as dead tensors. Rank 0 scores, applies and saves a verified directory; then every rank
 loads the same bytes. A directory with the same fingerprint is reused: a resume never scores again.
@@ -8,10 +8,11 @@ loads the same bytes. A directory with the same fingerprint is reused: a resume 
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from prunelight.evaluation import (
     device_name,
     forward_seconds,
     free_memory,
-    measure_stage,
     measuring,
     new_record,
     to_device,
@@ -36,10 +36,17 @@ from prunelight.files import replacing
 from prunelight.handover import plan_files
 from prunelight.metrics import parameter_bytes
 from prunelight.module import RecoveryModule
-from prunelight.plan import Plan, describe_windows, fingerprint_of, model_fingerprint
+from prunelight.plan import (
+    Plan,
+    describe_model,
+    describe_windows,
+    fingerprint_of,
+    model_fingerprint,
+)
 from prunelight.recovery import check_targets
 from prunelight.report import Cost, RunRecord
 from prunelight.saving import check_replaceable, save
+from prunelight.steps import Step
 from prunelight.surgery import apply
 
 log = logging.getLogger(__name__)
@@ -59,9 +66,28 @@ class PruningCallback(Callback, ABC):
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
         """Decide what to prune; the model is unchanged afterwards."""
 
-    @abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """Return the constructor's arguments as JSON values."""
+        """Return the constructor's arguments as JSON values; each is kept under its own name."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def decided(
+        self,
+        model: PreTrainedModel,
+        windows: Windows,
+        *steps: Step,
+        scores: Mapping[str, Sequence[float | None]],
+        found: dict[str, Any] | None = None,
+    ) -> Plan:
+        """Return the plan of these steps, with what it was made from."""
+        return Plan(
+            method=type(self).__name__,
+            arguments=self.arguments(),
+            model=describe_model(model),
+            calibration=describe_windows(*split_windows(windows)),
+            scores=scores,
+            found=found or {},
+            steps=steps,
+        )
 
     @abstractmethod
     def check(self, model: PreTrainedModel) -> None:
@@ -150,19 +176,18 @@ def _prune_on_rank_zero(
 def _reuse_base(
     trainer: Trainer, module: RecoveryModule, directory: Path, record: RunRecord
 ) -> None:
-    """Keep the decision; measure again if text or device of the evaluation are others."""
+    """Keep the decision; measure again if text, timing or device of the evaluation are others."""
     record.costs = [replace(cost, reused=True) for cost in record.costs]
     described = module.describe_evaluation(trainer)
-    same_text = record.evaluation["fingerprint"] == described["fingerprint"]
-    if not same_text or record.device != device_name(trainer.strategy.root_device):
-        evaluated = module.evaluation_windows(trainer)
+    same = all(record.evaluation.get(k) == described.get(k) for k in ("fingerprint", "latency"))
+    if not same or record.device != device_name(trainer.strategy.root_device):
         dense = _to_root_device(module.load_model(), trainer)
-        stages = [measure_stage("dense", dense, evaluated)]
+        stages = [module.measure_stage("dense", dense, trainer)]
         record.device = device_name(dense.device)
         if len(record.stages) > 1:
             module.use_base(directory, None)
             pruned = _to_root_device(module.load_model(), trainer)
-            stages.append(measure_stage("pruned", pruned, evaluated))
+            stages.append(module.measure_stage("pruned", pruned, trainer))
             module.base = None
         record.stages, record.evaluation = stages, described
     _write_measured(directory, record)
@@ -177,11 +202,10 @@ def _make_base(
     fingerprint: str,
 ) -> None:
     model = _to_root_device(module.load_model(), trainer)
-    evaluated = module.evaluation_windows(trainer)
     described = module.describe_evaluation(trainer)
     record = new_record(module.name, model, fingerprint, described)
     with measuring(model.device) as dense:
-        record.stages.append(measure_stage("dense", model, evaluated))
+        record.stages.append(module.measure_stage("dense", model, trainer))
     record.forward_seconds = unit = forward_seconds(model, windows)
 
     def cost(name: str, phase: Measurement) -> None:
@@ -202,7 +226,7 @@ def _make_base(
     record.plans = [plan.to_dict() for plan in plans]
     if not all(callback.gradual for callback in callbacks):
         with measuring(model.device) as phase:
-            record.stages.append(measure_stage("pruned", model, evaluated))
+            record.stages.append(module.measure_stage("pruned", model, trainer))
         cost("evaluate pruned", phase)
     with measuring(model.device) as phase:
         # What was done to the model before this run still holds: zeros stay planned zeros.

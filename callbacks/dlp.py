@@ -29,12 +29,12 @@ from prunelight.allocation import (
     weighted_mean,
 )
 from prunelight.architecture import decoder_layers, layers_path, matrices
-from prunelight.calibration import Windows, check_windows, split_windows
+from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.gradual import Gradual, Schedule, weights_with_adapters
 from prunelight.metrics import zero_share
 from prunelight.module import RecoveryModule
-from prunelight.plan import Plan, describe_model, describe_windows, sparsified
+from prunelight.plan import Plan, sparsified
 from prunelight.scoring import WeightScore, weight_scores
 from prunelight.sparsify import SOLVERS, amount_of, check_step
 from prunelight.sparsity import Pattern, SparseGPT
@@ -209,13 +209,11 @@ class DLP(PruningCallback):
             [sum(sizes[name] for name in unit) for unit in units],
         )
         sparsity = {n: share for unit, share in zip(units, shares, strict=True) for n in unit}
-        return Plan(
-            method=type(self).__name__,
-            arguments=self.arguments(),
-            model=describe_model(model),
-            calibration=describe_windows(*split_windows(windows)),
+        return self.decided(
+            model,
+            windows,
+            self._step({name: sparsity[name] for name in found}),
             scores=self._told(layers_path(model), layers, scores, sparsity, sizes),
-            steps=(self._step({name: sparsity[name] for name in found}),),
         )
 
     def _step(self, sparsity: dict[str, float]) -> Sparsify:

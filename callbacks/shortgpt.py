@@ -8,7 +8,8 @@ last layer after the final norm, count padding and rank sums in float16; see pru
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -18,18 +19,21 @@ from prunelight.allocation import (
     layers_to_remove,
     lowest,
     lowest_window,
+    resolve_indices,
 )
 from prunelight.architecture import decoder_layers
-from prunelight.calibration import Windows, check_windows, split_windows
+from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
-from prunelight.plan import Plan, describe_model, describe_windows
-from prunelight.scoring import angular_distances, block_influences
-from prunelight.steps import RemoveLayers
+from prunelight.plan import Plan
+from prunelight.scoring import angular_distances, block_influences, sublayer_influences
+from prunelight.steps import DropSublayers, RemoveLayers, Step
+from prunelight.sublayers import SUBLAYERS, check_droppable, fixed_sublayers
 from prunelight.surgery import check_removable
 
 log = logging.getLogger(__name__)
 
 SCORES = ("block_influence", "angular")
+GRANULARITIES = ("layer", "attention", "mlp", "sublayer")
 
 
 class ShortGPT(PruningCallback):
@@ -38,15 +42,18 @@ class ShortGPT(PruningCallback):
     Args:
         ratio: share of the decoder layers to remove, in [0, 1), rounded to whole layers. The share
             of all parameters is smaller (embeddings stay); the report gives both.
-        num_layers: how many layers to remove; exactly one of the two.
+        num_layers: how many layers (or sublayers) to remove; exactly one of the two.
         score: "block_influence" removes the lowest layers one by one, "angular" the contiguous
             window whose input and output differ least at the last token.
         ignore_first_tokens: tokens at the start of each window that do not count, for models with
             attention sinks there; block_influence only. The paper counts all (0).
-        protected: layers never to remove; negative indices count from the end.
+        protected: layers never to touch; negative indices count from the end.
+        granularity: "layer", or sublayers of layers that stay: "attention", "mlp", or "sublayer",
+            which ranks both together; a ratio is then the share of these. Such a model needs
+            prunelight to load. The first attention always stays: the cache counts tokens there.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range or has no effect.
     """
 
     def __init__(
@@ -56,10 +63,18 @@ class ShortGPT(PruningCallback):
         score: Literal["block_influence", "angular"] = "block_influence",
         ignore_first_tokens: int = 0,
         protected: list[int] | None = None,
+        granularity: Literal["layer", "attention", "mlp", "sublayer"] = "layer",
     ) -> None:
         check_depth_target(ratio, num_layers)
         if score not in SCORES:
             raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}")
+        if granularity not in GRANULARITIES:
+            known = ", ".join(GRANULARITIES)
+            raise ValueError(f"granularity={granularity!r} must be one of {known}")
+        if granularity != "layer" and score == "angular":
+            raise ValueError(
+                f"score='angular' compares windows of whole layers, not granularity={granularity!r}"
+            )
         if ignore_first_tokens < 0:
             raise ValueError(f"ignore_first_tokens={ignore_first_tokens} must be at least 0")
         if ignore_first_tokens and score == "angular":
@@ -72,23 +87,19 @@ class ShortGPT(PruningCallback):
         self.score = score
         self.ignore_first_tokens = ignore_first_tokens
         self.protected = list(protected or [])
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the constructor's arguments as JSON values."""
-        return {
-            "ratio": self.ratio,
-            "num_layers": self.num_layers,
-            "score": self.score,
-            "ignore_first_tokens": self.ignore_first_tokens,
-            "protected": self.protected,
-        }
+        self.granularity = granularity
 
     def check(self, model: PreTrainedModel) -> None:
         """Check that the model has enough layers that may be removed.
 
         Raises:
             ValueError: if it has not, or its layers depend on each other.
+            TypeError: if the family's sublayers cannot be dropped.
         """
+        if self.granularity != "layer":
+            empty = [0.0] * len(decoder_layers(model))
+            check_droppable(model, self._sublayers(model, dict.fromkeys(SUBLAYERS, empty)))
+            return
         total = len(decoder_layers(model))
         count = layers_to_remove(self.ratio, self.num_layers, total)
         if count > 0:
@@ -111,26 +122,29 @@ class ShortGPT(PruningCallback):
         """
         self.check(model)
         check_windows(model, windows)
-        count = layers_to_remove(self.ratio, self.num_layers, len(decoder_layers(model)))
-        if self.score == "angular":
-            ranking = angular_distances(model, windows, count)
-            scores = {"angular_distance": ranking}
+        ignored = self.ignore_first_tokens
+        count = layers_to_remove(self.ratio, self.num_layers, self._num_parts(model))
+        scores: dict[str, list[float]]
+        step: Step
+        if self.granularity != "layer":
+            parts = sublayer_influences(model, windows, ignore_first_tokens=ignored)
+            scores = {f"{name}_influence": part.mean for name, part in parts.items()}
+            step = self._sublayers(model, {name: part.mean for name, part in parts.items()})
+        elif self.score == "angular":
+            scores = {"angular_distance": angular_distances(model, windows, count)}
+            step = RemoveLayers(tuple(self._choose(scores["angular_distance"], count)))
         else:
-            influence = block_influences(
-                model, windows, ignore_first_tokens=self.ignore_first_tokens
-            )
-            ranking = influence.mean
+            influence = block_influences(model, windows, ignore_first_tokens=ignored)
+            step = RemoveLayers(tuple(self._choose(influence.mean, count)))
             scores = {
-                "block_influence": ranking,
+                "block_influence": influence.mean,
                 "block_influence_first_token": influence.first_token,
             }
-        return Plan(
-            method=type(self).__name__,
-            arguments=self.arguments(),
-            model=describe_model(model),
-            calibration=describe_windows(*split_windows(windows)),
+        return self.decided(
+            model,
+            windows,
+            step,
             scores=scores,
-            steps=(RemoveLayers(tuple(self._choose(ranking, count))),),
         )
 
     def _num_scores(self, total: int, count: int) -> int:
@@ -139,3 +153,25 @@ class ShortGPT(PruningCallback):
     def _choose(self, scores: list[float], count: int) -> list[int]:
         choose = lowest_window if self.score == "angular" else lowest
         return choose(scores, count, self.protected)
+
+    def _num_parts(self, model: PreTrainedModel) -> int:
+        return len(decoder_layers(model)) * (2 if self.granularity == "sublayer" else 1)
+
+    def _sublayers(
+        self, model: PreTrainedModel, scores: Mapping[str, Sequence[float]]
+    ) -> DropSublayers:
+        """Choose the sublayers to drop: the lowest that are there and may go."""
+        total = len(decoder_layers(model))
+        names = SUBLAYERS if self.granularity == "sublayer" else (self.granularity,)
+        count = layers_to_remove(self.ratio, self.num_layers, self._num_parts(model))
+        spared = resolve_indices(self.protected, total)
+        fixed = {
+            place * total + i
+            for place, name in enumerate(names)
+            for i in range(total)
+            if i in spared | fixed_sublayers(model, name)
+        }
+        ranking = [score for name in names for score in scores[name]]
+        chosen = [divmod(i, total) for i in lowest(ranking, count, fixed)]
+        found = {n: tuple(i for place, i in chosen if names[place] == n) for n in SUBLAYERS}
+        return DropSublayers(**found)

@@ -13,6 +13,7 @@ if (_repository / "pyproject.toml").is_file() and (_repository / "callbacks").is
 
 __version__ = "0.1.0"
 
+from prunelight.analysis import analyze  # noqa: E402
 from prunelight.evaluation import perplexity  # noqa: E402
 from prunelight.models import load  # noqa: E402
 from prunelight.plan import Plan  # noqa: E402
@@ -20,4 +21,4 @@ from prunelight.saving import save  # noqa: E402
 from prunelight.surgery import apply  # noqa: E402
 from prunelight.windows import calibration_windows  # noqa: E402
 
-__all__ = ["Plan", "apply", "calibration_windows", "load", "perplexity", "save"]
+__all__ = ["Plan", "analyze", "apply", "calibration_windows", "load", "perplexity", "save"]

@@ -8,7 +8,7 @@ Everything else in prunelight asks the functions below and never looks at a clas
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,37 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+# model_type of our own classes: this and the family whose modules they have (sublayers.py).
+REGISTERED_PREFIX = "prunelight_"
 # Attributes in which transformers keeps a layer's own index (it selects the cache slot).
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id")
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """Names inside the decoder layers of a family whose sublayers add to the hidden states in turn.
+
+    Attributes:
+        attention: module of the attention.
+        mlp: module of the MLP.
+        attention_norm: norm before the attention.
+        mlp_norm: norm before the MLP: what it gets is what the attention left.
+        heads: projections whose rows are heads: query, key and value, or one that holds all three.
+        head_output: projection whose columns are query heads.
+        neurons: projections whose rows are neurons, apart or in one; none for experts.
+        neuron_output: projection whose columns are neurons.
+        droppable: x + f(norm(x)), with nothing after f; so x is what is left without f.
+    """
+
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    heads: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    head_output: str = "o_proj"
+    neurons: tuple[str, ...] = ("gate_proj", "up_proj")
+    neuron_output: str = "down_proj"
+    droppable: bool = True
 
 
 @dataclass(frozen=True)
@@ -29,12 +58,14 @@ class Architecture:
         projections: names of the linear projections of attention (or mixer) and MLP.
         experts: names of fused expert weights (3-D parameters), relative to a decoder layer.
         not_adapted: names of further projections, which can be sparsified but not adapted by LoRA.
+        sublayers: what is known of attention and MLP; None: they cannot be dropped or narrowed.
     """
 
     layers: str
     projections: tuple[str, ...]
     experts: tuple[str, ...] = ()
     not_adapted: tuple[str, ...] = ()
+    sublayers: Sublayers | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +110,11 @@ class Matrix:
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-_LLAMA = Architecture("model.layers", (*_ATTENTION, "gate_proj", "up_proj", "down_proj"))
-_FUSED_MLP = Architecture("model.layers", (*_ATTENTION, "gate_up_proj", "down_proj"))
-_MIXTURE = Architecture("model.layers", _LLAMA.projections, _EXPERTS)
+_PROJECTIONS = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
+_LLAMA = Architecture("model.layers", _PROJECTIONS, sublayers=Sublayers())
+_GEMMA2 = Sublayers(mlp_norm="pre_feedforward_layernorm", droppable=False)  # norms after f
+_OTHER = Architecture("model.layers", _PROJECTIONS)
+_MIXTURE = Architecture("model.layers", _PROJECTIONS, _EXPERTS, (), Sublayers(neurons=()))
 _FALCON = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -90,16 +123,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
+    "gemma2": replace(_OTHER, sublayers=_GEMMA2),
+    "gemma3_text": replace(_OTHER, sublayers=_GEMMA2),
     "granite": _LLAMA,
     "smollm3": _LLAMA,
-    "olmo2": _LLAMA,
-    "stablelm": _LLAMA,
-    "cohere": _LLAMA,
+    "olmo2": _OTHER,
+    "stablelm": _OTHER,
+    "cohere": _OTHER,
     "nemotron": Architecture("model.layers", (*_ATTENTION, "up_proj", "down_proj")),
-    "glm4": _FUSED_MLP,
-    "phi3": Architecture("model.layers", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "glm4": Architecture("model.layers", (*_ATTENTION, "gate_up_proj", "down_proj")),
+    "phi3": Architecture(
+        "model.layers",
+        ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+        sublayers=Sublayers(heads=("qkv_proj",), neurons=("gate_up_proj",)),
+    ),
     "phi": Architecture("model.layers", ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")),
     "starcoder2": Architecture("model.layers", (*_ATTENTION, "c_fc", "c_proj")),
     "mixtral": _MIXTURE,
@@ -120,7 +157,23 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture_of(model: PreTrainedModel) -> Architecture | None:
     """Return the table entry of the model's family, or None for an unknown family."""
-    return ARCHITECTURES.get(model.config.model_type)
+    return ARCHITECTURES.get(model.config.model_type.removeprefix(REGISTERED_PREFIX))
+
+
+def sublayers_of(model: PreTrainedModel) -> Sublayers:
+    """Return the names inside the decoder layers of the model's family.
+
+    Raises:
+        TypeError: if they are not known; lists the families whose are.
+    """
+    known = architecture_of(model)
+    if known is None or known.sublayers is None:
+        families = sorted(name for name, entry in ARCHITECTURES.items() if entry.sublayers)
+        raise TypeError(
+            f"attention and MLP of {model.config.model_type} cannot be pruned apart; families that "
+            f"can: {', '.join(families)}. Remove or merge whole layers instead"
+        )
+    return known.sublayers
 
 
 def layers_path(model: PreTrainedModel) -> str:

@@ -1,6 +1,7 @@
-"""The command line: `prunelight fit | validate | test | prune --config FILE`, by LightningCLI.
+"""The command line: `prunelight fit | validate | test | prune | analyze --config FILE`.
 
-`fit` prunes at its start, recovers, evaluates and saves; `prune` stops after the pruned directory.
+`fit` prunes at its start, recovers, evaluates and saves; `prune` stops after the pruned directory;
+`analyze` draws what the model's hidden states look like, and prunes nothing.
 Config files are found by name among the installed ones. A fault that prunelight itself reports ends
 in one line; set PRUNELIGHT_TRACEBACK=1 to see where it came from.
 """
@@ -12,8 +13,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,18 +25,23 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 import prunelight.callbacks
+from prunelight.analysis import analyze
 from prunelight.callbacks.base import prune_base, pruning_callbacks
 from prunelight.data import TextDataModule
 from prunelight.distributed import check_strategy
+from prunelight.evaluation import to_device
+from prunelight.maps import write_analysis
 from prunelight.module import RecoveryModule
 from prunelight.report import summary_table, write_report
+
+log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
 CALLBACKS = Path(prunelight.callbacks.__file__).resolve().parent
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer with the verb prune."""
+    """Lightning's Trainer with the verbs prune and analyze."""
 
     def prune(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> None:
         """Score, plan, apply and save the pruned model with its report, then stop.
@@ -44,15 +52,47 @@ class Trainer(pl.Trainer):
         callbacks = pruning_callbacks(self)
         if not callbacks:
             raise ValueError("trainer.callbacks has no pruning callback; add one, such as ShortGPT")
-        self.strategy.connect(model)
-        model.trainer = self
-        self.datamodule = datamodule
-        if not self.is_global_zero:
-            return  # one process is enough to prune; the others would write the same
+        if not self._connect_alone(model, datamodule):
+            return
         model.check_output()
         prune_base(self, model, callbacks)
         assert model.record is not None
         write_report(Path(self.default_root_dir), model.record)
+
+    def analyze(
+        self,
+        model: RecoveryModule,
+        datamodule: pl.LightningDataModule,
+        kernel: Literal["linear", "rbf"] = "linear",
+        ignore_first_tokens: int = 1,
+    ) -> None:
+        """Write analysis.md with pictures of the model's hidden states; nothing is pruned.
+
+        Args:
+            model: names the model.
+            datamodule: its calibration windows are looked at.
+            kernel: of CKA: linear, or rbf with the median distance.
+            ignore_first_tokens: tokens at the start of each window that do not count in CKA and
+                Block Influence; attention sinks are there.
+        """
+        if not self._connect_alone(model, datamodule):
+            return
+        windows: Any = datamodule
+        found = analyze(
+            to_device(model.load_model(), self.strategy.root_device),
+            windows.calibration_windows(),
+            kernel=kernel,
+            ignore_first_tokens=ignore_first_tokens,
+        )
+        for file in write_analysis(Path(self.default_root_dir), asdict(found)):
+            log.info("wrote %s", file)
+
+    def _connect_alone(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> bool:
+        """Connect model and data; False on ranks that only would write the same as rank 0."""
+        self.strategy.connect(model)
+        model.trainer = self
+        self.datamodule = datamodule
+        return self.is_global_zero
 
 
 class CLI(LightningCLI):
@@ -63,7 +103,8 @@ class CLI(LightningCLI):
         """Return the verbs, and the arguments of each that the command line does not ask for."""
         verbs = LightningCLI.subcommands()
         verbs.pop("predict")
-        return {**verbs, "prune": {"model", "datamodule"}}
+        both = {"model", "datamodule"}
+        return {**verbs, "prune": both, "analyze": both}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data use the model's own tokenizer."""

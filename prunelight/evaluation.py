@@ -6,6 +6,7 @@ Speeds are tokens per second of this machine: compare them within one run only.
 from __future__ import annotations
 
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +20,17 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.architecture import decoder_layers, matrices, maximum_length, vocabulary_size
-from prunelight.calibration import Windows, evaluating, micro_batches, split_windows
+from prunelight.calibration import (
+    Windows,
+    check_length,
+    evaluating,
+    micro_batches,
+    split_windows,
+)
 from prunelight.metrics import next_token_sums, parameter_bytes, parameter_count, zero_share
 from prunelight.plan import library_versions
 from prunelight.report import RunRecord, Stage
@@ -114,6 +122,70 @@ def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:
     return Speed(tokens / prefill, _DECODE_TOKENS / max(many - one, 1e-9))
 
 
+@dataclass(frozen=True)
+class LatencyProtocol:
+    """How the depth-pruning papers time generation (arXiv:2402.02834, arXiv:2502.19159).
+
+    They sample; here decoding is greedy, which costs the same and is repeatable.
+
+    Attributes:
+        prompt: fixed text.
+        num_tokens: generated each time, whatever they are.
+        batch_size: copies of the prompt.
+        num_warmup: generations that do not count, first.
+        num_runs: generations that count.
+
+    Raises:
+        ValueError: if a number is out of range or the prompt is empty.
+    """
+
+    prompt: str = "The Leaning Tower of Pisa is known for"
+    num_tokens: int = 128
+    batch_size: int = 1
+    num_warmup: int = 10
+    num_runs: int = 20
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name, least in (("num_tokens", 1), ("batch_size", 1), ("num_warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"latency.{name}={getattr(self, name)} must be at least {least}")
+        if self.num_runs < 2:
+            raise ValueError(f"latency.num_runs={self.num_runs} must be at least 2: a deviation")
+        if not self.prompt.strip():
+            raise ValueError("latency.prompt='' must hold text")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one generation, mean and standard deviation, and generated tokens per second."""
+
+    seconds: float
+    deviation: float
+    throughput: float
+
+
+def measure_latency(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: LatencyProtocol
+) -> Latency:
+    """Time generation by a protocol.
+
+    Raises:
+        ValueError: if prompt and tokens are longer than the model allows.
+    """
+    ids = tokenizer(protocol.prompt, return_tensors="pt")["input_ids"].to(model.device)
+    check_length(model, ids.shape[1] + protocol.num_tokens)
+    ids = ids.expand(protocol.batch_size, -1)
+    total = protocol.num_warmup + protocol.num_runs
+    with evaluating(model):
+        call = partial(_generate, model, ids, protocol.num_tokens)
+        rounds = tqdm(range(total), desc="latency", disable=None, leave=False)
+        seconds = [_seconds(model, call) for _ in rounds][protocol.num_warmup :]
+    mean = statistics.fmean(seconds)
+    throughput = protocol.batch_size * protocol.num_tokens / mean
+    return Latency(mean, statistics.stdev(seconds), throughput)
+
+
 def _generate(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
     pad = model.config.pad_token_id
     tokens: Tensor = model.generate(  # type: ignore[operator]
@@ -157,9 +229,15 @@ def forward_seconds(model: PreTrainedModel, windows: Windows) -> float:
     return sum(seconds[timed]) / sum(sizes[timed]) * len(ids)
 
 
-def measure_stage(name: str, model: PreTrainedModel, windows: Windows) -> Stage:
+def measure_stage(
+    name: str,
+    model: PreTrainedModel,
+    windows: Windows,
+    latency_of: Callable[[PreTrainedModel], Latency] | None = None,
+) -> Stage:
     """Measure one state of a model for the report: sizes, zeros, quality on windows, and speed."""
     quality, speed = evaluate(model, windows), measure_speed(model)
+    latency = None if latency_of is None else latency_of(model)
     return Stage(
         name=name,
         num_layers=len(decoder_layers(model)),
@@ -171,6 +249,9 @@ def measure_stage(name: str, model: PreTrainedModel, windows: Windows) -> Stage:
         decode_tokens_per_second=speed.decode,
         sparsity=zero_share(model.parameters()),
         linear_sparsity=linear_sparsity(model),
+        latency_seconds=latency and latency.seconds,
+        latency_deviation=latency and latency.deviation,
+        throughput=latency and latency.throughput,
     )
 
 

@@ -6,17 +6,17 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunelight.calibration import Windows
-from prunelight.evaluation import Measurement, measure_stage
+from prunelight.evaluation import Measurement, measuring
 from prunelight.plan import library_versions
-from prunelight.report import Cost, RunRecord
-from prunelight.saving import MARKER, Saved, check_replaceable
+from prunelight.report import Cost, RunRecord, Stage, write_report
+from prunelight.saving import MARKER, check_replaceable, save
 
 log = logging.getLogger(__name__)
 
@@ -61,30 +61,45 @@ def save_adapter(model: PeftModel, root: Path) -> str:
     return str(directory)
 
 
-def add_result(
-    record: RunRecord,
+def hand_over(
+    root: Path,
+    record: RunRecord | None,
     model: PreTrainedModel,
-    saved: Saved,
+    tokenizer: PreTrainedTokenizerBase,
     *,
+    plans: Sequence[Path],
+    trust_remote_code: bool,
     training: Measurement | None,
-    saving: Measurement,
-    windows: Windows | None,
+    measure: Callable[[PreTrainedModel], Stage] | None,
 ) -> None:
-    """Add to the record what the recovery cost, how its result was verified, and its quality.
+    """Save the result of a run in final/, and write the report with what it cost and how it is.
 
     Args:
-        record: of the run; changed in place.
-        model: as it was saved.
-        saved: what was written.
+        root: directory of the run.
+        record: of the run so far; None writes no report.
+        model: the result.
+        tokenizer: saved beside it.
+        plans: files that are copied beside it.
+        trust_remote_code: for a model whose code came with it.
         training: cost of the recovery, None if nothing was trained.
-        saving: cost of saving.
-        windows: held-out windows to evaluate on; None leaves the model's quality out.
+        measure: measures the result; None leaves its quality out.
     """
+    with measuring(model.device) as saving:
+        saved = save(
+            model,
+            tokenizer,
+            root / FINAL,
+            extra_files={file.name: file.read_text(encoding="utf-8") for file in plans},
+            trust_remote_code=trust_remote_code,
+        )
+    if record is None:
+        return
     for name, phase in (("recover", training), ("save and verify final", saving)):
         if phase is not None:
             forwards = phase.seconds / record.forward_seconds
             record.costs.append(Cost(name, phase.seconds, forwards, phase.peak_bytes))
     record.verification[Path(saved.directory).name] = saved.verification
-    if windows is not None:
-        stage = measure_stage("recovered", model, windows)
-        record.stages.append(replace(stage, size_bytes=saved.size_bytes))
+    if measure is not None:
+        record.stages.append(replace(measure(model), size_bytes=saved.size_bytes))
+    for file in write_report(root, record):
+        log.info("wrote %s", file)

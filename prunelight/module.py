@@ -28,8 +28,16 @@ from prunelight.architecture import restore_rwkv_scale
 from prunelight.calibration import Windows, check_length, split_windows
 from prunelight.checkpoint import KEY, check_same_parameters, check_same_run, facts_of
 from prunelight.distributed import check_strategy, on_rank_zero
-from prunelight.evaluation import Measurement, measure_stage, measuring, new_record, to_device
-from prunelight.handover import FINAL, add_result, check_output, plan_files, save_adapter
+from prunelight.evaluation import (
+    LatencyProtocol,
+    Measurement,
+    measure_latency,
+    measure_stage,
+    measuring,
+    new_record,
+    to_device,
+)
+from prunelight.handover import check_output, hand_over, plan_files, save_adapter
 from prunelight.masking import WeightMasks
 from prunelight.metrics import (
     TokenAccuracy,
@@ -47,8 +55,7 @@ from prunelight.recovery import (
     make_trainable,
     merge_lora,
 )
-from prunelight.report import RunRecord, write_report
-from prunelight.saving import save
+from prunelight.report import RunRecord, Stage
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +78,7 @@ class RecoveryModule(LightningModule):
         keep_zeros: keep the zeros of sparsified weights: full training holds them at exactly zero,
             LoRA trains W + m * (B A), so that merging keeps every zero and N:M group. False leaves
             the adapters dense and unmerged ones in adapter/; merging fills the zeros.
+        latency: also time generation by this protocol for each column of the report.
         trust_remote_code: run Python code that comes with the model.
 
     The defaults are those with which the depth-pruning papers recover. To recover a model that is
@@ -97,6 +105,7 @@ class RecoveryModule(LightningModule):
         optimizer: OptimizerCallable | None = None,
         gradient_checkpointing: bool = False,
         keep_zeros: bool = True,
+        latency: LatencyProtocol | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -117,6 +126,7 @@ class RecoveryModule(LightningModule):
         self.optimizer = optimizer
         self.gradient_checkpointing = gradient_checkpointing
         self.keep_zeros = keep_zeros
+        self.latency = latency
         self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | PeftModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -183,16 +193,10 @@ class RecoveryModule(LightningModule):
         described = self.describe_evaluation(self.trainer)
         self.record = new_record(self.name, model, model_fingerprint(model), described)
         model = to_device(model, self.trainer.strategy.root_device)
-        windows = self.evaluation_windows(self.trainer)
-        self.record.stages.append(measure_stage("dense", model, windows))
+        self.record.stages.append(self.measure_stage("dense", model))
 
     def check_output(self) -> None:
-        """Check that the run may write its result and report.
-
-        Raises:
-            FileExistsError: if there is a final/, adapter/ or report.md that prunelight did not
-                write.
-        """
+        """Check that the run may write its result and report, see `handover.check_output`."""
         check_output(self._root())
 
     def configure_model(self) -> None:
@@ -351,29 +355,18 @@ class RecoveryModule(LightningModule):
         on_rank_zero(self.trainer, lambda: self._finish(model))
 
     def _finish(self, model: PreTrainedModel) -> None:
-        model = to_device(model, self.trainer.strategy.root_device)
-        with measuring(model.device) as phase:
-            saved = save(
-                model,
-                self.checked_tokenizer(),
-                self._root() / FINAL,
-                extra_files={f.name: f.read_text(encoding="utf-8") for f in self._plan_files()},
-                trust_remote_code=self.trust_remote_code,
-            )
-        if self.record is None:
-            return
-        none = self.recovery == "none"
-        self.record.recovery = self._describe_recovery()
-        add_result(
+        if self.record is not None:
+            self.record.recovery = self._describe_recovery()
+        hand_over(
+            self._root(),
             self.record,
-            model,
-            saved,
+            to_device(model, self.trainer.strategy.root_device),
+            self.checked_tokenizer(),
+            plans=self._plan_files(),
+            trust_remote_code=self.trust_remote_code,
             training=self._measurement,
-            saving=phase,
-            windows=None if none else self.evaluation_windows(self.trainer),
+            measure=None if self.recovery == "none" else partial(self.measure_stage, "recovered"),
         )
-        for file in write_report(self._root(), self.record):
-            log.info("wrote %s", file)
 
     def _merged(self) -> PreTrainedModel:
         """Return the trained model as a plain transformers model, in eval mode."""
@@ -432,6 +425,17 @@ class RecoveryModule(LightningModule):
 
     # --- the record of the run ---------------------------------------------------------------
 
+    def measure_stage(
+        self, name: str, model: PreTrainedModel, trainer: Trainer | None = None
+    ) -> Stage:
+        """Measure one state of the model for the report, on the held-out windows."""
+        timing = None
+        if self.latency is not None:
+            tokenizer = self.checked_tokenizer()
+            timing = partial(measure_latency, tokenizer=tokenizer, protocol=self.latency)
+        windows = self.evaluation_windows(trainer or self.trainer)
+        return measure_stage(name, model, windows, timing)
+
     def evaluation_windows(self, trainer: Trainer) -> Windows:
         """Return the held-out windows on which dense, pruned and recovered model are compared."""
         return trainer.datamodule.validation_windows()  # type: ignore[attr-defined]
@@ -441,4 +445,5 @@ class RecoveryModule(LightningModule):
         data: Any = getattr(trainer, "datamodule", None)
         source = getattr(data, "sources", {}).get("validation", type(data).__name__)
         windows = self.evaluation_windows(trainer)
-        return {"source": str(source), **describe_windows(*split_windows(windows))}
+        timing = {} if self.latency is None else {"latency": asdict(self.latency)}
+        return {"source": str(source), **describe_windows(*split_windows(windows)), **timing}

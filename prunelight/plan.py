@@ -19,7 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.files import replacing
-from prunelight.steps import RemoveLayers, Sparsify, Step, renumbered, step_from_dict
+from prunelight.steps import (
+    MergeLayers,
+    RemoveLayers,
+    Sparsify,
+    Step,
+    layer_of,
+    renumbered,
+    step_from_dict,
+)
 
 FORMAT = 1
 # Elements of each tensor that enter a model's fingerprint.
@@ -37,7 +45,9 @@ class Plan:
         arguments: its arguments, JSON values.
         model: name, model_type, num_hidden_layers, hidden_size and fingerprint of the dense model.
         calibration: num_samples, seq_len and fingerprint of the windows; empty without data.
-        scores: score name -> one number a layer (or a window of layers).
+        scores: score name -> one number a layer (or a window of layers); None where a layer was
+            not scored.
+        found: what else the method found out, such as a threshold; JSON values.
         steps: what to do, in order.
         versions: of the libraries that took part.
     """
@@ -47,7 +57,8 @@ class Plan:
     model: dict[str, Any]
     steps: tuple[Step, ...]
     calibration: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, list[float]] = field(default_factory=dict)
+    scores: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,10 +132,13 @@ class Plan:
                 )
         removed: tuple[int, ...] = ()
         for position, step in enumerate(self.steps):
+            gone = sorted({*step.named} & {*removed})
             removed += step.removed
             try:
                 step.check(model.config.num_hidden_layers)
                 RemoveLayers(removed).check(model.config.num_hidden_layers)
+                if gone:
+                    raise ValueError(f"layers={gone} are gone after an earlier step")
             except ValueError as error:
                 raise ValueError(f"steps[{position}] ({step.kind}): {error}") from error
 
@@ -141,6 +155,9 @@ def sparsified(plans: Sequence[Plan], layers_path: str) -> dict[str, float]:
         for step in plan.steps:
             if isinstance(step, Sparsify):
                 found |= step.sparsity
+            elif isinstance(step, MergeLayers):  # a mean of zeros and others is no zero
+                gone = {n for n in found if layer_of(n, layers_path) in step.rewritten}
+                found = {name: share for name, share in found.items() if name not in gone}
         removed = {i for step in plan.steps for i in step.removed}
         names = renumbered(found, layers_path, removed)
         found = {new: found[old] for old, new in names.items()}
@@ -205,5 +222,8 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _lists(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+def _lists(value: Any) -> Any:
+    """Return JSON values with lists where there are tuples."""
+    if isinstance(value, dict):
+        return {key: _lists(part) for key, part in value.items()}
+    return [_lists(part) for part in value] if isinstance(value, (tuple, list)) else value

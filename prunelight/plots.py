@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     _Drawing = tuple[float, Callable[[Axes], None]]  # height in inches, what draws into a panel
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-_BLUE, _GREEN, _ORANGE, _PALE = "#0072b2", "#009e73", "#d55e00", "#faeadf"
+BLUE, GREEN, ORANGE, _PALE = "#0072b2", "#009e73", "#d55e00", "#faeadf"
 _LABELS = {
     "median": "median of |W| ‖X‖",
     "mean": "mean of |W| ‖X‖",
@@ -35,8 +35,14 @@ def percent(share: float) -> str:
 
 
 def removed_layers(plan: dict[str, Any]) -> list[int]:
-    """Return the decoder layers that a plan removes."""
-    return sorted(layer for step in plan["steps"] for layer in step.get("layers", ()))
+    """Return the decoder layers that are gone after a plan, those merged into others included."""
+    removed = [i for step in plan["steps"] for i in step.get("layers", ())]
+    return sorted(removed + [i for group in merged_groups(plan) for i in group[:-1]])
+
+
+def merged_groups(plan: dict[str, Any]) -> list[list[int]]:
+    """Return the windows of decoder layers that a plan merges into their highest."""
+    return [group for step in plan["steps"] for group in step.get("groups", ())]
 
 
 def sparsify_steps(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -52,7 +58,7 @@ def score_lists(plan: dict[str, Any]) -> dict[str, list[float]]:
     num_layers = plan["model"]["num_hidden_layers"]
     fewest = num_layers if sparsify_steps(plan) else 1
     return {
-        name: scores
+        name: [math.nan if score is None else score for score in scores]
         for name, scores in plan["scores"].items()
         if fewest <= len(scores) <= num_layers and name != "sparsity"
     }
@@ -62,12 +68,28 @@ def nominal(plan: dict[str, Any]) -> str:
     """Return the ratio in the method's own terms: of decoder layers or of weights."""
     removed, num_layers = len(removed_layers(plan)), plan["model"]["num_hidden_layers"]
     share = percent(removed / num_layers)
-    parts = [f"{removed} of {num_layers} decoder layers removed ({share})"] if removed else []
+    how = "merged away" if merged_groups(plan) else "removed"
+    parts = [f"{removed} of {num_layers} decoder layers {how} ({share})"] if removed else []
+    parts += _narrower(plan)
     for step in sparsify_steps(plan):
         mixed = " on average" if len(set(step["sparsity"].values())) > 1 else ""
         pattern = f" ({step['pattern']} pattern{mixed})" if step["pattern"] else ""
         parts.append(f"{percent(_planned(plan, step))} of the weights of decoder linears{pattern}")
     return ", ".join(parts) or "no layer removed"
+
+
+def _narrower(plan: dict[str, Any]) -> list[str]:
+    """Return what a plan drops inside the layers that stay."""
+    num_layers, parts = plan["model"]["num_hidden_layers"], []
+    for step in plan["steps"]:
+        for name, plural in (("attention", "attentions"), ("mlp", "MLPs")):
+            if step["kind"] == "drop_sublayers" and step[name]:
+                share = percent(len(step[name]) / num_layers)
+                parts.append(f"{len(step[name])} of {num_layers} {plural} dropped ({share})")
+        for name, text in (("heads", "key-value groups"), ("neurons", "neurons")):
+            if step["kind"] == "prune_width" and step[name]:
+                parts.append(f"{len(next(iter(step[name].values())))} {text} kept in every layer")
+    return parts
 
 
 def _planned(plan: dict[str, Any], step: dict[str, Any]) -> float:
@@ -164,7 +186,7 @@ def plot_layers(plan: dict[str, Any], outcome: dict[str, Any] | None = None) -> 
         for layer in removed:
             axes.axvspan(layer - 0.5, layer + 0.5, color=_PALE, linewidth=0, zorder=0)
         axes.label_outer()
-    panels[-1].set_xlabel(f"decoder layer{' (shaded: removed)' if removed else ''}")
+    panels[-1].set_xlabel(f"decoder layer{' (shaded: gone)' if removed else ''}")
     panels[-1].set_xlim(-0.8, num_layers - 0.2)
     panels[-1].locator_params(axis="x", nbins=20, integer=True)
     title = f"{plan['method']}: {plan['model']['name'][-60:]}\n{nominal(plan)}"
@@ -183,7 +205,7 @@ def _score_drawings(plan: dict[str, Any]) -> list[_Drawing]:
         return [_rows_drawing({k.removeprefix(f"{kind}_"): row for k, row in lists.items()}, label)]
     if len(scores) < plan["model"]["num_hidden_layers"]:
         label += " from here"  # of the window that starts there
-    return [(3.0, partial(_draw_bars, values=scores, label=label, color=_BLUE))]
+    return [(3.0, partial(draw_bars, values=scores, label=label, color=BLUE))]
 
 
 def _zeros_drawings(zeros: LayerZeros, planned: float) -> list[_Drawing]:
@@ -194,11 +216,12 @@ def _zeros_drawings(zeros: LayerZeros, planned: float) -> list[_Drawing]:
     drawings += [_rows_drawing(rows, "zeros (%)", margin=5)] if rows else []
     if zeros.errors:
         label = "reconstruction\nerror"
-        drawings.append((1.6, partial(_draw_bars, values=zeros.errors, label=label, color=_ORANGE)))
+        drawings.append((1.6, partial(draw_bars, values=zeros.errors, label=label, color=ORANGE)))
     return drawings
 
 
-def _draw_bars(axes: Axes, *, values: list[float], label: str, color: str) -> None:
+def draw_bars(axes: Axes, *, values: list[float], label: str, color: str) -> None:
+    """Draw one bar a layer, on a log scale where the values want one."""
     drawn = [x if math.isfinite(x) else math.nan for x in values]  # inf breaks axes
     axes.bar(range(len(values)), drawn, color=color)
     if _is_wide(values):
@@ -209,7 +232,7 @@ def _draw_bars(axes: Axes, *, values: list[float], label: str, color: str) -> No
 
 
 def _draw_sparsity(axes: Axes, *, shares: list[float], planned: float) -> None:
-    axes.bar(range(len(shares)), [100 * share for share in shares], color=_GREEN)
+    axes.bar(range(len(shares)), [100 * share for share in shares], color=GREEN)
     axes.axhline(100 * planned, color="black", linewidth=1, linestyle="--")
     axes.set_ylim(0, 100)
     axes.set_ylabel("zeros (%)\ndashed: planned")

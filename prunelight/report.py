@@ -21,8 +21,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from prunelight.files import replacing
+from prunelight.maps import plot_merges
 from prunelight.plots import (
     layer_zeros,
+    merged_groups,
     nominal,
     percent,
     plot_layers,
@@ -52,6 +54,10 @@ class Stage:
     decode_tokens_per_second: float
     sparsity: float = 0.0
     linear_sparsity: float = 0.0
+    # Generation by a timing protocol, where asked for: mean and deviation of one, tokens/s.
+    latency_seconds: float | None = None
+    latency_deviation: float | None = None
+    throughput: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,11 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
             sections.append(f"![scores of the decoder layers]({names[-1]})")
             with replacing(directory / names[-1]) as temporary:
                 plot_layers(plan, told[-1] if told else None).savefig(temporary, format="png")
+        if "cka" in plan.get("found", {}):
+            names.append(f"cka-{len(names)}.png")
+            sections.append(f"![CKA of the hidden states, merged windows outlined]({names[-1]})")
+            with replacing(directory / names[-1]) as temporary:
+                plot_merges(plan).savefig(temporary, format="png")
     with replacing(directory / "report.md") as temporary:
         temporary.write_text(_markdown(record, sections), encoding="utf-8")
     return [directory / name for name in (*names, "report.md")]
@@ -159,12 +170,23 @@ def _plan_section(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[
         if step["kind"] == "sparsify":
             parts += _sparsify_section(plan, step, next(remaining))
         else:
-            parts.append(f"Step `{step['kind']}`:\n{_bullets({'layers': step['layers']})}")
+            parts.append(f"Step `{step['kind']}`:\n{_bullets(_step_facts(step))}")
     # Settings within settings are told with their step.
     arguments = {k: v for k, v in plan["arguments"].items() if not isinstance(v, dict)}
     calibration = {f"calibration {k}": v for k, v in (plan["calibration"] or {}).items()}
     parts.append(f"Decided with:\n{_bullets({**arguments, **calibration})}")
+    if found := {k: v for k, v in plan.get("found", {}).items() if k != "cka"}:
+        parts.append(f"Found:\n{_bullets(found)}")
     return parts + _layer_table(plan, outcomes)
+
+
+def _step_facts(step: dict[str, Any]) -> dict[str, Any]:
+    """What a step says, but for the long lists of a width step."""
+    if step["kind"] == "prune_width":
+        kept = {f"{name} kept": step[name] for name in ("heads", "neurons") if step[name]}
+        counts = {name: f"{len(next(iter(k.values())))} a layer" for name, k in kept.items()}
+        return {**counts, "correction": step["correction"]}
+    return {key: value for key, value in step.items() if key != "kind"}
 
 
 def _sparsify_section(
@@ -197,14 +219,16 @@ def _layer_table(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[s
     for name, scores in score_lists(plan).items():
         missing = num_layers - len(scores)
         title = name.replace("_", " ") + (" from here" if missing else "")
-        columns[title] = [*(f"{score:.4g}" for score in scores), *[""] * missing]
+        columns[title] = [*("" if math.isnan(x) else f"{x:.4g}" for x in scores), *[""] * missing]
     for step in sparsify_steps(plan)[-1:]:
         zeros = layer_zeros(plan, step, outcomes[-1])
         columns["sparsity"] = [percent(x) if math.isfinite(x) else "" for x in zeros.layers]
         if zeros.errors:
             columns["reconstruction error"] = [f"{error:.4g}" for error in zeros.errors]
-    if removed:
-        columns["fate"] = ["**removed**" if i in removed else "kept" for i in range(num_layers)]
+    into = {i: f"**merged into {g[-1]}**" for g in merged_groups(plan) for i in g[:-1]}
+    fates = {**dict.fromkeys(removed, "**removed**"), **into}
+    if fates:
+        columns["fate"] = [fates.get(i, "kept") for i in range(num_layers)]
     table = _table(list(columns), list(zip(*columns.values(), strict=True)))
     title = f"<details><summary>All {num_layers} decoder layers</summary>"
     return [title, table, "</details>"]
@@ -236,9 +260,11 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
         parts += [f"## {title}", _bullets(values) or otherwise]
     if record.verification:
         name = json.dumps(list(record.verification)[-1])
+        kinds = {step["kind"] for plan in record.plans for step in plan["steps"]}
+        ours = "import prunelight  # its class\n" if "drop_sublayers" in kinds else ""
         parts += [
             "## How to load the result\n\nIn the directory of this report:\n\n```python\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"{ours}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({name})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({name})\n```"
         ]
@@ -263,9 +289,13 @@ _FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("next-token accuracy", "accuracy", "{:.4f}".format),
     ("prefill tokens/s", "prefill_tokens_per_second", _decimal),
     ("decode tokens/s", "decode_tokens_per_second", _decimal),
+    ("latency (s)", "latency_seconds", "{:.3f}".format),
+    ("latency, deviation (s)", "latency_deviation", "{:.3f}".format),
+    ("throughput (tokens/s)", "throughput", _decimal),
     ("zeros in decoder linears", "linear_sparsity", percent),
     ("zeros in all parameters", "sparsity", percent),
 )
+_SPEEDS = ("per_second", "latency_seconds", "throughput")
 _HEADLINE = ("layers", "parameters", "zeros in decoder linears", "perplexity", "decode tokens/s")
 
 
@@ -290,17 +320,22 @@ def _stage_rows(record: RunRecord) -> list[list[str]]:
     for label, name, show in _FIGURES:
         if show is percent and not _sparsified(record):
             continue
+        if all(getattr(stage, name) is None for stage in record.stages):
+            continue
         row = [label]
         for stage in record.stages:
             value, base = getattr(stage, name), getattr(dense, name)
-            change = _change(value, base, factor=name.endswith("per_second"))
+            if value is None:
+                row.append("")
+                continue
+            change = _change(value, base, factor=name.endswith(_SPEEDS))
             row.append(show(value) + ("" if stage is dense or show is percent else change))
         rows.append(row)
     return rows
 
 
-def _change(value: float, base: float, *, factor: bool) -> str:
-    if not (math.isfinite(value) and math.isfinite(base) and base > 0):
+def _change(value: float, base: float | None, *, factor: bool) -> str:
+    if base is None or not (math.isfinite(value) and math.isfinite(base) and base > 0):
         return ""
     if factor or value > 10 * base:
         return f" (\u00d7{value / base:.3g})"

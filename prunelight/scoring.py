@@ -12,17 +12,17 @@ float32 whatever the model's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel
 
-from prunelight.architecture import Matrix, decoder_layers, layer_matrices
+from prunelight.architecture import Matrix, decoder_layers, layer_matrices, sublayers_of
 from prunelight.calibration import (
     Windows,
     counted_positions,
@@ -87,7 +87,68 @@ def block_influences(
     Raises:
         ValueError: if a layer's output holds NaN or Inf (named), or no token counts.
     """
-    sums = [MeanCosine() for _ in decoder_layers(model)]
+    sums = _influences(model, windows, ignore_first_tokens, ("layer",), lambda x, y: [(x, y)])
+    return _told(sums["layer"])
+
+
+def sublayer_influences(
+    model: PreTrainedModel, windows: Windows, *, ignore_first_tokens: int = 0
+) -> dict[str, BlockInfluence]:
+    """Score every attention and MLP by 1 - cosine of the hidden states before and after it.
+
+    A sublayer is f in x + f(norm(x)), the norm included (LLM-Drop, arXiv:2406.15786, Section 3.1).
+
+    Args:
+        model: of a family whose sublayers are known; unchanged.
+        windows: calibration windows (N, T), or input_ids with an attention_mask.
+        ignore_first_tokens: tokens at the start of each sequence that do not count.
+
+    Returns:
+        "attention" and "mlp", each of all layers.
+
+    Raises:
+        ValueError: if a layer's output holds NaN or Inf (named), or no token counts.
+        TypeError: if the sublayers of the family are not known.
+    """
+    name = sublayers_of(model).mlp_norm
+    between: list[Tensor] = []  # what the attention of the layer at hand left
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        between[:] = args[:1]
+
+    norms = [layer.get_submodule(name) for layer in decoder_layers(model)]
+    handles = [norm.register_forward_pre_hook(keep) for norm in norms]
+    try:
+        sums = _influences(
+            model,
+            windows,
+            ignore_first_tokens,
+            ("attention", "mlp"),
+            lambda x, y: [(x, between[0]), (between[0], y)],
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _told(layers) for name, layers in sums.items()}
+
+
+def _influences(
+    model: PreTrainedModel,
+    windows: Windows,
+    ignore_first_tokens: int,
+    names: Sequence[str],
+    pairs: Callable[[Tensor, Tensor], Sequence[tuple[Tensor, Tensor]]],
+) -> dict[str, list[MeanCosine]]:
+    """Compare pairs of hidden states of every decoder layer, one pair a name, in one forward.
+
+    Args:
+        model: unchanged.
+        windows: calibration windows.
+        ignore_first_tokens: tokens at the start of each sequence that do not count.
+        names: of the pairs.
+        pairs: called with a layer's input and output when it has run.
+    """
+    sums = {name: [MeanCosine() for _ in decoder_layers(model)] for name in names}
     with evaluating(model):
         for batch in micro_batches(model, windows, label="block influence"):
             mask = batch.get("attention_mask")
@@ -102,14 +163,19 @@ def block_influences(
                 counted: Tensor | None = counted,
                 first: Tensor | None = first,
             ) -> None:
-                sums[index].update(inputs, outputs, counted, first)
-                _check_finite(index, sums[index].total + sums[index].first_total, outputs)
+                for layers, (x, y) in zip(sums.values(), pairs(inputs, outputs), strict=True):
+                    layers[index].update(x, y, counted, first)
+                    check_finite(index, layers[index].total + layers[index].first_total, outputs)
 
             with watching_layers(model, visit):
                 run_layers(model, batch)
+    return sums
+
+
+def _told(layers: Sequence[MeanCosine]) -> BlockInfluence:
     return BlockInfluence(
-        mean=[1 - layer.result() for layer in sums],
-        first_token=[1 - layer.first_result() for layer in sums],
+        mean=[1 - layer.result() for layer in layers],
+        first_token=[1 - layer.first_result() for layer in layers],
     )
 
 
@@ -137,7 +203,7 @@ def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> li
     num_samples = 0
     with evaluating(model):
         for batch in micro_batches(model, windows, label="angular distance"):
-            rows, last = _last_positions(batch)
+            rows, last = last_positions(batch)
             num_samples += len(rows)
             states: list[Tensor] = []  # the last token's state before layer 0 and after each layer
 
@@ -152,7 +218,7 @@ def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> li
                 if index == 0:
                     states.append(inputs[rows, last])
                 states.append(outputs[rows, last])
-                _check_finite(index, states[-1].float().norm().item(), outputs)
+                check_finite(index, states[-1].float().norm().item(), outputs)
 
             with watching_layers(model, visit):
                 run_layers(model, batch)
@@ -164,7 +230,7 @@ def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> li
     return (totals / num_samples).tolist()
 
 
-def _last_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def last_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return (rows, columns) of the last token of each sequence that is not all padding."""
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids))
@@ -173,7 +239,12 @@ def _last_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return rows, (mask * positions).argmax(dim=1)[rows]
 
 
-def _check_finite(index: int, statistic: float, outputs: Tensor) -> None:
+def check_finite(index: int, statistic: float, outputs: Tensor) -> None:
+    """Check a statistic of a layer's outputs.
+
+    Raises:
+        ValueError: if it is NaN or Inf; names the layer.
+    """
     if not math.isfinite(statistic):
         what = "NaN" if bool(outputs.isnan().any()) else "Inf"
         raise ValueError(

@@ -4,11 +4,11 @@ They hold running sums, never a list of states, so memory does not grow with the
 Padding is masked by the caller.
 """
 
-# B sequences, T tokens, D hidden, I in_features
+# B sequences, T tokens, D hidden, I in_features, M representations, n tokens of a chunk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -99,6 +99,36 @@ class InputNorm:
         return self.squares.sqrt() if seen else torch.ones_like(self.squares)
 
 
+class InputVariance(InputNorm):
+    """Variance of the input features of a weight over tokens, beside their squared norms.
+
+    Chunks are joined by their own means and squared deviations (Chan et al.), which unlike a
+    difference of two large sums loses no digits.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features)
+        self.mean = torch.zeros(in_features)
+        self.deviations = torch.zeros(in_features)
+
+    def update(self, x: Tensor) -> None:
+        """Add tokens (T, I)."""
+        if not len(x):
+            return
+        before = self.tokens
+        super().update(x)
+        x = x.float()
+        mean = x.mean(0)
+        shift = mean - self.mean.to(x.device)
+        self.mean = self.mean.to(x.device) + shift * (len(x) / self.tokens)
+        self.deviations = self.deviations.to(x.device) + (x - mean).square().sum(0)
+        self.deviations += shift.square() * (before * len(x) / self.tokens)
+
+    def variance(self) -> Tensor:
+        """Return the variance of each feature, (I,)."""
+        return self.deviations / max(1, self.tokens)
+
+
 class Hessian(InputNorm):
     """X^T X of the inputs of a weight, beside their squared norms; float32 on the inputs' device.
 
@@ -133,6 +163,80 @@ class Hessian(InputNorm):
             return torch.eye(len(self.squares))
         upper = self.product.triu()
         return upper + upper.triu(1).T
+
+
+class CKA:
+    """Centred kernel alignment of every pair of M representations of the same tokens.
+
+    Debiased: HSIC by its unbiased estimator, whose kernels have zero diagonals (Song et al. 2012,
+    Eq. 5), summed over chunks of tokens (Nguyen et al., arXiv:2010.15327, Eq. 3). Rows are tokens.
+    The biased estimator, which SLM's released code comes close to, gives almost 1 for independent
+    features once there are more features than rows. In float32, sums in float64.
+
+    Args:
+        count: M.
+        kernel: "linear", or "rbf" with the median distance of the chunk times `bandwidth`.
+        bandwidth: factor of the median distance; without effect for "linear".
+        chunk: fewest tokens in a kernel, so that memory is M * chunk^2.
+    """
+
+    def __init__(
+        self, count: int, kernel: str = "linear", bandwidth: float = 1.0, chunk: int = 256
+    ) -> None:
+        self.kernel, self.bandwidth, self.chunk = kernel, bandwidth, chunk
+        self.sums = torch.zeros(count, count, dtype=torch.float64)
+
+    def kernels(self, states: Tensor) -> Tensor:
+        """Return the kernels of one representation (tokens, D), (chunks, n, n), diagonals zero.
+
+        Neighbouring tokens, which depend on each other, go to different chunks.
+        """
+        chunks = max(1, len(states) // self.chunk)
+        size = len(states) // chunks
+        x = states[: size * chunks].float().view(size, chunks, -1).transpose(0, 1)  # (chunks, n, D)
+        if self.kernel == "linear":
+            kernels = x @ x.transpose(1, 2)
+        else:
+            squares = torch.cdist(x, x).square()
+            scale = squares.flatten(1).median(1).values[:, None, None] * self.bandwidth**2
+            kernels = (-squares / (2 * scale)).exp()
+        kernels.diagonal(dim1=1, dim2=2).zero_()
+        return kernels
+
+    def add(self, kernels: Sequence[Tensor]) -> None:
+        """Add the kernels of all M representations of one micro-batch."""
+        for chunk in zip(*kernels, strict=True):
+            self.sums += _hsic(torch.stack([kernel.cpu().double() for kernel in chunk]))
+
+    def update(self, states: Iterable[Tensor]) -> None:
+        """Add all M representations of one micro-batch, each (tokens, D)."""
+        self.add([self.kernels(state) for state in states])
+
+    def result(self) -> Tensor:
+        """Return the CKA of every pair, (M, M) float64, about 0 (independent) to 1 (alike).
+
+        Raises:
+            ValueError: if a representation is constant, NaN or Inf, or too few tokens were added.
+        """
+        own = self.sums.diagonal()
+        if not bool((own > 0).all()):  # not if NaN
+            raise ValueError(
+                "CKA needs states that are finite and differ from token to token, on 4 tokens or "
+                "more; use more text, or load the model in bfloat16 or float32"
+            )
+        return self.sums / torch.sqrt(own[:, None] * own)
+
+
+def _hsic(kernels: Tensor) -> Tensor:
+    """Return the unbiased HSIC of every pair of kernels (M, n, n) with zero diagonals, (M, M)."""
+    n = kernels.shape[1]
+    if n < 4:
+        return kernels.new_zeros(len(kernels), len(kernels))
+    flat, rows = kernels.flatten(1), kernels.sum(2)
+    totals = rows.sum(1)
+    traces = flat @ flat.T
+    products = totals[:, None] * totals / ((n - 1) * (n - 2))
+    return (traces + products - 2 / (n - 2) * rows @ rows.T) / (n * (n - 3))
 
 
 def exact_median(parts: Callable[[], Iterable[Tensor]]) -> float:

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, TypeAlias
 
+MERGES = ("top", "difference_sum", "released", "mean")
+
 
 @dataclass(frozen=True)
 class RemoveLayers:
@@ -23,11 +25,14 @@ class RemoveLayers:
         """Return the layers that are gone after the step."""
         return self.layers
 
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Return the layers that the step names."""
+        return self.layers
+
     def __post_init__(self) -> None:
         """Sort the indices, so that equal decisions are equal plans."""
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in self.layers):
-            raise ValueError(f"layers={list(self.layers)} must be a list of whole numbers")
-        object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+        object.__setattr__(self, "layers", _sorted_indices("layers", self.layers))
 
     def check(self, num_layers: int) -> None:
         """Check the step against a model of `num_layers` decoder layers.
@@ -35,11 +40,7 @@ class RemoveLayers:
         Raises:
             ValueError: if an index is repeated or out of range, or no layer would be left.
         """
-        outside = [i for i in self.layers if not 0 <= i < num_layers]
-        if outside:
-            raise ValueError(f"layers={outside} must lie in [0, {num_layers - 1}]")
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers={list(self.layers)} must not name a layer twice")
+        _check_indices("layers", self.layers, num_layers)
         if len(self.layers) >= num_layers:
             raise ValueError(
                 f"layers={list(self.layers)} would remove all {num_layers} layers; keep one"
@@ -59,6 +60,7 @@ class Sparsify:
 
     kind: ClassVar[str] = "sparsify"
     removed: ClassVar[tuple[int, ...]] = ()
+    named: ClassVar[tuple[int, ...]] = ()  # it names matrices
     sparsity: dict[str, float]
     solver: str
     pattern: str | None = None
@@ -80,8 +82,156 @@ class Sparsify:
                 raise ValueError(f"sparsity={share} of {name} must lie in [0, 1)")
 
 
-Step: TypeAlias = RemoveLayers | Sparsify
-STEPS: dict[str, type[Step]] = {step.kind: step for step in (RemoveLayers, Sparsify)}
+@dataclass(frozen=True)
+class MergeLayers:
+    """Merge windows of neighbouring decoder layers, each into one, which stands for the highest.
+
+    Attributes:
+        groups: the layers of each window, neighbours in ascending order, two or more.
+        merge: "top" keeps the highest layer whole, "difference_sum" adds what the layers differ
+            from the lowest, "released" takes the projections of the highest and all else of the
+            lowest, "mean" is the mean of all weights; see `merging.py`.
+    """
+
+    kind: ClassVar[str] = "merge_layers"
+    groups: tuple[tuple[int, ...], ...]
+    merge: str = "top"
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Return the layers that are gone after the step: all but the highest of each window."""
+        return tuple(sorted(i for group in self.groups for i in group[:-1]))
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Return the layers that the step names."""
+        return tuple(i for group in self.groups for i in group)
+
+    @property
+    def rewritten(self) -> tuple[int, ...]:
+        """Return the layers that are left with new weights."""
+        kept = ("top", "released")  # whose projections are those of the highest layer
+        return () if self.merge in kept else tuple(group[-1] for group in self.groups)
+
+    def __post_init__(self) -> None:
+        """Sort windows and indices, so that equal decisions are equal plans."""
+        groups = sorted(_sorted_indices("groups", group) for group in self.groups)
+        object.__setattr__(self, "groups", tuple(groups))
+
+    def check(self, num_layers: int) -> None:
+        """Check the step against a model of `num_layers` decoder layers.
+
+        Raises:
+            ValueError: if the rule is unknown, an index is repeated or out of range, or a window is
+                no run of two neighbours or more.
+        """
+        if self.merge not in MERGES:
+            raise ValueError(f"merge={self.merge!r} must be one of {', '.join(MERGES)}")
+        _check_indices("groups", self.named, num_layers)
+        for group in self.groups:
+            if len(group) < 2 or group != tuple(range(group[0], group[-1] + 1)):
+                raise ValueError(f"groups: {list(group)} must be two or more neighbouring layers")
+
+
+@dataclass(frozen=True)
+class DropSublayers:
+    """Drop the attention or the MLP of decoder layers, with the norm before it.
+
+    Attributes:
+        attention: layers without attention.
+        mlp: layers without MLP.
+    """
+
+    kind: ClassVar[str] = "drop_sublayers"
+    removed: ClassVar[tuple[int, ...]] = ()
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Return the layers that the step names."""
+        return tuple(sorted({*self.attention, *self.mlp}))
+
+    def __post_init__(self) -> None:
+        """Sort the indices, so that equal decisions are equal plans."""
+        for name in ("attention", "mlp"):
+            object.__setattr__(self, name, _sorted_indices(name, getattr(self, name)))
+
+    def check(self, num_layers: int) -> None:
+        """Check the step against a model of `num_layers` decoder layers.
+
+        Raises:
+            ValueError: if an index is repeated or out of range.
+        """
+        _check_indices("attention", self.attention, num_layers)
+        _check_indices("mlp", self.mlp, num_layers)
+
+
+@dataclass(frozen=True)
+class PruneWidth:
+    """Keep some attention heads and MLP neurons of each decoder layer, as many in all of them.
+
+    Attributes:
+        heads: layer, as text -> key-value groups that are kept; empty leaves attention as it is.
+        neurons: layer, as text -> MLP neurons that are kept; empty leaves the MLPs as they are.
+        correction: fit the output projections to what they gave with all inputs, on calibration
+            windows, by least squares.
+    """
+
+    kind: ClassVar[str] = "prune_width"
+    removed: ClassVar[tuple[int, ...]] = ()
+    heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    neurons: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    correction: bool = False
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Return the layers that the step names."""
+        return tuple(sorted({int(layer) for layer in (*self.heads, *self.neurons)}))
+
+    def __post_init__(self) -> None:
+        """Sort the indices, so that equal decisions are equal plans."""
+        for name in ("heads", "neurons"):
+            kept = getattr(self, name)
+            if not isinstance(kept, dict) or not all(str(key).isdigit() for key in kept):
+                raise ValueError(f"{name} must be an object, {{layer: [indices that are kept]}}")
+            found = {str(int(key)): _sorted_indices(name, value) for key, value in kept.items()}
+            object.__setattr__(self, name, dict(sorted(found.items(), key=lambda x: int(x[0]))))
+
+    def check(self, num_layers: int) -> None:
+        """Check what does not concern the model's widths; for those see `width.check_step`.
+
+        Raises:
+            ValueError: if a layer does not exist, or layers keep different numbers.
+        """
+        for name, kept in (("heads", self.heads), ("neurons", self.neurons)):
+            _check_indices(name, [int(key) for key in kept], num_layers)
+            counts = sorted({len(set(indices)) for indices in kept.values()})
+            if len(counts) > 1 or counts == [0]:
+                raise ValueError(
+                    f"{name} keeps {counts} in different layers; all must keep the same number, "
+                    "at least 1, or no stock config describes the model"
+                )
+
+
+Step: TypeAlias = RemoveLayers | MergeLayers | DropSublayers | PruneWidth | Sparsify
+STEPS: dict[str, type[Step]] = {
+    step.kind: step for step in (RemoveLayers, MergeLayers, DropSublayers, PruneWidth, Sparsify)
+}
+
+
+def _sorted_indices(name: str, indices: Iterable[Any]) -> tuple[int, ...]:
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
+        raise ValueError(f"{name}={list(indices)} must be a list of whole numbers")
+    return tuple(sorted(indices))
+
+
+def _check_indices(name: str, indices: Collection[int], num_layers: int) -> None:
+    outside = [i for i in indices if not 0 <= i < num_layers]
+    if outside:
+        raise ValueError(f"{name}={outside} must lie in [0, {num_layers - 1}]")
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"{name}={list(indices)} must not name a layer twice")
 
 
 def step_from_dict(value: Mapping[str, Any]) -> Step:
@@ -107,12 +257,22 @@ def step_from_dict(value: Mapping[str, Any]) -> Step:
     return step
 
 
+def layer_of(name: str, layers_path: str) -> int:
+    """Return the index of the decoder layer that a module or parameter is in, by its name."""
+    return int(name.removeprefix(f"{layers_path}.").partition(".")[0])
+
+
 def renumbered(names: Iterable[str], layers_path: str, removed: Collection[int]) -> dict[str, str]:
     """Map names of matrices to those after some layers are removed; theirs are left out."""
     mapping = {}
     for name in names:
-        index, _, rest = name.removeprefix(f"{layers_path}.").partition(".")
-        if int(index) not in removed:
-            new = int(index) - sum(i < int(index) for i in removed)
-            mapping[name] = f"{layers_path}.{new}.{rest}"
+        index = layer_of(name, layers_path)
+        if index not in removed:
+            rest = name.removeprefix(f"{layers_path}.{index}.")
+            mapping[name] = f"{layers_path}.{renumber(index, removed)}.{rest}"
     return mapping
+
+
+def renumber(index: int, removed: Collection[int]) -> int:
+    """Return what a layer's index becomes when others are removed."""
+    return index - sum(other < index for other in removed)

@@ -23,10 +23,26 @@ from prunelight.architecture import (
     restore_rwkv_scale,
 )
 from prunelight.calibration import Windows
+from prunelight.merging import (
+    check_mergeable,
+    merged_weights,
+    projection_names,
+    write_weights,
+)
 from prunelight.metrics import parameter_count
 from prunelight.plan import Plan
 from prunelight.sparsify import check_data, check_step, sparsify
-from prunelight.steps import RemoveLayers, Sparsify, renumbered
+from prunelight.steps import (
+    DropSublayers,
+    MergeLayers,
+    PruneWidth,
+    RemoveLayers,
+    Sparsify,
+    renumber,
+    renumbered,
+)
+from prunelight.sublayers import check_droppable, drop_sublayers
+from prunelight.width import check_width, prune_width
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +82,31 @@ def apply(
         TypeError: if the decoder layers cannot be found.
     """
     plan.check(model, strict=strict)
+    gone: tuple[int, ...] = ()
     for step in plan.steps:
         if isinstance(step, Sparsify):
             check_step(model, step)
             check_data(step, windows)
+        elif isinstance(step, MergeLayers):
+            check_mergeable(model, step.merge, step.groups)
+        elif isinstance(step, DropSublayers):
+            check_droppable(model, step, gone)
+        elif isinstance(step, PruneWidth):
+            check_width(model, step, windows, gone)
+        gone += step.removed
     before = parameter_count(model)
     removed: set[int] = set()  # the plan counts the layers of the dense model
     for step in plan.steps:
         if isinstance(step, RemoveLayers):
-            remove_layers(model, [i - sum(r < i for r in removed) for i in step.layers])
-            removed |= set(step.layers)
+            remove_layers(model, [renumber(i, removed) for i in step.layers])
+        elif isinstance(step, MergeLayers):
+            groups = [[renumber(i, removed) for i in group] for group in step.groups]
+            merge_layers(model, groups, step.merge)
+        elif isinstance(step, DropSublayers):
+            kinds = (step.attention, step.mlp)
+            drop_sublayers(model, *([renumber(i, removed) for i in kind] for kind in kinds))
+        elif isinstance(step, PruneWidth):
+            prune_width(model, step, windows, removed=removed, device=device, offload=offload)
         elif isinstance(step, Sparsify):
             names = renumbered(step.sparsity, layers_path(model), removed)
             left = {new: step.sparsity[old] for old, new in names.items()}
@@ -85,6 +116,7 @@ def apply(
                 outcomes.append(asdict(outcome))
         else:
             raise TypeError(f"no surgery is known for the step {step!r}")
+        removed |= set(step.removed)
     after = parameter_count(model)
     log.info(
         "parameters %.1fM -> %.1fM (%+.1f %%)",
@@ -121,6 +153,26 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     setattr(model.get_submodule(parent), name, left)
     _renumber(left)
     cut_config(model.config, kept, len(old))
+
+
+@torch.no_grad()
+def merge_layers(
+    model: PreTrainedModel, groups: Sequence[Sequence[int]], merge: str = "top"
+) -> None:
+    """Merge windows of decoder layers in place, each into its highest layer; see `merging.py`.
+
+    Raises:
+        ValueError: as `remove_layers`.
+        TypeError: if the layers of a window cannot be mixed, or weights are quantized.
+    """
+    check_mergeable(model, merge, groups)
+    check_removable(model)
+    layers = decoder_layers(model)
+    for group in groups:
+        names = projection_names(model, group[0])
+        window = [layers[index] for index in group]
+        write_weights(window[-1], merged_weights(window, merge, names))
+    remove_layers(model, [index for group in groups for index in group[:-1]])
 
 
 def check_removable(model: PreTrainedModel) -> None:

@@ -74,6 +74,7 @@ class LayerWalk:
         self.states: list[Tensor] = []
         self.masks: list[Tensor | None] = []
         self._calls: list[list[Call]] = []  # of each micro-batch, for each layer
+        self._rests: list[tuple[Any, ...] | None] = []  # what layers put out beside the states
         self._layer: nn.Module
         self._index = 0
         self._stack = ExitStack()
@@ -83,10 +84,10 @@ class LayerWalk:
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(_unscaled(self.model))
-            rests = self._check_replay()
+            self._rests = self._check_replay()
             for batch in micro_batches(self.model, self.windows):
                 mask = batch.get("attention_mask")
-                state, calls = _record(self.model, batch, rests)
+                state, calls = _record(self.model, batch, self._rests)
                 first = self._calls[0] if self._calls else calls
                 self._calls.append([_shared(c, f) for c, f in zip(calls, first, strict=True)])
                 self.states.append(state.to(self.store))
@@ -103,20 +104,55 @@ class LayerWalk:
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield the decoder layers in order, each on the compute device meanwhile."""
-        home = self.model.device
         layers = decoder_layers(self.model)
         for index, layer in enumerate(tqdm(layers, desc=self.label, disable=None, leave=False)):
             self._index, self._layer = index, layer
-            with ExitStack() as stack:
-                if home != self.device:
-                    stack.callback(layer.to, home)
-                    layer.to(self.device)
+            with self.placed(layer):
                 yield index, layer
+
+    @contextmanager
+    def placed(self, layer: nn.Module) -> Iterator[None]:
+        """Keep a layer on the compute device."""
+        home = self.model.device
+        try:
+            if home != self.device:
+                layer.to(self.device)
+            yield
+        finally:
+            if home != self.device:
+                layer.to(home)
 
     def forward(self, batch: int) -> Tensor:
         """Return what the current layer makes of a micro-batch, (B, T, D) on the device."""
-        args, kwargs = _to(self._calls[batch][self._index], self.device)
-        return first_tensor(self._layer(self.states[batch].to(self.device), *args, **kwargs))
+        return self.call(self._layer, self._index, batch, self.states[batch])
+
+    def call(self, layer: nn.Module, index: int, batch: int, state: Tensor) -> Tensor:
+        """Return what a layer makes of a state (B, T, D), called as the model calls layer `index`.
+
+        Args:
+            layer: on the compute device.
+            index: of the decoder layer whose positions and masks it gets.
+            batch: micro-batch that the state belongs to.
+            state: hidden states, anywhere.
+        """
+        args, kwargs = _to(self._calls[batch][index], self.device)
+        return first_tensor(layer(state.to(self.device), *args, **kwargs))
+
+    def finish(self, state: Tensor, *, head: bool = False) -> Tensor:
+        """Return what the model makes of a state (B, T, D) that its last layer puts out.
+
+        Those are the final hidden states after the last norm (B, T, D), or with `head` logits
+        (B, T, V); computed where the model is.
+        """
+        state = state.to(self.model.device)
+        ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
+
+        def stand_in(rest: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
+            return state if rest is None else (state, *rest)
+
+        with _replaced(self.model, [partial(stand_in, rest) for rest in self._rests]):
+            output = self.model(input_ids=ids) if head else self.model.base_model(input_ids=ids)
+        return output[0]
 
     def advance(self) -> None:
         """Replace the states by what the current layer makes of them."""
@@ -180,18 +216,26 @@ def _record(
         calls.append((args[1:], kwargs))
         return state if rest is None else (state, *rest)
 
+    names = [hidden_name(layer) for layer in decoder_layers(model)]
+    with _replaced(model, [partial(stand_in, *x) for x in zip(names, rests, strict=True)]):
+        run_layers(model, batch)
+    return states[0], calls
+
+
+@contextmanager
+def _replaced(model: PreTrainedModel, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Let other functions stand in for the forwards of the decoder layers."""
     layers = decoder_layers(model)
     own = [vars(layer).get("forward") for layer in layers]  # accelerate puts one there
     try:
-        for layer, rest in zip(layers, rests, strict=True):
-            layer.forward = partial(stand_in, hidden_name(layer), rest)
-        run_layers(model, batch)
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
+        yield
     finally:
         for layer, forward in zip(layers, own, strict=True):
             vars(layer).pop("forward", None)
             if forward is not None:
                 layer.forward = forward
-    return states[0], calls
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,10 @@ Row = dict[str, Any]
 Messages = list[dict[str, str]]
 
 IGNORED_LABEL = -100  # the label that torch's cross-entropy skips
-SAMPLES = ("sample:train", "sample:calibration", "sample:validation")
+SAMPLES = {  # that come with prunelight
+    **{f"sample:{name}": f"{name}.txt" for name in ("train", "calibration", "validation")},
+    "sample:instructions": "instructions.jsonl",
+}
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 INSTRUCTION_FIELDS = (("messages",), ("prompt", "response"), ("instruction", "output"))
 DATASET_NAME = re.compile(r"([^:\[\]]+)(?::([^\[\]]+))?(?:\[(.+)\])?")  # name:config[split]
@@ -140,8 +143,8 @@ def read_documents(source: str, *, split: str = "train", text_field: str = "text
 
     Args:
         source: a .txt (one document), .jsonl, .json or .parquet file; `sample:train`,
-            `sample:calibration` or `sample:validation`; or a dataset that `datasets.load_dataset`
-            knows, as `name`, `name:config` or `name:config[split]`.
+            `sample:calibration`, `sample:validation` or `sample:instructions`; or a dataset that
+            `datasets.load_dataset` knows, as `name`, `name:config` or `name:config[split]`.
         split: of a dataset that names none.
         text_field: the field that holds the text.
 
@@ -168,8 +171,8 @@ def read_documents(source: str, *, split: str = "train", text_field: str = "text
 
 def _read_source(source: str, split: str, text_field: str) -> list[Any]:
     if source in SAMPLES:
-        sample = files("prunelight") / "sample" / f"{source.removeprefix('sample:')}.txt"
-        return [{text_field: sample.read_text(encoding="utf-8")}]
+        with as_file(files("prunelight") / "sample" / SAMPLES[source]) as path:
+            return _read_file(path, text_field)
     if source.startswith("sample:"):
         raise ValueError(f"source {source!r} is no bundled sample; they are {', '.join(SAMPLES)}")
     path = Path(source).expanduser()

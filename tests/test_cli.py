@@ -156,6 +156,82 @@ def test_a_fault_of_dlp_is_one_line_too(arguments, capsys, tmp_path, settings, m
     assert not list((tmp_path / "run").glob("pruned-*"))
 
 
+def with_methods(arguments, *methods, **model):
+    """Replace the method of the config by others: (name, arguments)."""
+    path = Path(arguments[1])
+    config = yaml.safe_load(path.read_text())
+    config["trainer"]["callbacks"] = [{"class_path": n, "init_args": a} for n, a in methods]
+    config["model"] |= model
+    path.write_text(yaml.safe_dump(config))
+    return arguments
+
+
+def test_depth_then_width_in_one_config_with_latency(arguments, tmp_path, capsys):
+    latency = {"num_tokens": 4, "num_warmup": 1, "num_runs": 2}
+    depth = ("SlidingLayerMerging", {"num_layers": 2})
+    width = ("WidthPruning", {"neuron_ratio": 0.25, "head_ratio": 0.5, "multiple": 8})
+    main(["fit", *with_methods(arguments, depth, width, latency=latency)])
+    root = tmp_path / "run"
+    model = AutoModelForCausalLM.from_pretrained(root / "final")
+    config = model.config
+    assert (config.num_hidden_layers, config.intermediate_size) == (4, 48)
+    assert (config.num_key_value_heads, config.num_attention_heads) == (1, 2)
+    assert "throughput (tokens/s)" in capsys.readouterr().out
+    report = json.loads((root / "report.json").read_text())
+    assert all(stage["latency_seconds"] > 0 for stage in report["stages"])
+    assert report["evaluation"]["latency"]["num_tokens"] == 4
+    text = (root / "report.md").read_text()
+    assert "2 of 6 decoder layers merged away (33.33 %) + 1 key-value groups kept" in text
+    assert "merged windows outlined](cka-2.png)" in text
+    assert (root / "cka-2.png").is_file()
+    # Without timing, the stages of the base are measured anew.
+    main(["fit", *with_methods(arguments, depth, width, latency=None)])
+    report = json.loads((root / "report.json").read_text())
+    assert report["stages"][0]["latency_seconds"] is None
+    assert report["costs"][1]["reused"]
+
+
+def test_a_model_without_sublayers_recovers_and_its_report_says_how_to_load_it(arguments, tmp_path):
+    method = ("ShortGPT", {"num_layers": 2, "granularity": "attention"})
+    main(["fit", *with_methods(arguments, method)])
+    assert "import prunelight  # its class" in (tmp_path / "run" / "report.md").read_text()
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert sum(final.config.drop_attention) == 2
+
+
+def test_analyze_draws_and_prunes_nothing(arguments, tmp_path):
+    main(["analyze", *arguments, "--kernel", "rbf"])
+    found = sorted(path.name for path in (tmp_path / "run").iterdir())
+    names = {"analysis.json", "analysis.md", "angular_distance.png", "cka.png", "layers.png"}
+    assert names <= set(found)
+    assert not {name for name in found if name.startswith(("pruned", "final", "report"))}
+    analysis = json.loads((tmp_path / "run" / "analysis.json").read_text())
+    assert analysis["settings"] == {"kernel": "rbf", "ignore_first_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (("SlidingLayerMerging", {"num_layers": 5}), "spare protected=[5] can remove at most 4"),
+        (("SlidingLayerMerging", {"threshold": 2.0}), "a threshold of at most 1"),
+        (("SLEB", {"num_layers": 5}), "only 4 of 6 are not protected"),
+        (("ShortenedLlama", {"num_layers": 1, "score": "taylor"}), "only 0 of 6 are not protected"),
+        (("WidthPruning", {"intermediate_size": 60}), "must be a multiple of 64; take 64"),
+        (("WidthPruning", {"num_key_value_heads": 3}), "=3 cannot be kept of the 2 groups"),
+    ],
+)
+def test_a_fault_of_a_depth_or_width_method_is_one_line_too(
+    arguments, capsys, tmp_path, method, message
+):
+    assert message in fails(capsys, "fit", *with_methods(arguments, method))
+    assert not list((tmp_path / "run").glob("pruned-*"))
+
+
+def test_a_bad_timing_protocol_is_one_line(arguments, capsys):
+    with_methods(arguments, ("ShortGPT", {"num_layers": 1}), latency={"num_runs": 1})
+    assert "latency.num_runs=1 must be at least 2" in fails(capsys, "fit", *arguments)
+
+
 def test_fit_after_prune_reuses_its_base(arguments, tmp_path):
     main(["prune", *arguments])
     (weights,) = (tmp_path / "run").glob("pruned-*/model.safetensors")
@@ -238,4 +314,4 @@ def test_a_bug_keeps_its_traceback():
 
 
 def test_only_the_verbs_that_do_something_are_offered():
-    assert set(CLI.subcommands()) == {"fit", "validate", "test", "prune"}
+    assert set(CLI.subcommands()) == {"fit", "validate", "test", "prune", "analyze"}

@@ -9,11 +9,13 @@ from tiny import tiny_model, token_windows
 import prunelight
 from prunelight.architecture import matrices
 from prunelight.evaluation import (
+    LatencyProtocol,
     evaluate,
     forward_seconds,
     free_memory,
     greedy_tokens,
     linear_sparsity,
+    measure_latency,
     measure_speed,
     measure_stage,
     measuring,
@@ -223,3 +225,42 @@ def test_a_real_model_predicts_real_text_better_than_chance(smollm2):
     text = "The capital of France is Paris. Water boils at one hundred degrees Celsius."
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     assert 1 < prunelight.perplexity(model, ids) < 100
+
+
+def test_latency_is_measured_by_the_protocol(tiny_tokenizer, monkeypatch):
+    lengths, model = [], tiny_model()
+    plain = type(model).generate
+
+    def generate(self, ids, **options):
+        tokens = plain(self, ids, **options)
+        lengths.append((*ids.shape, tokens.shape[1]))
+        return tokens
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    protocol = LatencyProtocol("w5 w6 w7", num_tokens=9, batch_size=2, num_warmup=2, num_runs=3)
+    found = measure_latency(model, tiny_tokenizer, protocol)
+    assert lengths == [(2, 3, 12)] * 5  # forced: an end of text does not stop it
+    assert found.seconds > 0
+    assert found.deviation >= 0
+    assert found.throughput == pytest.approx(2 * 9 / found.seconds)
+
+
+def test_a_generation_longer_than_the_model_allows_is_refused(tiny_tokenizer):
+    protocol = LatencyProtocol("w5", num_tokens=128)
+    with pytest.raises(ValueError, match="seq_len=129 must be at most 128"):
+        measure_latency(tiny_model(), tiny_tokenizer, protocol)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_tokens": 0}, "latency.num_tokens=0 must be at least 1"),
+        ({"batch_size": 0}, "latency.batch_size=0 must be at least 1"),
+        ({"num_warmup": -1}, "latency.num_warmup=-1 must be at least 0"),
+        ({"num_runs": 1}, "latency.num_runs=1 must be at least 2"),
+        ({"prompt": " "}, "latency.prompt='' must hold text"),
+    ],
+)
+def test_a_bad_protocol_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LatencyProtocol(**arguments)

@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; a module imports from lower layers and from its own, never in a circle.
 LAYERS = (
     {"files", "steps"},
-    {"architecture", "plan", "metrics", "statistics", "allocation", "report", "plots", "windows"},
-    {"calibration", "sparsity"},
-    {"walk"},
-    {"scoring", "sparsify", "gradual", "models"},
+    {"architecture", "plan", "metrics", "statistics", "allocation", "windows"},
+    {"plots", "maps", "report", "calibration", "sparsity"},
+    {"walk", "merging"},
+    {"scoring", "sparsify", "gradual", "models", "similarity", "sliding", "sublayers"},
+    {"replay", "importance", "width", "analysis"},
     {"surgery", "evaluation", "recovery", "masking"},
     {"saving", "distributed", "checkpoint"},
     {"handover"},
@@ -105,7 +106,7 @@ def test_lightning_stays_in_data_module_cli_and_callbacks(path):
     assert not WITH_LIGHTNING & set(ours(path))
 
 
-def test_no_file_is_longer_than_450_lines_and_all_stay_under_7300():
+def test_no_file_is_longer_than_450_lines_and_all_stay_under_10300():
     files = [*FILES, *(ROOT / "configs").iterdir()]
     lengths = {
         path: len(path.read_text(encoding="utf-8").splitlines())
@@ -113,7 +114,7 @@ def test_no_file_is_longer_than_450_lines_and_all_stay_under_7300():
         if path.suffix in (".py", ".yaml")
     }
     assert {str(path): count for path, count in lengths.items() if count > 450} == {}
-    assert sum(lengths.values()) < 7300
+    assert sum(lengths.values()) < 10300
 
 
 def test_callbacks_exports_every_pruning_callback():

@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunelight
 from prunelight.architecture import matrices
-from prunelight.callbacks import DLP, PruningCallback, ShortGPT
+from prunelight.callbacks import (
+    DLP,
+    SLEB,
+    PruningCallback,
+    ShortenedLlama,
+    ShortGPT,
+    SlidingLayerMerging,
+    WidthPruning,
+)
 from prunelight.evaluation import greedy_tokens
 from prunelight.gradual import Schedule
 from prunelight.plan import sparsified
@@ -45,6 +53,21 @@ METHODS = {
         lambda: ShortGPT(num_layers=1, ignore_first_tokens=4, protected=[0, -1]), layers=5
     ),
     "ShortGPT, angular": Method(lambda: ShortGPT(num_layers=2, score="angular"), layers=4),
+    "SLM, highest layers": Method(lambda: SlidingLayerMerging(num_layers=2), layers=4),
+    "SLM, the paper's sum of differences": Method(
+        lambda: SlidingLayerMerging(ratio=0.34, merge="difference_sum", criterion="cosine"),
+        layers=4,
+    ),
+    "SLM by threshold": Method(
+        lambda: SlidingLayerMerging(threshold=-1.0, merge="mean", criterion="cka"), layers=2
+    ),
+    "SLEB": Method(lambda: SLEB(num_layers=2), layers=4),
+    "Shortened LLaMA, Taylor": Method(
+        lambda: ShortenedLlama(num_layers=2, score="taylor", protected=[0]), layers=4
+    ),
+    "attention dropped": Method(lambda: ShortGPT(num_layers=2, granularity="attention")),
+    "sublayers dropped": Method(lambda: ShortGPT(ratio=0.5, granularity="sublayer")),
+    "width": Method(lambda: WidthPruning(neuron_ratio=0.25, head_ratio=0.5, multiple=8)),
     "DLP, Wanda": Method(lambda: DLP(0.5), sparsity=0.5),
     "DLP, Wanda's variant": Method(lambda: DLP(0.5, solver="wanda_variant"), sparsity=0.5),
     "DLP, SparseGPT": Method(lambda: DLP(0.5, solver="sparsegpt"), sparsity=0.5),

@@ -108,6 +108,7 @@ def test_a_plan_records_what_it_was_made_from(model):
         "score": "block_influence",
         "ignore_first_tokens": 1,
         "protected": [-1],
+        "granularity": "layer",
     }
     assert ShortGPT(**plan.arguments).plan(model, WINDOWS) == plan
     assert plan.model == describe_model(model)

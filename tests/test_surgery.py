@@ -278,6 +278,7 @@ def test_a_step_without_surgery_is_refused():
     class Melt:
         kind: ClassVar[str] = "melt"
         removed: tuple[int, ...] = ()
+        named: tuple[int, ...] = ()
 
         def check(self, num_layers):
             pass

@@ -202,6 +202,14 @@ def test_the_bundled_samples_are_whole_articles(name, articles):
     assert len(titles) == articles
 
 
+def test_the_bundled_instructions_all_become_examples_of_the_alpaca_template():
+    rows = read_documents("sample:instructions")
+    assert len(rows) == 175
+    tokenizer = make_tokenizer()
+    examples = [instruction_example(row, tokenizer, seq_len=4096) for row in rows]
+    assert all(labels[-1] != IGNORED_LABEL for _, labels in examples)
+
+
 def test_the_bundled_samples_share_no_article():
     titles = [
         line

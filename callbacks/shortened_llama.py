@@ -1,0 +1,91 @@
+"""Shortened LLaMA: remove the decoder layers of lowest importance, at once (arXiv:2402.02834).
+
+Importance is what the loss rises without a layer ("perplexity"), or |W * dL/dW| ("taylor") or |W|
+("magnitude") summed over a layer. For the last two the paper spares the ends of the model ("+").
+The released code builds the model anew for each layer it leaves out; here inputs are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from prunelight.allocation import check_depth_target, layers_to_remove, lowest
+from prunelight.architecture import decoder_layers, matrices
+from prunelight.calibration import Windows, check_windows
+from prunelight.callbacks.base import PruningCallback
+from prunelight.importance import magnitude_scores, perplexity_scores, taylor_scores
+from prunelight.plan import Plan
+from prunelight.replay import Replay
+from prunelight.steps import RemoveLayers
+from prunelight.surgery import check_removable
+
+SCORES = ("perplexity", "taylor", "magnitude")
+ENDS = [0, 1, 2, 3, -2, -1]  # which the paper spares with "taylor" and "magnitude"
+
+
+class ShortenedLlama(PruningCallback):
+    """Remove whole decoder layers by their importance.
+
+    Args:
+        ratio: share of the decoder layers to remove, in [0, 1), rounded to whole layers.
+        num_layers: how many layers to remove; exactly one of the two.
+        score: "perplexity" (rise of the NLL without the layer), "taylor" or "magnitude".
+        protected: layers never to remove; None spares the first four and the last two with
+            "taylor" and "magnitude", as the paper does, and none with "perplexity".
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        ratio: float | None = None,
+        num_layers: int | None = None,
+        score: Literal["perplexity", "taylor", "magnitude"] = "perplexity",
+        protected: list[int] | None = None,
+    ) -> None:
+        check_depth_target(ratio, num_layers)
+        if score not in SCORES:
+            raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}")
+        self.ratio, self.num_layers, self.score = ratio, num_layers, score
+        default = [] if score == "perplexity" else ENDS
+        self.protected = list(default if protected is None else protected)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Check that the model has enough layers that may be removed.
+
+        Raises:
+            ValueError: if it has not, or its layers depend on each other.
+            TypeError: if weights are quantized and the score needs them.
+        """
+        total = len(decoder_layers(model))
+        lowest([0.0] * total, layers_to_remove(self.ratio, self.num_layers, total), self.protected)
+        check_removable(model)
+        if self.score != "perplexity":
+            matrices(model)  # refuses quantized weights
+
+    def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
+        """Score the decoder layers and choose which to remove; the model is unchanged.
+
+        Raises:
+            ValueError: if the arguments or the windows do not fit the model, or gradients are NaN
+                or Inf.
+        """
+        self.check(model)
+        check_windows(model, windows)
+        if self.score == "taylor":
+            scores = taylor_scores(model, windows)
+        elif self.score == "magnitude":
+            scores = magnitude_scores(model)
+        else:
+            with Replay(model, windows, "nll", device=self.device) as replay:
+                scores = perplexity_scores(replay)
+        count = layers_to_remove(self.ratio, self.num_layers, len(scores))
+        return self.decided(
+            model,
+            windows,
+            RemoveLayers(tuple(lowest(scores, count, self.protected))),
+            scores={self.score: scores},
+        )

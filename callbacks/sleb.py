@@ -1,0 +1,103 @@
+"""SLEB: remove decoder layers one by one, each the one that is missed least (arXiv:2402.09025).
+
+After each removal all layers that are left are measured again, without those that are gone. The
+released code runs the whole model for each candidate; here the layers below it are run once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from prunelight.allocation import check_depth_target, layers_to_remove, lowest, resolve_indices
+from prunelight.architecture import decoder_layers
+from prunelight.calibration import Windows, check_windows
+from prunelight.callbacks.base import PruningCallback
+from prunelight.plan import Plan
+from prunelight.replay import Replay
+from prunelight.similarity import CRITERIA
+from prunelight.steps import RemoveLayers
+from prunelight.surgery import check_removable
+
+
+class SLEB(PruningCallback):
+    """Remove whole decoder layers greedily.
+
+    Args:
+        ratio: share of the decoder layers to remove, in [0, 1), rounded to whole layers.
+        num_layers: how many layers to remove; exactly one of the two.
+        criterion: what must stay high: "nll" (the paper), "kl", "cosine" or "cka", as in
+            `SlidingLayerMerging`.
+        protected: layers never to remove; the paper spares the first and the last.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        ratio: float | None = None,
+        num_layers: int | None = None,
+        criterion: Literal["cosine", "cka", "kl", "nll"] = "nll",
+        protected: list[int] | None = None,
+    ) -> None:
+        check_depth_target(ratio, num_layers)
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion={criterion!r} must be one of {', '.join(CRITERIA)}")
+        self.ratio, self.num_layers, self.criterion = ratio, num_layers, criterion
+        self.protected = [0, -1] if protected is None else list(protected)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Check that the model has enough layers that may be removed.
+
+        Raises:
+            ValueError: if it has not, or its layers depend on each other.
+        """
+        total = len(decoder_layers(model))
+        lowest([0.0] * total, layers_to_remove(self.ratio, self.num_layers, total), self.protected)
+        check_removable(model)
+
+    @torch.no_grad()
+    def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
+        """Choose the layers to remove; the model is unchanged.
+
+        Raises:
+            ValueError: if the arguments or the windows do not fit the model.
+            TypeError: if its layers cannot be run one by one.
+        """
+        self.check(model)
+        check_windows(model, windows)
+        total = len(decoder_layers(model))
+        count = layers_to_remove(self.ratio, self.num_layers, total)
+        protected = resolve_indices(self.protected, total)
+        removed: list[int] = []
+        rounds: list[dict[int, float]] = []  # similarity without each layer
+        with Replay(
+            model, windows, self.criterion, device=self.device, offload=self.offload_activations
+        ) as replay:
+            for _ in range(count):
+                scores = {
+                    unit.index: replay.score(place, replay.units[place + 1 :])
+                    for place, unit in enumerate(replay.units)
+                    if unit.index not in protected
+                }
+                rounds.append(scores)
+                best = max(scores, key=lambda index: scores[index])
+                removed.append(best)
+                place = [unit.index for unit in replay.units].index(best)
+                replay.replace(place, replay.units[place + 1 :])
+            forwards = replay.layer_forwards
+        first = rounds[0] if rounds else {}
+        return self.decided(
+            model,
+            windows,
+            RemoveLayers(tuple(removed)),
+            scores={"similarity_without": [first.get(i) for i in range(total)]} if rounds else {},
+            found={
+                "order": removed,
+                "similarity": rounds[-1][removed[-1]] if rounds else 1.0,
+                "layer_forwards": forwards,
+            },
+        )

@@ -1,0 +1,223 @@
+"""SLM: merge neighbouring decoder layers in a window that slides from the top (arXiv:2502.19159).
+
+The window grows downwards as long as the merged model stays similar enough to the dense one. A
+threshold says how similar, or a target how many layers shall go: then the threshold is searched
+for. The released code copies the whole model for each candidate, keeps only the highest layer's
+projections, and has no target; what differs here is in sliding.py, merging.py and replay.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from prunelight.allocation import layers_to_remove, resolve_indices
+from prunelight.architecture import decoder_layers
+from prunelight.calibration import Windows, check_windows, counted_positions
+from prunelight.callbacks.base import PruningCallback
+from prunelight.merging import check_mergeable, merged_layer
+from prunelight.plan import Plan
+from prunelight.replay import Replay, Unit
+from prunelight.similarity import CRITERIA
+from prunelight.sliding import Groups, Slide, SpentError, most_removable, search, slide
+from prunelight.statistics import CKA
+from prunelight.steps import MERGES, MergeLayers
+from prunelight.surgery import check_removable
+
+log = logging.getLogger(__name__)
+
+
+class SlidingLayerMerging(PruningCallback):
+    """Merge windows of decoder layers, from the top down.
+
+    Args:
+        num_layers: how many layers shall go; exactly one of the first three.
+        ratio: the same as a share of the decoder layers, in [0, 1).
+        threshold: lowest similarity to the dense model, up to 1 (see `criterion`).
+        merge: "top" keeps a window's highest layer whole, "difference_sum" is the paper's sum of
+            differences, "released" what its code really does, "mean" the mean of all weights.
+        criterion: similarity of two models: "cosine" (the paper) or "cka" of the final hidden
+            states, "kl" is exp(-KL) and "nll" the ratio of their perplexities.
+        limit: what the threshold is for: "model" is the similarity of the merged model (the
+            paper), "merge" the share of it that one more layer may leave. None takes "model" with
+            a threshold and "merge" with a target: that spreads the loss over the depth, where
+            "model" spends it on the highest layers, which come first.
+        ignore_first_tokens: tokens at the start of each window that do not count, for models with
+            attention sinks there.
+        protected: layers that no window may contain; the paper spares the last one.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        num_layers: int | None = None,
+        ratio: float | None = None,
+        threshold: float | None = None,
+        merge: Literal["top", "difference_sum", "released", "mean"] = "top",
+        criterion: Literal["cosine", "cka", "kl", "nll"] = "nll",
+        limit: Literal["model", "merge"] | None = None,
+        ignore_first_tokens: int = 0,
+        protected: list[int] | None = None,
+    ) -> None:
+        if threshold is None:
+            layers_to_remove(ratio, num_layers, 1 << 30)  # checks them
+        elif (num_layers, ratio) != (None, None) or not threshold <= 1:
+            raise ValueError(
+                f"threshold={threshold}, num_layers={num_layers}, ratio={ratio}: give exactly one, "
+                "and a threshold of at most 1, which no merged model exceeds by much"
+            )
+        for name, value, known in (
+            ("merge", merge, MERGES),
+            ("criterion", criterion, CRITERIA),
+            ("limit", limit, (None, "model", "merge")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, known))}")
+        if ignore_first_tokens < 0:
+            raise ValueError(f"ignore_first_tokens={ignore_first_tokens} must be at least 0")
+        self.num_layers, self.ratio, self.threshold = num_layers, ratio, threshold
+        self.merge, self.criterion = merge, criterion
+        self.limit = limit or ("merge" if threshold is None else "model")
+        self.ignore_first_tokens = ignore_first_tokens
+        self.protected = [-1] if protected is None else list(protected)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Check that the target can be reached and the layers can be merged.
+
+        Raises:
+            ValueError: if it cannot, or the layers depend on each other.
+            TypeError: if weights are quantized, or layers of different kinds would be mixed.
+        """
+        total = len(decoder_layers(model))
+        protected = resolve_indices(self.protected, total)
+        most, target = most_removable(total, protected), self._target(total)
+        if target is not None and target > most:
+            raise ValueError(
+                f"{target} of {total} layers to remove, but windows that spare protected="
+                f"{sorted(protected)} can remove at most {most}; remove fewer or protect fewer"
+            )
+        check_removable(model)
+        check_mergeable(model, self.merge)
+
+    @torch.no_grad()
+    def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
+        """Choose the windows to merge; the model is unchanged.
+
+        Args:
+            model: the dense model.
+            windows: calibration windows, token ids (N, T), or a mapping with attention_mask.
+
+        Raises:
+            ValueError: if the arguments or the windows do not fit the model.
+            TypeError: if its layers cannot be merged, or run one by one.
+        """
+        self.check(model)
+        check_windows(model, windows)
+        with Replay(
+            model,
+            windows,
+            self.criterion,
+            ignore_first_tokens=self.ignore_first_tokens,
+            device=self.device,
+            offload=self.offload_activations,
+        ) as replay:
+            best, threshold = self._find(model, replay)
+            cka = self._cka(replay)
+        total = len(decoder_layers(model))
+        if not best.groups:
+            log.warning("threshold=%s merges no layer; take a lower one", self.threshold)
+        return self.decided(
+            model,
+            windows,
+            MergeLayers(tuple((*range(a, b + 1),) for a, b in best.groups), self.merge),
+            scores={"similarity_down_to_here": [best.trace.get(i) for i in range(total)]},
+            found={
+                "threshold": threshold,
+                "similarity": best.similarity,
+                "variants_measured": replay.measurements,
+                "layer_forwards": replay.layer_forwards,
+                **({"cka": cka} if cka else {}),
+            },
+        )
+
+    def _target(self, total: int) -> int | None:
+        if self.threshold is not None:
+            return None
+        return layers_to_remove(self.ratio, self.num_layers, total)
+
+    def _find(self, model: PreTrainedModel, replay: Replay) -> tuple[Slide, float]:
+        """Return the best pass and its threshold."""
+        total, known = len(replay.units), dict[Groups, float]()
+        merged: dict[tuple[int, int], Unit] = {}
+        target = self._target(total)
+        # What the loop costs that runs the whole model for each window, with one threshold.
+        budget = (total - 2) * (total - target) if target else float("inf")
+        passes = 0
+
+        def score(groups: Groups) -> float:
+            if groups not in known:
+                if passes and replay.layer_forwards >= budget:
+                    raise SpentError
+                for window in {*merged} - {*groups}:  # no more copies than there are windows
+                    del merged[window]
+                for low, high in {*groups} - {*merged}:
+                    layer = merged_layer(model, range(low, high + 1), self.merge)
+                    merged[low, high] = Unit(layer, high)
+                known[groups] = replay.score(groups[-1][0], _variant(replay.units, merged))
+            return known[groups]
+
+        def run(threshold: float) -> Slide:
+            nonlocal passes
+            found = slide(
+                score,
+                total,
+                threshold,
+                by_merge=self.limit == "merge",
+                protected=resolve_indices(self.protected, total),
+                target=target,
+            )
+            passes += 1
+            return found
+
+        if self.threshold is not None:
+            return run(self.threshold), self.threshold
+        if target == 0:
+            return Slide(), 1.0
+        assert target is not None
+        return search(run, target, lambda: replay.layer_forwards < budget)
+
+    def _cka(self, replay: Replay) -> list[list[float]]:
+        """Return the CKA of all L + 1 hidden states for the picture; empty if it cannot be had.
+
+        Without the first token: where it is a sink, the linear kernel sees little else.
+        """
+        ignored = max(1, self.ignore_first_tokens)
+        cka = CKA(len(replay.inputs))
+        for batch, mask in enumerate(replay.walk.masks):
+            shape = replay.inputs[0][batch].shape[:2]
+            counted = counted_positions(mask, shape, ignored)
+            assert counted is not None
+            where = counted.to(replay.walk.store)
+            cka.update(states[batch][where] for states in replay.inputs)
+        try:
+            return [[round(value, 4) for value in row] for row in cka.result().tolist()]
+        except ValueError as error:
+            log.warning("no CKA map: %s", error)
+            return []
+
+
+def _variant(units: Sequence[Unit], merged: Mapping[tuple[int, int], Unit]) -> list[Unit]:
+    """Return the layers of a merged model from its lowest window on."""
+    tops = {high: (low, unit) for (low, high), unit in merged.items()}
+    found, place = [], len(units) - 1
+    while place >= min(low for low, _ in merged):
+        low, unit = tops.get(place, (place, units[place]))
+        found.append(unit)
+        place = low - 1
+    return found[::-1]

@@ -1,0 +1,162 @@
+"""Width pruning: fewer attention heads and MLP neurons, as many in every layer; a stock model.
+
+For the combination with depth that SLM reports (arXiv:2502.19159): depth first, then width. Whole
+key-value groups go, with their query heads. Each layer keeps its own best groups and neurons; what
+the scores mean is in prunelight/width.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunelight.calibration import Windows, check_windows
+from prunelight.callbacks.base import PruningCallback
+from prunelight.plan import Plan
+from prunelight.steps import PruneWidth
+from prunelight.width import (
+    SCORES,
+    allowed_groups,
+    check_width,
+    width_scores,
+    widths_of,
+)
+
+log = logging.getLogger(__name__)
+
+
+class WidthPruning(PruningCallback):
+    """Prune attention heads and MLP neurons to uniform widths.
+
+    Args:
+        neuron_ratio: share of the MLP neurons to remove, in [0, 1); the number left is rounded to
+            the nearest multiple of `multiple`.
+        head_ratio: share of the key-value groups to remove, in [0, 1); the number left is rounded
+            to the nearest that the config class accepts.
+        intermediate_size: neurons that are left, instead of `neuron_ratio`.
+        num_key_value_heads: groups that are left, instead of `head_ratio`.
+        score: "wanda", "fluctuation" (FLAP) or "taylor" (LLM-Pruner; needs gradients).
+        multiple: what the number of neurons must be a multiple of, for fast kernels.
+        correction: fit the output projections on the calibration windows to what they gave with
+            all inputs, by least squares.
+
+    Raises:
+        ValueError: if an argument is out of its range, given twice, or nothing is asked for.
+    """
+
+    def __init__(
+        self,
+        neuron_ratio: float | None = None,
+        head_ratio: float | None = None,
+        intermediate_size: int | None = None,
+        num_key_value_heads: int | None = None,
+        score: Literal["taylor", "wanda", "fluctuation"] = "wanda",
+        multiple: int = 64,
+        correction: bool = True,
+    ) -> None:
+        pairs = (
+            ("neuron_ratio", neuron_ratio, "intermediate_size", intermediate_size),
+            ("head_ratio", head_ratio, "num_key_value_heads", num_key_value_heads),
+        )
+        for name, ratio, other, number in pairs:
+            if ratio is not None and number is not None:
+                raise ValueError(f"{name}={ratio} and {other}={number}: give one of the two")
+            if ratio is not None and not 0 <= ratio < 1:
+                raise ValueError(f"{name}={ratio} must lie in [0, 1); 0.2 removes one in five")
+            if number is not None and number < 1:
+                raise ValueError(f"{other}={number} must be at least 1")
+        if all(x is None for x in (*pairs[0][1::2], *pairs[1][1::2])):
+            raise ValueError("nothing to prune: give neuron_ratio, head_ratio, or what is left")
+        if score not in SCORES:
+            raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}")
+        if multiple < 1:
+            raise ValueError(f"multiple={multiple} must be at least 1")
+        if intermediate_size is not None and intermediate_size % multiple:
+            near = max(1, round(intermediate_size / multiple)) * multiple
+            raise ValueError(
+                f"intermediate_size={intermediate_size} must be a multiple of {multiple}; take "
+                f"{near}, or set multiple"
+            )
+        self.neuron_ratio, self.head_ratio = neuron_ratio, head_ratio
+        self.intermediate_size, self.num_key_value_heads = intermediate_size, num_key_value_heads
+        self.score, self.multiple, self.correction = score, multiple, correction
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Check that the model has the widths that are asked for.
+
+        Raises:
+            ValueError: if it has fewer, or its config class does not accept the number of heads.
+            TypeError: if attention and MLP of the family are not known, or weights are quantized.
+        """
+        groups, neurons = self._targets(model)
+        total = model.config.num_hidden_layers
+        kept = {str(i): tuple(range(groups or 1)) for i in range(total)}
+        wide = {str(i): tuple(range(neurons or 1)) for i in range(total)}
+        step = PruneWidth(kept if groups else {}, wide if neurons else {})
+        check_width(model, step)
+
+    @torch.no_grad()
+    def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
+        """Choose the groups and neurons that every layer keeps; the model is unchanged.
+
+        Raises:
+            ValueError: if the arguments or the windows do not fit the model, or activations or
+                gradients are NaN or Inf.
+            TypeError: if attention and MLP of the family are not known.
+        """
+        self.check(model)
+        check_windows(model, windows)
+        groups, neurons = self._targets(model)
+        scores = width_scores(model, windows, self.score)
+        heads, head_shares = _best(scores["heads"], groups)
+        wide, neuron_shares = _best(scores["neurons"], neurons)
+        told = {"head_score_kept": head_shares, "neuron_score_kept": neuron_shares}
+        found = {"num_key_value_heads": groups, "intermediate_size": neurons}
+        return self.decided(
+            model,
+            windows,
+            PruneWidth(heads, wide, self.correction),
+            scores={name: shares for name, shares in told.items() if shares},
+            found={name: count for name, count in found.items() if count},
+        )
+
+    def _targets(self, model: PreTrainedModel) -> tuple[int | None, int | None]:
+        """Return the groups and neurons that are left; None leaves them as they are.
+
+        Raises:
+            ValueError: if the model has fewer, or they cannot be had.
+        """
+        widths = widths_of(model)
+        groups, neurons = self.num_key_value_heads, self.intermediate_size
+        if self.head_ratio is not None:
+            wanted = widths.groups * (1 - self.head_ratio)
+            groups = min(allowed_groups(model), key=lambda count: abs(count - wanted))
+            if self.head_ratio and groups == widths.groups:
+                log.warning("head_ratio=%s removes none of %d groups", self.head_ratio, groups)
+        if self.neuron_ratio is not None:
+            wanted = widths.neurons * (1 - self.neuron_ratio)
+            neurons = max(1, round(wanted / self.multiple)) * self.multiple
+        if neurons is not None and neurons > widths.neurons:
+            raise ValueError(
+                f"intermediate_size={neurons} must be at most the model's {widths.neurons}; lower "
+                f"it, or multiple={self.multiple}"
+            )
+        return groups, neurons
+
+
+def _best(
+    scores: list[Tensor], count: int | None
+) -> tuple[dict[str, tuple[int, ...]], list[float]]:
+    """Return the `count` best of each layer, and the share of the layer's scores that they have."""
+    if count is None or not scores:
+        return {}, []
+    kept = [torch.topk(score, count).indices.sort().values for score in scores]
+    shares = [
+        (score[k].sum() / score.sum().clamp(min=1e-30)).item()
+        for score, k in zip(scores, kept, strict=True)
+    ]
+    return {str(i): tuple(k.tolist()) for i, k in enumerate(kept)}, shares

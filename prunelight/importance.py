@@ -1,0 +1,113 @@
+"""Importance of whole decoder layers by their weights or by what the model loses without them.
+
+Magnitude, first-order Taylor and perplexity are the scores of Shortened LLaMA (arXiv:2402.02834,
+Section 2.3). Taylor needs the gradients of the calibration loss; they are summed in float32,
+whatever the model's dtype, and freed as soon as they are added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunelight.architecture import decoder_layers, layers_path
+from prunelight.calibration import Windows, evaluating, micro_batches
+from prunelight.metrics import next_token_loss
+from prunelight.replay import Replay
+from prunelight.steps import layer_of
+from prunelight.windows import IGNORED_LABEL
+
+_TRAINING_TOKENS = 1024  # of a micro-batch with gradients
+
+
+def layer_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Return all parameters of the decoder layers, by name."""
+    layers, path = decoder_layers(model), layers_path(model)
+    return {f"{path}.{name}": parameter for name, parameter in layers.named_parameters()}
+
+
+def saliencies(
+    model: PreTrainedModel, windows: Windows, parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, Tensor]:
+    """Return |W * dL/dW| of parameters, L the mean next-token loss over all windows; float32.
+
+    The gradient is summed over all windows before the absolute value is taken.
+
+    Args:
+        model: unchanged, its gradients included.
+        windows: token ids (N, T), or with an attention_mask.
+        parameters: name -> parameter of the model.
+
+    Raises:
+        ValueError: if a gradient is NaN or Inf; names the parameter.
+    """
+    wanted = {id(parameter): name for name, parameter in parameters.items()}
+    flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    sums: dict[str, Tensor] = {}
+
+    def add(parameter: Tensor) -> None:
+        name = wanted[id(parameter)]
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        sums[name] = gradient if name not in sums else sums[name].add_(gradient)
+        parameter.grad = None
+
+    handles = []
+    with evaluating(model):
+        try:
+            for parameter in flags:
+                parameter.grad = None
+                parameter.requires_grad_(id(parameter) in wanted)
+            for parameter in parameters.values():
+                handles.append(parameter.register_post_accumulate_grad_hook(add))
+            total = 0
+            for batch in micro_batches(model, windows, tokens=_TRAINING_TOKENS, label="gradients"):
+                labels = batch["input_ids"]
+                if "attention_mask" in batch:
+                    labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+                tokens = int((labels[:, 1:] != IGNORED_LABEL).sum())
+                with torch.enable_grad():
+                    loss = next_token_loss(model(**batch).logits, labels) * tokens
+                    loss.backward()
+                total += tokens
+            found = {n: (p * sums[n]).abs_().div_(total) for n, p in parameters.items()}
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, (required, gradient) in flags.items():
+                parameter.requires_grad_(required)
+                parameter.grad = gradient
+    for name, saliency in found.items():
+        if not bool(saliency.isfinite().all()):
+            raise ValueError(
+                f"the gradient of {name} is NaN or Inf; load the model in bfloat16 or float32"
+            )
+    return found
+
+
+def taylor_scores(model: PreTrainedModel, windows: Windows) -> list[float]:
+    """Return sum |W * dL/dW| over all parameters of each decoder layer, norms included."""
+    parameters, path = layer_parameters(model), layers_path(model)
+    scores = [0.0] * len(decoder_layers(model))
+    for name, saliency in saliencies(model, windows, parameters).items():
+        scores[layer_of(name, path)] += saliency.double().sum().item()
+    return scores
+
+
+@torch.no_grad()
+def magnitude_scores(model: PreTrainedModel) -> list[float]:
+    """Return sum |W| over all parameters of each decoder layer; no data, no forward."""
+    return [
+        sum(p.float().abs().sum(dtype=torch.float32).item() for p in layer.parameters())
+        for layer in decoder_layers(model)
+    ]
+
+
+def perplexity_scores(replay: Replay) -> list[float]:
+    """Return by how much the mean NLL rises, in nats, when each decoder layer alone is removed."""
+    units = replay.units
+    return [-math.log(replay.score(i, units[i + 1 :])) for i in range(len(units))]

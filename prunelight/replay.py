@@ -1,0 +1,120 @@
+"""Comparing many variants of a model that share its first layers, without running those again.
+
+The input of every decoder layer is kept once, (L + 1) N T D numbers; a variant then runs only its
+own layers and those above them. No copy of the model, and no head unless the criterion needs it.
+"""
+
+# N windows, T tokens, D hidden, L layers
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from prunelight.architecture import decoder_layers
+from prunelight.calibration import Windows
+from prunelight.similarity import Similarity, similarity_to
+from prunelight.walk import LayerWalk
+
+
+class Unit(NamedTuple):
+    """A layer of a variant, and the decoder layer of the model as which it is called."""
+
+    layer: nn.Module
+    index: int
+
+
+class Replay:
+    """Similarities of variants to a model; a context manager.
+
+    Attributes:
+        walk: over the model.
+        units: layers of the present variant, at first those of the model.
+        inputs: what each of them gets, and at the end what the last puts out: one list of
+            micro-batches (B, T, D) each.
+        layer_forwards: how often the calibration windows have gone through a layer so far.
+        measurements: how often two models have been compared.
+
+    Args:
+        model: unchanged.
+        windows: token ids (N, T), or with an attention_mask.
+        criterion: see `similarity.similarity_to`.
+        ignore_first_tokens: tokens at the start of each sequence that do not count.
+        device: where the layers compute, one at a time; None takes the model's own.
+        offload: keep the inputs on the CPU.
+
+    Raises:
+        ValueError: on entry, if the criterion is unknown or no token counts.
+        TypeError: on entry, if the layers cannot be run one by one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Windows,
+        criterion: str,
+        *,
+        ignore_first_tokens: int = 0,
+        device: torch.device | None = None,
+        offload: bool = False,
+    ) -> None:
+        self.walk = LayerWalk(model, windows, device=device, offload=offload)
+        self.criterion, self.ignore_first_tokens = criterion, ignore_first_tokens
+        self.units = [Unit(layer, i) for i, layer in enumerate(decoder_layers(model))]
+        self.inputs: list[list[Tensor]] = []
+        self.layer_forwards, self.measurements = 0, 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Replay:
+        """Run the model once, layer by layer, and keep what each layer gets."""
+        with ExitStack() as stack:
+            stack.enter_context(self.walk)
+            self.inputs = [list(self.walk.states)]
+            self._extend()
+            ignored = self.ignore_first_tokens
+            self._similarity: Similarity = similarity_to(
+                self.walk, self.inputs[-1], self.criterion, ignore_first_tokens=ignored
+            )
+            bar = tqdm(desc=self.criterion, unit=" variants", disable=None, leave=False)
+            self._bar = stack.enter_context(bar)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Restore the model, on errors too."""
+        self._stack.close()
+        self.inputs.clear()
+
+    def score(self, start: int, units: Sequence[Unit]) -> float:
+        """Return the similarity of the variant whose layers from place `start` on are `units`."""
+        states = self.inputs[start]
+        for unit in units:
+            states = self._run(unit, states)
+        self.measurements += 1
+        self._bar.update()
+        return self._similarity(states)
+
+    def replace(self, start: int, units: Sequence[Unit]) -> None:
+        """Go on with the variant whose layers from place `start` on are `units`."""
+        self.units[start:] = units
+        del self.inputs[start + 1 :]
+        self._extend()
+
+    def _extend(self) -> None:
+        for unit in self.units[len(self.inputs) - 1 :]:
+            states = self._run(unit, self.inputs[-1])
+            self.inputs.append([state.to(self.walk.store) for state in states])
+
+    def _run(self, unit: Unit, states: Sequence[Tensor]) -> list[Tensor]:
+        self.layer_forwards += 1
+        with self.walk.placed(unit.layer):
+            return [
+                self.walk.call(unit.layer, unit.index, batch, state)
+                for batch, state in enumerate(states)
+            ]

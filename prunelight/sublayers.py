@@ -1,0 +1,160 @@
+"""Decoder layers without attention or without MLP (LLM-Drop, arXiv:2406.15786), as models.
+
+No stock config can say that a layer has no attention. So each family that supports it has a
+registered class here, whose config lists what was dropped: after `import prunelight`,
+`AutoModelForCausalLM.from_pretrained` loads it. A dropped sublayer keeps neither weights nor
+its norm, computes nothing, and an attention takes no room in the cache.
+"""
+
+# B sequences, T tokens, D hidden
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from prunelight.architecture import (
+    ARCHITECTURES,
+    REGISTERED_PREFIX,
+    Sublayers,
+    decoder_layers,
+    layer_matrices,
+    sublayers_of,
+)
+from prunelight.steps import DropSublayers
+
+Sublayer: TypeAlias = Literal["attention", "mlp"]
+SUBLAYERS: tuple[Sublayer, Sublayer] = ("attention", "mlp")
+
+
+class DroppedSublayer(nn.Module):
+    """Stands where an attention or MLP was: adds nothing to the hidden states."""
+
+    def __init__(self, pair: bool) -> None:
+        super().__init__()
+        self.pair = pair  # attentions return their weights too
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return a zero, whatever the arguments."""
+        zero = hidden_states.new_zeros(())
+        return (zero, None) if self.pair else zero
+
+
+class _WithDropped:
+    """What the registered classes add to the class of their family."""
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        model: Any = self
+        take_out(model, sublayers_of(model))
+
+
+def take_out(model: PreTrainedModel, names: Sublayers) -> None:
+    """Take the sublayers that the config lists, and their norms, out of the model, in place."""
+    config: Any = model.config
+    for name in SUBLAYERS:
+        flags = getattr(config, f"drop_{name}", None) or []
+        for layer, dropped in zip(decoder_layers(model), flags, strict=bool(flags)):
+            if dropped:
+                setattr(layer, getattr(names, name), DroppedSublayer(name == "attention"))
+                setattr(layer, getattr(names, f"{name}_norm"), nn.Identity())
+
+
+def _register() -> dict[str, type[PreTrainedModel]]:
+    """Register a config and a model class for each family; returns the models by family."""
+    classes = {}
+    for family, entry in ARCHITECTURES.items():
+        if entry.sublayers is None or not entry.sublayers.droppable:
+            continue
+        stock_config = CONFIG_MAPPING[family]
+        stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+        name = stock.__name__.removesuffix("ForCausalLM")
+        fields = {"model_type": REGISTERED_PREFIX + family, "__module__": __name__}
+        fields |= {"drop_attention": None, "drop_mlp": None}
+        annotations = dict.fromkeys(("drop_attention", "drop_mlp"), "list[bool] | None")
+        fields["__annotations__"] = annotations
+        config = type(f"Prunelight{name}Config", (stock_config,), fields)
+        body = {"config_class": config, "__module__": __name__}
+        model = type(f"Prunelight{name}ForCausalLM", (_WithDropped, stock), body)
+        globals()[config.__name__], globals()[model.__name__] = config, model
+        AutoConfig.register(REGISTERED_PREFIX + family, config)
+        AutoModelForCausalLM.register(config, model)
+        classes[family] = model
+    return classes
+
+
+CLASSES = _register()
+
+
+def check_droppable(
+    model: PreTrainedModel, step: DropSublayers, removed: Collection[int] = ()
+) -> None:
+    """Check a step against a model of which earlier steps of the plan remove some layers.
+
+    Raises:
+        TypeError: if the family has no registered class, or weights are quantized.
+        ValueError: if the attention that leads the cache would go.
+    """
+    names = sublayers_of(model)
+    if not names.droppable:
+        raise TypeError(
+            f"{model.config.model_type} has norms after its sublayers, which cannot be dropped "
+            f"alone; families that can: {', '.join(sorted(CLASSES))}"
+        )
+    layer_matrices(model, 0)  # refuses quantized weights
+    leading = sorted(leading_attentions(model, removed) & set(step.attention))
+    if leading:
+        raise ValueError(
+            f"attention={leading} must stay: it is the first of its kind, and the cache counts its "
+            "tokens there"
+        )
+
+
+def fixed_sublayers(model: PreTrainedModel, name: str) -> set[int]:
+    """Return the layers whose "attention" or "mlp" cannot be dropped: gone, or leads the cache."""
+    flags = getattr(model.config, f"drop_{name}", None) or []
+    gone = {index for index, dropped in enumerate(flags) if dropped}
+    return gone | (leading_attentions(model) if name == "attention" else set())
+
+
+def leading_attentions(model: PreTrainedModel, removed: Collection[int] = ()) -> set[int]:
+    """Return the layers whose attention leads the cache: the first that is left of each kind."""
+    total = model.config.num_hidden_layers
+    kinds = getattr(model.config, "layer_types", None) or ["all"] * total
+    left = [i for i in range(total) if i not in removed]
+    return {next(i for i in left if kinds[i] == kinds[other]) for other in left}
+
+
+@torch.no_grad()
+def drop_sublayers(
+    model: PreTrainedModel, attention: Sequence[int], mlp: Sequence[int]
+) -> PreTrainedModel:
+    """Drop sublayers in place; the model and its config become those of the registered class.
+
+    Args:
+        model: of a family that supports it.
+        attention: layers that lose their attention.
+        mlp: layers that lose their MLP.
+
+    Raises:
+        TypeError, ValueError: see `check_droppable`.
+    """
+    check_droppable(model, DropSublayers(tuple(attention), tuple(mlp)))
+    config: Any = model.config
+    for name, layers in (("attention", attention), ("mlp", mlp)):
+        flags = getattr(config, f"drop_{name}", None) or [False] * config.num_hidden_layers
+        setattr(config, f"drop_{name}", [x or i in layers for i, x in enumerate(flags)])
+    made = CLASSES[config.model_type.removeprefix(REGISTERED_PREFIX)]
+    config.__class__ = made.config_class
+    config.architectures = [made.__name__]
+    model.__class__ = made
+    take_out(model, sublayers_of(model))
+    return model

@@ -1,0 +1,274 @@
+"""Depth pruning on SmolLM2-135M: perplexity of methods, and what the sliding search costs.
+
+    python tests/benchmarks/depth.py quality --calibration c4.jsonl --evaluation wiki.test.txt
+    python tests/benchmarks/depth.py recover --calibration c4.jsonl --evaluation wiki.test.txt
+    python tests/benchmarks/depth.py cost
+    python tests/benchmarks/depth.py speed
+
+Methods are calibrated on the first half of the documents of `--calibration` and evaluated on
+`--evaluation` and on the second half. Without files, both texts are those that come with
+prunelight. Ratios are taken in one run, the two sides in turn.
+"""
+
+import argparse
+import copy
+import re
+import statistics
+import time
+from collections import Counter
+
+import lightning.pytorch as pl
+import torch
+
+import prunelight
+from prunelight.architecture import decoder_layers
+from prunelight.calibration import evaluating, micro_batches
+from prunelight.callbacks import (
+    SLEB,
+    ShortenedLlama,
+    ShortGPT,
+    SlidingLayerMerging,
+    WidthPruning,
+)
+from prunelight.data import TextDataModule
+from prunelight.evaluation import LatencyProtocol, measure_latency, measure_speed, measuring
+from prunelight.merging import merged_layer
+from prunelight.metrics import parameter_bytes, parameter_count
+from prunelight.module import RecoveryModule
+from prunelight.recovery import LoRA
+from prunelight.windows import calibration_windows, read_documents
+
+CPU = torch.device("cpu")
+MERGES = ("top", "difference_sum", "released", "mean")
+CRITERIA = ("nll", "kl", "cka", "cosine")
+
+
+def with_width(model, windows, method, count):
+    """Apply a depth method, then prune neurons until the parameters are those of `count` layers."""
+    target = parameter_count(model) - count * parameter_count(decoder_layers(model)[0])
+    pruned = apply(model, windows, method) if method else copy.deepcopy(model)
+    width, hidden = pruned.config.intermediate_size, pruned.config.hidden_size
+    per_neuron = 3 * hidden * len(decoder_layers(pruned))
+    wanted = width - (parameter_count(pruned) - target) / per_neuron
+    narrow = WidthPruning(intermediate_size=32 * round(wanted / 32), multiple=32)
+    return prunelight.apply(pruned, narrow.plan(pruned, windows), windows)
+
+
+def apply(model, windows, method):
+    pruned = copy.deepcopy(model)
+    return prunelight.apply(pruned, method.plan(pruned, windows), windows)
+
+
+def methods():
+    """Name -> what makes a model with as many parameters as if `count` layers were removed."""
+
+    def plain(make):
+        return lambda model, windows, count: apply(model, windows, make(count))
+
+    found = {
+        "ShortGPT": plain(lambda n: ShortGPT(num_layers=n)),
+        "angular": plain(lambda n: ShortGPT(num_layers=n, score="angular")),
+        "SLEB": plain(lambda n: SLEB(num_layers=n)),
+        "Shortened LLaMA, perplexity": plain(lambda n: ShortenedLlama(num_layers=n)),
+        "Shortened LLaMA, Taylor": plain(lambda n: ShortenedLlama(num_layers=n, score="taylor")),
+        "Shortened LLaMA, magnitude": plain(
+            lambda n: ShortenedLlama(num_layers=n, score="magnitude")
+        ),
+    }
+    for limit in ("merge", "model"):
+        for merge in MERGES:
+            for criterion in CRITERIA:
+                if merge == "top" or criterion in ("nll", "cosine"):
+                    found[f"SLM, {merge}, {criterion}, limit {limit}"] = plain(
+                        lambda n, m=merge, c=criterion, x=limit: SlidingLayerMerging(
+                            num_layers=n, merge=m, criterion=c, limit=x
+                        )
+                    )
+    found["width alone"] = lambda m, w, n: with_width(m, w, None, n)
+    found["SLM of 3 layers less, then width"] = lambda m, w, n: with_width(
+        m, w, SlidingLayerMerging(num_layers=n - 3) if n > 3 else None, n
+    )
+    return found
+
+
+def quality(model, data, counts, pattern):
+    evaluated = data[1:]
+    print("dense", told(prunelight.perplexity(model, e) for e in evaluated), flush=True)
+    for name, make in methods().items():
+        if not re.search(pattern, name):
+            continue
+        for count in counts:
+            pruned = make(model, data[0], count)
+            found = told(prunelight.perplexity(pruned, e) for e in evaluated)
+            size = parameter_count(pruned) / 1e6
+            print(f"{name} | {30 - count} layers | {size:.1f}M | {found}", flush=True)
+
+
+def recover(model, tokenizer, data, counts, pattern, steps):
+    """Perplexity before and after LoRA on the bundled text, the same for each method."""
+    for name, make in methods().items():
+        if not re.search(pattern, name):
+            continue
+        for count in counts:
+            pl.seed_everything(0, verbose=False)
+            module = RecoveryModule(
+                "in memory", lora=LoRA(dropout=0.0), learning_rate=1e-3, warmup_steps=5
+            )
+            module.model, module.tokenizer = make(model, data[0], count), tokenizer
+            before = told(prunelight.perplexity(module.model, e) for e in data[1:])
+            loader = TextDataModule(tokenizer, batch_size=2).train_dataloader()
+            trainer = pl.Trainer(
+                accelerator="cpu",
+                max_steps=steps,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                default_root_dir=f"/tmp/prunelight-benchmark/{abs(hash(name))}-{count}",
+            )
+            trainer.fit(module, loader)
+            after = told(prunelight.perplexity(module.model, e) for e in data[1:])
+            print(f"{name} | {30 - count} layers | {before} -> {after}", flush=True)
+
+
+def naive_layer_forwards(model, windows, threshold, calls):
+    """Run the released loop with one threshold: a copy of the model and a whole forward for each
+    candidate, counting the layers that run."""
+    loss = mean_nll(model, windows, calls)
+    layers, high, groups = list(decoder_layers(model)), 28, []
+    low, before = 27, 1.0
+    while low >= 0:
+        candidate = copy.deepcopy(model)
+        kept = dict(enumerate(layers))
+        for a, b in [*groups, (low, high)]:
+            kept[b] = merged_layer(model, range(a, b + 1), "top")
+            for gone in range(a, b):
+                kept.pop(gone, None)
+        candidate.model.layers = torch.nn.ModuleList(copy.deepcopy(list(kept.values())))
+        candidate.config.num_hidden_layers = len(kept)
+        similarity = float(torch.exp(torch.tensor(loss - mean_nll(candidate, windows, calls))))
+        if similarity / before >= threshold:
+            before, low = similarity, low - 1
+        elif low + 1 != high:
+            groups.append((low + 1, high))
+            high = low  # the released loop measures the committed model once more
+            calls["layers"] += len(kept) + 1
+            low -= 1
+        else:
+            high, low = high - 1, low - 1
+
+
+def mean_nll(model, windows, calls):
+    total = 0.0
+    with evaluating(model):
+        for batch in micro_batches(model, windows):
+            total += model(**batch, labels=batch["input_ids"]).loss.item() * len(batch["input_ids"])
+    calls["layers"] += len(decoder_layers(model))
+    calls["heads"] += 1
+    return total / len(windows)
+
+
+def cost(model, windows, counts):
+    plans = {n: None for n in counts}
+    for count in counts:
+        method = SlidingLayerMerging(num_layers=count)
+        with evaluating(model):
+            start = time.perf_counter()
+            for batch in micro_batches(model, windows):
+                model(**batch)
+            unit = time.perf_counter() - start
+        with measuring(CPU) as idle:
+            pass
+        with measuring(CPU) as phase:
+            plan = plans[count] = method.plan(model, windows)
+        above = (phase.peak_bytes - idle.peak_bytes) / parameter_bytes(model)
+        threshold = plan.found["threshold"]
+        one = SlidingLayerMerging(threshold=threshold, limit="merge").plan(model, windows)
+        calls = Counter()
+        start = time.perf_counter()
+        naive_layer_forwards(model, windows, threshold, calls)
+        naive = time.perf_counter() - start
+        print(
+            f"{30 - count} layers: search {plan.found['layer_forwards']} layer forwards, one "
+            f"threshold {one.found['layer_forwards']}, naive loop with one threshold "
+            f"{calls['layers']} and {calls['heads']} heads; search {phase.seconds / unit:.1f} F, "
+            f"naive {naive / unit:.1f} F; memory above the loaded model {above:.2f} checkpoints",
+            flush=True,
+        )
+
+
+def speed(model, tokenizer, counts, rounds):
+    protocol = LatencyProtocol(num_tokens=32, num_warmup=1, num_runs=3)
+    for count in counts:
+        pruned = apply(model, None, FirstLayers(count))
+        pairs = {"prefill": [], "decode": [], "latency of the protocol": []}
+        for _ in range(rounds):
+            dense, small = measure_speed(model), measure_speed(pruned)
+            pairs["prefill"].append(small.prefill / dense.prefill)
+            pairs["decode"].append(small.decode / dense.decode)
+            times = [measure_latency(m, tokenizer, protocol).seconds for m in (model, pruned)]
+            pairs["latency of the protocol"].append(times[0] / times[1])
+        goal = 30 / (30 - count)
+        for name, ratios in pairs.items():
+            median = statistics.median(ratios)
+            print(f"{30 - count} layers, {name}: {median:.3f} (1 / share {goal:.3f})", told(ratios))
+
+
+class FirstLayers:
+    """Removes the layers in the middle: which ones does not matter for speed."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def plan(self, model, windows):
+        from prunelight.plan import Plan, describe_model
+        from prunelight.steps import RemoveLayers
+
+        layers = tuple(range(10, 10 + self.count))
+        return Plan("by hand", {}, describe_model(model), (RemoveLayers(layers),))
+
+
+def told(values):
+    return ", ".join(f"{value:.2f}" for value in values)
+
+
+def documents(path):
+    return [row["text"] for row in read_documents(path)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("quality", "recover", "cost", "speed"))
+    parser.add_argument("--calibration", default="sample:calibration")
+    parser.add_argument("--evaluation", default="sample:validation")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--validation-samples", type=int, default=16)
+    parser.add_argument("--counts", type=int, nargs="*", default=[3, 6, 9])
+    parser.add_argument("--methods", default="", help="a regular expression of names")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    model, tokenizer = prunelight.load("smollm2-135m", dtype="bfloat16")
+    texts = documents(options.calibration)
+    half = len(texts) // 2 or len(texts)
+    windows = calibration_windows(
+        tokenizer, texts[:half], options.samples, options.seq_len, seed=options.seed
+    )
+    held_out = [documents(options.evaluation), *([texts[half:]] if len(texts) > 1 else [])]
+    evaluated = [
+        calibration_windows(tokenizer, text, options.validation_samples, 512) for text in held_out
+    ]
+    data = [windows, *evaluated]
+    if options.what == "quality":
+        quality(model, data, options.counts, options.methods)
+    elif options.what == "recover":
+        recover(model, tokenizer, data, options.counts, options.methods, options.steps)
+    elif options.what == "cost":
+        cost(model, windows, options.counts)
+    else:
+        speed(model, tokenizer, options.counts, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The analysis equals plain computations, changes nothing, and its files are whole or not there."""
+
+import json
+from dataclasses import asdict
+
+import matplotlib.image
+import pytest
+import torch
+from reference_sliding import debiased_cka
+from tiny import FAMILIES, NUM_LAYERS, tiny_model, token_windows
+
+import prunelight
+from prunelight.analysis import attention_to_first_token
+from prunelight.architecture import decoder_layers
+from prunelight.maps import plot_cka, write_analysis
+from prunelight.scoring import angular_distances, block_influences
+
+WINDOWS = token_windows(4, 24)
+
+
+def states_of(model, windows, **arguments):
+    found = []
+    handles = [
+        layer.register_forward_hook(lambda m, args, out: found.append((args[0], out)))
+        for layer in decoder_layers(model)
+    ]
+    with torch.no_grad():
+        model(windows, use_cache=False, **arguments)
+    for handle in handles:
+        handle.remove()
+    return [found[0][0], *(out for _, out in found)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_looked_at_and_is_unchanged(family):
+    model = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = model.config.to_dict()
+    found = prunelight.analyze(model, WINDOWS)
+    assert torch.tensor(found.cka).shape == (NUM_LAYERS + 1, NUM_LAYERS + 1)
+    assert len(found.block_influence) == NUM_LAYERS
+    assert len(found.token_norms["median"]) == NUM_LAYERS + 1
+    none = family in ("mamba", "mamba2", "rwkv", "falcon")  # Falcon keeps its weights to itself
+    assert len(found.attention_to_first_token) == (0 if none else NUM_LAYERS)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    assert model.config.to_dict() == config
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("ignored", [0, 1, 5])
+def test_what_is_told_is_what_a_plain_computation_gives(ignored):
+    model = tiny_model()
+    found = prunelight.analyze(model, WINDOWS, ignore_first_tokens=ignored)
+    states = [state[:, ignored:] for state in states_of(model, WINDOWS)]
+    for i in (0, 3, 6):
+        for j in (1, 3, 5):
+            expected = debiased_cka(states[i].flatten(0, 1), states[j].flatten(0, 1))
+            assert found.cka[i][j] == pytest.approx(expected, abs=1e-5)
+    influence = block_influences(model, WINDOWS, ignore_first_tokens=ignored)
+    assert found.block_influence == influence.mean
+    assert found.block_influence_first_token == influence.first_token
+    for size in range(1, NUM_LAYERS + 1):
+        expected = angular_distances(model, WINDOWS, size)
+        assert found.angular_distance[size - 1] == pytest.approx(expected, abs=1e-6)
+    norms = [state.norm(dim=-1) for state in states_of(model, WINDOWS)]
+    assert found.token_norms["largest"] == pytest.approx([n.max().item() for n in norms])
+    assert found.token_norms["median"] == pytest.approx([n.median().item() for n in norms])
+    assert found.token_norms["first token"] == pytest.approx([n[:, 0].mean().item() for n in norms])
+
+
+def test_padding_does_not_count():
+    model, short = tiny_model(), WINDOWS[:, :17]
+    ids = torch.cat([short, torch.full((4, 5), 7)], 1)
+    mask = torch.cat([torch.ones_like(short), torch.zeros(4, 5, dtype=torch.long)], 1)
+    plain, padded = (
+        asdict(prunelight.analyze(model, windows))
+        for windows in (short, {"input_ids": ids, "attention_mask": mask})
+    )
+    for name in ("cka", "block_influence", "token_norms", "angular_distance"):
+        flat = [torch.tensor(list(_numbers(x[name]))) for x in (plain, padded)]
+        assert torch.allclose(*flat, atol=1e-5), name
+
+
+def _numbers(value):
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
+    else:
+        yield value
+
+
+def test_attention_to_the_first_token_is_that_of_the_models_own_weights():
+    model = tiny_model("qwen3")
+    found = attention_to_first_token(model, WINDOWS)
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(WINDOWS, output_attentions=True, use_cache=False).attentions
+    expected = [layer[:, :, 1:, 0].mean().item() for layer in weights]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_rbf_kernel_sees_other_similarities():
+    model = tiny_model()
+    linear, rbf = (prunelight.analyze(model, WINDOWS, kernel=k).cka for k in ("linear", "rbf"))
+    assert linear[0][6] != pytest.approx(rbf[0][6], abs=1e-3)
+    assert rbf[3][3] == pytest.approx(1)
+
+
+def test_the_files_are_pictures_and_text(tmp_path):
+    found = asdict(prunelight.analyze(tiny_model(), WINDOWS))
+    files = write_analysis(tmp_path / "new", found)
+    names = ["analysis.json", "cka.png", "angular_distance.png", "layers.png", "analysis.md"]
+    assert [file.name for file in files] == names
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(names)
+    assert json.loads(files[0].read_text()) == found
+    for file in files[1:4]:
+        picture = matplotlib.image.imread(file)
+        assert picture.shape[0] > 400
+        assert picture[..., :3].std() > 0.05, "it is blank"
+        assert f"]({file.name})" in files[4].read_text()
+
+
+def test_the_heat_map_outlines_each_merged_window():
+    matrix = torch.eye(7).tolist()
+    axes = plot_cka(matrix, "title", [[1, 2], [4, 5, 6]]).axes[0]
+    boxes = [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in axes.patches]
+    assert boxes == [(1.5, 1.5, 2, 2), (4.5, 4.5, 3, 3)]  # state i + 1 is after layer i
+    assert not plot_cka(matrix, "title").axes[0].patches
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path, monkeypatch):
+    def disk_full(figure, path, **_):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", disk_full)
+    found = asdict(prunelight.analyze(tiny_model(), WINDOWS))
+    with pytest.raises(OSError, match="no space left"):
+        write_analysis(tmp_path, found)
+    assert [path.name for path in tmp_path.iterdir()] == ["analysis.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kernel": "cubic"}, "kernel='cubic' must be one of linear, rbf"),
+        ({"ignore_first_tokens": 24}, r"ignore_first_tokens=24 must lie in \[0, 23\]"),
+        ({"ignore_first_tokens": -1}, "ignore_first_tokens=-1 must lie in"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_forward(arguments, message, monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "forward", None)
+    with pytest.raises(ValueError, match=message):
+        prunelight.analyze(model, WINDOWS, **arguments)
+
+
+def test_broken_weights_are_named():
+    model = tiny_model()
+    decoder_layers(model)[2].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN in the hidden states after decoder layer 2"):
+        prunelight.analyze(model, WINDOWS)

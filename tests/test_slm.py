@@ -1,0 +1,432 @@
+"""SlidingLayerMerging and SLEB: the same decisions as whole forwards, at a fraction of the cost."""
+
+import copy
+import math
+
+import pytest
+import reference_sliding as reference
+import torch
+from tiny import FAMILIES, NUM_LAYERS, tiny_model, token_windows
+
+import prunelight
+from prunelight.architecture import decoder_layers
+from prunelight.callbacks import SLEB, ShortenedLlama, SlidingLayerMerging
+from prunelight.plan import describe_model, describe_windows
+from prunelight.replay import Replay
+from prunelight.saving import verify
+from prunelight.similarity import CRITERIA
+from prunelight.steps import MERGES, MergeLayers
+
+WINDOWS = token_windows(4, 16)
+
+
+def lively(model):
+    """Make layers matter, each in its own way: at the usual initialisation they hardly do."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for index, layer in enumerate(decoder_layers(model)):
+            for parameter in layer.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_((4, 1, 3, 2, 5, 2, 4, 1)[index])
+                else:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Read-only: planning changes nothing."""
+    return lively(tiny_model(num_hidden_layers=8))
+
+
+def groups_of(plan):
+    (step,) = plan.steps
+    assert isinstance(step, MergeLayers)
+    return [(group[0], group[-1]) for group in step.groups]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("limit", ["model", "merge"])
+def test_decisions_and_scores_are_those_of_whole_forwards(model, criterion, merge, limit):
+    callback = SlidingLayerMerging(num_layers=3, merge=merge, criterion=criterion, limit=limit)
+    threshold = callback.plan(model, WINDOWS).found["threshold"] + 1e-6
+    for at in (threshold, (1 + threshold) / 2):
+        groups, similarity, _ = reference.slide(
+            model, WINDOWS, at, merge, criterion, by_merge=limit == "merge", protected=[7]
+        )
+        callback = SlidingLayerMerging(threshold=at, merge=merge, criterion=criterion, limit=limit)
+        plan = callback.plan(model, WINDOWS)
+        assert groups_of(plan) == sorted(groups)
+        # float32 sums in another order; the reference is in float64 after the last layer.
+        assert plan.found["similarity"] == pytest.approx(similarity, abs=2e-6)
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_the_merged_model_is_that_of_the_rule_written_plainly(model, merge):
+    plan = SlidingLayerMerging(num_layers=4, merge=merge).plan(model, WINDOWS)
+    expected = reference.merged_model(model, groups_of(plan), merge)
+    merged = prunelight.apply(copy.deepcopy(model), plan)
+    assert merged.config.num_hidden_layers == 4
+    for (name, found), (other, wanted) in zip(
+        merged.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        assert name == other
+        assert torch.allclose(found, wanted, atol=1e-6)
+    measured = reference.similarity(model, merged, WINDOWS, "nll")
+    assert plan.found["similarity"] == pytest.approx(measured, abs=2e-6)
+
+
+def test_a_plan_leaves_the_model_as_it_was(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = model.config.to_dict()
+    for merge in MERGES:
+        SlidingLayerMerging(num_layers=2, merge=merge).plan(model, WINDOWS)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model.config.to_dict() == config
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+class LayerCount:
+    """Counts layers and heads that run on whole calibration sets, independent of our own counts."""
+
+    def __init__(self, model, windows):
+        self.layers = self.heads = 0.0
+        self.total = windows.numel()
+        # At their MLPs: what stands in for a layer has none.
+        mlps = [layer.mlp for layer in decoder_layers(model)]
+        self.handles = [mlp.register_forward_hook(self.layer) for mlp in mlps]
+        self.handles.append(model.lm_head.register_forward_hook(self.head))
+
+    def layer(self, module, args, output):
+        if output.shape[:2].numel() > 16:  # not the probe of a few tokens
+            self.layers += output.shape[:2].numel() / self.total
+
+    def head(self, module, args, output):
+        self.heads += output.shape[:-1].numel() / self.total
+
+    def close(self):
+        for handle in self.handles:
+            handle.remove()
+
+
+def test_one_threshold_costs_half_and_a_search_no_more_than_the_naive_loop_with_one():
+    model = lively(tiny_model(num_hidden_layers=8))
+    for _ in range(2):  # 24 layers: the loop's cost grows with the square of the depth
+        decoder_layers(model).extend(copy.deepcopy(decoder_layers(model)[:8]))
+    model.config.num_hidden_layers = 24
+    windows = token_windows(4, 64)
+    for target in (3, 6, 9):
+        count = LayerCount(model, windows)
+        plan = SlidingLayerMerging(num_layers=target, criterion="cosine").plan(model, windows)
+        search = count.layers
+        count.layers = count.heads = 0
+        threshold = plan.found["threshold"]
+        callback = SlidingLayerMerging(threshold=threshold, limit="merge", criterion="cosine")
+        one = callback.plan(model, windows)
+        assert count.heads < 1, "the head has run on more than a probe"
+        assert one.found["layer_forwards"] == pytest.approx(count.layers, abs=1)
+        assert plan.found["layer_forwards"] == pytest.approx(search, abs=1)
+        count.close()
+        _, _, naive = reference.slide(
+            model, windows, threshold, "top", "cosine", by_merge=True, protected=[23]
+        )
+        assert 2 * count.layers <= naive
+        assert search <= naive
+
+
+@pytest.mark.parametrize("criterion", ["nll", "kl"])
+def test_a_measurement_runs_the_head_once(model, criterion):
+    with Replay(model, WINDOWS, criterion) as replay:
+        count = LayerCount(model, WINDOWS)
+        replay.score(4, replay.units[5:])
+        count.close()
+    assert count.heads == 1
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_model_itself_has_similarity_one(model, criterion):
+    with Replay(model, WINDOWS, criterion) as replay:
+        assert replay.score(8, []) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_padding_does_not_count(model, criterion):
+    short = WINDOWS[:, :11]
+    ids = torch.cat([short, torch.full((4, 5), 7)], dim=1)
+    mask = torch.cat([torch.ones_like(short), torch.zeros(4, 5, dtype=torch.long)], dim=1)
+    callback = SlidingLayerMerging(num_layers=3, criterion=criterion)
+    plain = callback.plan(model, short)
+    padded = callback.plan(model, {"input_ids": ids, "attention_mask": mask})
+    assert padded.steps == plain.steps
+    assert padded.found["similarity"] == pytest.approx(plain.found["similarity"], abs=1e-5)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_ignored_first_tokens_do_not_count(model, criterion):
+    # The first two tokens change nothing but what later ones see of them, so compare by hand.
+    with Replay(model, WINDOWS, criterion, ignore_first_tokens=3) as replay:
+        found = replay.score(5, replay.units[6:])
+    other = reference.merged_model(model, [(5, 6)], "top")
+    if criterion in ("cosine", "cka"):
+        x, y = (reference.final_states(m, WINDOWS)[:, 3:] for m in (model, other))
+        if criterion == "cosine":
+            expected = torch.cosine_similarity(x, y, dim=-1).mean().item()
+        else:
+            expected = reference.debiased_cka(x.flatten(0, 1), y.flatten(0, 1))
+    else:
+        with torch.no_grad():
+            p, q = (
+                m(WINDOWS, use_cache=False).logits.double().log_softmax(-1)[:, 3:]
+                for m in (model, other)
+            )
+        if criterion == "kl":
+            expected = math.exp(-(p.exp() * (p - q)).sum(-1).mean())
+        else:
+            at = WINDOWS[:, 4:, None]
+            expected = math.exp((q[:, :-1].gather(2, at) - p[:, :-1].gather(2, at)).mean())
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_kl_is_exact_where_logits_are_capped_scaled_or_have_a_bias():
+    for family in ("gemma2", "granite", "phi", "cohere"):
+        changes = {"logits_scaling": 3.0} if family == "granite" else {}
+        model = tiny_model(family, **changes)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(6)  # logits that a cap of 30 bends
+        with Replay(model, WINDOWS, "kl") as replay:
+            found = replay.score(2, replay.units[4:])
+        layers = decoder_layers(model)
+        for index in (2, 3):
+            layers[index].forward = lambda hidden_states, *args, **kwargs: hidden_states
+        with torch.no_grad():
+            q = model(WINDOWS, use_cache=False).logits.double().log_softmax(-1)
+            for index in (2, 3):
+                del layers[index].forward
+            p = model(WINDOWS, use_cache=False).logits.double().log_softmax(-1)
+        divergence = (p.exp() * (p - q)).sum(-1).mean().item()
+        assert found == pytest.approx(math.exp(-divergence), rel=1e-4), family
+        assert divergence > 0.01, family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_merged_and_reloads(family, tmp_path):
+    model = tiny_model(family)
+    plan = SlidingLayerMerging(num_layers=2).plan(model, WINDOWS)
+    merged = prunelight.apply(model, plan)
+    assert len(decoder_layers(merged)) == NUM_LAYERS - 2
+    merged.save_pretrained(tmp_path)
+    assert "cached generation" in verify(merged, tmp_path)
+
+
+# --- SLEB and Shortened LLaMA --------------------------------------------------------------------
+
+
+def nll_without(model, layers):
+    other = copy.deepcopy(model)
+    kept = [x for i, x in enumerate(other.model.layers) if i not in layers]
+    other.model.layers = torch.nn.ModuleList(kept)
+    other.config.num_hidden_layers = len(kept)
+    return math.log(prunelight.perplexity(other, WINDOWS))
+
+
+def test_sleb_removes_what_a_plain_greedy_search_removes(model):
+    removed = []
+    for _ in range(4):
+        free = [i for i in range(1, 7) if i not in removed]
+        removed.append(min(free, key=lambda i: nll_without(model, [*removed, i])))
+    plan = SLEB(num_layers=4).plan(model, WINDOWS)
+    assert plan.found["order"] == removed
+    dense = nll_without(model, [])
+    found = math.exp(dense - nll_without(model, removed))
+    assert plan.found["similarity"] == pytest.approx(found, abs=1e-5)
+
+
+def test_sleb_needs_fewer_layers_than_whole_forwards(model):
+    plan = SLEB(num_layers=3).plan(model, WINDOWS)
+    naive = 8 + 6 * 7 + 5 * 6 + 4 * 5  # the deeper the model, the nearer to half
+    assert 1.5 * plan.found["layer_forwards"] < naive
+
+
+def test_perplexity_scores_are_those_of_models_without_the_layer(model):
+    plan = ShortenedLlama(num_layers=3).plan(model, WINDOWS)
+    dense = nll_without(model, [])
+    expected = [nll_without(model, [i]) - dense for i in range(8)]
+    assert plan.scores["perplexity"] == pytest.approx(expected, abs=1e-5)
+    order = sorted(range(8), key=expected.__getitem__)
+    assert list(plan.steps[0].layers) == sorted(order[:3])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_taylor_scores_are_those_of_one_plain_backward(model, masked):
+    other = copy.deepcopy(model)
+    labels, windows = WINDOWS.clone(), WINDOWS
+    if masked:
+        mask = torch.ones_like(WINDOWS)
+        mask[0, 9:] = 0
+        labels[mask == 0] = -100
+        windows = {"input_ids": WINDOWS, "attention_mask": mask}
+    logits = other(WINDOWS, attention_mask=windows["attention_mask"] if masked else None).logits
+    torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    ).backward()
+    expected = [
+        sum((p * p.grad).abs().sum().item() for p in layer.parameters())
+        for layer in other.model.layers
+    ]
+    plan = ShortenedLlama(num_layers=1, score="taylor", protected=[]).plan(model, windows)
+    assert plan.scores["taylor"] == pytest.approx(expected, rel=1e-4)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_taylor_gives_back_gradients_and_what_is_trained(model):
+    other = copy.deepcopy(model)
+    frozen, trained = other.model.embed_tokens.weight, other.model.norm.weight
+    frozen.requires_grad_(False)
+    trained.grad = torch.ones_like(trained)
+    layer = other.model.layers[0].mlp.up_proj.weight
+    layer.requires_grad_(False)
+    ShortenedLlama(num_layers=1, score="taylor", protected=[]).plan(other, WINDOWS)
+    assert not frozen.requires_grad
+    assert not layer.requires_grad
+    assert torch.equal(trained.grad, torch.ones_like(trained))
+
+
+def test_magnitude_needs_no_forward(model, monkeypatch):
+    monkeypatch.setattr(type(model), "forward", None)
+    plan = ShortenedLlama(num_layers=2, score="magnitude", protected=[0]).plan(model, WINDOWS)
+    expected = [sum(p.abs().sum().item() for p in x.parameters()) for x in model.model.layers]
+    assert plan.scores["magnitude"] == pytest.approx(expected, rel=1e-5)
+
+
+# --- plans, and bad input ------------------------------------------------------------------------
+
+
+def test_a_plan_says_what_it_was_made_from_and_what_was_found(model):
+    callback = SlidingLayerMerging(ratio=0.25, criterion="cka", ignore_first_tokens=1)
+    plan = callback.plan(model, WINDOWS)
+    assert plan.method == "SlidingLayerMerging"
+    assert plan.arguments == {
+        "num_layers": None,
+        "ratio": 0.25,
+        "threshold": None,
+        "merge": "top",
+        "criterion": "cka",
+        "limit": "merge",
+        "ignore_first_tokens": 1,
+        "protected": [-1],
+    }
+    assert SlidingLayerMerging(**plan.arguments).plan(model, WINDOWS) == plan
+    assert plan.model == describe_model(model)
+    assert plan.calibration == describe_windows(WINDOWS)
+    assert sum(high - low for low, high in groups_of(plan)) == 2
+    assert len(plan.scores["similarity_down_to_here"]) == 8
+    assert plan.scores["similarity_down_to_here"][7] is None  # protected: never measured
+    cka = torch.tensor(plan.found["cka"])
+    assert cka.shape == (9, 9)
+    assert torch.equal(cka, cka.T)
+    assert torch.allclose(cka.diagonal(), torch.ones(9))
+
+
+def test_a_threshold_that_is_found_leads_to_the_same_windows_by_itself(model):
+    plan = SlidingLayerMerging(num_layers=3, limit="model").plan(model, WINDOWS)
+    threshold = plan.found["threshold"]
+    again = SlidingLayerMerging(threshold=threshold).plan(model, WINDOWS)
+    # The pass with the threshold alone does not stop at the target: it may merge more below.
+    assert set(groups_of(plan)) & set(groups_of(again)) or groups_of(again)
+
+
+def test_removing_no_layers_is_a_plan(model):
+    for method in (SlidingLayerMerging(num_layers=0), SLEB(num_layers=0)):
+        plan = method.plan(model, WINDOWS)
+        merged = prunelight.apply(copy.deepcopy(model), plan)
+        assert merged.config.num_hidden_layers == 8
+
+
+def test_a_threshold_that_merges_nothing_warns(model, caplog):
+    plan = SlidingLayerMerging(threshold=1.0, criterion="cosine").plan(model, WINDOWS)
+    assert groups_of(plan) == []
+    assert "threshold=1.0 merges no layer; take a lower one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        (SlidingLayerMerging, {}, "give exactly one"),
+        (SlidingLayerMerging, {"num_layers": 2, "ratio": 0.5}, "give exactly one of the two"),
+        (SlidingLayerMerging, {"num_layers": 2, "threshold": 0.5}, "threshold=0.5, num_layers=2"),
+        (SlidingLayerMerging, {"threshold": 1.5}, "threshold of at most 1"),
+        (SlidingLayerMerging, {"threshold": math.nan}, "threshold of at most 1"),
+        (SlidingLayerMerging, {"ratio": 1.0}, r"ratio=1.0 must lie in \[0, 1\)"),
+        (SlidingLayerMerging, {"num_layers": 1, "merge": "sum"}, "merge='sum' must be one of top"),
+        (SlidingLayerMerging, {"num_layers": 1, "criterion": "mse"}, "must be one of cosine, cka"),
+        (SlidingLayerMerging, {"num_layers": 1, "limit": "layer"}, "limit='layer' must be one of"),
+        (SlidingLayerMerging, {"num_layers": 1, "ignore_first_tokens": -1}, "must be at least 0"),
+        (SLEB, {}, "give exactly one of the two"),
+        (SLEB, {"num_layers": 1, "criterion": "mse"}, "criterion='mse' must be one of cosine"),
+        (ShortenedLlama, {"ratio": -0.1}, "must lie in"),
+        (
+            ShortenedLlama,
+            {"num_layers": 1, "score": "hessian"},
+            "must be one of perplexity, taylor",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(method, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        method(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (SlidingLayerMerging(num_layers=8), "would remove 8 of 8 decoder layers"),
+        (SlidingLayerMerging(num_layers=7), r"spare protected=\[7\] can remove at most 6"),
+        (SlidingLayerMerging(num_layers=6, protected=[0, -1]), r"protected=\[0, 7\] .* most 5"),
+        (SlidingLayerMerging(num_layers=1, protected=[9]), r"protected=\[9\] must lie in"),
+        (SLEB(num_layers=7), "only 6 of 8 are not protected"),
+        (ShortenedLlama(num_layers=3, score="magnitude"), "only 2 of 8 are not protected"),
+    ],
+)
+def test_targets_out_of_reach_are_refused_before_any_forward(model, method, message, monkeypatch):
+    monkeypatch.setattr(type(model), "forward", None)
+    with pytest.raises(ValueError, match=message):
+        method.plan(model, WINDOWS)
+
+
+@pytest.mark.parametrize("merge", ["difference_sum", "released", "mean"])
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gemma2", "layers 0 and 1 of gemma2 cannot be mixed .*layer_types is 'sliding_attention'"),
+        ("mixtral", "mlp.experts.*not aligned from layer to layer; take merge='top'"),
+        ("qwen3_moe", "layers 0 and 1 of qwen3_moe cannot be mixed"),
+        ("rwkv", "layers 0 and 1 of rwkv cannot be mixed .*pre_ln"),
+    ],
+)
+def test_layers_of_different_kinds_are_not_mixed(family, message, merge):
+    with pytest.raises(TypeError, match=message):
+        SlidingLayerMerging(num_layers=1, merge=merge).plan(tiny_model(family), WINDOWS)
+
+
+def test_a_plan_by_hand_may_mix_layers_of_one_kind_only():
+    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=3)
+    plan = SlidingLayerMerging(num_layers=1, merge="top").plan(model, WINDOWS)
+    mixing = {"method": "by hand", "arguments": {}, "model": plan.model, "format": 1}
+
+    def planned(group):
+        steps = [{"kind": "merge_layers", "groups": [group], "merge": "mean"}]
+        return prunelight.Plan.from_dict({**mixing, "steps": steps})
+
+    with pytest.raises(TypeError, match="decoder layers 2 and 3 .*layer_types"):
+        prunelight.apply(model, planned([2, 3]))
+    assert model.config.num_hidden_layers == 6
+    assert prunelight.apply(model, planned([3, 4])).config.num_hidden_layers == 5
+
+
+def test_windows_without_a_token_that_counts_are_refused(model):
+    with pytest.raises(ValueError, match="ignore_first_tokens=16 leaves no token to count"):
+        SlidingLayerMerging(num_layers=1, ignore_first_tokens=16).plan(model, WINDOWS)
