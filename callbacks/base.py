@@ -67,8 +67,9 @@ class PruningCallback(Callback, ABC):
         """Decide what to prune; the model is unchanged afterwards."""
 
     def arguments(self) -> dict[str, Any]:
-        """Return the constructor's arguments as JSON values; each is kept under its own name."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        """Return the constructor's arguments that matter for the plan, as JSON values."""
+        names = [*inspect.signature(type(self)).parameters]  # each is kept under its own name
+        return {name: getattr(self, name) for name in names if name != "offload_activations"}
 
     def decided(
         self,

@@ -45,13 +45,14 @@ class ShortenedLlama(PruningCallback):
         num_layers: int | None = None,
         score: Literal["perplexity", "taylor", "magnitude"] = "perplexity",
         protected: list[int] | None = None,
+        offload_activations: bool = False,
     ) -> None:
         check_depth_target(ratio, num_layers)
         if score not in SCORES:
             raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}")
         self.ratio, self.num_layers, self.score = ratio, num_layers, score
-        default = [] if score == "perplexity" else ENDS
-        self.protected = list(default if protected is None else protected)
+        self.protected = None if protected is None else list(protected)
+        self.offload_activations = offload_activations
 
     def check(self, model: PreTrainedModel) -> None:
         """Check that the model has enough layers that may be removed.
@@ -61,7 +62,7 @@ class ShortenedLlama(PruningCallback):
             TypeError: if weights are quantized and the score needs them.
         """
         total = len(decoder_layers(model))
-        lowest([0.0] * total, layers_to_remove(self.ratio, self.num_layers, total), self.protected)
+        self._choose([0.0] * total)
         check_removable(model)
         if self.score != "perplexity":
             matrices(model)  # refuses quantized weights
@@ -80,12 +81,21 @@ class ShortenedLlama(PruningCallback):
         elif self.score == "magnitude":
             scores = magnitude_scores(model)
         else:
-            with Replay(model, windows, "nll", device=self.device) as replay:
+            with Replay(
+                model, windows, "nll", device=self.device, offload=self.offload_activations
+            ) as replay:
                 scores = perplexity_scores(replay)
-        count = layers_to_remove(self.ratio, self.num_layers, len(scores))
         return self.decided(
             model,
             windows,
-            RemoveLayers(tuple(lowest(scores, count, self.protected))),
+            RemoveLayers(tuple(self._choose(scores))),
             scores={self.score: scores},
         )
+
+    def _choose(self, scores: list[float]) -> list[int]:
+        protected = self.protected
+        if protected is None:
+            ends = [] if self.score == "perplexity" else ENDS
+            protected = [i for i in ends if -len(scores) <= i < len(scores)]
+        count = layers_to_remove(self.ratio, self.num_layers, len(scores))
+        return lowest(scores, count, protected)

@@ -96,17 +96,15 @@ class ShortGPT(PruningCallback):
             ValueError: if it has not, or its layers depend on each other.
             TypeError: if the family's sublayers cannot be dropped.
         """
+        total, count = len(decoder_layers(model)), self._count(model)
         if self.granularity != "layer":
-            empty = [0.0] * len(decoder_layers(model))
-            check_droppable(model, self._sublayers(model, dict.fromkeys(SUBLAYERS, empty)))
-            return
-        total = len(decoder_layers(model))
-        count = layers_to_remove(self.ratio, self.num_layers, total)
-        if count > 0:
+            check_droppable(model)
+        elif count > 0:
             check_removable(model)
-        elif self.ratio:
+        if self.ratio and count == 0:
             log.warning("ratio=%s removes none of %d decoder layers", self.ratio, total)
-        self._choose([0.0] * self._num_scores(total, count), count)
+        length = total - count + 1 if self.score == "angular" else total
+        self._step(model, dict.fromkeys(("layer", *SUBLAYERS), [0.0] * length))
 
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
@@ -123,53 +121,39 @@ class ShortGPT(PruningCallback):
         self.check(model)
         check_windows(model, windows)
         ignored = self.ignore_first_tokens
-        count = layers_to_remove(self.ratio, self.num_layers, self._num_parts(model))
-        scores: dict[str, list[float]]
-        step: Step
         if self.granularity != "layer":
             parts = sublayer_influences(model, windows, ignore_first_tokens=ignored)
-            scores = {f"{name}_influence": part.mean for name, part in parts.items()}
-            step = self._sublayers(model, {name: part.mean for name, part in parts.items()})
+            ranking = {name: part.mean for name, part in parts.items()}
+            scores = {f"{name}_influence": part for name, part in ranking.items()}
         elif self.score == "angular":
-            scores = {"angular_distance": angular_distances(model, windows, count)}
-            step = RemoveLayers(tuple(self._choose(scores["angular_distance"], count)))
+            ranking = {"layer": angular_distances(model, windows, self._count(model))}
+            scores = {"angular_distance": ranking["layer"]}
         else:
             influence = block_influences(model, windows, ignore_first_tokens=ignored)
-            step = RemoveLayers(tuple(self._choose(influence.mean, count)))
+            ranking = {"layer": influence.mean}
             scores = {
                 "block_influence": influence.mean,
                 "block_influence_first_token": influence.first_token,
             }
-        return self.decided(
-            model,
-            windows,
-            step,
-            scores=scores,
-        )
+        return self.decided(model, windows, self._step(model, ranking), scores=scores)
 
-    def _num_scores(self, total: int, count: int) -> int:
-        return total - count + 1 if self.score == "angular" else total
+    def _count(self, model: PreTrainedModel) -> int:
+        """Return how many layers, or sublayers, shall go."""
+        kinds = 2 if self.granularity == "sublayer" else 1
+        return layers_to_remove(self.ratio, self.num_layers, kinds * len(decoder_layers(model)))
 
-    def _choose(self, scores: list[float], count: int) -> list[int]:
-        choose = lowest_window if self.score == "angular" else lowest
-        return choose(scores, count, self.protected)
-
-    def _num_parts(self, model: PreTrainedModel) -> int:
-        return len(decoder_layers(model)) * (2 if self.granularity == "sublayer" else 1)
-
-    def _sublayers(
-        self, model: PreTrainedModel, scores: Mapping[str, Sequence[float]]
-    ) -> DropSublayers:
-        """Choose the sublayers to drop: the lowest that are there and may go."""
-        total = len(decoder_layers(model))
+    def _step(self, model: PreTrainedModel, scores: Mapping[str, Sequence[float]]) -> Step:
+        """Choose what to remove: the lowest scores of what is there and may go."""
+        count, total = self._count(model), len(decoder_layers(model))
+        if self.granularity == "layer":
+            choose = lowest_window if self.score == "angular" else lowest
+            return RemoveLayers(tuple(choose(scores["layer"], count, self.protected)))
         names = SUBLAYERS if self.granularity == "sublayer" else (self.granularity,)
-        count = layers_to_remove(self.ratio, self.num_layers, self._num_parts(model))
         spared = resolve_indices(self.protected, total)
         fixed = {
             place * total + i
             for place, name in enumerate(names)
-            for i in range(total)
-            if i in spared | fixed_sublayers(model, name)
+            for i in spared | fixed_sublayers(model, name)
         }
         ranking = [score for name in names for score in scores[name]]
         chosen = [divmod(i, total) for i in lowest(ranking, count, fixed)]

@@ -31,6 +31,8 @@ class SLEB(PruningCallback):
         criterion: what must stay high: "nll" (the paper), "kl", "cosine" or "cka", as in
             `SlidingLayerMerging`.
         protected: layers never to remove; the paper spares the first and the last.
+        offload_activations: keep the hidden states on the CPU: num_samples * seq_len * hidden_size
+            * (layers + 1) numbers.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -42,12 +44,14 @@ class SLEB(PruningCallback):
         num_layers: int | None = None,
         criterion: Literal["cosine", "cka", "kl", "nll"] = "nll",
         protected: list[int] | None = None,
+        offload_activations: bool = False,
     ) -> None:
         check_depth_target(ratio, num_layers)
         if criterion not in CRITERIA:
             raise ValueError(f"criterion={criterion!r} must be one of {', '.join(CRITERIA)}")
         self.ratio, self.num_layers, self.criterion = ratio, num_layers, criterion
         self.protected = [0, -1] if protected is None else list(protected)
+        self.offload_activations = offload_activations
 
     def check(self, model: PreTrainedModel) -> None:
         """Check that the model has enough layers that may be removed.
@@ -79,15 +83,14 @@ class SLEB(PruningCallback):
         ) as replay:
             for _ in range(count):
                 scores = {
-                    unit.index: replay.score(place, replay.units[place + 1 :])
+                    place: replay.score(place, replay.units[place + 1 :])
                     for place, unit in enumerate(replay.units)
                     if unit.index not in protected
                 }
-                rounds.append(scores)
-                best = max(scores, key=lambda index: scores[index])
-                removed.append(best)
-                place = [unit.index for unit in replay.units].index(best)
-                replay.replace(place, replay.units[place + 1 :])
+                best = max(scores, key=lambda place: scores[place])
+                rounds.append({replay.units[place].index: s for place, s in scores.items()})
+                removed.append(replay.units[best].index)
+                replay.replace(best, replay.units[best + 1 :])
             forwards = replay.layer_forwards
         first = rounds[0] if rounds else {}
         return self.decided(

@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.allocation import layers_to_remove, resolve_indices
+from prunelight.allocation import check_depth_target, layers_to_remove, resolve_indices
 from prunelight.architecture import decoder_layers
-from prunelight.calibration import Windows, check_windows, counted_positions
+from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.merging import check_mergeable, merged_layer
 from prunelight.plan import Plan
@@ -49,6 +49,8 @@ class SlidingLayerMerging(PruningCallback):
         ignore_first_tokens: tokens at the start of each window that do not count, for models with
             attention sinks there.
         protected: layers that no window may contain; the paper spares the last one.
+        offload_activations: keep the hidden states on the CPU: num_samples * seq_len * hidden_size
+            * (layers + 1) numbers.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -64,14 +66,17 @@ class SlidingLayerMerging(PruningCallback):
         limit: Literal["model", "merge"] | None = None,
         ignore_first_tokens: int = 0,
         protected: list[int] | None = None,
+        offload_activations: bool = False,
     ) -> None:
-        if threshold is None:
-            layers_to_remove(ratio, num_layers, 1 << 30)  # checks them
-        elif (num_layers, ratio) != (None, None) or not threshold <= 1:
+        if [num_layers, ratio, threshold].count(None) != 2:
             raise ValueError(
-                f"threshold={threshold}, num_layers={num_layers}, ratio={ratio}: give exactly one, "
-                "and a threshold of at most 1, which no merged model exceeds by much"
+                f"num_layers={num_layers}, ratio={ratio}, threshold={threshold}: give exactly one "
+                "of the three"
             )
+        if threshold is None:
+            check_depth_target(ratio, num_layers)
+        elif not threshold <= 1:
+            raise ValueError(f"threshold={threshold} must be at most 1, the dense model's own")
         for name, value, known in (
             ("merge", merge, MERGES),
             ("criterion", criterion, CRITERIA),
@@ -86,6 +91,7 @@ class SlidingLayerMerging(PruningCallback):
         self.limit = limit or ("merge" if threshold is None else "model")
         self.ignore_first_tokens = ignore_first_tokens
         self.protected = [-1] if protected is None else list(protected)
+        self.offload_activations = offload_activations
 
     def check(self, model: PreTrainedModel) -> None:
         """Check that the target can be reached and the layers can be merged.
@@ -130,15 +136,17 @@ class SlidingLayerMerging(PruningCallback):
             best, threshold = self._find(model, replay)
             cka = self._cka(replay)
         total = len(decoder_layers(model))
-        if not best.groups:
-            log.warning("threshold=%s merges no layer; take a lower one", self.threshold)
+        if not best.groups and self.num_layers != 0:
+            given = f"ratio={self.ratio}" if self.threshold is None else f"threshold={threshold}"
+            log.warning("%s merges no layer of %d", given, total)
         return self.decided(
             model,
             windows,
             MergeLayers(tuple((*range(a, b + 1),) for a, b in best.groups), self.merge),
-            scores={"similarity_down_to_here": [best.trace.get(i) for i in range(total)]},
+            scores={"similarity_when_reached": [best.trace.get(i) for i in range(total)]},
             found={
                 "threshold": threshold,
+                "limit": self.limit,
                 "similarity": best.similarity,
                 "variants_measured": replay.measurements,
                 "layer_forwards": replay.layer_forwards,
@@ -190,21 +198,17 @@ class SlidingLayerMerging(PruningCallback):
         if target == 0:
             return Slide(), 1.0
         assert target is not None
-        return search(run, target, lambda: replay.layer_forwards < budget)
+        return search(run, target)
 
     def _cka(self, replay: Replay) -> list[list[float]]:
         """Return the CKA of all L + 1 hidden states for the picture; empty if it cannot be had.
 
         Without the first token: where it is a sink, the linear kernel sees little else.
         """
-        ignored = max(1, self.ignore_first_tokens)
         cka = CKA(len(replay.inputs))
-        for batch, mask in enumerate(replay.walk.masks):
-            shape = replay.inputs[0][batch].shape[:2]
-            counted = counted_positions(mask, shape, ignored)
-            assert counted is not None
-            where = counted.to(replay.walk.store)
-            cka.update(states[batch][where] for states in replay.inputs)
+        positions = replay.walk.positions(max(1, self.ignore_first_tokens))
+        for batch, where in enumerate(positions):
+            cka.update(states[batch][where.to(states[batch].device)] for states in replay.inputs)
         try:
             return [[round(value, 4) for value in row] for row in cka.result().tolist()]
         except ValueError as error:

@@ -11,11 +11,13 @@ import logging
 from typing import Literal
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.calibration import Windows, check_windows
-from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.base import PruningCallback, pruning_callbacks
+from prunelight.module import RecoveryModule
 from prunelight.plan import Plan
 from prunelight.steps import PruneWidth
 from prunelight.width import (
@@ -26,6 +28,7 @@ from prunelight.width import (
     widths_of,
 )
 
+FIELDS: dict[str, str] = {"heads": "num_key_value_heads", "neurons": "intermediate_size"}
 log = logging.getLogger(__name__)
 
 
@@ -92,12 +95,28 @@ class WidthPruning(PruningCallback):
             ValueError: if it has fewer, or its config class does not accept the number of heads.
             TypeError: if attention and MLP of the family are not known, or weights are quantized.
         """
-        groups, neurons = self._targets(model)
-        total = model.config.num_hidden_layers
-        kept = {str(i): tuple(range(groups or 1)) for i in range(total)}
-        wide = {str(i): tuple(range(neurons or 1)) for i in range(total)}
-        step = PruneWidth(kept if groups else {}, wide if neurons else {})
-        check_width(model, step)
+        layers = [str(i) for i in range(model.config.num_hidden_layers)]
+        counts, before = self._targets(model), widths_of(model).fields
+        check_width(
+            model, PruneWidth(**{k: dict.fromkeys(layers, range(n)) for k, n in counts.items()})
+        )
+        for kind, name in (("heads", "head_ratio"), ("neurons", "neuron_ratio")):
+            if getattr(self, name) and counts[kind] == before[FIELDS[kind]]:
+                log.warning("%s=%s removes none of %d", name, getattr(self, name), counts[kind])
+
+    def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
+        """Check that no earlier callback drops sublayers.
+
+        Raises:
+            ValueError: if one does.
+        """
+        callbacks = pruning_callbacks(trainer)
+        for other in callbacks[: callbacks.index(self)]:
+            if getattr(other, "granularity", "layer") != "layer":
+                raise ValueError(
+                    f"{type(other).__name__} drops sublayers before WidthPruning; put "
+                    "WidthPruning before it"
+                )
 
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
@@ -110,50 +129,44 @@ class WidthPruning(PruningCallback):
         """
         self.check(model)
         check_windows(model, windows)
-        groups, neurons = self._targets(model)
-        scores = width_scores(model, windows, self.score)
-        heads, head_shares = _best(scores["heads"], groups)
-        wide, neuron_shares = _best(scores["neurons"], neurons)
-        told = {"head_score_kept": head_shares, "neuron_score_kept": neuron_shares}
-        found = {"num_key_value_heads": groups, "intermediate_size": neurons}
-        return self.decided(
-            model,
-            windows,
-            PruneWidth(heads, wide, self.correction),
-            scores={name: shares for name, shares in told.items() if shares},
-            found={name: count for name, count in found.items() if count},
-        )
+        counts, before = self._targets(model), widths_of(model).fields
+        kept: dict[str, dict[str, tuple[int, ...]]] = {}
+        told: dict[str, list[float]] = {}
+        found: dict[str, int] = {}
+        for kind, scores in width_scores(model, windows, self.score, [*counts]).items():
+            kept[kind], told[f"share_of_{kind}_score_kept"] = _best(scores, counts[kind])
+            found |= {FIELDS[kind]: counts[kind], f"{FIELDS[kind]}_before": before[FIELDS[kind]]}
+        step = PruneWidth(kept.get("heads", {}), kept.get("neurons", {}), self.correction)
+        return self.decided(model, windows, step, scores=told, found=found)
 
-    def _targets(self, model: PreTrainedModel) -> tuple[int | None, int | None]:
-        """Return the groups and neurons that are left; None leaves them as they are.
+    def _targets(self, model: PreTrainedModel) -> dict[str, int]:
+        """Return how many groups and neurons are left, of what is pruned.
 
         Raises:
-            ValueError: if the model has fewer, or they cannot be had.
+            ValueError: if the model has fewer.
         """
-        widths = widths_of(model)
-        groups, neurons = self.num_key_value_heads, self.intermediate_size
+        widths, counts = widths_of(model), dict[str, int]()
+        if self.num_key_value_heads is not None:
+            counts["heads"] = self.num_key_value_heads
         if self.head_ratio is not None:
             wanted = widths.groups * (1 - self.head_ratio)
-            groups = min(allowed_groups(model), key=lambda count: abs(count - wanted))
-            if self.head_ratio and groups == widths.groups:
-                log.warning("head_ratio=%s removes none of %d groups", self.head_ratio, groups)
+            counts["heads"] = min(allowed_groups(model), key=lambda count: abs(count - wanted))
+        if self.intermediate_size is not None:
+            counts["neurons"] = self.intermediate_size
         if self.neuron_ratio is not None:
+            most = max(1, widths.neurons // self.multiple)
             wanted = widths.neurons * (1 - self.neuron_ratio)
-            neurons = max(1, round(wanted / self.multiple)) * self.multiple
-        if neurons is not None and neurons > widths.neurons:
+            counts["neurons"] = min(max(1, round(wanted / self.multiple)), most) * self.multiple
+        if counts.get("neurons", 0) > widths.neurons:
             raise ValueError(
-                f"intermediate_size={neurons} must be at most the model's {widths.neurons}; lower "
-                f"it, or multiple={self.multiple}"
+                f"intermediate_size={counts['neurons']} must be at most the model's "
+                f"{widths.neurons}; lower it, or multiple={self.multiple}"
             )
-        return groups, neurons
+        return counts
 
 
-def _best(
-    scores: list[Tensor], count: int | None
-) -> tuple[dict[str, tuple[int, ...]], list[float]]:
+def _best(scores: list[Tensor], count: int) -> tuple[dict[str, tuple[int, ...]], list[float]]:
     """Return the `count` best of each layer, and the share of the layer's scores that they have."""
-    if count is None or not scores:
-        return {}, []
     kept = [torch.topk(score, count).indices.sort().values for score in scores]
     shares = [
         (score[k].sum() / score.sum().clamp(min=1e-30)).item()

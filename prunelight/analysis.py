@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ class Analysis:
         angular_distance: row n - 1 holds the windows of n layers by their first layer, in [0, 1].
         token_norms: "median", "largest" and "first token" -> L + 1 norms.
         attention_to_first_token: of each layer, the share of attention that later tokens pay to
-            the first, in [0, 1]; empty where attention weights cannot be had.
+            the first, in [0, 1]; None for layers whose weights cannot be had.
     """
 
     model: dict[str, Any]
@@ -66,7 +66,7 @@ class Analysis:
     block_influence_first_token: list[float]
     angular_distance: list[list[float]]
     token_norms: dict[str, list[float]]
-    attention_to_first_token: list[float] = field(default_factory=list)
+    attention_to_first_token: list[float | None]
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def analyze(
             "largest": [torch.cat(norms).max().item() for norms in seen.norms],
             "first token": [torch.cat(norms).mean().item() for norms in seen.first_norms],
         },
-        attention_to_first_token=attention_to_first_token(model, ids),
+        attention_to_first_token=attention_to_first_token(model, windows),
     )
 
 
@@ -170,22 +170,31 @@ class _Seen:
 
 
 @torch.no_grad()
-def attention_to_first_token(model: PreTrainedModel, ids: Tensor) -> list[float]:
+def attention_to_first_token(model: PreTrainedModel, windows: Windows) -> list[float | None]:
     """Return for each layer the mean share of attention that tokens pay to the first one.
 
-    Over all heads and all tokens but the first, of a few windows cut to 256 tokens; empty for
-    models without attention weights.
+    Over all heads and all later tokens that are no padding, of a few windows cut to 256 tokens;
+    None for layers without attention weights.
 
     Args:
         model: unchanged.
-        ids: token ids (N, T) without padding at the start.
+        windows: token ids (N, T), or with an attention_mask.
     """
-    ids = ids[:, :_ATTENTION_TOKENS]
+    ids, mask = split_windows(windows)
+    mask = torch.ones_like(ids) if mask is None else mask
+    # From each window's first real token on.
+    start = int(mask.argmax(1).min())
+    part = slice(start, start + _ATTENTION_TOKENS)
+    cut = {"input_ids": ids[:, part], "attention_mask": mask[:, part]}
     sums = [[0.0, 0] for _ in decoder_layers(model)]
-    with evaluating(model), _plain_attention(model), _watching_attention(model, sums):
-        for batch in islice(micro_batches(model, ids, tokens=1024), _ATTENTION_BATCHES):
-            run_layers(model, batch)
-    return [total / count for total, count in sums] if all(n for _, n in sums) else []
+    with evaluating(model), _plain_attention(model):
+        for batch in islice(micro_batches(model, cut, tokens=1024), _ATTENTION_BATCHES):
+            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            first = real.int().argmax(1)
+            later = real & (real.cumsum(1) > 1)  # (B, T)
+            with _watching_attention(model, sums, first, later):
+                run_layers(model, batch)
+    return [total / count if count else None for total, count in sums]
 
 
 @contextmanager
@@ -200,15 +209,18 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _watching_attention(model: PreTrainedModel, sums: list[list[Any]]) -> Iterator[None]:
+def _watching_attention(
+    model: PreTrainedModel, sums: list[list[Any]], first: Tensor, later: Tensor
+) -> Iterator[None]:
     handles = []
     for layer, own in zip(decoder_layers(model), sums, strict=True):
 
         def add(module: nn.Module, args: Any, output: Any, own: list[Any] = own) -> None:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-            if isinstance(weights, Tensor) and weights.ndim == 4 and weights.shape[2] > 1:
-                own[0] += weights[:, :, 1:, 0].float().mean().item() * len(weights)
-                own[1] += len(weights)
+            if isinstance(weights, Tensor) and weights.shape[2:] == (*later.shape[1:],) * 2:
+                to_first = weights[torch.arange(len(first)), :, :, first].float().mean(1)  # (B, T)
+                own[0] += to_first[later].sum().item()
+                own[1] += int(later.sum())
 
         handles += [m.register_forward_hook(add) for m in layer.modules() if m is not layer]
     try:

@@ -24,6 +24,7 @@ from prunelight.architecture import (
     restore_rwkv_scale,
     vocabulary_size,
 )
+from prunelight.windows import IGNORED_LABEL
 
 # Token ids (N, T), or those with an attention_mask of the same shape (0 = padding).
 Windows: TypeAlias = Tensor | Mapping[str, Tensor]
@@ -31,6 +32,8 @@ Windows: TypeAlias = Tensor | Mapping[str, Tensor]
 Visit: TypeAlias = Callable[[int, Tensor, Tensor], None]
 
 MICRO_BATCH_TOKENS = 2048
+# Config fields that make a model give more than hidden states and logits.
+_SIDE_OUTPUTS = ("use_cache", "output_router_logits")
 
 
 def split_windows(windows: Windows) -> tuple[Tensor, Tensor | None]:
@@ -104,21 +107,21 @@ def micro_batches(
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in eval mode without gradients and cache; undo all on exit, errors included."""
+    """Put the model in eval mode, without gradients, cache and router losses; undo all on exit."""
     training = {module: module.training for module in model.modules()}
-    caches = hasattr(model.config, "use_cache")
-    use_cache = getattr(model.config, "use_cache", None)
+    names = [name for name in _SIDE_OUTPUTS if hasattr(model.config, name)]
+    settings = {name: getattr(model.config, name) for name in names}
     try:
         model.eval()
-        if caches:
-            model.config.use_cache = False
+        for name in settings:
+            setattr(model.config, name, False)
         with torch.no_grad():
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
-        if caches:
-            model.config.use_cache = use_cache
+        for name, value in settings.items():
+            setattr(model.config, name, value)
         restore_rwkv_scale(model)
 
 
@@ -166,3 +169,15 @@ def counted_positions(mask: Tensor | None, shape: torch.Size, ignore_first: int)
         return None
     mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
     return mask & (mask.cumsum(dim=1) > ignore_first)
+
+
+def next_token_labels(windows: Windows) -> Tensor:
+    """Return the labels (N, T); without any, the ids themselves, padding left out."""
+    ids, mask = split_windows(windows)
+    if isinstance(windows, Mapping) and windows.get("labels") is not None:
+        return windows["labels"]
+    if mask is None:
+        return ids
+    # Left padding must not predict the first token of its sequence: only from the second on.
+    second_on = mask.bool() & (mask.cumsum(dim=1) > 1)
+    return ids.masked_fill(~second_on, IGNORED_LABEL)

@@ -9,9 +9,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,12 +29,12 @@ from prunelight.calibration import (
     check_length,
     evaluating,
     micro_batches,
+    next_token_labels,
     split_windows,
 )
 from prunelight.metrics import next_token_sums, parameter_bytes, parameter_count, zero_share
 from prunelight.plan import library_versions
 from prunelight.report import RunRecord, Stage
-from prunelight.windows import IGNORED_LABEL
 
 # Logits are the largest tensor of an evaluation: (tokens, vocabulary) in the model's dtype.
 _EVALUATION_TOKENS = 1024
@@ -67,7 +67,7 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
         ValueError: if windows are not token ids, or nothing is predicted.
     """
     ids, _ = split_windows(windows)
-    labels, sums, start = _labels(windows), torch.zeros(3, dtype=torch.float64), 0
+    labels, sums, start = next_token_labels(windows), torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
         for batch in micro_batches(model, windows, tokens=_EVALUATION_TOKENS, label="evaluation"):
             wanted = labels[start : start + len(batch["input_ids"])]
@@ -80,18 +80,6 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
             "and labels other than -100"
         )
     return Evaluation((nll / tokens).exp().item(), (correct / tokens).item(), int(tokens))
-
-
-def _labels(windows: Windows) -> Tensor:
-    """Return the labels (N, T); without any, the ids themselves, padding left out."""
-    ids, mask = split_windows(windows)
-    if isinstance(windows, Mapping) and windows.get("labels") is not None:
-        return windows["labels"]
-    if mask is None:
-        return ids
-    # Left padding must not predict the first token of its sequence: only from the second on.
-    second_on = mask.bool() & (mask.cumsum(dim=1) > 1)
-    return ids.masked_fill(~second_on, IGNORED_LABEL)
 
 
 @dataclass(frozen=True)
@@ -160,8 +148,8 @@ class LatencyProtocol:
 class Latency:
     """Seconds of one generation, mean and standard deviation, and generated tokens per second."""
 
-    seconds: float
-    deviation: float
+    latency_seconds: float
+    latency_deviation: float
     throughput: float
 
 
@@ -236,8 +224,8 @@ def measure_stage(
     latency_of: Callable[[PreTrainedModel], Latency] | None = None,
 ) -> Stage:
     """Measure one state of a model for the report: sizes, zeros, quality on windows, and speed."""
+    latency = None if latency_of is None else latency_of(model)  # may find its text too long
     quality, speed = evaluate(model, windows), measure_speed(model)
-    latency = None if latency_of is None else latency_of(model)
     return Stage(
         name=name,
         num_layers=len(decoder_layers(model)),
@@ -249,9 +237,7 @@ def measure_stage(
         decode_tokens_per_second=speed.decode,
         sparsity=zero_share(model.parameters()),
         linear_sparsity=linear_sparsity(model),
-        latency_seconds=latency and latency.seconds,
-        latency_deviation=latency and latency.deviation,
-        throughput=latency and latency.throughput,
+        **({} if latency is None else asdict(latency)),
     )
 
 

@@ -14,20 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.architecture import decoder_layers, layers_path
-from prunelight.calibration import Windows, evaluating, micro_batches
+from prunelight.architecture import decoder_layers
+from prunelight.calibration import Windows, evaluating, micro_batches, next_token_labels
 from prunelight.metrics import next_token_loss
 from prunelight.replay import Replay
-from prunelight.steps import layer_of
 from prunelight.windows import IGNORED_LABEL
 
 _TRAINING_TOKENS = 1024  # of a micro-batch with gradients
-
-
-def layer_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """Return all parameters of the decoder layers, by name."""
-    layers, path = decoder_layers(model), layers_path(model)
-    return {f"{path}.{name}": parameter for name, parameter in layers.named_parameters()}
 
 
 def saliencies(
@@ -66,15 +59,15 @@ def saliencies(
                 handles.append(parameter.register_post_accumulate_grad_hook(add))
             total = 0
             for batch in micro_batches(model, windows, tokens=_TRAINING_TOKENS, label="gradients"):
-                labels = batch["input_ids"]
-                if "attention_mask" in batch:
-                    labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+                labels = next_token_labels(batch)
                 tokens = int((labels[:, 1:] != IGNORED_LABEL).sum())
                 with torch.enable_grad():
                     loss = next_token_loss(model(**batch).logits, labels) * tokens
                     loss.backward()
                 total += tokens
-            found = {n: (p * sums[n]).abs_().div_(total) for n, p in parameters.items()}
+            if total == 0:
+                raise ValueError("windows predict 0 tokens; each needs two that are no padding")
+            found = {n: sums[n].mul_(p).abs_().div_(total) for n, p in parameters.items()}
         finally:
             for handle in handles:
                 handle.remove()
@@ -91,10 +84,10 @@ def saliencies(
 
 def taylor_scores(model: PreTrainedModel, windows: Windows) -> list[float]:
     """Return sum |W * dL/dW| over all parameters of each decoder layer, norms included."""
-    parameters, path = layer_parameters(model), layers_path(model)
-    scores = [0.0] * len(decoder_layers(model))
-    for name, saliency in saliencies(model, windows, parameters).items():
-        scores[layer_of(name, path)] += saliency.double().sum().item()
+    layers = decoder_layers(model)
+    scores = [0.0] * len(layers)
+    for name, saliency in saliencies(model, windows, dict(layers.named_parameters())).items():
+        scores[int(name.partition(".")[0])] += saliency.double().sum().item()
     return scores
 
 
@@ -108,6 +101,7 @@ def magnitude_scores(model: PreTrainedModel) -> list[float]:
 
 
 def perplexity_scores(replay: Replay) -> list[float]:
-    """Return by how much the mean NLL rises, in nats, when each decoder layer alone is removed."""
+    """Return by how much the mean NLL rises without each layer alone, in nats; at most 690."""
     units = replay.units
-    return [-math.log(replay.score(i, units[i + 1 :])) for i in range(len(units))]
+    similarities = [replay.score(i, units[i + 1 :]) for i in range(len(units))]
+    return [-math.log(max(similarity, 1e-300)) for similarity in similarities]  # 0 underflows

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunelight.files import replacing
-from prunelight.plots import BLUE, GREEN, ORANGE, draw_bars, merged_groups
+from prunelight.plots import BLUE, GREEN, ORANGE, draw_bars
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,12 +101,12 @@ def plot_states(analysis: dict[str, Any], title: str) -> Figure:
         axes.legend(fontsize=8)
 
     def sinks(axes: Axes) -> None:
-        shares = [100 * share for share in analysis["attention_to_first_token"]]
+        shares = [math.nan if x is None else 100 * x for x in analysis["attention_to_first_token"]]
         axes.bar(range(len(shares)), shares, color=ORANGE)
         axes.set_ylabel("attention to the\nfirst token (%)")
 
     panels: list[Callable[[Axes], None]] = [influence, norms]
-    panels += [sinks] if analysis["attention_to_first_token"] else []
+    panels += [sinks] if any(analysis["attention_to_first_token"]) else []
     figure = Figure((8, 0.8 + 2.4 * len(panels)), 150, layout="constrained")
     rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, draw in zip(rows, panels, strict=True):
@@ -119,12 +119,6 @@ def plot_states(analysis: dict[str, Any], title: str) -> Figure:
     return figure
 
 
-def plot_merges(plan: dict[str, Any]) -> Figure:
-    """Draw the CKA map that a plan holds, with its merged windows outlined."""
-    title = f"{plan['method']}: {plan['model']['name'][-60:]}"
-    return plot_cka(plan["found"]["cka"], title, merged_groups(plan))
-
-
 def write_analysis(directory: Path, analysis: dict[str, Any]) -> list[Path]:
     """Write analysis.json, its pictures, and analysis.md last; returns their paths.
 
@@ -133,22 +127,24 @@ def write_analysis(directory: Path, analysis: dict[str, Any]) -> list[Path]:
         analysis: an `analysis.Analysis` as a dict.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    name = analysis["model"]["name"]
-    figures = {
-        "cka.png": lambda: plot_cka(analysis["cka"], f"CKA between hidden states: {name[-60:]}"),
-        "angular_distance.png": lambda: plot_angles(
-            analysis["angular_distance"], f"Angular distance over windows: {name[-60:]}"
+    name = analysis["model"]["name"][-60:]
+    figures = (
+        ("cka.png", plot_cka(analysis["cka"], f"CKA between hidden states: {name}")),
+        (
+            "angular_distance.png",
+            plot_angles(analysis["angular_distance"], f"Angular distance over windows: {name}"),
         ),
-        "layers.png": lambda: plot_states(analysis, name[-60:]),
-    }
+        ("layers.png", plot_states(analysis, name)),
+    )
     with replacing(directory / "analysis.json") as temporary:
         temporary.write_text(json.dumps(analysis, indent=1) + "\n", encoding="utf-8")
-    for file, draw in figures.items():
+    for file, figure in figures:
         with replacing(directory / file) as temporary:
-            draw().savefig(temporary, format="png")
+            figure.savefig(temporary, format="png")
     with replacing(directory / "analysis.md") as temporary:
         temporary.write_text(_markdown(analysis), encoding="utf-8")
-    return [directory / file for file in ("analysis.json", *figures, "analysis.md")]
+    pictures = [file for file, _ in figures]
+    return [directory / file for file in ("analysis.json", *pictures, "analysis.md")]
 
 
 def _markdown(analysis: dict[str, Any]) -> str:
@@ -160,7 +156,7 @@ def _markdown(analysis: dict[str, Any]) -> str:
         f"- Largest token norm: {norms['largest'][loudest]:,.4g} after layer {loudest - 1}, "
         f"{norms['largest'][loudest] / norms['median'][loudest]:,.0f} times the median there",
     ]
-    if shares := analysis["attention_to_first_token"]:
+    if shares := [x for x in analysis["attention_to_first_token"] if x is not None]:
         mean = math.fsum(shares) / len(shares)
         lines.append(f"- Attention to the first token: {100 * mean:.0f} % in the mean over layers")
     facts = {**analysis["model"], **analysis["calibration"], **analysis["settings"]}

@@ -10,7 +10,7 @@ aligned, so they are never mixed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import torch
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from prunelight.architecture import decoder_layers, layer_matrices, layers_path, matrices
 
-# Config fields that give each layer a kind.
-_KINDS = ("layer_types", "attention_layers", "mlp_layer_types", "no_rope_layers")
+# Config fields that can be as long as the model is deep, by chance.
+OTHER_LISTS = ("eos_token_id", "time_step_limit")
 
 
 @torch.no_grad()
@@ -34,20 +34,22 @@ def merged_weights(
         merge: "difference_sum", "mean", "released", or "top".
         projections: names of the parameters that "released" takes from the highest layer.
     """
-    found = [dict(layer.named_parameters()) for layer in layers]
+    found: list[dict[str, Tensor]] = [dict(layer.named_parameters()) for layer in layers]
     if merge == "top":
         return found[-1]
     if merge == "released":
         return {n: found[-1][n] if n in projections else p for n, p in found[0].items()}
-    weights = {}
+    weights, count = {}, len(found)
     for name, lowest in found[0].items():
-        total = torch.stack([own[name].float() for own in found]).sum(0)
-        count = len(found)
+        total = torch.zeros_like(lowest, dtype=torch.float32)
+        for own in found:
+            total += own[name]
         mixed = total / count if merge == "mean" else total - (count - 1) * lowest.float()
         weights[name] = mixed.to(lowest.dtype)
     return weights
 
 
+@torch.no_grad()
 def merged_layer(model: PreTrainedModel, group: Sequence[int], merge: str) -> nn.Module:
     """Return the layer that stands for a window: the highest itself for "top", else a new one.
 
@@ -59,16 +61,11 @@ def merged_layer(model: PreTrainedModel, group: Sequence[int], merge: str) -> nn
     layers = [decoder_layers(model)[index] for index in group]
     if merge == "top":
         return layers[-1]
+    weights = merged_weights(layers, merge, projection_names(model, group[0]))
     layer = copy.deepcopy(layers[-1])
-    write_weights(layer, merged_weights(layers, merge, projection_names(model, group[0])))
-    return layer
-
-
-@torch.no_grad()
-def write_weights(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Write parameters by name into a layer, in place."""
     for name, parameter in layer.named_parameters():
         parameter.copy_(weights[name])
+    return layer
 
 
 def projection_names(model: PreTrainedModel, index: int) -> list[str]:
@@ -108,9 +105,10 @@ def check_mergeable(
 
 def _difference(model: PreTrainedModel, low: int, high: int) -> str:
     """Say why two layers cannot be mixed; empty if they can."""
-    for name in _KINDS:
-        kinds = getattr(model.config, name, None)
-        if kinds and len(kinds) > high and kinds[low] != kinds[high]:
+    total = len(decoder_layers(model))
+    for name, kinds in model.config.to_dict().items():
+        one_a_layer = isinstance(kinds, (list, tuple)) and len(kinds) == total
+        if one_a_layer and name not in OTHER_LISTS and kinds[low] != kinds[high]:
             return f"{name} is {kinds[low]!r} and {kinds[high]!r}"
     layers = decoder_layers(model)
     shapes = [{n: tuple(p.shape) for n, p in layers[i].named_parameters()} for i in (low, high)]

@@ -45,6 +45,19 @@ def merged_groups(plan: dict[str, Any]) -> list[list[int]]:
     return [group for step in plan["steps"] for group in step.get("groups", ())]
 
 
+def fates(plan: dict[str, Any]) -> dict[int, str]:
+    """Return what becomes of the decoder layers that a plan does something to, but for zeros."""
+    told: dict[int, str] = {}
+    for step in plan["steps"]:
+        told |= dict.fromkeys(step.get("layers", ()), "**removed**")
+        for group in step.get("groups", ()):
+            told |= dict.fromkeys(group[:-1], f"**merged into {group[-1]}**")
+        for name in ("attention", "mlp") if step["kind"] == "drop_sublayers" else ():
+            for layer in step[name]:
+                told[layer] = f"{told.get(layer, 'without')} **{name}**"
+    return told
+
+
 def sparsify_steps(plan: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the steps of a plan that put zeros into weights."""
     return [step for step in plan["steps"] if step["kind"] == "sparsify"]
@@ -66,10 +79,13 @@ def score_lists(plan: dict[str, Any]) -> dict[str, list[float]]:
 
 def nominal(plan: dict[str, Any]) -> str:
     """Return the ratio in the method's own terms: of decoder layers or of weights."""
-    removed, num_layers = len(removed_layers(plan)), plan["model"]["num_hidden_layers"]
-    share = percent(removed / num_layers)
-    how = "merged away" if merged_groups(plan) else "removed"
-    parts = [f"{removed} of {num_layers} decoder layers {how} ({share})"] if removed else []
+    num_layers, parts = plan["model"]["num_hidden_layers"], []
+    merged = sum(len(group) - 1 for group in merged_groups(plan))
+    counts = {"removed": len(removed_layers(plan)) - merged, "merged away": merged}
+    for how, count in counts.items():
+        if count:
+            share = percent(count / num_layers)
+            parts.append(f"{count} of {num_layers} decoder layers {how} ({share})")
     parts += _narrower(plan)
     for step in sparsify_steps(plan):
         mixed = " on average" if len(set(step["sparsity"].values())) > 1 else ""
@@ -86,9 +102,14 @@ def _narrower(plan: dict[str, Any]) -> list[str]:
             if step["kind"] == "drop_sublayers" and step[name]:
                 share = percent(len(step[name]) / num_layers)
                 parts.append(f"{len(step[name])} of {num_layers} {plural} dropped ({share})")
-        for name, text in (("heads", "key-value groups"), ("neurons", "neurons")):
+        for name, text, field in (
+            ("heads", "key-value groups", "num_key_value_heads"),
+            ("neurons", "neurons", "intermediate_size"),
+        ):
             if step["kind"] == "prune_width" and step[name]:
-                parts.append(f"{len(next(iter(step[name].values())))} {text} kept in every layer")
+                kept = len(next(iter(step[name].values())))
+                before = plan.get("found", {}).get(f"{field}_before", "all")
+                parts.append(f"{kept} of {before} {text} kept in every layer")
     return parts
 
 
@@ -154,8 +175,8 @@ def layer_zeros(
 def plot_layers(plan: dict[str, Any], outcome: dict[str, Any] | None = None) -> Figure:
     """Draw the scores of a plan over the decoder layers, and the zeros of its last sparsify step.
 
-    Of the scores of layers the first list is drawn (the angular distance has one entry a window, at
-    the window's first layer), of the scores of projections all. The scale is logarithmic if all are
+    Each list of scores of layers has a panel (the angular distance has one entry a window, at the
+    window's first layer), those of projections share one. The scale is logarithmic if all are
     positive and span more than a factor of 20. Removed layers are shaded.
 
     Args:
@@ -186,7 +207,7 @@ def plot_layers(plan: dict[str, Any], outcome: dict[str, Any] | None = None) -> 
         for layer in removed:
             axes.axvspan(layer - 0.5, layer + 0.5, color=_PALE, linewidth=0, zorder=0)
         axes.label_outer()
-    panels[-1].set_xlabel(f"decoder layer{' (shaded: gone)' if removed else ''}")
+    panels[-1].set_xlabel(f"decoder layer{' (shaded: gone)' if fates(plan) else ''}")
     panels[-1].set_xlim(-0.8, num_layers - 0.2)
     panels[-1].locator_params(axis="x", nbins=20, integer=True)
     title = f"{plan['method']}: {plan['model']['name'][-60:]}\n{nominal(plan)}"
@@ -195,17 +216,21 @@ def plot_layers(plan: dict[str, Any], outcome: dict[str, Any] | None = None) -> 
 
 
 def _score_drawings(plan: dict[str, Any]) -> list[_Drawing]:
-    lists = score_lists(plan)
-    if not lists:
-        return []
-    name, scores = next(iter(lists.items()))
-    kind = next((kind for kind in _LABELS if name.startswith(kind)), "")
-    label = _LABELS.get(kind, name.replace("_", " "))
+    lists = {n: x for n, x in score_lists(plan).items() if not n.endswith("_first_token")}
+    kind = next((kind for kind in _LABELS if any(name.startswith(kind) for name in lists)), "")
     if len(lists) > 1 and sparsify_steps(plan):
-        return [_rows_drawing({k.removeprefix(f"{kind}_"): row for k, row in lists.items()}, label)]
-    if len(scores) < plan["model"]["num_hidden_layers"]:
-        label += " from here"  # of the window that starts there
-    return [(3.0, partial(draw_bars, values=scores, label=label, color=BLUE))]
+        rows = {name.removeprefix(f"{kind}_"): row for name, row in lists.items()}
+        return [_rows_drawing(rows, _LABELS.get(kind, kind))]
+    drawings: list[_Drawing] = []
+    for name, scores in lists.items():
+        label = _LABELS.get(kind, name.replace("_", " "))
+        if len(scores) < plan["model"]["num_hidden_layers"]:
+            label += " from here"  # of the window that starts there
+        sublayer = name.removesuffix("_influence")
+        dropped = {i for step in plan["steps"] for i in step.get(sublayer, ())}
+        draw = partial(draw_bars, values=scores, label=label, color=BLUE, shaded=dropped)
+        drawings.append((3.0 if len(lists) == 1 else 2.2, draw))
+    return drawings
 
 
 def _zeros_drawings(zeros: LayerZeros, planned: float) -> list[_Drawing]:
@@ -220,8 +245,12 @@ def _zeros_drawings(zeros: LayerZeros, planned: float) -> list[_Drawing]:
     return drawings
 
 
-def draw_bars(axes: Axes, *, values: list[float], label: str, color: str) -> None:
-    """Draw one bar a layer, on a log scale where the values want one."""
+def draw_bars(
+    axes: Axes, *, values: list[float], label: str, color: str, shaded: Iterable[int] = ()
+) -> None:
+    """Draw one bar a layer, on a log scale where the values want one; shade some layers."""
+    for layer in shaded:
+        axes.axvspan(layer - 0.5, layer + 0.5, color=_PALE, linewidth=0, zorder=0)
     drawn = [x if math.isfinite(x) else math.nan for x in values]  # inf breaks axes
     axes.bar(range(len(values)), drawn, color=color)
     if _is_wide(values):

@@ -29,6 +29,8 @@ from prunelight.architecture import (
 from prunelight.masking import WeightMasks, ZeroRecord, mask_adapters
 from prunelight.metrics import parameter_count, zero_share
 from prunelight.plan import Plan, sparsified
+from prunelight.steps import layer_of
+from prunelight.sublayers import dropped
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +225,9 @@ class PlannedZeros:
         names = sparsified(plans, layers_path(model)) if plans else {}
         if not names:
             return cls()
-        found = matrices(model)
+        found, path = matrices(model), layers_path(model)
+        without = dropped(model, "attention") | dropped(model, "mlp")
+        names = {n: s for n, s in names.items() if n in found or layer_of(n, path) not in without}
         missing = set(names) - set(found)
         if missing:
             raise ValueError(

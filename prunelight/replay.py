@@ -8,9 +8,10 @@ own layers and those above them. No copy of the model, and no head unless the cr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,13 @@ from transformers import PreTrainedModel
 
 from prunelight.architecture import decoder_layers
 from prunelight.calibration import Windows
+from prunelight.scoring import check_finite
 from prunelight.similarity import Similarity, similarity_to
 from prunelight.walk import LayerWalk
 
 
-class Unit(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Unit:
     """A layer of a variant, and the decoder layer of the model as which it is called."""
 
     layer: nn.Module
@@ -50,7 +53,8 @@ class Replay:
         offload: keep the inputs on the CPU.
 
     Raises:
-        ValueError: on entry, if the criterion is unknown or no token counts.
+        ValueError: on entry, if the criterion is unknown, no token counts, or a hidden state of the
+            model is NaN or Inf (names the layer).
         TypeError: on entry, if the layers cannot be run one by one.
     """
 
@@ -92,23 +96,37 @@ class Replay:
         self.inputs.clear()
 
     def score(self, start: int, units: Sequence[Unit]) -> float:
-        """Return the similarity of the variant whose layers from place `start` on are `units`."""
-        states = self.inputs[start]
+        """Return the similarity of the variant whose layers from place `start` on are `units`.
+
+        -inf if it cannot be measured: the variant's states are NaN, say.
+        """
+        states = self._entering(start, units)
         for unit in units:
             states = self._run(unit, states)
         self.measurements += 1
         self._bar.update()
-        return self._similarity(states)
+        similarity = self._similarity(states)
+        return -math.inf if math.isnan(similarity) else similarity
 
     def replace(self, start: int, units: Sequence[Unit]) -> None:
         """Go on with the variant whose layers from place `start` on are `units`."""
-        self.units[start:] = units
         del self.inputs[start + 1 :]
+        self.inputs[start] = self._entering(start, units)
+        self.units[start:] = units
         self._extend()
+
+    def _entering(self, start: int, units: Sequence[Unit]) -> list[Tensor]:
+        """Return what the layer at a place gets; an RWKV's first block has a norm that moves on."""
+        norm = getattr(self.units[0].layer, "pre_ln", None)
+        if start or norm is None or not units or units[0].layer is self.units[0].layer:
+            return self.inputs[start]
+        return [norm(state.to(self.walk.model.device)) for state in self.inputs[0]]
 
     def _extend(self) -> None:
         for unit in self.units[len(self.inputs) - 1 :]:
             states = self._run(unit, self.inputs[-1])
+            for state in states:
+                check_finite(unit.index, state.abs().max().item(), state)
             self.inputs.append([state.to(self.walk.store) for state in states])
 
     def _run(self, unit: Unit, states: Sequence[Tensor]) -> list[Tensor]:

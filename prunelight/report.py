@@ -21,14 +21,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from prunelight.files import replacing
-from prunelight.maps import plot_merges
+from prunelight.maps import plot_cka
 from prunelight.plots import (
+    fates,
     layer_zeros,
     merged_groups,
     nominal,
     percent,
     plot_layers,
-    removed_layers,
     score_lists,
     sparsify_steps,
 )
@@ -157,7 +157,9 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
             names.append(f"cka-{len(names)}.png")
             sections.append(f"![CKA of the hidden states, merged windows outlined]({names[-1]})")
             with replacing(directory / names[-1]) as temporary:
-                plot_merges(plan).savefig(temporary, format="png")
+                title = f"{plan['method']}: {plan['model']['name'][-60:]}"
+                figure = plot_cka(plan["found"]["cka"], title, merged_groups(plan))
+                figure.savefig(temporary, format="png")
     with replacing(directory / "report.md") as temporary:
         temporary.write_text(_markdown(record, sections), encoding="utf-8")
     return [directory / name for name in (*names, "report.md")]
@@ -176,17 +178,16 @@ def _plan_section(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[
     calibration = {f"calibration {k}": v for k, v in (plan["calibration"] or {}).items()}
     parts.append(f"Decided with:\n{_bullets({**arguments, **calibration})}")
     if found := {k: v for k, v in plan.get("found", {}).items() if k != "cka"}:
-        parts.append(f"Found:\n{_bullets(found)}")
+        told = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in found.items()}
+        parts.append(f"Found:\n{_bullets(told)}")
     return parts + _layer_table(plan, outcomes)
 
 
 def _step_facts(step: dict[str, Any]) -> dict[str, Any]:
-    """What a step says, but for the long lists of a width step."""
+    """What a step says, but for empty lists and the long ones of a width step."""
     if step["kind"] == "prune_width":
-        kept = {f"{name} kept": step[name] for name in ("heads", "neurons") if step[name]}
-        counts = {name: f"{len(next(iter(k.values())))} a layer" for name, k in kept.items()}
-        return {**counts, "correction": step["correction"]}
-    return {key: value for key, value in step.items() if key != "kind"}
+        return {"correction": step["correction"]}
+    return {key: value for key, value in step.items() if key != "kind" and value != []}
 
 
 def _sparsify_section(
@@ -214,7 +215,7 @@ def _sparsify_section(
 
 def _layer_table(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[str]:
     """One row a decoder layer: scores, zeros of the last sparsify step, removed or kept."""
-    num_layers, removed = plan["model"]["num_hidden_layers"], removed_layers(plan)
+    num_layers = plan["model"]["num_hidden_layers"]
     columns = {"layer": [str(layer) for layer in range(num_layers)]}
     for name, scores in score_lists(plan).items():
         missing = num_layers - len(scores)
@@ -225,10 +226,8 @@ def _layer_table(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[s
         columns["sparsity"] = [percent(x) if math.isfinite(x) else "" for x in zeros.layers]
         if zeros.errors:
             columns["reconstruction error"] = [f"{error:.4g}" for error in zeros.errors]
-    into = {i: f"**merged into {g[-1]}**" for g in merged_groups(plan) for i in g[:-1]}
-    fates = {**dict.fromkeys(removed, "**removed**"), **into}
-    if fates:
-        columns["fate"] = [fates.get(i, "kept") for i in range(num_layers)]
+    if told := fates(plan):
+        columns["fate"] = [told.get(i, "kept") for i in range(num_layers)]
     table = _table(list(columns), list(zip(*columns.values(), strict=True)))
     title = f"<details><summary>All {num_layers} decoder layers</summary>"
     return [title, table, "</details>"]
@@ -290,7 +289,6 @@ _FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("prefill tokens/s", "prefill_tokens_per_second", _decimal),
     ("decode tokens/s", "decode_tokens_per_second", _decimal),
     ("latency (s)", "latency_seconds", "{:.3f}".format),
-    ("latency, deviation (s)", "latency_deviation", "{:.3f}".format),
     ("throughput (tokens/s)", "throughput", _decimal),
     ("zeros in decoder linears", "linear_sparsity", percent),
     ("zeros in all parameters", "sparsity", percent),
@@ -329,7 +327,9 @@ def _stage_rows(record: RunRecord) -> list[list[str]]:
                 row.append("")
                 continue
             change = _change(value, base, factor=name.endswith(_SPEEDS))
-            row.append(show(value) + ("" if stage is dense or show is percent else change))
+            spread = stage.latency_deviation if name == "latency_seconds" else None
+            shown = show(value) + (f" ± {spread:.3f}" if spread is not None else "")
+            row.append(shown + ("" if stage is dense or show is percent else change))
         rows.append(row)
     return rows
 

@@ -11,14 +11,14 @@ two run no head, the others once for each measurement. Padding does not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from prunelight.calibration import counted_positions, split_windows
+from prunelight.calibration import split_windows
 from prunelight.metrics import next_token_sums
 from prunelight.statistics import CKA, MeanCosine
 from prunelight.walk import LayerWalk
@@ -42,21 +42,14 @@ def similarity_to(
         ignore_first_tokens: tokens at the start of each sequence that do not count.
 
     Raises:
-        ValueError: if the criterion is unknown, or no token counts.
+        ValueError: if the criterion is unknown, no token counts, or the model's own states are
+            constant ("cka").
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion={criterion!r} must be one of {', '.join(CRITERIA)}")
-    masks = [
-        counted_positions(mask, state.shape[:2], ignore_first_tokens)
-        for state, mask in zip(states, walk.masks, strict=True)
-    ]
-    counted = [
-        torch.ones(state.shape[:2], dtype=torch.bool) if mask is None else mask
-        for state, mask in zip(states, masks, strict=True)
-    ]
-    if sum(int(mask.sum()) for mask in counted) == 0:
+    counted = [mask.to(walk.model.device) for mask in walk.positions(ignore_first_tokens)]
+    if not any(bool(mask.any()) for mask in counted):
         raise ValueError(f"ignore_first_tokens={ignore_first_tokens} leaves no token to count")
-    counted = [mask.to(walk.model.device) for mask in counted]
     make = {"cosine": _cosine, "cka": _cka, "kl": _kl, "nll": _nll}[criterion]
     return make(walk, states, counted)
 
@@ -76,23 +69,33 @@ def _cosine(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]
 def _cka(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -> Similarity:
     ours = [walk.finish(state) for state in states]
 
-    def measure(others: Sequence[Tensor]) -> float:
+    def cka_with(others: Iterable[Tensor]) -> float:
         cka = CKA(2)
         for mine, other, mask in zip(ours, others, counted, strict=True):
-            cka.update(state[mask] for state in (mine, walk.finish(other)))
+            cka.update((mine[mask], other[mask]))
         return cka.result()[0, 1].item()
+
+    cka_with(ours)  # raises if the model's own states are constant
+
+    def measure(others: Sequence[Tensor]) -> float:
+        try:
+            return cka_with(map(walk.finish, others))
+        except ValueError:  # the variant's states are constant or NaN
+            return math.nan
 
     return measure
 
 
 def _nll(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -> Similarity:
-    ids = split_windows(walk.windows)[0].split([len(state) for state in states])
+    ids = split_windows(walk.windows)[0].to(walk.model.device)
     # Position t predicts t + 1: both must count.
     keep = [pad(mask[:, :-1] & mask[:, 1:], (1, 0)) for mask in counted]
-    labels = [
-        i.to(mask.device).masked_fill(~mask, IGNORED_LABEL)
-        for i, mask in zip(ids, keep, strict=True)
-    ]
+    labels = ids.masked_fill(~torch.cat(keep), IGNORED_LABEL).split([len(mask) for mask in keep])
+    if not any(bool(mask.any()) for mask in keep):
+        raise ValueError(
+            f"windows of shape {tuple(ids.shape)} predict 0 tokens that count; each needs two that "
+            "are no padding and not ignored"
+        )
 
     def mean_nll(others: Sequence[Tensor]) -> float:
         sums = [
@@ -106,52 +109,47 @@ def _nll(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -
 
 
 def _kl(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -> Similarity:
-    """Compare distributions; see `_ExpectedLogits` for why one head application is enough."""
-    expected = _ExpectedLogits(walk, states)
+    """Compare distributions; see `_CrossEntropy` for why one head application is enough."""
+    cross_entropy = _CrossEntropy(walk, states)
 
-    def measure(others: Sequence[Tensor]) -> float:
-        total, tokens = 0.0, 0
+    def mean(others: Sequence[Tensor]) -> float:
+        total = 0.0
         for batch, row, logits in _logits(walk, others):
-            mask = counted[batch][row]
-            mean = expected.mean(batch, row, others[batch][row], logits[0])
-            cross = logits[0].float().logsumexp(-1) - mean
-            total += (cross - expected.entropies[batch][row])[mask].double().sum().item()
-            tokens += int(mask.sum())
-        return math.exp(-total / tokens)
+            entropies = cross_entropy(batch, row, others[batch][row], logits[0])
+            total += entropies[counted[batch][row]].double().sum().item()
+        return total / sum(int(mask.sum()) for mask in counted)
 
-    return measure
+    own = mean(states)  # the entropy, by the same sums: the model itself is at exactly 1
+    return lambda others: math.exp(own - mean(others))
 
 
-class _ExpectedLogits:
-    """The mean of a variant's logits z under the model's own next-token distributions p.
+class _CrossEntropy:
+    """-sum_v p_v log q_v: the model's own next-token distributions p against a variant's q.
 
-    KL(p, q) = logsumexp(z) - sum_v p_v z_v - H(p). Where logits are W h + b times a constant, the
-    sum is (sum_v p_v W_v) h + ...: a vector a token, kept from the start. Elsewhere (Gemma-2 caps
-    its logits) p is computed anew, with a second application of the head.
+    With logits z of the variant it is logsumexp(z) - sum_v p_v z_v. Where logits are W h + b times
+    a constant, the sum is (sum_v p_v W_v) h + ...: a vector a token, kept from the start. Elsewhere
+    (Gemma-2 caps its logits) p is computed anew, with a second application of the head.
     """
 
     def __init__(self, walk: LayerWalk, states: Sequence[Tensor]) -> None:
         self.walk, self.states = walk, states
         self.head: Any = walk.model.get_output_embeddings()
-        self.scale: float | None = None  # None: not linear
-        self.entropies = [torch.zeros(s.shape[:2], device=walk.model.device) for s in states]
+        self.scale = self._find_scale()
         self.embeddings: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for batch, row, logits in _logits(walk, states):
-            if batch == row == 0:
-                self.scale = self._find_scale(logits[0], states[0][:1])
-            log_p = logits[0].float().log_softmax(-1)
-            self.entropies[batch][row] = -(log_p.exp() * log_p).sum(-1)
-            if self.scale is not None:
-                self.embeddings[batch, row] = self._mean_embedding(log_p.exp_())
+        for batch, row, logits in _logits(walk, states) if self.scale is not None else ():
+            p = logits[0].float().softmax(-1)
+            self.embeddings[batch, row] = self._mean_embedding(p)
 
-    def mean(self, batch: int, row: int, state: Tensor, logits: Tensor) -> Tensor:
-        """Return sum_v p_v z_v of each token of a sequence, (T,)."""
+    def __call__(self, batch: int, row: int, state: Tensor, logits: Tensor) -> Tensor:
+        """Return the cross-entropy of each token of a sequence, (T,), from its logits (T, V)."""
         if self.scale is None:
             ours = self.walk.finish(self.states[batch][row : row + 1], head=True)[0]
-            return (ours.float().softmax(-1) * logits.float()).sum(-1)
-        embedding, offset = self.embeddings[batch, row]
-        hidden = self.walk.finish(state[None])[0].float()
-        return self.scale * ((embedding * hidden).sum(-1) + offset)
+            mean = (ours.float().softmax(-1) * logits.float()).sum(-1)
+        else:
+            embedding, offset = self.embeddings[batch, row]
+            hidden = self.walk.finish(state[None])[0].float()
+            mean = self.scale * ((embedding * hidden).sum(-1) + offset)
+        return logits.float().logsumexp(-1) - mean
 
     def _mean_embedding(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """Return sum_v p_v W_v (T, D) and sum_v p_v b_v (T,), in float32 by parts of the head."""
@@ -161,13 +159,19 @@ class _ExpectedLogits:
         assert isinstance(embedding, Tensor)
         return embedding, p.new_zeros(len(p)) if bias is None else p @ bias.float()
 
-    def _find_scale(self, logits: Tensor, state: Tensor) -> float | None:
+    def _find_scale(self) -> float | None:
         """Return c where logits = c (W h + b); None where they are something else."""
-        if not isinstance(self.head, torch.nn.Linear):
+        capped = getattr(self.walk.model.config, "final_logit_softcapping", None)
+        if capped or not isinstance(self.head, torch.nn.Linear):
             return None
-        plain, logits = self.head(self.walk.finish(state)[0]).float(), logits.float()
+        state = self.states[0][:1]
+        plain, logits = (
+            x[0].float()
+            for x in (self.head(self.walk.finish(state)), self.walk.finish(state, head=True))
+        )
         scale = ((plain * logits).sum() / plain.square().sum()).item()
-        near = (logits - scale * plain).abs().max() <= 1e-2 * logits.abs().max()
+        rounding = 4 * torch.finfo(self.walk.model.dtype).eps
+        near = (logits - scale * plain).abs().max() <= rounding * logits.abs().max()
         return scale if bool(near) else None
 
 

@@ -99,9 +99,7 @@ def most_removable(num_layers: int, protected: Collection[int]) -> int:
     return sum(low and high for low, high in pairwise(free))
 
 
-def search(
-    run: Callable[[float], Slide], target: int, remaining: Callable[[], bool]
-) -> tuple[Slide, float]:
+def search(run: Callable[[float], Slide], target: int) -> tuple[Slide, float]:
     """Find the pass that removes exactly `target` layers and leaves the most similar model.
 
     How many layers a threshold removes is no monotone function of it. So a pass stops once the
@@ -109,27 +107,35 @@ def search(
     goes for the highest such threshold; of all passes that reached the target the best one counts.
 
     Args:
-        run: one pass with a threshold, which stops at the target; may raise `SpentError`.
+        run: one pass with a threshold, which stops at the target; raises `SpentError` once no more
+            may be measured, not in the first pass.
         target: layers to remove; the lowest threshold must reach it.
-        remaining: whether more may be measured.
 
     Returns:
         The pass, and its threshold: the lowest margin that it accepted.
+
+    Raises:
+        ValueError: if similarities cannot be measured, so that the lowest threshold falls short.
     """
-    best, low, high = run(-math.inf), 0.0, 1.0
-    assert best.removed == target
-    low = max(low, min(best.margins))
+    best = run(-math.inf)
+    if best.removed < target:
+        raise ValueError(
+            f"only {best.removed} of {target} layers can be merged: what more of them leaves has "
+            "NaN states; load the model in bfloat16 or float32, or take merge='top'"
+        )
+    low, high = max(0.0, min(best.margins)), 1.0
     for _ in range(_STEPS):
-        if high - low < 1e-4 or not remaining():
+        if high - low < 1e-4:
             break
+        middle = (low + high) / 2
         try:
-            found = run((low + high) / 2)
+            found = run(middle)
         except SpentError:
             break
         if found.removed == target:
-            low = max((low + high) / 2, min(found.margins))
+            low = max(middle, min(found.margins))
             best = max(best, found, key=lambda slide: slide.similarity)
         else:
-            high = min((low + high) / 2, max(found.refused, low))
+            high = min(middle, max(found.refused, low))
         log.debug("threshold in [%.4f, %.4f], similarity %.4f", low, high, best.similarity)
     return best, min(best.margins)

@@ -177,7 +177,8 @@ class CKA:
         count: M.
         kernel: "linear", or "rbf" with the median distance of the chunk times `bandwidth`.
         bandwidth: factor of the median distance; without effect for "linear".
-        chunk: fewest tokens in a kernel, so that memory is M * chunk^2.
+        chunk: fewest tokens in a kernel; the kernels of a micro-batch, of which there are M, have
+            together up to twice as many numbers a token.
     """
 
     def __init__(
@@ -193,7 +194,10 @@ class CKA:
         """
         chunks = max(1, len(states) // self.chunk)
         size = len(states) // chunks
-        x = states[: size * chunks].float().view(size, chunks, -1).transpose(0, 1)  # (chunks, n, D)
+        if size < 4:  # too few for an estimate
+            return states.new_zeros(0, 0, 0)
+        x = states[: size * chunks].float()
+        x = x.view(size, chunks, -1).transpose(0, 1)  # (chunks, n, D)
         if self.kernel == "linear":
             kernels = x @ x.transpose(1, 2)
         else:
@@ -230,8 +234,6 @@ class CKA:
 def _hsic(kernels: Tensor) -> Tensor:
     """Return the unbiased HSIC of every pair of kernels (M, n, n) with zero diagonals, (M, M)."""
     n = kernels.shape[1]
-    if n < 4:
-        return kernels.new_zeros(len(kernels), len(kernels))
     flat, rows = kernels.flatten(1), kernels.sum(2)
     totals = rows.sum(1)
     traces = flat @ flat.T

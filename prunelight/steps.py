@@ -115,6 +115,9 @@ class MergeLayers:
 
     def __post_init__(self) -> None:
         """Sort windows and indices, so that equal decisions are equal plans."""
+        lists = (list, tuple)
+        if not isinstance(self.groups, lists) or not all(isinstance(g, lists) for g in self.groups):
+            raise ValueError(f"groups={self.groups} must be a list of lists of layers")
         groups = sorted(_sorted_indices("groups", group) for group in self.groups)
         object.__setattr__(self, "groups", tuple(groups))
 
@@ -199,11 +202,14 @@ class PruneWidth:
             object.__setattr__(self, name, dict(sorted(found.items(), key=lambda x: int(x[0]))))
 
     def check(self, num_layers: int) -> None:
-        """Check what does not concern the model's widths; for those see `width.check_step`.
+        """Check what does not concern the model's widths; for those see `width.check_width`.
 
         Raises:
-            ValueError: if a layer does not exist, or layers keep different numbers.
+            ValueError: if a layer does not exist, layers keep different numbers, or nothing is
+                pruned.
         """
+        if not self.named:
+            raise ValueError("heads and neurons are both empty; name what is kept of one of them")
         for name, kept in (("heads", self.heads), ("neurons", self.neurons)):
             _check_indices(name, [int(key) for key in kept], num_layers)
             counts = sorted({len(set(indices)) for indices in kept.values()})

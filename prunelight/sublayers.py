@@ -3,15 +3,17 @@
 No stock config can say that a layer has no attention. So each family that supports it has a
 registered class here, whose config lists what was dropped: after `import prunelight`,
 `AutoModelForCausalLM.from_pretrained` loads it. A dropped sublayer keeps neither weights nor
-its norm, computes nothing, and an attention takes no room in the cache.
+its norm, computes nothing, and an attention takes no room in the cache. The first attention of each
+kind of layer must stay: transformers counts the tokens of the cache there. Assisted generation
+crops caches, which in transformers 5.23 fails on an empty one of a sliding window.
 """
 
 # B sequences, T tokens, D hidden
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +24,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from prunelight.architecture import (
     ARCHITECTURES,
     REGISTERED_PREFIX,
-    Sublayers,
     decoder_layers,
     layer_matrices,
     sublayers_of,
 )
-from prunelight.steps import DropSublayers
 
-Sublayer: TypeAlias = Literal["attention", "mlp"]
-SUBLAYERS: tuple[Sublayer, Sublayer] = ("attention", "mlp")
+SUBLAYERS = ("attention", "mlp")
 
 
 class DroppedSublayer(nn.Module):
@@ -52,20 +51,25 @@ class _WithDropped:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # that of the family
         model: Any = self
-        take_out(model, sublayers_of(model))
+        _take_out(model)
 
 
-def take_out(model: PreTrainedModel, names: Sublayers) -> None:
+def dropped(model: PreTrainedModel, name: str) -> set[int]:
+    """Return the layers without "attention" or "mlp"; none for models of other classes."""
+    flags = getattr(model.config, f"drop_{name}", None) or []
+    return {index for index, flag in enumerate(flags) if flag}
+
+
+def _take_out(model: PreTrainedModel) -> None:
     """Take the sublayers that the config lists, and their norms, out of the model, in place."""
-    config: Any = model.config
+    names, layers = sublayers_of(model), decoder_layers(model)
     for name in SUBLAYERS:
-        flags = getattr(config, f"drop_{name}", None) or []
-        for layer, dropped in zip(decoder_layers(model), flags, strict=bool(flags)):
-            if dropped:
-                setattr(layer, getattr(names, name), DroppedSublayer(name == "attention"))
-                setattr(layer, getattr(names, f"{name}_norm"), nn.Identity())
+        for index in dropped(model, name):
+            stand_in = DroppedSublayer(name == "attention")
+            setattr(layers[index], getattr(names, name), stand_in)
+            setattr(layers[index], getattr(names, f"{name}_norm"), nn.Identity())
 
 
 def _register() -> dict[str, type[PreTrainedModel]]:
@@ -77,7 +81,7 @@ def _register() -> dict[str, type[PreTrainedModel]]:
         stock_config = CONFIG_MAPPING[family]
         stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
         name = stock.__name__.removesuffix("ForCausalLM")
-        fields = {"model_type": REGISTERED_PREFIX + family, "__module__": __name__}
+        fields: dict[str, Any] = {"model_type": REGISTERED_PREFIX + family, "__module__": __name__}
         fields |= {"drop_attention": None, "drop_mlp": None}
         annotations = dict.fromkeys(("drop_attention", "drop_mlp"), "list[bool] | None")
         fields["__annotations__"] = annotations
@@ -94,35 +98,39 @@ def _register() -> dict[str, type[PreTrainedModel]]:
 CLASSES = _register()
 
 
-def check_droppable(
-    model: PreTrainedModel, step: DropSublayers, removed: Collection[int] = ()
-) -> None:
-    """Check a step against a model of which earlier steps of the plan remove some layers.
+def check_droppable(model: PreTrainedModel) -> None:
+    """Check that sublayers of the model can be dropped.
 
     Raises:
         TypeError: if the family has no registered class, or weights are quantized.
-        ValueError: if the attention that leads the cache would go.
     """
-    names = sublayers_of(model)
-    if not names.droppable:
+    if not sublayers_of(model).droppable:
         raise TypeError(
             f"{model.config.model_type} has norms after its sublayers, which cannot be dropped "
             f"alone; families that can: {', '.join(sorted(CLASSES))}"
         )
     layer_matrices(model, 0)  # refuses quantized weights
-    leading = sorted(leading_attentions(model, removed) & set(step.attention))
-    if leading:
+
+
+def check_leading(
+    model: PreTrainedModel, removed: Collection[int] = (), attention: Collection[int] = ()
+) -> None:
+    """Check that the first attention of each kind of layer is left: it leads the cache.
+
+    Args:
+        model: as it is now.
+        removed: layers that are removed.
+        attention: layers that lose their attention, beside those that have none.
+
+    Raises:
+        ValueError: if it is not; names the layers.
+    """
+    gone = dropped(model, "attention") | set(attention)
+    if leading := sorted(leading_attentions(model, removed) & gone):
         raise ValueError(
-            f"attention={leading} must stay: it is the first of its kind, and the cache counts its "
-            "tokens there"
+            f"attention={leading} must stay: it is the first that is left of its kind, and the "
+            "cache counts its tokens there"
         )
-
-
-def fixed_sublayers(model: PreTrainedModel, name: str) -> set[int]:
-    """Return the layers whose "attention" or "mlp" cannot be dropped: gone, or leads the cache."""
-    flags = getattr(model.config, f"drop_{name}", None) or []
-    gone = {index for index, dropped in enumerate(flags) if dropped}
-    return gone | (leading_attentions(model) if name == "attention" else set())
 
 
 def leading_attentions(model: PreTrainedModel, removed: Collection[int] = ()) -> set[int]:
@@ -133,28 +141,37 @@ def leading_attentions(model: PreTrainedModel, removed: Collection[int] = ()) ->
     return {next(i for i in left if kinds[i] == kinds[other]) for other in left}
 
 
+def fixed_sublayers(model: PreTrainedModel, name: str) -> set[int]:
+    """Return the layers whose "attention" or "mlp" cannot be dropped: gone, or leads the cache."""
+    return dropped(model, name) | (leading_attentions(model) if name == "attention" else set())
+
+
 @torch.no_grad()
 def drop_sublayers(
-    model: PreTrainedModel, attention: Sequence[int], mlp: Sequence[int]
+    model: PreTrainedModel, attention: Collection[int], mlp: Collection[int]
 ) -> PreTrainedModel:
     """Drop sublayers in place; the model and its config become those of the registered class.
 
     Args:
         model: of a family that supports it.
         attention: layers that lose their attention.
-        mlp: layers that lose their MLP.
+        mlp: layers that lose their MLP; with neither, the model stays what it is.
 
     Raises:
-        TypeError, ValueError: see `check_droppable`.
+        TypeError: see `check_droppable`.
+        ValueError: see `check_leading`.
     """
-    check_droppable(model, DropSublayers(tuple(attention), tuple(mlp)))
+    check_droppable(model)
+    check_leading(model, attention=attention)
+    if not (attention or mlp):
+        return model
     config: Any = model.config
-    for name, layers in (("attention", attention), ("mlp", mlp)):
-        flags = getattr(config, f"drop_{name}", None) or [False] * config.num_hidden_layers
-        setattr(config, f"drop_{name}", [x or i in layers for i, x in enumerate(flags)])
+    for name, layers in zip(SUBLAYERS, (attention, mlp), strict=True):
+        gone = dropped(model, name) | set(layers)
+        setattr(config, f"drop_{name}", [i in gone for i in range(config.num_hidden_layers)])
     made = CLASSES[config.model_type.removeprefix(REGISTERED_PREFIX)]
     config.__class__ = made.config_class
     config.architectures = [made.__name__]
     model.__class__ = made
-    take_out(model, sublayers_of(model))
+    _take_out(model)
     return model

@@ -23,12 +23,7 @@ from prunelight.architecture import (
     restore_rwkv_scale,
 )
 from prunelight.calibration import Windows
-from prunelight.merging import (
-    check_mergeable,
-    merged_weights,
-    projection_names,
-    write_weights,
-)
+from prunelight.merging import OTHER_LISTS, check_mergeable, merged_layer
 from prunelight.metrics import parameter_count
 from prunelight.plan import Plan
 from prunelight.sparsify import check_data, check_step, sparsify
@@ -38,10 +33,11 @@ from prunelight.steps import (
     PruneWidth,
     RemoveLayers,
     Sparsify,
+    Step,
     renumber,
     renumbered,
 )
-from prunelight.sublayers import check_droppable, drop_sublayers
+from prunelight.sublayers import check_droppable, check_leading, drop_sublayers
 from prunelight.width import check_width, prune_width
 
 log = logging.getLogger(__name__)
@@ -50,8 +46,6 @@ log = logging.getLogger(__name__)
 COUNTING_FIELDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 # Config fields that list layer indices.
 LISTING_FIELDS = ("mlp_only_layers",)
-# Config fields that can be as long as the model is deep, by chance.
-OTHER_LISTS = ("eos_token_id", "time_step_limit")
 # Config fields that make layers depend on each other or on their index: removal is refused.
 REFUSED_FIELDS = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
 
@@ -82,18 +76,7 @@ def apply(
         TypeError: if the decoder layers cannot be found.
     """
     plan.check(model, strict=strict)
-    gone: tuple[int, ...] = ()
-    for step in plan.steps:
-        if isinstance(step, Sparsify):
-            check_step(model, step)
-            check_data(step, windows)
-        elif isinstance(step, MergeLayers):
-            check_mergeable(model, step.merge, step.groups)
-        elif isinstance(step, DropSublayers):
-            check_droppable(model, step, gone)
-        elif isinstance(step, PruneWidth):
-            check_width(model, step, windows, gone)
-        gone += step.removed
+    _check_steps(model, plan.steps, windows)
     before = parameter_count(model)
     removed: set[int] = set()  # the plan counts the layers of the dense model
     for step in plan.steps:
@@ -103,8 +86,8 @@ def apply(
             groups = [[renumber(i, removed) for i in group] for group in step.groups]
             merge_layers(model, groups, step.merge)
         elif isinstance(step, DropSublayers):
-            kinds = (step.attention, step.mlp)
-            drop_sublayers(model, *([renumber(i, removed) for i in kind] for kind in kinds))
+            attention, mlp = ([renumber(i, removed) for i in x] for x in (step.attention, step.mlp))
+            drop_sublayers(model, attention, mlp)
         elif isinstance(step, PruneWidth):
             prune_width(model, step, windows, removed=removed, device=device, offload=offload)
         elif isinstance(step, Sparsify):
@@ -127,6 +110,31 @@ def apply(
     return model
 
 
+def _check_steps(model: PreTrainedModel, steps: Sequence[Step], windows: Windows | None) -> None:
+    """Check all steps against the model, before the first is carried out."""
+    gone: tuple[int, ...] = ()
+    headless: tuple[int, ...] = ()  # layers without attention
+    kinds: list[type[Step]] = []
+    for step in steps:
+        gone += step.removed
+        if step.removed:
+            check_removable(model)
+        if isinstance(step, Sparsify):
+            check_step(model, step)
+            check_data(step, windows)
+        elif isinstance(step, MergeLayers):
+            check_mergeable(model, step.merge, step.groups)
+        elif isinstance(step, DropSublayers):
+            check_droppable(model)
+            headless += step.attention
+        elif isinstance(step, PruneWidth):
+            if {DropSublayers, PruneWidth} & {*kinds}:
+                raise ValueError("prune width once, and before sublayers are dropped")
+            check_width(model, step, windows, gone)
+        check_leading(model, gone, headless)
+        kinds.append(type(step))
+
+
 @torch.no_grad()
 def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Remove decoder layers in place, renumber the others and cut the config accordingly.
@@ -136,8 +144,9 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
         layers: indices to remove; none is allowed and changes nothing.
 
     Raises:
-        ValueError: if an index does not exist or is repeated, no layer would be left, or the
-            model's config ties layers to their index or to each other.
+        ValueError: if an index does not exist or is repeated, no layer would be left, the model's
+            config ties layers to their index or to each other, or the attention that would lead
+            the cache was dropped.
         TypeError: if the decoder layers cannot be found.
     """
     old = decoder_layers(model)
@@ -145,6 +154,7 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     if not layers:
         return
     check_removable(model)
+    check_leading(model, layers)
     restore_rwkv_scale(model)
     kept = [i for i in range(len(old)) if i not in set(layers)]
     _move_first_norm(old[0], old[kept[0]])
@@ -169,9 +179,7 @@ def merge_layers(
     check_removable(model)
     layers = decoder_layers(model)
     for group in groups:
-        names = projection_names(model, group[0])
-        window = [layers[index] for index in group]
-        write_weights(window[-1], merged_weights(window, merge, names))
+        layers[group[-1]] = merged_layer(model, group, merge)
     remove_layers(model, [index for group in groups for index in group[:-1]])
 
 

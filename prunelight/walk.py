@@ -159,12 +159,19 @@ class LayerWalk:
         for batch in range(len(self.states)):
             self.states[batch] = self.forward(batch).to(self.store)
 
+    def positions(self, ignore_first_tokens: int = 0) -> list[Tensor]:
+        """Return which tokens count, bool (B, T) on the device: no padding, not the first few."""
+        masks = [
+            torch.ones(state.shape[:2], dtype=torch.bool, device=self.device)
+            if mask is None
+            else mask
+            for state, mask in zip(self.states, self.masks, strict=True)
+        ]
+        return [mask & (mask.cumsum(1) > ignore_first_tokens) for mask in masks]
+
     def counted(self) -> int:
         """Return how many tokens are no padding."""
-        return sum(
-            state.shape[0] * state.shape[1] if mask is None else int(mask.sum())
-            for state, mask in zip(self.states, self.masks, strict=True)
-        )
+        return sum(int(mask.sum()) for mask in self.positions())
 
     def _check_replay(self) -> list[tuple[Any, ...] | None]:
         """Return what each layer puts out beside the states; compare a short replay with the model.
@@ -232,10 +239,10 @@ def _replaced(model: PreTrainedModel, forwards: Sequence[Callable[..., Any]]) ->
             layer.forward = forward
         yield
     finally:
-        for layer, forward in zip(layers, own, strict=True):
+        for layer, before in zip(layers, own, strict=True):
             vars(layer).pop("forward", None)
-            if forward is not None:
-                layer.forward = forward
+            if before is not None:
+                layer.forward = before
 
 
 @contextmanager

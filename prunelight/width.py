@@ -12,8 +12,8 @@ what is gone by a bias, which no stock model has; here the output projection is 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -26,10 +26,10 @@ from prunelight.importance import saliencies
 from prunelight.sparsity import wanda_scores
 from prunelight.statistics import Hessian, InputVariance
 from prunelight.steps import PruneWidth, renumber
+from prunelight.sublayers import dropped
 from prunelight.walk import InputStatistics, LayerWalk
 
-Kind: TypeAlias = Literal["heads", "neurons"]
-KINDS: tuple[Kind, Kind] = ("heads", "neurons")
+KINDS = ("heads", "neurons")
 SCORES = ("taylor", "wanda", "fluctuation")
 _DAMPENING = 0.01  # of the mean diagonal, as in SparseGPT
 
@@ -87,7 +87,7 @@ def widths_of(model: PreTrainedModel) -> Widths:
     """
     sublayers_of(model)
     config: Any = model.config
-    if getattr(config, "drop_attention", None) or getattr(config, "drop_mlp", None):
+    if dropped(model, "attention") | dropped(model, "mlp"):
         raise TypeError("sublayers of this model were dropped; prune its width first, then drop")
     heads = config.num_attention_heads
     groups = config.num_key_value_heads or heads
@@ -111,7 +111,7 @@ def allowed_groups(model: PreTrainedModel) -> list[int]:
     return accepted
 
 
-def members_of(model: PreTrainedModel, index: int, widths: Widths) -> dict[Kind, list[Member]]:
+def members_of(model: PreTrainedModel, index: int, widths: Widths) -> dict[str, list[Member]]:
     """Return what a decoder layer's groups and neurons consist of; no neurons for experts.
 
     Raises:
@@ -145,16 +145,20 @@ def _spaced(total: int, units: int) -> Tensor:
     return torch.arange(total).view(-1, units).T
 
 
-def width_scores(model: PreTrainedModel, windows: Windows, score: str) -> dict[Kind, list[Tensor]]:
+@torch.no_grad()
+def width_scores(
+    model: PreTrainedModel, windows: Windows, score: str, kinds: Collection[str] = KINDS
+) -> dict[str, list[Tensor]]:
     """Score the key-value groups and the neurons of every decoder layer of the dense model.
 
     Args:
         model: unchanged.
         windows: calibration windows, token ids (N, T), or with an attention_mask.
         score: "taylor", "wanda" or "fluctuation".
+        kinds: what is scored.
 
     Returns:
-        One (G,) and one (F,) a layer, float32 on the CPU; without neurons for experts.
+        "heads", one (G,) a layer, and "neurons", one (F,); float32 on the CPU; none for experts.
 
     Raises:
         ValueError: if activations or gradients are NaN or Inf.
@@ -162,7 +166,7 @@ def width_scores(model: PreTrainedModel, windows: Windows, score: str) -> dict[K
     """
     widths = widths_of(model)
     layers = [members_of(model, i, widths) for i in range(len(decoder_layers(model)))]
-    members = [member for layer in layers for part in layer.values() for member in part]
+    members = [member for layer in layers for kind in kinds for member in layer[kind]]
     if score == "taylor":
         known: dict[str, Any] = {m.matrix.name: m.matrix.parameter for m in members}
         found = saliencies(model, windows, known)
@@ -177,7 +181,7 @@ def width_scores(model: PreTrainedModel, windows: Windows, score: str) -> dict[K
             for layer in layers
             if layer[kind]
         ]
-        for kind in KINDS
+        for kind in kinds
     }
 
 
@@ -271,21 +275,20 @@ def prune_width(
         offload: keep the calibration states on the CPU.
 
     Raises:
-        ValueError: if activations are NaN or Inf.
+        ValueError: if activations are NaN or Inf during a correction; some layers are cut by then.
     """
     old = widths_of(model)
-    kept: dict[Kind, dict[int, Tensor]] = {
+    kept: dict[str, dict[int, Tensor]] = {
         kind: {renumber(int(i), removed): torch.tensor(x) for i, x in getattr(step, kind).items()}
         for kind in KINDS
     }
     counts = {kind: len(next(iter(layers.values()))) for kind, layers in kept.items() if layers}
-    neurons = counts.get("neurons", old.neurons)
-    new = Widths(counts.get("heads", old.groups), old.heads, old.head_dim, neurons)
-    indices = range(len(decoder_layers(model)) if counts else 0)
+    groups, neurons = counts.get("heads", old.groups), counts.get("neurons", old.neurons)
+    new, total = replace(old, groups=groups, neurons=neurons), len(decoder_layers(model))
     if not step.correction:
-        for index in indices:
+        for index in range(total):
             _narrow(model, index, old, new, {kind: kept[kind][index] for kind in counts})
-        _write_fields(model.config, new)
+        _describe(model.config, new)
         return
     assert windows is not None  # check_width
     with LayerWalk(model, windows, device=device, offload=offload, label="width") as walk:
@@ -298,17 +301,15 @@ def prune_width(
                 with seen.watching(mask):
                     walk.forward(batch)
             _narrow(model, index, old, new, chosen, seen)
-            _write_fields(model.config, new)  # some layers ask the config when they run
-            if index < indices[-1]:
+            _describe(model.config, new)  # some layers ask the config when they run
+            if index + 1 < total:
                 walk.advance()
-                _write_fields(model.config, old)
+                _describe(model.config, old)
 
 
-def _write_fields(owner: Any, widths: Widths, *, copies: bool = False) -> None:
-    """Write widths into a config, or with `copies` into a module that keeps some of them."""
+def _describe(config: Any, widths: Widths) -> None:
     for name, value in widths.fields.items():
-        if not copies or isinstance(vars(owner).get(name), int):
-            setattr(owner, name, value)
+        setattr(config, name, value)
 
 
 def _narrow(
@@ -316,7 +317,7 @@ def _narrow(
     index: int,
     old: Widths,
     new: Widths,
-    kept: dict[Kind, Tensor],
+    kept: dict[str, Tensor],
     seen: InputStatistics[Hessian] | None = None,
 ) -> None:
     """Cut one layer to the groups and neurons that are kept; fit where inputs were seen."""
@@ -328,23 +329,25 @@ def _narrow(
                 _fit(linear.weight.data, places, seen.of(member.matrix)[0].result())
             _cut(linear, places, member.dim)
     for module in decoder_layers(model)[index].modules():
-        _write_fields(module, new, copies=True)
+        for name, value in new.fields.items():  # some modules keep copies
+            if isinstance(vars(module).get(name), int):
+                setattr(module, name, value)
 
 
 def _fit(weight: Tensor, kept: Tensor, product: Tensor) -> None:
     """Fit the columns (O, I) that are kept to what all gave, in place, by X^T X (I, I).
 
     Least squares of X_kept W'^T = X W^T, damped towards the old weights: W' = W_kept +
-    W_gone G[gone, kept] (G[kept, kept] + damping)^-1.
+    (W G[:, kept] - W_kept G[kept, kept]) (G[kept, kept] + damping)^-1. Zeros that an earlier step
+    put there stay.
     """
     place = torch.device("cpu") if weight.device.type == "mps" else weight.device  # no float64
-    gram, wide = product.to(place).double(), weight.to(place).double()
-    gone = torch.ones(len(gram), dtype=torch.bool).index_fill(0, kept, False).to(place)
-    own = gram[~gone][:, ~gone]
+    gram, wide, kept = product.to(place).double(), weight.to(place).double(), kept.to(place)
+    own, old = gram[kept][:, kept], wide[:, kept]
+    missing = wide @ gram[:, kept] - old @ own
     own.diagonal().add_(_DAMPENING * own.diagonal().mean().clamp(min=1e-30))
-    missing = wide[:, gone] @ gram[gone][:, ~gone]
     change = torch.cholesky_solve(missing.T, torch.linalg.cholesky(own)).T
-    weight[:, ~gone.to(weight.device)] += change.to(weight)
+    weight[:, kept.to(weight.device)] = (old + change * (old != 0)).to(weight)
 
 
 def _cut(linear: nn.Linear, kept: Tensor, dim: int) -> None:

@@ -14,6 +14,7 @@ from prunelight.analysis import attention_to_first_token
 from prunelight.architecture import decoder_layers
 from prunelight.maps import plot_cka, write_analysis
 from prunelight.scoring import angular_distances, block_influences
+from prunelight.sublayers import drop_sublayers
 
 WINDOWS = token_windows(4, 24)
 
@@ -41,7 +42,7 @@ def test_every_family_can_be_looked_at_and_is_unchanged(family):
     assert len(found.block_influence) == NUM_LAYERS
     assert len(found.token_norms["median"]) == NUM_LAYERS + 1
     none = family in ("mamba", "mamba2", "rwkv", "falcon")  # Falcon keeps its weights to itself
-    assert len(found.attention_to_first_token) == (0 if none else NUM_LAYERS)
+    assert found.attention_to_first_token.count(None) == (NUM_LAYERS if none else 0)
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
     assert model.config.to_dict() == config
     assert not any(module._forward_hooks for module in model.modules())
@@ -68,15 +69,18 @@ def test_what_is_told_is_what_a_plain_computation_gives(ignored):
     assert found.token_norms["first token"] == pytest.approx([n[:, 0].mean().item() for n in norms])
 
 
-def test_padding_does_not_count():
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(side):
     model, short = tiny_model(), WINDOWS[:, :17]
-    ids = torch.cat([short, torch.full((4, 5), 7)], 1)
-    mask = torch.cat([torch.ones_like(short), torch.zeros(4, 5, dtype=torch.long)], 1)
+    pads = [torch.full((4, 5), 7), torch.zeros(4, 5, dtype=torch.long)]
+    parts = [[short, pads[0]], [torch.ones_like(short), pads[1]]]
+    ids, mask = (torch.cat(part[:: 1 if side == "right" else -1], 1) for part in parts)
     plain, padded = (
         asdict(prunelight.analyze(model, windows))
         for windows in (short, {"input_ids": ids, "attention_mask": mask})
     )
-    for name in ("cka", "block_influence", "token_norms", "angular_distance"):
+    names = ("block_influence", "token_norms", "angular_distance", "attention_to_first_token")
+    for name in ("cka", *names):
         flat = [torch.tensor(list(_numbers(x[name]))) for x in (plain, padded)]
         assert torch.allclose(*flat, atol=1e-5), name
 
@@ -98,6 +102,12 @@ def test_attention_to_the_first_token_is_that_of_the_models_own_weights():
         weights = model(WINDOWS, output_attentions=True, use_cache=False).attentions
     expected = [layer[:, :, 1:, 0].mean().item() for layer in weights]
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_layer_without_attention_has_no_attention_to_tell_of():
+    model = drop_sublayers(tiny_model(), [3, 5], [])
+    found = prunelight.analyze(model, WINDOWS).attention_to_first_token
+    assert [i for i, share in enumerate(found) if share is None] == [3, 5]
 
 
 def test_the_rbf_kernel_sees_other_similarities():

@@ -166,7 +166,7 @@ def with_methods(arguments, *methods, **model):
     return arguments
 
 
-def test_depth_then_width_in_one_config_with_latency(arguments, tmp_path, capsys):
+def test_depth_then_width_in_one_config_with_latency(arguments, tmp_path):
     latency = {"num_tokens": 4, "num_warmup": 1, "num_runs": 2}
     depth = ("SlidingLayerMerging", {"num_layers": 2})
     width = ("WidthPruning", {"neuron_ratio": 0.25, "head_ratio": 0.5, "multiple": 8})
@@ -176,12 +176,12 @@ def test_depth_then_width_in_one_config_with_latency(arguments, tmp_path, capsys
     config = model.config
     assert (config.num_hidden_layers, config.intermediate_size) == (4, 48)
     assert (config.num_key_value_heads, config.num_attention_heads) == (1, 2)
-    assert "throughput (tokens/s)" in capsys.readouterr().out
     report = json.loads((root / "report.json").read_text())
     assert all(stage["latency_seconds"] > 0 for stage in report["stages"])
     assert report["evaluation"]["latency"]["num_tokens"] == 4
     text = (root / "report.md").read_text()
-    assert "2 of 6 decoder layers merged away (33.33 %) + 1 key-value groups kept" in text
+    assert "| throughput (tokens/s) |" in text
+    assert "2 of 6 decoder layers merged away (33.33 %) + 1 of 2 key-value groups kept" in text
     assert "merged windows outlined](cka-2.png)" in text
     assert (root / "cka-2.png").is_file()
     # Without timing, the stages of the base are measured anew.
@@ -213,7 +213,7 @@ def test_analyze_draws_and_prunes_nothing(arguments, tmp_path):
     ("method", "message"),
     [
         (("SlidingLayerMerging", {"num_layers": 5}), "spare protected=[5] can remove at most 4"),
-        (("SlidingLayerMerging", {"threshold": 2.0}), "a threshold of at most 1"),
+        (("SlidingLayerMerging", {"threshold": 2.0}), "threshold=2.0 must be at most 1"),
         (("SLEB", {"num_layers": 5}), "only 4 of 6 are not protected"),
         (("ShortenedLlama", {"num_layers": 1, "score": "taylor"}), "only 0 of 6 are not protected"),
         (("WidthPruning", {"intermediate_size": 60}), "must be a multiple of 64; take 64"),
@@ -225,6 +225,14 @@ def test_a_fault_of_a_depth_or_width_method_is_one_line_too(
 ):
     assert message in fails(capsys, "fit", *with_methods(arguments, method))
     assert not list((tmp_path / "run").glob("pruned-*"))
+
+
+def test_width_after_sublayers_is_refused_before_anything_is_computed(arguments, capsys, tmp_path):
+    drop = ("ShortGPT", {"num_layers": 1, "granularity": "mlp"})
+    width = ("WidthPruning", {"head_ratio": 0.5})
+    message = fails(capsys, "fit", *with_methods(arguments, drop, width))
+    assert "ShortGPT drops sublayers before WidthPruning; put WidthPruning before it" in message
+    assert not (tmp_path / "run" / "report.json").exists()
 
 
 def test_a_bad_timing_protocol_is_one_line(arguments, capsys):

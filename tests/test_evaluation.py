@@ -240,9 +240,9 @@ def test_latency_is_measured_by_the_protocol(tiny_tokenizer, monkeypatch):
     protocol = LatencyProtocol("w5 w6 w7", num_tokens=9, batch_size=2, num_warmup=2, num_runs=3)
     found = measure_latency(model, tiny_tokenizer, protocol)
     assert lengths == [(2, 3, 12)] * 5  # forced: an end of text does not stop it
-    assert found.seconds > 0
-    assert found.deviation >= 0
-    assert found.throughput == pytest.approx(2 * 9 / found.seconds)
+    assert found.latency_seconds > 0
+    assert found.latency_deviation >= 0
+    assert found.throughput == pytest.approx(2 * 9 / found.latency_seconds)
 
 
 def test_a_generation_longer_than_the_model_allows_is_refused(tiny_tokenizer):

@@ -106,7 +106,7 @@ def test_lightning_stays_in_data_module_cli_and_callbacks(path):
     assert not WITH_LIGHTNING & set(ours(path))
 
 
-def test_no_file_is_longer_than_450_lines_and_all_stay_under_10300():
+def test_no_file_is_longer_than_450_lines_and_all_stay_under_10450():
     files = [*FILES, *(ROOT / "configs").iterdir()]
     lengths = {
         path: len(path.read_text(encoding="utf-8").splitlines())
@@ -114,7 +114,7 @@ def test_no_file_is_longer_than_450_lines_and_all_stay_under_10300():
         if path.suffix in (".py", ".yaml")
     }
     assert {str(path): count for path, count in lengths.items() if count > 450} == {}
-    assert sum(lengths.values()) < 10300
+    assert sum(lengths.values()) < 10450
 
 
 def test_callbacks_exports_every_pruning_callback():

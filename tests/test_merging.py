@@ -108,7 +108,7 @@ def test_steps_count_the_layers_of_the_dense_model():
     assert [layer.self_attn.layer_idx for layer in decoder_layers(model)] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("merge", ["top", "mean"])
+@pytest.mark.parametrize("merge", ["top", "released", "mean"])
 def test_planned_zeros_stay_known_where_merging_keeps_them(merge):
     model = tiny_model()
     sparse = DLP(0.5, allocation="uniform").plan(model, WINDOWS)
@@ -116,7 +116,7 @@ def test_planned_zeros_stay_known_where_merging_keeps_them(merge):
     merged = plan_of(model, MergeLayers(((1, 2, 3),), merge))
     prunelight.apply(model, merged)
     shares = sparsified([sparse, merged], "model.layers")
-    kept = {0, 1, 2, 3} if merge == "top" else {0, 2, 3}
+    kept = {0, 2, 3} if merge == "mean" else {0, 1, 2, 3}
     assert {int(name.split(".")[2]) for name in shares} == kept
     for name in shares:
         assert (matrices(model)[name].parameter == 0).float().mean() == 0.5
@@ -129,6 +129,35 @@ BAD_STEPS = [
     (MergeLayers(((5, 6),)), r"groups=\[6\] must lie in \[0, 5\]"),
     (MergeLayers(((1, 2),), "sum"), "merge='sum' must be one of top"),
 ]
+
+
+@pytest.mark.parametrize("groups", [[1, 2], None, "12", [[1, 2.5]], [None]])
+def test_groups_of_the_wrong_type_are_refused(groups):
+    with pytest.raises(ValueError, match="groups"):
+        Plan.from_dict(
+            {
+                "format": 1,
+                "method": "by hand",
+                "arguments": {},
+                "model": {},
+                "steps": [{"kind": "merge_layers", "groups": groups}],
+            }
+        )
+
+
+def test_a_second_step_that_is_bad_leaves_the_first_undone():
+    model = tiny_model("gemma2")
+    before = describe_model(model)
+    plan = plan_of(model, RemoveLayers((0,)), MergeLayers(((2, 3),), "mean"))
+    with pytest.raises(TypeError, match="layers 2 and 3 of gemma2 cannot be mixed"):
+        prunelight.apply(model, plan)
+    assert describe_model(model) == before
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    before = describe_model(model)
+    sparse = DLP(0.5, allocation="uniform", solver="magnitude").plan(model, WINDOWS)
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx"):
+        prunelight.apply(model, plan_of(model, *sparse.steps, RemoveLayers((0,))))
+    assert describe_model(model) == before
 
 
 @pytest.mark.parametrize(("step", "message"), BAD_STEPS)

@@ -217,6 +217,38 @@ def test_depth_and_sparsity_combine_in_list_order(make, name, tmp_path):
     assert stages == ["dense", "pruned", "recovered"]
 
 
+INSIDE_LAYERS = {
+    "DLP then width": lambda: [DLP(0.5), WidthPruning(neuron_ratio=0.25, multiple=8)],
+    "width then DLP": lambda: [WidthPruning(neuron_ratio=0.25, multiple=8), DLP(0.5)],
+    "DLP then MLPs dropped": lambda: [
+        DLP(0.5, allocation="uniform"),
+        ShortGPT(num_layers=2, granularity="mlp"),
+    ],
+    "MLPs dropped then DLP": lambda: [ShortGPT(num_layers=2, granularity="mlp"), DLP(0.5)],
+    "merged then width": lambda: [
+        SlidingLayerMerging(num_layers=2),
+        WidthPruning(head_ratio=0.5),
+    ],
+}
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+@pytest.mark.parametrize("make", INSIDE_LAYERS.values(), ids=INSIDE_LAYERS)
+def test_width_sublayers_and_sparsity_combine_and_recovery_keeps_the_zeros(
+    make, recovery, name, tmp_path
+):
+    trainer = make_trainer(tmp_path, *make())
+    trainer.fit(make_module(name, recovery=recovery), make_data(name, tmp_path))
+    (base,) = tmp_path.glob("pruned-*")
+    before, after = (AutoModelForCausalLM.from_pretrained(d) for d in (base, tmp_path / "final"))
+    sparse = any(isinstance(callback, DLP) for callback in trainer.callbacks)
+    assert share_of_zeros(before) == pytest.approx(0.5 if sparse else 0, abs=0.05)
+    trained = matrices(after)
+    for path, matrix in matrices(before).items():
+        assert not trained[path].parameter[matrix.parameter == 0].any()
+        assert not torch.equal(trained[path].parameter, matrix.parameter)
+
+
 @pytest.mark.parametrize("recovery", RECOVERIES)
 def test_zeros_of_an_earlier_run_are_kept_when_its_result_loses_layers(recovery, name, tmp_path):
     sparse, data = DLP(0.5, allocation="uniform"), make_data(name, tmp_path)

@@ -7,7 +7,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import prunelight
 from prunelight.architecture import decoder_layers, matrices
-from prunelight.callbacks import DLP
+from prunelight.callbacks import (
+    DLP,
+    ShortenedLlama,
+    ShortGPT,
+    SlidingLayerMerging,
+    WidthPruning,
+)
 
 bitsandbytes = pytest.importorskip(
     "bitsandbytes", reason="bitsandbytes is missing: pip install 'prunelight[quantization]'"
@@ -55,4 +61,12 @@ def test_a_model_in_4_bit_is_refused_with_the_remedy(sparse):
     quantized = load_in_4bit(sparse[1], "nf4")
     with pytest.raises(TypeError, match="q_proj is a quantized Linear4bit .*prune first, save"):
         DLP(sparsity=0.5).check(quantized)
+    for method in (
+        SlidingLayerMerging(num_layers=1),
+        ShortenedLlama(num_layers=1, score="magnitude", protected=[]),
+        ShortGPT(num_layers=1, granularity="mlp"),
+        WidthPruning(head_ratio=0.5),
+    ):
+        with pytest.raises(TypeError, match="quantized Linear4bit .*prune first, save"):
+            method.check(quantized)
     assert len(decoder_layers(quantized)) == 6

@@ -545,3 +545,76 @@ def test_report_and_plots_need_neither_torch_nor_lightning_nor_matplotlib() -> N
         "assert not {'torch', 'lightning', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def with_steps(*steps: dict[str, Any], **changes: Any) -> RunRecord:
+    return make_record(plans=[{**make_plan(), "steps": list(steps), **changes}])
+
+
+def test_merged_and_dropped_layers_are_told_by_their_fate(tmp_path: Path) -> None:
+    num_layers = make_plan()["model"]["num_hidden_layers"]
+    record = with_steps(
+        {"kind": "remove_layers", "layers": [9]},
+        {"kind": "merge_layers", "groups": [[3, 4, 5]], "merge": "top"},
+        {"kind": "drop_sublayers", "attention": [7, 8], "mlp": [8]},
+        found={"threshold": 0.51234567, "cka": [[1.0] * 4] * 4},
+    )
+    write_report(tmp_path, record)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for told in (
+        f"1 of {num_layers} decoder layers removed",
+        f"2 of {num_layers} decoder layers merged away",
+        f"2 of {num_layers} attentions dropped",
+        f"1 of {num_layers} MLPs dropped",
+        "| **removed** |",
+        "| **merged into 5** |",
+        "| without **attention** |",
+        "| without **attention** **mlp** |",
+        "- threshold: 0.5123",
+        "import prunelight  # its class",
+        "merged windows outlined](cka-2.png)",
+    ):
+        assert told in text, told
+    assert "[1.0, 1.0" not in text, "the whole CKA map stands in the text"
+    assert (tmp_path / "cka-2.png").read_bytes()[:4] == PNG[:4]
+
+
+def test_a_width_step_tells_how_many_of_how_many(tmp_path: Path) -> None:
+    record = with_steps(
+        {
+            "kind": "prune_width",
+            "heads": {},
+            "neurons": {str(i): [1, 2, 3] for i in range(10)},
+            "correction": True,
+        },
+        found={"intermediate_size": 3, "intermediate_size_before": 8},
+    )
+    write_report(tmp_path, record)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "3 of 8 neurons kept in every layer" in text
+    assert "[1, 2, 3]" not in text
+    assert "import prunelight" not in text
+
+
+def test_every_score_of_layers_has_a_panel_and_dropped_sublayers_are_shaded_in_theirs() -> None:
+    plan = make_plan()
+    plan["scores"] = {"attention_influence": [0.1] * 10, "mlp_influence": [0.2] * 9 + [None]}
+    plan["steps"] = [{"kind": "drop_sublayers", "attention": [2], "mlp": [4, 5]}]
+    panels = plot_layers(plan).axes
+    assert [axes.get_ylabel() for axes in panels] == ["attention influence", "mlp influence"]
+    shaded = [[p for p in axes.patches if p.get_height() == 1] for axes in panels]
+    assert [len(patches) for patches in shaded] == [1, 2]
+
+
+def test_latency_is_told_with_its_deviation_where_it_was_measured(tmp_path: Path) -> None:
+    stages = [
+        replace(make_record().stages[0], latency_seconds=2.0, latency_deviation=0.1, throughput=64),
+        replace(make_record().stages[1], latency_seconds=1.0, latency_deviation=0.2),
+        make_record().stages[2],
+    ]
+    write_report(tmp_path, make_record(stages=stages))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| latency (s) | 2.000 ± 0.100 | 1.000 ± 0.200 (\u00d70.5) |  |" in text
+    assert "| throughput (tokens/s) | 64 |  |  |" in text
+    write_report(tmp_path, make_record())
+    assert "latency" not in (tmp_path / "report.md").read_text(encoding="utf-8")

@@ -76,6 +76,19 @@ def test_protected_layers_are_in_no_window(protected):
     assert not set(found.trace) & set(protected)
 
 
+def test_the_lowest_threshold_spares_protected_layers_too():
+    assert slide(random_score(0), L, -math.inf, protected=[5]).groups == ((6, 11), (0, 4))
+
+
+def test_what_cannot_be_measured_is_never_merged():
+    def score(groups):  # -inf is what Replay gives for NaN
+        return -math.inf if any(low <= 6 < high for low, high in groups) else 0.5
+
+    assert slide(score, L, -math.inf).groups == ((7, 11), (0, 6))
+    with pytest.raises(ValueError, match="only 10 of 11 layers can be merged: .* NaN states"):
+        search(lambda t: slide(score, L, t, target=11), 11)
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("by_merge", [False, True])
 def test_windows_are_disjoint_and_the_similarity_is_that_of_all_of_them(seed, by_merge):
@@ -104,7 +117,7 @@ def passes(score, target, by_merge, allowed=None):
 @pytest.mark.parametrize("by_merge", [False, True])
 def test_a_search_always_lands_on_the_target(seed, target, by_merge):
     run, made = passes(random_score(seed), target, by_merge)  # as far from monotone as it can be
-    found, threshold = search(run, target, lambda: True)
+    found, threshold = search(run, target)
     assert found.removed == target
     reached = [one for one in made if one.removed == target]
     assert found.similarity == max(one.similarity for one in reached)
@@ -115,7 +128,7 @@ def test_a_search_always_lands_on_the_target(seed, target, by_merge):
 def test_where_removal_is_monotone_the_search_finds_the_highest_threshold():
     costs = [0.02 * (1 + i % 4) for i in range(L)]
     score, target = additive(costs), 4
-    found, threshold = search(passes(score, target, False)[0], target, lambda: True)
+    found, threshold = search(passes(score, target, False)[0], target)
     best = max(
         (t / 1000 for t in range(1001) if slide(score, L, t / 1000).removed >= target), default=0
     )
@@ -126,17 +139,16 @@ def test_where_removal_is_monotone_the_search_finds_the_highest_threshold():
 @pytest.mark.parametrize("allowed", [1, 2, 3])
 def test_a_search_that_may_measure_no_more_keeps_what_it_has(allowed):
     run, made = passes(random_score(3), 4, True, allowed)
-    found, _ = search(run, 4, lambda: True)
+    found, _ = search(run, 4)
     assert len(made) == allowed
     assert found.removed == 4
-    assert search(passes(random_score(3), 4, True)[0], 4, lambda: False)[0] == made[0]
 
 
 def test_limit_by_merge_prefers_cheap_layers_that_come_late():
     # Layers of a cost that grows upwards: the paper's threshold spends itself on the first ones.
     costs = [0.01 + 0.005 * i for i in range(L)]
-    by_model = search(passes(additive(costs), 3, False)[0], 3, lambda: True)[0]
-    by_merge = search(passes(additive(costs), 3, True)[0], 3, lambda: True)[0]
+    by_model = search(passes(additive(costs), 3, False)[0], 3)[0]
+    by_merge = search(passes(additive(costs), 3, True)[0], 3)[0]
     best = max(1 - sum(costs[i] for i in chosen) for chosen in combinations(range(L - 1), 3))
     assert by_merge.similarity == pytest.approx(best)
     assert by_model.similarity < by_merge.similarity

@@ -15,8 +15,9 @@ from prunelight.callbacks import DLP, ShortGPT, WidthPruning
 from prunelight.plan import Plan, describe_model
 from prunelight.recovery import LoRA, attach_lora, merge_lora
 from prunelight.saving import verify
-from prunelight.steps import DropSublayers, RemoveLayers
+from prunelight.steps import DropSublayers, MergeLayers, RemoveLayers
 from prunelight.sublayers import CLASSES, drop_sublayers
+from prunelight.surgery import remove_layers
 
 WINDOWS = token_windows()
 
@@ -150,6 +151,38 @@ def test_the_attention_that_leads_once_layers_are_gone_must_stay():
     assert describe_model(model) == before
 
 
+def test_removal_that_would_leave_no_attention_to_lead_the_cache_is_refused():
+    model = drop_sublayers(tiny_model(), [1], [])
+    before = describe_model(model)
+    with pytest.raises(ValueError, match=r"attention=\[1\] must stay"):
+        remove_layers(model, [0])
+    for steps in (
+        (RemoveLayers((0,)),),
+        (MergeLayers(((0, 1),)),),
+    ):
+        with pytest.raises(ValueError, match=r"attention=\[1\] must stay"):
+            prunelight.apply(model, Plan("by hand", {}, before, steps))
+    assert describe_model(model) == before
+    model = tiny_model()
+    plan = Plan("x", {}, describe_model(model), (DropSublayers((1,)), RemoveLayers((0,))))
+    with pytest.raises(ValueError, match=r"attention=\[1\] must stay"):
+        prunelight.apply(model, plan)
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_decoding_by_hand_and_a_static_cache_give_what_no_cache_gives(family):
+    model = drop_sublayers(lively(family), [4, 5], [1])
+    ids = WINDOWS[:2]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        first = model(ids[:, :9], use_cache=True)
+        rest = model(ids[:, 9:], past_key_values=first.past_key_values, use_cache=True).logits
+    assert torch.allclose(rest, expected[:, 9:], atol=1e-4 * expected.abs().max())
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    static = model.generate(ids, cache_implementation="static", **options)
+    assert torch.equal(static, model.generate(ids, use_cache=False, **options))
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3", "qwen3_moe"])
 def test_what_is_left_can_be_sparsified_and_adapted(name):
     model = drop_sublayers(lively(name), [4, 5], [1])
@@ -170,6 +203,7 @@ def test_no_sublayers_dropped_leave_a_model_that_computes_the_same():
         before = model(WINDOWS).logits
     plan = ShortGPT(num_layers=0, granularity="mlp").plan(model, WINDOWS)
     prunelight.apply(model, plan)
+    assert type(model).__name__ == "LlamaForCausalLM", "stock transformers can load it"
     with torch.no_grad():
         assert torch.equal(model(WINDOWS).logits, before)
 

@@ -8,15 +8,26 @@ from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.architecture import ARCHITECTURES, decoder_layers
-from prunelight.callbacks import SlidingLayerMerging, WidthPruning
+from prunelight.callbacks import DLP, SlidingLayerMerging, WidthPruning
 from prunelight.plan import Plan, describe_model
 from prunelight.saving import verify
-from prunelight.steps import PruneWidth, RemoveLayers
+from prunelight.steps import DropSublayers, PruneWidth, RemoveLayers
 from prunelight.width import SCORES, allowed_groups, width_scores
 
 WINDOWS = token_windows(8, 32)
 FAMILIES = [name for name, entry in ARCHITECTURES.items() if entry.sublayers]
 WITH_NEURONS = [name for name in FAMILIES if ARCHITECTURES[name].sublayers.neurons]
+
+
+def uneven(family="llama", **changes):
+    """A model whose biases and norms differ from entry to entry."""
+    model = tiny_model(family, **changes)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in decoder_layers(model).parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def pruned(model, **arguments):
@@ -52,7 +63,7 @@ def logits(model):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("score", SCORES)
 def test_a_narrow_model_computes_what_is_left_and_reloads_as_a_stock_one(family, score, tmp_path):
-    model = tiny_model(family)
+    model = uneven(family)
     share = {"neuron_ratio": 0.3} if family in WITH_NEURONS else {}
     narrow, plan = pruned(model, head_ratio=0.5, score=score, correction=False, **share)
     expected = logits(switch_off(model, plan))
@@ -135,16 +146,18 @@ def test_each_layer_keeps_its_best(score):
         best = scores["neurons"][index].topk(24).indices.tolist()
         assert step.neurons[str(index)] == tuple(sorted(best))
         assert step.heads[str(index)] == (int(scores["heads"][index].argmax()),)
-        share = plan.scores["neuron_score_kept"][index]
+        share = plan.scores["share_of_neurons_score_kept"][index]
         assert share == pytest.approx(
             (scores["neurons"][index][best].sum() / scores["neurons"][index].sum()).item()
         )
 
 
-def test_padding_does_not_count():
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(side):
     model, short = tiny_model(), WINDOWS[:, :20]
-    ids = torch.cat([short, torch.full((8, 6), 9)], 1)
-    mask = torch.cat([torch.ones_like(short), torch.zeros(8, 6, dtype=torch.long)], 1)
+    pads = [torch.full((8, 6), 9), torch.zeros(8, 6, dtype=torch.long)]
+    parts = [[short, pads[0]], [torch.ones_like(short), pads[1]]]
+    ids, mask = (torch.cat(part[:: 1 if side == "right" else -1], 1) for part in parts)
     for score in SCORES:
         plain = width_scores(model, short, score)
         padded = width_scores(model, {"input_ids": ids, "attention_mask": mask}, score)
@@ -199,11 +212,46 @@ def test_the_correction_is_the_damped_least_squares_solution():
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_the_correction_fits_projections_that_have_a_bias():
+    model = uneven(attention_bias=True, mlp_bias=True)
+    plain, _ = pruned(model, neuron_ratio=0.5, head_ratio=0.5, correction=False)
+    fitted, _ = pruned(model, neuron_ratio=0.5, head_ratio=0.5)
+    assert output_error(model, fitted)[0] < output_error(model, plain)[0]
+    bias = decoder_layers(model)[0].self_attn.o_proj.bias
+    assert torch.equal(decoder_layers(fitted)[0].self_attn.o_proj.bias, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("score", SCORES)
+def test_half_precision_is_pruned_like_single(dtype, score):
+    narrow, plan = pruned(tiny_model(dtype=dtype), neuron_ratio=0.5, head_ratio=0.5, score=score)
+    assert {p.dtype for p in narrow.parameters()} == {dtype}
+    assert logits(narrow).isfinite().all()
+    single = WidthPruning(neuron_ratio=0.5, head_ratio=0.5, score=score, multiple=8).plan(
+        tiny_model(), WINDOWS
+    )
+    pairs = zip(plan.steps[0].neurons.values(), single.steps[0].neurons.values(), strict=True)
+    common = [len({*a} & {*b}) / len(a) for a, b in pairs]
+    assert sum(common) / len(common) > 0.9
+
+
+def test_the_correction_leaves_zeros_of_an_earlier_step_alone():
+    model = tiny_model()
+    sparse = DLP(0.5, allocation="uniform").plan(model, WINDOWS)
+    prunelight.apply(model, sparse, WINDOWS)
+    narrow, plan = pruned(model, neuron_ratio=0.5)
+    kept = list(plan.steps[0].neurons["0"])
+    before = decoder_layers(model)[0].mlp.down_proj.weight[:, kept]
+    after = decoder_layers(narrow)[0].mlp.down_proj.weight
+    assert torch.equal(after == 0, before == 0)
+    assert not torch.equal(after, before)
+
+
 def test_keeping_everything_changes_nothing():
     model = tiny_model()
     same, plan = pruned(model, neuron_ratio=0.0, num_key_value_heads=2)
     assert torch.equal(logits(same), logits(model))
-    assert plan.scores["neuron_score_kept"] == pytest.approx([1.0] * 6)
+    assert plan.scores["share_of_neurons_score_kept"] == pytest.approx([1.0] * 6)
 
 
 def test_depth_then_width_in_one_plan_counts_the_layers_of_the_dense_model():
@@ -230,13 +278,19 @@ def test_heads_are_rounded_to_what_the_config_class_accepts():
     model = tiny_model(num_attention_heads=8, num_key_value_heads=8, head_dim=4)
     assert allowed_groups(model) == [1, 2, 4, 8]
     plan = WidthPruning(head_ratio=0.3).plan(model, WINDOWS)
-    assert plan.found == {"num_key_value_heads": 4}
+    assert plan.found == {"num_key_value_heads": 4, "num_key_value_heads_before": 8}
     assert allowed_groups(tiny_model("mistral", num_attention_heads=8)) == [1, 2]
 
 
-def test_a_head_ratio_that_removes_nothing_warns(caplog):
-    WidthPruning(head_ratio=0.1).plan(tiny_model(), WINDOWS)
-    assert "head_ratio=0.1 removes none of 2 groups" in caplog.text
+def test_a_ratio_that_removes_nothing_warns(caplog):
+    WidthPruning(head_ratio=0.1, neuron_ratio=0.05, multiple=32).plan(tiny_model(), WINDOWS)
+    assert "head_ratio=0.1 removes none of 2" in caplog.text
+    assert "neuron_ratio=0.05 removes none of 64" in caplog.text
+
+
+def test_neurons_are_rounded_down_where_the_nearest_multiple_is_more_than_there_are():
+    plan = WidthPruning(neuron_ratio=0.01, multiple=24).plan(tiny_model(), WINDOWS)
+    assert plan.found["intermediate_size"] == 48
 
 
 @pytest.mark.parametrize(
@@ -287,6 +341,20 @@ def test_families_without_neurons_that_are_known_are_refused(family, message):
         WidthPruning(neuron_ratio=0.5, multiple=8).plan(tiny_model(family), WINDOWS)
 
 
+ONE_GROUP = PruneWidth({str(i): (0,) for i in range(6)})
+
+
+@pytest.mark.parametrize("first", [DropSublayers(mlp=(1,)), ONE_GROUP])
+def test_width_is_pruned_once_in_a_plan_and_before_sublayers_are_dropped(first):
+    model = tiny_model()
+    before = describe_model(model)
+    steps = (first, ONE_GROUP)
+    with pytest.raises(ValueError, match="prune width once, and before sublayers are dropped"):
+        prunelight.apply(model, Plan("by hand", {}, before, steps))
+    assert describe_model(model) == before
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
 def steps_of(**kept):
     return {name: {str(i): x for i in range(6)} for name, x in kept.items()}
 
@@ -300,7 +368,8 @@ def steps_of(**kept):
         (PruneWidth(**steps_of(heads=(1, 1))), r"different whole numbers in \[0, 1\]"),
         (PruneWidth(neurons={"0": (1,), "1": (1, 2)}), r"keeps \[1, 2\] in different layers"),
         (PruneWidth(heads={"0": ()}), r"keeps \[0\] in different layers"),
-        (PruneWidth(correction=True), "needs calibration windows; pass them to apply"),
+        (PruneWidth(correction=True), "heads and neurons are both empty"),
+        (PruneWidth(**steps_of(heads=(1,)), correction=True), "needs calibration windows; pass"),
     ],
 )
 def test_bad_steps_are_refused_and_nothing_is_changed(step, message):

@@ -36,6 +36,7 @@ from prunelight.merging import merged_layer
 from prunelight.metrics import parameter_bytes, parameter_count
 from prunelight.module import RecoveryModule
 from prunelight.recovery import LoRA
+from prunelight.width import SCORES
 from prunelight.windows import calibration_windows, read_documents
 
 CPU = torch.device("cpu")
@@ -43,14 +44,14 @@ MERGES = ("top", "difference_sum", "released", "mean")
 CRITERIA = ("nll", "kl", "cka", "cosine")
 
 
-def with_width(model, windows, method, count):
-    """Apply a depth method, then prune neurons until the parameters are those of `count` layers."""
+def with_width(model, windows, method, count, **options):
+    """Apply a depth method, then prune neurons until as many parameters are gone as by `count`."""
     target = parameter_count(model) - count * parameter_count(decoder_layers(model)[0])
     pruned = apply(model, windows, method) if method else copy.deepcopy(model)
     width, hidden = pruned.config.intermediate_size, pruned.config.hidden_size
     per_neuron = 3 * hidden * len(decoder_layers(pruned))
     wanted = width - (parameter_count(pruned) - target) / per_neuron
-    narrow = WidthPruning(intermediate_size=32 * round(wanted / 32), multiple=32)
+    narrow = WidthPruning(intermediate_size=32 * round(wanted / 32), multiple=32, **options)
     return prunelight.apply(pruned, narrow.plan(pruned, windows), windows)
 
 
@@ -84,9 +85,13 @@ def methods():
                             num_layers=n, merge=m, criterion=c, limit=x
                         )
                     )
-    found["width alone"] = lambda m, w, n: with_width(m, w, None, n)
+    for score in SCORES:
+        for fitted in (True, False):
+            found[f"width alone, {score}, {'fitted' if fitted else 'cut'}"] = (
+                lambda m, w, n, s=score, c=fitted: with_width(m, w, None, n, score=s, correction=c)
+            )
     found["SLM of 3 layers less, then width"] = lambda m, w, n: with_width(
-        m, w, SlidingLayerMerging(num_layers=n - 3) if n > 3 else None, n
+        m, w, SlidingLayerMerging(num_layers=n - 3), n
     )
     return found
 
@@ -98,6 +103,8 @@ def quality(model, data, counts, pattern):
         if not re.search(pattern, name):
             continue
         for count in counts:
+            if count <= 3 and name.startswith("SLM of 3"):
+                continue  # nothing is left for the depth
             pruned = make(model, data[0], count)
             found = told(prunelight.perplexity(pruned, e) for e in evaluated)
             size = parameter_count(pruned) / 1e6
@@ -137,13 +144,14 @@ def naive_layer_forwards(model, windows, threshold, calls):
     layers, high, groups = list(decoder_layers(model)), 28, []
     low, before = 27, 1.0
     while low >= 0:
-        candidate = copy.deepcopy(model)
         kept = dict(enumerate(layers))
         for a, b in [*groups, (low, high)]:
             kept[b] = merged_layer(model, range(a, b + 1), "top")
             for gone in range(a, b):
                 kept.pop(gone, None)
-        candidate.model.layers = torch.nn.ModuleList(copy.deepcopy(list(kept.values())))
+        model.model.layers = torch.nn.ModuleList(kept.values())
+        candidate = copy.deepcopy(model)
+        model.model.layers = torch.nn.ModuleList(layers)
         candidate.config.num_hidden_layers = len(kept)
         similarity = float(torch.exp(torch.tensor(loss - mean_nll(candidate, windows, calls))))
         if similarity / before >= threshold:
@@ -200,13 +208,15 @@ def speed(model, tokenizer, counts, rounds):
     protocol = LatencyProtocol(num_tokens=32, num_warmup=1, num_runs=3)
     for count in counts:
         pruned = apply(model, None, FirstLayers(count))
-        pairs = {"prefill": [], "decode": [], "latency of the protocol": []}
+        pairs = {"prefill": [], "decode": [], "latency, 32 tokens": []}
         for _ in range(rounds):
             dense, small = measure_speed(model), measure_speed(pruned)
             pairs["prefill"].append(small.prefill / dense.prefill)
             pairs["decode"].append(small.decode / dense.decode)
-            times = [measure_latency(m, tokenizer, protocol).seconds for m in (model, pruned)]
-            pairs["latency of the protocol"].append(times[0] / times[1])
+            times = [
+                measure_latency(m, tokenizer, protocol).latency_seconds for m in (model, pruned)
+            ]
+            pairs["latency, 32 tokens"].append(times[0] / times[1])
         goal = 30 / (30 - count)
         for name, ratios in pairs.items():
             median = statistics.median(ratios)
