@@ -97,9 +97,8 @@ class WidthPruning(PruningCallback):
         """
         layers = [str(i) for i in range(model.config.num_hidden_layers)]
         counts, before = self._targets(model), widths_of(model).fields
-        check_width(
-            model, PruneWidth(**{k: dict.fromkeys(layers, range(n)) for k, n in counts.items()})
-        )
+        kept = {kind: dict.fromkeys(layers, (*range(n),)) for kind, n in counts.items()}
+        check_width(model, PruneWidth(kept.get("heads", {}), kept.get("neurons", {})))
         for kind, name in (("heads", "head_ratio"), ("neurons", "neuron_ratio")):
             if getattr(self, name) and counts[kind] == before[FIELDS[kind]]:
                 log.warning("%s=%s removes none of %d", name, getattr(self, name), counts[kind])
