@@ -7,6 +7,7 @@ The released code builds the model anew for each layer it leaves out; here input
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from prunelight.allocation import check_depth_target, layers_to_remove, lowest
 from prunelight.architecture import decoder_layers, matrices
 from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
-from prunelight.importance import magnitude_scores, perplexity_scores, taylor_scores
+from prunelight.importance import magnitude_scores, taylor_scores
 from prunelight.plan import Plan
 from prunelight.replay import Replay
 from prunelight.steps import RemoveLayers
@@ -31,7 +32,7 @@ class ShortenedLlama(PruningCallback):
     Args:
         ratio: share of the decoder layers to remove, in [0, 1), rounded to whole layers.
         num_layers: how many layers to remove; exactly one of the two.
-        score: "perplexity" (rise of the NLL without the layer), "taylor" or "magnitude".
+        score: "perplexity" (rise of the NLL without the layer, in nats), "taylor" or "magnitude".
         protected: layers never to remove; None spares the first four and the last two with
             "taylor" and "magnitude", as the paper does, and none with "perplexity".
 
@@ -84,7 +85,9 @@ class ShortenedLlama(PruningCallback):
             with Replay(
                 model, windows, "nll", device=self.device, offload=self.offload_activations
             ) as replay:
-                scores = perplexity_scores(replay)
+                units = replay.units
+                left = [replay.score(i, units[i + 1 :]) for i in range(len(units))]
+            scores = [-math.log(max(similarity, 1e-300)) for similarity in left]  # 0 underflows
         return self.decided(
             model,
             windows,

@@ -1,13 +1,11 @@
-"""Importance of whole decoder layers by their weights or by what the model loses without them.
+"""Importance of weights, and of whole decoder layers, by magnitude or first-order Taylor terms.
 
-Magnitude, first-order Taylor and perplexity are the scores of Shortened LLaMA (arXiv:2402.02834,
-Section 2.3). Taylor needs the gradients of the calibration loss; they are summed in float32,
-whatever the model's dtype, and freed as soon as they are added.
+As in Shortened LLaMA (arXiv:2402.02834, Section 2.3). Taylor needs the gradients of the calibration
+loss; they are summed in float32, whatever the model's dtype, and freed as soon as they are added.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +15,6 @@ from transformers import PreTrainedModel
 from prunelight.architecture import decoder_layers
 from prunelight.calibration import Windows, evaluating, micro_batches, next_token_labels
 from prunelight.metrics import next_token_loss
-from prunelight.replay import Replay
 from prunelight.windows import IGNORED_LABEL
 
 _TRAINING_TOKENS = 1024  # of a micro-batch with gradients
@@ -98,10 +95,3 @@ def magnitude_scores(model: PreTrainedModel) -> list[float]:
         sum(p.float().abs().sum(dtype=torch.float32).item() for p in layer.parameters())
         for layer in decoder_layers(model)
     ]
-
-
-def perplexity_scores(replay: Replay) -> list[float]:
-    """Return by how much the mean NLL rises without each layer alone, in nats; at most 690."""
-    units = replay.units
-    similarities = [replay.score(i, units[i + 1 :]) for i in range(len(units))]
-    return [-math.log(max(similarity, 1e-300)) for similarity in similarities]  # 0 underflows
