@@ -6,6 +6,7 @@ released code runs the whole model for each candidate; here the layers below it 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -88,11 +89,16 @@ class SLEB(PruningCallback):
                     if unit.index not in protected
                 }
                 best = max(scores, key=lambda place: scores[place])
+                if not math.isfinite(scores[best]):
+                    raise ValueError(
+                        f"no {len(removed) + 1}. layer can be removed: every choice leaves NaN "
+                        "states; load the model in bfloat16 or float32"
+                    )
                 rounds.append({replay.units[place].index: s for place, s in scores.items()})
                 removed.append(replay.units[best].index)
                 replay.replace(best, replay.units[best + 1 :])
             forwards = replay.layer_forwards
-        first = rounds[0] if rounds else {}
+        first = {i: s for i, s in rounds[0].items() if math.isfinite(s)} if rounds else {}
         return self.decided(
             model,
             windows,

@@ -9,6 +9,7 @@ projections, and has no target; what differs here is in sliding.py, merging.py a
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -139,11 +140,12 @@ class SlidingLayerMerging(PruningCallback):
         if not best.groups and self.num_layers != 0:
             given = f"ratio={self.ratio}" if self.threshold is None else f"threshold={threshold}"
             log.warning("%s merges no layer of %d", given, total)
+        measured = {i: s for i, s in best.trace.items() if math.isfinite(s)}
         return self.decided(
             model,
             windows,
             MergeLayers(tuple((*range(a, b + 1),) for a, b in best.groups), self.merge),
-            scores={"similarity_when_reached": [best.trace.get(i) for i in range(total)]},
+            scores={"similarity_when_reached": [measured.get(i) for i in range(total)]},
             found={
                 "threshold": threshold,
                 "limit": self.limit,

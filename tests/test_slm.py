@@ -590,3 +590,15 @@ def test_the_ends_are_spared_as_far_as_there_are_any(model):
 def test_layers_that_depend_on_their_index_are_not_removed(method):
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx"):
         method.plan(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True), WINDOWS)
+
+
+def test_a_layer_whose_removal_overflows_stays():
+    model = tiny_model(num_hidden_layers=8, mlp_bias=True)
+    for index, value in ((2, 60000), (3, -60000), (4, 60000), (5, -60000)):
+        model.model.layers[index].mlp.down_proj.bias.data[0] = value
+    model.half()
+    plan = SLEB(num_layers=1, protected=[0]).plan(model, WINDOWS)
+    assert plan.scores["similarity_without"][3] is None
+    assert plan.steps[0].layers != (3,)
+    with pytest.raises(ValueError, match="no 1. layer can be removed: .* NaN"):
+        SLEB(num_layers=1, protected=[0, 1, 2, 4, 5, 6, 7]).plan(model, WINDOWS)
