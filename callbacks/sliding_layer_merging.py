@@ -3,14 +3,13 @@
 The window grows downwards as long as the merged model stays similar enough to the dense one. A
 threshold says how similar, or a target how many layers shall go: then the threshold is searched
 for. The released code copies the whole model for each candidate, keeps only the highest layer's
-projections, and has no target; what differs here is in sliding.py, merging.py and replay.py.
+projections, and has no target; what differs here is in sliding.py, variants.py and merging.py.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -20,14 +19,15 @@ from prunelight.allocation import check_depth_target, layers_to_remove, resolve_
 from prunelight.architecture import decoder_layers
 from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
-from prunelight.merging import check_mergeable, merged_layer
+from prunelight.merging import check_mergeable
 from prunelight.plan import Plan
-from prunelight.replay import Replay, Unit
+from prunelight.replay import Replay
 from prunelight.similarity import CRITERIA
-from prunelight.sliding import Groups, Slide, SpentError, most_removable, search, slide
+from prunelight.sliding import Slide, SpentError, exchange, most_removable, search, slide
 from prunelight.statistics import CKA
 from prunelight.steps import MERGES, MergeLayers
 from prunelight.surgery import check_removable
+from prunelight.variants import MergedVariants
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ class SlidingLayerMerging(PruningCallback):
         limit: what the threshold is for: "model" is the similarity of the merged model (the
             paper), "merge" the share of it that one more layer may leave. None takes "model" with
             a threshold and "merge" with a target: that spreads the loss over the depth, where
-            "model" spends it on the highest layers, which come first.
+            "model" spends it on the highest layers, which come first. With "merge" and a target,
+            merged layers then change places with others where that makes the model more similar.
         ignore_first_tokens: tokens at the start of each window that do not count, for models with
             attention sinks there.
         protected: layers that no window may contain; the paper spares the last one.
@@ -134,9 +135,12 @@ class SlidingLayerMerging(PruningCallback):
             device=self.device,
             offload=self.offload_activations,
         ) as replay:
-            best, threshold = self._find(model, replay)
             cka = self._cka(replay)
-        total = len(decoder_layers(model))
+            score, total = MergedVariants(model, replay, self.merge), len(replay.units)
+            found, threshold = self._find(score, total)
+            best = found
+            if self.threshold is None and self.limit == "merge" and found.groups:
+                best = self._exchanged(score, found, total)
         if not best.groups and self.num_layers != 0:
             given = f"ratio={self.ratio}" if self.threshold is None else f"threshold={threshold}"
             log.warning("%s merges no layer of %d", given, total)
@@ -150,6 +154,7 @@ class SlidingLayerMerging(PruningCallback):
                 "threshold": threshold,
                 "limit": self.limit,
                 "similarity": best.similarity,
+                **_difference(found, best),
                 "variants_measured": replay.measurements,
                 "layer_forwards": replay.layer_forwards,
                 **({"cka": cka} if cka else {}),
@@ -161,46 +166,46 @@ class SlidingLayerMerging(PruningCallback):
             return None
         return layers_to_remove(self.ratio, self.num_layers, total)
 
-    def _find(self, model: PreTrainedModel, replay: Replay) -> tuple[Slide, float]:
+    def _find(self, score: MergedVariants, total: int) -> tuple[Slide, float]:
         """Return the best pass and its threshold."""
-        total, known = len(replay.units), dict[Groups, float]()
-        merged: dict[tuple[int, int], Unit] = {}
-        target = self._target(total)
-        # What the loop costs that runs the whole model for each window, with one threshold.
-        budget = (total - 2) * (total - target) if target else float("inf")
-        passes = 0
-
-        def score(groups: Groups) -> float:
-            if groups not in known:
-                if passes and replay.layer_forwards >= budget:
-                    raise SpentError
-                for window in {*merged} - {*groups}:  # no more copies than there are windows
-                    del merged[window]
-                for low, high in {*groups} - {*merged}:
-                    layer = merged_layer(model, range(low, high + 1), self.merge)
-                    merged[low, high] = Unit(layer, high)
-                known[groups] = replay.score(groups[-1][0], _variant(replay.units, merged))
-            return known[groups]
+        target, protected = self._target(total), resolve_indices(self.protected, total)
 
         def run(threshold: float) -> Slide:
-            nonlocal passes
+            by_merge = self.limit == "merge"
             found = slide(
-                score,
-                total,
-                threshold,
-                by_merge=self.limit == "merge",
-                protected=resolve_indices(self.protected, total),
-                target=target,
+                score, total, threshold, by_merge=by_merge, protected=protected, target=target
             )
-            passes += 1
+            score.budget = budget  # not of the first pass, which must reach the target
             return found
 
+        budget = math.inf
         if self.threshold is not None:
             return run(self.threshold), self.threshold
         if target == 0:
             return Slide(), 1.0
         assert target is not None
+        if self.limit == "model":
+            # What the loop costs at least that runs the whole model for each window.
+            budget = (total - 2) * (total - target)
+            return search(run, target)
+        # As much, less a round of exchanges: both cost less by the sum of the layers that are gone.
+        budget = (total - 1) * (total / 2 - 2) - total - target
         return search(run, target)
+
+    def _exchanged(self, score: MergedVariants, best: Slide, total: int) -> Slide:
+        """Exchange layers for the better until nothing is gained or the loop's cost is spent."""
+        gone = [layer for low, high in best.groups for layer in range(low, high)]
+        # The loop that runs the whole model for each window, until it has merged these.
+        score.budget = total + (total - 2) * (total - 1) - sum(gone)
+        try:
+            while True:
+                score.go_on(best.groups)
+                better = exchange(score, best, total, resolve_indices(self.protected, total))
+                if better is best:
+                    return best
+                best = better
+        except SpentError:
+            return best
 
     def _cka(self, replay: Replay) -> list[list[float]]:
         """Return the CKA of all L + 1 hidden states for the picture; empty if it cannot be had.
@@ -218,12 +223,11 @@ class SlidingLayerMerging(PruningCallback):
             return []
 
 
-def _variant(units: Sequence[Unit], merged: Mapping[tuple[int, int], Unit]) -> list[Unit]:
-    """Return the layers of a merged model from its lowest window on."""
-    tops = {high: (low, unit) for (low, high), unit in merged.items()}
-    found, place = [], len(units) - 1
-    while place >= min(low for low, _ in merged):
-        low, unit = tops.get(place, (place, units[place]))
-        found.append(unit)
-        place = low - 1
-    return found[::-1]
+def _difference(before: Slide, after: Slide) -> dict[str, list[int]]:
+    """Say which layers changed places; nothing if none did."""
+    old, new = (
+        {layer for low, high in one.groups for layer in range(low, high)} for one in (before, after)
+    )
+    if old == new:
+        return {}
+    return {"restored": sorted(old - new), "merged_instead": sorted(new - old)}

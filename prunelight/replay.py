@@ -80,6 +80,7 @@ class Replay:
         with ExitStack() as stack:
             stack.enter_context(self.walk)
             self.inputs = [list(self.walk.states)]
+            self._embeddings, self._first = self.inputs[0], self.units[0].layer
             self._extend()
             ignored = self.ignore_first_tokens
             self._similarity: Similarity = similarity_to(
@@ -117,10 +118,12 @@ class Replay:
 
     def _entering(self, start: int, units: Sequence[Unit]) -> list[Tensor]:
         """Return what the layer at a place gets; an RWKV's first block has a norm that moves on."""
-        norm = getattr(self.units[0].layer, "pre_ln", None)
-        if start or norm is None or not units or units[0].layer is self.units[0].layer:
+        norm = getattr(self._first, "pre_ln", None)
+        if start or norm is None:
             return self.inputs[start]
-        return [norm(state.to(self.walk.model.device)) for state in self.inputs[0]]
+        if not units or units[0].layer is self._first:
+            return self._embeddings
+        return [norm(state.to(self.walk.model.device)) for state in self._embeddings]
 
     def _extend(self) -> None:
         for unit in self.units[len(self.inputs) - 1 :]:

@@ -3,7 +3,7 @@
 A window of decoder layers grows downwards while the similarity that is left stays at or above a
 threshold, then is merged, and the next one starts where it stopped. The released loop loses a
 window that still passes at the bottom and measures each merged model a second time; this one
-commits the first and spares the second.
+commits the first and spares the second. The loop never takes a merge back: `exchange` does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -67,7 +67,7 @@ def slide(
             of its similarity that one more layer may leave the model.
         by_merge: hold the threshold against s / s_before instead of s.
         protected: layers that no window may contain.
-        target: stop as soon as so many layers are gone.
+        target: stop as soon as so many layers are gone, or can no longer be.
     """
     groups: Groups = ()
     before, refused = 1.0, -math.inf
@@ -75,6 +75,8 @@ def slide(
     trace: dict[int, float] = {}
     high, low = num_layers - 1, num_layers - 2  # the window is low .. high; low + 1 .. high passed
     while low >= 0 and len(margins) != target:
+        if target is not None and low + 1 < target - len(margins):
+            break  # the lowest layers cost most to measure
         similarity = -math.inf
         if high not in protected and low not in protected:
             similarity = trace[low] = score((*groups, (low, high)))
@@ -91,6 +93,57 @@ def slide(
     if low + 1 < high:
         groups = (*groups, (low + 1, high))
     return Slide(groups, before, tuple(margins), refused, trace)
+
+
+def windows_of(gone: Collection[int]) -> Groups:
+    """Return the windows, from the top down, whose merging takes these layers out of the model."""
+    groups: list[tuple[int, int]] = []
+    for layer in sorted(gone, reverse=True):
+        if groups and groups[-1][0] == layer + 1:
+            groups[-1] = (layer, groups[-1][1])
+        else:
+            groups.append((layer, layer + 1))
+    return tuple(groups)
+
+
+def exchange(
+    score: Callable[[Groups], float], start: Slide, num_layers: int, protected: Collection[int] = ()
+) -> Slide:
+    """Let merged layers change places with others; returns the better model, or `start` itself.
+
+    Each merged layer is restored once, each other one merged once. Pairs then change places, best
+    first, as long as the product of what both leave promises a gain; each such model is measured.
+
+    Args:
+        score: similarity to the dense model once these windows are merged.
+        start: where to start.
+        num_layers: of the dense model.
+        protected: layers that no window may contain.
+
+    Raises:
+        SpentError: if `score` does.
+    """
+    gone = {layer for low, high in start.groups for layer in range(low, high)}
+    others = [
+        layer
+        for layer in range(num_layers - 2, -1, -1)
+        if layer not in gone and not {layer, layer + 1} & {*protected}
+    ]
+    restored = {layer: score(windows_of(gone - {layer})) for layer in sorted(gone, reverse=True)}
+    merged = {layer: score(windows_of(gone | {layer})) for layer in others}
+    best = start
+    for back, out in zip(
+        sorted(restored, key=restored.__getitem__, reverse=True),
+        sorted(merged, key=merged.__getitem__, reverse=True),
+        strict=False,
+    ):
+        if merged[out] <= 0 or restored[back] * merged[out] <= start.similarity**2:
+            break
+        gone = (gone - {back}) | {out}
+        similarity = score(windows_of(gone))
+        if similarity > best.similarity:
+            best = replace(start, groups=windows_of(gone), similarity=similarity)
+    return best
 
 
 def most_removable(num_layers: int, protected: Collection[int]) -> int:
@@ -120,8 +173,8 @@ def search(run: Callable[[float], Slide], target: int) -> tuple[Slide, float]:
     best = run(-math.inf)
     if best.removed < target:
         raise ValueError(
-            f"only {best.removed} of {target} layers can be merged: what more of them leaves has "
-            "NaN states; load the model in bfloat16 or float32, or take merge='top'"
+            f"{target} layers cannot be merged: what some of them leave has NaN states; load the "
+            "model in bfloat16 or float32, or take merge='top'"
         )
     low, high = max(0.0, min(best.margins)), 1.0
     for _ in range(_STEPS):

@@ -6,7 +6,15 @@ from itertools import combinations
 
 import pytest
 
-from prunelight.sliding import Slide, SpentError, most_removable, search, slide
+from prunelight.sliding import (
+    Slide,
+    SpentError,
+    exchange,
+    most_removable,
+    search,
+    slide,
+    windows_of,
+)
 
 L = 12
 
@@ -85,7 +93,7 @@ def test_what_cannot_be_measured_is_never_merged():
         return -math.inf if any(low <= 6 < high for low, high in groups) else 0.5
 
     assert slide(score, L, -math.inf).groups == ((7, 11), (0, 6))
-    with pytest.raises(ValueError, match="only 10 of 11 layers can be merged: .* NaN states"):
+    with pytest.raises(ValueError, match="11 layers cannot be merged: .* NaN states"):
         search(lambda t: slide(score, L, t, target=11), 11)
 
 
@@ -152,3 +160,59 @@ def test_limit_by_merge_prefers_cheap_layers_that_come_late():
     best = max(1 - sum(costs[i] for i in chosen) for chosen in combinations(range(L - 1), 3))
     assert by_merge.similarity == pytest.approx(best)
     assert by_model.similarity < by_merge.similarity
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_windows_and_the_layers_that_are_gone_say_the_same(seed):
+    groups = slide(random_score(seed), L, 0.4).groups
+    gone = {i for low, high in groups for i in range(low, high)}
+    assert windows_of(gone) == groups
+    assert windows_of(()) == ()
+
+
+def test_a_pass_that_can_no_longer_reach_its_target_stops():
+    seen = []
+
+    def score(groups):
+        seen.append(groups)
+        return 0.0
+
+    assert slide(score, L, 0.5, target=4).removed == 0
+    assert len(seen) == L - 1 - 3  # with 3 layers left, 4 cannot go
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("target", [1, 4, 8])
+def test_an_exchange_keeps_the_number_of_layers_and_never_makes_it_worse(seed, target):
+    score = random_score(seed)
+    start = slide(score, L, -math.inf, protected=[3], target=target)
+    better = exchange(score, start, L, protected=[3])
+    assert better.removed == target
+    assert not {i for low, high in better.groups for i in range(low, high + 1)} & {3}
+    assert better.similarity == score(better.groups)
+    assert better is start or better.similarity > start.similarity
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("target", [1, 4, 8])
+def test_where_layers_do_not_interact_one_exchange_finds_the_best_model(seed, target):
+    generator = random.Random(seed)
+    shares = [generator.uniform(0.5, 1) for _ in range(L)]
+
+    def score(groups):
+        return math.prod(shares[i] for low, high in groups for i in range(low, high))
+
+    start = slide(score, L, -math.inf, target=target)
+    best = max(math.prod(chosen) for chosen in combinations(shares[: L - 1], target))
+    found = exchange(score, start, L)
+    assert found.similarity == pytest.approx(best)
+    assert exchange(score, found, L) is found
+
+
+def test_an_exchange_never_takes_what_cannot_be_measured():
+    def score(groups):
+        gone = {i for low, high in groups for i in range(low, high)}
+        return -math.inf if 2 in gone else 0.5 + 0.01 * sum(gone)
+
+    start = Slide(windows_of({0, 1}), score(windows_of({0, 1})))
+    assert exchange(score, start, L).groups == windows_of({9, 10})

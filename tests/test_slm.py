@@ -135,6 +135,25 @@ def test_one_threshold_costs_half_and_a_search_no_more_than_the_naive_loop_with_
         )
         assert 2 * count.layers <= naive
         assert search <= naive
+        # Nor more than that loop if its threshold ended in just these windows.
+        gone = {layer for low, high in groups_of(plan) for layer in range(low, high)}
+        assert search <= 24 + sum(23 - sum(layer > low for layer in gone) for low in range(22))
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_layers_are_exchanged_where_the_loop_took_the_wrong_ones(merge):
+    model = lively(tiny_model(num_hidden_layers=8))
+    with torch.no_grad():
+        for index in (2, 3):  # layers that do nothing; 2 alone can go without a trace
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                model.get_submodule(f"model.layers.{index}.{name}").weight.zero_()
+    assert "restored" in SlidingLayerMerging(num_layers=2).plan(model, WINDOWS).found
+    method = SlidingLayerMerging(num_layers=2, merge=merge, protected=[])
+    plan = method.plan(model, WINDOWS)
+    merged = prunelight.apply(copy.deepcopy(model), plan)
+    measured = reference.similarity(model, merged, WINDOWS, "nll")
+    assert plan.found["similarity"] == pytest.approx(measured, abs=2e-6)
+    assert len(plan.found.get("restored", [])) == len(plan.found.get("merged_instead", []))
 
 
 @pytest.mark.parametrize("criterion", ["nll", "kl"])
