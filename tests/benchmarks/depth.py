@@ -137,46 +137,51 @@ def recover(model, tokenizer, data, counts, pattern, steps):
             print(f"{name} | {30 - count} layers | {before} -> {after}", flush=True)
 
 
-def naive_layer_forwards(model, windows, threshold, calls):
-    """Run the released loop with one threshold: a copy of the model and a whole forward for each
-    candidate, counting the layers that run."""
-    loss = mean_nll(model, windows, calls)
-    layers, high, groups = list(decoder_layers(model)), 28, []
-    low, before = 27, 1.0
+def naive_loop(windows, measure):
+    """Go the way of the released loop until it has merged these windows of 30 layers.
+
+    It runs a whole merged model for each window that it tries, and for each that it keeps.
+    """
+    measure([])
+    done, high, low = [], 28, 27
     while low >= 0:
-        kept = dict(enumerate(layers))
-        for a, b in [*groups, (low, high)]:
-            kept[b] = merged_layer(model, range(a, b + 1), "top")
-            for gone in range(a, b):
-                kept.pop(gone, None)
-        model.model.layers = torch.nn.ModuleList(kept.values())
-        candidate = copy.deepcopy(model)
-        model.model.layers = torch.nn.ModuleList(layers)
-        candidate.config.num_hidden_layers = len(kept)
-        similarity = float(torch.exp(torch.tensor(loss - mean_nll(candidate, windows, calls))))
-        if similarity / before >= threshold:
-            before, low = similarity, low - 1
-        elif low + 1 != high:
-            groups.append((low + 1, high))
-            high = low  # the released loop measures the committed model once more
-            calls["layers"] += len(kept) + 1
+        measure([*done, (low, high)])
+        if any(a <= low and high <= b for a, b in windows):
             low -= 1
+        elif low + 1 != high:
+            done.append((low + 1, high))
+            measure(done)
+            high, low = low, low - 1
         else:
             high, low = high - 1, low - 1
 
 
-def mean_nll(model, windows, calls):
-    total = 0.0
-    with evaluating(model):
-        for batch in micro_batches(model, windows):
-            total += model(**batch, labels=batch["input_ids"]).loss.item() * len(batch["input_ids"])
-    calls["layers"] += len(decoder_layers(model))
-    calls["heads"] += 1
-    return total / len(windows)
+def layers_of(windows):
+    return 30 - sum(high - low for low, high in windows)
+
+
+def windows_of(plan):
+    return [(group[0], group[-1]) for group in plan.steps[0].groups]
+
+
+def run_merged(model, calibration, windows):
+    """One step of the released loop: a copy of the merged model, and a forward with its loss."""
+    layers = list(decoder_layers(model))
+    kept = dict(enumerate(layers))
+    for low, high in windows:
+        kept[high] = merged_layer(model, range(low, high + 1), "top")
+        for gone in range(low, high):
+            kept.pop(gone)
+    model.model.layers = torch.nn.ModuleList(kept.values())
+    candidate = copy.deepcopy(model)
+    model.model.layers = torch.nn.ModuleList(layers)
+    candidate.config.num_hidden_layers = len(kept)
+    with evaluating(candidate):
+        for batch in micro_batches(candidate, calibration):
+            candidate(**batch, labels=batch["input_ids"]).loss.item()
 
 
 def cost(model, windows, counts):
-    plans = {n: None for n in counts}
     for count in counts:
         method = SlidingLayerMerging(num_layers=count)
         with evaluating(model):
@@ -187,19 +192,24 @@ def cost(model, windows, counts):
         with measuring(CPU) as idle:
             pass
         with measuring(CPU) as phase:
-            plan = plans[count] = method.plan(model, windows)
+            plan = method.plan(model, windows)
         above = (phase.peak_bytes - idle.peak_bytes) / parameter_bytes(model)
         threshold = plan.found["threshold"]
         one = SlidingLayerMerging(threshold=threshold, limit="merge").plan(model, windows)
         calls = Counter()
+        for name, found in (("search", plan), ("one", one)):
+            measured = []
+            naive_loop(windows_of(found), lambda merged, to=measured: to.append(layers_of(merged)))
+            calls[name] = sum(measured)
         start = time.perf_counter()
-        naive_layer_forwards(model, windows, threshold, calls)
+        naive_loop(windows_of(plan), lambda merged: run_merged(model, windows, merged))
         naive = time.perf_counter() - start
+        found, single = plan.found["layer_forwards"], one.found["layer_forwards"]
         print(
-            f"{30 - count} layers: search {plan.found['layer_forwards']} layer forwards, one "
-            f"threshold {one.found['layer_forwards']}, naive loop with one threshold "
-            f"{calls['layers']} and {calls['heads']} heads; search {phase.seconds / unit:.1f} F, "
-            f"naive {naive / unit:.1f} F; memory above the loaded model {above:.2f} checkpoints",
+            f"{30 - count} layers: search {found} layer forwards, naive loop that ends in the same "
+            f"windows {calls['search']}; one threshold {single}, naive loop with it "
+            f"{calls['one']}; time of the search {phase.seconds / unit:.1f} F, of the naive loop "
+            f"{naive / unit:.1f} F; memory above the loaded model {above:.2f} checkpoints",
             flush=True,
         )
 
