@@ -228,7 +228,8 @@ class CKA:
                 "CKA needs states that are finite and differ from token to token, on 4 tokens or "
                 "more; use more text, or load the model in bfloat16 or float32"
             )
-        return self.sums / torch.sqrt(own[:, None] * own)
+        sums = (self.sums + self.sums.T) / 2  # products of matrices are symmetric but for rounding
+        return sums / torch.sqrt(own[:, None] * own)
 
 
 def _hsic(kernels: Tensor) -> Tensor:
