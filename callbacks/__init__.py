@@ -2,18 +2,22 @@
 
 from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.dlp import DLP
+from prunelight.callbacks.dynamic_slicing import DynamicSlicing
 from prunelight.callbacks.shortened_llama import ShortenedLlama
 from prunelight.callbacks.shortgpt import ShortGPT
 from prunelight.callbacks.sleb import SLEB
+from prunelight.callbacks.slicegpt import SliceGPT
 from prunelight.callbacks.sliding_layer_merging import SlidingLayerMerging
 from prunelight.callbacks.width_pruning import WidthPruning
 
 __all__ = [
     "DLP",
     "SLEB",
+    "DynamicSlicing",
     "PruningCallback",
     "ShortGPT",
     "ShortenedLlama",
+    "SliceGPT",
     "SlidingLayerMerging",
     "WidthPruning",
 ]

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-# model_type of our own classes: this and the family whose modules they have (sublayers.py).
+from prunelight.sliced import PREFIX as SLICED_PREFIX
+from prunelight.sliced import SHORTCUTS
+
+# model_type of our own classes: this, or that of sliced.py, and the family whose modules they have.
 REGISTERED_PREFIX = "prunelight_"
 # Attributes in which transformers keeps a layer's own index (it selects the cache slot).
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id")
@@ -157,7 +160,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture_of(model: PreTrainedModel) -> Architecture | None:
     """Return the table entry of the model's family, or None for an unknown family."""
-    return ARCHITECTURES.get(model.config.model_type.removeprefix(REGISTERED_PREFIX))
+    name = model.config.model_type.removeprefix(SLICED_PREFIX)
+    return ARCHITECTURES.get(name.removeprefix(REGISTERED_PREFIX))
+
+
+def is_sliced(model: PreTrainedModel) -> bool:
+    """Return whether the hidden states of the model were sliced, see sliced.py."""
+    return model.config.model_type.startswith(SLICED_PREFIX)
 
 
 def sublayers_of(model: PreTrainedModel) -> Sublayers:
@@ -254,7 +263,10 @@ def lora_targets(model: PreTrainedModel) -> tuple[list[str] | str, list[str]]:
     An unknown family gives peft's own "all-linear", which leaves out the head.
     """
     known = architecture_of(model)
-    return ("all-linear", []) if known is None else (list(known.projections), list(known.experts))
+    if known is None:
+        return "all-linear", []
+    shortcuts = SHORTCUTS if is_sliced(model) else ()
+    return [*known.projections, *shortcuts], list(known.experts)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -22,6 +22,7 @@ from prunelight.files import replacing
 from prunelight.steps import (
     MergeLayers,
     RemoveLayers,
+    SliceHidden,
     Sparsify,
     Step,
     layer_of,
@@ -158,6 +159,8 @@ def sparsified(plans: Sequence[Plan], layers_path: str) -> dict[str, float]:
             elif isinstance(step, MergeLayers):  # a mean of zeros and others is no zero
                 gone = {n for n in found if layer_of(n, layers_path) in step.rewritten}
                 found = {name: share for name, share in found.items() if name not in gone}
+            elif isinstance(step, SliceHidden):  # nor is a rotated zero
+                found = {}
         removed = {i for step in plan.steps for i in step.removed}
         names = renumbered(found, layers_path, removed)
         found = {new: found[old] for old, new in names.items()}

@@ -1,8 +1,9 @@
 """What a plan says about each decoder layer, read from its JSON form, and the picture of it.
 
 One picture a plan, its panels above each other over the same layers: the scores that decided; for
-sparsity also the share of zeros of each layer, of each projection, and what the zeros changed. Like
-report.py it needs neither torch nor lightning, and matplotlib only once something is drawn.
+sparsity also the share of zeros of each layer, of each projection, and what the zeros changed; for
+slicing the widths, and the variance that they explain. Like report.py it needs neither torch nor
+lightning, and matplotlib only once something is drawn.
 """
 
 from __future__ import annotations
@@ -63,6 +64,17 @@ def sparsify_steps(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return [step for step in plan["steps"] if step["kind"] == "sparsify"]
 
 
+def slice_steps(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the steps of a plan that slice the hidden states."""
+    return [step for step in plan["steps"] if step["kind"] == "slice_hidden"]
+
+
+def has_own_class(plan: dict[str, Any]) -> bool:
+    """Return whether a plan leaves a model of a class that transformers does not have."""
+    sliced = any(step["rotation"] == "per_layer" for step in slice_steps(plan))
+    return sliced or any(step["kind"] == "drop_sublayers" for step in plan["steps"])
+
+
 def score_lists(plan: dict[str, Any]) -> dict[str, list[float]]:
     """Return the scores that decided, at most one a decoder layer (or a window that starts there).
 
@@ -78,7 +90,7 @@ def score_lists(plan: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def nominal(plan: dict[str, Any]) -> str:
-    """Return the ratio in the method's own terms: of decoder layers or of weights."""
+    """Return the ratio in the method's own terms: of decoder layers, of weights or of widths."""
     num_layers, parts = plan["model"]["num_hidden_layers"], []
     merged = sum(len(group) - 1 for group in merged_groups(plan))
     counts = {"removed": len(removed_layers(plan)) - merged, "merged away": merged}
@@ -86,7 +98,7 @@ def nominal(plan: dict[str, Any]) -> str:
         if count:
             share = percent(count / num_layers)
             parts.append(f"{count} of {num_layers} decoder layers {how} ({share})")
-    parts += _narrower(plan)
+    parts += _narrower(plan) + [_sliced(plan, step) for step in slice_steps(plan)]
     for step in sparsify_steps(plan):
         mixed = " on average" if len(set(step["sparsity"].values())) > 1 else ""
         pattern = f" ({step['pattern']} pattern{mixed})" if step["pattern"] else ""
@@ -111,6 +123,26 @@ def _narrower(plan: dict[str, Any]) -> list[str]:
                 before = plan.get("found", {}).get(f"{field}_before", "all")
                 parts.append(f"{kept} of {before} {text} kept in every layer")
     return parts
+
+
+def _sliced(plan: dict[str, Any], step: dict[str, Any]) -> str:
+    widths = [step["residual_dims"][site] for site in sliced_sites(plan, step)]
+    how = f" (widths {min(widths)} to {max(widths)})" if len(set(widths)) > 1 else ""
+    how += " (one rotation)" if step["rotation"] == "shared" else ""
+    return f"{percent(share_sliced(plan, step))} of the hidden width sliced{how}"
+
+
+def sliced_sites(plan: dict[str, Any], step: dict[str, Any]) -> range:
+    """Return the sites before attentions and MLPs, less that of embeddings left whole."""
+    hidden, (first, *others, _) = plan["model"]["hidden_size"], step["residual_dims"]
+    whole = first == hidden and min(others) < hidden
+    return range(int(whole), 1 + len(others))
+
+
+def share_sliced(plan: dict[str, Any], step: dict[str, Any]) -> float:
+    """Return the share of the hidden width that a slice step removes, mean over its sites."""
+    widths = [step["residual_dims"][site] for site in sliced_sites(plan, step)]
+    return 1 - _mean(widths) / plan["model"]["hidden_size"]
 
 
 def _planned(plan: dict[str, Any], step: dict[str, Any]) -> float:
@@ -172,8 +204,34 @@ def layer_zeros(
     )
 
 
+@dataclass(frozen=True)
+class LayerWidths:
+    """What a slice step does to each decoder layer.
+
+    Attributes:
+        widths: "attention" and "MLP" -> width of the hidden states before it in each layer.
+        explained: the same -> share of the energy kept there, NaN if not measured; empty for a
+            shared rotation, which has no share of each.
+    """
+
+    widths: dict[str, list[int]]
+    explained: dict[str, list[float]]
+
+
+def layer_widths(step: dict[str, Any], outcome: dict[str, Any] | None = None) -> LayerWidths:
+    """Tell a slice step by layer; its last site, after all layers, is left out."""
+    dims = step["residual_dims"]
+    explained = (outcome or {}).get("explained_variance", [math.nan] * len(dims))
+    shared = step["rotation"] == "shared"
+    return LayerWidths(_by_sublayer(dims), {} if shared else _by_sublayer(explained))
+
+
+def _by_sublayer(sites: list[Any]) -> dict[str, list[Any]]:
+    return {"attention": sites[:-1:2], "MLP": sites[1::2]}
+
+
 def plot_layers(plan: dict[str, Any], outcome: dict[str, Any] | None = None) -> Figure:
-    """Draw the scores of a plan over the decoder layers, and the zeros of its last sparsify step.
+    """Draw the scores of a plan over the decoder layers, its zeros and its widths.
 
     Each list of scores of layers has a panel (the angular distance has one entry a window, at the
     window's first layer), those of projections share one. The scale is logarithmic if all are
@@ -181,10 +239,11 @@ def plot_layers(plan: dict[str, Any], outcome: dict[str, Any] | None = None) -> 
 
     Args:
         plan: `Plan.to_dict()`.
-        outcome: of its last sparsify step, see `surgery.apply`; None shows what was planned.
+        outcome: of its last sparsify and slice steps together, see `surgery.apply`; None shows
+            what was planned.
 
     Raises:
-        ValueError: if there is neither a list of scores nor a sparsify step.
+        ValueError: if there is no list of scores and no sparsify or slice step.
     """
     from matplotlib.figure import Figure  # the object API: no pyplot, no global state
 
@@ -192,6 +251,8 @@ def plot_layers(plan: dict[str, Any], outcome: dict[str, Any] | None = None) -> 
     drawings = _score_drawings(plan)
     for step in sparsify_steps(plan)[-1:]:
         drawings += _zeros_drawings(layer_zeros(plan, step, outcome), _planned(plan, step))
+    for step in slice_steps(plan):
+        drawings += _width_drawings(layer_widths(step, outcome), plan["model"]["hidden_size"])
     if not drawings:
         raise ValueError(
             f"scores={plan['scores']} of the {plan['method']} plan must hold a list of numbers to "
@@ -217,6 +278,8 @@ def plot_layers(plan: dict[str, Any], outcome: dict[str, Any] | None = None) -> 
 
 def _score_drawings(plan: dict[str, Any]) -> list[_Drawing]:
     lists = {n: x for n, x in score_lists(plan).items() if not n.endswith("_first_token")}
+    if "layer_redundancy" in lists:  # which is 1 - influence, stretched
+        lists.pop("block_influence", None)
     kind = next((kind for kind in _LABELS if any(name.startswith(kind) for name in lists)), "")
     if len(lists) > 1 and sparsify_steps(plan):
         rows = {name.removeprefix(f"{kind}_"): row for name, row in lists.items()}
@@ -245,6 +308,13 @@ def _zeros_drawings(zeros: LayerZeros, planned: float) -> list[_Drawing]:
     return drawings
 
 
+def _width_drawings(told: LayerWidths, hidden: int) -> list[_Drawing]:
+    drawings: list[_Drawing] = [(2.2, partial(_draw_widths, rows=told.widths, hidden=hidden))]
+    if any(math.isfinite(x) for row in told.explained.values() for x in row):
+        drawings.append((1.8, partial(_draw_explained, rows=told.explained)))
+    return drawings
+
+
 def draw_bars(
     axes: Axes, *, values: list[float], label: str, color: str, shaded: Iterable[int] = ()
 ) -> None:
@@ -265,6 +335,24 @@ def _draw_sparsity(axes: Axes, *, shares: list[float], planned: float) -> None:
     axes.axhline(100 * planned, color="black", linewidth=1, linestyle="--")
     axes.set_ylim(0, 100)
     axes.set_ylabel("zeros (%)\ndashed: planned")
+
+
+def _draw_widths(axes: Axes, *, rows: dict[str, list[int]], hidden: int) -> None:
+    """Two bars a layer, before its attention and its MLP."""
+    for (name, widths), color, side in zip(rows.items(), (GREEN, ORANGE), (-0.2, 0.2), strict=True):
+        places = [layer + side for layer in range(len(widths))]
+        axes.bar(places, widths, 0.4, color=color, label=f"at {name}")
+    axes.axhline(hidden, color="black", linewidth=1, linestyle="--")
+    axes.set_ylim(0, 1.3 * hidden)  # room for the legend
+    axes.legend(loc="upper right", ncols=2, fontsize=8, frameon=False)
+    axes.set_ylabel("width\ndashed: dense")
+
+
+def _draw_explained(axes: Axes, *, rows: dict[str, list[float]]) -> None:
+    for (name, shares), color in zip(rows.items(), (GREEN, ORANGE), strict=True):
+        axes.plot(range(len(shares)), shares, "o-", color=color, markersize=4, label=f"at {name}")
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.set_ylabel("explained\nvariance")
 
 
 def _rows_drawing(rows: dict[str, list[float]], label: str, margin: float = 0) -> _Drawing:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,17 @@ from prunelight.files import replacing
 from prunelight.maps import plot_cka
 from prunelight.plots import (
     fates,
+    has_own_class,
+    layer_widths,
     layer_zeros,
     merged_groups,
     nominal,
     percent,
     plot_layers,
     score_lists,
+    share_sliced,
+    slice_steps,
+    sliced_sites,
     sparsify_steps,
 )
 
@@ -76,7 +81,7 @@ class RunRecord:
     """All that a report says about one run.
 
     `plans` holds `Plan.to_dict()` of each callback, `outcomes` what `surgery.apply` told of each of
-    their sparsify steps, in order.
+    their sparsify and slice steps, in order.
     """
 
     model: str
@@ -145,14 +150,14 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
         text = json.dumps(record.to_dict(), indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     for plan in record.plans:
-        gradual = plan["arguments"].get("schedule")  # zeros that came later have no outcome
-        told = [{} if gradual else next(outcomes, {}) for _ in sparsify_steps(plan)]
+        told = _outcomes(plan, outcomes)
         sections += _plan_section(plan, told)
-        if score_lists(plan) or sparsify_steps(plan):
+        if score_lists(plan) or sparsify_steps(plan) or slice_steps(plan):
             names.append(f"layers-{len(names)}.png" if len(names) > 1 else "layers.png")
-            sections.append(f"![scores of the decoder layers]({names[-1]})")
+            what = "widths" if slice_steps(plan) else "scores"
+            sections.append(f"![{what} of the decoder layers]({names[-1]})")
             with replacing(directory / names[-1]) as temporary:
-                plot_layers(plan, told[-1] if told else None).savefig(temporary, format="png")
+                plot_layers(plan, _last_outcomes(plan, told)).savefig(temporary, format="png")
         if "cka" in plan.get("found", {}):
             names.append(f"cka-{len(names)}.png")
             sections.append(f"![CKA of the hidden states, merged windows outlined]({names[-1]})")
@@ -165,12 +170,27 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
     return [directory / name for name in (*names, "report.md")]
 
 
+def _outcomes(plan: dict[str, Any], remaining: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Take the outcome of each step of a plan; {} for those that have none."""
+    gradual = plan["arguments"].get("schedule")  # zeros that came later have no outcome
+    kinds = ("slice_hidden",) if gradual else ("slice_hidden", "sparsify")
+    return [next(remaining, {}) if step["kind"] in kinds else {} for step in plan["steps"]]
+
+
+def _last_outcomes(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The outcomes of the last step of each kind in one; no two kinds tell the same."""
+    last = {step["kind"]: told for step, told in zip(plan["steps"], outcomes, strict=True)}
+    return {name: value for told in last.values() for name, value in told.items()}
+
+
 def _plan_section(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[str]:
     """What one plan did and why; the long table of layers is folded away."""
-    parts, remaining = [f"## {plan['method']}: {nominal(plan)}"], iter(outcomes)
-    for step in plan["steps"]:
+    parts = [f"## {plan['method']}: {nominal(plan)}"]
+    for step, outcome in zip(plan["steps"], outcomes, strict=True):
         if step["kind"] == "sparsify":
-            parts += _sparsify_section(plan, step, next(remaining))
+            parts += _sparsify_section(plan, step, outcome)
+        elif step["kind"] == "slice_hidden":
+            parts += _slice_section(plan, step, outcome)
         else:
             parts.append(f"Step `{step['kind']}`:\n{_bullets(_step_facts(step))}")
     # Settings within settings are told with their step.
@@ -178,9 +198,17 @@ def _plan_section(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[
     calibration = {f"calibration {k}": v for k, v in (plan["calibration"] or {}).items()}
     parts.append(f"Decided with:\n{_bullets({**arguments, **calibration})}")
     if found := {k: v for k, v in plan.get("found", {}).items() if k != "cka"}:
-        told = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in found.items()}
-        parts.append(f"Found:\n{_bullets(told)}")
-    return parts + _layer_table(plan, outcomes)
+        parts.append(f"Found:\n{_bullets({k: _found(k, v) for k, v in found.items()})}")
+    return parts + _layer_table(plan, _last_outcomes(plan, outcomes))
+
+
+def _found(name: str, value: Any) -> Any:
+    """How a finding is shown."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_found(key, x)}" for key, x in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return _count(value) if name.startswith("parameters") else value
 
 
 def _step_facts(step: dict[str, Any]) -> dict[str, Any]:
@@ -213,24 +241,68 @@ def _sparsify_section(
     return parts
 
 
-def _layer_table(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[str]:
-    """One row a decoder layer: scores, zeros of the last sparsify step, removed or kept."""
+def _slice_section(
+    plan: dict[str, Any], step: dict[str, Any], outcome: dict[str, Any]
+) -> list[str]:
+    """What a slice step did, in totals; each width is left to the table of layers."""
+    sites, dims = sliced_sites(plan, step), step["residual_dims"]
+    shared, hidden = step["rotation"] == "shared", plan["model"]["hidden_size"]
+    facts = {
+        "widths at attentions and MLPs": f"{_span([dims[i] for i in sites], str)} of {hidden}",
+        "mean share removed": percent(share_sliced(plan, step)),
+        "width of the embeddings": dims[0],
+        **{name: step[name] for name in ("signal", "orientation", "rotation")},
+    }
+    if explained := outcome.get("explained_variance"):
+        measured = explained if shared else [explained[i] for i in sites]
+        facts["explained variance"] = _span(measured, "{:.4g}".format)
+    parts = [
+        f"Step `slice_hidden`:\n{_bullets(facts)}",
+        "With one rotation for all layers this is a stock model, which loads and runs like any "
+        "other; a head that was untied is counted in the parameters."
+        if shared
+        else "The class is ours: `import prunelight` before `from_pretrained`, unless its remote "
+        "code was exported; shortcuts between the rotations, and a head that was untied, are "
+        "counted in the parameters.",
+    ]
+    found = plan.get("found", {})
+    if found.get("parameters", 0) >= found.get("parameters_before", math.inf):
+        added = "An untied head adds" if shared else "Shortcuts (and a head that was untied) add"
+        parts.append(f"{added} more parameters than this slice removes.")
+    return parts
+
+
+def _span(values: Sequence[float], show: Callable[[Any], str]) -> str:
+    """The lowest to the highest of some values, or the one that all are."""
+    return " to ".join(dict.fromkeys(map(show, (min(values), max(values)))))
+
+
+def _layer_table(plan: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
+    """One row a decoder layer: scores, widths, zeros of the last step, removed or kept."""
     num_layers = plan["model"]["num_hidden_layers"]
     columns = {"layer": [str(layer) for layer in range(num_layers)]}
     for name, scores in score_lists(plan).items():
         missing = num_layers - len(scores)
         title = name.replace("_", " ") + (" from here" if missing else "")
-        columns[title] = [*("" if math.isnan(x) else f"{x:.4g}" for x in scores), *[""] * missing]
+        columns[title] = _cells(scores) + [""] * missing
+    for step in slice_steps(plan):
+        told = layer_widths(step, outcome)
+        columns |= {f"width at {name}": list(map(str, x)) for name, x in told.widths.items()}
+        columns |= {f"explained variance at {k}": _cells(x) for k, x in told.explained.items()}
     for step in sparsify_steps(plan)[-1:]:
-        zeros = layer_zeros(plan, step, outcomes[-1])
+        zeros = layer_zeros(plan, step, outcome)
         columns["sparsity"] = [percent(x) if math.isfinite(x) else "" for x in zeros.layers]
         if zeros.errors:
             columns["reconstruction error"] = [f"{error:.4g}" for error in zeros.errors]
-    if told := fates(plan):
-        columns["fate"] = [told.get(i, "kept") for i in range(num_layers)]
+    if fate := fates(plan):
+        columns["fate"] = [fate.get(i, "kept") for i in range(num_layers)]
     table = _table(list(columns), list(zip(*columns.values(), strict=True)))
     title = f"<details><summary>All {num_layers} decoder layers</summary>"
     return [title, table, "</details>"]
+
+
+def _cells(values: Sequence[float]) -> list[str]:
+    return ["" if math.isnan(value) else f"{value:.4g}" for value in values]
 
 
 def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
@@ -259,8 +331,7 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
         parts += [f"## {title}", _bullets(values) or otherwise]
     if record.verification:
         name = json.dumps(list(record.verification)[-1])
-        kinds = {step["kind"] for plan in record.plans for step in plan["steps"]}
-        ours = "import prunelight  # its class\n" if "drop_sublayers" in kinds else ""
+        ours = "import prunelight  # its class\n" if any(map(has_own_class, record.plans)) else ""
         parts += [
             "## How to load the result\n\nIn the directory of this report:\n\n```python\n"
             f"{ours}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

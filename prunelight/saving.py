@@ -21,7 +21,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from prunelight.architecture import maximum_length, restore_rwkv_scale, vocabulary_size
+from prunelight import sliced
+from prunelight.architecture import (
+    is_sliced,
+    maximum_length,
+    restore_rwkv_scale,
+    vocabulary_size,
+)
 from prunelight.calibration import evaluating
 from prunelight.evaluation import free_memory, greedy_tokens, to_device
 from prunelight.metrics import parameter_bytes
@@ -53,6 +59,7 @@ def save(
     plan: Plan | None = None,
     extra_files: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
+    export_remote_code: bool = False,
 ) -> Saved:
     """Write a verified transformers directory: all of it, or nothing.
 
@@ -63,13 +70,18 @@ def save(
         plan: written as plan.json.
         extra_files: file name -> text, written beside the weights.
         trust_remote_code: for a model whose code came with it: verifying runs that code.
+        export_remote_code: put the code of a sliced model beside it, so that it loads without
+            prunelight under trust_remote_code; later saves of the model do so too.
 
     Raises:
         FileExistsError: if the directory exists and is not ours.
+        TypeError: if there is no code to export.
         RuntimeError: if the written model differs from the one in memory; says in what.
     """
     directory = Path(directory).expanduser()
     check_replaceable(directory)
+    if export_remote_code:
+        name_code(model)
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +90,8 @@ def save(
         with quiet_transformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+        if is_sliced(model) and getattr(model.config, "auto_map", None):
+            shutil.copyfile(sliced.__file__, temporary / Path(sliced.__file__).name)
         for name, text in (extra_files or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
         if plan is not None:
@@ -92,6 +106,22 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
     log.info("saved %s (%.1f MB): %s", directory, saved.size_bytes / 1e6, saved.verification)
     return saved
+
+
+def name_code(model: PreTrainedModel) -> None:
+    """Let the model's config name the code that `save` puts beside it.
+
+    Raises:
+        TypeError: if the model is not a sliced one, whose code is one file.
+    """
+    if not is_sliced(model):
+        raise TypeError(
+            f"export_remote_code=True: {type(model).__name__} is no sliced model, there is no code "
+            "of its own to export; leave it out"
+        )
+    file, config = Path(sliced.__file__).stem, model.config
+    classes = {"AutoConfig": type(config), "AutoModelForCausalLM": type(model)}
+    config.auto_map = {name: f"{file}.{made.__name__}" for name, made in classes.items()}
 
 
 def check_replaceable(directory: Path) -> None:

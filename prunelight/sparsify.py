@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.architecture import Matrix, decoder_layers, layer_matrices, matrices
+from prunelight.architecture import Matrix, decoder_layers, is_sliced, layer_matrices, matrices
 from prunelight.calibration import Windows
 from prunelight.metrics import zero_share
 from prunelight.sparsity import (
@@ -47,7 +47,8 @@ class Outcome:
         sparsity: name of a matrix -> share of zeros it now has.
         layer_sparsity: of each decoder layer, the share of zeros in all its matrices.
         reconstruction_error: of each decoder layer, ||Y' - Y||^2 / ||Y - X||^2 over the first
-            micro-batch: its input X, dense output Y and sparse output Y'; empty for magnitude.
+            micro-batch: its input X, dense output Y and sparse output Y'; over ||Y||^2 if the
+            model is sliced; empty for magnitude.
         notes: what a reader should know about the run.
     """
 
@@ -128,7 +129,8 @@ def _sparsify_layer(
         sparse = walk.forward(0)
     real = slice(None) if walk.masks[0] is None else walk.masks[0]
     x, y, pruned = (state[real].float() for state in (before, dense, sparse))
-    error = (pruned - y).square().sum() / (y - x).square().sum().clamp(min=1e-30)
+    change = y if is_sliced(model) else y - x  # sliced: in another basis than x
+    error = (pruned - y).square().sum() / change.square().sum().clamp(min=1e-30)
     outcome.reconstruction_error.append(error.item())
 
 

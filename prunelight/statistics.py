@@ -136,6 +136,7 @@ class Hessian(InputNorm):
     """
 
     _BLOCK = 512
+    _DTYPE = torch.float32
 
     def __init__(self, in_features: int) -> None:
         super().__init__(in_features)
@@ -143,7 +144,7 @@ class Hessian(InputNorm):
 
     def update(self, x: Tensor) -> None:
         """Add tokens (T, I)."""
-        x = x.float()
+        x = x.to(self._DTYPE)
         self.tokens += len(x)
         if self.product is None:
             self.product = x.new_zeros(x.shape[1], x.shape[1])
@@ -163,6 +164,12 @@ class Hessian(InputNorm):
             return torch.eye(len(self.squares))
         upper = self.product.triu()
         return upper + upper.triu(1).T
+
+
+class Gram(Hessian):
+    """X^T X in float64, whose eigenvectors float32 would not give (SliceGPT, Tables 4 and 5)."""
+
+    _DTYPE = torch.float64
 
 
 class CKA:

@@ -11,6 +11,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, TypeAlias
 
 MERGES = ("top", "difference_sum", "released", "mean")
+SLICE_OPTIONS = {
+    "signal": ("residual", "normalized"),
+    "orientation": ("pca", "random"),
+    "rotation": ("per_layer", "shared"),
+}
 
 
 @dataclass(frozen=True)
@@ -220,9 +225,57 @@ class PruneWidth:
                 )
 
 
-Step: TypeAlias = RemoveLayers | MergeLayers | DropSublayers | PruneWidth | Sparsify
+@dataclass(frozen=True)
+class SliceHidden:
+    """Rotate the hidden states and keep only their first principal components.
+
+    Attributes:
+        residual_dims: widths before the attention and the MLP of each decoder layer, and after the
+            last one, 2 L + 1. The first is that of the embeddings: at full width they stay as they
+            are, and tied embeddings stay tied.
+        signal: what the components are those of: the "residual" (SliceGPT's released code), or the
+            residual after its norm, "normalized" (Eq. 8 of the paper).
+        orientation: "pca", or "random" to turn the components among each other, which spreads their
+            energy for quantization.
+        rotation: "per_layer", or "shared": one for all layers, which gives a stock model.
+        seed: of the random orientation.
+    """
+
+    kind: ClassVar[str] = "slice_hidden"
+    removed: ClassVar[tuple[int, ...]] = ()
+    named: ClassVar[tuple[int, ...]] = ()  # it concerns all layers
+    residual_dims: tuple[int, ...]
+    signal: str = "residual"
+    orientation: str = "pca"
+    rotation: str = "per_layer"
+    seed: int = 0
+
+    def check(self, num_layers: int) -> None:
+        """Check what does not concern the model's width; for that see `slicing.check_slice`.
+
+        Raises:
+            ValueError: if there are not 2 L + 1 widths, or an option is unknown.
+        """
+        for name, known in SLICE_OPTIONS.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}"
+                )
+        if len(self.residual_dims) != 2 * num_layers + 1:
+            raise ValueError(
+                f"residual_dims has {len(self.residual_dims)} widths, {num_layers} decoder layers "
+                f"need {2 * num_layers + 1}"
+            )
+        if not all(type(dim) is int and dim > 0 for dim in self.residual_dims):
+            raise ValueError("residual_dims must be whole numbers above 0")
+        if self.rotation == "shared" and len(set(self.residual_dims)) > 1:
+            raise ValueError("rotation='shared' needs the same width everywhere in residual_dims")
+
+
+Step: TypeAlias = RemoveLayers | MergeLayers | DropSublayers | PruneWidth | SliceHidden | Sparsify
 STEPS: dict[str, type[Step]] = {
-    step.kind: step for step in (RemoveLayers, MergeLayers, DropSublayers, PruneWidth, Sparsify)
+    step.kind: step
+    for step in (RemoveLayers, MergeLayers, DropSublayers, PruneWidth, SliceHidden, Sparsify)
 }
 
 

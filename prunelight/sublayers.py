@@ -25,6 +25,7 @@ from prunelight.architecture import (
     ARCHITECTURES,
     REGISTERED_PREFIX,
     decoder_layers,
+    is_sliced,
     layer_matrices,
     sublayers_of,
 )
@@ -104,6 +105,8 @@ def check_droppable(model: PreTrainedModel) -> None:
     Raises:
         TypeError: if the family has no registered class, or weights are quantized.
     """
+    if is_sliced(model):
+        raise TypeError("this model is sliced: its sublayers cannot be dropped; drop, or slice")
     if not sublayers_of(model).droppable:
         raise TypeError(
             f"{model.config.model_type} has norms after its sublayers, which cannot be dropped "
@@ -169,8 +172,8 @@ def drop_sublayers(
     for name, layers in zip(SUBLAYERS, (attention, mlp), strict=True):
         gone = dropped(model, name) | set(layers)
         setattr(config, f"drop_{name}", [i in gone for i in range(config.num_hidden_layers)])
-    made = CLASSES[config.model_type.removeprefix(REGISTERED_PREFIX)]
-    config.__class__ = made.config_class
+    made: Any = CLASSES[config.model_type.removeprefix(REGISTERED_PREFIX)]
+    config.__class__, config.model_type = made.config_class, made.config_class.model_type
     config.architectures = [made.__name__]
     model.__class__ = made
     _take_out(model)

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from prunelight.architecture import (
     INDEX_ATTRIBUTES,
     decoder_layers,
+    is_sliced,
     layers_path,
     restore_rwkv_scale,
 )
@@ -26,12 +27,15 @@ from prunelight.calibration import Windows
 from prunelight.merging import OTHER_LISTS, check_mergeable, merged_layer
 from prunelight.metrics import parameter_count
 from prunelight.plan import Plan
+from prunelight.rotation import share_rotation
+from prunelight.slicing import check_slice, slice_hidden
 from prunelight.sparsify import check_data, check_step, sparsify
 from prunelight.steps import (
     DropSublayers,
     MergeLayers,
     PruneWidth,
     RemoveLayers,
+    SliceHidden,
     Sparsify,
     Step,
     renumber,
@@ -65,11 +69,13 @@ def apply(
     Args:
         model: the model that the plan was made for.
         plan: from a callback's `plan`, or `Plan.load`.
-        windows: calibration windows, for steps that need data (sparsify, unless by magnitude).
+        windows: calibration windows, for steps that need data (slice; sparsify, unless by
+            magnitude).
         strict: require the very weights that the plan was made for, see `Plan.check`.
         device: where the layers compute, one at a time, for a model that is elsewhere.
         offload: keep the calibration states on the CPU.
-        outcomes: gets what each sparsify step did, see `sparsify.Outcome`.
+        outcomes: gets what each sparsify or slice step did, see `sparsify.Outcome` and
+            `slicing.SliceOutcome`.
 
     Raises:
         ValueError: if the plan does not fit the model; the model is then unchanged.
@@ -90,6 +96,12 @@ def apply(
             drop_sublayers(model, attention, mlp)
         elif isinstance(step, PruneWidth):
             prune_width(model, step, windows, removed=removed, device=device, offload=offload)
+        elif isinstance(step, SliceHidden):
+            assert windows is not None  # check_slice
+            carry_out = share_rotation if step.rotation == "shared" else slice_hidden
+            sliced = carry_out(model, step, windows, device=device, offload=offload)
+            if outcomes is not None:
+                outcomes.append(asdict(sliced))
         elif isinstance(step, Sparsify):
             names = renumbered(step.sparsity, layers_path(model), removed)
             left = {new: step.sparsity[old] for old, new in names.items()}
@@ -131,6 +143,13 @@ def _check_steps(model: PreTrainedModel, steps: Sequence[Step], windows: Windows
             if {DropSublayers, PruneWidth} & {*kinds}:
                 raise ValueError("prune width once, and before sublayers are dropped")
             check_width(model, step, windows, gone)
+        elif isinstance(step, SliceHidden):
+            if kinds:
+                raise ValueError(
+                    f"slice_hidden must be the first step of its plan, not after {kinds[-1].kind}; "
+                    "apply the steps before it as a plan of their own"
+                )
+            check_slice(model, step, windows)
         check_leading(model, gone, headless)
         kinds.append(type(step))
 
@@ -189,6 +208,11 @@ def check_removable(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if the model's config ties layers to their index or to each other.
     """
+    if is_sliced(model):
+        raise ValueError(
+            "this model is sliced: each decoder layer hands on a width and a basis of its own; "
+            "remove or merge layers first, then slice"
+        )
     for name in REFUSED_FIELDS:
         if getattr(model.config, name, None):
             raise ValueError(

@@ -126,7 +126,7 @@ class LayerWalk:
         """Return what the current layer makes of a micro-batch, (B, T, D) on the device."""
         return self.call(self._layer, self._index, batch, self.states[batch])
 
-    def call(self, layer: nn.Module, index: int, batch: int, state: Tensor) -> Tensor:
+    def call(self, layer: Callable[..., Any], index: int, batch: int, state: Tensor) -> Tensor:
         """Return what a layer makes of a state (B, T, D), called as the model calls layer `index`.
 
         Args:

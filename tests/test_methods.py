@@ -17,9 +17,11 @@ from prunelight.architecture import matrices
 from prunelight.callbacks import (
     DLP,
     SLEB,
+    DynamicSlicing,
     PruningCallback,
     ShortenedLlama,
     ShortGPT,
+    SliceGPT,
     SlidingLayerMerging,
     WidthPruning,
 )
@@ -33,12 +35,13 @@ from prunelight.steps import Sparsify
 
 @dataclass(frozen=True)
 class Method:
-    """How to make a method, and what is left: decoder layers, and zeros in their matrices."""
+    """How to make a method, and what is left: decoder layers, zeros in their matrices, widths."""
 
     make: Callable[[], PruningCallback]
     layers: int = 6
     sparsity: float | None = None
     gradual: bool = False
+    slices: bool = False
 
 
 def gradually() -> DLP:
@@ -68,6 +71,13 @@ METHODS = {
     "attention dropped": Method(lambda: ShortGPT(num_layers=2, granularity="attention")),
     "sublayers dropped": Method(lambda: ShortGPT(ratio=0.5, granularity="sublayer")),
     "width": Method(lambda: WidthPruning(neuron_ratio=0.25, head_ratio=0.5, multiple=8)),
+    "SliceGPT": Method(lambda: SliceGPT(0.25, embedding="full"), slices=True),
+    # The text has too few different words for wider ones.
+    "SliceGPT, sliced embeddings": Method(lambda: SliceGPT(0.5), slices=True),
+    "SliceGPT, one rotation": Method(lambda: SliceGPT(0.25, rotation="shared"), slices=True),
+    "DynamicSlicing, sweep": Method(
+        lambda: DynamicSlicing(0.7, round_to=2, embedding="full"), slices=True
+    ),
     "DLP, Wanda": Method(lambda: DLP(0.5), sparsity=0.5),
     "DLP, Wanda's variant": Method(lambda: DLP(0.5, solver="wanda_variant"), sparsity=0.5),
     "DLP, SparseGPT": Method(lambda: DLP(0.5, solver="sparsegpt"), sparsity=0.5),
@@ -169,7 +179,8 @@ def test_a_fit_prunes_trains_and_leaves_a_model_that_generates(method, name, roo
         prunelight.perplexity(final, make_data(name, root).validation_windows())
     )
     assert stages["recovered"]["linear_sparsity"] == pytest.approx(share_of_zeros(final))
-    assert len(report["outcomes"]) == (method.sparsity is not None and not method.gradual)
+    told = method.slices or (method.sparsity is not None and not method.gradual)
+    assert len(report["outcomes"]) == told
 
 
 def test_a_recovery_leaves_exactly_the_planned_zeros(method, root):

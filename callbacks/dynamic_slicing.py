@@ -1,0 +1,228 @@
+"""DynamicSlicing: slice each decoder layer by its redundancy, with SliceGPT's rotations.
+
+Layer Redundancy v is 1 - Block Influence, stretched to [0, 1]; of its width a layer loses
+v (mean - base) / mean(v) + base (arXiv:2411.03513). The released code scores the last layer after
+the final norm, neither clips nor rounds, and picks the base on the evaluation; here it is picked on
+calibration windows that the rotations did not see.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+from transformers import PreTrainedModel
+
+from prunelight.allocation import redundancies, slicing_ratios, slicing_widths, uniform_width
+from prunelight.calibration import Windows, check_windows, split_windows
+from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.slicegpt import (
+    check_no_zeros,
+    check_slice_options,
+    check_slice_target,
+    meet_parameters,
+    residual_dims,
+    told_parameters,
+    warn_if_larger,
+)
+from prunelight.module import RecoveryModule
+from prunelight.plan import Plan
+from prunelight.saving import name_code
+from prunelight.scoring import block_influences
+from prunelight.slicing import check_sliceable, check_tokens, sliced_parameters
+from prunelight.steps import SliceHidden
+from prunelight.trials import sliced_perplexity
+
+log = logging.getLogger(__name__)
+
+FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the mean ratio, that a sweep tries as the base
+_HELD_OUT = 4  # one window in so many judges the bases of a sweep
+
+
+class DynamicSlicing(PruningCallback):
+    """Slice the hidden states of each decoder layer to a width of its own.
+
+    Args:
+        slice_ratio: share of the hidden width to remove, mean over the layers, in [0, 1).
+        base_ratio: share that a layer without redundancy loses, in [0, slice_ratio]; equal to it,
+            this is SliceGPT. Several, or None (1, 3/4, 1/2, 1/4 and 0 of the ratio), are tried on
+            a quarter of the calibration windows, each for the cost of one slicing.
+        parameter_ratio: share of all parameters to remove, instead of `slice_ratio`.
+        round_to: what widths must be multiples of: 8 for fast kernels, 64 for 4 bits.
+        embedding: "full", "sliced" or "auto", as in SliceGPT.
+        signal: components of the "residual" or of the "normalized" one, as in SliceGPT.
+        orientation: "pca" or "random", as in SliceGPT.
+        seed: of the random orientation.
+        export_remote_code: put the code of the sliced class beside the result, which then loads
+            without prunelight under trust_remote_code.
+        offload_activations: keep the calibration states on the CPU.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        slice_ratio: float | None = None,
+        base_ratio: float | list[float] | None = None,
+        parameter_ratio: float | None = None,
+        round_to: int = 8,
+        embedding: Literal["auto", "full", "sliced"] = "auto",
+        signal: Literal["residual", "normalized"] = "residual",
+        orientation: Literal["pca", "random"] = "pca",
+        seed: int = 0,
+        export_remote_code: bool = False,
+        offload_activations: bool = False,
+    ) -> None:
+        check_slice_target(slice_ratio, parameter_ratio, round_to)
+        check_slice_options(embedding=embedding, signal=signal, orientation=orientation)
+        bases = base_ratio if isinstance(base_ratio, list) else [base_ratio]
+        if not bases:
+            raise ValueError("base_ratio=[] names no ratio to try; give some, or leave it out")
+        for base in bases:
+            if base is not None and not 0 <= base <= (1 if slice_ratio is None else slice_ratio):
+                raise ValueError(
+                    f"base_ratio={base} must lie in [0, slice_ratio={slice_ratio}]: above it, "
+                    "redundant layers would need more than the hidden width"
+                )
+        self.slice_ratio, self.base_ratio = slice_ratio, base_ratio
+        self.parameter_ratio, self.round_to = parameter_ratio, round_to
+        self.embedding, self.signal, self.orientation = embedding, signal, orientation
+        self.seed = seed
+        self.export_remote_code, self.offload_activations = export_remote_code, offload_activations
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Check that the model can be sliced so far.
+
+        Raises:
+            ValueError: if nothing would be left, or the parameters cannot be met.
+            TypeError: if the family cannot be sliced, or weights are quantized.
+        """
+        check_sliceable(model)
+        even = [1.0] * model.config.num_hidden_layers
+        dims, _ = self._dims(model, even, 1.0)
+        warn_if_larger(model, sliced_parameters(model, dims), self.slice_ratio)
+
+    def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
+        """Check that no earlier pruning put zeros into the weights.
+
+        Raises:
+            ValueError: if one did.
+        """
+        check_no_zeros(self, trainer, module)
+
+    def apply(
+        self, model: PreTrainedModel, plan: Plan, windows: Windows, outcomes: list[dict[str, Any]]
+    ) -> PreTrainedModel:
+        """Carry out the plan at fit start; `outcomes` gets what each step did."""
+        sliced = super().apply(model, plan, windows, outcomes)
+        if self.export_remote_code:
+            name_code(sliced)
+        return sliced
+
+    @torch.no_grad()
+    def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
+        """Score the layers and choose their widths; the model is unchanged.
+
+        Raises:
+            ValueError: if the arguments or the windows do not fit the model, a base lies above the
+                ratio that the parameters need, or states are NaN or Inf.
+            TypeError: if the family cannot be sliced.
+        """
+        self.check(model)
+        check_windows(model, windows)
+        check_tokens(model, windows)
+        influence = block_influences(model, windows).mean
+        redundancy = redundancies(influence)
+        tried: dict[float, SliceHidden] = {}
+        ratios: dict[float, float] = {}
+        for fraction_or_base in self._bases():
+            dims, (ratio, base) = self._dims(model, redundancy, *fraction_or_base)
+            step = SliceHidden(dims, self.signal, self.orientation, seed=self.seed)
+            if step not in tried.values():  # not the same widths twice
+                tried[base], ratios[base] = step, ratio
+        best, perplexities = next(iter(tried)), {}
+        if len(tried) > 1:
+            perplexities = dict(self._sweep(model, windows, tried))
+            best = min(perplexities, key=lambda base: (perplexities[base], -base))
+            log.info("base_ratio=%.4g has the lowest of %s", best, perplexities)
+        found: dict[str, Any] = {"slice_ratio": ratios[best], "base_ratio": best}
+        if perplexities:
+            found["perplexity_of_base_ratio"] = {f"{b:.4g}": x for b, x in perplexities.items()}
+        found |= told_parameters(model, sliced_parameters(model, tried[best].residual_dims))
+        scores = {"layer_redundancy": redundancy, "block_influence": influence}
+        return self.decided(model, windows, tried[best], scores=scores, found=found)
+
+    def _bases(self) -> list[tuple[float | None, float | None]]:
+        """Return what to try: (fraction of the mean ratio, None) or (None, base)."""
+        if self.base_ratio is None:
+            return [(fraction, None) for fraction in FRACTIONS]
+        bases = self.base_ratio if isinstance(self.base_ratio, list) else [self.base_ratio]
+        return [(None, base) for base in bases]
+
+    def _dims(
+        self,
+        model: PreTrainedModel,
+        redundancy: list[float],
+        fraction: float | None,
+        base: float | None = None,
+    ) -> tuple[tuple[int, ...], tuple[float, float]]:
+        """Return the widths for a base, or a fraction of the mean ratio; and the two ratios.
+
+        Raises:
+            ValueError: if nothing would be left, or the parameters cannot be met.
+        """
+        hidden, layers = model.config.hidden_size, len(redundancy)
+
+        def widths(mean: float) -> tuple[tuple[int, ...], tuple[float, float]]:
+            own = mean * fraction if fraction is not None else base
+            assert own is not None
+            if own >= mean:
+                found = [uniform_width(mean, hidden, self.round_to)] * layers
+            else:
+                ratios = slicing_ratios(redundancy, mean, own)
+                found = slicing_widths(ratios, hidden, self.round_to)
+            return residual_dims(model, found, self.embedding), (mean, min(own, mean))
+
+        if self.slice_ratio is not None:
+            return widths(self.slice_ratio)
+        unit = self.round_to / (hidden * layers)
+        means = [n * unit for n in range(hidden * layers // self.round_to - layers + 1)]
+        mean = meet_parameters(
+            model,
+            self.parameter_ratio,
+            [mean for mean in means if base is None or mean >= base],
+            lambda mean: sliced_parameters(model, widths(mean)[0]),
+        )
+        return widths(mean)
+
+    def _sweep(
+        self, model: PreTrainedModel, windows: Windows, tried: dict[float, SliceHidden]
+    ) -> Iterator[tuple[float, float]]:
+        """Yield base and perplexity on windows that the rotations do not see.
+
+        Raises:
+            ValueError: if there are not two windows, or too few tokens without those held out.
+        """
+        total = len(split_windows(windows)[0])
+        held_out = max(1, total // _HELD_OUT)
+        if total < 2:
+            raise ValueError(
+                f"{total} calibration window cannot choose among {len(tried)} bases, which takes "
+                "two or more; give base_ratio, or more windows"
+            )
+        for base, step in tried.items():
+            yield (
+                base,
+                sliced_perplexity(
+                    model,
+                    windows,
+                    step,
+                    held_out,
+                    device=self.device,
+                    offload=self.offload_activations,
+                ),
+            )

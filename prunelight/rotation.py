@@ -1,0 +1,193 @@
+"""One rotation for the whole model: slicing that leaves a stock model of smaller hidden size.
+
+The residual stream keeps one basis, so no shortcut is needed and vLLM or llama.cpp load the result.
+It costs accuracy: the principal components are those of all sites together. Not in SliceGPT's paper
+(arXiv:2401.15024), whose rotation differs from site to site.
+"""
+
+# B sequences, T tokens, D hidden, d sliced
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunelight.calibration import Windows
+from prunelight.sliced import LAYERS, embeddings_of, last_norm, stack_of
+from prunelight.slicing import (
+    SliceOutcome,
+    check_sliceable,
+    head_dim,
+    norm_gain,
+    principal_components,
+    random_rotation,
+    read_basis,
+    set_weight,
+    signal_of,
+    untie,
+    write_basis,
+)
+from prunelight.statistics import Gram
+from prunelight.steps import SliceHidden
+from prunelight.walk import LayerWalk
+
+
+def check_shareable(model: PreTrainedModel) -> None:
+    """Check that one rotation leaves a stock model.
+
+    Raises:
+        TypeError: if the model has LayerNorms, which subtract a mean over the dense basis, or
+            cannot be sliced at all.
+    """
+    check_sliceable(model)
+    if isinstance(getattr(stack_of(model), last_norm(model)), nn.LayerNorm):
+        raise TypeError(
+            f"rotation='shared' leaves no stock {model.config.model_type}: its LayerNorms subtract "
+            "a mean over the dense basis; use rotation='per_layer'"
+        )
+
+
+def allowed_widths(model: PreTrainedModel, multiple: int) -> list[int]:
+    """Return the multiples of a number that the config class accepts as hidden_size, ascending.
+
+    Llama wants it to be a multiple of the number of query heads.
+    """
+    config, accepted = model.config, []
+    for width in range(multiple, config.hidden_size + 1, multiple):
+        fewer = {"hidden_size": width, "head_dim": head_dim(config)}
+        try:
+            type(config).from_dict({**config.to_dict(), **fewer})
+        except (StrictDataclassError, ValueError):
+            continue
+        accepted.append(width)
+    return accepted
+
+
+def shared_parameters(model: PreTrainedModel, width: int) -> int:
+    """Return how many parameters the model will have with this width; the head is never tied."""
+    stack, config = stack_of(model), model.config
+    across = sum(  # how often the width counts
+        linear.out_features if reads else linear.in_features + (linear.bias is not None)
+        for layer in stack.layers
+        for linear, _, reads in _linears(model, layer)
+    )
+    norms, rows = 2 * len(stack.layers) + 1, len(stack.embed_tokens.weight)
+    total = sum(p.numel() for p in model.parameters())
+    total += rows * config.hidden_size if config.tie_word_embeddings else 0
+    return total - (config.hidden_size - width) * (across + norms + 2 * rows)
+
+
+@torch.no_grad()
+def share_rotation(
+    model: PreTrainedModel,
+    step: SliceHidden,
+    windows: Windows,
+    *,
+    device: torch.device | None = None,
+    offload: bool = False,
+) -> SliceOutcome:
+    """Carry out a slice step with one rotation, in place; the class stays, the head is untied.
+
+    Args:
+        model: the dense model.
+        step: with rotation "shared"; all its widths are the same.
+        windows: calibration windows (N, T), or with an attention_mask.
+        device: where the layers compute, one at a time.
+        offload: keep the calibration states on the CPU.
+
+    Raises:
+        ValueError: if states are NaN or Inf, or have fewer components than are kept; the model is
+            then unchanged.
+    """
+    config: Any = model.config
+    hidden, width = config.hidden_size, step.residual_dims[0]
+    with LayerWalk(model, windows, device=device, offload=offload, label="rotate") as walk:
+        gram = Gram(hidden)
+        for states in _residuals(walk):
+            gram.update(signal_of(states, step.signal, centered=False))
+    basis, explained = principal_components(gram.result(), width)
+    if step.orientation == "random":
+        generator = torch.Generator().manual_seed(step.seed)
+        basis = basis @ random_rotation(width, generator).to(basis)
+    if config.tie_word_embeddings:
+        untie(model)
+    stack: Any = stack_of(model)
+    # Norms take the mean over d, not D. What enters the residual is made smaller by as much, so
+    # that their epsilon keeps its effect, and what reads them larger.
+    gain = math.sqrt(hidden / width)
+    for layer in stack.layers:
+        for linear, norm, reads in _linears(model, layer):
+            place = basis.to(linear.weight.device)
+            if reads:
+                read_basis(linear, norm, gain * place)
+            else:
+                write_basis(linear, place / gain)
+    norm = getattr(stack, last_norm(model))
+    head: Any = model.lm_head
+    read_basis(head, norm, gain * basis.to(head.weight.device))
+    for embedding in embeddings_of(model):
+        place = basis.to(embedding.weight.device)
+        if scaled := hasattr(embedding, "scalar_embed_scale"):  # Gemma's: sqrt(hidden_size)
+            embedding.scalar_embed_scale = math.sqrt(width)
+            embedding.embed_scale.fill_(embedding.scalar_embed_scale)
+        set_weight(embedding, embedding.weight.double() @ place / (1 if scaled else gain))
+    _resize_norms(model, width)
+    config.head_dim, config.hidden_size = head_dim(config), width
+    return SliceOutcome([explained])
+
+
+def _residuals(walk: LayerWalk) -> Iterator[Tensor]:
+    """Yield the states (tokens, D) at each site of the dense model, padding left out."""
+    place = torch.device("cpu") if walk.device.type == "mps" else walk.device  # no float64
+    counted = walk.positions()
+    name = LAYERS[walk.model.config.model_type].mlp_norm
+    between: list[Tensor] = []
+    for _, layer in walk.layers():
+        hook = layer.get_submodule(name).register_forward_pre_hook(
+            lambda module, args: between.append(args[0])
+        )
+        try:
+            for batch, mask in enumerate(counted):
+                yield walk.states[batch].to(mask.device)[mask].to(place)
+                walk.states[batch] = walk.forward(batch).to(walk.store)
+                yield between.pop()[mask].to(place)
+        finally:
+            hook.remove()
+    for state, mask in zip(walk.states, counted, strict=True):
+        yield state.to(mask.device)[mask].to(place)
+
+
+def _linears(model: PreTrainedModel, layer: Any) -> Iterator[tuple[Any, Any, bool]]:
+    """Yield the linears of a layer, the norm before each, and whether they read the residual."""
+    names = LAYERS[model.config.model_type]
+    for norm, inputs, output in (
+        (names.attention_norm, names.attention_inputs, names.attention_output),
+        (names.mlp_norm, names.mlp_inputs, names.mlp_output),
+    ):
+        for name in inputs:
+            yield layer.get_submodule(name), getattr(layer, norm), True
+        yield layer.get_submodule(output), None, False
+
+
+def _resize_norms(model: PreTrainedModel, width: int) -> None:
+    """Give the norms of the residual another width, and weights that change nothing."""
+    config: Any = model.config
+    stack = stack_of(model)
+    names = LAYERS[config.model_type]
+    norms = [
+        getattr(layer, n) for layer in stack.layers for n in (names.attention_norm, names.mlp_norm)
+    ]
+    for norm in [*norms, getattr(stack, last_norm(model))]:
+        own = norm.weight.data
+        neutral = 1.0 - (norm_gain(norm, own[None]) - own).round().mean().item()  # 0 for Gemma
+        norm.weight = nn.Parameter(own.new_full((width,), neutral))
+    module: Any
+    for module in model.modules():
+        if vars(module).get("hidden_size") == config.hidden_size:
+            module.hidden_size = width

@@ -1,0 +1,433 @@
+"""Slicing: rotate the hidden states to their principal components and keep the first ones.
+
+SliceGPT (arXiv:2401.15024). A norm without weight commutes with rotations, so the weights of the
+norms go into the projections behind them and each site of the residual stream may have its own
+rotation Q; shortcuts Q_before^T Q_after carry the residual from one to the next. Layers are sliced
+in order, each PCA sees what the sliced layers before put out. Decompositions and products of
+rotations in float64, cast once. Unlike the released code the last site keeps the dense basis (it is
+not sliced, so nothing needs to be turned there), embeddings lose their mean only before LayerNorms,
+and a layer runs once.
+"""
+
+# B sequences, T tokens, D hidden, d sliced, O out_features, I in_features
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from prunelight.architecture import decoder_layers, layer_matrices
+from prunelight.calibration import Windows, split_windows
+from prunelight.sliced import (
+    FAMILIES,
+    LAYERS,
+    MODELS,
+    PREFIX,
+    Shortcut,
+    embeddings_of,
+    last_norm,
+    stack_of,
+    unite_last_norm,
+    unite_norms,
+)
+from prunelight.statistics import Gram
+from prunelight.steps import SliceHidden
+from prunelight.walk import LayerWalk
+
+for _made in MODELS.values():  # here, as an exported sliced.py must not register itself twice
+    AutoConfig.register(_made.config_class.model_type, _made.config_class)
+    AutoModelForCausalLM.register(_made.config_class, _made)
+
+_RANK_TOLERANCE = 1e-13  # of the largest eigenvalue
+
+
+@dataclass
+class SliceOutcome:
+    """What a slice step did.
+
+    Attributes:
+        explained_variance: at each of the 2 L + 1 sites (one for a shared rotation), the share of
+            the signal's energy that the components kept have.
+    """
+
+    explained_variance: list[float] = field(default_factory=list)
+
+
+def check_sliceable(model: PreTrainedModel) -> None:
+    """Check that the hidden states of the model can be sliced.
+
+    Raises:
+        TypeError: if its family has no sliced class, a norm follows its sublayers, or weights are
+            quantized.
+    """
+    config: Any = model.config
+    if config.model_type not in FAMILIES:
+        why = "is sliced already" if config.model_type.startswith(PREFIX) else "has no sliced class"
+        if config.model_type in ("gemma2", "gemma3_text", "olmo2"):
+            why = "has norms after its sublayers, which do not commute with rotations"
+        raise TypeError(f"{config.model_type} {why}; families that can be sliced: {FAMILIES}")
+    if config.model_type == "opt" and not (
+        config.do_layer_norm_before
+        and not config._remove_final_layer_norm
+        and config.word_embed_proj_dim == config.hidden_size
+        and (config.enable_bias or not config.layer_norm_elementwise_affine)
+    ):
+        raise TypeError(
+            "this OPT has norms after its sublayers, projected embeddings (as opt-350m) or no "
+            "biases for those of its norms; it cannot be sliced"
+        )
+    layer_matrices(model, 0)  # refuses quantized weights
+
+
+def check_slice(model: PreTrainedModel, step: SliceHidden, windows: Windows | None) -> None:
+    """Check a slice step against a model.
+
+    Raises:
+        ValueError: if a width is above the model's, the last one below it, or windows are missing
+            or hold too few tokens.
+        TypeError: see `check_sliceable`.
+    """
+    check_sliceable(model)
+    hidden, dims = model.config.hidden_size, step.residual_dims
+    if (widest := max(dims)) > hidden:
+        site = dims.index(widest)
+        raise ValueError(f"residual_dims[{site}]={widest} must be at most hidden_size={hidden}")
+    if step.rotation == "per_layer" and dims[-1] != hidden:
+        raise ValueError(
+            f"residual_dims[{len(dims) - 1}]={dims[-1]} must be hidden_size={hidden}, which the "
+            "head reads; rotation='shared' can cut it too"
+        )
+    if windows is None:
+        raise ValueError("slicing needs calibration windows; pass them to apply")
+    check_tokens(model, windows)
+
+
+def check_tokens(model: PreTrainedModel, windows: Windows) -> None:
+    """Check that the windows hold enough tokens for as many components as the model is wide.
+
+    Raises:
+        ValueError: if they hold fewer.
+    """
+    ids, mask = split_windows(windows)
+    tokens, needed = ids.numel() if mask is None else int(mask.sum()), model.config.hidden_size
+    if tokens < needed:
+        raise ValueError(
+            f"{tokens} calibration tokens are too few for the {needed} principal components of "
+            f"hidden_size={needed}; give at least {needed} tokens, better ten times as many"
+        )
+
+
+@torch.no_grad()
+def slice_hidden(
+    model: PreTrainedModel,
+    step: SliceHidden,
+    windows: Windows,
+    *,
+    device: torch.device | None = None,
+    offload: bool = False,
+) -> SliceOutcome:
+    """Carry out a slice step that `check_slice` passed, in place, with a rotation a site.
+
+    The model and its config become those of the sliced class of the family.
+
+    Args:
+        model: the dense model.
+        step: with rotation "per_layer".
+        windows: calibration windows (N, T), or with an attention_mask.
+        device: where the layers compute, one at a time.
+        offload: keep the calibration states on the CPU.
+
+    Raises:
+        ValueError: if states are NaN or Inf, or have fewer components than are kept (named); some
+            layers are sliced by then.
+    """
+    config: Any = model.config
+    family, training = config.model_type, model.training
+    if step.residual_dims[0] < config.hidden_size:
+        untie(model)
+    with LayerWalk(model, windows, device=device, offload=offload, label="slice") as walk:
+        slicer = Slicer(walk, step)
+        layers = decoder_layers(model)
+        for index, layer in slicer.layers():
+            layers[index] = layer.to(model.device)
+    if not config.tie_word_embeddings:
+        for embedding in embeddings_of(model):
+            set_weight(
+                embedding, embedding.weight.double() @ slicer.entry.to(embedding.weight.device)
+            )
+        norm = getattr(stack_of(model), last_norm(model))
+        unite_last_norm(model)
+        read_basis(model.lm_head, norm, slicer.dense_basis().to(model.lm_head.weight.device))
+    made = MODELS[family]
+    _describe(config, made, step)
+    model.__class__ = made
+    model.train(training)
+    return SliceOutcome(slicer.explained)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the head weights of its own, in place."""
+    head: Any = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+    loose: Any = model
+    loose.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def head_dim(config: Any) -> int:
+    """Return the width of an attention head."""
+    width: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return width
+
+
+def _describe(config: Any, made: Any, step: SliceHidden) -> None:
+    config.head_dim = head_dim(config)  # explicit, for readers that divide widths
+    config.residual_dims = list(step.residual_dims)
+    config.architectures = [made.__name__]
+    config.__class__, config.model_type = made.config_class, made.config_class.model_type
+
+
+class Slicer:
+    """Slices one decoder layer after another of a walk; the model itself is left alone.
+
+    Attributes:
+        entry: basis of the embeddings, (D, d) float64.
+        explained: share of the energy kept, of the sites so far.
+
+    Args:
+        walk: at the entrance of the first layer.
+        step: what to keep.
+        counted: which tokens the components are those of, bool (B, T) of each micro-batch; None
+            takes all that are no padding.
+    """
+
+    def __init__(
+        self, walk: LayerWalk, step: SliceHidden, counted: Sequence[Tensor] | None = None
+    ) -> None:
+        self.walk, self.step, self.config = walk, step, walk.model.config
+        self.counted = walk.positions() if counted is None else counted
+        # No float64 on MPS.
+        self.place = torch.device("cpu") if walk.device.type == "mps" else walk.device
+        self.centered = isinstance(
+            getattr(stack_of(walk.model), last_norm(walk.model)), nn.LayerNorm
+        )
+        self.explained: list[float] = []
+        self._generator = torch.Generator().manual_seed(step.seed)
+        whole = step.residual_dims[0] == self.config.hidden_size
+        self._tied = whole and self.config.tie_word_embeddings
+        if whole:
+            self.entry = self.dense_basis()
+            self.explained.append(1.0)
+        else:
+            self.entry = self._principal()
+        if not self._tied:
+            self._each(lambda batch, state: self._turned(state, self.entry))
+
+    def dense_basis(self) -> Tensor:
+        """Return the basis of the dense model, (D, D): identity, less the mean for LayerNorms."""
+        return self._without_mean(
+            torch.eye(self.config.hidden_size, dtype=torch.float64, device=self.place)
+        )
+
+    def layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """Yield each decoder layer, sliced, on the compute device; the walk's states follow.
+
+        Raises:
+            ValueError: if states are NaN or Inf, or have fewer components than are kept.
+        """
+        basis = self.entry
+        for index, dense in self.walk.layers():
+            layer: Any = copy.deepcopy(dense, {id(self.config): self.config})
+            norms = LAYERS[self.config.model_type]
+            attention_norm = getattr(layer, norms.attention_norm)
+            mlp_norm = getattr(layer, norms.mlp_norm)
+            unite_norms(layer, self.config, whole=self._tied and index == 0)
+
+            for name in layer.attention_inputs:
+                read_basis(layer.get_submodule(name), attention_norm, basis)
+            layer.attn_shortcut = self._shortcut(dense, basis, None)
+            self._each(partial(self.walk.call, layer.attend, index))
+            inside = self._next_basis()
+            write_basis(layer.get_submodule(layer.attention_output), inside)
+            layer.attn_shortcut = self._shortcut(dense, basis, inside)
+
+            for name in layer.mlp_inputs:
+                read_basis(layer.get_submodule(name), mlp_norm, inside)
+            layer.mlp_shortcut = self._shortcut(dense, inside, None)
+            self._each(partial(self._fed, layer))
+            basis = self._next_basis()
+            write_basis(layer.get_submodule(layer.mlp_output), basis)
+            layer.mlp_shortcut = self._shortcut(dense, inside, basis)
+            yield index, layer.train(dense.training)
+
+    def _next_basis(self) -> Tensor:
+        """Return the basis of the site that the states, in the dense basis, are at; turn them."""
+        last = len(self.explained) == len(self.step.residual_dims) - 1
+        basis = self.dense_basis() if last else self._principal()
+        if last:
+            self.explained.append(1.0)
+        if not last or self.centered:
+            self._each(lambda batch, state: self._turned(state, basis))
+        return basis
+
+    def _principal(self) -> Tensor:
+        site = len(self.explained)
+        gram = Gram(self.config.hidden_size)
+        for state, counted in zip(self.walk.states, self.counted, strict=True):
+            gram.update(self._signal(state.to(counted.device)[counted].to(self.place)))
+        width = self.step.residual_dims[site]
+        try:
+            basis, explained = principal_components(gram.result(), width)
+        except ValueError as error:
+            raise ValueError(f"residual_dims[{site}]={width}: {error}") from error
+        self.explained.append(explained)
+        if self.step.orientation == "random":
+            basis = basis @ random_rotation(width, self._generator).to(basis)
+        return self._without_mean(basis)
+
+    def _signal(self, states: Tensor) -> Tensor:
+        """Return what the components are those of, (tokens, D) float64."""
+        return signal_of(states, self.step.signal, centered=self.centered)
+
+    def _without_mean(self, basis: Tensor) -> Tensor:
+        return basis - basis.mean(0) if self.centered else basis
+
+    def _fed(self, layer: Any, batch: int, state: Tensor) -> Tensor:
+        fed: Tensor = layer.feed(state.to(self.walk.device))
+        return fed
+
+    def _turned(self, state: Tensor, basis: Tensor) -> Tensor:
+        state = state.to(self.walk.device)
+        return (state.float() @ basis.to(state.device, torch.float32)).to(state.dtype)
+
+    def _each(self, call: Callable[[int, Tensor], Tensor]) -> None:
+        for batch, state in enumerate(self.walk.states):
+            self.walk.states[batch] = call(batch, state).to(self.walk.store)
+
+    def _shortcut(self, dense: nn.Module, before: Tensor, after: Tensor | None) -> Shortcut:
+        """Return the shortcut from one basis to another; None is the dense one."""
+        like = next(dense.parameters())
+        weight = before if after is None else after.T @ before  # (out, in)
+        wide, narrow = weight.shape
+        made = Shortcut(narrow, wide, bias=False, device="meta")
+        made.weight = nn.Parameter(weight.to(like))
+        return made
+
+
+def principal_components(gram: Tensor, width: int) -> tuple[Tensor, float]:
+    """Return the first principal components of a Gram matrix (SliceGPT, Section 3.3).
+
+    Args:
+        gram: X^T X, (D, D) float64, not centred.
+        width: how many to keep, d.
+
+    Returns:
+        Orthonormal columns (D, d), the largest first, each with its largest entry positive; and
+        the share of the energy that they have, in [0, 1].
+
+    Raises:
+        ValueError: if the matrix holds NaN or Inf, or its rank is below the width and something
+            is cut.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    rank = int((values > _RANK_TOLERANCE * values[0]).sum())
+    if rank < width < len(gram):
+        raise ValueError(
+            f"the calibration states span only {rank} directions; give more, or more varied, text"
+        )
+    kept = vectors[:, :width]
+    largest = kept.gather(0, kept.abs().argmax(0, keepdim=True))
+    explained = values[:width].sum() / values.sum().clamp(min=1e-300)
+    return kept * largest.sign(), explained.item()
+
+
+def signal_of(states: Tensor, signal: str, *, centered: bool) -> Tensor:
+    """Return states (tokens, D) in float64, less their mean before a LayerNorm.
+
+    "normalized" gives each token the same norm, as the norms of the model do but for epsilon.
+    """
+    x = states.double()
+    if centered:
+        x = x - x.mean(-1, keepdim=True)
+    if signal == "normalized":
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True).clamp(min=1e-30))
+    return x
+
+
+def random_rotation(width: int, generator: torch.Generator) -> Tensor:
+    """Return an orthogonal matrix (width, width) float64, uniformly distributed."""
+    q, r = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))
+    return q * r.diagonal().sign()
+
+
+def norm_gain(norm: Any, like: Tensor) -> Tensor:
+    """Return what a norm multiplies by, (D,) float64; Gemma's weights are one less."""
+    if getattr(norm, "weight", None) is None:
+        return torch.ones(like.shape[1], dtype=torch.float64, device=like.device)
+    gain: Tensor = norm.weight.detach().to(like.device).double()
+    return gain + 1 if type(norm).__name__ == "GemmaRMSNorm" else gain
+
+
+def read_basis(linear: Any, norm: Any, basis: Tensor) -> None:
+    """Let a linear read a basis instead of what a norm with weights gave: W <- W diag(g) Q."""
+    weight = linear.weight.detach().to(basis.device).double()  # (O, D)
+    if getattr(norm, "bias", None) is not None:
+        shift = weight @ norm.bias.detach().to(weight)
+        linear.bias = nn.Parameter((linear.bias.detach().to(shift) + shift).to(linear.bias))
+    set_weight(linear, weight * norm_gain(norm, weight) @ basis)
+
+
+def write_basis(linear: Any, basis: Tensor) -> None:
+    """Let a linear write in a basis: W <- Q^T W, b <- b Q."""
+    if linear.bias is not None:
+        linear.bias = nn.Parameter((linear.bias.detach().to(basis) @ basis).to(linear.bias))
+    set_weight(linear, basis.T @ linear.weight.detach().to(basis))
+
+
+def set_weight(module: Any, weight: Tensor) -> None:
+    """Give a linear or an embedding another weight, in its dtype and on its device."""
+    module.weight = nn.Parameter(weight.to(module.weight).contiguous())
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    else:
+        module.embedding_dim = weight.shape[1]
+
+
+def sliced_parameters(model: PreTrainedModel, residual_dims: Sequence[int]) -> int:
+    """Return how many parameters the model will have with these widths, a rotation a site.
+
+    Shortcuts and the head are counted: sliced embeddings that were tied to it no longer are.
+    """
+    config: Any = model.config
+    hidden, stack = config.hidden_size, stack_of(model)
+    names = LAYERS[config.model_type]
+    total = sum(p.numel() for p in model.parameters())
+    for index, layer in enumerate(stack.layers):
+        before, inside, after = residual_dims[2 * index : 2 * index + 3]
+        for norm in (names.attention_norm, names.mlp_norm):
+            total -= sum(p.numel() for p in getattr(layer, norm).parameters())
+        for inputs, width in ((names.attention_inputs, before), (names.mlp_inputs, inside)):
+            rows = sum(len(layer.get_submodule(name).weight) for name in inputs)
+            total -= (hidden - width) * rows
+        for output, width in ((names.attention_output, inside), (names.mlp_output, after)):
+            linear = layer.get_submodule(output)
+            total -= (hidden - width) * (linear.in_features + (linear.bias is not None))
+        total += before * inside + inside * after
+    entries = [len(embedding.weight) for embedding in embeddings_of(model)]
+    total -= (hidden - residual_dims[0]) * sum(entries)
+    tied = config.tie_word_embeddings
+    if tied and residual_dims[0] == hidden:
+        return total
+    norm = getattr(stack, last_norm(model))
+    total -= sum(p.numel() for p in norm.parameters())
+    return total + entries[0] * (tied * hidden + isinstance(norm, nn.LayerNorm))

@@ -1,0 +1,66 @@
+"""Trying a slicing without keeping it: its perplexity, for the cost of one slicing."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import PreTrainedModel
+
+from prunelight.calibration import Windows, next_token_labels, split_windows
+from prunelight.metrics import next_token_sums
+from prunelight.slicing import Slicer, check_tokens
+from prunelight.steps import SliceHidden
+from prunelight.walk import LayerWalk
+
+
+@torch.no_grad()
+def sliced_perplexity(
+    model: PreTrainedModel,
+    windows: Windows,
+    step: SliceHidden,
+    held_out: int,
+    *,
+    device: torch.device | None = None,
+    offload: bool = False,
+) -> float:
+    """Return the perplexity of the model after a slice step, on windows it is not fitted to.
+
+    Args:
+        model: unchanged; at any time one of its layers exists twice.
+        windows: calibration windows (N, T), or with an attention_mask.
+        step: with rotation "per_layer".
+        held_out: how many of the last windows judge, while the others give the components.
+        device: where the layers compute, one at a time.
+        offload: keep the calibration states on the CPU.
+
+    Raises:
+        ValueError: if the windows that are left hold too few tokens, or states are NaN or Inf.
+    """
+    fitted = len(split_windows(windows)[0]) - held_out
+    check_tokens(model, _rows(windows, slice(0, fitted)))
+    labels = next_token_labels(windows)
+    total, tokens, start = torch.zeros((), dtype=torch.float64), 0, 0
+    with LayerWalk(model, windows, device=device, offload=offload, label="try") as walk:
+        counted = walk.positions()
+        for positions in counted:
+            rows = torch.arange(start, start + len(positions), device=positions.device)
+            positions &= (rows < fitted)[:, None]
+            start += len(positions)
+        for _ in Slicer(walk, step, counted).layers():
+            pass
+        start = 0
+        for state in walk.states:
+            first = max(0, fitted - start)
+            if first < len(state):
+                logits = walk.finish(state[first:], head=True)
+                nll, _, count = next_token_sums(logits, labels[start + first : start + len(state)])
+                total, tokens = total + nll, tokens + int(count)
+            start += len(state)
+    return math.exp(min(total.item() / max(tokens, 1), 700.0))
+
+
+def _rows(windows: Windows, rows: slice) -> Windows:
+    if isinstance(windows, torch.Tensor):
+        return windows[rows]
+    return {name: value[rows] for name, value in windows.items()}

@@ -1,0 +1,226 @@
+"""DynamicSlicing and SliceGPT as callbacks: widths, targets, sweeps, and what they refuse."""
+
+import copy
+import logging
+import statistics
+
+import pytest
+import torch
+from runs import make_data, make_module, make_trainer, write_model
+from test_slicing import WINDOWS, dense_model, logits
+from tiny import tiny_model
+
+import prunelight
+from prunelight.allocation import redundancies, slicing_ratios, slicing_widths, uniform_width
+from prunelight.callbacks import DLP, DynamicSlicing, ShortGPT, SliceGPT
+from prunelight.metrics import parameter_count
+from prunelight.scoring import block_influences
+
+INFLUENCES = [0.6, 0.3, 0.1, 0.05, 0.02, 0.07, 0.2, 0.5]
+
+
+def test_redundancy_is_one_where_a_layer_changes_least_and_zero_where_most():
+    found = redundancies(INFLUENCES)
+    assert (found[4], found[0]) == (1, 0)
+    assert sorted(found, reverse=True) == [
+        v for _, v in sorted(zip(INFLUENCES, found, strict=True))
+    ]
+    assert redundancies([0.1, 0.1]) == [1, 1]
+
+
+@pytest.mark.parametrize(("mean", "base"), [(0.3, 0.1), (0.25, 0.25), (0.25, 0.0), (0.1, 0.05)])
+def test_slicing_ratios_follow_the_papers_equation_and_keep_the_mean(mean, base):
+    v = redundancies(INFLUENCES)
+    found = slicing_ratios(v, mean, base)
+    factor = (mean - base) / statistics.mean(v)
+    assert found == pytest.approx([factor * x + base for x in v])
+    assert statistics.mean(found) == pytest.approx(mean)
+
+
+def test_ratios_that_leave_the_width_are_clipped_and_made_up_for():
+    found = slicing_ratios([1, 0, 0, 0, 0], 0.4, 0.0)
+    assert max(found) < 1
+    assert statistics.mean(found) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("round_to", [1, 8, 64])
+@pytest.mark.parametrize("base", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("hidden", [576, 2048])
+def test_rounded_widths_keep_the_mean_within_half_a_step_of_all_layers(round_to, base, hidden):
+    ratios = slicing_ratios(redundancies(INFLUENCES), 0.3, base)
+    widths = slicing_widths(ratios, hidden, round_to)
+    assert all(w % round_to == 0 and 0 < w <= hidden for w in widths)
+    assert abs(sum(widths) - 0.7 * hidden * len(widths)) <= round_to / 2
+    exact = [(1 - r) * hidden for r in ratios]
+    assert all(abs(w - x) < 2 * round_to for w, x in zip(widths, exact, strict=True))
+
+
+def test_uniform_widths_are_rounded_down_as_in_slicegpt():
+    assert uniform_width(0.2, 768, 8) == 608
+    assert uniform_width(0.25, 576, 8) == 432
+    assert uniform_width(0.0, 100, 8) == 100
+
+
+def test_a_base_equal_to_the_ratio_is_slicegpt():
+    even = DynamicSlicing(0.25, 0.25).plan(dense_model(), WINDOWS).steps
+    assert even == SliceGPT(0.25).plan(dense_model(), WINDOWS).steps
+
+
+def test_widths_follow_the_redundancy_and_each_layer_has_one():
+    model = dense_model()
+    plan = DynamicSlicing(0.3, 0.0, round_to=1).plan(model, WINDOWS)
+    dims, redundancy = plan.steps[0].residual_dims, plan.scores["layer_redundancy"]
+    assert (dims[0], dims[-1]) == (32, 32)
+    widths = dims[1:-1:2]
+    assert dims[2:-1:2] == widths[1:]
+    order = sorted(range(6), key=lambda i: redundancy[i])
+    assert [widths[i] for i in order] == sorted(widths, reverse=True)
+    assert sum(widths) == round(0.7 * 32 * 6)
+    assert redundancy == redundancies(block_influences(model, WINDOWS).mean)
+
+
+def test_embeddings_of_untied_models_are_sliced_unless_told_otherwise():
+    untied = dense_model(tied=False)
+    assert SliceGPT(0.25).plan(untied, WINDOWS).steps[0].residual_dims[0] == 24
+    assert SliceGPT(0.25, embedding="full").plan(untied, WINDOWS).steps[0].residual_dims[0] == 32
+    plan = DynamicSlicing(0.25, 0.0, embedding="sliced").plan(dense_model(), WINDOWS)
+    assert plan.steps[0].residual_dims[0] == plan.steps[0].residual_dims[1]
+
+
+def test_a_sweep_takes_the_base_with_the_lowest_perplexity_on_windows_held_out():
+    method = DynamicSlicing(0.3, [0.3, 0.15, 0.0], round_to=2)
+    plan = method.plan(dense_model(), WINDOWS)
+    tried = plan.found["perplexity_of_base_ratio"]
+    assert list(tried) == ["0.3", "0.15", "0"]
+    assert tried[f"{plan.found['base_ratio']:.4g}"] == min(tried.values())
+    # By hand: sliced on the first six windows, judged on the last two.
+    for base, told in tried.items():
+        step = DynamicSlicing(0.3, float(base), round_to=2)
+        by_hand = step.plan(dense_model(), WINDOWS)
+        model = prunelight.apply(copy.deepcopy(dense_model()), by_hand, WINDOWS[:6])
+        assert prunelight.perplexity(model, WINDOWS[6:]) == pytest.approx(told, rel=1e-4)
+
+
+def test_a_sweep_leaves_the_model_alone_and_tries_five_bases_by_default():
+    model = copy.deepcopy(dense_model())
+    plan = DynamicSlicing(0.25, round_to=2).plan(model, WINDOWS)
+    assert len(plan.found["perplexity_of_base_ratio"]) == 5
+    assert torch.equal(logits(model), logits(dense_model()))
+
+
+def test_a_sweep_needs_two_windows():
+    with pytest.raises(ValueError, match="1 calibration window cannot choose among 5 bases"):
+        DynamicSlicing(0.25, round_to=2).plan(dense_model(), WINDOWS.reshape(1, -1))
+
+
+PARAMETER_TARGETS = {
+    "SliceGPT": lambda r: SliceGPT(parameter_ratio=r, round_to=1),
+    "SliceGPT, shared": lambda r: SliceGPT(parameter_ratio=r, round_to=1, rotation="shared"),
+    "DynamicSlicing": lambda r: DynamicSlicing(parameter_ratio=r, base_ratio=0.05, round_to=1),
+    "DynamicSlicing, sweep": lambda r: DynamicSlicing(parameter_ratio=r, round_to=1),
+}
+
+
+@pytest.mark.parametrize("method", PARAMETER_TARGETS)
+@pytest.mark.parametrize("ratio", [0.05, 0.3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_parameter_target_is_met_by_the_widest_model_that_does(method, ratio, tied):
+    model = copy.deepcopy(dense_model(tied=tied))
+    dense = parameter_count(model)
+    plan = PARAMETER_TARGETS[method](ratio).plan(model, WINDOWS)
+    model = prunelight.apply(model, plan, WINDOWS)
+    removed = 1 - parameter_count(model) / dense
+    assert ratio <= removed < ratio + (0.12 if "shared" in method else 0.06)
+    assert plan.found["parameters"] == parameter_count(model)
+    assert plan.found["parameters_before"] == dense
+
+
+def test_a_small_slice_that_adds_parameters_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        SliceGPT(0.05, round_to=1).check(dense_model())
+        assert "makes the model larger" in caplog.text
+        caplog.clear()
+        SliceGPT(0.5).check(dense_model())
+    assert not caplog.text
+
+
+WRONG = {
+    "no ratio": (lambda: SliceGPT(), "give exactly one"),
+    "both ratios": (lambda: SliceGPT(0.2, parameter_ratio=0.2), "give exactly one"),
+    "ratio of 1": (lambda: DynamicSlicing(1.0), r"slice_ratio=1.0 must lie in \[0, 1\)"),
+    "parameters": (lambda: SliceGPT(parameter_ratio=-0.1), r"parameter_ratio=-0.1 must lie in"),
+    "base above": (
+        lambda: DynamicSlicing(0.3, 0.4),
+        r"base_ratio=0.4 must lie in \[0, slice_ratio=0.3\].*more than the hidden width",
+    ),
+    "one base below": (lambda: DynamicSlicing(0.3, [0.1, -0.1]), "base_ratio=-0.1 must lie in"),
+    "no base": (lambda: DynamicSlicing(0.3, []), r"base_ratio=\[\] names no ratio"),
+    "rounding": (lambda: SliceGPT(0.3, round_to=0), "round_to=0 must be at least 1"),
+    "embedding": (lambda: SliceGPT(0.3, embedding="no"), "embedding='no' must be one of auto"),
+    "signal": (lambda: SliceGPT(0.3, signal="no"), "signal='no' must be one of"),
+    "orientation": (lambda: DynamicSlicing(0.3, orientation="no"), "orientation='no' must be"),
+    "rotation": (lambda: SliceGPT(0.3, rotation="no"), "rotation='no' must be one of per_layer"),
+    "full and shared": (
+        lambda: SliceGPT(0.3, rotation="shared", embedding="full"),
+        "embedding='full' has no effect with rotation='shared'",
+    ),
+    "code of a stock class": (
+        lambda: SliceGPT(0.3, rotation="shared", export_remote_code=True),
+        "export_remote_code=True has no effect with rotation='shared'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_arguments_out_of_range_are_named_with_the_rule(case):
+    make, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+IMPOSSIBLE = {
+    "SliceGPT": (lambda: SliceGPT(0.9, round_to=8), "round_to=8 leaves nothing of hidden_size=32"),
+    "DynamicSlicing": (lambda: DynamicSlicing(0.9, 0.1), "round_to=8 leaves nothing"),
+    "parameters": (
+        lambda: SliceGPT(parameter_ratio=0.99),
+        "parameter_ratio=0.99 cannot be met by slicing: .* lower it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_targets_that_the_model_cannot_meet_are_refused_before_any_forward(case):
+    make, message = IMPOSSIBLE[case]
+    with pytest.raises(ValueError, match=message):
+        make().check(tiny_model())
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "tiny", tie_word_embeddings=True)
+
+
+def test_slicing_after_zeros_is_refused_in_one_run_and_over_two(name, tmp_path):
+    trainer = make_trainer(tmp_path, DLP(0.5), SliceGPT(0.25))
+    with pytest.raises(ValueError, match="DLP comes before SliceGPT, whose rotations fill"):
+        trainer.fit(make_module(name), make_data(name, tmp_path))
+    assert not list(tmp_path.glob("pruned-*"))
+    data = make_data(name, tmp_path)
+    make_trainer(tmp_path, DLP(0.5)).fit(make_module(name, recovery="none"), data)
+    again = make_trainer(tmp_path / "next", DynamicSlicing(0.25, 0.0))
+    with pytest.raises(ValueError, match="plan.json put zeros into .*slice the dense model first"):
+        again.fit(make_module(str(tmp_path / "final")), data)
+
+
+def test_layers_may_be_removed_before_slicing(name, tmp_path):
+    trainer = make_trainer(tmp_path, ShortGPT(num_layers=2), SliceGPT(0.25))
+    trainer.fit(make_module(name), make_data(name, tmp_path))
+    model, _ = prunelight.load(tmp_path / "final")
+    assert model.config.residual_dims == [32, *[24] * 7, 32]
+
+
+def test_a_fit_with_exported_code_leaves_it_beside_base_and_result(name, tmp_path):
+    trainer = make_trainer(tmp_path, SliceGPT(0.25, export_remote_code=True))
+    trainer.fit(make_module(name), make_data(name, tmp_path))
+    (base,) = tmp_path.glob("pruned-*")
+    assert all((directory / "sliced.py").is_file() for directory in (base, tmp_path / "final"))

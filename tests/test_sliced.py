@@ -1,0 +1,290 @@
+"""Sliced models as others see them: round trips, adapters, 4 bits, processes, remote code."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from test_slicing import BOTH, CUT, EACH, FULL, VARIED, WINDOWS, dense_model, logits, sliced
+from tiny import token_windows
+from transformers import AutoModelForCausalLM
+
+import prunelight
+from prunelight.architecture import layer_matrices, lora_targets
+from prunelight.callbacks import DLP, ShortGPT, SliceGPT, SlidingLayerMerging, WidthPruning
+from prunelight.evaluation import greedy_tokens
+from prunelight.metrics import parameter_count
+from prunelight.recovery import LoRA, attach_lora, merge_lora
+from prunelight.saving import verify
+from prunelight.sliced import MODELS, SHORTCUTS, Shortcut
+
+
+@EACH
+@BOTH
+@pytest.mark.parametrize("dims", [FULL, CUT, VARIED], ids=["full", "cut", "varied"])
+def test_a_sliced_model_reloads_bit_for_bit_and_generates_with_the_cache(
+    family, tied, dims, tmp_path, tiny_tokenizer
+):
+    model = sliced(family, tied, dims)
+    prunelight.save(model, tiny_tokenizer, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again) is MODELS[family] is type(model)
+    assert torch.equal(logits(again), logits(model))
+    cached = greedy_tokens(again, WINDOWS[:2], 6)
+    again.generation_config.eos_token_id = None
+    uncached = again.generate(WINDOWS[:2], do_sample=False, max_new_tokens=6, use_cache=False)
+    assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [FULL, CUT], ids=["full", "cut"])
+def test_the_file_holds_the_parameters_and_nothing_else(dims, dtype, tmp_path, tiny_tokenizer):
+    model = sliced("llama", True, dims).to(dtype)
+    saved = prunelight.save(model, tiny_tokenizer, tmp_path / "out")
+    size = parameter_count(model) * dtype.itemsize
+    assert size < saved.size_bytes < size + 16_000  # names and shapes
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["residual_dims"] == list(dims)
+    assert config["tie_word_embeddings"] is (dims is FULL)
+    assert (config["hidden_size"], config["head_dim"]) == (32, 8)
+
+
+def test_a_sliced_model_is_sliced_loaded_and_pruned_in_bfloat16(tmp_path):
+    model = copy.deepcopy(dense_model()).to(torch.bfloat16)
+    plan = SliceGPT(0.25).plan(model, WINDOWS)
+    model = prunelight.apply(model, plan, WINDOWS)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    wide = sliced("llama", True, plan.steps[0].residual_dims)
+    assert (logits(model).float() - logits(wide)).abs().mean() < 0.05
+
+
+def test_slicing_keeps_the_mode_and_gradients_on():
+    model = copy.deepcopy(dense_model()).train()
+    prunelight.apply(model, SliceGPT(0.25).plan(model, WINDOWS), WINDOWS)
+    assert all(module.training for module in model.modules())
+    model(WINDOWS, labels=WINDOWS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@EACH
+def test_lora_adapts_all_projections_and_the_shortcuts_and_merges(family, tmp_path, tiny_tokenizer):
+    model = sliced(family, True, CUT)
+    assert set(SHORTCUTS) < set(lora_targets(model)[0])
+    wrapped = attach_lora(model, LoRA(dropout=0.0))
+    adapted = {name.rpartition(".lora_A")[0] for name, _ in wrapped.named_parameters()}
+    assert sum("shortcut" in name for name in adapted) == 12
+    optimizer = torch.optim.Adam([p for p in wrapped.parameters() if p.requires_grad], 1e-2)
+    wrapped.train()
+    losses = []
+    for _ in range(4):
+        loss = wrapped(WINDOWS, labels=WINDOWS).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    wrapped.eval()
+    expected = logits(wrapped)
+    merged = merge_lora(wrapped)
+    assert isinstance(
+        merged.get_submodule("model.decoder" if family == "opt" else "model")
+        .layers[0]
+        .attn_shortcut,
+        Shortcut,
+    )
+    assert (logits(merged) - expected).abs().max() < 1e-3
+    prunelight.save(merged, tiny_tokenizer, tmp_path / "out")
+
+
+STRANGER = """
+import sys
+sys.modules["prunelight"] = None  # an import of it, by whatever code, now fails
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    print(model(torch.arange(5, 25)[None]).logits.double().sum().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3"])
+def test_an_exported_directory_loads_without_prunelight(family, tmp_path, tiny_tokenizer):
+    model = sliced(family, True, VARIED)
+    prunelight.save(model, tiny_tokenizer, tmp_path / "out", export_remote_code=True)
+    assert (tmp_path / "out" / "sliced.py").is_file()
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(tmp_path / "out")],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = logits(model, torch.arange(5, 25)[None]).double().sum().item()
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-3)
+    again, tokenizer = prunelight.load(tmp_path / "out")  # with prunelight, no trust is needed
+    assert type(again) is MODELS[family]
+    prunelight.save(again, tokenizer, tmp_path / "next")
+    assert (tmp_path / "next" / "sliced.py").is_file(), "later saves export it too"
+
+
+def test_without_the_option_no_code_is_written(tmp_path, tiny_tokenizer):
+    prunelight.save(sliced("llama", True, FULL), tiny_tokenizer, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_only_sliced_models_have_code_to_export(tmp_path, tiny_tokenizer):
+    with pytest.raises(TypeError, match="export_remote_code=True: LlamaForCausalLM is no sliced"):
+        prunelight.save(dense_model(), tiny_tokenizer, tmp_path / "out", export_remote_code=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_exported_file_needs_only_torch_and_transformers():
+    from test_imports import ROOT, imported
+
+    source = (ROOT / "prunelight" / "sliced.py").read_text()
+    roots = {name.split(".")[0] for name in imported(source)}
+    assert roots <= {"__future__", "sys", "typing", "torch", "transformers"}
+
+
+def test_a_changed_width_on_disk_fails_the_verification(tmp_path, tiny_tokenizer):
+    model = sliced("llama", True, FULL)
+    prunelight.save(model, tiny_tokenizer, tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["residual_dims"][3] = 16
+    file.write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="failed its verification"):
+        verify(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_in_4_bits_shortcuts_and_head_stay_in_full_precision(double, tmp_path, tiny_tokenizer):
+    pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is missing: pip install 'prunelight[quantization]'"
+    )
+    from test_slicing import plan_of
+    from tiny import tiny_model
+    from transformers import BitsAndBytesConfig
+
+    model = tiny_model(hidden_size=192, intermediate_size=256, head_dim=32)
+    dims = (192, *[128] * 11, 192)
+    model = prunelight.apply(model, plan_of(model, dims), token_windows(16, 16))
+    prunelight.save(model, tiny_tokenizer, tmp_path / "out")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=config)
+    layer = again.model.layers[1]
+    assert type(layer.self_attn.q_proj).__name__ == "Linear4bit"
+    for whole in (layer.attn_shortcut, layer.mlp_shortcut, again.lm_head):
+        assert whole.weight.dtype == torch.float32
+    assert torch.equal(layer.attn_shortcut.weight, model.model.layers[1].attn_shortcut.weight)
+    # Rounding to 4 bits changes a random model by a sixth of its logits, a wrong scale by more.
+    assert (logits(again) - logits(model)).abs().mean() < 0.3 * logits(model).abs().mean()
+    wrapped = attach_lora(again, LoRA(dropout=0.0)).train()
+    wrapped(WINDOWS, labels=WINDOWS).loss.backward()
+    trained = [p for n, p in wrapped.named_parameters() if "lora_B" in n and "shortcut" in n]
+    assert len(trained) == 12
+    assert all(p.grad.abs().sum() > 0 for p in trained)
+    with pytest.raises(TypeError, match="quantized Linear4bit|sliced already"):
+        SliceGPT(0.25).check(again)
+
+
+def test_a_model_without_some_sublayers_is_not_sliced():
+    model = copy.deepcopy(dense_model())
+    plan = ShortGPT(num_layers=1, granularity="mlp").plan(model, WINDOWS)
+    model = prunelight.apply(model, plan, WINDOWS)
+    with pytest.raises(TypeError, match="prunelight_llama has no sliced class"):
+        SliceGPT(0.25).check(model)
+
+
+def test_layers_share_the_config_of_the_model():
+    model = sliced("llama", True, FULL)
+    assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+
+
+def test_what_cannot_follow_slicing_is_refused_with_the_order_that_works():
+    model = sliced("llama", True, FULL)
+    with pytest.raises(TypeError, match="prunelight_sliced_llama is sliced already"):
+        SliceGPT(0.25).plan(model, WINDOWS)
+    for method in (ShortGPT(num_layers=1), SlidingLayerMerging(num_layers=1)):
+        with pytest.raises(ValueError, match="is sliced: .* remove or merge layers first, then"):
+            method.plan(model, WINDOWS)
+    with pytest.raises(TypeError, match="its sublayers cannot be dropped"):
+        ShortGPT(num_layers=1, granularity="mlp").plan(model, WINDOWS)
+
+
+AFTER = {
+    "zeros": lambda: DLP(0.5),
+    "width": lambda: WidthPruning(neuron_ratio=0.25, head_ratio=0.5, multiple=8),
+}
+
+
+@pytest.mark.parametrize("method", AFTER)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_zeros_and_width_may_follow_slicing(method, family, tmp_path, tiny_tokenizer):
+    model = sliced(family, False, VARIED)
+    plan = AFTER[method]().plan(model, WINDOWS)
+    model = prunelight.apply(model, plan, WINDOWS)
+    prunelight.save(model, tiny_tokenizer, tmp_path / "out", plan=plan)
+    shortcuts = [getattr(layer, name) for layer in model.model.layers for name in SHORTCUTS]
+    assert all((shortcut.weight != 0).all() for shortcut in shortcuts)
+    assert not any("shortcut" in m.name for m in layer_matrices(model, 0))
+
+
+def train_sharded(rank, kind, root):
+    """Three steps of one of two processes, each with half of the windows."""
+    torch.set_num_threads(1)
+    meeting = {"init_method": f"file://{root}/meeting", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", **meeting)  # a file: no port may be taken
+    model = sliced("llama", True, VARIED_WHOLE).train()
+    if kind == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    else:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    losses = train(wrapped, WINDOWS[4 * rank : 4 * rank + 4])
+    Path(root, f"{rank}.json").write_text(json.dumps(losses))
+    torch.distributed.destroy_process_group()
+
+
+VARIED_WHOLE = (32, *VARIED[1:])
+
+
+def train(model, windows):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=windows, labels=windows).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_a_sliced_model_as_one_does(kind, tmp_path):
+    expected = train(sliced("llama", True, VARIED_WHOLE).train(), WINDOWS)
+    mp.spawn(train_sharded, (kind, str(tmp_path)), nprocs=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    mean = [sum(pair) / 2 for pair in zip(*found, strict=True)]
+    assert mean == pytest.approx(expected, rel=1e-4)
