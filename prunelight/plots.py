@@ -140,9 +140,11 @@ def sliced_sites(plan: dict[str, Any], step: dict[str, Any]) -> range:
 
 
 def share_sliced(plan: dict[str, Any], step: dict[str, Any]) -> float:
-    """Return the share of the hidden width that a slice step removes, mean over its sites."""
-    widths = [step["residual_dims"][site] for site in sliced_sites(plan, step)]
-    return 1 - _mean(widths) / plan["model"]["hidden_size"]
+    """Return the share of the hidden width that a slice step removes, mean over the MLPs.
+
+    At attentions it is the same, but for the first one's where the embeddings are left whole.
+    """
+    return 1 - _mean(step["residual_dims"][1::2]) / plan["model"]["hidden_size"]
 
 
 def _planned(plan: dict[str, Any], step: dict[str, Any]) -> float:

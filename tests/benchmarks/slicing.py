@@ -174,8 +174,9 @@ def main():
     parser.add_argument("--methods", default=".*", help="a regular expression of whole names")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
-    model, tokenizer = prunelight.load("smollm2-135m", dtype="bfloat16")
+    model, tokenizer = prunelight.load("smollm2-135m", dtype=options.dtype)
     texts = documents(options.calibration)
     half = len(texts) // 2 or len(texts)
     windows = calibration_windows(
