@@ -61,6 +61,7 @@ class PruningCallback(Callback, ABC):
     device: torch.device | None = None  # where layers compute; None: where the model is
     offload_activations = False  # keep calibration states on the CPU
     gradual = False  # prunes while the model trains, not at fit start
+    follows_slicing = False  # can prune a model whose hidden states were sliced
 
     @abstractmethod
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
@@ -100,6 +101,14 @@ class PruningCallback(Callback, ABC):
 
     def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
         """Check the arguments against the run, before anything is computed."""
+
+    def check_calibration(self, model: PreTrainedModel, windows: Windows) -> None:
+        """Check the calibration windows against the model, before anything is computed.
+
+        Raises:
+            ValueError: if the model cannot read them, or they do not suffice.
+        """
+        check_windows(model, windows)
 
     def apply(
         self, model: PreTrainedModel, plan: Plan, windows: Windows, outcomes: list[dict[str, Any]]
@@ -159,7 +168,8 @@ def _prune_on_rank_zero(
         callback.check(model)
     check_targets(model, module.lora)
     windows = datamodule.calibration_windows()
-    check_windows(model, windows)
+    for callback in callbacks:
+        callback.check_calibration(model, windows)
     check_windows(model, module.evaluation_windows(trainer))
     fingerprint = _base_fingerprint(model, callbacks, windows)
     directory = Path(trainer.default_root_dir) / f"pruned-{fingerprint}"

@@ -77,6 +77,8 @@ class DLP(PruningCallback):
         ValueError: if an argument is out of its range or has no effect.
     """
 
+    follows_slicing = True
+
     def __init__(
         self,
         sparsity: float | None = None,

@@ -17,10 +17,10 @@ from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
 from prunelight.allocation import redundancies, slicing_ratios, slicing_widths, uniform_width
-from prunelight.calibration import Windows, check_windows, split_windows
+from prunelight.calibration import Windows, split_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.slicegpt import (
-    check_no_zeros,
+    check_order,
     check_slice_options,
     check_slice_target,
     meet_parameters,
@@ -34,7 +34,7 @@ from prunelight.saving import name_code
 from prunelight.scoring import block_influences
 from prunelight.slicing import check_sliceable, check_tokens, sliced_parameters
 from prunelight.steps import SliceHidden
-from prunelight.trials import sliced_perplexity
+from prunelight.trials import first_windows, sliced_perplexity
 
 log = logging.getLogger(__name__)
 
@@ -107,12 +107,28 @@ class DynamicSlicing(PruningCallback):
         warn_if_larger(model, sliced_parameters(model, dims), self.slice_ratio)
 
     def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
-        """Check that no earlier pruning put zeros into the weights.
+        """Check what comes before and after; the same as for SliceGPT.
 
         Raises:
-            ValueError: if one did.
+            ValueError: see `check_order`.
         """
-        check_no_zeros(self, trainer, module)
+        check_order(self, trainer, module)
+
+    def check_calibration(self, model: PreTrainedModel, windows: Windows) -> None:
+        """Check the windows.
+
+        Raises:
+            ValueError: if the model cannot read them, or they hold too few tokens, less those that
+                are held out to choose among several bases.
+        """
+        super().check_calibration(model, windows)
+        held_out, total = self._held_out(windows), len(split_windows(windows)[0])
+        try:
+            check_tokens(model, first_windows(windows, total - held_out))
+        except ValueError as error:
+            if not held_out:
+                raise
+            raise ValueError(f"{error}; {held_out} of {total} windows choose the base") from error
 
     def apply(
         self, model: PreTrainedModel, plan: Plan, windows: Windows, outcomes: list[dict[str, Any]]
@@ -133,8 +149,7 @@ class DynamicSlicing(PruningCallback):
             TypeError: if the family cannot be sliced.
         """
         self.check(model)
-        check_windows(model, windows)
-        check_tokens(model, windows)
+        self.check_calibration(model, windows)
         influence = block_influences(model, windows).mean
         redundancy = redundancies(influence)
         tried: dict[float, SliceHidden] = {}
@@ -162,6 +177,22 @@ class DynamicSlicing(PruningCallback):
             return [(fraction, None) for fraction in FRACTIONS]
         bases = self.base_ratio if isinstance(self.base_ratio, list) else [self.base_ratio]
         return [(None, base) for base in bases]
+
+    def _held_out(self, windows: Windows) -> int:
+        """Return how many windows choose the base.
+
+        Raises:
+            ValueError: if there is a choice, but one window only.
+        """
+        bases, total = len(self._bases()), len(split_windows(windows)[0])
+        if bases == 1:
+            return 0
+        if total < 2:
+            raise ValueError(
+                f"{total} calibration window cannot choose among {bases} bases, which takes two or "
+                "more; give base_ratio, or more windows"
+            )
+        return max(1, total // _HELD_OUT)
 
     def _dims(
         self,
@@ -202,18 +233,7 @@ class DynamicSlicing(PruningCallback):
     def _sweep(
         self, model: PreTrainedModel, windows: Windows, tried: dict[float, SliceHidden]
     ) -> Iterator[tuple[float, float]]:
-        """Yield base and perplexity on windows that the rotations do not see.
-
-        Raises:
-            ValueError: if there are not two windows, or too few tokens without those held out.
-        """
-        total = len(split_windows(windows)[0])
-        held_out = max(1, total // _HELD_OUT)
-        if total < 2:
-            raise ValueError(
-                f"{total} calibration window cannot choose among {len(tried)} bases, which takes "
-                "two or more; give base_ratio, or more windows"
-            )
+        """Yield base and perplexity on windows that the rotations do not see."""
         for base, step in tried.items():
             yield (
                 base,
@@ -221,7 +241,7 @@ class DynamicSlicing(PruningCallback):
                     model,
                     windows,
                     step,
-                    held_out,
+                    self._held_out(windows),
                     device=self.device,
                     offload=self.offload_activations,
                 ),

@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
 from prunelight.allocation import uniform_width
-from prunelight.calibration import Windows, check_windows
+from prunelight.calibration import Windows
 from prunelight.callbacks.base import PruningCallback, pruning_callbacks
 from prunelight.handover import plan_files
 from prunelight.metrics import parameter_count
@@ -103,12 +103,21 @@ class SliceGPT(PruningCallback):
         warn_if_larger(model, self._parameters(model, self._width(model)), self.slice_ratio)
 
     def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
-        """Check that no earlier pruning put zeros into the weights.
+        """Check what comes before and after; the same as for DynamicSlicing.
 
         Raises:
-            ValueError: if one did.
+            ValueError: see `check_order`.
         """
-        check_no_zeros(self, trainer, module)
+        check_order(self, trainer, module)
+
+    def check_calibration(self, model: PreTrainedModel, windows: Windows) -> None:
+        """Check the windows.
+
+        Raises:
+            ValueError: if the model cannot read them, or they hold too few tokens.
+        """
+        super().check_calibration(model, windows)
+        check_tokens(model, windows)
 
     def apply(
         self, model: PreTrainedModel, plan: Plan, windows: Windows, outcomes: list[dict[str, Any]]
@@ -128,8 +137,7 @@ class SliceGPT(PruningCallback):
             TypeError: if the family cannot be sliced.
         """
         self.check(model)
-        check_windows(model, windows)
-        check_tokens(model, windows)
+        self.check_calibration(model, windows)
         width = self._width(model)
         dims = self._dims(model, width)
         better = "normalized" if self.rotation == "shared" else "residual"
@@ -212,18 +220,31 @@ def check_slice_options(**options: str) -> None:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
 
 
-def check_no_zeros(callback: PruningCallback, trainer: Trainer, module: RecoveryModule) -> None:
-    """Check that no earlier pruning put zeros into the weights, which rotations would fill.
+def check_order(callback: PruningCallback, trainer: Trainer, module: RecoveryModule) -> None:
+    """Check that no pruning comes before a slicing, or after it, that does not work there.
 
     Raises:
-        ValueError: if one did; names it.
+        ValueError: if zeros or dropped sublayers come before, or what cannot prune a sliced model
+            after; names it.
     """
-    callbacks = pruning_callbacks(trainer)
-    for other in callbacks[: callbacks.index(callback)]:
+    callbacks, own = pruning_callbacks(trainer), type(callback).__name__
+    at = callbacks.index(callback)
+    for other in callbacks[:at]:
+        name = type(other).__name__
         if hasattr(other, "sparsity"):
             raise ValueError(
-                f"{type(other).__name__} comes before {type(callback).__name__}, whose rotations "
-                "fill its zeros; slice first"
+                f"{name} comes before {own}, whose rotations fill its zeros; slice first"
+            )
+        if getattr(other, "granularity", "layer") in ("attention", "mlp", "sublayer"):
+            raise ValueError(
+                f"{name} drops sublayers before {own}, which cannot slice what is left; drop whole "
+                "layers (granularity='layer')"
+            )
+    for other in callbacks[at + 1 :] if getattr(callback, "rotation", "") != "shared" else ():
+        if not other.follows_slicing:
+            raise ValueError(
+                f"{type(other).__name__} comes after {own}, and cannot prune a sliced model; put "
+                "it before"
             )
     for file in plan_files(Path(module.name).expanduser()):
         if any(isinstance(step, Sparsify) for step in Plan.load(file).steps):

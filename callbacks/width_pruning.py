@@ -51,6 +51,8 @@ class WidthPruning(PruningCallback):
         ValueError: if an argument is out of its range, given twice, or nothing is asked for.
     """
 
+    follows_slicing = True
+
     def __init__(
         self,
         neuron_ratio: float | None = None,

@@ -38,7 +38,7 @@ def sliced_perplexity(
         ValueError: if the windows that are left hold too few tokens, or states are NaN or Inf.
     """
     fitted = len(split_windows(windows)[0]) - held_out
-    check_tokens(model, _rows(windows, slice(0, fitted)))
+    check_tokens(model, first_windows(windows, fitted))
     labels = next_token_labels(windows)
     total, tokens, start = torch.zeros((), dtype=torch.float64), 0, 0
     with LayerWalk(model, windows, device=device, offload=offload, label="try") as walk:
@@ -60,7 +60,8 @@ def sliced_perplexity(
     return math.exp(min(total.item() / max(tokens, 1), 700.0))
 
 
-def _rows(windows: Windows, rows: slice) -> Windows:
+def first_windows(windows: Windows, count: int) -> Windows:
+    """Return the first windows, with their mask if they have one."""
     if isinstance(windows, torch.Tensor):
-        return windows[rows]
-    return {name: value[rows] for name, value in windows.items()}
+        return windows[:count]
+    return {name: value[:count] for name, value in windows.items()}

@@ -212,6 +212,50 @@ def test_slicing_after_zeros_is_refused_in_one_run_and_over_two(name, tmp_path):
         again.fit(make_module(str(tmp_path / "final")), data)
 
 
+WRONG_ORDER = {
+    "layers after": (SliceGPT(0.25), ShortGPT(num_layers=2), "ShortGPT comes after SliceGPT, and"),
+    "slicing twice": (
+        DynamicSlicing(0.25, 0.0),
+        SliceGPT(0.25),
+        "SliceGPT comes after DynamicSlicing, and cannot prune a sliced model; put it before",
+    ),
+    "sublayers before": (
+        ShortGPT(num_layers=2, granularity="mlp"),
+        SliceGPT(0.25),
+        "ShortGPT drops sublayers before SliceGPT, which cannot slice what is left",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ORDER)
+def test_an_order_that_cannot_work_is_refused_before_anything_is_computed(case, name, tmp_path):
+    *methods, message = WRONG_ORDER[case]
+    data = make_data(name, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, *methods).fit(make_module(name), data)
+    assert not list(tmp_path.glob("pruned-*"))
+
+
+def test_zeros_may_follow_in_the_same_run_and_layers_where_the_class_is_stock(name, tmp_path):
+    for root, after in (("a", DLP(0.5)), ("b", ShortGPT(num_layers=2))):
+        first = SliceGPT(0.25, rotation="shared") if root == "b" else SliceGPT(0.25)
+        trainer = make_trainer(tmp_path / root, first, after)
+        (tmp_path / root).mkdir()
+        trainer.fit(make_module(name, recovery="none"), make_data(name, tmp_path / root))
+        assert (tmp_path / root / "final").is_dir()
+
+
+def test_too_few_tokens_are_told_before_the_dense_model_is_evaluated(name, tmp_path):
+    data = make_data(name, tmp_path, seq_len=8, num_calibration=3)
+    trainer = make_trainer(tmp_path, SliceGPT(0.25))
+    with pytest.raises(ValueError, match="24 calibration tokens are too few for the 32 principal"):
+        trainer.fit(make_module(name), data)
+    data = make_data(name, tmp_path, seq_len=8, num_calibration=4)
+    trainer = make_trainer(tmp_path, DynamicSlicing(0.25))
+    with pytest.raises(ValueError, match="24 calibration tokens .*; 1 of 4 windows choose"):
+        trainer.fit(make_module(name), data)
+
+
 def test_layers_may_be_removed_before_slicing(name, tmp_path):
     trainer = make_trainer(tmp_path, ShortGPT(num_layers=2), SliceGPT(0.25))
     trainer.fit(make_module(name), make_data(name, tmp_path))
