@@ -62,6 +62,7 @@ class PruningCallback(Callback, ABC):
     offload_activations = False  # keep calibration states on the CPU
     gradual = False  # prunes while the model trains, not at fit start
     follows_slicing = False  # can prune a model whose hidden states were sliced
+    export_remote_code = False  # leaves a class of ours whose code goes beside the model
 
     @abstractmethod
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
@@ -249,6 +250,7 @@ def _make_base(
             directory,
             extra_files={f"plan{f'-{i + 1}' * (i > 0)}.json": t for i, t in enumerate(texts)},
             trust_remote_code=module.trust_remote_code,
+            export_remote_code=any(callback.export_remote_code for callback in callbacks),
         )
     cost("save and verify pruned", phase)
     record.verification[directory.name] = saved.verification

@@ -9,14 +9,16 @@ calibration windows that the rotations did not see.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
-from prunelight.allocation import redundancies, slicing_ratios, slicing_widths, uniform_width
+from prunelight.allocation import clipped_by, redundancies, slicing_ratios, slicing_widths
 from prunelight.calibration import Windows, split_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.slicegpt import (
@@ -26,11 +28,9 @@ from prunelight.callbacks.slicegpt import (
     meet_parameters,
     residual_dims,
     told_parameters,
-    warn_if_larger,
 )
 from prunelight.module import RecoveryModule
 from prunelight.plan import Plan
-from prunelight.saving import name_code
 from prunelight.scoring import block_influences
 from prunelight.slicing import check_sliceable, check_tokens, sliced_parameters
 from prunelight.steps import SliceHidden
@@ -83,11 +83,13 @@ class DynamicSlicing(PruningCallback):
         if not bases:
             raise ValueError("base_ratio=[] names no ratio to try; give some, or leave it out")
         for base in bases:
-            if base is not None and not 0 <= base <= (1 if slice_ratio is None else slice_ratio):
-                raise ValueError(
-                    f"base_ratio={base} must lie in [0, slice_ratio={slice_ratio}]: above it, "
-                    "redundant layers would need more than the hidden width"
-                )
+            if base is None or 0 <= base <= (1 if slice_ratio is None else slice_ratio):
+                continue
+            rule = "[0, 1]" if slice_ratio is None else f"[0, slice_ratio={slice_ratio}]"
+            raise ValueError(
+                f"base_ratio={base} must lie in {rule}: no layer loses less than the base, so that "
+                "their mean cannot lie below it"
+            )
         self.slice_ratio, self.base_ratio = slice_ratio, base_ratio
         self.parameter_ratio, self.round_to = parameter_ratio, round_to
         self.embedding, self.signal, self.orientation = embedding, signal, orientation
@@ -103,8 +105,7 @@ class DynamicSlicing(PruningCallback):
         """
         check_sliceable(model)
         even = [1.0] * model.config.num_hidden_layers
-        dims, _ = self._dims(model, even, 1.0)
-        warn_if_larger(model, sliced_parameters(model, dims), self.slice_ratio)
+        self._dims(model, even, 1.0)
 
     def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
         """Check what comes before and after; the same as for SliceGPT.
@@ -130,15 +131,6 @@ class DynamicSlicing(PruningCallback):
                 raise
             raise ValueError(f"{error}; {held_out} of {total} windows choose the base") from error
 
-    def apply(
-        self, model: PreTrainedModel, plan: Plan, windows: Windows, outcomes: list[dict[str, Any]]
-    ) -> PreTrainedModel:
-        """Carry out the plan at fit start; `outcomes` gets what each step did."""
-        sliced = super().apply(model, plan, windows, outcomes)
-        if self.export_remote_code:
-            name_code(sliced)
-        return sliced
-
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
         """Score the layers and choose their widths; the model is unchanged.
@@ -156,6 +148,8 @@ class DynamicSlicing(PruningCallback):
         ratios: dict[float, float] = {}
         for fraction_or_base in self._bases():
             dims, (ratio, base) = self._dims(model, redundancy, *fraction_or_base)
+            self._warn_if_clipped(redundancy, ratio, base)
+            check_tokens(model, windows, dims[0])
             step = SliceHidden(dims, self.signal, self.orientation, seed=self.seed)
             if step not in tried.values():  # not the same widths twice
                 tried[base], ratios[base] = step, ratio
@@ -167,7 +161,8 @@ class DynamicSlicing(PruningCallback):
         found: dict[str, Any] = {"slice_ratio": ratios[best], "base_ratio": best}
         if perplexities:
             found["perplexity_of_base_ratio"] = {f"{b:.4g}": x for b, x in perplexities.items()}
-        found |= told_parameters(model, sliced_parameters(model, tried[best].residual_dims))
+        parameters = sliced_parameters(model, tried[best].residual_dims)
+        found |= told_parameters(model, parameters, self.slice_ratio)
         scores = {"layer_redundancy": redundancy, "block_influence": influence}
         return self.decided(model, windows, tried[best], scores=scores, found=found)
 
@@ -209,26 +204,37 @@ class DynamicSlicing(PruningCallback):
         hidden, layers = model.config.hidden_size, len(redundancy)
 
         def widths(mean: float) -> tuple[tuple[int, ...], tuple[float, float]]:
-            own = mean * fraction if fraction is not None else base
-            assert own is not None
-            if own >= mean:
-                found = [uniform_width(mean, hidden, self.round_to)] * layers
-            else:
-                ratios = slicing_ratios(redundancy, mean, own)
-                found = slicing_widths(ratios, hidden, self.round_to)
-            return residual_dims(model, found, self.embedding), (mean, min(own, mean))
+            own = min(mean, mean * fraction if fraction is not None else base or 0.0)
+            ratios = slicing_ratios(redundancy, mean, own)
+            found = slicing_widths(ratios, hidden, self.round_to)
+            told = 1 - math.fsum(found) / (hidden * layers)
+            return residual_dims(model, found, self.embedding), (told, own)
 
         if self.slice_ratio is not None:
             return widths(self.slice_ratio)
         unit = self.round_to / (hidden * layers)
-        means = [n * unit for n in range(hidden * layers // self.round_to - layers + 1)]
         mean = meet_parameters(
             model,
             self.parameter_ratio,
-            [mean for mean in means if base is None or mean >= base],
+            [n * unit for n in range(hidden * layers // self.round_to - layers + 1)],
             lambda mean: sliced_parameters(model, widths(mean)[0]),
         )
+        if base is not None and base > mean:
+            raise ValueError(
+                f"base_ratio={base} must be at most {mean:.4g}, the mean ratio that "
+                f"parameter_ratio={self.parameter_ratio} needs; lower it, or leave it out"
+            )
         return widths(mean)
+
+    def _warn_if_clipped(self, redundancy: list[float], mean: float, base: float) -> None:
+        """Warn if a base lets the most redundant layers lose more than they have."""
+        most = max(redundancy) * (mean - base) / fmean(redundancy) + base
+        if clipped_by([most], mean):
+            log.warning(
+                "base_ratio=%.4g lets a layer lose %.3g of its width at a mean of %.4g: clipped, "
+                "and the others lose more",
+                *(base, most, mean),
+            )
 
     def _sweep(
         self, model: PreTrainedModel, windows: Windows, tried: dict[float, SliceHidden]

@@ -7,9 +7,10 @@ wrong, and where the embeddings of tied models go, is in prunelight/slicing.py a
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -23,7 +24,6 @@ from prunelight.metrics import parameter_count
 from prunelight.module import RecoveryModule
 from prunelight.plan import Plan
 from prunelight.rotation import allowed_widths, check_shareable, shared_parameters
-from prunelight.saving import name_code
 from prunelight.slicing import check_sliceable, check_tokens, sliced_parameters
 from prunelight.steps import SLICE_OPTIONS, SliceHidden, Sparsify
 
@@ -100,7 +100,7 @@ class SliceGPT(PruningCallback):
             TypeError: if the family cannot be sliced, or weights are quantized.
         """
         (check_shareable if self.rotation == "shared" else check_sliceable)(model)
-        warn_if_larger(model, self._parameters(model, self._width(model)), self.slice_ratio)
+        self._width(model)
 
     def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
         """Check what comes before and after; the same as for DynamicSlicing.
@@ -117,16 +117,8 @@ class SliceGPT(PruningCallback):
             ValueError: if the model cannot read them, or they hold too few tokens.
         """
         super().check_calibration(model, windows)
-        check_tokens(model, windows)
-
-    def apply(
-        self, model: PreTrainedModel, plan: Plan, windows: Windows, outcomes: list[dict[str, Any]]
-    ) -> PreTrainedModel:
-        """Carry out the plan at fit start; `outcomes` gets what each step did."""
-        sliced = super().apply(model, plan, windows, outcomes)
-        if self.export_remote_code:
-            name_code(sliced)
-        return sliced
+        whole = self.rotation == "shared"
+        check_tokens(model, windows, None if whole else self._dims(model, self._width(model))[0])
 
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
@@ -143,9 +135,15 @@ class SliceGPT(PruningCallback):
         better = "normalized" if self.rotation == "shared" else "residual"
         signal = better if self.signal == "auto" else self.signal
         step = SliceHidden(dims, signal, self.orientation, self.rotation, self.seed)
+        ratio, asked = 1 - width / model.config.hidden_size, self.slice_ratio
+        if asked is not None and abs(ratio - asked) > self.round_to / model.config.hidden_size:
+            log.warning(
+                "slice_ratio=%s became %.4g: %s accepts hidden_size=%d, not what is between",
+                *(asked, ratio, type(model.config).__name__, width),
+            )
         found = {
-            "slice_ratio": 1 - width / model.config.hidden_size,
-            **told_parameters(model, self._parameters(model, width)),
+            "slice_ratio": ratio,
+            **told_parameters(model, self._parameters(model, width), asked),
         }
         return self.decided(model, windows, step, scores={}, found=found)
 
@@ -262,7 +260,7 @@ def residual_dims(model: PreTrainedModel, widths: Sequence[int], embedding: str)
     return (hidden if full else dims[0], *dims[1:])
 
 
-Candidate = Any
+Candidate = TypeVar("Candidate")
 
 
 def meet_parameters(
@@ -271,32 +269,33 @@ def meet_parameters(
     candidates: Sequence[Candidate],
     count: Callable[[Candidate], int],
 ) -> Candidate:
-    """Return the first candidate that removes a share of all parameters; the widest come first.
+    """Return the first candidate that removes a share of all parameters, by bisection.
+
+    Args:
+        model: the dense one.
+        ratio: the share.
+        candidates: from the widest to the narrowest, with ever fewer parameters.
+        count: how many parameters a candidate has.
 
     Raises:
         ValueError: if none does.
     """
     assert ratio is not None
-    dense = parameter_count(model)
-    least = dense
-    for candidate in candidates:
-        parameters = count(candidate)
-        if parameters <= (1 - ratio) * dense:
-            return candidate
-        least = min(least, parameters)
+    dense, goal = parameter_count(model), (1 - ratio) * parameter_count(model)
+    first = bisect_left(candidates, True, key=lambda candidate: count(candidate) <= goal)
+    if first < len(candidates):
+        return candidates[first]
+    least = count(candidates[-1]) if candidates else dense
     raise ValueError(
         f"parameter_ratio={ratio} cannot be met by slicing: embeddings and shortcuts leave at "
         f"least {least / 1e6:.1f}M of {dense / 1e6:.1f}M parameters; lower it"
     )
 
 
-def told_parameters(model: PreTrainedModel, parameters: int) -> dict[str, Any]:
-    """Return the true parameters for a plan, shortcuts and head included."""
-    return {"parameters": parameters, "parameters_before": parameter_count(model)}
-
-
-def warn_if_larger(model: PreTrainedModel, parameters: int, slice_ratio: float | None) -> None:
-    """Warn if shortcuts, or a head that is untied, add more than slicing removes."""
+def told_parameters(
+    model: PreTrainedModel, parameters: int, slice_ratio: float | None
+) -> dict[str, Any]:
+    """Return the true parameters, shortcuts and head included; warn if they became more."""
     dense = parameter_count(model)
     if slice_ratio and parameters >= dense:
         log.warning(
@@ -306,3 +305,4 @@ def warn_if_larger(model: PreTrainedModel, parameters: int, slice_ratio: float |
             dense / 1e6,
             parameters / 1e6,
         )
+    return {"parameters": parameters, "parameters_before": dense}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunelight.architecture import decoder_layers
+from prunelight.architecture import decoder_layers, is_sliced
 from prunelight.calibration import (
     Windows,
     check_windows,
@@ -89,10 +89,15 @@ def analyze(
     Raises:
         ValueError: if an argument is out of its range, a hidden state is NaN or Inf, or no token
             counts.
-        TypeError: if the decoder layers cannot be found.
+        TypeError: if the decoder layers cannot be found, or the model is sliced.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} must be one of {', '.join(KERNELS)}")
+    if is_sliced(model):
+        raise TypeError(
+            "this model is sliced: its layers hand on states in bases of their own, which cannot "
+            "be compared; analyze the dense one"
+        )
     check_windows(model, windows)
     ids, _ = split_windows(windows)
     if not 0 <= ignore_first_tokens < ids.shape[1]:

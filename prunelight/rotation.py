@@ -19,20 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunelight.calibration import Windows
-from prunelight.sliced import LAYERS, embeddings_of, last_norm, stack_of
-from prunelight.slicing import (
-    SliceOutcome,
-    check_sliceable,
-    head_dim,
-    norm_gain,
+from prunelight.components import (
     principal_components,
     random_rotation,
     read_basis,
-    set_weight,
     signal_of,
-    untie,
     write_basis,
 )
+from prunelight.sliced import LAYERS, embeddings_of, last_norm, stack_of
+from prunelight.slicing import SliceOutcome, check_sliceable, head_dim, untie
 from prunelight.statistics import Gram
 from prunelight.steps import SliceHidden
 from prunelight.walk import LayerWalk
@@ -50,6 +45,22 @@ def check_shareable(model: PreTrainedModel) -> None:
         raise TypeError(
             f"rotation='shared' leaves no stock {model.config.model_type}: its LayerNorms subtract "
             "a mean over the dense basis; use rotation='per_layer'"
+        )
+
+
+def check_shared(model: PreTrainedModel, step: SliceHidden) -> None:
+    """Check a slice step with one rotation against a model.
+
+    Raises:
+        TypeError: see `check_shareable`.
+        ValueError: if the config class does not accept the width.
+    """
+    check_shareable(model)
+    width = step.residual_dims[0]
+    if not allowed_widths(model, width):
+        raise ValueError(
+            f"{type(model.config).__name__} does not accept hidden_size={width}; take one that its "
+            "query heads divide"
         )
 
 
@@ -121,22 +132,20 @@ def share_rotation(
     # Norms take the mean over d, not D. What enters the residual is made smaller by as much, so
     # that their epsilon keeps its effect, and what reads them larger.
     gain = math.sqrt(hidden / width)
+    offset = LAYERS[config.model_type].norm_offset
     for layer in stack.layers:
         for linear, norm, reads in _linears(model, layer):
-            place = basis.to(linear.weight.device)
             if reads:
-                read_basis(linear, norm, gain * place)
+                read_basis(linear, norm, gain * basis, offset=offset)
             else:
-                write_basis(linear, place / gain)
+                write_basis(linear, basis / gain)
     norm = getattr(stack, last_norm(model))
-    head: Any = model.lm_head
-    read_basis(head, norm, gain * basis.to(head.weight.device))
+    read_basis(model.lm_head, norm, gain * basis, offset=offset)
     for embedding in embeddings_of(model):
-        place = basis.to(embedding.weight.device)
         if scaled := hasattr(embedding, "scalar_embed_scale"):  # Gemma's: sqrt(hidden_size)
             embedding.scalar_embed_scale = math.sqrt(width)
             embedding.embed_scale.fill_(embedding.scalar_embed_scale)
-        set_weight(embedding, embedding.weight.double() @ place / (1 if scaled else gain))
+        read_basis(embedding, None, basis / (1 if scaled else gain))
     _resize_norms(model, width)
     config.head_dim, config.hidden_size = head_dim(config), width
     return SliceOutcome([explained])
@@ -184,9 +193,7 @@ def _resize_norms(model: PreTrainedModel, width: int) -> None:
         getattr(layer, n) for layer in stack.layers for n in (names.attention_norm, names.mlp_norm)
     ]
     for norm in [*norms, getattr(stack, last_norm(model))]:
-        own = norm.weight.data
-        neutral = 1.0 - (norm_gain(norm, own[None]) - own).round().mean().item()  # 0 for Gemma
-        norm.weight = nn.Parameter(own.new_full((width,), neutral))
+        norm.weight = nn.Parameter(norm.weight.data.new_full((width,), 1.0 - names.norm_offset))
     module: Any
     for module in model.modules():
         if vars(module).get("hidden_size") == config.hidden_size:

@@ -22,7 +22,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 PREFIX = "prunelight_sliced_"  # of the model_type
-FAMILIES = ("gemma", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "smollm3")
+FAMILIES = tuple(  # less those that an older transformers does not have
+    family
+    for family in ("gemma", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "smollm3")
+    if family in CONFIG_MAPPING
+)
 SHORTCUTS = ("attn_shortcut", "mlp_shortcut")
 
 
@@ -56,6 +60,7 @@ class SlicedLayer:
     """What a sliced decoder layer adds to that of its family: the shortcuts, and names."""
 
     attention_norm, mlp_norm = "input_layernorm", "post_attention_layernorm"
+    norm_offset = 0.0  # what the norms of the dense layer add to their weights
     attention_inputs: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     attention_output = "self_attn.o_proj"
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
@@ -76,6 +81,12 @@ class SlicedLayer:
         layer: Any = self
         fed = layer.mlp(layer.post_attention_layernorm(hidden_states))
         return layer.mlp_shortcut(hidden_states) + fed
+
+
+class SlicedGemmaLayer(SlicedLayer):
+    """Gemma: norms multiply by 1 + weight."""
+
+    norm_offset = 1.0
 
 
 class SlicedPhi3Layer(SlicedLayer):
@@ -131,15 +142,26 @@ class SlicedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # that of the family
         model: Any = self
-        dims = config.residual_dims
+        dims, tied = config.residual_dims, config.tie_word_embeddings
+        if len(dims) != 2 * config.num_hidden_layers + 1 or (
+            tied and dims[0] != config.hidden_size
+        ):
+            raise ValueError(
+                f"residual_dims has {len(dims)} widths, the first {dims[0]}; "
+                f"{config.num_hidden_layers} decoder layers need two each and a last one, tied "
+                f"embeddings a first of hidden_size={config.hidden_size}"
+            )
         for index, layer in enumerate(stack_of(model).layers):
-            unite_norms(layer, config, whole=index == 0 and config.tie_word_embeddings)
+            strip_norms(layer, config, whole=index == 0 and tied)
             _resize_layer(layer, *dims[2 * index : 2 * index + 3])
             layer.train(model.training)
         for embedding in embeddings_of(model):
             resize(embedding, columns=dims[0])
-        if not config.tie_word_embeddings:
-            unite_last_norm(model)
+        if tied:
+            model.tie_weights()
+        else:
+            strip_last_norm(model)
+        model._no_split_modules = {LAYERS[family_of(config)].__name__}
 
 
 def family_of(config: Any) -> str:
@@ -164,7 +186,7 @@ def norm_eps(config: Any) -> float:
     return getattr(config, "rms_norm_eps", 1e-5)
 
 
-def unite_norms(layer: Any, config: Any, *, whole: bool) -> None:
+def strip_norms(layer: Any, config: Any, *, whole: bool) -> None:
     """Make a decoder layer one of this file, with norms that have no weight, in place.
 
     Args:
@@ -184,7 +206,7 @@ def last_norm(model: Any) -> str:
     return "final_layer_norm" if hasattr(stack_of(model), "final_layer_norm") else "norm"
 
 
-def unite_last_norm(model: Any) -> None:
+def strip_last_norm(model: Any) -> None:
     """Put a norm without weight before the head, in place; a LayerNorm's bias goes to the head."""
     stack, name = stack_of(model), last_norm(model)
     if isinstance(getattr(stack, name), nn.LayerNorm):
@@ -224,7 +246,8 @@ def _make(family: str) -> tuple[Any, Any]:
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     name = stock.__name__.removesuffix("ForCausalLM")
     stock_layer = getattr(sys.modules[stock.__module__], f"{name}DecoderLayer")
-    mixin = {"phi3": SlicedPhi3Layer, "opt": SlicedOPTLayer}.get(family, SlicedLayer)
+    own = {"gemma": SlicedGemmaLayer, "phi3": SlicedPhi3Layer, "opt": SlicedOPTLayer}
+    mixin = own.get(family, SlicedLayer)
     here = {"__module__": __name__}
     layer = type(f"Sliced{name}DecoderLayer", (mixin, stock_layer), here)
     fields: dict[str, Any] = {**here, "model_type": PREFIX + family, "residual_dims": None}

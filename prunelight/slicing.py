@@ -25,6 +25,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prunelight.architecture import decoder_layers, layer_matrices
 from prunelight.calibration import Windows, split_windows
+from prunelight.components import (
+    principal_components,
+    random_rotation,
+    read_basis,
+    signal_of,
+    write_basis,
+)
 from prunelight.sliced import (
     FAMILIES,
     LAYERS,
@@ -34,8 +41,8 @@ from prunelight.sliced import (
     embeddings_of,
     last_norm,
     stack_of,
-    unite_last_norm,
-    unite_norms,
+    strip_last_norm,
+    strip_norms,
 )
 from prunelight.statistics import Gram
 from prunelight.steps import SliceHidden
@@ -44,8 +51,6 @@ from prunelight.walk import LayerWalk
 for _made in MODELS.values():  # here, as an exported sliced.py must not register itself twice
     AutoConfig.register(_made.config_class.model_type, _made.config_class)
     AutoModelForCausalLM.register(_made.config_class, _made)
-
-_RANK_TOLERANCE = 1e-13  # of the largest eigenvalue
 
 
 @dataclass
@@ -84,6 +89,11 @@ def check_sliceable(model: PreTrainedModel) -> None:
             "biases for those of its norms; it cannot be sliced"
         )
     layer_matrices(model, 0)  # refuses quantized weights
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise TypeError(
+            "accelerate placed this model (device_map); load it without, onto the CPU: slicing "
+            "takes one layer at a time to `device`"
+        )
 
 
 def check_slice(model: PreTrainedModel, step: SliceHidden, windows: Windows | None) -> None:
@@ -106,21 +116,34 @@ def check_slice(model: PreTrainedModel, step: SliceHidden, windows: Windows | No
         )
     if windows is None:
         raise ValueError("slicing needs calibration windows; pass them to apply")
-    check_tokens(model, windows)
+    check_tokens(model, windows, dims[0] if step.rotation == "per_layer" else None)
 
 
-def check_tokens(model: PreTrainedModel, windows: Windows) -> None:
+def check_tokens(model: PreTrainedModel, windows: Windows, entry: int | None = None) -> None:
     """Check that the windows hold enough tokens for as many components as the model is wide.
+
+    Args:
+        model: to be sliced.
+        windows: calibration windows (N, T), or with an attention_mask.
+        entry: width of the embeddings afterwards, if known; as many different tokens are needed
+            unless they stay whole, or positions are added to them.
 
     Raises:
         ValueError: if they hold fewer.
     """
     ids, mask = split_windows(windows)
-    tokens, needed = ids.numel() if mask is None else int(mask.sum()), model.config.hidden_size
-    if tokens < needed:
+    counted, needed = ids if mask is None else ids[mask.bool()], model.config.hidden_size
+    if counted.numel() < needed:
         raise ValueError(
-            f"{tokens} calibration tokens are too few for the {needed} principal components of "
-            f"hidden_size={needed}; give at least {needed} tokens, better ten times as many"
+            f"{counted.numel()} calibration tokens are too few for the {needed} principal "
+            f"components of hidden_size={needed}; give at least {needed} tokens, better ten times "
+            "as many"
+        )
+    different = counted.unique().numel()
+    if len(embeddings_of(model)) == 1 and different < (entry or 0) < needed:
+        raise ValueError(
+            f"{different} different calibration tokens are too few for embeddings of width "
+            f"{entry}; give text with at least {entry}, or embedding='full'"
         )
 
 
@@ -145,29 +168,29 @@ def slice_hidden(
         offload: keep the calibration states on the CPU.
 
     Raises:
-        ValueError: if states are NaN or Inf, or have fewer components than are kept (named); some
-            layers are sliced by then.
+        ValueError: if states are NaN or Inf, or have fewer components than are kept (named); the
+            layers before are sliced by then.
     """
     config: Any = model.config
     family, training = config.model_type, model.training
-    if step.residual_dims[0] < config.hidden_size:
-        untie(model)
     with LayerWalk(model, windows, device=device, offload=offload, label="slice") as walk:
         slicer = Slicer(walk, step)
         layers = decoder_layers(model)
         for index, layer in slicer.layers():
             layers[index] = layer.to(model.device)
+    if config.tie_word_embeddings and step.residual_dims[0] < config.hidden_size:
+        untie(model)
     if not config.tie_word_embeddings:
         for embedding in embeddings_of(model):
-            set_weight(
-                embedding, embedding.weight.double() @ slicer.entry.to(embedding.weight.device)
-            )
+            read_basis(embedding, None, slicer.entry)
         norm = getattr(stack_of(model), last_norm(model))
-        unite_last_norm(model)
-        read_basis(model.lm_head, norm, slicer.dense_basis().to(model.lm_head.weight.device))
+        strip_last_norm(model)
+        dense = slicer.dense_basis() if slicer.centered else None
+        read_basis(model.lm_head, norm, dense, offset=LAYERS[family].norm_offset)
     made = MODELS[family]
     _describe(config, made, step)
     model.__class__ = made
+    model._no_split_modules = {LAYERS[family].__name__}
     model.train(training)
     return SliceOutcome(slicer.explained)
 
@@ -250,10 +273,11 @@ class Slicer:
             norms = LAYERS[self.config.model_type]
             attention_norm = getattr(layer, norms.attention_norm)
             mlp_norm = getattr(layer, norms.mlp_norm)
-            unite_norms(layer, self.config, whole=self._tied and index == 0)
+            strip_norms(layer, self.config, whole=self._tied and index == 0)
 
             for name in layer.attention_inputs:
-                read_basis(layer.get_submodule(name), attention_norm, basis)
+                linear = layer.get_submodule(name)
+                read_basis(linear, attention_norm, basis, offset=norms.norm_offset)
             layer.attn_shortcut = self._shortcut(dense, basis, None)
             self._each(partial(self.walk.call, layer.attend, index))
             inside = self._next_basis()
@@ -261,7 +285,8 @@ class Slicer:
             layer.attn_shortcut = self._shortcut(dense, basis, inside)
 
             for name in layer.mlp_inputs:
-                read_basis(layer.get_submodule(name), mlp_norm, inside)
+                linear = layer.get_submodule(name)
+                read_basis(linear, mlp_norm, inside, offset=norms.norm_offset)
             layer.mlp_shortcut = self._shortcut(dense, inside, None)
             self._each(partial(self._fed, layer))
             basis = self._next_basis()
@@ -321,86 +346,6 @@ class Slicer:
         made = Shortcut(narrow, wide, bias=False, device="meta")
         made.weight = nn.Parameter(weight.to(like))
         return made
-
-
-def principal_components(gram: Tensor, width: int) -> tuple[Tensor, float]:
-    """Return the first principal components of a Gram matrix (SliceGPT, Section 3.3).
-
-    Args:
-        gram: X^T X, (D, D) float64, not centred.
-        width: how many to keep, d.
-
-    Returns:
-        Orthonormal columns (D, d), the largest first, each with its largest entry positive; and
-        the share of the energy that they have, in [0, 1].
-
-    Raises:
-        ValueError: if the matrix holds NaN or Inf, or its rank is below the width and something
-            is cut.
-    """
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    rank = int((values > _RANK_TOLERANCE * values[0]).sum())
-    if rank < width < len(gram):
-        raise ValueError(
-            f"the calibration states span only {rank} directions; give more, or more varied, text"
-        )
-    kept = vectors[:, :width]
-    largest = kept.gather(0, kept.abs().argmax(0, keepdim=True))
-    explained = values[:width].sum() / values.sum().clamp(min=1e-300)
-    return kept * largest.sign(), explained.item()
-
-
-def signal_of(states: Tensor, signal: str, *, centered: bool) -> Tensor:
-    """Return states (tokens, D) in float64, less their mean before a LayerNorm.
-
-    "normalized" gives each token the same norm, as the norms of the model do but for epsilon.
-    """
-    x = states.double()
-    if centered:
-        x = x - x.mean(-1, keepdim=True)
-    if signal == "normalized":
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True).clamp(min=1e-30))
-    return x
-
-
-def random_rotation(width: int, generator: torch.Generator) -> Tensor:
-    """Return an orthogonal matrix (width, width) float64, uniformly distributed."""
-    q, r = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))
-    return q * r.diagonal().sign()
-
-
-def norm_gain(norm: Any, like: Tensor) -> Tensor:
-    """Return what a norm multiplies by, (D,) float64; Gemma's weights are one less."""
-    if getattr(norm, "weight", None) is None:
-        return torch.ones(like.shape[1], dtype=torch.float64, device=like.device)
-    gain: Tensor = norm.weight.detach().to(like.device).double()
-    return gain + 1 if type(norm).__name__ == "GemmaRMSNorm" else gain
-
-
-def read_basis(linear: Any, norm: Any, basis: Tensor) -> None:
-    """Let a linear read a basis instead of what a norm with weights gave: W <- W diag(g) Q."""
-    weight = linear.weight.detach().to(basis.device).double()  # (O, D)
-    if getattr(norm, "bias", None) is not None:
-        shift = weight @ norm.bias.detach().to(weight)
-        linear.bias = nn.Parameter((linear.bias.detach().to(shift) + shift).to(linear.bias))
-    set_weight(linear, weight * norm_gain(norm, weight) @ basis)
-
-
-def write_basis(linear: Any, basis: Tensor) -> None:
-    """Let a linear write in a basis: W <- Q^T W, b <- b Q."""
-    if linear.bias is not None:
-        linear.bias = nn.Parameter((linear.bias.detach().to(basis) @ basis).to(linear.bias))
-    set_weight(linear, basis.T @ linear.weight.detach().to(basis))
-
-
-def set_weight(module: Any, weight: Tensor) -> None:
-    """Give a linear or an embedding another weight, in its dtype and on its device."""
-    module.weight = nn.Parameter(weight.to(module.weight).contiguous())
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    else:
-        module.embedding_dim = weight.shape[1]
 
 
 def sliced_parameters(model: PreTrainedModel, residual_dims: Sequence[int]) -> int:

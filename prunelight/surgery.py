@@ -27,7 +27,7 @@ from prunelight.calibration import Windows
 from prunelight.merging import OTHER_LISTS, check_mergeable, merged_layer
 from prunelight.metrics import parameter_count
 from prunelight.plan import Plan
-from prunelight.rotation import share_rotation
+from prunelight.rotation import check_shared, share_rotation
 from prunelight.slicing import check_slice, slice_hidden
 from prunelight.sparsify import check_data, check_step, sparsify
 from prunelight.steps import (
@@ -131,6 +131,11 @@ def _check_steps(model: PreTrainedModel, steps: Sequence[Step], windows: Windows
         gone += step.removed
         if step.removed:
             check_removable(model)
+        if SliceHidden in kinds and not isinstance(step, Sparsify | PruneWidth):
+            raise ValueError(
+                f"{step.kind} must not come after slice_hidden in a plan; remove, merge or drop in "
+                "a plan before it"
+            )
         if isinstance(step, Sparsify):
             check_step(model, step)
             check_data(step, windows)
@@ -150,6 +155,8 @@ def _check_steps(model: PreTrainedModel, steps: Sequence[Step], windows: Windows
                     "apply the steps before it as a plan of their own"
                 )
             check_slice(model, step, windows)
+            if step.rotation == "shared":
+                check_shared(model, step)
         check_leading(model, gone, headless)
         kinds.append(type(step))
 

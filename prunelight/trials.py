@@ -35,10 +35,11 @@ def sliced_perplexity(
         offload: keep the calibration states on the CPU.
 
     Raises:
-        ValueError: if the windows that are left hold too few tokens, or states are NaN or Inf.
+        ValueError: if the windows that are left hold too few tokens, those held out none to
+            predict, or states or logits are NaN or Inf.
     """
     fitted = len(split_windows(windows)[0]) - held_out
-    check_tokens(model, first_windows(windows, fitted))
+    check_tokens(model, first_windows(windows, fitted), step.residual_dims[0])
     labels = next_token_labels(windows)
     total, tokens, start = torch.zeros((), dtype=torch.float64), 0, 0
     with LayerWalk(model, windows, device=device, offload=offload, label="try") as walk:
@@ -57,7 +58,12 @@ def sliced_perplexity(
                 nll, _, count = next_token_sums(logits, labels[start + first : start + len(state)])
                 total, tokens = total + nll, tokens + int(count)
             start += len(state)
-    return math.exp(min(total.item() / max(tokens, 1), 700.0))
+    if not (tokens and math.isfinite(total)):
+        raise ValueError(
+            f"the {held_out} windows held out cannot judge a slicing: {tokens} tokens to predict, "
+            f"loss {total.item()}; give other calibration text, or one base_ratio"
+        )
+    return math.exp(min(total.item() / tokens, 700.0))
 
 
 def first_windows(windows: Windows, count: int) -> Windows:

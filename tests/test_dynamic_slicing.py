@@ -137,11 +137,61 @@ def test_a_parameter_target_is_met_by_the_widest_model_that_does(method, ratio, 
 
 def test_a_small_slice_that_adds_parameters_says_so(caplog):
     with caplog.at_level(logging.WARNING):
-        SliceGPT(0.05, round_to=1).check(dense_model())
+        SliceGPT(0.05, round_to=1).plan(dense_model(), WINDOWS)
         assert "makes the model larger" in caplog.text
         caplog.clear()
-        SliceGPT(0.5).check(dense_model())
+        SliceGPT(0.5).plan(dense_model(), WINDOWS)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("base", [0.25, 0.1, 0.0])
+def test_all_bases_slice_the_same_mean_whatever_the_rounding(base):
+    plan = DynamicSlicing(0.25, base, round_to=5).plan(dense_model(), WINDOWS)
+    widths = plan.steps[0].residual_dims[1::2]
+    assert sum(widths) == 5 * round(0.75 * 32 * 6 / 5)
+    assert plan.found["slice_ratio"] == pytest.approx(1 - sum(widths) / (32 * 6))
+
+
+def test_a_layer_that_would_lose_more_than_its_width_is_told(caplog):
+    method = DynamicSlicing(0.4, 0.05, round_to=1)
+    with caplog.at_level(logging.WARNING):
+        method._warn_if_clipped([1.0] + [0.0] * 7, 0.4, 0.05)
+        assert "base_ratio=0.05 lets a layer lose 2.85 of its width at a mean of 0.4" in caplog.text
+        caplog.clear()
+        method._warn_if_clipped([1.0, 0.9, 0.8], 0.4, 0.05)
+    assert not caplog.text
+
+
+def test_one_rotation_says_which_width_the_config_class_made_of_the_ratio(caplog):
+    model = copy.deepcopy(dense_model())
+    with caplog.at_level(logging.WARNING):
+        SliceGPT(0.3, rotation="shared", round_to=1).plan(model, WINDOWS)
+    assert "slice_ratio=0.3 became 0.375: LlamaConfig accepts hidden_size=20" in caplog.text
+
+
+def test_a_base_above_the_mean_that_the_parameters_need_is_refused():
+    method = DynamicSlicing(parameter_ratio=0.05, base_ratio=0.6, round_to=1)
+    with pytest.raises(ValueError, match=r"base_ratio=0.6 must be at most 0\.\d+, the mean ratio"):
+        method.plan(dense_model(), WINDOWS)
+
+
+def test_few_different_tokens_are_refused_before_anything_is_computed():
+    same = torch.arange(5, 17).repeat(8, 4)
+    message = (
+        "12 different calibration tokens are too few for embeddings of width 24; .* at least 24"
+    )
+    for method in (SliceGPT(0.25), DynamicSlicing(0.25, 0.25)):
+        with pytest.raises(ValueError, match=message):
+            method.plan(dense_model(tied=False), same)
+    SliceGPT(0.25).check_calibration(dense_model(), same)  # embeddings left whole
+
+
+def test_a_sweep_without_tokens_to_judge_by_is_refused():
+    mask = torch.ones_like(WINDOWS)
+    mask[6:] = 0
+    method = DynamicSlicing(0.3, [0.3, 0.0], round_to=2)
+    with pytest.raises(ValueError, match="the 2 windows held out cannot judge a slicing: 0 tokens"):
+        method.plan(dense_model(), {"input_ids": WINDOWS, "attention_mask": mask})
 
 
 WRONG = {
@@ -151,7 +201,11 @@ WRONG = {
     "parameters": (lambda: SliceGPT(parameter_ratio=-0.1), r"parameter_ratio=-0.1 must lie in"),
     "base above": (
         lambda: DynamicSlicing(0.3, 0.4),
-        r"base_ratio=0.4 must lie in \[0, slice_ratio=0.3\].*more than the hidden width",
+        r"base_ratio=0.4 must lie in \[0, slice_ratio=0.3\]: no layer loses less",
+    ),
+    "base of no ratio": (
+        lambda: DynamicSlicing(parameter_ratio=0.2, base_ratio=1.5),
+        r"base_ratio=1.5 must lie in \[0, 1\]",
     ),
     "one base below": (lambda: DynamicSlicing(0.3, [0.1, -0.1]), "base_ratio=-0.1 must lie in"),
     "no base": (lambda: DynamicSlicing(0.3, []), r"base_ratio=\[\] names no ratio"),

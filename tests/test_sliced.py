@@ -5,12 +5,24 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from test_slicing import BOTH, CUT, EACH, FULL, VARIED, WINDOWS, dense_model, logits, sliced
+from test_slicing import (
+    BOTH,
+    CUT,
+    EACH,
+    FULL,
+    VARIED,
+    WINDOWS,
+    dense_model,
+    logits,
+    plan_of,
+    sliced,
+)
 from tiny import token_windows
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +34,7 @@ from prunelight.metrics import parameter_count
 from prunelight.recovery import LoRA, attach_lora, merge_lora
 from prunelight.saving import verify
 from prunelight.sliced import MODELS, SHORTCUTS, Shortcut
+from prunelight.steps import RemoveLayers
 
 
 @EACH
@@ -171,7 +184,6 @@ def test_in_4_bits_shortcuts_and_head_stay_in_full_precision(double, tmp_path, t
     pytest.importorskip(
         "bitsandbytes", reason="bitsandbytes is missing: pip install 'prunelight[quantization]'"
     )
-    from test_slicing import plan_of
     from tiny import tiny_model
     from transformers import BitsAndBytesConfig
 
@@ -224,6 +236,60 @@ def test_what_cannot_follow_slicing_is_refused_with_the_order_that_works():
             method.plan(model, WINDOWS)
     with pytest.raises(TypeError, match="its sublayers cannot be dropped"):
         ShortGPT(num_layers=1, granularity="mlp").plan(model, WINDOWS)
+
+
+def test_a_plan_that_removes_after_slicing_leaves_the_model_as_it_was():
+    model = copy.deepcopy(dense_model())
+    plan = plan_of(model, FULL)
+    plan = replace(plan, steps=(*plan.steps, RemoveLayers((2,))))
+    with pytest.raises(ValueError, match="remove_layers must not come after slice_hidden"):
+        prunelight.apply(model, plan, WINDOWS)
+    assert torch.equal(logits(model), logits(dense_model()))
+
+
+def test_one_rotation_needs_a_width_that_the_config_class_accepts():
+    model = copy.deepcopy(dense_model())
+    with pytest.raises(ValueError, match="LlamaConfig does not accept hidden_size=22"):
+        prunelight.apply(model, plan_of(model, (22,) * 13, rotation="shared"), WINDOWS)
+    opt = copy.deepcopy(dense_model("opt"))
+    with pytest.raises(TypeError, match="leaves no stock opt"):
+        prunelight.apply(opt, plan_of(opt, (24,) * 13, rotation="shared"), WINDOWS)
+    assert torch.equal(logits(opt), logits(dense_model("opt")))
+
+
+@EACH
+def test_a_model_built_from_its_config_is_tied_as_the_saved_one(family):
+    for dims in (FULL, CUT):
+        model = sliced(family, True, dims)
+        again = AutoModelForCausalLM.from_config(model.config)
+        tied = dims is FULL
+        assert (again.lm_head.weight is again.get_input_embeddings().weight) is tied
+        assert parameter_count(again) == parameter_count(model)
+        assert set(again._no_split_modules) == set(model._no_split_modules)
+
+
+@pytest.mark.parametrize("dims", [FULL[:-1], (24, *FULL[1:])], ids=["too few", "tied and cut"])
+def test_a_config_with_widths_that_do_not_fit_is_refused(dims):
+    config = copy.deepcopy(sliced("llama", True, FULL).config)
+    config.residual_dims = list(dims)
+    with pytest.raises(
+        ValueError, match=f"residual_dims has {len(dims)} widths, the first {dims[0]}"
+    ):
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_a_model_that_accelerate_placed_is_refused():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = copy.deepcopy(dense_model())
+    add_hook_to_module(model.model.layers[1], AlignDevicesHook("cpu"))
+    with pytest.raises(TypeError, match=r"accelerate placed this model \(device_map\)"):
+        SliceGPT(0.25).plan(model, WINDOWS)
+
+
+def test_bases_of_sliced_models_are_not_compared():
+    with pytest.raises(TypeError, match="is sliced: .* analyze the dense one"):
+        prunelight.analyze(sliced("llama", True, FULL), WINDOWS)
 
 
 AFTER = {

@@ -15,16 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import prunelight
 from prunelight.architecture import decoder_layers
 from prunelight.callbacks import SliceGPT
+from prunelight.components import principal_components, random_rotation, signal_of
 from prunelight.metrics import parameter_count
 from prunelight.plan import Plan, describe_model
 from prunelight.rotation import allowed_widths, shared_parameters
 from prunelight.sliced import FAMILIES, UnitNorm
-from prunelight.slicing import (
-    principal_components,
-    random_rotation,
-    signal_of,
-    sliced_parameters,
-)
+from prunelight.slicing import sliced_parameters
 from prunelight.statistics import Gram
 from prunelight.steps import SliceHidden
 from prunelight.trials import sliced_perplexity
@@ -341,10 +337,10 @@ def test_slicing_needs_windows_and_as_many_tokens_as_the_model_is_wide():
         SliceGPT(0.25).plan(model, padded)
 
 
-def test_text_of_too_few_different_tokens_is_named_by_its_rank():
+def test_states_of_too_few_directions_are_named_by_their_site_and_rank():
     model, same = copy.deepcopy(dense_model()), torch.arange(5, 17).repeat(8, 1)
-    with pytest.raises(ValueError, match=r"residual_dims\[0\]=24: .* span only 12 directions"):
-        prunelight.apply(model, plan_of(model, CUT), same)
+    with pytest.raises(ValueError, match=r"residual_dims\[1\]=24: .* only 12 directions of the 24"):
+        prunelight.apply(model, plan_of(model, FULL), same)
 
 
 def test_states_that_are_nan_are_refused():

@@ -20,12 +20,12 @@ import torch
 import prunelight
 from prunelight.calibration import evaluating, micro_batches
 from prunelight.callbacks import DynamicSlicing, ShortGPT, SliceGPT
+from prunelight.components import principal_components
 from prunelight.data import TextDataModule
 from prunelight.evaluation import measuring
 from prunelight.metrics import parameter_bytes, parameter_count
 from prunelight.module import RecoveryModule
 from prunelight.recovery import LoRA
-from prunelight.slicing import principal_components
 from prunelight.windows import calibration_windows, read_documents
 
 CPU = torch.device("cpu")
