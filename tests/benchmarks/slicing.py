@@ -118,7 +118,7 @@ def cost(model, windows, ratio):
         pass
     with measuring(CPU) as phase:
         sliced = prunelight.apply(copy.deepcopy(model), plan, windows)
-    buffer = windows.numel() * hidden * 2
+    buffer = windows.numel() * hidden * model.dtype.itemsize
     above = phase.peak_bytes - idle.peak_bytes - parameter_bytes(model)
     with evaluating(sliced):
         start = time.perf_counter()
