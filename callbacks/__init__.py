@@ -6,7 +6,7 @@ from prunelight.callbacks.dynamic_slicing import DynamicSlicing
 from prunelight.callbacks.shortened_llama import ShortenedLlama
 from prunelight.callbacks.shortgpt import ShortGPT
 from prunelight.callbacks.sleb import SLEB
-from prunelight.callbacks.slicegpt import SliceGPT
+from prunelight.callbacks.slicegpt import SliceGPT, SlicingCallback
 from prunelight.callbacks.sliding_layer_merging import SlidingLayerMerging
 from prunelight.callbacks.width_pruning import WidthPruning
 
@@ -18,6 +18,7 @@ __all__ = [
     "ShortGPT",
     "ShortenedLlama",
     "SliceGPT",
+    "SlicingCallback",
     "SlidingLayerMerging",
     "WidthPruning",
 ]

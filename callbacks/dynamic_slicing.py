@@ -9,27 +9,23 @@ calibration windows that the rotations did not see.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
 from prunelight.allocation import clipped_by, redundancies, slicing_ratios, slicing_widths
 from prunelight.calibration import Windows, split_windows
-from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.slicegpt import (
-    check_order,
+    SlicingCallback,
     check_slice_options,
     check_slice_target,
     meet_parameters,
     residual_dims,
     told_parameters,
 )
-from prunelight.module import RecoveryModule
 from prunelight.plan import Plan
 from prunelight.scoring import block_influences
 from prunelight.slicing import check_sliceable, check_tokens, sliced_parameters
@@ -42,7 +38,7 @@ FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the mean ratio, that a sweep tries
 _HELD_OUT = 4  # one window in so many judges the bases of a sweep
 
 
-class DynamicSlicing(PruningCallback):
+class DynamicSlicing(SlicingCallback):
     """Slice the hidden states of each decoder layer to a width of its own.
 
     Args:
@@ -107,14 +103,6 @@ class DynamicSlicing(PruningCallback):
         even = [1.0] * model.config.num_hidden_layers
         self._dims(model, even, 1.0)
 
-    def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
-        """Check what comes before and after; the same as for SliceGPT.
-
-        Raises:
-            ValueError: see `check_order`.
-        """
-        check_order(self, trainer, module)
-
     def check_calibration(self, model: PreTrainedModel, windows: Windows) -> None:
         """Check the windows.
 
@@ -145,24 +133,23 @@ class DynamicSlicing(PruningCallback):
         influence = block_influences(model, windows).mean
         redundancy = redundancies(influence)
         tried: dict[float, SliceHidden] = {}
-        ratios: dict[float, float] = {}
         for fraction_or_base in self._bases():
-            dims, (ratio, base) = self._dims(model, redundancy, *fraction_or_base)
-            self._warn_if_clipped(redundancy, ratio, base)
+            dims, base = self._dims(model, redundancy, *fraction_or_base)
+            self._warn_if_clipped(redundancy, mean_ratio(model, dims), base)
             check_tokens(model, windows, dims[0])
             step = SliceHidden(dims, self.signal, self.orientation, seed=self.seed)
             if step not in tried.values():  # not the same widths twice
-                tried[base], ratios[base] = step, ratio
+                tried[base] = step
         best, perplexities = next(iter(tried)), {}
         if len(tried) > 1:
-            perplexities = dict(self._sweep(model, windows, tried))
+            perplexities = self._sweep(model, windows, tried)
             best = min(perplexities, key=lambda base: (perplexities[base], -base))
             log.info("base_ratio=%.4g has the lowest of %s", best, perplexities)
-        found: dict[str, Any] = {"slice_ratio": ratios[best], "base_ratio": best}
+        dims = tried[best].residual_dims
+        found: dict[str, Any] = {"slice_ratio": mean_ratio(model, dims), "base_ratio": best}
         if perplexities:
             found["perplexity_of_base_ratio"] = {f"{b:.4g}": x for b, x in perplexities.items()}
-        parameters = sliced_parameters(model, tried[best].residual_dims)
-        found |= told_parameters(model, parameters, self.slice_ratio)
+        found |= told_parameters(model, sliced_parameters(model, dims), self.slice_ratio)
         scores = {"layer_redundancy": redundancy, "block_influence": influence}
         return self.decided(model, windows, tried[best], scores=scores, found=found)
 
@@ -195,20 +182,19 @@ class DynamicSlicing(PruningCallback):
         redundancy: list[float],
         fraction: float | None,
         base: float | None = None,
-    ) -> tuple[tuple[int, ...], tuple[float, float]]:
-        """Return the widths for a base, or a fraction of the mean ratio; and the two ratios.
+    ) -> tuple[tuple[int, ...], float]:
+        """Return the widths for a base, or a fraction of the mean ratio; and that base.
 
         Raises:
             ValueError: if nothing would be left, or the parameters cannot be met.
         """
         hidden, layers = model.config.hidden_size, len(redundancy)
 
-        def widths(mean: float) -> tuple[tuple[int, ...], tuple[float, float]]:
+        def widths(mean: float) -> tuple[tuple[int, ...], float]:
             own = min(mean, mean * fraction if fraction is not None else base or 0.0)
             ratios = slicing_ratios(redundancy, mean, own)
             found = slicing_widths(ratios, hidden, self.round_to)
-            told = 1 - math.fsum(found) / (hidden * layers)
-            return residual_dims(model, found, self.embedding), (told, own)
+            return residual_dims(model, found, self.embedding), own
 
         if self.slice_ratio is not None:
             return widths(self.slice_ratio)
@@ -238,17 +224,16 @@ class DynamicSlicing(PruningCallback):
 
     def _sweep(
         self, model: PreTrainedModel, windows: Windows, tried: dict[float, SliceHidden]
-    ) -> Iterator[tuple[float, float]]:
-        """Yield base and perplexity on windows that the rotations do not see."""
-        for base, step in tried.items():
-            yield (
-                base,
-                sliced_perplexity(
-                    model,
-                    windows,
-                    step,
-                    self._held_out(windows),
-                    device=self.device,
-                    offload=self.offload_activations,
-                ),
-            )
+    ) -> dict[float, float]:
+        """Return base -> perplexity on windows that the rotations do not see."""
+        held_out = self._held_out(windows)
+        places: dict[str, Any] = {"device": self.device, "offload": self.offload_activations}
+        return {
+            base: sliced_perplexity(model, windows, step, held_out, **places)
+            for base, step in tried.items()
+        }
+
+
+def mean_ratio(model: PreTrainedModel, dims: Sequence[int]) -> float:
+    """Return the share of the width that the layers lose on average; each has one at its MLP."""
+    return 1 - fmean(dims[1::2]) / model.config.hidden_size

@@ -32,7 +32,46 @@ log = logging.getLogger(__name__)
 EMBEDDINGS = ("auto", "full", "sliced")
 
 
-class SliceGPT(PruningCallback):
+class SlicingCallback(PruningCallback):
+    """What SliceGPT and DynamicSlicing share: what may come before them, and what after."""
+
+    rotation: str = "per_layer"
+
+    def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
+        """Check that no pruning comes before a slicing, or after it, that does not work there.
+
+        Raises:
+            ValueError: if zeros or dropped sublayers come before, or what cannot prune a sliced
+                model after; names it.
+        """
+        callbacks, own = pruning_callbacks(trainer), type(self).__name__
+        at = callbacks.index(self)
+        for other in callbacks[:at]:
+            name = type(other).__name__
+            if hasattr(other, "sparsity"):
+                raise ValueError(
+                    f"{name} comes before {own}, whose rotations fill its zeros; slice first"
+                )
+            if getattr(other, "granularity", "layer") in ("attention", "mlp", "sublayer"):
+                raise ValueError(
+                    f"{name} drops sublayers before {own}, which cannot slice what is left; drop "
+                    "whole layers (granularity='layer')"
+                )
+        for other in callbacks[at + 1 :] if self.rotation == "per_layer" else ():
+            if not other.follows_slicing:
+                raise ValueError(
+                    f"{type(other).__name__} comes after {own}, and cannot prune a sliced model; "
+                    "put it before"
+                )
+        for file in plan_files(Path(module.name).expanduser()):
+            if any(isinstance(step, Sparsify) for step in Plan.load(file).steps):
+                raise ValueError(
+                    f"{file} put zeros into {module.name}, which the rotations of {own} would "
+                    "fill; slice the dense model first"
+                )
+
+
+class SliceGPT(SlicingCallback):
     """Slice the hidden states of every decoder layer to the same width.
 
     Args:
@@ -83,11 +122,8 @@ class SliceGPT(PruningCallback):
                 "export_remote_code=True has no effect with rotation='shared', which leaves a "
                 "stock class; leave it out"
             )
-        self.slice_ratio, self.parameter_ratio, self.round_to = (
-            slice_ratio,
-            parameter_ratio,
-            round_to,
-        )
+        self.slice_ratio, self.parameter_ratio = slice_ratio, parameter_ratio
+        self.round_to = round_to
         self.embedding, self.signal, self.orientation = embedding, signal, orientation
         self.rotation, self.seed = rotation, seed
         self.export_remote_code, self.offload_activations = export_remote_code, offload_activations
@@ -101,14 +137,6 @@ class SliceGPT(PruningCallback):
         """
         (check_shareable if self.rotation == "shared" else check_sliceable)(model)
         self._width(model)
-
-    def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
-        """Check what comes before and after; the same as for DynamicSlicing.
-
-        Raises:
-            ValueError: see `check_order`.
-        """
-        check_order(self, trainer, module)
 
     def check_calibration(self, model: PreTrainedModel, windows: Windows) -> None:
         """Check the windows.
@@ -216,40 +244,6 @@ def check_slice_options(**options: str) -> None:
         known = {"embedding": EMBEDDINGS, **SLICE_OPTIONS}[name]
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
-
-
-def check_order(callback: PruningCallback, trainer: Trainer, module: RecoveryModule) -> None:
-    """Check that no pruning comes before a slicing, or after it, that does not work there.
-
-    Raises:
-        ValueError: if zeros or dropped sublayers come before, or what cannot prune a sliced model
-            after; names it.
-    """
-    callbacks, own = pruning_callbacks(trainer), type(callback).__name__
-    at = callbacks.index(callback)
-    for other in callbacks[:at]:
-        name = type(other).__name__
-        if hasattr(other, "sparsity"):
-            raise ValueError(
-                f"{name} comes before {own}, whose rotations fill its zeros; slice first"
-            )
-        if getattr(other, "granularity", "layer") in ("attention", "mlp", "sublayer"):
-            raise ValueError(
-                f"{name} drops sublayers before {own}, which cannot slice what is left; drop whole "
-                "layers (granularity='layer')"
-            )
-    for other in callbacks[at + 1 :] if getattr(callback, "rotation", "") != "shared" else ():
-        if not other.follows_slicing:
-            raise ValueError(
-                f"{type(other).__name__} comes after {own}, and cannot prune a sliced model; put "
-                "it before"
-            )
-    for file in plan_files(Path(module.name).expanduser()):
-        if any(isinstance(step, Sparsify) for step in Plan.load(file).steps):
-            raise ValueError(
-                f"{file} put zeros into {module.name}, which the rotations of "
-                f"{type(callback).__name__} would fill; slice the dense model first"
-            )
 
 
 def residual_dims(model: PreTrainedModel, widths: Sequence[int], embedding: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -267,6 +268,23 @@ def lora_targets(model: PreTrainedModel) -> tuple[list[str] | str, list[str]]:
         return "all-linear", []
     shortcuts = SHORTCUTS if is_sliced(model) else ()
     return [*known.projections, *shortcuts], list(known.experts)
+
+
+def head_dim(config: Any) -> int:
+    """Return the width of an attention head."""
+    width: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return width
+
+
+def accepts(config: PretrainedConfig, **fields: Any) -> bool:
+    """Return whether the config class accepts these values instead of the config's own."""
+    try:
+        type(config).from_dict({**config.to_dict(), **fields})
+    except (StrictDataclassError, ValueError):
+        return False
+    return True
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

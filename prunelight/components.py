@@ -96,13 +96,15 @@ def read_basis(module: Any, norm: Any, basis: Tensor | None, *, offset: float = 
 def write_basis(linear: Any, basis: Tensor) -> None:
     """Let a linear write in a basis: W <- Q^T W, b <- b Q."""
     if linear.bias is not None:
-        linear.bias = nn.Parameter((linear.bias.detach().to(basis) @ basis).to(linear.bias))
+        turned = (linear.bias.detach().to(basis) @ basis).to(linear.bias)
+        linear.bias = nn.Parameter(turned, linear.bias.requires_grad)
     set_weight(linear, basis.T @ linear.weight.detach().to(basis))
 
 
 def set_weight(module: Any, weight: Tensor) -> None:
     """Give a linear or an embedding another weight, in its dtype and on its device."""
-    module.weight = nn.Parameter(weight.to(module.weight).contiguous())
+    trained = module.weight.requires_grad
+    module.weight = nn.Parameter(weight.to(module.weight).contiguous(), trained)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     else:

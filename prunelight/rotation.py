@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunelight.architecture import accepts, head_dim
 from prunelight.calibration import Windows
 from prunelight.components import (
     principal_components,
@@ -26,9 +26,10 @@ from prunelight.components import (
     signal_of,
     write_basis,
 )
+from prunelight.metrics import parameter_count
 from prunelight.sliced import LAYERS, embeddings_of, last_norm, stack_of
-from prunelight.slicing import SliceOutcome, check_sliceable, head_dim, untie
-from prunelight.statistics import Gram
+from prunelight.slicing import SliceOutcome, check_sliceable, untie
+from prunelight.statistics import Gram, float64_device
 from prunelight.steps import SliceHidden
 from prunelight.walk import LayerWalk
 
@@ -71,12 +72,8 @@ def allowed_widths(model: PreTrainedModel, multiple: int) -> list[int]:
     """
     config, accepted = model.config, []
     for width in range(multiple, config.hidden_size + 1, multiple):
-        fewer = {"hidden_size": width, "head_dim": head_dim(config)}
-        try:
-            type(config).from_dict({**config.to_dict(), **fewer})
-        except (StrictDataclassError, ValueError):
-            continue
-        accepted.append(width)
+        if accepts(config, hidden_size=width, head_dim=head_dim(config)):
+            accepted.append(width)
     return accepted
 
 
@@ -89,7 +86,7 @@ def shared_parameters(model: PreTrainedModel, width: int) -> int:
         for linear, _, reads in _linears(model, layer)
     )
     norms, rows = 2 * len(stack.layers) + 1, len(stack.embed_tokens.weight)
-    total = sum(p.numel() for p in model.parameters())
+    total = parameter_count(model)
     total += rows * config.hidden_size if config.tie_word_embeddings else 0
     return total - (config.hidden_size - width) * (across + norms + 2 * rows)
 
@@ -153,7 +150,7 @@ def share_rotation(
 
 def _residuals(walk: LayerWalk) -> Iterator[Tensor]:
     """Yield the states (tokens, D) at each site of the dense model, padding left out."""
-    place = torch.device("cpu") if walk.device.type == "mps" else walk.device  # no float64
+    place = float64_device(walk.device)
     counted = walk.positions()
     name = LAYERS[walk.model.config.model_type].mlp_norm
     between: list[Tensor] = []

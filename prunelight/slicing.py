@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from prunelight.architecture import decoder_layers, layer_matrices
+from prunelight.architecture import decoder_layers, head_dim, layer_matrices
 from prunelight.calibration import Windows, split_windows
 from prunelight.components import (
     principal_components,
@@ -32,6 +32,7 @@ from prunelight.components import (
     signal_of,
     write_basis,
 )
+from prunelight.metrics import parameter_count
 from prunelight.sliced import (
     FAMILIES,
     LAYERS,
@@ -44,7 +45,7 @@ from prunelight.sliced import (
     strip_last_norm,
     strip_norms,
 )
-from prunelight.statistics import Gram
+from prunelight.statistics import Gram, float64_device
 from prunelight.steps import SliceHidden
 from prunelight.walk import LayerWalk
 
@@ -204,14 +205,6 @@ def untie(model: PreTrainedModel) -> None:
     loose.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def head_dim(config: Any) -> int:
-    """Return the width of an attention head."""
-    width: int = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    return width
-
-
 def _describe(config: Any, made: Any, step: SliceHidden) -> None:
     config.head_dim = head_dim(config)  # explicit, for readers that divide widths
     config.residual_dims = list(step.residual_dims)
@@ -238,8 +231,7 @@ class Slicer:
     ) -> None:
         self.walk, self.step, self.config = walk, step, walk.model.config
         self.counted = walk.positions() if counted is None else counted
-        # No float64 on MPS.
-        self.place = torch.device("cpu") if walk.device.type == "mps" else walk.device
+        self.place = float64_device(walk.device)
         self.centered = isinstance(
             getattr(stack_of(walk.model), last_norm(walk.model)), nn.LayerNorm
         )
@@ -308,7 +300,8 @@ class Slicer:
         site = len(self.explained)
         gram = Gram(self.config.hidden_size)
         for state, counted in zip(self.walk.states, self.counted, strict=True):
-            gram.update(self._signal(state.to(counted.device)[counted].to(self.place)))
+            states = state.to(counted.device)[counted].to(self.place)
+            gram.update(signal_of(states, self.step.signal, centered=self.centered))
         width = self.step.residual_dims[site]
         try:
             basis, explained = principal_components(gram.result(), width)
@@ -318,10 +311,6 @@ class Slicer:
         if self.step.orientation == "random":
             basis = basis @ random_rotation(width, self._generator).to(basis)
         return self._without_mean(basis)
-
-    def _signal(self, states: Tensor) -> Tensor:
-        """Return what the components are those of, (tokens, D) float64."""
-        return signal_of(states, self.step.signal, centered=self.centered)
 
     def _without_mean(self, basis: Tensor) -> Tensor:
         return basis - basis.mean(0) if self.centered else basis
@@ -356,11 +345,11 @@ def sliced_parameters(model: PreTrainedModel, residual_dims: Sequence[int]) -> i
     config: Any = model.config
     hidden, stack = config.hidden_size, stack_of(model)
     names = LAYERS[config.model_type]
-    total = sum(p.numel() for p in model.parameters())
+    total = parameter_count(model)
     for index, layer in enumerate(stack.layers):
         before, inside, after = residual_dims[2 * index : 2 * index + 3]
         for norm in (names.attention_norm, names.mlp_norm):
-            total -= sum(p.numel() for p in getattr(layer, norm).parameters())
+            total -= parameter_count(getattr(layer, norm))
         for inputs, width in ((names.attention_inputs, before), (names.mlp_inputs, inside)):
             rows = sum(len(layer.get_submodule(name).weight) for name in inputs)
             total -= (hidden - width) * rows
@@ -374,5 +363,5 @@ def sliced_parameters(model: PreTrainedModel, residual_dims: Sequence[int]) -> i
     if tied and residual_dims[0] == hidden:
         return total
     norm = getattr(stack, last_norm(model))
-    total -= sum(p.numel() for p in norm.parameters())
+    total -= parameter_count(norm)
     return total + entries[0] * (tied * hidden + isinstance(norm, nn.LayerNorm))

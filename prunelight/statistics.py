@@ -166,6 +166,11 @@ class Hessian(InputNorm):
         return upper + upper.triu(1).T
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return the device, or the CPU instead of MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class Gram(Hessian):
     """X^T X in float64, whose eigenvectors float32 would not give (SliceGPT, Tables 4 and 5)."""
 

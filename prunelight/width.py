@@ -16,15 +16,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunelight.architecture import Matrix, decoder_layers, layer_matrices, sublayers_of
+from prunelight.architecture import (
+    Matrix,
+    accepts,
+    decoder_layers,
+    head_dim,
+    layer_matrices,
+    sublayers_of,
+)
 from prunelight.calibration import Windows, evaluating, micro_batches, run_layers
 from prunelight.importance import saliencies
 from prunelight.sparsity import wanda_scores
-from prunelight.statistics import Hessian, InputVariance
+from prunelight.statistics import Hessian, InputVariance, float64_device
 from prunelight.steps import PruneWidth, renumber
 from prunelight.sublayers import dropped
 from prunelight.walk import InputStatistics, LayerWalk
@@ -91,8 +97,7 @@ def widths_of(model: PreTrainedModel) -> Widths:
         raise TypeError("sublayers of this model were dropped; prune its width first, then drop")
     heads = config.num_attention_heads
     groups = config.num_key_value_heads or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Widths(groups, heads // groups, head_dim, config.intermediate_size)
+    return Widths(groups, heads // groups, head_dim(config), config.intermediate_size)
 
 
 def allowed_groups(model: PreTrainedModel) -> list[int]:
@@ -103,11 +108,8 @@ def allowed_groups(model: PreTrainedModel) -> list[int]:
     widths, accepted = widths_of(model), []
     for groups in range(1, widths.groups + 1):
         fewer = Widths(groups, widths.heads, widths.head_dim, widths.neurons)
-        try:
-            type(model.config).from_dict({**model.config.to_dict(), **fewer.fields})
-        except (StrictDataclassError, ValueError):
-            continue
-        accepted.append(groups)
+        if accepts(model.config, **fewer.fields):
+            accepted.append(groups)
     return accepted
 
 
@@ -341,7 +343,7 @@ def _fit(weight: Tensor, kept: Tensor, product: Tensor) -> None:
     (W G[:, kept] - W_kept G[kept, kept]) (G[kept, kept] + damping)^-1. Zeros that an earlier step
     put there stay.
     """
-    place = torch.device("cpu") if weight.device.type == "mps" else weight.device  # no float64
+    place = float64_device(weight.device)
     gram, wide, kept = product.to(place).double(), weight.to(place).double(), kept.to(place)
     own, old = gram[kept][:, kept], wide[:, kept]
     missing = wide @ gram[:, kept] - old @ own
