@@ -10,15 +10,15 @@ Methods are calibrated on the first half of the documents of `--calibration` and
 prunelight. Ratios are taken in one run, the two sides in turn.
 """
 
-import argparse
 import copy
 import re
 import statistics
 import time
 from collections import Counter
+from functools import partial
 
-import lightning.pytorch as pl
 import torch
+from common import data_of, lora, parser, perplexities, told
 
 import prunelight
 from prunelight.architecture import decoder_layers
@@ -30,14 +30,10 @@ from prunelight.callbacks import (
     SlidingLayerMerging,
     WidthPruning,
 )
-from prunelight.data import TextDataModule
 from prunelight.evaluation import LatencyProtocol, measure_latency, measure_speed, measuring
 from prunelight.merging import merged_layer
 from prunelight.metrics import parameter_bytes, parameter_count
-from prunelight.module import RecoveryModule
-from prunelight.recovery import LoRA
 from prunelight.width import SCORES
-from prunelight.windows import calibration_windows, read_documents
 
 CPU = torch.device("cpu")
 MERGES = ("top", "difference_sum", "released", "mean")
@@ -97,8 +93,7 @@ def methods():
 
 
 def quality(model, data, counts, pattern):
-    evaluated = data[1:]
-    print("dense", told(prunelight.perplexity(model, e) for e in evaluated), flush=True)
+    print("dense", perplexities(model, data), flush=True)
     for name, make in methods().items():
         if not re.search(pattern, name):
             continue
@@ -106,7 +101,7 @@ def quality(model, data, counts, pattern):
             if count <= 3 and name.startswith("SLM of 3"):
                 continue  # nothing is left for the depth
             pruned = make(model, data[0], count)
-            found = told(prunelight.perplexity(pruned, e) for e in evaluated)
+            found = perplexities(pruned, data)
             size = parameter_count(pruned) / 1e6
             print(f"{name} | {30 - count} layers | {size:.1f}M | {found}", flush=True)
 
@@ -117,24 +112,9 @@ def recover(model, tokenizer, data, counts, pattern, steps):
         if not re.search(pattern, name):
             continue
         for count in counts:
-            pl.seed_everything(0, verbose=False)
-            module = RecoveryModule(
-                "in memory", lora=LoRA(dropout=0.0), learning_rate=1e-3, warmup_steps=5
-            )
-            module.model, module.tokenizer = make(model, data[0], count), tokenizer
-            before = told(prunelight.perplexity(module.model, e) for e in data[1:])
-            loader = TextDataModule(tokenizer, batch_size=2).train_dataloader()
-            trainer = pl.Trainer(
-                accelerator="cpu",
-                max_steps=steps,
-                logger=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                default_root_dir=f"/tmp/prunelight-benchmark/{abs(hash(name))}-{count}",
-            )
-            trainer.fit(module, loader)
-            after = told(prunelight.perplexity(module.model, e) for e in data[1:])
-            print(f"{name} | {30 - count} layers | {before} -> {after}", flush=True)
+            make_it = partial(make, model, data[0], count)
+            found = lora(make_it, tokenizer, data, steps, f"{abs(hash(name))}-{count}")
+            print(f"{name} | {30 - count} layers | {found}", flush=True)
 
 
 def naive_loop(windows, measure):
@@ -247,45 +227,20 @@ class FirstLayers:
         return Plan("by hand", {}, describe_model(model), (RemoveLayers(layers),))
 
 
-def told(values):
-    return ", ".join(f"{value:.2f}" for value in values)
-
-
-def documents(path):
-    return [row["text"] for row in read_documents(path)]
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("quality", "recover", "cost", "speed"))
-    parser.add_argument("--calibration", default="sample:calibration")
-    parser.add_argument("--evaluation", default="sample:validation")
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--validation-samples", type=int, default=16)
-    parser.add_argument("--counts", type=int, nargs="*", default=[3, 6, 9])
-    parser.add_argument("--methods", default="", help="a regular expression of names")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    model, tokenizer = prunelight.load("smollm2-135m", dtype="bfloat16")
-    texts = documents(options.calibration)
-    half = len(texts) // 2 or len(texts)
-    windows = calibration_windows(
-        tokenizer, texts[:half], options.samples, options.seq_len, seed=options.seed
-    )
-    held_out = [documents(options.evaluation), *([texts[half:]] if len(texts) > 1 else [])]
-    evaluated = [
-        calibration_windows(tokenizer, text, options.validation_samples, 512) for text in held_out
-    ]
-    data = [windows, *evaluated]
+    asked = parser(__doc__, ("quality", "recover", "cost", "speed"), samples=8, seq_len=256)
+    asked.add_argument("--counts", type=int, nargs="*", default=[3, 6, 9])
+    asked.add_argument("--methods", default="", help="a regular expression of names")
+    asked.add_argument("--rounds", type=int, default=5)
+    options = asked.parse_args()
+    model, tokenizer = prunelight.load("smollm2-135m", dtype=options.dtype)
+    data = data_of(tokenizer, options)
     if options.what == "quality":
         quality(model, data, options.counts, options.methods)
     elif options.what == "recover":
         recover(model, tokenizer, data, options.counts, options.methods, options.steps)
     elif options.what == "cost":
-        cost(model, windows, options.counts)
+        cost(model, data[0], options.counts)
     else:
         speed(model, tokenizer, options.counts, options.rounds)
 

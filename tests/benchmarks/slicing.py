@@ -3,19 +3,20 @@
     python tests/benchmarks/slicing.py quality --calibration c4.jsonl --evaluation wiki.test.txt
     python tests/benchmarks/slicing.py recover --calibration c4.jsonl --evaluation wiki.test.txt
     python tests/benchmarks/slicing.py cost
+    python tests/benchmarks/slicing.py reload --directory runs/dynamic_slicing_30_lora/final
 
 Methods are calibrated on the first half of the documents of `--calibration` and evaluated on
 `--evaluation` and on the second half. Without files, both texts are those that come with
 prunelight.
 """
 
-import argparse
 import copy
 import re
 import time
 
-import lightning.pytorch as pl
 import torch
+from common import data_of, lora, parser, perplexities, size
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import prunelight
 from prunelight.calibration import evaluating, micro_batches
@@ -24,9 +25,6 @@ from prunelight.components import principal_components
 from prunelight.data import TextDataModule
 from prunelight.evaluation import measuring
 from prunelight.metrics import parameter_bytes, parameter_count
-from prunelight.module import RecoveryModule
-from prunelight.recovery import LoRA
-from prunelight.windows import calibration_windows, read_documents
 
 CPU = torch.device("cpu")
 
@@ -62,11 +60,11 @@ def apply(model, windows, method):
 
 def quality(model, data, ratios, pattern):
     dense = parameter_count(model)
-    print("dense", told(prunelight.perplexity(model, e) for e in data[1:]), flush=True)
+    print("dense", perplexities(model, data), flush=True)
     for name, make in chosen(pattern).items():
         for ratio in ratios:
             sliced, plan = apply(model, data[0], make(ratio))
-            found = told(prunelight.perplexity(sliced, e) for e in data[1:])
+            found = perplexities(sliced, data)
             print(f"{name} | {ratio} | {size(sliced, dense)} | {found} | {plan.found}", flush=True)
 
 
@@ -75,29 +73,11 @@ def recover(model, tokenizer, data, ratios, pattern, steps):
     dense = parameter_count(model)
     for name, make in chosen(pattern).items():
         for ratio in ratios:
-            pl.seed_everything(0, verbose=False)
-            module = RecoveryModule(
-                "in memory", lora=LoRA(dropout=0.0), learning_rate=1e-3, warmup_steps=5
-            )
-            module.model, plan = apply(model, data[0], make(ratio))
-            module.tokenizer = tokenizer
-            told_size = size(module.model, dense)
-            before = told(prunelight.perplexity(module.model, e) for e in data[1:])
-            trainer = pl.Trainer(
-                accelerator="cpu",
-                max_steps=steps,
-                logger=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                enable_progress_bar=False,
-                default_root_dir=f"/tmp/prunelight-benchmark/{name.replace(' ', '-')}-{ratio}",
-            )
-            trainer.fit(module, TextDataModule(tokenizer, batch_size=2).train_dataloader())
-            after = told(prunelight.perplexity(module.model, e) for e in data[1:])
-            bases = plan.found.get("base_ratio", ratio)
-            print(
-                f"{name} (base {bases}) | {ratio} | {told_size} | {before} -> {after}", flush=True
-            )
+            sliced, plan = apply(model, data[0], make(ratio))
+            shown = f"{name} (base {plan.found.get('base_ratio', ratio)}) | {ratio}"
+            shown += f" | {size(sliced, dense)}"
+            found = lora(lambda it=sliced: it, tokenizer, data, steps, f"{ratio}-{hash(name)}")
+            print(f"{shown} | {found}", flush=True)
 
 
 def cost(model, windows, ratio):
@@ -149,50 +129,34 @@ def speed(model, ratio):
                 print(name, f"{time.perf_counter() - start:.2f} s", flush=True)
 
 
-def size(model, dense):
-    count = parameter_count(model)
-    return f"{count / 1e6:.1f}M ({100 * (count / dense - 1):+.1f} %)"
-
-
-def told(values):
-    return ", ".join(f"{value:.2f}" for value in values)
-
-
-def documents(path):
-    return [row["text"] for row in read_documents(path)]
+def reload(directory, tokenizer):
+    """What a directory gives in full precision and in NF4, on four windows of the bundled text."""
+    windows = TextDataModule(tokenizer, seq_len=512, num_validation=4).validation_windows()
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    for name, settings in (("as saved", {}), ("NF4", {"quantization_config": nf4})):
+        model = AutoModelForCausalLM.from_pretrained(directory, **settings)
+        print(
+            name, type(model).__name__, f"{prunelight.perplexity(model, windows):.2f}", flush=True
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("quality", "recover", "cost", "speed"))
-    parser.add_argument("--calibration", default="sample:calibration")
-    parser.add_argument("--evaluation", default="sample:validation")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--validation-samples", type=int, default=16)
-    parser.add_argument("--ratios", type=float, nargs="*", default=[0.1, 0.2, 0.25, 0.3])
-    parser.add_argument("--methods", default=".*", help="a regular expression of whole names")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--dtype", default="bfloat16")
-    options = parser.parse_args()
+    what = ("quality", "recover", "cost", "speed", "reload")
+    asked = parser(__doc__, what, samples=32, seq_len=512)
+    asked.add_argument("--ratios", type=float, nargs="*", default=[0.1, 0.2, 0.25, 0.3])
+    asked.add_argument("--methods", default=".*", help="a regular expression of whole names")
+    asked.add_argument("--directory", help="of a sliced model, to reload")
+    options = asked.parse_args()
+    if options.what == "reload":
+        return reload(options.directory, AutoTokenizer.from_pretrained(options.directory))
     model, tokenizer = prunelight.load("smollm2-135m", dtype=options.dtype)
-    texts = documents(options.calibration)
-    half = len(texts) // 2 or len(texts)
-    windows = calibration_windows(
-        tokenizer, texts[:half], options.samples, options.seq_len, seed=options.seed
-    )
-    held_out = [documents(options.evaluation), *([texts[half:]] if len(texts) > 1 else [])]
-    data = [
-        windows,
-        *(calibration_windows(tokenizer, t, options.validation_samples, 512) for t in held_out),
-    ]
+    data = data_of(tokenizer, options)
     if options.what == "quality":
         quality(model, data, options.ratios, options.methods)
     elif options.what == "recover":
         recover(model, tokenizer, data, options.ratios, options.methods, options.steps)
     elif options.what == "cost":
-        cost(model, windows, options.ratios[-1])
+        cost(model, data[0], options.ratios[-1])
     else:
         speed(model, options.ratios[-1])
 

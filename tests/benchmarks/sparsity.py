@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 
 import torch
+from common import told
 
 import prunelight
 from prunelight import sparsify, walk
@@ -81,10 +82,6 @@ def timed(sums, owner, name, label):
         yield
     finally:
         setattr(owner, name, plain)
-
-
-def told(values):
-    return ", ".join(f"{value:.2f}" for value in values)
 
 
 def cost(model, windows, rounds, loading):
