@@ -84,8 +84,8 @@ class SliceGPT(SlicingCallback):
         signal: components of the "residual" (released code) or of the "normalized" one (Eq. 8);
             "auto" is the better one measured: normalized for a shared rotation, else residual.
         orientation: "pca", or "random", which spreads the energy for quantization.
-        rotation: "per_layer", or "shared": one for the whole model, which leaves a stock class that
-            vLLM and llama.cpp load; embeddings and head are sliced and untied then.
+        rotation: "per_layer", or "shared": one for the whole model, which leaves a stock class for
+            other tools to load; embeddings and head are sliced and untied then.
         seed: of the random orientation.
         export_remote_code: put the code of the sliced class beside the result, which then loads
             without prunelight under trust_remote_code.

@@ -1,6 +1,7 @@
 """One rotation for the whole model: slicing that leaves a stock model of smaller hidden size.
 
-The residual stream keeps one basis, so no shortcut is needed and vLLM or llama.cpp load the result.
+The residual stream keeps one basis, so no shortcut is needed and plain transformers loads the
+result.
 It costs accuracy: the principal components are those of all sites together. Not in SliceGPT's paper
 (arXiv:2401.15024), whose rotation differs from site to site.
 """
