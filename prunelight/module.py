@@ -9,7 +9,6 @@ primitives and tensors only and load with `weights_only=True`.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict
 from functools import partial
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunelight.architecture import restore_rwkv_scale
+from prunelight.adaptation import Adapted, Settings
 from prunelight.calibration import Windows, check_length, split_windows
 from prunelight.checkpoint import KEY, check_same_parameters, check_same_run, facts_of
 from prunelight.distributed import check_strategy, on_rank_zero
@@ -47,14 +46,7 @@ from prunelight.metrics import (
 )
 from prunelight.models import load, resolve_dtype
 from prunelight.plan import Plan, describe_windows, model_fingerprint
-from prunelight.recovery import (
-    LoRA,
-    PlannedZeros,
-    check_settings,
-    make_schedule,
-    make_trainable,
-    merge_lora,
-)
+from prunelight.recovery import LoRA, check_settings, make_schedule
 from prunelight.report import RunRecord, Stage
 
 log = logging.getLogger(__name__)
@@ -133,13 +125,10 @@ class RecoveryModule(LightningModule):
         self.base: Path | None = None  # the pruned base on disk
         self.record: RunRecord | None = None
         self.gradual = False
-        self._zeros = PlannedZeros()
         self.val_perplexity = TokenPerplexity()
         self.val_accuracy = TokenAccuracy()
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
-        self._adapted = False  # prepared for training, and not merged yet
-        self._base_config: dict[str, Any] = {}
-        self._fingerprint = ""
+        self._adapted: Adapted | None = None
         self._tokens_seen = 0
         self._training: Any = None
         self._measurement: Measurement | None = None
@@ -157,12 +146,17 @@ class RecoveryModule(LightningModule):
 
     def forget_model(self) -> None:
         """Drop the model, so that its memory is free for the next one."""
-        self.model, self._zeros = None, PlannedZeros()
+        self.model = self._adapted = None
+
+    @property
+    def _in_training(self) -> bool:
+        """Return whether the model is made ready for training, and not merged yet."""
+        return self._adapted is not None and self._adapted.in_training
 
     @property
     def masks(self) -> WeightMasks | None:
         """Return the masks of sparsified weights; None if there is nothing that needs them."""
-        return self._zeros.masks
+        return self._adapted.zeros.masks if self._adapted is not None else None
 
     def use_base(self, directory: Path, record: RunRecord | None) -> None:
         """Load the pruned base that the callbacks saved; later loads and checkpoints name it."""
@@ -171,12 +165,11 @@ class RecoveryModule(LightningModule):
             directory, dtype=self.dtype_name, trust_remote_code=self.trust_remote_code
         )
         self.base, self.record = directory, record
-        self._adapted = False
 
     def setup(self, stage: str) -> None:
         """Check strategy and output; load the model if no callback did. Lightning calls it."""
         check_strategy(self.trainer)
-        if self._adapted:
+        if self._in_training:
             return
         model = self.load_model()
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -202,30 +195,28 @@ class RecoveryModule(LightningModule):
     def configure_model(self) -> None:
         """Make the model trainable, before the optimizer exists. Lightning calls it."""
         attached = self._trainer is not None  # not in load_from_checkpoint
-        if attached and self.trainer.state.fn == "fit" and not self._adapted:
+        if attached and self.trainer.state.fn == "fit" and not self._in_training:
             self._adapt()
 
     def _adapt(self) -> None:
         model = self.load_model()
-        restore_rwkv_scale(model)
-        self._fingerprint = model_fingerprint(model)
-        self._base_config = json.loads(model.config.to_json_string(use_diff=False))
-        # RWKV halves its weights in eval mode: not while they are trained and checkpointed.
-        if hasattr(model.config, "rescale_every"):
-            model.config.rescale_every = 0
-        if self.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
         if self.recovery == "full" and model.dtype != torch.float32:
             self._warn(
                 f"recovery=full trains {model.dtype} weights, in which small updates are lost; "
                 "set model.dtype=float32 and trainer.precision=bf16-mixed"
             )
-        self._zeros = PlannedZeros.find(model, [Plan.load(f) for f in self._plan_files()])
-        self.model = make_trainable(model, self.recovery, self.lora)
-        if self._zeros.matrices and self.keep_zeros and self.recovery != "none":
-            self._zeros.keep(self.model, growing=self.gradual)
-        self._adapted = True
-        self.model.train()  # from_pretrained leaves eval mode, and Lightning leaves that alone
+        plans = [Plan.load(file) for file in self._plan_files()]
+        self._adapted = Adapted(model, plans, self._settings())
+        self.model = self._adapted.model
+
+    def _settings(self) -> Settings:
+        return Settings(
+            recovery=self.recovery,
+            lora=self.lora,
+            keep_zeros=self.keep_zeros,
+            gradient_checkpointing=self.gradient_checkpointing,
+            growing=self.gradual,
+        )
 
     def _warn(self, text: str) -> None:
         """Warn now and in the report."""
@@ -295,12 +286,13 @@ class RecoveryModule(LightningModule):
         Raises:
             RuntimeError: if a weight that must be zero is not.
         """
-        self._zeros.check()
+        assert self._adapted is not None
+        self._adapted.zeros.check()
         trained, state = self._trained_names(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
         checkpoint[KEY] = {
             **self._describe_training(),
-            "config": self._base_config,
+            "config": self._adapted.config,
             "tokens_seen": self._tokens_seen,
             "masks": self.masks and self.masks.state_dict(),
         }
@@ -312,7 +304,7 @@ class RecoveryModule(LightningModule):
             ValueError: if it was trained on another base or in another way; names both.
         """
         saved = facts_of(checkpoint)
-        if not self._adapted:
+        if not self._in_training:
             self._rebuild(saved)
         check_same_run(saved, self._describe_training())
         check_same_parameters(checkpoint["state_dict"], self._trained_names())
@@ -324,11 +316,12 @@ class RecoveryModule(LightningModule):
         return {name for name, p in self.named_parameters() if p.requires_grad}
 
     def _describe_training(self) -> dict[str, str]:
+        assert self._adapted is not None
         return {
             "base": str(self.base.resolve() if self.base else self.name),
-            "fingerprint": self._fingerprint,
+            "fingerprint": self._adapted.fingerprint,
             "recovery": self.recovery,
-            "zeros": self._zeros.state,
+            "zeros": self._adapted.zeros.state,
         }
 
     def _rebuild(self, saved: dict[str, Any]) -> None:
@@ -348,15 +341,20 @@ class RecoveryModule(LightningModule):
         Raises:
             RuntimeError: if a weight that must be zero is not.
         """
-        adapted = self.model
-        if self._zeros.matrices and not self.keep_zeros and isinstance(adapted, PeftModel):
-            on_rank_zero(self.trainer, lambda: save_adapter(adapted, self._root()))
-        model = self._merged()  # on every rank: a validation may follow
-        on_rank_zero(self.trainer, lambda: self._finish(model))
+        adapted, model = self._adapted, self.model
+        assert adapted is not None
+        if adapted.fills_zeros and isinstance(model, PeftModel):
+            on_rank_zero(self.trainer, lambda: save_adapter(model, self._root()))
+        plain = self.model = adapted.merged()  # on every rank: a validation may follow
+        if adapted.fills_zeros:
+            kept = "; adapter/ holds the adapters unmerged" if self.recovery == "lora" else ""
+            self._warn(adapted.zeros.describe_loss(plain) + kept)
+        on_rank_zero(self.trainer, lambda: self._finish(plain, bool(adapted.zeros.matrices)))
 
-    def _finish(self, model: PreTrainedModel) -> None:
+    def _finish(self, model: PreTrainedModel, sparse: bool) -> None:
         if self.record is not None:
-            self.record.recovery = self._describe_recovery()
+            told = {"keep_zeros": self.keep_zeros} if sparse else {}
+            self.record.recovery = {**self._describe_recovery(), **told}
         hand_over(
             self._root(),
             self.record,
@@ -367,30 +365,6 @@ class RecoveryModule(LightningModule):
             training=self._measurement,
             measure=None if self.recovery == "none" else partial(self.measure_stage, "recovered"),
         )
-
-    def _merged(self) -> PreTrainedModel:
-        """Return the trained model as a plain transformers model, in eval mode."""
-        model = self.model
-        if isinstance(model, PeftModel):
-            model = merge_lora(model)
-        assert isinstance(model, PreTrainedModel)
-        restore_rwkv_scale(model)
-        self._settle_zeros(model)
-        if "rescale_every" in self._base_config:
-            model.config.rescale_every = self._base_config["rescale_every"]
-        if self.gradient_checkpointing:
-            model.activation_checkpointing_disable()
-        self.model, self._adapted = model, False
-        return model.eval()
-
-    def _settle_zeros(self, model: PreTrainedModel) -> None:
-        """Check that zeros were kept, or say how many are left."""
-        self._zeros.check()
-        if self.masks is not None:
-            self.masks.unwatch()
-        elif self._zeros.matrices and not self.keep_zeros and self.recovery != "none":
-            kept = "; adapter/ holds the adapters unmerged" if self.recovery == "lora" else ""
-            self._warn(self._zeros.describe_loss(model) + kept)
 
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer of the loaded model.
@@ -411,7 +385,6 @@ class RecoveryModule(LightningModule):
         return {
             "mode": self.recovery,
             **lora,
-            **({"keep_zeros": self.keep_zeros} if self._zeros.matrices else {}),
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
             "lr_scheduler": self.lr_scheduler_name,

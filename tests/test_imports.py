@@ -22,6 +22,7 @@ LAYERS = (
     {"slicing", "variants", "width"},
     {"rotation", "trials"},
     {"surgery", "evaluation", "recovery", "masking"},
+    {"adaptation"},
     {"saving", "distributed", "checkpoint"},
     {"handover"},
     {"data", "module"},

@@ -595,7 +595,7 @@ def test_plans_are_read_in_the_order_they_were_carried_out_and_only_from_our_dir
 
 class Vandal(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
-        matrix = pl_module._zeros.matrices[0]
+        matrix = pl_module._adapted.zeros.matrices[0]
         matrix.parameter.data[matrix.parameter == 0] = 1.0
 
 
@@ -614,7 +614,7 @@ class Gradual(pl.Callback):
         pl_module.gradual = True
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        for matrix in pl_module._zeros.matrices:
+        for matrix in pl_module._adapted.zeros.matrices:
             if matrix.name.startswith(f"model.layers.{trainer.global_step - 1}."):
                 kept = torch.ones(matrix.parameter.shape, dtype=torch.bool)
                 kept[:, ::2] = False
