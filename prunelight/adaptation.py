@@ -7,11 +7,12 @@ which must not move meanwhile. All of it works in place and is taken off again b
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.architecture import restore_rwkv_scale
@@ -70,6 +71,28 @@ class Adapted:
         """Return whether the recovery may fill zeros that a plan made."""
         kept = self.settings.keep_zeros or self.settings.recovery == "none"
         return bool(self.zeros.matrices) and not kept
+
+    def merged_onto(
+        self, base: PreTrainedModel, plans: Sequence[Plan], trained: Mapping[str, Tensor]
+    ) -> PreTrainedModel:
+        """Return another copy of the base, with what was trained merged into it, in place.
+
+        For models that cannot be merged where they are: sharded or quantized ones.
+
+        Args:
+            base: the weights that training began with, in full precision and not adapted.
+            plans: that led to it.
+            trained: the trained parameters by their name in `model`, whole.
+
+        Raises:
+            RuntimeError, ValueError: as `merged`.
+        """
+        settings = replace(self.settings, gradient_checkpointing=False)
+        other = Adapted(base, plans, settings)
+        other.model.load_state_dict(trained, strict=False)
+        if other.zeros.masks is not None and self.zeros.masks is not None:
+            other.zeros.masks.load_state_dict(self.zeros.masks.state_dict())
+        return other.merged()
 
     def merged(self) -> PreTrainedModel:
         """Return the trained model as a plain transformers model in eval mode, in place.
