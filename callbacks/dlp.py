@@ -32,7 +32,6 @@ from prunelight.architecture import decoder_layers, layers_path, matrices
 from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.gradual import Gradual, Schedule, weights_with_adapters
-from prunelight.metrics import zero_share
 from prunelight.module import RecoveryModule
 from prunelight.plan import Plan, sparsified
 from prunelight.scoring import WeightScore, weight_scores
@@ -347,7 +346,7 @@ class DLP(PruningCallback):
             masks.update(name, mask)
         for optimizer in trainer.optimizers:
             masks.apply(optimizer)
-        share = zero_share(matrix.parameter for matrix in masks.matrices.values())
+        share = masks.share()
         pl_module.log("prune/sparsity", share)
         log.info("step %d: %.1f %% of the decoder linears are zero", step, 100 * share)
 

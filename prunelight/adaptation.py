@@ -7,17 +7,19 @@ which must not move meanwhile. All of it works in place and is taken off again b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from prunelight.architecture import restore_rwkv_scale
 from prunelight.plan import Plan, model_fingerprint
 from prunelight.recovery import LoRA, PlannedZeros, make_trainable, merge_lora
+from prunelight.sharded import shard
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Adapted:
         config: the model's config before, as JSON values.
         zeros: that plans put into the weights.
         in_training: until `merged` is called.
+        sharded: over ranks.
 
     Args:
         model: adapted in place.
@@ -52,7 +55,7 @@ class Adapted:
 
     def __init__(self, model: PreTrainedModel, plans: Sequence[Plan], settings: Settings) -> None:
         restore_rwkv_scale(model)
-        self.settings, self.in_training = settings, True
+        self.settings, self.in_training, self.sharded = settings, True, False
         self.fingerprint = model_fingerprint(model)
         self.config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
         # RWKV halves its weights in eval mode: not while they are trained and checkpointed.
@@ -72,27 +75,30 @@ class Adapted:
         kept = self.settings.keep_zeros or self.settings.recovery == "none"
         return bool(self.zeros.matrices) and not kept
 
-    def merged_onto(
-        self, base: PreTrainedModel, plans: Sequence[Plan], trained: Mapping[str, Tensor]
-    ) -> PreTrainedModel:
-        """Return another copy of the base, with what was trained merged into it, in place.
+    def shard(self, mesh: DeviceMesh, same: Callable[[Any], Any]) -> None:
+        """Shard the model over ranks, in place, see `sharded.shard`; it is merged by `onto`."""
+        shard(self.model, mesh, same)
+        if self.zeros.masks is not None:
+            self.zeros.masks.shard()
+        self.sharded = True
 
-        For models that cannot be merged where they are: sharded or quantized ones.
+    def onto(
+        self, base: PreTrainedModel, plans: Sequence[Plan], trained: Mapping[str, Tensor]
+    ) -> Adapted:
+        """Return another copy of the base with what was trained, for models not to be merged.
+
+        Those are sharded or quantized ones.
 
         Args:
-            base: the weights that training began with, in full precision and not adapted.
+            base: the weights that training began with, in full precision; adapted in place.
             plans: that led to it.
             trained: the trained parameters by their name in `model`, whole.
-
-        Raises:
-            RuntimeError, ValueError: as `merged`.
         """
-        settings = replace(self.settings, gradient_checkpointing=False)
-        other = Adapted(base, plans, settings)
+        other = Adapted(base, plans, replace(self.settings, gradient_checkpointing=False))
         other.model.load_state_dict(trained, strict=False)
         if other.zeros.masks is not None and self.zeros.masks is not None:
             other.zeros.masks.load_state_dict(self.zeros.masks.state_dict())
-        return other.merged()
+        return other
 
     def merged(self) -> PreTrainedModel:
         """Return the trained model as a plain transformers model in eval mode, in place.

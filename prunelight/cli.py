@@ -22,6 +22,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 import prunelight.callbacks
@@ -117,7 +118,11 @@ class CLI(LightningCLI):
         if settings.get("logger") is None:
             root = settings.get("default_root_dir") or Path.cwd()
             kwargs["logger"] = CSVLogger(root, name="logs")
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:  # such as more devices than there are
+            told = str(error).strip().splitlines()[0]
+            raise ValueError(f"no Trainer can be made of these settings: {told}") from error
 
     def before_fit(self) -> None:
         """Refuse a strategy or a checkpoint before any process is started."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -136,23 +135,17 @@ class TextDataModule(LightningDataModule):
         return self._loader(examples, DistributedSampler(examples, **share, seed=self.seed))  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
-        """Batches of the validation examples, in order; over processes, none of them twice.
-
-        Raises:
-            ValueError: if there are fewer examples than processes.
-        """
+        """Batches of the validation examples, in order; over processes, none of them twice."""
         examples = self.examples("validation")
         share = self.trainer and self.trainer.distributed_sampler_kwargs
         if not share:
             return self._loader(examples, None)
-        if len(examples) < share["num_replicas"]:
-            raise ValueError(
-                f"validation={self.sources['validation']!r} holds {len(examples)} examples for "
-                f"{share['num_replicas']} processes; each needs one"
-            )
-        # A plain DistributedSampler repeats examples until all processes have equally many.
-        sampler = UnrepeatedDistributedSampler(examples, **share, shuffle=False)
-        return self._loader(examples, sampler)
+        # FSDP2 needs as many batches in each process: the last ones may hold examples that do not
+        # count, where a plain DistributedSampler would repeat some.
+        ids = examples[0][0]
+        filler = (ids, torch.full_like(ids, text.IGNORED_LABEL))
+        examples = [*examples, *[filler] * (-len(examples) % share["num_replicas"])]
+        return self._loader(examples, DistributedSampler(examples, **share, shuffle=False))  # type: ignore[arg-type]
 
     test_dataloader = val_dataloader
 

@@ -1,19 +1,56 @@
-"""One process or many: which strategies are allowed, and work that one rank does for all."""
+"""One process or many: which strategies are allowed, and work that one rank does for all.
+
+`strategy: fsdp2` is Lightning's ModelParallelStrategy with all processes in one group that shards
+data and weights, and whole checkpoints in one file, as any other strategy writes them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    StrategyRegistry,
+)
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2 over all processes; checkpoints are whole files, which are checked before they load."""
+
+    def __init__(self, **settings: Any) -> None:  # of ModelParallelStrategy, such as timeout
+        super().__init__(
+            tensor_parallel_size=1, **{"save_distributed_checkpoint": False, **settings}
+        )
+
+    def setup_environment(self) -> None:
+        """Let the data-parallel group hold all processes, on all nodes."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Load weights and optimizer into their shards, after the module has checked the file."""
+        module: Any = self.lightning_module
+        if not self._save_distributed_checkpoint:
+            file = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
+            module.check_checkpoint(file)
+        return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, override=True)
 
 
 def check_strategy(trainer: Trainer) -> None:
     """Check that the strategy leaves the right model in the right process.
 
     Raises:
-        ValueError: for spawn and fork strategies, and for sharded ones.
+        ValueError: for spawn and fork strategies, and those that pruning cannot work under.
     """
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
@@ -21,8 +58,26 @@ def check_strategy(trainer: Trainer) -> None:
             f"strategy {name} starts its processes by spawn or fork, after which the main "
             "process holds a model that was never pruned; use strategy=ddp"
         )
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise ValueError(f"strategy {name} is not supported; use one device or strategy=ddp")
+    if isinstance(strategy, DeepSpeedStrategy):
+        _check_deepspeed(strategy)
+    elif isinstance(strategy, ModelParallelStrategy):
+        if strategy._tensor_parallel_size not in (1, "auto"):
+            raise ValueError(
+                f"tensor_parallel_size={strategy._tensor_parallel_size} must be 1: prunelight "
+                "shards by FSDP2 only; use strategy=fsdp2"
+            )
+    elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ValueError(f"strategy {name} is not supported; use one device, ddp or fsdp2")
+
+
+def _check_deepspeed(strategy: DeepSpeedStrategy) -> None:
+    """Refuse the stages that cut weights up, in which nothing here would find them."""
+    stage = strategy.config.get("zero_optimization", {}).get("stage", 0) if strategy.config else 0
+    if stage == 3:
+        raise ValueError(
+            "DeepSpeed stage 3 cuts weights up where masks and merging cannot see them; use "
+            "strategy=fsdp2, or deepspeed_stage_2"
+        )
 
 
 def on_rank_zero(trainer: Trainer, call: Callable[[], str | None]) -> str | None:

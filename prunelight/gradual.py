@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from prunelight.architecture import Matrix
+from prunelight.sharded import whole
 from prunelight.sparsity import Amount, Pattern, lowest_mask, row_mask, wanda_scores
 from prunelight.statistics import InputNorm
 from prunelight.walk import InputStatistics
@@ -160,11 +161,11 @@ def weights_with_adapters(model: nn.Module) -> Callable[[Matrix], Tensor]:
     }
 
     def weight(matrix: Matrix) -> Tensor:
-        stored = matrix.parameter.detach()
+        stored = whole(matrix.parameter.detach())
         layer = adapters.get((matrix.owner, matrix.parameter_name))
         if layer is None:
             return stored
-        delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+        delta = sum(whole(layer.get_delta_weight(name)) for name in layer.active_adapters)
         return stored + (stored != 0) * delta
 
     return weight

@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from prunelight.architecture import Matrix
+from prunelight.sharded import local, local_part
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ def unpack(bits: Tensor, like: Tensor) -> Tensor:
 
 
 def _check_zero(matrix: Matrix, pruned: Tensor) -> None:
-    filled = int(((matrix.parameter != 0) & pruned).sum())  # NaN counts as filled
+    """Check the part of a matrix that this rank has."""
+    filled = int(((local(matrix.parameter) != 0) & pruned).sum())  # NaN counts as filled
     if filled:
         raise RuntimeError(
             f"{filled} weights of {matrix.name} are pruned and no longer zero; train with "
@@ -67,14 +69,15 @@ class ZeroRecord:
             RuntimeError: naming the matrix, and how many of its zeros are filled.
         """
         for matrix, bits in self._zeros:
-            _check_zero(matrix, unpack(bits, matrix.parameter))
+            weight = matrix.parameter
+            _check_zero(matrix, local_part(unpack(bits, weight), weight))
 
 
 class WeightMasks:
     """Masks that keep pruned weights at exactly zero while all weights are trained.
 
-    One byte per weight, in the shape in which the weight is stored (a `Conv1D` holds (I, O)) and
-    on its device.
+    One byte per weight that this rank has, in the shape in which it is stored (a `Conv1D` holds
+    (I, O)) and on its device; once weights are sharded, beside one bit per weight on the CPU.
 
     Attributes:
         matrices: name -> matrix.
@@ -86,13 +89,30 @@ class WeightMasks:
     def __init__(self, matrices: Iterable[Matrix]) -> None:
         self.matrices = {matrix.name: matrix for matrix in matrices}
         self._pruned = {name: m.parameter.detach() == 0 for name, m in self.matrices.items()}
+        self._bits: dict[str, Tensor] = {}  # of the whole masks, where weights are sharded
         self._hooks: list[Any] = []
 
+    def shard(self) -> None:
+        """Keep of each mask what this rank has of its weight, after the weights were sharded."""
+        for name, pruned in self._pruned.items():
+            self._bits[name] = pack(pruned)
+            self._pruned[name] = local_part(pruned, self.matrices[name].parameter)
+
     def pruned(self, name: str) -> Tensor:
-        """Return the mask of a matrix, True where it is pruned, on the device of its weight."""
+        """Return the whole mask of a matrix, True where it is pruned, on the weight's device."""
+        if self._bits:
+            return unpack(self._bits[name], self.matrices[name].parameter)
+        return self._local(name)
+
+    def _local(self, name: str) -> Tensor:
         device = self.matrices[name].parameter.device  # the model may have moved since
         self._pruned[name] = self._pruned[name].to(device)
         return self._pruned[name]
+
+    def share(self) -> float:
+        """Return the share of pruned weights, in [0, 1]."""
+        masks = [self.pruned(name) for name in self.matrices]
+        return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     def update(self, name: str, kept: Tensor) -> None:
         """Prune more of a matrix, in place: what is not in `kept` becomes zero, for good.
@@ -101,11 +121,16 @@ class WeightMasks:
 
         Args:
             name: of the matrix.
-            kept: bool, True where weights stay, in the shape in which the weight is stored.
+            kept: bool, True where weights stay, in the shape in which the whole weight is stored.
         """
         pruned = self.pruned(name)
-        pruned.logical_or_(~kept.to(pruned.device))
+        self._set(name, pruned.logical_or_(~kept.to(pruned.device)))
         self._zero(name, None)
+
+    def _set(self, name: str, pruned: Tensor) -> None:
+        if self._bits:
+            self._bits[name] = pack(pruned)
+        self._pruned[name] = local_part(pruned, self.matrices[name].parameter)
 
     def apply(self, optimizer: Optimizer | None = None) -> None:
         """Set pruned weights, and their entries in the optimizer's state, to zero, in place."""
@@ -114,30 +139,38 @@ class WeightMasks:
 
     @torch.no_grad()
     def _zero(self, name: str, optimizer: Optimizer | None) -> None:
-        weight, pruned = self.matrices[name].parameter, self.pruned(name)
-        weight.masked_fill_(pruned, 0)  # a product with 0 would leave -0.0 and NaN
+        weight, pruned = self.matrices[name].parameter, self._local(name)
+        local(weight).masked_fill_(pruned, 0)  # a product with 0 would leave -0.0 and NaN
         state = optimizer.state.get(weight, {}) if optimizer is not None else {}
         for value in state.values():
             # The codes of an 8-bit optimizer have the same shape, but their 0 is not the value 0.
             entries = isinstance(value, Tensor) and value.shape == weight.shape
             if entries and value.is_floating_point():
-                value.masked_fill_(pruned.to(value.device), 0)
+                local(value).masked_fill_(pruned.to(value.device), 0)
 
     def watch(self, optimizer: Optimizer) -> None:
         """Mask gradients from now on, and weights and state after every step of the optimizer.
 
         Without the gradients' mask, pruned weights would enter the norm that gradients are clipped
-        by, and the update of kept weights in optimizers that mix the entries of a matrix.
+        by, and the update of kept weights in optimizers that mix the entries of a matrix. Sharded
+        weights get theirs from FSDP2, which calls no hooks: call `mask_gradients` before each step.
         """
         for name, matrix in self.matrices.items():
-            if matrix.parameter.requires_grad:
+            if matrix.parameter.requires_grad and not self._bits:
                 # As a hook of the tensor it acts before DDP averages and before anything clips.
                 self._hooks.append(matrix.parameter.register_hook(self._masker(name)))
         step = optimizer.register_step_post_hook(lambda stepped, *_: self.apply(stepped))
         self._hooks.append(step)
 
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Set the gradients of pruned weights to zero, in place, where weights are sharded."""
+        for name, matrix in self.matrices.items() if self._bits else ():
+            if matrix.parameter.grad is not None:
+                local(matrix.parameter.grad).masked_fill_(self._local(name), 0)
+
     def _masker(self, name: str) -> Callable[[Tensor], Tensor]:
-        return lambda gradient: gradient.masked_fill(self.pruned(name), 0)
+        return lambda gradient: gradient.masked_fill(self._local(name), 0)
 
     def unwatch(self) -> None:
         """Undo `watch`."""
@@ -151,7 +184,7 @@ class WeightMasks:
             RuntimeError: naming the matrix, and how many of its pruned weights are not.
         """
         for name, matrix in self.matrices.items():
-            _check_zero(matrix, self.pruned(name))
+            _check_zero(matrix, self._local(name))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the kept weights as bits: matrix name -> uint8, 1/8 byte per weight."""
@@ -167,7 +200,7 @@ class WeightMasks:
         if odd:
             raise ValueError(f"masks of {len(odd)} matrices are only on one side, e.g. {min(odd)}")
         for name, bits in state.items():
-            self._pruned[name] = ~unpack(bits, self.matrices[name].parameter)
+            self._set(name, ~unpack(bits, self.matrices[name].parameter))
         self.apply()
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import AdamW
@@ -36,7 +37,7 @@ from prunelight.evaluation import (
     new_record,
     to_device,
 )
-from prunelight.handover import check_output, hand_over, plan_files, save_adapter
+from prunelight.handover import FINAL, check_output, hand_over, plan_files, save_adapter
 from prunelight.masking import WeightMasks
 from prunelight.metrics import (
     TokenAccuracy,
@@ -48,6 +49,7 @@ from prunelight.models import load, resolve_dtype
 from prunelight.plan import Plan, describe_windows, model_fingerprint
 from prunelight.recovery import LoRA, check_settings, make_schedule
 from prunelight.report import RunRecord, Stage
+from prunelight.sharded import gather_trained, shard
 
 log = logging.getLogger(__name__)
 
@@ -138,11 +140,12 @@ class RecoveryModule(LightningModule):
     def load_model(self) -> PreTrainedModel:
         """Return the model, loading it by name if there is none yet; not for adapted models."""
         if self.model is None:
-            self.model, self.tokenizer = load(
-                self.name, dtype=self.dtype_name, trust_remote_code=self.trust_remote_code
-            )
+            self.model, self.tokenizer = self._read(self.name)
         assert isinstance(self.model, PreTrainedModel)
         return self.model
+
+    def _read(self, name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load(name, dtype=self.dtype_name, trust_remote_code=self.trust_remote_code)
 
     def forget_model(self) -> None:
         """Drop the model, so that its memory is free for the next one."""
@@ -161,9 +164,7 @@ class RecoveryModule(LightningModule):
     def use_base(self, directory: Path, record: RunRecord | None) -> None:
         """Load the pruned base that the callbacks saved; later loads and checkpoints name it."""
         self.forget_model()
-        self.model, self.tokenizer = load(
-            directory, dtype=self.dtype_name, trust_remote_code=self.trust_remote_code
-        )
+        self.model, self.tokenizer = self._read(directory)
         self.base, self.record = directory, record
 
     def setup(self, stage: str) -> None:
@@ -174,6 +175,12 @@ class RecoveryModule(LightningModule):
         model = self.load_model()
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         check_length(model, getattr(datamodule, "seq_len", 0))
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if sharded and model.config._name_or_path != str(self.base or self.name):
+            raise ValueError(
+                "a model in memory cannot be sharded and merged again; save it (prunelight.save) "
+                "and give its directory as name"
+            )
         if stage != "fit":
             return
         self.check_output()
@@ -194,9 +201,18 @@ class RecoveryModule(LightningModule):
 
     def configure_model(self) -> None:
         """Make the model trainable, before the optimizer exists. Lightning calls it."""
-        attached = self._trainer is not None  # not in load_from_checkpoint
-        if attached and self.trainer.state.fn == "fit" and not self._in_training:
+        if self._trainer is None or self._in_training:  # the first in load_from_checkpoint
+            return
+        if self.trainer.state.fn == "fit":
             self._adapt()
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.model is not None
+            assert self.device_mesh is not None
+            mesh, same = self.device_mesh["data_parallel"], self.trainer.strategy.broadcast
+            if self._adapted is not None:
+                self._adapted.shard(mesh, same)
+            else:
+                shard(self.model, mesh, same)
 
     def _adapt(self) -> None:
         model = self.load_model()
@@ -205,8 +221,7 @@ class RecoveryModule(LightningModule):
                 f"recovery=full trains {model.dtype} weights, in which small updates are lost; "
                 "set model.dtype=float32 and trainer.precision=bf16-mixed"
             )
-        plans = [Plan.load(file) for file in self._plan_files()]
-        self._adapted = Adapted(model, plans, self._settings())
+        self._adapted = Adapted(model, self._plans(), self._settings())
         self.model = self._adapted.model
 
     def _settings(self) -> Settings:
@@ -269,6 +284,11 @@ class RecoveryModule(LightningModule):
         by_step = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": by_step}
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Keep gradients of pruned weights out of clipping, where no hook can."""
+        if self.masks is not None:
+            self.masks.mask_gradients()
+
     def on_train_start(self) -> None:
         """Start to measure the recovery."""
         self._training = measuring(self.device)
@@ -306,11 +326,20 @@ class RecoveryModule(LightningModule):
         saved = facts_of(checkpoint)
         if not self._in_training:
             self._rebuild(saved)
-        check_same_run(saved, self._describe_training())
-        check_same_parameters(checkpoint["state_dict"], self._trained_names())
+        if "state_dict" in checkpoint:  # else the strategy has loaded it, after it was checked
+            self.check_checkpoint(checkpoint)
         if self.masks is not None:
             self.masks.load_state_dict(saved["masks"])
         self._tokens_seen = saved["tokens_seen"]
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits the model in training.
+
+        Raises:
+            ValueError: if it was trained on another base or in another way; names both.
+        """
+        check_same_run(facts_of(checkpoint), self._describe_training())
+        check_same_parameters(checkpoint["state_dict"], self._trained_names())
 
     def _trained_names(self) -> set[str]:
         return {name for name, p in self.named_parameters() if p.requires_grad}
@@ -326,6 +355,11 @@ class RecoveryModule(LightningModule):
 
     def _rebuild(self, saved: dict[str, Any]) -> None:
         """Load the base that a checkpoint names and prepare it as in training."""
+        if self._trainer and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                "ckpt_path of a recovery loads under one device or ddp; evaluate final/ instead, "
+                "or set trainer.strategy=auto"
+            )
         if (Path(saved["base"]) / "config.json").is_file():
             self.use_base(Path(saved["base"]), self.record)
         else:
@@ -341,19 +375,40 @@ class RecoveryModule(LightningModule):
         Raises:
             RuntimeError: if a weight that must be zero is not.
         """
-        adapted, model = self._adapted, self.model
+        adapted = self._adapted
         assert adapted is not None
-        if adapted.fills_zeros and isinstance(model, PeftModel):
-            on_rank_zero(self.trainer, lambda: save_adapter(model, self._root()))
-        plain = self.model = adapted.merged()  # on every rank: a validation may follow
+        if adapted.sharded:
+            self._merge_on_rank_zero(adapted)
+            return
+        on_rank_zero(self.trainer, lambda: self._save_adapter(adapted))
+        self.model = adapted.merged()  # on every rank: a validation may follow
+        on_rank_zero(self.trainer, partial(self._finish, self.model, adapted))
+
+    def _save_adapter(self, adapted: Adapted) -> None:
+        """Keep the adapters unmerged too, if merging fills zeros."""
+        if adapted.fills_zeros and isinstance(adapted.model, PeftModel):
+            save_adapter(adapted.model, self._root())
+
+    def _merge_on_rank_zero(self, adapted: Adapted) -> None:
+        """Merge what was trained onto the base as it is on disk; then all ranks have the result."""
+        trained = gather_trained(adapted.model)
+        self.model = None
+
+        def merge() -> None:
+            base, self.tokenizer = self._read(self.base or self.name)
+            other = adapted.onto(base, self._plans(), trained)
+            self._save_adapter(other)
+            self._finish(other.merged(), other)
+
+        on_rank_zero(self.trainer, merge)
+        self.use_base(self._root() / FINAL, self.record)  # a validation may follow
+
+    def _finish(self, model: PreTrainedModel, adapted: Adapted) -> None:
         if adapted.fills_zeros:
             kept = "; adapter/ holds the adapters unmerged" if self.recovery == "lora" else ""
-            self._warn(adapted.zeros.describe_loss(plain) + kept)
-        on_rank_zero(self.trainer, lambda: self._finish(plain, bool(adapted.zeros.matrices)))
-
-    def _finish(self, model: PreTrainedModel, sparse: bool) -> None:
+            self._warn(adapted.zeros.describe_loss(model) + kept)
         if self.record is not None:
-            told = {"keep_zeros": self.keep_zeros} if sparse else {}
+            told = {"keep_zeros": self.keep_zeros} if adapted.zeros.matrices else {}
             self.record.recovery = {**self._describe_recovery(), **told}
         hand_over(
             self._root(),
@@ -379,6 +434,9 @@ class RecoveryModule(LightningModule):
     def _plan_files(self) -> list[Path]:
         """Return the plans that led to the base, or to the directory that is recovered."""
         return plan_files(self.base or Path(self.name).expanduser())
+
+    def _plans(self) -> list[Plan]:
+        return [Plan.load(file) for file in self._plan_files()]
 
     def _describe_recovery(self) -> dict[str, Any]:
         lora = asdict(self.lora) if self.recovery == "lora" else {}

@@ -319,9 +319,9 @@ def test_spawn_and_fork_strategies_are_refused(tmp_path, strategy):
         check_strategy(trainer)
 
 
-def test_a_sharded_strategy_is_refused_by_name(tmp_path):
-    trainer = make_trainer(tmp_path, strategy=ModelParallelStrategy(tensor_parallel_size=1))
-    with pytest.raises(ValueError, match="strategy ModelParallelStrategy is not supported"):
+def test_tensor_parallelism_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, strategy=ModelParallelStrategy(tensor_parallel_size=2))
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 must be 1.*use strategy=fsdp2"):
         check_strategy(trainer)
 
 

@@ -16,7 +16,7 @@ LAYERS = (
     {"files", "sliced", "steps"},
     {"architecture", "plan", "metrics", "statistics", "allocation", "windows"},
     {"plots", "maps", "report", "calibration", "components", "sparsity"},
-    {"walk", "merging"},
+    {"walk", "merging", "sharded"},
     {"scoring", "sparsify", "gradual", "models", "similarity", "sliding", "sublayers"},
     {"importance", "replay", "analysis"},
     {"slicing", "variants", "width"},

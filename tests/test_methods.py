@@ -1,9 +1,13 @@
 """One table of methods; every method must plan, apply, train, resume, save, reload and generate."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import floor
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -202,6 +206,56 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(method, recovery, name,
     parts = parts.state_dict()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert base.stat().st_mtime_ns == written, "the base was made again"
+
+
+@pytest.fixture(scope="module")
+def ranks(name, tmp_path_factory):
+    """Return the directory of the same runs by two processes, all in one launch."""
+    directory = tmp_path_factory.mktemp("ranks")
+    gradual = list(METHODS).index("DLP, gradual")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    runs = ["ddp:lora:", "fsdp2:full:", f"fsdp2:lora:{gradual}", f"fsdp2:full:{gradual}r"]
+    done = subprocess.run(
+        [*launch, Path(__file__).with_name("train_ranks.py"), name, directory, *runs],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return directory
+
+
+@pytest.mark.slow
+def test_two_processes_reach_what_one_reaches(method, recovery, root, ranks):
+    number = list(METHODS.values()).index(method)
+    run = ranks / f"{'ddp' if recovery == 'lora' else 'fsdp2'}-{recovery}-{number}"
+    told = json.loads((run / "digests.json").read_text())
+    assert len(set(told["digests"])) == 1, "the ranks hold different pruned weights"
+    one, two = (
+        json.loads((d / "report.json").read_text())["stages"][-1]["perplexity"] for d in (root, run)
+    )
+    # Sums over two processes round differently, over six steps at a high learning rate.
+    assert two == pytest.approx(one, rel=1e-4)
+    assert told["validated"] == pytest.approx(two, rel=1e-5)
+    assert_planned_zeros(
+        AutoModelForCausalLM.from_pretrained(run / "final"),
+        [prunelight.Plan.load(run / "final" / "plan.json")],
+    )
+
+
+@pytest.mark.slow
+def test_sharded_lora_grows_the_same_zeros_and_a_sharded_run_resumes(ranks):
+    number = list(METHODS).index("DLP, gradual")
+    perplexities = [
+        json.loads((ranks / f"{strategy}-lora-{number}" / "report.json").read_text())["stages"][-1]
+        for strategy in ("ddp", "fsdp2")
+    ]
+    assert perplexities[1]["perplexity"] == pytest.approx(perplexities[0]["perplexity"], rel=1e-4)
+    run = ranks / f"fsdp2-full-{number}"
+    whole = load_file(run / "final-first" / "model.safetensors")
+    parts = load_file(run / "final" / "model.safetensors")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 COMBINATIONS = {
