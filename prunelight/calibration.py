@@ -24,6 +24,7 @@ from prunelight.architecture import (
     restore_rwkv_scale,
     vocabulary_size,
 )
+from prunelight.shares import own_windows
 from prunelight.windows import IGNORED_LABEL
 
 # Token ids (N, T), or those with an attention_mask of the same shape (0 = padding).
@@ -93,9 +94,10 @@ def micro_batches(
 ) -> Iterator[dict[str, Any]]:
     """Yield keyword arguments for the model: `tokens` tokens a time, on the model's device.
 
-    Shows a progress bar named `label` on a terminal.
+    Of shared windows those of this rank: what is summed over micro-batches must be pooled. Shows a
+    progress bar named `label` on a terminal.
     """
-    ids, mask = split_windows(windows)
+    ids, mask = split_windows(own_windows(windows))
     size = max(1, tokens // ids.shape[1])
     starts = range(0, ids.shape[0], size)
     for start in tqdm(starts, desc=label, disable=None if label else True, leave=False):
