@@ -48,7 +48,7 @@ from prunelight.plan import (
 from prunelight.recovery import check_targets
 from prunelight.report import Cost, RunRecord
 from prunelight.saving import check_replaceable, save
-from prunelight.shares import Ranks, SharedWindows, ranks_of, share_windows
+from prunelight.shares import Ranks, ranks_of, share_windows
 from prunelight.steps import Step
 from prunelight.surgery import apply
 
@@ -197,7 +197,7 @@ def _find_or_make(
 def _reuse_base(
     trainer: Trainer,
     module: RecoveryModule,
-    held_out: SharedWindows,
+    held_out: Windows,
     directory: Path,
     record: RunRecord,
 ) -> None:
@@ -223,8 +223,8 @@ def _make_base(
     trainer: Trainer,
     module: RecoveryModule,
     callbacks: Sequence[PruningCallback],
-    windows: SharedWindows,
-    held_out: SharedWindows,
+    windows: Windows,
+    held_out: Windows,
     directory: Path,
     fingerprint: str,
 ) -> None:

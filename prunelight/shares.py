@@ -6,16 +6,18 @@
     model = prunelight.apply(model, plan, windows)
 
 Whatever takes windows takes these; what is no sum over windows (shape, fingerprint, vocabulary) is
-that of all. All ranks must make the same calls. Statistics are added in the dtype in which one
-process adds them, so they equal its own up to the order of additions; the kernels of CKA alone are
-made of tokens of one micro-batch, and shares put others together: another sample of the same
-estimate. Every rank gets rank 0's bytes of a sum, and its plan: no rounding can part their ways.
+that of all. All ranks must make the same calls. A share consists of micro-batches that one process
+would feed, and sums keep their dtype, so that all statistics are those of one process up to the
+order of additions. With fewer micro-batches than ranks they are split: that changes CKA, whose
+kernels are made of tokens of one micro-batch, into another sample of the same estimate. Every rank
+gets rank 0's bytes of a sum, and its plan: no rounding can part their ways.
 """
 
 # N windows, T tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+MICRO_BATCH_TOKENS = 2048
 # How long ranks wait for each other: longer than any evaluation or save of one rank alone takes.
 WAIT = timedelta(hours=6)
 Result = TypeVar("Result")
@@ -58,9 +61,15 @@ class Ranks:
             ranks._waiting = dist.new_group(backend="gloo", timeout=WAIT)
         return ranks
 
-    def rows(self, count: int) -> slice:
-        """Return which of `count` windows are this rank's: neighbours, as many as others +- 1."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+    def rows(self, count: int, unit: int = 1) -> slice:
+        """Return which of `count` windows are this rank's: neighbours, whole units if they suffice.
+
+        As many units as another rank's, or one more or less.
+        """
+        unit = unit if count > unit * (self.size - 1) else 1
+        units = math.ceil(count / unit)
+        start, stop = (units * rank // self.size for rank in (self.rank, self.rank + 1))
+        return slice(start * unit, min(stop * unit, count))
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over ranks, with its dtype and device; alone itself.
@@ -177,6 +186,7 @@ class SharedWindows(Mapping[str, Tensor]):
 
     Attributes:
         ranks: that share them.
+        rows: of this rank.
 
     Raises:
         ValueError: if there are fewer windows than ranks.
@@ -184,13 +194,14 @@ class SharedWindows(Mapping[str, Tensor]):
 
     def __init__(self, windows: Tensor | Mapping[str, Tensor], ranks: Ranks) -> None:
         given = {"input_ids": windows} if isinstance(windows, Tensor) else dict(windows)
-        count = len(given["input_ids"])
+        count, seq_len = len(given["input_ids"]), given["input_ids"].shape[-1]
         if count < ranks.size:
             raise ValueError(
                 f"{count} windows cannot be shared by {ranks.size} ranks, each needs one; give "
                 "more windows (data.num_calibration, data.num_validation) or start fewer processes"
             )
         self.ranks = ranks
+        self.rows = ranks.rows(count, max(1, MICRO_BATCH_TOKENS // max(1, seq_len)))
         self._all = given
 
     def __getitem__(self, name: str) -> Tensor:
@@ -202,28 +213,27 @@ class SharedWindows(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._all)
 
-    def own(self) -> dict[str, Tensor]:
-        """Return this rank's rows."""
-        rows = self.ranks.rows(len(self["input_ids"]))
-        return {name: value[rows] for name, value in self.items()}
-
 
 def share_windows(
     windows: Tensor | Mapping[str, Tensor], ranks: Ranks | None = None
-) -> SharedWindows:
+) -> Tensor | Mapping[str, Tensor]:
     """Share windows out over the ranks of the default process group; see the module's docstring.
 
     A rank that fails raises its own error and leaves the others waiting, which torchrun ends; to
-    end them with that error, run all that uses the windows inside `windows.ranks.together()`.
+    end them with that error, run all that uses the windows inside `ranks.together()`.
 
     Args:
         windows: token ids (N, T), or a mapping with an attention_mask; the same on every rank.
         ranks: those of `Ranks.of_default_group()`, to share several windows; None makes them.
 
+    Returns:
+        `SharedWindows`; for one rank alone the windows themselves.
+
     Raises:
         ValueError: if there are fewer windows than ranks.
     """
-    return SharedWindows(windows, Ranks.of_default_group() if ranks is None else ranks)
+    ranks = Ranks.of_default_group() if ranks is None else ranks
+    return windows if ranks.size == 1 else SharedWindows(windows, ranks)
 
 
 def ranks_of(windows: Tensor | Mapping[str, Tensor]) -> Ranks:
@@ -233,4 +243,11 @@ def ranks_of(windows: Tensor | Mapping[str, Tensor]) -> Ranks:
 
 def own_windows(windows: Tensor | Mapping[str, Tensor]) -> Tensor | Mapping[str, Tensor]:
     """Return the rows of shared windows that this rank feeds; others as they are."""
-    return windows.own() if isinstance(windows, SharedWindows) else windows
+    if not isinstance(windows, SharedWindows):
+        return windows
+    return {name: value[windows.rows] for name, value in windows.items()}
+
+
+def first_row(windows: Tensor | Mapping[str, Tensor]) -> int:
+    """Return which of all windows is the first of `own_windows`."""
+    return windows.rows.start if isinstance(windows, SharedWindows) else 0

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration import Windows, next_token_labels, split_windows
 from prunelight.metrics import next_token_sums
-from prunelight.shares import own_windows
+from prunelight.shares import first_row, own_windows
 from prunelight.slicing import Slicer, check_tokens
 from prunelight.steps import SliceHidden
 from prunelight.walk import LayerWalk
@@ -39,13 +39,12 @@ def sliced_perplexity(
         ValueError: if the windows that are left hold too few tokens, those held out none to
             predict, or states or logits are NaN or Inf.
     """
-    count = len(split_windows(windows)[0])
-    fitted = count - held_out
+    fitted = len(split_windows(windows)[0]) - held_out
     check_tokens(model, first_windows(windows, fitted), step.residual_dims[0])
     labels = next_token_labels(own_windows(windows))
     total, tokens, start = torch.zeros((), dtype=torch.float64), 0, 0
     with LayerWalk(model, windows, device=device, offload=offload, label="try") as walk:
-        fitted -= walk.ranks.rows(count).start  # of this rank's rows, perhaps none or all
+        fitted -= first_row(windows)  # of this rank's rows, perhaps none or all
         counted = walk.positions()
         for positions in counted:
             rows = torch.arange(start, start + len(positions), device=positions.device)

@@ -108,7 +108,8 @@ class LayerWalk:
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield the decoder layers in order, each on the compute device meanwhile."""
         layers = decoder_layers(self.model)
-        for index, layer in enumerate(tqdm(layers, desc=self.label, disable=None, leave=False)):
+        quiet = self.ranks.rank > 0 or None
+        for index, layer in enumerate(tqdm(layers, desc=self.label, disable=quiet, leave=False)):
             self._index, self._layer = index, layer
             with self.placed(layer):
                 yield index, layer
