@@ -2,8 +2,9 @@
 
 A method overrides `plan` and `check`. The first pruning callback of the trainer runs
 all of them in list order, in `setup`, before the optimizer exists: layers removed later would
-stay in it as dead tensors. Rank 0 scores, applies and saves a verified directory; then every rank
-loads the same bytes. A directory with the same fingerprint is reused: a resume never scores again.
+stay in it as dead tensors. Ranks share the windows: all score, plan, apply and evaluate together;
+rank 0 saves a verified directory, and every rank loads the same bytes. A directory with the same
+fingerprint is reused: a resume never scores again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from prunelight.calibration import Windows, check_windows, split_windows
-from prunelight.distributed import check_strategy, on_rank_zero
+from prunelight.distributed import check_strategy, ranks_of_run
 from prunelight.evaluation import (
     Measurement,
     device_name,
@@ -46,6 +48,7 @@ from prunelight.plan import (
 from prunelight.recovery import check_targets
 from prunelight.report import Cost, RunRecord
 from prunelight.saving import check_replaceable, save
+from prunelight.shares import Ranks, ranks_of, share_windows
 from prunelight.steps import Step
 from prunelight.surgery import apply
 
@@ -81,8 +84,8 @@ class PruningCallback(Callback, ABC):
         scores: Mapping[str, Sequence[float | None]],
         found: dict[str, Any] | None = None,
     ) -> Plan:
-        """Return the plan of these steps, with what it was made from."""
-        return Plan(
+        """Return the plan of these steps, with what it was made from; on all ranks rank 0's."""
+        plan = Plan(
             method=type(self).__name__,
             arguments=self.arguments(),
             model=describe_model(model),
@@ -91,6 +94,7 @@ class PruningCallback(Callback, ABC):
             found=found or {},
             steps=steps,
         )
+        return ranks_of(windows).on_zero(lambda: plan)
 
     @abstractmethod
     def check(self, model: PreTrainedModel) -> None:
@@ -144,18 +148,19 @@ def prune_base(
 
     Raises:
         ValueError, TypeError: for arguments or data that do not fit, before the first forward.
-        RuntimeError: on the other ranks, if rank 0 failed.
+        RuntimeError: on the other ranks, if one failed.
     """
     check_strategy(trainer)
     for callback in callbacks:  # on every rank: Lightning counts the steps of all together
         callback.check_run(trainer, module)
-    told = on_rank_zero(trainer, lambda: str(_prune_on_rank_zero(trainer, module, callbacks)))
-    assert told is not None
-    module.use_base(Path(told), _read_measured(Path(told)))
+    ranks = ranks_of_run(trainer)
+    with ranks.together():
+        directory = _find_or_make(trainer, module, callbacks, ranks)
+    module.use_base(directory, _read_measured(directory))
 
 
-def _prune_on_rank_zero(
-    trainer: Trainer, module: RecoveryModule, callbacks: Sequence[PruningCallback]
+def _find_or_make(
+    trainer: Trainer, module: RecoveryModule, callbacks: Sequence[PruningCallback], ranks: Ranks
 ) -> Path:
     datamodule: Any = getattr(trainer, "datamodule", None)
     for needed in ("calibration_windows", "validation_windows"):
@@ -168,41 +173,50 @@ def _prune_on_rank_zero(
     for callback in callbacks:
         callback.check(model)
     check_targets(model, module.lora)
-    windows = datamodule.calibration_windows()
+    windows = share_windows(datamodule.calibration_windows(), ranks)
     for callback in callbacks:
         callback.check_calibration(model, windows)
-    check_windows(model, module.evaluation_windows(trainer))
+    held_out = share_windows(module.evaluation_windows(trainer), ranks)
+    check_windows(model, held_out)
     fingerprint = _base_fingerprint(model, callbacks, windows)
-    directory = Path(trainer.default_root_dir) / f"pruned-{fingerprint}"
-    check_replaceable(directory)
-    record = _read_measured(directory)
+    facts = (fingerprint, fingerprint_of(describe_windows(*split_windows(held_out))))
+    ranks.check_same("the fingerprint of model, arguments and windows", " ".join(facts))
+    root = ranks.on_zero(lambda: str(trainer.default_root_dir))
+    directory = Path(root) / f"pruned-{fingerprint}"
+    ranks.on_zero(partial(check_replaceable, directory))
+    record = ranks.on_zero(lambda: _read_measured(directory))
     if record is None:
-        _make_base(trainer, module, callbacks, windows, directory, fingerprint)
+        _make_base(trainer, module, callbacks, windows, held_out, directory, fingerprint)
     else:
         log.info("reusing %s: same model, arguments and calibration", directory)
-        _reuse_base(trainer, module, directory, record)
+        _reuse_base(trainer, module, held_out, directory, record)
     module.forget_model()
     return directory
 
 
 def _reuse_base(
-    trainer: Trainer, module: RecoveryModule, directory: Path, record: RunRecord
+    trainer: Trainer,
+    module: RecoveryModule,
+    held_out: Windows,
+    directory: Path,
+    record: RunRecord,
 ) -> None:
     """Keep the decision; measure again if text, timing or device of the evaluation are others."""
     record.costs = [replace(cost, reused=True) for cost in record.costs]
-    described = module.describe_evaluation(trainer)
+    described, ranks = module.describe_evaluation(trainer), ranks_of(held_out)
     same = all(record.evaluation.get(k) == described.get(k) for k in ("fingerprint", "latency"))
-    if not same or record.device != device_name(trainer.strategy.root_device):
+    device = ranks.on_zero(lambda: device_name(trainer.strategy.root_device))
+    if not same or record.device != device:
         dense = _to_root_device(module.load_model(), trainer)
-        stages = [module.measure_stage("dense", dense, trainer)]
+        stages = [module.measure_stage("dense", dense, held_out)]
         record.device = device_name(dense.device)
         if len(record.stages) > 1:
             module.use_base(directory, None)
             pruned = _to_root_device(module.load_model(), trainer)
-            stages.append(module.measure_stage("pruned", pruned, trainer))
+            stages.append(module.measure_stage("pruned", pruned, held_out))
             module.base = None
         record.stages, record.evaluation = stages, described
-    _write_measured(directory, record)
+    ranks.on_zero(lambda: _write_measured(directory, record))
 
 
 def _make_base(
@@ -210,6 +224,7 @@ def _make_base(
     module: RecoveryModule,
     callbacks: Sequence[PruningCallback],
     windows: Windows,
+    held_out: Windows,
     directory: Path,
     fingerprint: str,
 ) -> None:
@@ -217,7 +232,7 @@ def _make_base(
     described = module.describe_evaluation(trainer)
     record = new_record(module.name, model, fingerprint, described)
     with measuring(model.device) as dense:
-        record.stages.append(module.measure_stage("dense", model, trainer))
+        record.stages.append(module.measure_stage("dense", model, held_out))
     record.forward_seconds = unit = forward_seconds(model, windows)
 
     def cost(name: str, phase: Measurement) -> None:
@@ -238,13 +253,14 @@ def _make_base(
     record.plans = [plan.to_dict() for plan in plans]
     if not all(callback.gradual for callback in callbacks):
         with measuring(model.device) as phase:
-            record.stages.append(module.measure_stage("pruned", model, trainer))
+            record.stages.append(module.measure_stage("pruned", model, held_out))
         cost("evaluate pruned", phase)
     with measuring(model.device) as phase:
         # What was done to the model before this run still holds: zeros stay planned zeros.
         texts = [file.read_text(encoding="utf-8") for file in plan_files(Path(module.name))]
         texts += [json.dumps(plan.to_dict(), indent=1) + "\n" for plan in plans]
-        saved = save(
+        writing = partial(
+            save,
             model,
             module.checked_tokenizer(),
             directory,
@@ -252,10 +268,11 @@ def _make_base(
             trust_remote_code=module.trust_remote_code,
             export_remote_code=any(callback.export_remote_code for callback in callbacks),
         )
+        saved = ranks_of(windows).on_zero(writing)
     cost("save and verify pruned", phase)
     record.verification[directory.name] = saved.verification
     record.stages[-1] = replace(record.stages[-1], size_bytes=saved.size_bytes)
-    _write_measured(directory, record)
+    ranks_of(windows).on_zero(lambda: _write_measured(directory, record))
 
 
 def _to_root_device(model: PreTrainedModel, trainer: Trainer) -> PreTrainedModel:

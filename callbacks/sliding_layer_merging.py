@@ -216,6 +216,7 @@ class SlidingLayerMerging(PruningCallback):
         positions = replay.walk.positions(max(1, self.ignore_first_tokens))
         for batch, where in enumerate(positions):
             cka.update(states[batch][where.to(states[batch].device)] for states in replay.inputs)
+        cka.pool(replay.walk.ranks)
         try:
             return [[round(value, 4) for value in row] for row in cka.result().tolist()]
         except ValueError as error:

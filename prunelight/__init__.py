@@ -18,7 +18,17 @@ from prunelight.evaluation import perplexity  # noqa: E402
 from prunelight.models import load  # noqa: E402
 from prunelight.plan import Plan  # noqa: E402
 from prunelight.saving import save  # noqa: E402
+from prunelight.shares import share_windows  # noqa: E402
 from prunelight.surgery import apply  # noqa: E402
 from prunelight.windows import calibration_windows  # noqa: E402
 
-__all__ = ["Plan", "analyze", "apply", "calibration_windows", "load", "perplexity", "save"]
+__all__ = [
+    "Plan",
+    "analyze",
+    "apply",
+    "calibration_windows",
+    "load",
+    "perplexity",
+    "save",
+    "share_windows",
+]

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,8 @@ from prunelight.calibration import (
 )
 from prunelight.plan import describe_model, describe_windows
 from prunelight.scoring import angular_distance, check_finite, last_positions
-from prunelight.statistics import CKA, MeanCosine
+from prunelight.shares import Ranks, ranks_of
+from prunelight.statistics import CKA, MeanCosine, exact_median
 
 KERNELS = ("linear", "rbf")
 _ATTENTION_BATCHES = 4  # micro-batches whose attention weights are looked at
@@ -116,6 +118,7 @@ def analyze(
             with watching_layers(model, seen.visit):
                 run_layers(model, batch)
             seen.end()
+    seen.pool(ranks_of(windows))
     return Analysis(
         model=describe_model(model),
         calibration=describe_windows(*split_windows(windows)),
@@ -124,11 +127,7 @@ def analyze(
         block_influence=[1 - layer.result() for layer in seen.cosines],
         block_influence_first_token=[1 - layer.first_result() for layer in seen.cosines],
         angular_distance=[(row / seen.samples).tolist() for row in seen.angles],
-        token_norms={
-            "median": [torch.cat(norms).median().item() for norms in seen.norms],
-            "largest": [torch.cat(norms).max().item() for norms in seen.norms],
-            "first token": [torch.cat(norms).mean().item() for norms in seen.first_norms],
-        },
+        token_norms=seen.token_norms(ranks_of(windows)),
         attention_to_first_token=attention_to_first_token(model, windows),
     )
 
@@ -172,6 +171,25 @@ class _Seen:
         self.samples += states.shape[1]
         for size, row in enumerate(self.angles, start=1):
             row += angular_distance(states[:-size], states[size:]).sum(1).double().cpu()
+
+    def pool(self, ranks: Ranks) -> None:
+        """Add up the sums of all ranks, in place; norms stay those of this one."""
+        self.cka.pool(ranks)
+        for cosine in self.cosines:
+            cosine.pool(ranks)
+        self.samples = int(ranks.totals(self.samples)[0])
+        self.angles = [ranks.sum(row) for row in self.angles]
+
+    def token_norms(self, ranks: Ranks) -> dict[str, list[float]]:
+        firsts = [ranks.gather(torch.cat(norms).tolist()) for norms in self.first_norms]
+        largest = [ranks.gather(torch.cat(norms).max().item()) for norms in self.norms]
+        return {
+            "median": [exact_median(partial(iter, norms), ranks) for norms in self.norms],
+            "largest": [max(values) for values in largest],
+            "first token": [
+                torch.tensor([*chain.from_iterable(values)]).mean().item() for values in firsts
+            ],
+        }
 
 
 @torch.no_grad()

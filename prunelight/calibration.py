@@ -24,6 +24,7 @@ from prunelight.architecture import (
     restore_rwkv_scale,
     vocabulary_size,
 )
+from prunelight.shares import MICRO_BATCH_TOKENS, own_windows, ranks_of
 from prunelight.windows import IGNORED_LABEL
 
 # Token ids (N, T), or those with an attention_mask of the same shape (0 = padding).
@@ -31,7 +32,6 @@ Windows: TypeAlias = Tensor | Mapping[str, Tensor]
 # Called as visit(layer index, input (B, T, D), output (B, T, D)).
 Visit: TypeAlias = Callable[[int, Tensor, Tensor], None]
 
-MICRO_BATCH_TOKENS = 2048
 # Config fields that make a model give more than hidden states and logits.
 _SIDE_OUTPUTS = ("use_cache", "output_router_logits")
 
@@ -93,12 +93,14 @@ def micro_batches(
 ) -> Iterator[dict[str, Any]]:
     """Yield keyword arguments for the model: `tokens` tokens a time, on the model's device.
 
-    Shows a progress bar named `label` on a terminal.
+    Of shared windows those of this rank: what is summed over micro-batches must be pooled. Shows a
+    progress bar named `label` on a terminal.
     """
-    ids, mask = split_windows(windows)
+    ids, mask = split_windows(own_windows(windows))
     size = max(1, tokens // ids.shape[1])
     starts = range(0, ids.shape[0], size)
-    for start in tqdm(starts, desc=label, disable=None if label else True, leave=False):
+    quiet = not label or ranks_of(windows).rank > 0
+    for start in tqdm(starts, desc=label, disable=quiet or None, leave=False):
         batch = {"input_ids": ids[start : start + size].to(model.device)}
         if mask is not None:
             batch["attention_mask"] = mask[start : start + size].to(model.device)

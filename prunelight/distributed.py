@@ -1,4 +1,4 @@
-"""One process or many: which strategies are allowed, and work that one rank does for all.
+"""One process or many: which strategies are allowed, and which ranks share the work of a run.
 
 `strategy: fsdp2` is Lightning's ModelParallelStrategy with all processes in one group that shards
 data and weights, and whole checkpoints in one file, as any other strategy writes them.
@@ -19,6 +19,8 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from prunelight.shares import Ranks
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -86,17 +88,9 @@ def on_rank_zero(trainer: Trainer, call: Callable[[], str | None]) -> str | None
     Raises:
         RuntimeError: on the other ranks, if rank 0 failed; there its own error.
     """
-    result: str | None = None
-    failure: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            result = call()
-        except Exception as error:  # the other ranks wait for word
-            failure = error
-    told = (result, None if failure is None else str(failure))
-    result, reason = trainer.strategy.broadcast(told)
-    if failure is not None:
-        raise failure
-    if reason is not None:
-        raise RuntimeError(f"rank 0 failed: {reason}")
-    return result
+    return ranks_of_run(trainer).on_zero(call)
+
+
+def ranks_of_run(trainer: Trainer) -> Ranks:
+    """Return the ranks of a run, one alone where the trainer started no others."""
+    return Ranks.of_default_group() if trainer.world_size > 1 else Ranks()

@@ -35,6 +35,7 @@ from prunelight.calibration import (
 from prunelight.metrics import next_token_sums, parameter_bytes, parameter_count, zero_share
 from prunelight.plan import library_versions
 from prunelight.report import RunRecord, Stage
+from prunelight.shares import own_windows, ranks_of
 
 # Logits are the largest tensor of an evaluation: (tokens, vocabulary) in the model's dtype.
 _EVALUATION_TOKENS = 1024
@@ -67,13 +68,14 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
         ValueError: if windows are not token ids, or nothing is predicted.
     """
     ids, _ = split_windows(windows)
-    labels, sums, start = next_token_labels(windows), torch.zeros(3, dtype=torch.float64), 0
+    labels = next_token_labels(own_windows(windows))
+    sums, start = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
         for batch in micro_batches(model, windows, tokens=_EVALUATION_TOKENS, label="evaluation"):
             wanted = labels[start : start + len(batch["input_ids"])]
             start += len(wanted)
             sums += torch.stack(next_token_sums(model(**batch).logits, wanted)).double()
-    nll, correct, tokens = sums
+    nll, correct, tokens = ranks_of(windows).sum(sums)
     if tokens == 0:
         raise ValueError(
             f"windows of shape {tuple(ids.shape)} predict 0 tokens; each needs two tokens or more, "
@@ -205,7 +207,7 @@ def _seconds(model: PreTrainedModel, call: Callable[[], object]) -> float:
 def forward_seconds(model: PreTrainedModel, windows: Windows) -> float:
     """Estimate F: seconds of one forward of the windows through the whole model.
 
-    Times up to two micro-batches after a warm-up and scales to all windows.
+    Times up to two micro-batches after a warm-up and scales to all windows, of all ranks too.
     """
     ids, _ = split_windows(windows)
     sizes, seconds = [], []
@@ -223,9 +225,14 @@ def measure_stage(
     windows: Windows,
     latency_of: Callable[[PreTrainedModel], Latency] | None = None,
 ) -> Stage:
-    """Measure one state of a model for the report: sizes, zeros, quality on windows, and speed."""
-    latency = None if latency_of is None else latency_of(model)  # may find its text too long
-    quality, speed = evaluate(model, windows), measure_speed(model)
+    """Measure one state of a model for the report: sizes, zeros, quality on windows, and speed.
+
+    Ranks that share the windows evaluate together; the first alone takes the time.
+    """
+    ranks = ranks_of(windows)
+    # Before anything that takes long: it may find its text too long.
+    latency = None if latency_of is None else ranks.on_zero(partial(latency_of, model))
+    quality, speed = evaluate(model, windows), ranks.on_zero(partial(measure_speed, model))
     return Stage(
         name=name,
         num_layers=len(decoder_layers(model)),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from prunelight.architecture import decoder_layers
 from prunelight.calibration import Windows, evaluating, micro_batches, next_token_labels
 from prunelight.metrics import next_token_loss
+from prunelight.shares import ranks_of
 from prunelight.windows import IGNORED_LABEL
 
 _TRAINING_TOKENS = 1024  # of a micro-batch with gradients
@@ -62,15 +63,21 @@ def saliencies(
                     loss = next_token_loss(model(**batch).logits, labels) * tokens
                     loss.backward()
                 total += tokens
-            if total == 0:
+            ranks = ranks_of(windows)
+            count = ranks.totals(total)[0]
+            if count == 0:
                 raise ValueError("windows predict 0 tokens; each needs two that are no padding")
-            found = {n: sums[n].mul_(p).abs_().div_(total) for n, p in parameters.items()}
+            for name, p in parameters.items():
+                if name not in sums:  # of an expert that no token of this rank reached
+                    sums[name] = torch.zeros_like(p, dtype=torch.float32)
+                sums[name] = ranks.sum(sums[name]).mul_(p).abs_().div_(count)
         finally:
             for handle in handles:
                 handle.remove()
             for parameter, (required, gradient) in flags.items():
                 parameter.requires_grad_(required)
                 parameter.grad = gradient
+    found = {name: sums[name] for name in parameters}
     for name, saliency in found.items():
         if not bool(saliency.isfinite().all()):
             raise ValueError(

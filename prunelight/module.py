@@ -457,14 +457,14 @@ class RecoveryModule(LightningModule):
     # --- the record of the run ---------------------------------------------------------------
 
     def measure_stage(
-        self, name: str, model: PreTrainedModel, trainer: Trainer | None = None
+        self, name: str, model: PreTrainedModel, windows: Windows | None = None
     ) -> Stage:
-        """Measure one state of the model for the report, on the held-out windows."""
+        """Measure one state of the model for the report, on the held-out windows (or a share)."""
         timing = None
         if self.latency is not None:
             tokenizer = self.checked_tokenizer()
             timing = partial(measure_latency, tokenizer=tokenizer, protocol=self.latency)
-        windows = self.evaluation_windows(trainer or self.trainer)
+        windows = self.evaluation_windows(self.trainer) if windows is None else windows
         return measure_stage(name, model, windows, timing)
 
     def evaluation_windows(self, trainer: Trainer) -> Windows:

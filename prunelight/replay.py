@@ -86,7 +86,8 @@ class Replay:
             self._similarity: Similarity = similarity_to(
                 self.walk, self.inputs[-1], self.criterion, ignore_first_tokens=ignored
             )
-            bar = tqdm(desc=self.criterion, unit=" variants", disable=None, leave=False)
+            quiet = self.walk.ranks.rank > 0 or None
+            bar = tqdm(desc=self.criterion, unit=" variants", disable=quiet, leave=False)
             self._bar = stack.enter_context(bar)
             self._stack = stack.pop_all()
         return self

@@ -120,6 +120,7 @@ def share_rotation(
         gram = Gram(hidden)
         for states in _residuals(walk):
             gram.update(signal_of(states, step.signal, centered=False))
+        gram.pool(walk.ranks)
     basis, explained = principal_components(gram.result(), width)
     if step.orientation == "random":
         generator = torch.Generator().manual_seed(step.seed)

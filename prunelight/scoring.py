@@ -32,6 +32,7 @@ from prunelight.calibration import (
     run_layers,
     watching_layers,
 )
+from prunelight.shares import ranks_of
 from prunelight.sparsity import wanda_scores
 from prunelight.statistics import InputNorm, MeanCosine, exact_median
 from prunelight.walk import InputStatistics, LayerWalk
@@ -169,7 +170,8 @@ def _influences(
 
             with watching_layers(model, visit):
                 run_layers(model, batch)
-    return sums
+    ranks = ranks_of(windows)
+    return {name: [layer.pool(ranks) for layer in layers] for name, layers in sums.items()}
 
 
 def _told(layers: Sequence[MeanCosine]) -> BlockInfluence:
@@ -225,9 +227,11 @@ def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> li
             for start in range(count - size + 1):
                 distance = angular_distance(states[start], states[start + size])
                 totals[start] += distance.sum().item()
-    if num_samples == 0:
+    ranks = ranks_of(windows)
+    (samples,), totals = ranks.totals(num_samples), ranks.sum(totals)
+    if samples == 0:
         raise ValueError("0 tokens were counted; mask less")
-    return (totals / num_samples).tolist()
+    return (totals / samples).tolist()
 
 
 def last_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -288,14 +292,16 @@ def weight_scores(
     """
     scores: dict[str, float] = {}
     with LayerWalk(model, windows, device=device, offload=offload, label=f"{score} score") as walk:
+        tokens = walk.counted()
         for index, _ in walk.layers():
             found = layer_matrices(model, index)
             seen = InputStatistics(found, InputNorm)
             for batch, mask in enumerate(walk.masks):
                 with seen.watching(mask):
                     walk.states[batch] = walk.forward(batch).to(walk.store)
+            seen.pool(walk.ranks)
             for group in [[matrix] for matrix in found] if by_matrix else [found]:
-                parts = partial(_wanda_parts, group, seen, walk.counted())
+                parts = partial(_wanda_parts, group, seen, tokens)
                 scores |= dict.fromkeys(
                     (matrix.name for matrix in group), _summed_up(parts, score, outlier_factor)
                 )

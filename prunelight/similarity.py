@@ -3,7 +3,8 @@
 Four criteria, all 1 for the model itself and lower for what differs more: cosine of the final
 normed hidden states (SLM, arXiv:2502.19159), debiased linear CKA of them, exp(-KL) of the
 next-token distributions, and exp(-(NLL - NLL of the model)), the ratio of perplexities. The first
-two run no head, the others once for each measurement. Padding does not count.
+two run no head, the others once for each measurement. Padding does not count. Where ranks share
+the windows, each keeps what it needs of the model for its own rows, and sums are those of all.
 """
 
 # B sequences, T tokens, D hidden, V vocabulary
@@ -20,6 +21,7 @@ from torch.nn.functional import pad
 
 from prunelight.calibration import split_windows
 from prunelight.metrics import next_token_sums
+from prunelight.shares import own_windows
 from prunelight.statistics import CKA, MeanCosine
 from prunelight.walk import LayerWalk
 from prunelight.windows import IGNORED_LABEL
@@ -48,10 +50,15 @@ def similarity_to(
     if criterion not in CRITERIA:
         raise ValueError(f"criterion={criterion!r} must be one of {', '.join(CRITERIA)}")
     counted = [mask.to(walk.model.device) for mask in walk.positions(ignore_first_tokens)]
-    if not any(bool(mask.any()) for mask in counted):
+    if not _total(walk, counted):
         raise ValueError(f"ignore_first_tokens={ignore_first_tokens} leaves no token to count")
     make = {"cosine": _cosine, "cka": _cka, "kl": _kl, "nll": _nll}[criterion]
     return make(walk, states, counted)
+
+
+def _total(walk: LayerWalk, masks: Sequence[Tensor]) -> float:
+    """Return how many tokens of all ranks are marked."""
+    return walk.ranks.totals(sum(int(mask.sum()) for mask in masks))[0]
 
 
 def _cosine(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -> Similarity:
@@ -61,7 +68,7 @@ def _cosine(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]
         mean = MeanCosine()
         for mine, other, mask in zip(ours, others, counted, strict=True):
             mean.update(mine, walk.finish(other), mask, None)
-        return mean.result()
+        return mean.pool(walk.ranks).result()
 
     return measure
 
@@ -73,6 +80,7 @@ def _cka(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -
         cka = CKA(2)
         for mine, other, mask in zip(ours, others, counted, strict=True):
             cka.update((mine[mask], other[mask]))
+        cka.pool(walk.ranks)
         return cka.result()[0, 1].item()
 
     cka_with(ours)  # raises if the model's own states are constant
@@ -87,11 +95,11 @@ def _cka(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -
 
 
 def _nll(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -> Similarity:
-    ids = split_windows(walk.windows)[0].to(walk.model.device)
+    ids = split_windows(own_windows(walk.windows))[0].to(walk.model.device)
     # Position t predicts t + 1: both must count.
     keep = [pad(mask[:, :-1] & mask[:, 1:], (1, 0)) for mask in counted]
     labels = ids.masked_fill(~torch.cat(keep), IGNORED_LABEL).split([len(mask) for mask in keep])
-    if not any(bool(mask.any()) for mask in keep):
+    if not _total(walk, keep):
         raise ValueError(
             f"windows of shape {tuple(ids.shape)} predict 0 tokens that count; each needs two that "
             "are no padding and not ignored"
@@ -102,7 +110,10 @@ def _nll(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -
             next_token_sums(logits, labels[batch][row : row + 1])
             for batch, row, logits in _logits(walk, others)
         ]
-        return float(sum(nll for nll, _, _ in sums) / sum(tokens for *_, tokens in sums))
+        nll, tokens = walk.ranks.totals(
+            float(sum(nll for nll, _, _ in sums)), int(sum(tokens for *_, tokens in sums))
+        )
+        return nll / tokens
 
     own = mean_nll(states)
     return lambda others: math.exp(own - mean_nll(others))
@@ -110,14 +121,14 @@ def _nll(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -
 
 def _kl(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -> Similarity:
     """Compare distributions; see `_CrossEntropy` for why one head application is enough."""
-    cross_entropy = _CrossEntropy(walk, states)
+    cross_entropy, tokens = _CrossEntropy(walk, states), _total(walk, counted)
 
     def mean(others: Sequence[Tensor]) -> float:
         total = 0.0
         for batch, row, logits in _logits(walk, others):
             entropies = cross_entropy(batch, row, others[batch][row], logits[0])
             total += entropies[counted[batch][row]].double().sum().item()
-        return total / sum(int(mask.sum()) for mask in counted)
+        return walk.ranks.totals(total)[0] / tokens
 
     own = mean(states)  # the entropy, by the same sums: the model itself is at exactly 1
     return lambda others: math.exp(own - mean(others))

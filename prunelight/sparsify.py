@@ -47,8 +47,8 @@ class Outcome:
         sparsity: name of a matrix -> share of zeros it now has.
         layer_sparsity: of each decoder layer, the share of zeros in all its matrices.
         reconstruction_error: of each decoder layer, ||Y' - Y||^2 / ||Y - X||^2 over the first
-            micro-batch: its input X, dense output Y and sparse output Y'; over ||Y||^2 if the
-            model is sliced; empty for magnitude.
+            micro-batch (of each rank): its input X, dense output Y and sparse output Y'; over
+            ||Y||^2 if the model is sliced; empty for magnitude.
         notes: what a reader should know about the run.
     """
 
@@ -117,6 +117,7 @@ def _sparsify_layer(
         with seen.watching(walk.masks[batch]):
             output = walk.forward(batch)
         dense = output if batch == 0 else dense
+    seen.pool(walk.ranks)
     for group in seen.groups():
         with _naming(group):
             _solve(group, step, seen, outcome)
@@ -130,8 +131,9 @@ def _sparsify_layer(
     real = slice(None) if walk.masks[0] is None else walk.masks[0]
     x, y, pruned = (state[real].float() for state in (before, dense, sparse))
     change = y if is_sliced(model) else y - x  # sliced: in another basis than x
-    error = (pruned - y).square().sum() / change.square().sum().clamp(min=1e-30)
-    outcome.reconstruction_error.append(error.item())
+    sums = torch.stack([(pruned - y).square().sum(), change.square().sum()])
+    error, scale = walk.ranks.sum(sums)
+    outcome.reconstruction_error.append((error / scale.clamp(min=1e-30)).item())
 
 
 @contextmanager

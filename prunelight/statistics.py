@@ -1,7 +1,8 @@
 """Streaming accumulators: `update` with the tokens of one micro-batch, `result` at the end.
 
 They hold running sums, never a list of states, so memory does not grow with the calibration set.
-Padding is masked by the caller.
+Padding is masked by the caller. `pool` replaces the sums by those of all ranks that share the
+windows; it comes once, after the last update.
 """
 
 # B sequences, T tokens, D hidden, I in_features, M representations, n tokens of a chunk
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+
+from prunelight.shares import Ranks
 
 
 class MeanCosine:
@@ -41,6 +44,13 @@ class MeanCosine:
         self.count += counted.numel()
         self.first_total += heads.cpu().double().sum().item()
         self.first_count += heads.numel()
+
+    def pool(self, ranks: Ranks) -> MeanCosine:
+        """Add up the sums of all ranks, in place."""
+        mine = (self.total, self.count, self.first_total, self.first_count)
+        self.total, count, self.first_total, first_count = ranks.totals(*mine)
+        self.count, self.first_count = int(count), int(first_count)
+        return self
 
     def result(self) -> float:
         """Return the mean cosine over all counted tokens, in [-1, 1].
@@ -85,6 +95,11 @@ class InputNorm:
         self.tokens += len(x)
         self.squares = self.squares.to(x.device) + x.float().square().sum(0)
 
+    def pool(self, ranks: Ranks) -> None:
+        """Add up the sums of all ranks, in place."""
+        self.tokens = int(ranks.totals(self.tokens)[0])
+        self.squares = ranks.sum(self.squares)
+
     def norms(self) -> Tensor:
         """Return ||X_j||_2 over all tokens, (I,); ones if all are zero, which ranks by |W|.
 
@@ -124,6 +139,13 @@ class InputVariance(InputNorm):
         self.deviations = self.deviations.to(x.device) + (x - mean).square().sum(0)
         self.deviations += shift.square() * (before * len(x) / self.tokens)
 
+    def pool(self, ranks: Ranks) -> None:
+        """Join the means and squared deviations of all ranks, in place."""
+        own, mean = self.tokens, self.mean
+        super().pool(ranks)
+        self.mean = ranks.sum(mean * (own / max(1, self.tokens)))
+        self.deviations = ranks.sum(self.deviations + own * (mean - self.mean).square())
+
     def variance(self) -> Tensor:
         """Return the variance of each feature, (I,)."""
         return self.deviations / max(1, self.tokens)
@@ -152,6 +174,15 @@ class Hessian(InputNorm):
             block = slice(start, start + self._BLOCK)
             self.product[block, start:].addmm_(x[:, block].T, x[:, start:])
         self.squares = self.product.diagonal()
+
+    def pool(self, ranks: Ranks) -> None:
+        """Add up the products of all ranks, in place."""
+        self.tokens = int(ranks.totals(self.tokens)[0])
+        if self.tokens:
+            if self.product is None:  # tokens of other ranks alone reached this expert
+                self.product = torch.zeros(*self.squares.shape * 2, dtype=self._DTYPE)
+            self.product = ranks.sum(self.product)
+            self.squares = self.product.diagonal()
 
     def result(self) -> Tensor:
         """Return X^T X, (I, I); the identity if no token was seen, which ranks by |W|.
@@ -228,6 +259,10 @@ class CKA:
         """Add all M representations of one micro-batch, each (tokens, D)."""
         self.add([self.kernels(state) for state in states])
 
+    def pool(self, ranks: Ranks) -> None:
+        """Add up the sums of all ranks, in place."""
+        self.sums = ranks.sum(self.sums)
+
     def result(self) -> Tensor:
         """Return the CKA of every pair, (M, M) float64, about 0 (independent) to 1 (alike).
 
@@ -254,16 +289,19 @@ def _hsic(kernels: Tensor) -> Tensor:
     return (traces + products - 2 / (n - 2) * rows @ rows.T) / (n * (n - 3))
 
 
-def exact_median(parts: Callable[[], Iterable[Tensor]]) -> float:
+def exact_median(parts: Callable[[], Iterable[Tensor]], ranks: Ranks | None = None) -> float:
     """Return the lower median over parts without joining them, as torch.median of all would.
 
     Two histograms of 16 bits each: non-negative floats are ordered as their bit patterns are.
 
     Args:
         parts: gives the same non-negative float32 tensors each time it is called.
+        ranks: whose parts count; None means that this one has them all.
     """
+    ranks = ranks or Ranks()
     high = sum(torch.bincount(_bits(part) >> 16, minlength=1 << 16) for part in parts())
     assert isinstance(high, Tensor)
+    high = ranks.sum(high)
     rank = (int(high.sum()) - 1) // 2
     top, rank = _bin_of(high, rank)
     low = sum(
@@ -271,6 +309,7 @@ def exact_median(parts: Callable[[], Iterable[Tensor]]) -> float:
         for bits in map(_bits, parts())
     )
     assert isinstance(low, Tensor)
+    low = ranks.sum(low)
     bottom, _ = _bin_of(low, rank)
     return torch.tensor(top << 16 | bottom, dtype=torch.int32).view(torch.float32).item()
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration import Windows, next_token_labels, split_windows
 from prunelight.metrics import next_token_sums
+from prunelight.shares import first_row, own_windows
 from prunelight.slicing import Slicer, check_tokens
 from prunelight.steps import SliceHidden
 from prunelight.walk import LayerWalk
@@ -40,9 +41,10 @@ def sliced_perplexity(
     """
     fitted = len(split_windows(windows)[0]) - held_out
     check_tokens(model, first_windows(windows, fitted), step.residual_dims[0])
-    labels = next_token_labels(windows)
+    labels = next_token_labels(own_windows(windows))
     total, tokens, start = torch.zeros((), dtype=torch.float64), 0, 0
     with LayerWalk(model, windows, device=device, offload=offload, label="try") as walk:
+        fitted -= first_row(windows)  # of this rank's rows, perhaps none or all
         counted = walk.positions()
         for positions in counted:
             rows = torch.arange(start, start + len(positions), device=positions.device)
@@ -55,15 +57,17 @@ def sliced_perplexity(
             first = max(0, fitted - start)
             if first < len(state):
                 logits = walk.finish(state[first:], head=True)
-                nll, _, count = next_token_sums(logits, labels[start + first : start + len(state)])
-                total, tokens = total + nll, tokens + int(count)
+                wanted = labels[start + first : start + len(state)]
+                nll, _, predicted = next_token_sums(logits, wanted)
+                total, tokens = total + nll, tokens + int(predicted)
             start += len(state)
-    if not (tokens and math.isfinite(total)):
+    loss, seen = walk.ranks.totals(total.item(), tokens)
+    if not (seen and math.isfinite(loss)):
         raise ValueError(
-            f"the {held_out} windows held out cannot judge a slicing: {tokens} tokens to predict, "
-            f"loss {total.item()}; give other calibration text, or one base_ratio"
+            f"the {held_out} windows held out cannot judge a slicing: {seen:.0f} tokens to "
+            f"predict, loss {loss}; give other calibration text, or one base_ratio"
         )
-    return math.exp(min(total.item() / tokens, 700.0))
+    return math.exp(min(loss / seen, 700.0))
 
 
 def first_windows(windows: Windows, count: int) -> Windows:

@@ -28,6 +28,7 @@ from prunelight.calibration import (
     micro_batches,
     run_layers,
 )
+from prunelight.shares import Ranks, ranks_of
 from prunelight.statistics import InputNorm
 
 _PROBE_TOKENS = 8
@@ -46,6 +47,7 @@ class LayerWalk:
     Attributes:
         states: hidden states (B, T, D) of each micro-batch before the current layer.
         masks: attention mask (B, T) of each micro-batch, bool, or None without padding.
+        ranks: that share the windows; states and masks are those of this one's rows.
 
     Args:
         model: in any place; its mode, cache setting and device are restored on exit.
@@ -69,6 +71,7 @@ class LayerWalk:
         label: str = "",
     ) -> None:
         self.model, self.windows, self.label = model, windows, label
+        self.ranks = ranks_of(windows)
         self.device = device or model.device
         self.store = torch.device("cpu") if offload else self.device
         self.states: list[Tensor] = []
@@ -105,7 +108,8 @@ class LayerWalk:
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield the decoder layers in order, each on the compute device meanwhile."""
         layers = decoder_layers(self.model)
-        for index, layer in enumerate(tqdm(layers, desc=self.label, disable=None, leave=False)):
+        quiet = self.ranks.rank > 0 or None
+        for index, layer in enumerate(tqdm(layers, desc=self.label, disable=quiet, leave=False)):
             self._index, self._layer = index, layer
             with self.placed(layer):
                 yield index, layer
@@ -170,8 +174,8 @@ class LayerWalk:
         return [mask & (mask.cumsum(1) > ignore_first_tokens) for mask in masks]
 
     def counted(self) -> int:
-        """Return how many tokens are no padding."""
-        return sum(int(mask.sum()) for mask in self.positions())
+        """Return how many tokens of all windows are no padding."""
+        return int(self.ranks.totals(sum(int(mask.sum()) for mask in self.positions()))[0])
 
     def _check_replay(self) -> list[tuple[Any, ...] | None]:
         """Return what each layer puts out beside the states; compare a short replay with the model.
@@ -340,6 +344,16 @@ class InputStatistics(Generic[Statistic]):
         for found in self._found.values():
             for one in found:
                 one.squares = call(one.squares)
+
+    def pool(self, ranks: Ranks) -> None:
+        """Add up the sums of all ranks, in place; some experts only others' tokens may reach."""
+        for leaders in ranks.gather(self._leader):
+            self._leader = {**leaders, **self._leader}
+        for matrix in self.matrices:
+            if self._leader.get(matrix.name) == matrix.name:
+                made = [self.make(matrix.in_features) for _ in matrix.views()]
+                for one in self._found.setdefault(matrix.name, made):
+                    one.pool(ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all sums, for a checkpoint."""

@@ -29,6 +29,7 @@ from prunelight.architecture import (
 )
 from prunelight.calibration import Windows, evaluating, micro_batches, run_layers
 from prunelight.importance import saliencies
+from prunelight.shares import ranks_of
 from prunelight.sparsity import wanda_scores
 from prunelight.statistics import Hessian, InputVariance, float64_device
 from prunelight.steps import PruneWidth, renumber
@@ -197,6 +198,7 @@ def _column_scores(
             mask = batch.get("attention_mask")
             with seen.watching(None if mask is None else mask.bool()):
                 run_layers(model, batch)
+    seen.pool(ranks_of(windows))
     for matrix in outputs:
         (statistic,), weight = seen.of(matrix), matrix.parameter
         norms = statistic.norms()  # checks
@@ -302,6 +304,7 @@ def prune_width(
             for batch, mask in enumerate(walk.masks):
                 with seen.watching(mask):
                     walk.forward(batch)
+            seen.pool(walk.ranks)
             _narrow(model, index, old, new, chosen, seen)
             _describe(model.config, new)  # some layers ask the config when they run
             if index + 1 < total:

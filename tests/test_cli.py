@@ -285,7 +285,10 @@ def test_an_installed_config_is_found_by_its_name_from_anywhere(tmp_path, monkey
         (["--data.seq_len", "129", "--data.num_calibration", "1"], "seq_len=129"),
         (["--trainer.strategy", "ddp_spawn"], "use strategy=ddp"),
         (["--trainer.strategy", "deepspeed_stage_2"], "you must have DeepSpeed installed"),
-        (["--trainer.accelerator", "cuda", "--trainer.devices", "99"], "no Trainer can be made of these settings"),
+        (
+            ["--trainer.accelerator", "cuda", "--trainer.devices", "99"],
+            "no Trainer can be made of these settings",
+        ),
         (["--trainer.callbacks.num_layers", "6"], "would remove 6 of 6 decoder layers"),
         (["--trainer.callbacks.ratio", "0.5"], "give exactly one of the two"),
         (["--data.train", "/nowhere/text.txt"], "/nowhere/text.txt"),

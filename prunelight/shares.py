@@ -1,0 +1,253 @@
+"""Calibration windows shared out over processes: each rank feeds its rows, sums are those of all.
+
+    torch.distributed.init_process_group()  # under torchrun; every rank holds model and windows
+    windows = prunelight.share_windows(windows)
+    plan = ShortGPT(0.2).plan(model, windows)  # the same call on every rank, and the same plan
+    model = prunelight.apply(model, plan, windows)
+
+Whatever takes windows takes these; what is no sum over windows (shape, fingerprint, vocabulary) is
+that of all. All ranks must make the same calls. A share consists of micro-batches that one process
+would feed, and sums keep their dtype, so that all statistics are those of one process up to the
+order of additions. With fewer micro-batches than ranks they are split: that changes CKA, whose
+kernels are made of tokens of one micro-batch, into another sample of the same estimate. Every rank
+gets rank 0's bytes of a sum, and its plan: no rounding can part their ways.
+"""
+
+# N windows, T tokens
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MICRO_BATCH_TOKENS = 2048
+# How long ranks wait for each other: longer than any evaluation or save of one rank alone takes.
+WAIT = timedelta(hours=6)
+Result = TypeVar("Result")
+
+
+class Ranks:
+    """The processes that share windows; by default one alone, which needs no group.
+
+    Ranks meet on the CPU before every collective, with a long timeout of their own. So those of the
+    default group (NCCL's is 10 minutes) start together, and a rank that failed can say so.
+
+    Attributes:
+        rank: of this process.
+        size: how many there are.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+        self._waiting: Any = None  # a group that only meets
+        self._failed = False
+
+    @classmethod
+    def of_default_group(cls) -> Ranks:
+        """Return the ranks of the default process group, or one alone if there is none.
+
+        To be called on all of them.
+        """
+        ranks = cls()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            ranks.rank, ranks.size = dist.get_rank(), dist.get_world_size()
+            ranks._waiting = dist.new_group(backend="gloo", timeout=WAIT)
+        return ranks
+
+    def rows(self, count: int, unit: int = 1) -> slice:
+        """Return which of `count` windows are this rank's: neighbours, whole units if they suffice.
+
+        As many units as another rank's, or one more or less.
+        """
+        unit = unit if count > unit * (self.size - 1) else 1
+        units = math.ceil(count / unit)
+        start, stop = (units * rank // self.size for rank in (self.rank, self.rank + 1))
+        return slice(start * unit, min(stop * unit, count))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over ranks, with its dtype and device; alone itself.
+
+        Raises:
+            RuntimeError: if another rank failed.
+        """
+        if self.size == 1:
+            return values
+        self.meet()
+        place = values.device if values.is_cuda else torch.device(_computes_on())
+        total = values.detach().clone(memory_format=torch.contiguous_format).to(place)
+        # Not all_reduce, which does not promise the same last bit everywhere.
+        dist.reduce(total, 0)
+        dist.broadcast(total, 0)
+        return total.to(values.device)
+
+    def totals(self, *numbers: float) -> list[float]:
+        """Return the sums of numbers over ranks, added in float64; alone themselves."""
+        if self.size == 1:
+            return [*numbers]
+        return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+    def on_zero(self, call: Callable[[], Result]) -> Result:
+        """Run `call` on rank 0 while the others wait, and return its result on all of them.
+
+        Raises:
+            RuntimeError: on the other ranks, if rank 0 failed; there its own error.
+        """
+        told: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                told = [call()]
+            except Exception as error:
+                self.meet(error)
+                raise
+        if self.size > 1:
+            self.meet()
+            dist.broadcast_object_list(told, 0, group=self._waiting)
+        result: Result = told[0]
+        return result
+
+    def gather(self, value: Result) -> list[Result]:
+        """Return the values of all ranks, in their order.
+
+        Raises:
+            RuntimeError: if another rank failed.
+        """
+        if self.size == 1:
+            return [value]
+        self.meet()
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._waiting)
+        return values
+
+    def check_same(self, what: str, value: str) -> None:
+        """Check that a value is the same on all ranks.
+
+        Raises:
+            ValueError: on all ranks, if it is not; names both.
+        """
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(
+                    f"{what} is {values[0]} on rank 0 and {other} on rank {rank}; give all ranks "
+                    "the same model and data"
+                )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """End the work inside on all ranks if it fails on one, and wait for all at its end.
+
+        Raises:
+            RuntimeError: on the other ranks, naming the first that failed; there its own error.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.meet(error)
+            raise
+        self.meet()
+
+    def meet(self, error: Exception | None = None) -> None:
+        """Wait for all ranks; with an error, tell them why this one goes no further.
+
+        Raises:
+            RuntimeError: if another rank failed and this one did not.
+        """
+        if self.size == 1 or self._failed:  # those who know of a failure meet no more
+            return
+        failed = torch.tensor(int(error is not None))
+        dist.all_reduce(failed, group=self._waiting)
+        if not failed:
+            return
+        self._failed = True
+        reasons: list[Any] = [None] * self.size
+        own = None if error is None else str(error) or type(error).__name__
+        dist.all_gather_object(reasons, own, group=self._waiting)
+        if error is None:
+            first = next(rank for rank, reason in enumerate(reasons) if reason is not None)
+            raise RuntimeError(f"rank {first} failed: {reasons[first]}")
+
+
+def _computes_on() -> str:
+    """Return the kind of device on which the default group adds up what is on none of its own."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+class SharedWindows(Mapping[str, Tensor]):
+    """Windows of which each rank feeds its rows.
+
+    A mapping of what all ranks hold: input_ids (N, T), and what else was given.
+
+    Attributes:
+        ranks: that share them.
+        rows: of this rank.
+
+    Raises:
+        ValueError: if there are fewer windows than ranks.
+    """
+
+    def __init__(self, windows: Tensor | Mapping[str, Tensor], ranks: Ranks) -> None:
+        given = {"input_ids": windows} if isinstance(windows, Tensor) else dict(windows)
+        count, seq_len = len(given["input_ids"]), given["input_ids"].shape[-1]
+        if count < ranks.size:
+            raise ValueError(
+                f"{count} windows cannot be shared by {ranks.size} ranks, each needs one; give "
+                "more windows (data.num_calibration, data.num_validation) or start fewer processes"
+            )
+        self.ranks = ranks
+        self.rows = ranks.rows(count, max(1, MICRO_BATCH_TOKENS // max(1, seq_len)))
+        self._all = given
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._all[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+def share_windows(
+    windows: Tensor | Mapping[str, Tensor], ranks: Ranks | None = None
+) -> Tensor | Mapping[str, Tensor]:
+    """Share windows out over the ranks of the default process group; see the module's docstring.
+
+    A rank that fails raises its own error and leaves the others waiting, which torchrun ends; to
+    end them with that error, run all that uses the windows inside `ranks.together()`.
+
+    Args:
+        windows: token ids (N, T), or a mapping with an attention_mask; the same on every rank.
+        ranks: those of `Ranks.of_default_group()`, to share several windows; None makes them.
+
+    Returns:
+        `SharedWindows`; for one rank alone the windows themselves.
+
+    Raises:
+        ValueError: if there are fewer windows than ranks.
+    """
+    ranks = Ranks.of_default_group() if ranks is None else ranks
+    return windows if ranks.size == 1 else SharedWindows(windows, ranks)
+
+
+def ranks_of(windows: Tensor | Mapping[str, Tensor]) -> Ranks:
+    """Return the ranks that share windows: one alone for windows that are not shared."""
+    return windows.ranks if isinstance(windows, SharedWindows) else Ranks()
+
+
+def own_windows(windows: Tensor | Mapping[str, Tensor]) -> Tensor | Mapping[str, Tensor]:
+    """Return the rows of shared windows that this rank feeds; others as they are."""
+    if not isinstance(windows, SharedWindows):
+        return windows
+    return {name: value[windows.rows] for name, value in windows.items()}
+
+
+def first_row(windows: Tensor | Mapping[str, Tensor]) -> int:
+    """Return which of all windows is the first of `own_windows`."""
+    return windows.rows.start if isinstance(windows, SharedWindows) else 0

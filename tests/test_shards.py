@@ -1,0 +1,410 @@
+"""Windows shared out over processes: the same plans and weights as one process makes.
+
+One launch of three processes writes what the ranks found, and the tests compare. All three have
+uneven shares; two of them then go through the table of methods, and through a fit.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from runs import make_data, make_module, make_trainer, write_model
+from safetensors.torch import load_file, save_file
+from test_methods import METHODS
+from tiny import tiny_model, token_windows
+
+import prunelight
+from prunelight.analysis import analyze
+from prunelight.architecture import Matrix
+from prunelight.callbacks import (
+    DLP,
+    SLEB,
+    DynamicSlicing,
+    ShortenedLlama,
+    ShortGPT,
+    SlidingLayerMerging,
+    WidthPruning,
+)
+from prunelight.evaluation import evaluate
+from prunelight.shares import MICRO_BATCH_TOKENS, Ranks, own_windows, ranks_of, share_windows
+from prunelight.statistics import (
+    CKA,
+    Gram,
+    Hessian,
+    InputNorm,
+    InputVariance,
+    MeanCosine,
+    exact_median,
+)
+from prunelight.steps import Sparsify
+from prunelight.walk import InputStatistics
+
+LIMIT = 400  # seconds for all that the processes do, on a busy machine
+# Forked, so that all is imported once; from a process that has computed nothing yet.
+LAUNCH = """
+import sys
+import torch.multiprocessing
+sys.path.insert(0, sys.argv[1])
+from test_shards import work
+torch.multiprocessing.start_processes(work, sys.argv[2:], nprocs=3, start_method="fork")
+"""
+# What the table of methods leaves out.
+MORE = {
+    "SLM by KL": lambda: SlidingLayerMerging(num_layers=2, criterion="kl"),
+    "Shortened LLaMA, perplexity": lambda: ShortenedLlama(num_layers=2),
+    "width, Taylor": lambda: WidthPruning(neuron_ratio=0.25, score="taylor", multiple=8),
+    "width, fluctuation": lambda: WidthPruning(
+        neuron_ratio=0.25, score="fluctuation", multiple=8, correction=False
+    ),
+}
+MAKERS = {**{name: method.make for name, method in METHODS.items()}, **MORE}
+UNEVEN = {
+    "ShortGPT": lambda: ShortGPT(num_layers=2, ignore_first_tokens=2),
+    "SparseGPT": lambda: DLP(0.5, solver="sparsegpt"),
+    "sweep": lambda: DynamicSlicing(0.25, round_to=2, embedding="full"),
+}
+BY_CKA = {
+    "SLEB": lambda: SLEB(num_layers=1, criterion="cka"),
+    "SLM": lambda: SlidingLayerMerging(num_layers=1, criterion="cka"),
+}
+
+
+def padded():
+    """Return seven windows of different lengths: of two, two and three ranks' shares."""
+    ids = token_windows(7, 40)
+    lengths = torch.tensor([40, 33, 40, 21, 40, 7, 2])
+    return {"input_ids": ids, "attention_mask": (torch.arange(40) < lengths[:, None]).long()}
+
+
+def long():
+    """Return windows that fill three micro-batches, so that each rank gets whole ones."""
+    windows = token_windows(40, 128)
+    assert windows.numel() > 2 * MICRO_BATCH_TOKENS
+    return windows
+
+
+def prune(make, model, windows):
+    """Return the plan of a method, what its steps did, and the weights that are left."""
+    plan, outcomes = make().plan(model, windows), []
+    model = prunelight.apply(model, plan, windows, outcomes=outcomes)
+    return plan, outcomes, {name: w.clone() for name, w in model.state_dict().items()}
+
+
+PARTS = [slice(0, 20), slice(20, 35), slice(35, 35)]  # of the tokens, a rank
+
+
+def statistics(parts, ranks):
+    """Return what accumulators say that saw some parts of the tokens, pooled over ranks."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 35, 6, generator=generator) + 3
+    pairs = [tokens[:, part] for part in parts]
+    kinds = (InputNorm, InputVariance, Hessian, Gram)
+    made = [kind(6) for kind in kinds]
+    norm, variance, hessian, gram = made
+    cosine, cka = MeanCosine(), CKA(2)
+    experts = [Matrix(name, torch.nn.Linear(6, 2)) for name in ("first", "second")]
+    seen = InputStatistics(experts, Hessian)
+    for x, y in pairs:
+        cka.update((x, y))
+        if len(x):
+            cosine.update(x[None], y[None], None, None)
+            for one in made:
+                one.update(x)
+            with seen.watching():
+                experts[1].owner(x)
+                if len(x) == 20:  # so that only one rank knows the first expert
+                    experts[0].owner(y)
+    for one in (*made, cosine, cka, seen):
+        one.pool(ranks)
+    median = exact_median(lambda: [x.abs() for x, _ in pairs], ranks)
+    return {
+        "norms": norm.norms(),
+        "mean": variance.mean,
+        "variance": variance.variance(),
+        "hessian": hessian.result(),
+        "gram": gram.result(),
+        "cka": cka.result(),
+        "experts": torch.stack([seen.of(expert)[0].result() for expert in experts]),
+        "numbers": torch.tensor([cosine.result(), cosine.first_result(), median, norm.tokens]),
+    }
+
+
+# --- what the processes do
+
+
+def work(rank, root, name):
+    """Do all that one of three processes does."""
+    torch.set_num_threads(1)
+    root = Path(root)
+    meet(rank, 3, root)
+    ranks = Ranks.of_default_group()
+    uneven(rank, root, ranks)
+    save_file(statistics([PARTS[rank]], ranks), root / f"statistics-{rank}.safetensors")
+    write(root / f"failures-{rank}.json", failures(rank, ranks))
+    dist.destroy_process_group()
+    if rank < 2:
+        meet(rank, 2, root)
+        windows = share_windows(make_data(name, root / "text").calibration_windows())
+        for title, make in MAKERS.items():
+            keep(root / f"2 {title}", rank, prune(make, prunelight.load(name)[0], windows))
+        shared = share_windows(long(), windows.ranks)
+        for title, make in BY_CKA.items():
+            keep(root / f"2 {title} by CKA", rank, prune(make, tiny_model(), shared))
+        fit(rank, root, name)
+
+
+def meet(rank, size, root):
+    file = f"file://{root}/meeting-{size}"  # no port may be taken
+    dist.init_process_group("gloo", init_method=file, rank=rank, world_size=size)
+
+
+def write(file, value):
+    file.write_text(json.dumps(value))
+
+
+def keep(place, rank, found):
+    plan, outcomes, weights = found
+    place.mkdir(exist_ok=True)
+    write(place / f"{rank}.json", {"plan": plan.to_dict(), "outcomes": outcomes})
+    save_file(weights, place / f"{rank}.safetensors")
+
+
+def uneven(rank, root, ranks):
+    shared, model = share_windows(padded(), ranks), tiny_model()
+    for title, make in UNEVEN.items():
+        keep(root / f"3 {title}", rank, prune(make, tiny_model(), shared))
+    rows = own_windows(shared)["input_ids"].tolist()
+    quality, seen = vars(evaluate(model, shared)), vars(analyze(model, shared))
+    write(root / f"measured-{rank}.json", {"rows": rows, "quality": quality, "analysis": seen})
+
+
+class Failing(ShortGPT):
+    """Fails on one rank while the others go on to a sum."""
+
+    def plan(self, model, windows):
+        if ranks_of(windows).rank == 1:
+            raise ValueError("the disk of this rank is gone")
+        return super().plan(model, windows)
+
+
+def said(call):
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        call()
+    return f"{caught.type.__name__}: {caught.value}"
+
+
+def failures(rank, ranks):
+    """Return what each failure raises on this rank."""
+
+    def one_fails():
+        failing = Ranks.of_default_group()
+        with failing.together(), failing.together():
+            Failing(num_layers=1).plan(tiny_model(), share_windows(padded(), failing))
+
+    return {
+        "one": said(one_fails),
+        "first": said(lambda: Ranks.of_default_group().on_zero(lambda: int("x"))),
+        "differ": said(lambda: ranks.check_same("the fingerprint", "b" if rank == 2 else "a")),
+        "few": said(lambda: share_windows(token_windows(2), ranks)),
+    }
+
+
+def fit(rank, root, name):
+    """Let Lightning prune in the group that is there already."""
+    os.environ["LOCAL_RANK"] = str(rank)
+
+    def run(callback, **arguments):
+        settings = {"devices": 2, "strategy": "ddp", "max_epochs": 1, "limit_train_batches": 1}
+        module, data = make_module(name), make_data(name, root / "text", **arguments)
+        make_trainer(root / "fit", callback, **settings).fit(module, data)
+
+    run(DLP(0.5, solver="sparsegpt"))
+    made = (root / "fit" / "report.json").read_text()
+    run(DLP(0.5, solver="sparsegpt"), num_validation=2)
+    again = (root / "fit" / "report.json").read_text()
+    few = said(lambda: run(ShortGPT(num_layers=1), num_calibration=1))
+    failed = said(lambda: run(Failing(num_layers=1)))
+    told = {"made": json.loads(made), "again": json.loads(again), "few": few, "failed": failed}
+    write(root / f"fit-{rank}.json", told)
+
+
+# --- what the tests compare
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def root(name, tmp_path_factory):
+    """Return where the processes wrote what they found."""
+    directory = tmp_path_factory.mktemp("ranks")
+    (directory / "text").mkdir()
+    run = [sys.executable, "-c", LAUNCH, str(Path(__file__).parent), str(directory), name]
+    process = subprocess.Popen(run, start_new_session=True)
+    try:
+        assert process.wait(LIMIT) == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return directory
+
+
+def numbers(root, title, size):
+    return [json.loads((root / f"{title}-{rank}.json").read_text()) for rank in range(size)]
+
+
+def assert_pruned_alike(places, size, expected, *, scores_too=True):
+    """Compare plan, outcomes and weights of all ranks with those of one process."""
+    plan, outcomes, weights = expected
+    told = [json.loads((places / f"{rank}.json").read_text()) for rank in range(size)]
+    found = [load_file(places / f"{rank}.safetensors") for rank in range(size)]
+    assert all(one["plan"] == told[0]["plan"] for one in told)
+    assert all(torch.equal(one[key], found[0][key]) for one in found for key in weights)
+    shared = prunelight.Plan.from_dict(told[0]["plan"])
+    assert [without_shares(s) for s in shared.steps] == [without_shares(s) for s in plan.steps]
+    for one, other in zip(shared.steps, plan.steps, strict=True):
+        if isinstance(one, Sparsify):
+            assert one.sparsity == pytest.approx(other.sparsity, abs=1e-6)
+    assert shared.calibration == plan.calibration
+    for key, scores in plan.scores.items() if scores_too else ():
+        assert_close(list(shared.scores[key]), list(scores), rel=1e-4)
+    for one, other in zip(told[0]["outcomes"], outcomes, strict=True):
+        assert_close(one, other, rel=1e-3)
+    flipped = 0  # near-ties among what becomes zero
+    for key, weight in weights.items():
+        other = found[0][key]
+        flips = (weight == 0) != (other == 0)
+        flipped += int(flips.sum())
+        largest = 2e-4 * weight.abs().max().item()
+        torch.testing.assert_close(other[~flips], weight[~flips], rtol=0, atol=largest)
+    assert flipped <= 4
+
+
+def assert_close(found, expected, rel=1e-5):
+    """Compare JSON values."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one, other, rel)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=rel, abs=1e-6)
+    else:
+        assert found == expected
+
+
+def without_shares(step):
+    """Return a step without what may differ in its last digits."""
+    return replace(step, sparsity={}) if isinstance(step, Sparsify) else step
+
+
+@pytest.mark.parametrize("title", MAKERS)
+def test_two_ranks_plan_and_prune_as_one_process_does(title, root, name):
+    windows = make_data(name, root / "text").calibration_windows()
+    expected = prune(MAKERS[title], prunelight.load(name)[0], windows)
+    # These windows are less than a micro-batch: half of them give CKA other kernels.
+    other = getattr(MAKERS[title](), "criterion", None) == "cka"
+    assert_pruned_alike(root / f"2 {title}", 2, expected, scores_too=not other)
+
+
+@pytest.mark.parametrize("title", UNEVEN)
+def test_three_ranks_with_uneven_shares_prune_as_one_process_does(title, root):
+    assert_pruned_alike(root / f"3 {title}", 3, prune(UNEVEN[title], tiny_model(), padded()))
+
+
+@pytest.mark.parametrize("title", BY_CKA)
+def test_cka_is_that_of_one_process_where_ranks_have_whole_micro_batches(title, root):
+    expected = prune(BY_CKA[title], tiny_model(), long())
+    assert_pruned_alike(root / f"2 {title} by CKA", 2, expected)
+
+
+def test_ranks_feed_every_window_once_and_measure_what_one_process_does(root):
+    told, model = numbers(root, "measured", 3), tiny_model()
+    assert [len(one["rows"]) for one in told] == [2, 2, 3]
+    assert [row for one in told for row in one["rows"]] == padded()["input_ids"].tolist()
+    quality, seen = vars(evaluate(model, padded())), vars(analyze(model, padded()))
+    for one in told:
+        assert one["quality"] == pytest.approx(quality, rel=1e-6)
+        one["analysis"]["cka"] = seen["cka"]  # else of others: this text is one micro-batch
+        assert_close(one["analysis"], seen)
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_pooled_statistics_are_those_of_all_tokens(rank, root):
+    found = load_file(root / f"statistics-{rank}.safetensors")
+    expected = statistics(PARTS, Ranks())
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 65, 200])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("unit", [1, 16])
+def test_shares_are_neighbours_of_whole_units_that_leave_out_none(count, size, unit):
+    shares = []
+    for rank in range(size):
+        ranks = Ranks()
+        ranks.rank, ranks.size = rank, size
+        shares.append(ranks.rows(count, unit))
+    assert [i for rows in shares for i in range(rows.start, rows.stop)] == list(range(count))
+    whole = count > unit * (size - 1)
+    assert all(rows.start % unit == 0 for rows in shares if whole)
+    if count >= size:
+        assert all(rows.start < rows.stop for rows in shares)
+
+
+def test_one_failing_rank_ends_all_with_its_error(root):
+    told = numbers(root, "failures", 3)
+    reason = "the disk of this rank is gone"
+    theirs = f"RuntimeError: rank 1 failed: {reason}"
+    assert [one["one"] for one in told] == [theirs, f"ValueError: {reason}", theirs]
+    reason = "invalid literal for int() with base 10: 'x'"
+    theirs = f"RuntimeError: rank 0 failed: {reason}"
+    assert [one["first"] for one in told] == [f"ValueError: {reason}", theirs, theirs]
+    for one in told:
+        assert one["differ"].startswith(
+            "ValueError: the fingerprint is a on rank 0 and b on rank 2; give all ranks the same"
+        )
+        assert one["few"].startswith("ValueError: 2 windows cannot be shared by 3 ranks, each")
+
+
+def test_a_fit_of_two_processes_prunes_together_and_ends_together(root, name):
+    first, second = numbers(root, "fit", 2)
+    windows = make_data(name, root / "text").calibration_windows()
+    dense, _ = prunelight.load(name)
+    quality = evaluate(dense, make_data(name, root / "text").validation_windows())
+    stages = first["made"]["stages"]
+    assert [stage["name"] for stage in stages] == ["dense", "pruned", "recovered"]
+    assert stages[0]["perplexity"] == pytest.approx(quality.perplexity, rel=1e-6)
+    (base,) = (root / "fit").glob("pruned-*")
+    plan, _, weights = prune(lambda: DLP(0.5, solver="sparsegpt"), dense, windows)
+    saved = load_file(base / "model.safetensors")
+    for key, weight in saved.items():
+        torch.testing.assert_close(weight, weights[key], rtol=0, atol=2e-4)
+    assert json.loads((base / "plan.json").read_text())["calibration"] == plan.calibration
+    # With other held-out text the base is used again, and measured again.
+    assert all(cost["reused"] for cost in first["again"]["costs"] if "apply" in cost["name"])
+    assert first["again"]["evaluation"]["num_samples"] == 2
+    assert first["failed"] == "RuntimeError: rank 1 failed: the disk of this rank is gone"
+    assert second["failed"] == "ValueError: the disk of this rank is gone"
+    for one in (first, second):
+        assert one["few"].startswith("ValueError: 1 windows cannot be shared by 2 ranks, each")
+
+
+def test_windows_that_are_not_shared_belong_to_one_process_alone():
+    windows = token_windows(2)
+    assert ranks_of(windows).size == 1
+    assert own_windows(windows) is windows
+    assert share_windows(windows) is windows  # no process group
+    assert Ranks().sum(windows) is windows
