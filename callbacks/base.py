@@ -48,6 +48,7 @@ from prunelight.report import Cost, RunRecord
 from prunelight.saving import check_replaceable, save
 from prunelight.steps import Step
 from prunelight.surgery import apply
+from prunelight.teaching import check_teacher
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class PruningCallback(Callback, ABC):
     device: torch.device | None = None  # where layers compute; None: where the model is
     offload_activations = False  # keep calibration states on the CPU
     gradual = False  # prunes while the model trains, not at fit start
+    slices = False  # leaves hidden states that are not those of the dense model
     follows_slicing = False  # can prune a model whose hidden states were sliced
     export_remote_code = False  # leaves a class of ours whose code goes beside the model
 
@@ -168,6 +170,7 @@ def _prune_on_rank_zero(
     for callback in callbacks:
         callback.check(model)
     check_targets(model, module.lora)
+    check_teacher(module, model, sliced=any(callback.slices for callback in callbacks))
     windows = datamodule.calibration_windows()
     for callback in callbacks:
         callback.check_calibration(model, windows)

@@ -1,0 +1,1 @@
+"""Laws of the losses, and that taking them in chunks changes nothing but the memory."""
