@@ -51,6 +51,7 @@ from prunelight.saving import check_replaceable, save
 from prunelight.shares import Ranks, ranks_of, share_windows
 from prunelight.steps import Step
 from prunelight.surgery import apply
+from prunelight.teaching import check_teacher
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class PruningCallback(Callback, ABC):
     device: torch.device | None = None  # where layers compute; None: where the model is
     offload_activations = False  # keep calibration states on the CPU
     gradual = False  # prunes while the model trains, not at fit start
+    slices = False  # leaves hidden states that are not those of the dense model
     follows_slicing = False  # can prune a model whose hidden states were sliced
     export_remote_code = False  # leaves a class of ours whose code goes beside the model
 
@@ -173,6 +175,7 @@ def _find_or_make(
     for callback in callbacks:
         callback.check(model)
     check_targets(model, module.lora)
+    check_teacher(module, model, sliced=any(callback.slices for callback in callbacks))
     windows = share_windows(datamodule.calibration_windows(), ranks)
     for callback in callbacks:
         callback.check_calibration(model, windows)

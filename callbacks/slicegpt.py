@@ -35,6 +35,7 @@ EMBEDDINGS = ("auto", "full", "sliced")
 class SlicingCallback(PruningCallback):
     """What SliceGPT and DynamicSlicing share: what may come before them, and what after."""
 
+    slices = True
     rotation: str = "per_layer"
 
     def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:

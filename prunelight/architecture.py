@@ -7,7 +7,7 @@ Everything else in prunelight asks the functions below and never looks at a clas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from prunelight.sliced import SHORTCUTS
 REGISTERED_PREFIX = "prunelight_"
 # Attributes in which transformers keeps a layer's own index (it selects the cache slot).
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id")
+# Config fields by which logits are multiplied (1) or divided (-1): Cohere, Falcon-H1, Granite.
+_LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,16 @@ def lora_targets(model: PreTrainedModel) -> tuple[list[str] | str, list[str]]:
         return "all-linear", []
     shortcuts = SHORTCUTS if is_sliced(model) else ()
     return [*known.projections, *shortcuts], list(known.experts)
+
+
+def logits_finish(config: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return what the model does to its head's logits, scale or cap them; None for nothing."""
+    scale, cap = 1.0, getattr(config, "final_logit_softcapping", None)  # Gemma
+    for name, power in _LOGIT_SCALES.items():
+        scale *= (getattr(config, name, None) or 1.0) ** power
+    if scale == 1.0 and cap is None:
+        return None
+    return lambda logits: logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
 
 
 def head_dim(config: Any) -> int:

@@ -126,6 +126,11 @@ class TextDataModule(LightningDataModule):
         """All validation examples: LongTensor (N, seq_len), or for instructions a padded batch."""
         return self._windows(self.examples("validation"))
 
+    def batch(self, role: str, places: Sequence[int]) -> dict[str, Tensor]:
+        """Some examples of a role as one batch, see `pad_examples`."""
+        examples = self.examples(role)
+        return self._collate([examples[place] for place in places])
+
     def train_dataloader(self) -> DataLoader:
         """Batches in an order that depends on seed and epoch, shared out over the processes."""
         examples = self.examples("train")

@@ -19,8 +19,10 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
 
 from prunelight.shares import Ranks
+from prunelight.windows import IGNORED_LABEL
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -94,3 +96,19 @@ def on_rank_zero(trainer: Trainer, call: Callable[[], str | None]) -> str | None
 def ranks_of_run(trainer: Trainer) -> Ranks:
     """Return the ranks of a run, one alone where the trainer started no others."""
     return Ranks.of_default_group() if trainer.world_size > 1 else Ranks()
+
+
+def share_of_tokens(trainer: Trainer, labels: Tensor) -> Tensor | float:
+    """Return what a rank's mean loss counts: its tokens, as a multiple of those of a mean rank.
+
+    Ranks average gradients; with this factor the average is that over all tokens of all ranks.
+
+    Args:
+        trainer: of the run.
+        labels: (B, T) of this rank's batch, -100 where a token does not count.
+    """
+    if trainer.world_size == 1:
+        return 1.0
+    counted = (labels[:, 1:] != IGNORED_LABEL).sum().float()
+    mean = trainer.strategy.reduce(counted.clone(), reduce_op="mean")
+    return counted / mean.clamp(min=1 / trainer.world_size)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from torchmetrics import Metric
 
+from prunelight.losses import language_loss, logits_loss
 from prunelight.windows import IGNORED_LABEL
 
 _CHUNK_TOKENS = 256
@@ -57,48 +58,20 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar in nats, float32; 0 if no token counts.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), _targets(labels))
-    return loss
+    tokens, targets = counted_targets(labels)
+    return logits_loss(logits.flatten(0, 1), language_loss(targets), tokens)
+
+
+def counted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which positions of (B * T,) predict a token that counts, and what they predict."""
+    targets = _targets(labels)
+    tokens = (targets != IGNORED_LABEL).nonzero()[:, 0]
+    return tokens, targets[tokens]
 
 
 def _targets(labels: Tensor) -> Tensor:
     """Return what each position predicts, (B, T) -> (B * T,); nothing at the last one."""
     return pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy whose gradient is made in the forward.
-
-    It is held in the logits' dtype, but in float32 for float16 logits: before the loss is scaled,
-    most of its entries are too small for float16.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss over targets that are not ignored."""
-        dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-        gradient = torch.empty_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
-        ctx.dtype = logits.dtype
-        counted = (targets != IGNORED_LABEL).sum().clamp(min=1)
-        total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for start in range(0, len(logits), _CHUNK_TOKENS):
-            part = slice(start, start + _CHUNK_TOKENS)
-            wanted = targets[part].clamp(min=0)[:, None]
-            keep = (targets[part] != IGNORED_LABEL)[:, None]
-            log_probabilities = logits[part].float().log_softmax(-1)
-            total -= (log_probabilities.gather(1, wanted) * keep).sum()
-            if gradient is not None:
-                chunk = log_probabilities.exp_()
-                chunk.scatter_add_(1, wanted, chunk.new_full(wanted.shape, -1.0))
-                gradient[part] = chunk.mul_(keep / counted)
-        ctx.gradient = gradient
-        return total / counted
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of the logits; usable once, which frees its memory."""
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(upstream).to(ctx.dtype), None
 
 
 class TokenPerplexity(Metric):

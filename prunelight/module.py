@@ -27,7 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunelight.adaptation import Adapted, Settings
 from prunelight.calibration import Windows, check_length, split_windows
 from prunelight.checkpoint import KEY, check_same_parameters, check_same_run, facts_of
-from prunelight.distributed import check_strategy, on_rank_zero
+from prunelight.distillation import Distillation, Objective
+from prunelight.distributed import check_strategy, on_rank_zero, share_of_tokens
 from prunelight.evaluation import (
     LatencyProtocol,
     Measurement,
@@ -42,7 +43,6 @@ from prunelight.masking import WeightMasks
 from prunelight.metrics import (
     TokenAccuracy,
     TokenPerplexity,
-    next_token_loss,
     next_token_sums,
 )
 from prunelight.models import load, resolve_dtype
@@ -50,6 +50,7 @@ from prunelight.plan import Plan, describe_windows, model_fingerprint
 from prunelight.recovery import LoRA, check_settings, make_schedule
 from prunelight.report import RunRecord, Stage
 from prunelight.sharded import gather_trained, shard
+from prunelight.teaching import meet_teacher
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,11 @@ class RecoveryModule(LightningModule):
         keep_zeros: keep the zeros of sparsified weights: full training holds them at exactly zero,
             LoRA trains W + m * (B A), so that merging keeps every zero and N:M group. False leaves
             the adapters dense and unmerged ones in adapter/; merging fills the zeros.
+        loss: "lm" learns the next tokens, "kd" the dense model's distribution of them, which then
+            is in memory too, "kd_topk" its most likely tokens, which it is asked for once, before.
+        distillation: settings of the last two.
+        chunked_loss: never hold all logits at once; where a model's logits are not those of its
+            head up to a scale or cap that is known, they are, with a warning.
         latency: also time generation by this protocol for each column of the report.
         trust_remote_code: run Python code that comes with the model.
 
@@ -99,6 +105,9 @@ class RecoveryModule(LightningModule):
         optimizer: OptimizerCallable | None = None,
         gradient_checkpointing: bool = False,
         keep_zeros: bool = True,
+        loss: Literal["lm", "kd", "kd_topk"] = "lm",
+        distillation: Distillation = Distillation(),  # noqa: B008 (frozen)
+        chunked_loss: bool = True,
         latency: LatencyProtocol | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -120,6 +129,7 @@ class RecoveryModule(LightningModule):
         self.optimizer = optimizer
         self.gradient_checkpointing = gradient_checkpointing
         self.keep_zeros = keep_zeros
+        self.objective = Objective(loss, distillation, chunked=chunked_loss, recovery=recovery)
         self.latency = latency
         self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | PeftModel | None = None
@@ -172,6 +182,8 @@ class RecoveryModule(LightningModule):
         check_strategy(self.trainer)
         if self._in_training:
             return
+        if stage == "fit":
+            meet_teacher(self, partial(on_rank_zero, self.trainer))
         model = self.load_model()
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         check_length(model, getattr(datamodule, "seq_len", 0))
@@ -251,9 +263,9 @@ class RecoveryModule(LightningModule):
         ).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy over the tokens whose label counts."""
+        """Return the mean loss over the tokens whose label counts."""
         mask = batch.get("attention_mask")
-        loss = next_token_loss(self(batch["input_ids"], mask), batch["labels"])
+        loss = self.objective(self.model, batch) * share_of_tokens(self.trainer, batch["labels"])
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         self._tokens_seen += tokens * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True)
@@ -291,12 +303,14 @@ class RecoveryModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Start to measure the recovery."""
+        self.objective.start(self.model)
         self._training = measuring(self.device)
         self._measurement = self._training.__enter__()
 
     def on_train_end(self) -> None:
         """Stop to measure the recovery."""
         self._training.__exit__(None, None, None)
+        self.objective.finish()
 
     # --- checkpoints -------------------------------------------------------------------------
 
@@ -443,6 +457,7 @@ class RecoveryModule(LightningModule):
         return {
             "mode": self.recovery,
             **lora,
+            **self.objective.describe(),
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
             "lr_scheduler": self.lr_scheduler_name,

@@ -13,7 +13,7 @@ from prunelight.callbacks import PruningCallback
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; a module imports from lower layers and from its own, never in a circle.
 LAYERS = (
-    {"files", "shares", "sliced", "steps"},
+    {"files", "losses", "shares", "sliced", "steps"},
     {"architecture", "plan", "metrics", "statistics", "allocation", "windows"},
     {"plots", "maps", "report", "calibration", "components", "sparsity"},
     {"walk", "merging", "sharded"},
@@ -22,9 +22,10 @@ LAYERS = (
     {"slicing", "variants", "width"},
     {"rotation", "trials"},
     {"surgery", "evaluation", "recovery", "masking"},
-    {"adaptation"},
-    {"saving", "distributed", "checkpoint"},
-    {"handover"},
+    {"adaptation", "head"},
+    {"saving", "distributed", "checkpoint", "teacher_cache"},
+    {"handover", "distillation"},
+    {"teaching"},
     {"data", "module"},
     {"callbacks"},
     {"cli"},

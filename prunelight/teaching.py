@@ -1,0 +1,198 @@
+"""Bringing teacher and run together: before the training, on all ranks.
+
+The teacher of "kd" is loaded beside the student. That of "kd_topk" writes what the cache lacks and
+is dropped before the student is loaded again; a whole cache needs no teacher at all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prunelight.architecture import vocabulary_size
+from prunelight.distillation import Objective, kept_layers
+from prunelight.evaluation import to_device
+from prunelight.handover import plan_files
+from prunelight.models import find_source, load, load_config, load_tokenizer, reach
+from prunelight.plan import Plan, model_fingerprint
+from prunelight.teacher_cache import TeacherCache
+
+log = logging.getLogger(__name__)
+
+# Runs a call on rank 0 while the others wait, and raises on all of them if it does.
+OnRankZero: TypeAlias = Callable[[Callable[[], None]], Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a teacher comes from, and how it is held; see `Distillation`."""
+
+    name: str
+    dtype: str
+    held: str
+    trust_remote_code: bool
+
+    def load(self, device: torch.device) -> PreTrainedModel:
+        """Return the teacher on a device, in eval mode and without gradients."""
+        model, _ = load(self.name, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        log.info("teacher %s: %d layers, %s", self.name, model.config.num_hidden_layers, self.held)
+        model.requires_grad_(False)
+        if self.held != "memory":
+            _quantize(model, self.held)
+        return to_device(model, device).eval()
+
+
+def check_teacher(module: Any, model: PreTrainedModel, *, sliced: bool = False) -> None:
+    """Check what the run is to learn from, before anything is computed.
+
+    Args:
+        module: the RecoveryModule.
+        model: dense or pruned.
+        sliced: it will be sliced.
+
+    Raises:
+        ValueError: if the settings do not fit the model, or the teacher has another vocabulary.
+        ImportError: if the teacher is to be quantized and bitsandbytes is missing.
+    """
+    objective: Objective = module.objective
+    objective.check(model, sliced=sliced)
+    name = objective.settings.name
+    if objective.kind == "lm" or name is None:
+        return
+    config: Any = load_config(reach(find_source(name)), trust_remote_code=module.trust_remote_code)
+    rows, ours = config.get_text_config().vocab_size, vocabulary_size(model)
+    tokenizer = load_tokenizer(name, trust_remote_code=module.trust_remote_code)
+    if rows != ours or tokenizer.get_vocab() != module.checked_tokenizer().get_vocab():
+        raise ValueError(
+            f"distillation.name={name!r} has another vocabulary ({rows} ids) than {module.name!r} "
+            f"({ours}): a teacher must have the student's own; take the dense model it came from"
+        )
+
+
+def meet_teacher(module: Any, on_rank_zero: OnRankZero) -> None:
+    """Load the teacher of a run, or make sure that its cache is whole.
+
+    Args:
+        module: the RecoveryModule, attached to its trainer.
+        on_rank_zero: `distributed.on_rank_zero` for that trainer.
+
+    Raises:
+        ValueError: as `check_teacher`; if there is no data to cache or a cache does not fit.
+    """
+    objective: Objective = module.objective
+    if objective.kind == "lm":
+        return
+    check_teacher(module, module.load_model())
+    settings = objective.settings
+    if settings.name is None and module.base is None:
+        log.warning("distillation.name=None: the teacher is %s as it is", module.name)
+    name = settings.name or module.name
+    source = Source(name, module.dtype_name, settings.teacher, module.trust_remote_code)
+    if objective.kind == "kd":
+        teacher = source.load(module.trainer.strategy.root_device)
+        kept = _kept_layers(module, teacher, name) if settings.hidden_weight else []
+        objective.use_teacher(teacher, kept)
+    else:
+        objective.cache = _whole_cache(module, source, on_rank_zero)
+
+
+def _kept_layers(module: Any, teacher: PreTrainedModel, name: str) -> list[int]:
+    """Return which of the teacher's layers the student's stand for.
+
+    Raises:
+        ValueError: if the plans beside the student do not tell.
+    """
+    before = plan_files(Path(name).expanduser())
+    files = plan_files(module.base or Path(module.name).expanduser())
+    plans = [Plan.load(file) for file in files[len(before) :]]
+    kept = kept_layers(plans, teacher.config.num_hidden_layers)
+    found = module.load_model().config.num_hidden_layers
+    if len(kept) != found:
+        raise ValueError(
+            f"distillation.hidden_weight needs to know which layers the student's {found} stand "
+            f"for; the plans beside it lead from the teacher's to {len(kept)}. Set it to 0"
+        )
+    return kept
+
+
+def _whole_cache(module: Any, source: Source, on_rank_zero: OnRankZero) -> TeacherCache:
+    """Return the cache of the training set, after what it lacks was written."""
+    trainer, settings = module.trainer, module.objective.settings
+    data: Any = getattr(trainer, "datamodule", None)
+    if not (hasattr(data, "examples") and hasattr(data, "batch")):
+        raise ValueError(
+            "loss=kd_topk asks the teacher once for each training example: give the Trainer a "
+            "TextDataModule, or set loss=kd"
+        )
+    vocabulary = vocabulary_size(module.load_model())
+    facts, teacher = _dense_facts(module), None
+    if facts is None:
+        _release(module)
+        teacher = source.load(trainer.strategy.root_device)
+        facts = {"fingerprint": model_fingerprint(teacher), "dtype": str(teacher.dtype)}
+    cache = TeacherCache(
+        settings.cache,
+        Path(trainer.default_root_dir),
+        lambda places: data.batch("train", places),
+        len(data.examples("train")),
+        teacher={**facts, "held": source.held, "precision": str(trainer.precision)},
+        k=settings.k,
+        temperature=settings.temperature,
+        vocabulary=vocabulary,
+    )
+    on_rank_zero(cache.open)
+    world, rank = trainer.world_size, trainer.global_rank
+    if blocks := [block for block in cache.missing() if block % world == rank]:
+        _release(module)
+        teacher = teacher or source.load(trainer.strategy.root_device)
+        with trainer.precision_plugin.forward_context():
+            cache.write(teacher, blocks, progress=trainer.is_global_zero)
+    del teacher
+    trainer.strategy.barrier()
+    if module.model is None and module.base is not None:
+        module.use_base(module.base, module.record)
+    return cache
+
+
+def _dense_facts(module: Any) -> dict[str, str] | None:
+    """Return what identifies the model that was pruned in this run; None if it was another."""
+    record = module.record
+    if module.objective.settings.name or module.base is None or not (record and record.plans):
+        return None
+    return {"fingerprint": record.plans[0]["model"]["fingerprint"], "dtype": record.dtype}
+
+
+def _release(module: Any) -> None:
+    """Drop the student, if it can be loaded again."""
+    model = module.model
+    if module.base is not None or (model and model.config._name_or_path == module.name):
+        module.forget_model()
+
+
+def _quantize(model: PreTrainedModel, kind: str) -> None:
+    """Let all linear layers but the head be quantized by bitsandbytes when they are moved."""
+    from bitsandbytes import nn as quantized
+
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or module is head:
+            continue
+        weight, bias = module.weight.data, module.bias is not None
+        made: Any
+        if kind == "int8":
+            made = quantized.Linear8bitLt(*weight.shape[::-1], bias, has_fp16_weights=False)
+            made.weight = quantized.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            made = quantized.Linear4bit(
+                *weight.shape[::-1], bias, compute_dtype=weight.dtype, quant_type=kind
+            )
+            made.weight = quantized.Params4bit(weight, requires_grad=False, quant_type=kind)
+        made.bias = module.bias
+        model.set_submodule(name, made)

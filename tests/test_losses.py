@@ -1,0 +1,318 @@
+"""Laws of the losses, and that taking them in chunks changes nothing but the memory."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from runs import make_module
+from tiny import FAMILIES, UNKNOWN_FAMILIES, VOCABULARY, tiny_model, token_windows
+from torch.nn.functional import cross_entropy, kl_div, linear
+from torch.profiler import ProfilerActivity, profile
+
+from prunelight.distillation import Distillation, Objective
+from prunelight.losses import (
+    chunk_size,
+    distillation_loss,
+    language_loss,
+    linear_loss,
+    logits_loss,
+    mixed_loss,
+    module_loss,
+    top_k,
+    top_k_loss,
+)
+
+TOKENS, HIDDEN, WORDS, K = 150, 6, 40, 5
+TEMPERATURE = 1.7
+EVERY = slice(0, TOKENS)
+generator = torch.Generator().manual_seed(0)
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+STATES, WEIGHT, BIAS = random(TOKENS, HIDDEN), random(WORDS, HIDDEN), random(WORDS)
+TEACHER = 2 * random(TOKENS, WORDS)
+TARGETS = torch.randint(WORDS, (TOKENS,), generator=generator)
+IDS = TEACHER.topk(K).indices
+
+
+def coarse(logits):
+    """Log-probabilities of the teacher's top k and of all other tokens together, by the book."""
+    probabilities = (logits / TEMPERATURE).softmax(-1)
+    top = probabilities.gather(1, IDS)
+    return torch.cat([top, 1 - top.sum(-1, keepdim=True)], dim=1).log()
+
+
+def divergence(student, teacher):
+    return TEMPERATURE**2 * kl_div(student, teacher, log_target=True, reduction="sum")
+
+
+# name -> the loss, and the same by the book
+LOSSES = {
+    "lm": (
+        language_loss(TARGETS),
+        lambda logits: cross_entropy(logits, TARGETS, reduction="sum"),
+    ),
+    "kd": (
+        distillation_loss(lambda rows: TEACHER[rows], TEMPERATURE),
+        lambda logits: divergence(
+            (logits / TEMPERATURE).log_softmax(-1), (TEACHER / TEMPERATURE).log_softmax(-1)
+        ),
+    ),
+    "kd_topk": (
+        top_k_loss(IDS, coarse(TEACHER), TEMPERATURE),
+        lambda logits: divergence(coarse(logits), coarse(TEACHER)),
+    ),
+}
+LOSSES["mixed"] = (
+    mixed_loss(LOSSES["kd"][0], LOSSES["lm"][0], 0.3),
+    lambda logits: 0.7 * LOSSES["kd"][1](logits) + 0.3 * LOSSES["lm"][1](logits),
+)
+
+
+def scaled_and_capped(logits):
+    return 3 * torch.tanh(logits * 0.5 / 3)
+
+
+def parameters(*values, frozen=()):
+    return [v.clone().requires_grad_(i not in frozen) for i, v in enumerate(values)]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradient_are_those_of_the_formula(name):
+    loss, expected = LOSSES[name]
+    (logits,) = parameters(random(TOKENS, WORDS))
+    wanted = expected(logits)
+    (gradient,) = torch.autograd.grad(wanted, logits)
+    before = logits.detach().clone()
+    total, found = loss(logits.detach(), EVERY)
+    torch.testing.assert_close(total, wanted.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-9)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("finish", [None, scaled_and_capped])
+@pytest.mark.parametrize("name", LOSSES)
+def test_chunks_change_neither_the_loss_nor_any_gradient(name, finish):
+    assert chunk_size(TOKENS) < TOKENS / 3, "there must be several chunks"
+    loss, expected = LOSSES[name]
+    # Twice as many positions as tokens that count, in any order.
+    states = torch.cat([random(TOKENS, HIDDEN), STATES])
+    tokens = torch.arange(TOKENS) + TOKENS
+    whole, chunked = parameters(states, WEIGHT, BIAS), parameters(states, WEIGHT, BIAS)
+    logits = linear(whole[0][tokens], whole[1], whole[2])
+    wanted = expected(finish(logits) if finish else logits) / TOKENS
+    found = linear_loss(*chunked, loss, tokens, finish)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    (3 * wanted).backward()
+    (3 * found).backward()
+    for ours, theirs in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_logits_that_are_there_already_and_any_module_give_the_same():
+    loss, tokens = LOSSES["mixed"][0], torch.arange(TOKENS)
+    results = []
+    for take in (
+        lambda s, w: linear_loss(s, w, None, loss, tokens),
+        lambda s, w: logits_loss(linear(s, w), loss, tokens),
+        lambda s, w: module_loss(s, lambda x: linear(x, w), loss, tokens),
+    ):
+        values = parameters(STATES, WEIGHT)
+        total = take(*values)
+        total.backward()
+        results.append([total.detach(), *(value.grad for value in values)])
+    for other in results[1:]:
+        for ours, theirs in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_frozen_head_gets_no_gradient_and_frozen_states_neither():
+    tokens, loss = torch.arange(TOKENS), LOSSES["lm"][0]
+    for frozen in ((1, 2), (0,)):
+        values = parameters(STATES, WEIGHT, BIAS, frozen=frozen)
+        linear_loss(*values, loss, tokens).backward()
+        assert [v.grad is None for v in values] == [i in frozen for i in range(3)]
+
+
+@pytest.mark.parametrize("take", [linear_loss, module_loss])
+def test_no_token_that_counts_gives_a_loss_of_zero_that_can_be_trained_on(take):
+    (states,) = parameters(STATES)
+    head = (WEIGHT, None) if take is linear_loss else (lambda x: linear(x, WEIGHT),)
+    loss = take(states, *head, language_loss(TARGETS[:0]), TARGETS[:0])
+    loss.backward()
+    assert loss.item() == 0
+    assert states.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_the_loss_is_float32_and_gradients_have_the_dtype_of_their_tensors(autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    values = [v.to(dtype).requires_grad_() for v in (STATES, WEIGHT, BIAS)]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = linear_loss(*values, LOSSES["lm"][0], torch.arange(TOKENS))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    exact = parameters(STATES, WEIGHT, BIAS)
+    wanted = linear_loss(*exact, LOSSES["lm"][0], torch.arange(TOKENS))
+    wanted.backward()
+    # bfloat16 has 8 bits: products are off by 2^-9, and logits are about 3.
+    torch.testing.assert_close(loss.item(), wanted.item(), rtol=1e-2, atol=0)
+    for ours, theirs in zip(values, exact, strict=True):
+        assert ours.grad.dtype == dtype
+        error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 2e-2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_teacher_has_nothing_to_teach_itself(temperature):
+    logits = TEACHER.float()
+    found = top_k(logits, K, temperature)
+    for loss in (
+        distillation_loss(lambda rows: logits[rows], temperature),
+        top_k_loss(*found, temperature),
+    ):
+        total, gradient = loss(logits, EVERY)
+        # float32, summed over 150 tokens
+        assert total.abs() < 1e-3
+        assert gradient.abs().max() < 1e-6
+
+
+def test_the_top_of_the_whole_vocabulary_is_the_whole_distribution():
+    logits = random(TOKENS, WORDS)
+    top = top_k_loss(*top_k(TEACHER, WORDS, TEMPERATURE), TEMPERATURE)
+    whole = LOSSES["kd"][0]
+    for ours, theirs in zip(top(logits, EVERY), whole(logits, EVERY), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # kept in float32
+
+
+def test_coarser_distributions_are_never_further_apart():
+    logits = random(TOKENS, WORDS)
+    totals = [
+        top_k_loss(*top_k(TEACHER, k, TEMPERATURE), TEMPERATURE)(logits, EVERY)[0]
+        for k in (1, 4, 16, WORDS)
+    ]
+    assert totals == sorted(totals)
+    assert totals[0] > 0
+
+
+def test_the_bucket_keeps_a_tail_that_probabilities_near_one_would_round_away():
+    logits = torch.zeros(1, 1000)
+    logits[0, 0] = 40.0  # all others together: 999 e^-40
+    ids, log_probabilities = top_k(logits, 1, 1.0)
+    assert log_probabilities[0, 1].item() == pytest.approx(-33.09, abs=0.01)
+    total, gradient = top_k_loss(ids, log_probabilities.half(), 1.0)(logits, slice(0, 1))
+    assert total.abs() < 1e-6
+    assert gradient.isfinite().all()
+
+
+def loss_and_gradients(model, windows, *, chunked):
+    model.requires_grad_(True).zero_grad()
+    objective = Objective("lm", Distillation(), chunked=chunked)
+    objective.start(model)
+    loss = objective(model, {"input_ids": windows, "labels": windows})
+    loss.backward()
+    return loss.item(), [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *UNKNOWN_FAMILIES])
+def test_every_family_learns_the_same_with_chunks(family, caplog):
+    windows = token_windows(3, 14)
+    model = tiny_model(family)
+    chunked, ours = loss_and_gradients(model, windows, chunked=True)
+    assert "no effect" not in caplog.text
+    assert "forward" not in vars(model.get_output_embeddings()), "the head is as it was"
+    whole, theirs = loss_and_gradients(model, windows, chunked=False)
+    assert chunked == pytest.approx(whole, rel=1e-6)
+    for name, ours_, theirs_ in zip(dict(model.named_parameters()), ours, theirs, strict=True):
+        assert (ours_ is None) == (theirs_ is None), name
+        if ours_ is not None:  # float32 sums in another order
+            assert (ours_ - theirs_).norm() <= 1e-5 * theirs_.norm() + 1e-7, name
+
+
+def test_a_scale_that_is_not_known_leads_to_whole_logits_and_a_warning(caplog):
+    model = tiny_model()
+    model.config.logits_scaling = 4.0  # the model does not do what its config says
+    windows = token_windows(3, 14)
+    found = loss_and_gradients(model, windows, chunked=True)
+    assert "chunked_loss=True has no effect: the logits of llama" in caplog.text
+    assert found[0] == loss_and_gradients(model, windows, chunked=False)[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_with_lora_is_taken_in_chunks_too(tied, caplog):
+    windows = token_windows(3, 14)
+    found = []
+    for chunked in (True, False):
+        model = tiny_model(tie_word_embeddings=tied)
+        torch.manual_seed(0)
+        targets = ["lm_head", "q_proj"]
+        adapted = get_peft_model(
+            model,
+            LoraConfig(task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False),
+        )
+        objective = Objective("lm", Distillation(), chunked=chunked)
+        objective.start(adapted)
+        loss = objective(adapted, {"input_ids": windows, "labels": windows})
+        loss.backward()
+        gradients = {n: p.grad for n, p in adapted.named_parameters() if p.requires_grad}
+        assert any("lm_head" in name for name in gradients)
+        found.append({"loss": loss.detach(), **gradients})
+    assert "no effect" not in caplog.text
+    for name, ours in found[0].items():
+        torch.testing.assert_close(ours, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_error_in_the_forward_leaves_the_head_as_it_was():
+    model = tiny_model()
+    objective = Objective("lm", Distillation())
+    objective.start(model)
+    windows = torch.full((1, 4), VOCABULARY)
+    with pytest.raises(IndexError):
+        objective(model, {"input_ids": windows, "labels": windows})
+    assert "forward" not in vars(model.lm_head)
+
+
+def peak_bytes(call):
+    """The most bytes of tensors that a call has allocated at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    events = found.profiler.kineto_results.events()
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("name", ["lm", "kd", "kd_topk", "mixed"])
+def test_the_loss_of_a_large_vocabulary_needs_less_than_a_tenth_of_its_logits(name):
+    tokens, vocabulary, hidden = 2048, 131072, 4
+    states = torch.randn(tokens, hidden, requires_grad=True)
+    head = torch.randn(vocabulary, hidden)
+    teacher = distillation_loss(lambda rows: linear(states[rows].detach(), head), 2.0)
+    plain = language_loss(torch.arange(tokens))
+    ids = torch.arange(64).expand(tokens, 64)
+    losses = {
+        "lm": plain,
+        "kd": teacher,
+        "kd_topk": top_k_loss(ids, torch.zeros(tokens, 65), 2.0),
+        "mixed": mixed_loss(teacher, plain, 0.5),
+    }
+    # The first of the chunks tell: all are of one size, and nothing of them is left.
+    assert chunk_size(tokens) * 64 == tokens
+    counted = torch.arange(tokens)[: 3 * chunk_size(tokens)]
+    # A loss of 96 tokens would take its chunks of 32 too.
+    assert chunk_size(len(counted)) == chunk_size(tokens)
+
+    def call():
+        linear_loss(states, head, None, losses[name], counted).backward()
+
+    assert 0 < peak_bytes(call) < 4 * tokens * vocabulary / 10
+
+
+def test_the_module_takes_chunks_by_default_and_hands_the_choice_on():
+    assert make_module("x").objective.chunked
+    assert not make_module("x", chunked_loss=False).objective.chunked
