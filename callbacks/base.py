@@ -43,6 +43,7 @@ from prunelight.plan import (
     fingerprint_of,
     model_fingerprint,
 )
+from prunelight.quantization import check_quantizable, check_widths
 from prunelight.recovery import check_targets
 from prunelight.report import Cost, RunRecord
 from prunelight.saving import check_replaceable, save
@@ -100,6 +101,13 @@ class PruningCallback(Callback, ABC):
             ValueError: if they ask for something that this model cannot give.
         """
 
+    def widths(self, model: PreTrainedModel) -> dict[str, int]:
+        """Return widths of inputs that the method will leave, or their divisor, by what sets them.
+
+        `quantization.check_widths` holds them against 4-bit kernels before anything is computed.
+        """
+        return {}
+
     def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
         """Check the arguments against the run, before anything is computed."""
 
@@ -146,7 +154,7 @@ def prune_base(
         ValueError, TypeError: for arguments or data that do not fit, before the first forward.
         RuntimeError: on the other ranks, if rank 0 failed.
     """
-    check_strategy(trainer)
+    check_strategy(trainer, module.quantization)
     for callback in callbacks:  # on every rank: Lightning counts the steps of all together
         callback.check_run(trainer, module)
     told = on_rank_zero(trainer, lambda: str(_prune_on_rank_zero(trainer, module, callbacks)))
@@ -165,8 +173,10 @@ def _prune_on_rank_zero(
                 f"with a method {needed}()"
             )
     model = module.load_model()
+    check_quantizable(model, module.quantization)
     for callback in callbacks:
         callback.check(model)
+        check_widths(callback.widths(model), module.quantization)
     check_targets(model, module.lora)
     windows = datamodule.calibration_windows()
     for callback in callbacks:

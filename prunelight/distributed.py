@@ -9,12 +9,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 
-def check_strategy(trainer: Trainer) -> None:
+def check_strategy(trainer: Trainer, quantization: str = "none") -> None:
     """Check that the strategy leaves the right model in the right process.
 
     Raises:
         ValueError: for spawn and fork strategies, and for sharded ones.
     """
+    check_quantized_strategy(trainer, quantization)
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
@@ -23,6 +24,21 @@ def check_strategy(trainer: Trainer) -> None:
         )
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(f"strategy {name} is not supported; use one device or strategy=ddp")
+
+
+def check_quantized_strategy(trainer: Trainer, quantization: str) -> None:
+    """Check that every process holds the whole model, as packed 4-bit and 8-bit weights need.
+
+    Raises:
+        ValueError: for sharded strategies (FSDP, DeepSpeed, tensor parallel).
+    """
+    whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if quantization != "none" and not whole:
+        raise ValueError(
+            f"quantization={quantization} packs weights, which strategy "
+            f"{type(trainer.strategy).__name__} would shard; use one device or strategy=ddp, or "
+            "quantization=none"
+        )
 
 
 def on_rank_zero(trainer: Trainer, call: Callable[[], str | None]) -> str | None:

@@ -46,6 +46,7 @@ from prunelight.metrics import (
 )
 from prunelight.models import load, resolve_dtype
 from prunelight.plan import Plan, describe_windows, model_fingerprint
+from prunelight.quantization import BitsAndBytes, add_quantized, check_kind, check_quantizable
 from prunelight.recovery import LoRA, check_settings, make_schedule
 from prunelight.report import RunRecord, Stage
 
@@ -70,6 +71,9 @@ class RecoveryModule(LightningModule):
         keep_zeros: keep the zeros of sparsified weights: full training holds them at exactly zero,
             LoRA trains W + m * (B A), so that merging keeps every zero and N:M group. False leaves
             the adapters dense and unmerged ones in adapter/; merging fills the zeros.
+        quantization: hold the base in 4 bits ("nf4", "fp4") or 8 ("int8") as adapters train, which
+            are merged onto the base in full precision.
+        bitsandbytes: settings of 4 bits.
         latency: also time generation by this protocol for each column of the report.
         trust_remote_code: run Python code that comes with the model.
 
@@ -97,6 +101,8 @@ class RecoveryModule(LightningModule):
         optimizer: OptimizerCallable | None = None,
         gradient_checkpointing: bool = False,
         keep_zeros: bool = True,
+        quantization: Literal["none", "nf4", "fp4", "int8"] = "none",
+        bitsandbytes: BitsAndBytes = BitsAndBytes(),  # noqa: B008 (frozen)
         latency: LatencyProtocol | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -107,6 +113,7 @@ class RecoveryModule(LightningModule):
             warmup_steps=warmup_steps,
             lr_scheduler=lr_scheduler,
         )
+        check_kind(quantization, bitsandbytes, recovery)
         resolve_dtype(dtype)
         self.name = name
         self.dtype_name = dtype
@@ -118,6 +125,7 @@ class RecoveryModule(LightningModule):
         self.optimizer = optimizer
         self.gradient_checkpointing = gradient_checkpointing
         self.keep_zeros = keep_zeros
+        self.quantization, self.bitsandbytes = quantization, bitsandbytes
         self.latency = latency
         self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | PeftModel | None = None
@@ -129,6 +137,7 @@ class RecoveryModule(LightningModule):
         self.val_accuracy = TokenAccuracy()
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
         self._adapted: Adapted | None = None
+        self._source: str | Path = ""  # from where `model` can be read again
         self._tokens_seen = 0
         self._training: Any = None
         self._measurement: Measurement | None = None
@@ -138,10 +147,13 @@ class RecoveryModule(LightningModule):
     def load_model(self) -> PreTrainedModel:
         """Return the model, loading it by name if there is none yet; not for adapted models."""
         if self.model is None:
-            self.model, self.tokenizer = load(
-                self.name, dtype=self.dtype_name, trust_remote_code=self.trust_remote_code
-            )
+            self._read(self.name)
         assert isinstance(self.model, PreTrainedModel)
+        return self.model
+
+    def _read(self, source: str | Path) -> PreTrainedModel:
+        self._source, code = source, self.trust_remote_code
+        self.model, self.tokenizer = load(source, dtype=self.dtype_name, trust_remote_code=code)
         return self.model
 
     def forget_model(self) -> None:
@@ -161,17 +173,16 @@ class RecoveryModule(LightningModule):
     def use_base(self, directory: Path, record: RunRecord | None) -> None:
         """Load the pruned base that the callbacks saved; later loads and checkpoints name it."""
         self.forget_model()
-        self.model, self.tokenizer = load(
-            directory, dtype=self.dtype_name, trust_remote_code=self.trust_remote_code
-        )
+        self._read(directory)
         self.base, self.record = directory, record
 
     def setup(self, stage: str) -> None:
         """Check strategy and output; load the model if no callback did. Lightning calls it."""
-        check_strategy(self.trainer)
+        check_strategy(self.trainer, self.quantization)
         if self._in_training:
             return
         model = self.load_model()
+        check_quantizable(model, self.quantization, self._source)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         check_length(model, getattr(datamodule, "seq_len", 0))
         if stage != "fit":
@@ -206,7 +217,9 @@ class RecoveryModule(LightningModule):
                 "set model.dtype=float32 and trainer.precision=bf16-mixed"
             )
         plans = [Plan.load(file) for file in self._plan_files()]
-        self._adapted = Adapted(model, plans, self._settings())
+        measure = partial(self.measure_stage, "quantized")
+        seen = partial(add_quantized, self.record, measure, device=self.device)
+        self._adapted = Adapted(model, plans, self._settings(), seen)
         self.model = self._adapted.model
 
     def _settings(self) -> Settings:
@@ -216,6 +229,8 @@ class RecoveryModule(LightningModule):
             keep_zeros=self.keep_zeros,
             gradient_checkpointing=self.gradient_checkpointing,
             growing=self.gradual,
+            quantization=self.quantization,
+            bitsandbytes=self.bitsandbytes,
         )
 
     def _warn(self, text: str) -> None:
@@ -322,6 +337,7 @@ class RecoveryModule(LightningModule):
             "fingerprint": self._adapted.fingerprint,
             "recovery": self.recovery,
             "zeros": self._adapted.zeros.state,
+            "quantization": self._settings().base_precision,
         }
 
     def _rebuild(self, saved: dict[str, Any]) -> None:
@@ -345,11 +361,13 @@ class RecoveryModule(LightningModule):
         assert adapted is not None
         if adapted.fills_zeros and isinstance(model, PeftModel):
             on_rank_zero(self.trainer, lambda: save_adapter(model, self._root()))
-        plain = self.model = adapted.merged()  # on every rank: a validation may follow
+        # On every rank: a validation may follow.
+        plain = self.model = adapted.merged(lambda: self._read(self._source))
+        self._source = ""
         if adapted.fills_zeros:
             kept = "; adapter/ holds the adapters unmerged" if self.recovery == "lora" else ""
             self._warn(adapted.zeros.describe_loss(plain) + kept)
-        on_rank_zero(self.trainer, lambda: self._finish(plain, bool(adapted.zeros.matrices)))
+        on_rank_zero(self.trainer, lambda: self._finish(plain, adapted.zeros.planned))
 
     def _finish(self, model: PreTrainedModel, sparse: bool) -> None:
         if self.record is not None:
@@ -385,6 +403,7 @@ class RecoveryModule(LightningModule):
         return {
             "mode": self.recovery,
             **lora,
+            "quantization": self._settings().base_precision,
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
             "lr_scheduler": self.lr_scheduler_name,

@@ -49,7 +49,8 @@ class Stage:
     of decoder layers that can be sparsified.
     """
 
-    name: str  # "dense", which comes first and the others are compared with, "pruned", "recovered"
+    # "dense", with which the others are compared, "pruned", "quantized", "recovered"
+    name: str
     num_layers: int
     parameters: int
     size_bytes: int  # of the weights on disk
