@@ -35,8 +35,8 @@ def check_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 
 def _describe(run: Mapping[str, Any]) -> str:
     return (
-        f"{run['recovery']} on base {run['fingerprint']} ({run['base']}) with zeros {run['zeros']} "
-        f"and quantization {run['quantization']}"
+        f"{run['recovery']} with quantization {run['quantization']} on base {run['fingerprint']} "
+        f"({run['base']}) with zeros {run['zeros']}"
     )
 
 
