@@ -1,8 +1,9 @@
-"""Lightning callbacks, one file a pruning method."""
+"""Lightning callbacks, one file a pruning method or study."""
 
 from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.dlp import DLP
 from prunelight.callbacks.dynamic_slicing import DynamicSlicing
+from prunelight.callbacks.orthogonality import Orthogonality
 from prunelight.callbacks.shortened_llama import ShortenedLlama
 from prunelight.callbacks.shortgpt import ShortGPT
 from prunelight.callbacks.sleb import SLEB
@@ -14,6 +15,7 @@ __all__ = [
     "DLP",
     "SLEB",
     "DynamicSlicing",
+    "Orthogonality",
     "PruningCallback",
     "ShortGPT",
     "ShortenedLlama",

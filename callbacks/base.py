@@ -45,6 +45,7 @@ from prunelight.plan import (
     fingerprint_of,
     model_fingerprint,
 )
+from prunelight.quantization import check_quantizable, check_widths
 from prunelight.recovery import check_targets
 from prunelight.report import Cost, RunRecord
 from prunelight.saving import check_replaceable, save
@@ -106,6 +107,13 @@ class PruningCallback(Callback, ABC):
             ValueError: if they ask for something that this model cannot give.
         """
 
+    def widths(self, model: PreTrainedModel) -> dict[str, int]:
+        """Return widths of inputs that the method will leave, or their divisor, by what sets them.
+
+        `quantization.check_widths` holds them against 4-bit kernels before anything is computed.
+        """
+        return {}
+
     def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
         """Check the arguments against the run, before anything is computed."""
 
@@ -152,7 +160,7 @@ def prune_base(
         ValueError, TypeError: for arguments or data that do not fit, before the first forward.
         RuntimeError: on the other ranks, if one failed.
     """
-    check_strategy(trainer)
+    check_strategy(trainer, module.quantization)
     for callback in callbacks:  # on every rank: Lightning counts the steps of all together
         callback.check_run(trainer, module)
     ranks = ranks_of_run(trainer)
@@ -172,8 +180,10 @@ def _find_or_make(
                 f"with a method {needed}()"
             )
     model = module.load_model()
+    check_quantizable(model, module.quantization)
     for callback in callbacks:
         callback.check(model)
+        check_widths(callback.widths(model), module.quantization)
     check_targets(model, module.lora)
     check_teacher(module, model, sliced=any(callback.slices for callback in callbacks))
     windows = share_windows(datamodule.calibration_windows(), ranks)

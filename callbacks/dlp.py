@@ -167,12 +167,18 @@ class DLP(PruningCallback):
         """Check that a schedule fits the training.
 
         Raises:
-            ValueError: if nothing is trained, zeros are not kept, or the training ends before it.
+            ValueError: if nothing is trained, zeros are not kept, weights are quantized, or the
+                training ends before it.
         """
         if self.schedule is None:
             return
         if trainer.state.fn != "fit":
             raise ValueError(f"{self.schedule} prunes while the model trains; use fit, not prune")
+        if module.quantization != "none":
+            raise ValueError(
+                f"a schedule puts zeros into weights, quantization={module.quantization} packs "
+                "them; prune at fit start (schedule=null), or set quantization=none"
+            )
         if module.recovery == "none" or not module.keep_zeros:
             raise ValueError(
                 f"a schedule prunes while the model trains and keeps the zeros: recovery="

@@ -37,6 +37,11 @@ class SlicingCallback(PruningCallback):
 
     slices = True
     rotation: str = "per_layer"
+    round_to: int
+
+    def widths(self, model: PreTrainedModel) -> dict[str, int]:
+        """Return what all widths are multiples of."""
+        return {"round_to": self.round_to}
 
     def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
         """Check that no pruning comes before a slicing, or after it, that does not work there.
@@ -138,6 +143,11 @@ class SliceGPT(SlicingCallback):
         """
         (check_shareable if self.rotation == "shared" else check_sliceable)(model)
         self._width(model)
+
+    def widths(self, model: PreTrainedModel) -> dict[str, int]:
+        """Return the widths that are left."""
+        dims = self._dims(model, self._width(model))
+        return {f"residual_dims[{i}]": width for i, width in enumerate(dims)}
 
     def check_calibration(self, model: PreTrainedModel, windows: Windows) -> None:
         """Check the windows.

@@ -105,6 +105,17 @@ class WidthPruning(PruningCallback):
             if getattr(self, name) and counts[kind] == before[FIELDS[kind]]:
                 log.warning("%s=%s removes none of %d", name, getattr(self, name), counts[kind])
 
+    def widths(self, model: PreTrainedModel) -> dict[str, int]:
+        """Return the inputs that the output projections of attention and MLP are left with."""
+        counts, before = self._targets(model), widths_of(model)
+        found = {}
+        if "neurons" in counts:
+            found["intermediate_size"] = counts["neurons"]
+        if "heads" in counts:
+            width = counts["heads"] * before.heads * before.head_dim
+            found["num_attention_heads * head_dim"] = width
+        return found
+
     def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
         """Check that no earlier callback drops sublayers.
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from prunelight.architecture import restore_rwkv_scale
 from prunelight.plan import Plan, model_fingerprint
+from prunelight.quantization import BitsAndBytes, describe_kind, quantize
 from prunelight.recovery import LoRA, PlannedZeros, make_trainable, merge_lora
 from prunelight.sharded import shard
 
@@ -31,6 +32,13 @@ class Settings:
     keep_zeros: bool = True
     gradient_checkpointing: bool = False
     growing: bool = False  # zeros are added while the model trains
+    quantization: str = "none"
+    bitsandbytes: BitsAndBytes = BitsAndBytes()  # noqa: RUF009 (frozen)
+
+    @property
+    def base_precision(self) -> str:
+        """Return how the base is quantized, in words; "none" if it is not."""
+        return describe_kind(self.quantization, self.bitsandbytes)
 
 
 class Adapted:
@@ -48,12 +56,21 @@ class Adapted:
         model: adapted in place.
         plans: that led to it, in order.
         settings: of the recovery.
+        see_quantized: called with a model in 4 or 8 bits before it gets adapters.
 
     Raises:
-        ValueError: if LoRA's targets fit no module, or the plans name matrices that are not there.
+        TypeError: if the model is quantized already, and shall be.
+        ValueError: if widths do not suit 4 bits, LoRA's targets fit no module, or the plans name
+            matrices that are not there.
     """
 
-    def __init__(self, model: PreTrainedModel, plans: Sequence[Plan], settings: Settings) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plans: Sequence[Plan],
+        settings: Settings,
+        see_quantized: Callable[[PreTrainedModel], None] | None = None,
+    ) -> None:
         restore_rwkv_scale(model)
         self.settings, self.in_training, self.sharded = settings, True, False
         self.fingerprint = model_fingerprint(model)
@@ -64,16 +81,26 @@ class Adapted:
         if settings.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.zeros = PlannedZeros.find(model, plans)
+        if self.quantized:
+            self.zeros.pack()
+            quantize(model, settings.quantization, settings.bitsandbytes)
+            if see_quantized is not None:
+                see_quantized(model)
         self.model = make_trainable(model, settings.recovery, settings.lora)
-        if self.zeros.matrices and settings.keep_zeros and settings.recovery != "none":
+        if self.zeros.planned and settings.keep_zeros and settings.recovery != "none":
             self.zeros.keep(self.model, growing=settings.growing)
         self.model.train()  # from_pretrained leaves eval mode, and Lightning leaves that alone
+
+    @property
+    def quantized(self) -> bool:
+        """Return whether the model is in 4 or 8 bits."""
+        return self.settings.quantization != "none"
 
     @property
     def fills_zeros(self) -> bool:
         """Return whether the recovery may fill zeros that a plan made."""
         kept = self.settings.keep_zeros or self.settings.recovery == "none"
-        return bool(self.zeros.matrices) and not kept
+        return self.zeros.planned and not kept
 
     def shard(self, mesh: DeviceMesh, same: Callable[[Any], Any]) -> None:
         """Shard the model over ranks, in place, see `sharded.shard`; it is merged by `onto`."""
@@ -93,15 +120,27 @@ class Adapted:
             base: the weights that training began with, in full precision; adapted in place.
             plans: that led to it.
             trained: the trained parameters by their name in `model`, whole.
+
+        Raises:
+            ValueError: if the base is another one.
         """
-        other = Adapted(base, plans, replace(self.settings, gradient_checkpointing=False))
+        settings = replace(self.settings, gradient_checkpointing=False, quantization="none")
+        other = Adapted(base, plans, settings)
+        if other.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"the base {base.config._name_or_path!r} has fingerprint {other.fingerprint}, "
+                f"training began with {self.fingerprint}: it was changed meanwhile; train again"
+            )
         other.model.load_state_dict(trained, strict=False)
         if other.zeros.masks is not None and self.zeros.masks is not None:
             other.zeros.masks.load_state_dict(self.zeros.masks.state_dict())
+        self.in_training = False
         return other
 
     def merged(self) -> PreTrainedModel:
         """Return the trained model as a plain transformers model in eval mode, in place.
+
+        Sharded and quantized ones cannot be merged where they are: see `onto`.
 
         Raises:
             RuntimeError: if a weight that must be zero is not.

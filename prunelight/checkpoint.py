@@ -16,7 +16,8 @@ def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """
     if KEY not in checkpoint:
         raise ValueError(f"the checkpoint has no key {KEY!r}: it is not from this module")
-    return {"zeros": "not kept", "masks": None, **checkpoint[KEY]}  # absent before version 0.2
+    earlier = {"zeros": "not kept", "masks": None, "quantization": "none"}  # before version 0.2
+    return {**earlier, **checkpoint[KEY]}
 
 
 def check_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -25,7 +26,7 @@ def check_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if not; names both.
     """
-    if any(saved[key] != ours[key] for key in ("fingerprint", "recovery", "zeros")):
+    if any(saved[key] != ours[key] for key in ("fingerprint", "recovery", "zeros", "quantization")):
         raise ValueError(
             f"the checkpoint was trained by {_describe(saved)}, this run trains by "
             f"{_describe(ours)}; use the arguments of that run, or start without ckpt_path"
@@ -34,7 +35,8 @@ def check_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 
 def _describe(run: Mapping[str, Any]) -> str:
     return (
-        f"{run['recovery']} on base {run['fingerprint']} ({run['base']}) with zeros {run['zeros']}"
+        f"{run['recovery']} with quantization {run['quantization']} on base {run['fingerprint']} "
+        f"({run['base']}) with zeros {run['zeros']}"
     )
 
 

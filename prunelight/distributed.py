@@ -50,12 +50,13 @@ class FSDP2Strategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, override=True)
 
 
-def check_strategy(trainer: Trainer) -> None:
+def check_strategy(trainer: Trainer, quantization: str = "none") -> None:
     """Check that the strategy leaves the right model in the right process.
 
     Raises:
         ValueError: for spawn and fork strategies, and those that pruning cannot work under.
     """
+    check_quantized_strategy(trainer, quantization)
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
@@ -81,6 +82,21 @@ def _check_deepspeed(strategy: DeepSpeedStrategy) -> None:
         raise ValueError(
             "DeepSpeed stage 3 cuts weights up where masks and merging cannot see them; use "
             "strategy=fsdp2, or deepspeed_stage_2"
+        )
+
+
+def check_quantized_strategy(trainer: Trainer, quantization: str) -> None:
+    """Check that every process holds the whole model, as packed 4-bit and 8-bit weights need.
+
+    Raises:
+        ValueError: for sharded strategies (FSDP, DeepSpeed, tensor parallel).
+    """
+    whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if quantization != "none" and not whole:
+        raise ValueError(
+            f"quantization={quantization} packs weights, which strategy "
+            f"{type(trainer.strategy).__name__} would shard; use one device or strategy=ddp, or "
+            "quantization=none"
         )
 
 

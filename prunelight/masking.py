@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import Linear, LoraVariant, ParamWrapper
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant, ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -41,8 +42,9 @@ def unpack(bits: Tensor, like: Tensor) -> Tensor:
     """
     if bits.numel() != (like.numel() + 7) // 8:
         raise ValueError(f"{8 * bits.numel()} packed bits do not fit shape {tuple(like.shape)}")
-    flat = np.unpackbits(bits.cpu().numpy(), count=like.numel())
-    return torch.from_numpy(flat).bool().view(like.shape).to(like.device)
+    bits_of = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # (256, 8)
+    table = torch.from_numpy(bits_of).bool().to(like.device)
+    return table[bits.to(like.device).int()].view(-1)[: like.numel()].view(like.shape)
 
 
 def _check_zero(matrix: Matrix, pruned: Tensor) -> None:
@@ -204,7 +206,9 @@ class WeightMasks:
         self.apply()
 
 
-def mask_adapters(model: PeftModel, names: Iterable[str]) -> None:
+def mask_adapters(
+    model: PeftModel, names: Iterable[str], quantized: Mapping[str, Tensor] = MappingProxyType({})
+) -> None:
     """Make LoRA adapters keep the zeros of their weights, in place: W + m * (s B A).
 
     The mask is derived from the weight in every step: zeros that are added later count too.
@@ -212,6 +216,8 @@ def mask_adapters(model: PeftModel, names: Iterable[str]) -> None:
     Args:
         model: adapted by `attach_lora`.
         names: of matrices; those without an adapter are frozen and keep their zeros as it is.
+        quantized: masks (O, I) of quantized weights, packed, by name of their matrix: rounding
+            makes further weights zero, which are none in the base that adapters are merged onto.
     """
     base = model.get_base_model()
     for name in names:
@@ -224,9 +230,10 @@ def mask_adapters(model: PeftModel, names: Iterable[str]) -> None:
                 layer.__class__ = MaskedParamWrapper
             layer = layer.base_layer
         layer = getattr(layer, parameter_name, None)
-        if isinstance(layer, Linear):
+        if isinstance(layer, Linear) or (name in quantized and isinstance(layer, LoraLayer)):
             for adapter in layer.lora_A:
-                layer.lora_variant[adapter] = MaskedVariant()
+                masked = PackedVariant(quantized[name]) if name in quantized else MaskedVariant()
+                layer.lora_variant[adapter] = masked
 
 
 class MaskedVariant(LoraVariant):
@@ -281,6 +288,36 @@ class MaskedVariant(LoraVariant):
         return module.get_delta_weight(adapter).masked_fill(W == 0, 0).to(W.dtype)
 
 
+class PackedVariant(LoraVariant):
+    """The masked update of a quantized weight; for training, not for merging.
+
+    Args:
+        kept: packed mask (O, I) of the weight in full precision.
+    """
+
+    def __init__(self, kept: Tensor) -> None:
+        self._kept = kept  # no buffer: DDP would broadcast it in every step
+
+    def supports_lora_conversion(self) -> bool:
+        """Return False: the masked update has no low rank."""
+        return False
+
+    def forward(  # type: ignore[override]  # a method here, static in peft
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
+    ) -> Tensor:
+        """Return `result` plus the masked update of x (..., I)."""
+        self._kept = self._kept.to(x.device)
+        return MaskedUpdate.apply(
+            module.lora_dropout[active_adapter](x).to(result.dtype),
+            result,
+            self._kept,
+            module.lora_A[active_adapter].weight,
+            module.lora_B[active_adapter].weight,
+            module.scaling[active_adapter],
+            False,
+        )
+
+
 class MaskedParamWrapper(ParamWrapper):
     """LoRA of fused expert weights (E, O, I) whose update is masked."""
 
@@ -322,6 +359,8 @@ class _MaskedSumProxy(nn.Module):
 class MaskedUpdate(torch.autograd.Function):
     """y + x (m * s B A)^T for y (..., O), x (..., I), W (O, I), A (r, I), B (O, r); W is frozen.
 
+    In place of W, packed bits of m will do where y is not joined.
+
     Autograd would keep mask and update, (O, I), of every matrix until the backward: they are
     computed again there, in the dtype of x as the large products are. `joined` says that y is
     x W^T of the very same x, cut off from the graph: its part of the gradient of x is added here,
@@ -344,7 +383,7 @@ class MaskedUpdate(torch.autograd.Function):
         ctx.scaling, ctx.joined = scaling, joined
         with torch.autocast(x.device.type, enabled=False):
             delta = (scaling * B).to(x.dtype) @ A.to(x.dtype)
-            return y + F.linear(x, delta.mul_(_mask(W, x.dtype)))
+            return y + F.linear(x, delta.mul_(_mask(W, delta)))
 
     @staticmethod
     @once_differentiable
@@ -353,10 +392,11 @@ class MaskedUpdate(torch.autograd.Function):
         x, W, A, B = ctx.saved_tensors  # once: gradient checkpointing allows no more
         dtype = A.dtype
         with torch.autocast(x.device.type, enabled=False):
-            mask, A, B = _mask(W, x.dtype), A.to(x.dtype), (ctx.scaling * B).to(x.dtype)
-            of_x = None
+            A, B = A.to(x.dtype), (ctx.scaling * B).to(x.dtype)
+            delta = B @ A
+            mask, of_x = _mask(W, delta), None
             if ctx.needs_input_grad[0]:
-                delta = (B @ A).mul_(mask)
+                delta.mul_(mask)
                 of_x = gradient @ (delta.add_(W) if ctx.joined else delta)
             of_delta = (_rows(gradient).T @ _rows(x)).mul_(mask)  # (O, I)
             of_A, of_B = B.T @ of_delta, ctx.scaling * (of_delta @ A.T)
@@ -368,9 +408,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _mask(W: Tensor, dtype: torch.dtype) -> Tensor:
+def _mask(W: Tensor, delta: Tensor) -> Tensor:
     """Return m as numbers 0 and 1: on a CPU ten times faster to apply than a bool mask."""
-    return W.sign().abs_().to(dtype)
+    if W.dtype == torch.uint8:
+        return unpack(W, delta).to(delta.dtype)
+    return W.sign().abs_().to(delta.dtype)
 
 
 class MaskedSum(torch.autograd.Function):

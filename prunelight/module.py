@@ -47,6 +47,7 @@ from prunelight.metrics import (
 )
 from prunelight.models import load, resolve_dtype
 from prunelight.plan import Plan, describe_windows, model_fingerprint
+from prunelight.quantization import BitsAndBytes, add_quantized, check_kind, check_quantizable
 from prunelight.recovery import LoRA, check_settings, make_schedule
 from prunelight.report import RunRecord, Stage
 from prunelight.sharded import gather_trained, shard
@@ -78,6 +79,9 @@ class RecoveryModule(LightningModule):
         distillation: settings of the last two.
         chunked_loss: never hold all logits at once; where a model's logits are not those of its
             head up to a scale or cap that is known, they are, with a warning.
+        quantization: hold the base in 4 bits ("nf4", "fp4") or 8 ("int8") as adapters train, which
+            are merged onto the base in full precision.
+        bitsandbytes: settings of 4 bits.
         latency: also time generation by this protocol for each column of the report.
         trust_remote_code: run Python code that comes with the model.
 
@@ -108,6 +112,8 @@ class RecoveryModule(LightningModule):
         loss: Literal["lm", "kd", "kd_topk"] = "lm",
         distillation: Distillation = Distillation(),  # noqa: B008 (frozen)
         chunked_loss: bool = True,
+        quantization: Literal["none", "nf4", "fp4", "int8"] = "none",
+        bitsandbytes: BitsAndBytes = BitsAndBytes(),  # noqa: B008 (frozen)
         latency: LatencyProtocol | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -118,6 +124,7 @@ class RecoveryModule(LightningModule):
             warmup_steps=warmup_steps,
             lr_scheduler=lr_scheduler,
         )
+        check_kind(quantization, bitsandbytes, recovery)
         resolve_dtype(dtype)
         self.name = name
         self.dtype_name = dtype
@@ -130,6 +137,7 @@ class RecoveryModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.keep_zeros = keep_zeros
         self.objective = Objective(loss, distillation, chunked=chunked_loss, recovery=recovery)
+        self.quantization, self.bitsandbytes = quantization, bitsandbytes
         self.latency = latency
         self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | PeftModel | None = None
@@ -141,6 +149,7 @@ class RecoveryModule(LightningModule):
         self.val_accuracy = TokenAccuracy()
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
         self._adapted: Adapted | None = None
+        self._source: str | Path = ""  # from where `model` can be read again
         self._tokens_seen = 0
         self._training: Any = None
         self._measurement: Measurement | None = None
@@ -150,12 +159,14 @@ class RecoveryModule(LightningModule):
     def load_model(self) -> PreTrainedModel:
         """Return the model, loading it by name if there is none yet; not for adapted models."""
         if self.model is None:
-            self.model, self.tokenizer = self._read(self.name)
+            self._read(self.name)
         assert isinstance(self.model, PreTrainedModel)
         return self.model
 
-    def _read(self, name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load(name, dtype=self.dtype_name, trust_remote_code=self.trust_remote_code)
+    def _read(self, source: str | Path) -> PreTrainedModel:
+        self._source, code = source, self.trust_remote_code
+        self.model, self.tokenizer = load(source, dtype=self.dtype_name, trust_remote_code=code)
+        return self.model
 
     def forget_model(self) -> None:
         """Drop the model, so that its memory is free for the next one."""
@@ -174,21 +185,21 @@ class RecoveryModule(LightningModule):
     def use_base(self, directory: Path, record: RunRecord | None) -> None:
         """Load the pruned base that the callbacks saved; later loads and checkpoints name it."""
         self.forget_model()
-        self.model, self.tokenizer = self._read(directory)
+        self._read(directory)
         self.base, self.record = directory, record
 
     def setup(self, stage: str) -> None:
         """Check strategy and output; load the model if no callback did. Lightning calls it."""
-        check_strategy(self.trainer)
+        check_strategy(self.trainer, self.quantization)
         if self._in_training:
             return
         if stage == "fit":
             meet_teacher(self, partial(on_rank_zero, self.trainer))
         model = self.load_model()
+        check_quantizable(model, self.quantization, self._source)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         check_length(model, getattr(datamodule, "seq_len", 0))
-        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        if sharded and model.config._name_or_path != str(self.base or self.name):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._source:
             raise ValueError(
                 "a model in memory cannot be sharded and merged again; save it (prunelight.save) "
                 "and give its directory as name"
@@ -233,7 +244,9 @@ class RecoveryModule(LightningModule):
                 f"recovery=full trains {model.dtype} weights, in which small updates are lost; "
                 "set model.dtype=float32 and trainer.precision=bf16-mixed"
             )
-        self._adapted = Adapted(model, self._plans(), self._settings())
+        measure = partial(self.measure_stage, "quantized")
+        seen = partial(add_quantized, self.record, measure, device=self.device)
+        self._adapted = Adapted(model, self._plans(), self._settings(), seen)
         self.model = self._adapted.model
 
     def _settings(self) -> Settings:
@@ -243,6 +256,8 @@ class RecoveryModule(LightningModule):
             keep_zeros=self.keep_zeros,
             gradient_checkpointing=self.gradient_checkpointing,
             growing=self.gradual,
+            quantization=self.quantization,
+            bitsandbytes=self.bitsandbytes,
         )
 
     def _warn(self, text: str) -> None:
@@ -365,6 +380,7 @@ class RecoveryModule(LightningModule):
             "fingerprint": self._adapted.fingerprint,
             "recovery": self.recovery,
             "zeros": self._adapted.zeros.state,
+            "quantization": self._settings().base_precision,
         }
 
     def _rebuild(self, saved: dict[str, Any]) -> None:
@@ -391,7 +407,7 @@ class RecoveryModule(LightningModule):
         """
         adapted = self._adapted
         assert adapted is not None
-        if adapted.sharded:
+        if adapted.sharded or adapted.quantized:
             self._merge_on_rank_zero(adapted)
             return
         on_rank_zero(self.trainer, lambda: self._save_adapter(adapted))
@@ -409,8 +425,7 @@ class RecoveryModule(LightningModule):
         self.model = None
 
         def merge() -> None:
-            base, self.tokenizer = self._read(self.base or self.name)
-            other = adapted.onto(base, self._plans(), trained)
+            other = adapted.onto(self._read(self._source), self._plans(), trained)
             self._save_adapter(other)
             self._finish(other.merged(), other)
 
@@ -422,7 +437,7 @@ class RecoveryModule(LightningModule):
             kept = "; adapter/ holds the adapters unmerged" if self.recovery == "lora" else ""
             self._warn(adapted.zeros.describe_loss(model) + kept)
         if self.record is not None:
-            told = {"keep_zeros": self.keep_zeros} if adapted.zeros.matrices else {}
+            told = {"keep_zeros": self.keep_zeros} if adapted.zeros.planned else {}
             self.record.recovery = {**self._describe_recovery(), **told}
         hand_over(
             self._root(),
@@ -458,6 +473,7 @@ class RecoveryModule(LightningModule):
             "mode": self.recovery,
             **lora,
             **self.objective.describe(),
+            "quantization": self._settings().base_precision,
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
             "lr_scheduler": self.lr_scheduler_name,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
@@ -26,7 +27,7 @@ from prunelight.architecture import (
     matrices,
     restore_rwkv_scale,
 )
-from prunelight.masking import WeightMasks, ZeroRecord, mask_adapters
+from prunelight.masking import WeightMasks, ZeroRecord, mask_adapters, pack
 from prunelight.metrics import parameter_count, zero_share
 from prunelight.plan import Plan, sparsified
 from prunelight.steps import layer_of
@@ -199,7 +200,7 @@ class PlannedZeros:
     """The zeros that plans put into a model, during its recovery; by default none.
 
     Attributes:
-        matrices: that have planned zeros.
+        matrices: that have planned zeros, without those that were quantized.
         sparsity: share of zeros in all matrices of the decoder layers before the recovery.
         masks: in full training, and where zeros are added during training; else None.
         state: "not kept", "kept", or "growing" where zeros are added during training.
@@ -210,6 +211,7 @@ class PlannedZeros:
     masks: WeightMasks | None = None
     state: str = "not kept"
     _record: ZeroRecord | None = None
+    _packed: dict[str, Tensor] = field(default_factory=dict)  # masks (O, I) of quantized weights
 
     @classmethod
     def find(cls, model: PreTrainedModel, plans: Sequence[Plan]) -> PlannedZeros:
@@ -236,10 +238,21 @@ class PlannedZeros:
             )
         return cls([found[name] for name in names], zero_share(m.parameter for m in found.values()))
 
+    @property
+    def planned(self) -> bool:
+        """Return whether there are any."""
+        return bool(self.matrices or self._packed)
+
+    def pack(self) -> None:
+        """Take the masks from weights that are about to be quantized, and let go of these."""
+        self._packed = {m.name: pack(m.views()[0] != 0) for m in self.matrices if not m.fused}
+        self.matrices = [matrix for matrix in self.matrices if matrix.fused]
+
     def keep(self, model: PreTrainedModel | PeftModel, *, growing: bool) -> None:
         """Keep the zeros from now on, in place; `growing`: those that `masks` will be told of."""
         if isinstance(model, PeftModel):
-            mask_adapters(model, [matrix.name for matrix in self.matrices])
+            names = [matrix.name for matrix in self.matrices]
+            mask_adapters(model, [*names, *self._packed], self._packed)
         if growing or not isinstance(model, PeftModel):
             self.masks = WeightMasks(self.matrices)
         else:

@@ -49,7 +49,8 @@ class Stage:
     of decoder layers that can be sparsified.
     """
 
-    name: str  # "dense", which comes first and the others are compared with, "pruned", "recovered"
+    # "dense", with which the others are compared, "pruned", "quantized", "recovered"
+    name: str
     num_layers: int
     parameters: int
     size_bytes: int  # of the weights on disk
@@ -101,6 +102,7 @@ class RunRecord:
     warnings: list[str] = field(default_factory=list)
     forward_seconds: float = math.nan  # F on this device
     outcomes: list[dict[str, Any]] = field(default_factory=list)
+    sections: dict[str, str] = field(default_factory=dict)  # title -> Markdown, of studies
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON data: NaN and infinities become "NaN", "Infinity" and "-Infinity".
@@ -310,7 +312,8 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
     if record.warnings:
         parts.append("\n".join(["> [!WARNING]", *(f"> - {text}" for text in record.warnings)]))
     stages = [stage.name for stage in record.stages]
-    parts += [_table(["", *stages], _stage_rows(record)), *plan_sections]
+    parts.append(_table(["", *stages], _stage_rows(record)))
+    parts += [*(f"## {title}\n\n{text}" for title, text in record.sections.items()), *plan_sections]
     if record.costs:
         head = ["phase", "time in F", "peak memory in checkpoints", "in decoder layers", "seconds"]
         unit = record.forward_seconds

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from prunelight.architecture import vocabulary_size
@@ -22,6 +21,7 @@ from prunelight.evaluation import to_device
 from prunelight.handover import plan_files
 from prunelight.models import find_source, load, load_config, load_tokenizer, reach
 from prunelight.plan import Plan, model_fingerprint
+from prunelight.quantization import BitsAndBytes, quantize
 from prunelight.teacher_cache import TeacherCache
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Source:
         log.info("teacher %s: %d layers, %s", self.name, model.config.num_hidden_layers, self.held)
         model.requires_grad_(False)
         if self.held != "memory":
-            _quantize(model, self.held)
+            quantize(model, self.held, BitsAndBytes())
         return to_device(model, device).eval()
 
 
@@ -174,25 +174,3 @@ def _release(module: Any) -> None:
     model = module.model
     if module.base is not None or (model and model.config._name_or_path == module.name):
         module.forget_model()
-
-
-def _quantize(model: PreTrainedModel, kind: str) -> None:
-    """Let all linear layers but the head be quantized by bitsandbytes when they are moved."""
-    from bitsandbytes import nn as quantized
-
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is head:
-            continue
-        weight, bias = module.weight.data, module.bias is not None
-        made: Any
-        if kind == "int8":
-            made = quantized.Linear8bitLt(*weight.shape[::-1], bias, has_fp16_weights=False)
-            made.weight = quantized.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        else:
-            made = quantized.Linear4bit(
-                *weight.shape[::-1], bias, compute_dtype=weight.dtype, quant_type=kind
-            )
-            made.weight = quantized.Params4bit(weight, requires_grad=False, quant_type=kind)
-        made.bias = module.bias
-        model.set_submodule(name, made)

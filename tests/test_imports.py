@@ -13,7 +13,7 @@ from prunelight.callbacks import PruningCallback
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; a module imports from lower layers and from its own, never in a circle.
 LAYERS = (
-    {"files", "losses", "shares", "sliced", "steps"},
+    {"files", "losses", "orthogonality", "shares", "sliced", "steps"},
     {"architecture", "plan", "metrics", "statistics", "allocation", "windows"},
     {"plots", "maps", "report", "calibration", "components", "sparsity"},
     {"walk", "merging", "sharded"},
@@ -21,7 +21,7 @@ LAYERS = (
     {"importance", "replay", "analysis"},
     {"slicing", "variants", "width"},
     {"rotation", "trials"},
-    {"surgery", "evaluation", "recovery", "masking"},
+    {"surgery", "evaluation", "recovery", "masking", "quantization"},
     {"adaptation", "head"},
     {"saving", "distributed", "checkpoint", "teacher_cache"},
     {"handover", "distillation"},
