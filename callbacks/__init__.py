@@ -3,6 +3,7 @@
 from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.dlp import DLP
 from prunelight.callbacks.dynamic_slicing import DynamicSlicing
+from prunelight.callbacks.recovery_checkpoint import RecoveryCheckpoint
 from prunelight.callbacks.shortened_llama import ShortenedLlama
 from prunelight.callbacks.shortgpt import ShortGPT
 from prunelight.callbacks.sleb import SLEB
@@ -15,6 +16,7 @@ __all__ = [
     "SLEB",
     "DynamicSlicing",
     "PruningCallback",
+    "RecoveryCheckpoint",
     "ShortGPT",
     "ShortenedLlama",
     "SliceGPT",

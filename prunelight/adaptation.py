@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,6 +30,7 @@ class Settings:
     keep_zeros: bool = True
     gradient_checkpointing: bool = False
     growing: bool = False  # zeros are added while the model trains
+    seed: int = 0  # of the adapters' first weights
 
 
 class Adapted:
@@ -61,7 +63,10 @@ class Adapted:
         if settings.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.zeros = PlannedZeros.find(model, plans)
-        self.model = make_trainable(model, settings.recovery, settings.lora)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            # Of its own: a resumed run has drawn other random numbers up to here.
+            torch.manual_seed(settings.seed)
+            self.model = make_trainable(model, settings.recovery, settings.lora)
         if self.zeros.matrices and settings.keep_zeros and settings.recovery != "none":
             self.zeros.keep(self.model, growing=settings.growing)
         self.model.train()  # from_pretrained leaves eval mode, and Lightning leaves that alone

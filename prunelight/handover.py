@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.evaluation import Measurement, measuring
+from prunelight.files import check_writable
 from prunelight.plan import library_versions
 from prunelight.report import Cost, RunRecord, Stage, write_report
 from prunelight.saving import MARKER, check_replaceable, save
@@ -36,7 +37,9 @@ def check_output(root: Path) -> None:
 
     Raises:
         FileExistsError: if there is a final/, adapter/ or report.md that prunelight did not write.
+        OSError: if nothing can be written there.
     """
+    check_writable(root)
     check_replaceable(root / FINAL)
     check_replaceable(root / ADAPTER)
     report = root / "report.md"

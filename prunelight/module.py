@@ -16,23 +16,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from peft import PeftModel
-from torch import Tensor
-from torch.optim import AdamW
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.adaptation import Adapted, Settings
 from prunelight.calibration import Windows, check_length, split_windows
-from prunelight.checkpoint import KEY, check_same_parameters, check_same_run, facts_of
+from prunelight.checkpoint import FORMAT, KEY, check_same_parameters, check_same_run, facts_of
 from prunelight.distributed import check_strategy, on_rank_zero
 from prunelight.evaluation import (
     LatencyProtocol,
-    Measurement,
     measure_latency,
     measure_stage,
-    measuring,
     new_record,
     to_device,
 )
@@ -48,6 +46,7 @@ from prunelight.models import load, resolve_dtype
 from prunelight.plan import Plan, describe_windows, model_fingerprint
 from prunelight.recovery import LoRA, check_settings, make_schedule
 from prunelight.report import RunRecord, Stage
+from prunelight.resume import ExactResume
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +129,7 @@ class RecoveryModule(LightningModule):
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
         self._adapted: Adapted | None = None
         self._tokens_seen = 0
-        self._training: Any = None
-        self._measurement: Measurement | None = None
+        self.resuming = ExactResume(self._describe_recovery, self._make_optimizer)
 
     # --- which model -------------------------------------------------------------------------
 
@@ -216,6 +214,7 @@ class RecoveryModule(LightningModule):
             keep_zeros=self.keep_zeros,
             gradient_checkpointing=self.gradient_checkpointing,
             growing=self.gradual,
+            seed=self.resuming.seed,
         )
 
     def _warn(self, text: str) -> None:
@@ -261,7 +260,7 @@ class RecoveryModule(LightningModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             return None
-        optimizer = (self.optimizer or partial(AdamW, lr=self.learning_rate))(parameters)
+        optimizer = self._make_optimizer(parameters)
         steps = self.trainer.estimated_stepping_batches
         scheduler = make_schedule(self.lr_scheduler_name, optimizer, self.warmup_steps, steps)
         if self.masks is not None:
@@ -269,14 +268,12 @@ class RecoveryModule(LightningModule):
         by_step = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": by_step}
 
-    def on_train_start(self) -> None:
-        """Start to measure the recovery."""
-        self._training = measuring(self.device)
-        self._measurement = self._training.__enter__()
+    def _make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        return (self.optimizer or partial(AdamW, lr=self.learning_rate))(parameters)
 
-    def on_train_end(self) -> None:
-        """Stop to measure the recovery."""
-        self._training.__exit__(None, None, None)
+    def configure_callbacks(self) -> list[Callback]:
+        """Let Lightning call what makes a resumed run equal one that was not interrupted."""
+        return [self.resuming]
 
     # --- checkpoints -------------------------------------------------------------------------
 
@@ -291,6 +288,7 @@ class RecoveryModule(LightningModule):
         trained, state = self._trained_names(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
         checkpoint[KEY] = {
+            "format": FORMAT,
             **self._describe_training(),
             "config": self._adapted.config,
             "tokens_seen": self._tokens_seen,
@@ -362,7 +360,7 @@ class RecoveryModule(LightningModule):
             self.checked_tokenizer(),
             plans=self._plan_files(),
             trust_remote_code=self.trust_remote_code,
-            training=self._measurement,
+            training=self.resuming.measurement,
             measure=None if self.recovery == "none" else partial(self.measure_stage, "recovered"),
         )
 
