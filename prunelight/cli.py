@@ -8,6 +8,7 @@ in one line; set PRUNELIGHT_TRACEBACK=1 to see where it came from.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # not the 0 of a finished run
     except Exception as error:
-        ours = our_error(error)
+        ours = our_error(error) or disk_error(error)
         if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
             raise
         sys.exit(f"prunelight: error: {ours}")
@@ -237,6 +238,23 @@ def our_error(error: BaseException | None) -> BaseException | None:
         folder = Path(frames[-1].filename).resolve().parent if frames else None
         if isinstance(error, expected) and folder in (PACKAGE, CALLBACKS):
             return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """Return an error for a file that a library could not write, such as a logger's, if it is that.
+
+    What prunelight itself writes says more, see `prunelight.files.explaining`.
+    """
+    expected = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in expected:
+            return OSError(
+                f"cannot write {error.filename or 'a file of the run'}: {error.strerror}; "
+                "checkpoints that were written before are intact. Start the same command again "
+                "when there is room"
+            )
         error = error.__cause__ or error.__context__
     return None
 

@@ -39,6 +39,11 @@ def remove_temporaries(directories: Iterable[Path]) -> None:
                 file.unlink(missing_ok=True)
 
 
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Return the checkpoint of a directory that was written last; None if there is none."""
+    return max(directory.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=None)
+
+
 @contextmanager
 def explaining(path: Path, checkpoint: Path | None = None) -> Iterator[None]:
     """Turn a failure to write into one line.

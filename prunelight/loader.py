@@ -47,7 +47,7 @@ class ResumableLoader(DataLoader):
         )
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position, for whoever reads the checkpoint; it also tells Lightning to resume."""
+        """Return the position, for whoever reads the checkpoint; it also lets Lightning resume."""
         return {"batches": self.position()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

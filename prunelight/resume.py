@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prunelight.checkpoint import check_same_settings
 from prunelight.evaluation import Measurement, measuring
-from prunelight.files import explaining, remove_temporaries, replacing
+from prunelight.files import explaining, newest_checkpoint, remove_temporaries, replacing
 
 KEY = "prunelight_resume"  # of a checkpoint, under which `ExactResume` keeps its state
 log = logging.getLogger(__name__)
@@ -69,11 +69,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"({reason}); delete it to start the recovery anew from the pruned base, or give "
                 "another one as ckpt_path"
             ) from error
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """Return the checkpoint of a directory that was written last; None if there is none."""
-    return max(directory.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
 class ExactResume(Callback):
