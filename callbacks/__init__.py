@@ -4,6 +4,7 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.dlp import DLP
 from prunelight.callbacks.dynamic_slicing import DynamicSlicing
 from prunelight.callbacks.orthogonality import Orthogonality
+from prunelight.callbacks.recovery_checkpoint import RecoveryCheckpoint
 from prunelight.callbacks.shortened_llama import ShortenedLlama
 from prunelight.callbacks.shortgpt import ShortGPT
 from prunelight.callbacks.sleb import SLEB
@@ -17,6 +18,7 @@ __all__ = [
     "DynamicSlicing",
     "Orthogonality",
     "PruningCallback",
+    "RecoveryCheckpoint",
     "ShortGPT",
     "ShortenedLlama",
     "SliceGPT",

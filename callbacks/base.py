@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from prunelight.calibration import Windows, check_windows, split_windows
+from prunelight.checkpoint import check_format
 from prunelight.distributed import check_strategy, ranks_of_run
 from prunelight.evaluation import (
     Measurement,
@@ -34,7 +35,7 @@ from prunelight.evaluation import (
     new_record,
     to_device,
 )
-from prunelight.files import replacing
+from prunelight.files import explaining, replacing
 from prunelight.handover import plan_files
 from prunelight.metrics import parameter_bytes
 from prunelight.module import RecoveryModule
@@ -47,7 +48,7 @@ from prunelight.plan import (
 )
 from prunelight.quantization import check_quantizable, check_widths
 from prunelight.recovery import check_targets
-from prunelight.report import Cost, RunRecord
+from prunelight.report import FORMAT, Cost, RunRecord
 from prunelight.saving import check_replaceable, save
 from prunelight.shares import Ranks, ranks_of, share_windows
 from prunelight.steps import Step
@@ -268,7 +269,7 @@ def _make_base(
         with measuring(model.device) as phase:
             record.stages.append(module.measure_stage("pruned", model, held_out))
         cost("evaluate pruned", phase)
-    with measuring(model.device) as phase:
+    with measuring(model.device) as phase, explaining(directory):
         # What was done to the model before this run still holds: zeros stay planned zeros.
         texts = [file.read_text(encoding="utf-8") for file in plan_files(Path(module.name))]
         texts += [json.dumps(plan.to_dict(), indent=1) + "\n" for plan in plans]
@@ -309,16 +310,24 @@ def _base_fingerprint(
 
 
 def _read_measured(directory: Path) -> RunRecord | None:
-    """Return the record of a base on disk; None if there is no whole one of this version."""
+    """Return the record of a base on disk; None if there is no whole one of this version.
+
+    Raises:
+        ValueError: if a newer version wrote it.
+    """
     try:
-        return RunRecord.from_dict(json.loads((directory / MEASURED).read_text()))
+        data = json.loads((directory / MEASURED).read_text())
+        newer = data["format"] > FORMAT
+        record = None if newer else RunRecord.from_dict(data)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
         log.warning("%s is damaged or of another version (%s): pruning anew", directory, error)
         return None
+    check_format(str(directory / MEASURED), data["format"], FORMAT)
+    return record
 
 
 def _write_measured(directory: Path, record: RunRecord) -> None:
-    with replacing(directory / MEASURED) as temporary:
+    with explaining(directory / MEASURED), replacing(directory / MEASURED) as temporary:
         temporary.write_text(json.dumps(record.to_dict(), indent=1))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -34,6 +35,7 @@ class Settings:
     growing: bool = False  # zeros are added while the model trains
     quantization: str = "none"
     bitsandbytes: BitsAndBytes = BitsAndBytes()  # noqa: RUF009 (frozen)
+    seed: int = 0  # of the adapters' first weights
 
     @property
     def base_precision(self) -> str:
@@ -86,7 +88,10 @@ class Adapted:
             quantize(model, settings.quantization, settings.bitsandbytes)
             if see_quantized is not None:
                 see_quantized(model)
-        self.model = make_trainable(model, settings.recovery, settings.lora)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            # Of its own: a resumed run has drawn other random numbers up to here.
+            torch.manual_seed(settings.seed)
+            self.model = make_trainable(model, settings.recovery, settings.lora)
         if self.zeros.planned and settings.keep_zeros and settings.recovery != "none":
             self.zeros.keep(self.model, growing=settings.growing)
         self.model.train()  # from_pretrained leaves eval mode, and Lightning leaves that alone

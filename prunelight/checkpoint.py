@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+FORMAT = 1  # of what a RecoveryModule keeps in a checkpoint
 KEY = "prunelight"  # of a checkpoint, under which a RecoveryModule keeps what it says of itself
 
 
@@ -12,12 +14,26 @@ def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the module that wrote a checkpoint said of itself.
 
     Raises:
-        ValueError: if another module wrote it.
+        ValueError: if another module or a newer version wrote it.
     """
     if KEY not in checkpoint:
         raise ValueError(f"the checkpoint has no key {KEY!r}: it is not from this module")
+    check_format("the checkpoint", checkpoint[KEY].get("format", FORMAT), FORMAT)
     earlier = {"zeros": "not kept", "masks": None, "quantization": "none"}  # before version 0.2
     return {**earlier, **checkpoint[KEY]}
+
+
+def check_format(what: str, found: Any, known: int) -> None:
+    """Check that this version can read a file.
+
+    Raises:
+        ValueError: if a newer one wrote it.
+    """
+    if not isinstance(found, int) or found > known:
+        raise ValueError(
+            f"{what} has format={found!r}, written by a newer prunelight; this one reads up to "
+            f"{known}: use the version that wrote it, or another trainer.default_root_dir"
+        )
 
 
 def check_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -30,6 +46,24 @@ def check_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the checkpoint was trained by {_describe(saved)}, this run trains by "
             f"{_describe(ours)}; use the arguments of that run, or start without ckpt_path"
+        )
+
+
+def check_same_settings(
+    saved: Mapping[str, Any], ours: Mapping[str, Any], path: str | Path | None
+) -> None:
+    """Check that a run goes on with the settings that it began with.
+
+    Raises:
+        ValueError: if not; names each on both sides, and the checkpoint.
+    """
+    odd = sorted(k for k in {*saved, *ours} if saved.get(k) != ours.get(k))
+    if odd:
+        then, now = (", ".join(f"{k}={run.get(k)}" for k in odd) for run in (saved, ours))
+        raise ValueError(
+            f"{path} was written by a run with {then}, this one has {now}: going on would give "
+            "neither result. Take the settings of that run, or start anew with another "
+            "trainer.default_root_dir or ckpt_path=null"
         )
 
 

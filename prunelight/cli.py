@@ -8,10 +8,13 @@ in one line; set PRUNELIGHT_TRACEBACK=1 to see where it came from.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
@@ -22,15 +25,17 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
 
 import prunelight.callbacks
 from prunelight.analysis import analyze
 from prunelight.callbacks.base import prune_base, pruning_callbacks
+from prunelight.callbacks.recovery_checkpoint import RecoveryCheckpoint
 from prunelight.data import TextDataModule
 from prunelight.distributed import check_strategy
 from prunelight.evaluation import to_device
+from prunelight.files import check_writable
 from prunelight.maps import write_analysis
 from prunelight.module import RecoveryModule
 from prunelight.report import summary_table, write_report
@@ -42,7 +47,27 @@ CALLBACKS = Path(prunelight.callbacks.__file__).resolve().parent
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer with the verbs prune and analyze."""
+    """Lightning's Trainer, which resumes by itself, with the verbs prune and analyze."""
+
+    def fit(
+        self,
+        model: pl.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = "last",
+    ) -> None:
+        """Prune, recover, evaluate and save; see Lightning's own for the first four arguments.
+
+        Args:
+            model: the module.
+            train_dataloaders: data, if there is no datamodule.
+            val_dataloaders: data, if there is no datamodule.
+            datamodule: the data.
+            ckpt_path: "last" goes on where an earlier start of the same run was interrupted, if
+                there was one; a file goes on from that; null starts anew.
+        """
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
     def prune(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> None:
         """Score, plan, apply and save the pruned model with its report, then stop.
@@ -117,7 +142,17 @@ class CLI(LightningCLI):
         settings = self._get(self.config_init, "trainer", default={})
         if settings.get("logger") is None:
             root = settings.get("default_root_dir") or Path.cwd()
-            kwargs["logger"] = CSVLogger(root, name="logs")
+            # A row at a time: those that wait in memory are lost when the process is killed.
+            kwargs["logger"] = CSVLogger(root, name="logs", flush_logs_every_n_steps=1)
+        given = settings.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        kept = any(isinstance(callback, RecoveryCheckpoint) for callback in given)
+        if (
+            self.subcommand == "fit"
+            and not kept
+            and settings.get("enable_checkpointing") is not False
+        ):
+            kwargs["callbacks"] = [*given, RecoveryCheckpoint()]
         try:
             return super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # such as more devices than there are
@@ -125,13 +160,14 @@ class CLI(LightningCLI):
             raise ValueError(f"no Trainer can be made of these settings: {told}") from error
 
     def before_fit(self) -> None:
-        """Refuse a strategy or a checkpoint before any process is started."""
+        """Refuse a strategy, a directory or a checkpoint before any process is started."""
         check_strategy(self.trainer)
+        check_writable(Path(self.trainer.default_root_dir))
         path = self._get(self.config_init, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry") and not Path(path).exists():
             raise FileNotFoundError(
                 f"ckpt_path={str(path)!r} does not exist; give a checkpoint of an earlier run "
-                "(they are in logs/version_*/checkpoints/ of its directory)"
+                "(they are in checkpoints/ of its directory)"
             )
 
     def after_fit(self) -> None:
@@ -155,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     sys.argv[1:] = find_configs(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s")
+    # The first start of a run has no checkpoint to go on from.
+    warnings.filterwarnings("ignore", ".*there is no last checkpoint available")
     logging.getLogger("prunelight").setLevel(
         logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.ERROR
     )
@@ -167,8 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser_kwargs={"prog": "prunelight"},
             auto_configure_optimizers=False,
         )
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # not the 0 of a finished run
     except Exception as error:
-        ours = our_error(error)
+        ours = our_error(error) or disk_error(error)
         if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
             raise
         sys.exit(f"prunelight: error: {ours}")
@@ -202,6 +242,23 @@ def our_error(error: BaseException | None) -> BaseException | None:
         folder = Path(frames[-1].filename).resolve().parent if frames else None
         if isinstance(error, expected) and folder in (PACKAGE, CALLBACKS):
             return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """Return an error for a file that a library could not write, such as a logger's, if it is that.
+
+    What prunelight itself writes says more, see `prunelight.files.explaining`.
+    """
+    expected = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in expected:
+            return OSError(
+                f"cannot write {error.filename or 'a file of the run'}: {error.strerror}; "
+                "checkpoints that were written before are intact. Start the same command again "
+                "when there is room"
+            )
         error = error.__cause__ or error.__context__
     return None
 

@@ -7,8 +7,9 @@ on seed and epoch only, so a resumed epoch repeats. Not done: streaming, bucketi
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prunelight import windows as text
 from prunelight.calibration import Windows
+from prunelight.loader import ResumableLoader
 from prunelight.models import load_tokenizer
 
 log_once = rank_zero_only(logging.getLogger(__name__).info)
@@ -137,7 +139,23 @@ class TextDataModule(LightningDataModule):
         share = self.trainer and self.trainer.distributed_sampler_kwargs
         share = share or {"num_replicas": 1, "rank": 0}
         # Lightning tells this sampler the epoch; a plain shuffle would start over on resume.
-        return self._loader(examples, DistributedSampler(examples, **share, seed=self.seed))  # type: ignore[arg-type]
+        sampler = DistributedSampler(examples, **share, seed=self.seed)  # type: ignore[arg-type]
+        return self._loader(examples, sampler, self._position)
+
+    def _position(self) -> int:
+        """Return how many batches of the epoch a running training has behind it."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training:
+            return 0
+        return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def describe_training(self) -> dict[str, Any]:
+        """Return what the training batches depend on: a resumed run must have the same."""
+        tokens = hashlib.sha256()
+        for part in (part for example in self.examples("train") for part in example):
+            tokens.update(f"{part.shape}".encode() + part.numpy().tobytes())
+        names = ("seq_len", "batch_size", "seed")
+        return {name: getattr(self, name) for name in names} | {"tokens": tokens.hexdigest()[:16]}
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation examples, in order; over processes, none of them twice."""
@@ -162,9 +180,15 @@ class TextDataModule(LightningDataModule):
         names = ("seq_len", "batch_size", "num_calibration", "num_validation", "bos", "seed")
         return {name: getattr(self, name) for name in ("sources", *names)} | {"counts": counts}
 
-    def _loader(self, examples: list[Example], sampler: DistributedSampler | None) -> DataLoader:
-        return DataLoader(
-            examples,  # type: ignore[arg-type]  # a list serves as a dataset
+    def _loader(
+        self,
+        examples: list[Example],
+        sampler: DistributedSampler | None,
+        position: Callable[[], int] = int,  # 0: from the start
+    ) -> DataLoader:
+        return ResumableLoader(
+            examples,  # a list serves as a dataset
+            position=position,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,

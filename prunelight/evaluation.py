@@ -282,21 +282,35 @@ class Measurement:
 
     seconds: float = 0.0
     peak_bytes: int = 0
+    started: float | None = None  # while the phase goes on
+
+    def so_far(self, device: torch.device) -> dict[str, Any]:
+        """Return seconds and peak at this moment, for a phase that a later run continues."""
+        if self.started is None:
+            return {"seconds": self.seconds, "peak_bytes": self.peak_bytes}
+        seconds = self.seconds + time.perf_counter() - self.started
+        return {"seconds": seconds, "peak_bytes": max(self.peak_bytes, peak_memory(device))}
 
 
 @contextmanager
-def measuring(device: torch.device) -> Iterator[Measurement]:
-    """Measure a phase: wall seconds, and the peak of allocated CUDA memory or of process memory."""
-    measurement = Measurement()
+def measuring(
+    device: torch.device, measurement: Measurement | None = None
+) -> Iterator[Measurement]:
+    """Measure a phase: wall seconds, and the peak of allocated CUDA memory or of process memory.
+
+    `measurement` is that of the phase's part before an interruption, which is continued.
+    """
+    measurement = measurement or Measurement()
     _reset_peak(device)
     synchronize(device)
-    start = time.perf_counter()
+    measurement.started = time.perf_counter()
     try:
         yield measurement
     finally:
         synchronize(device)
-        measurement.seconds = time.perf_counter() - start
-        measurement.peak_bytes = peak_memory(device)
+        spent = measurement.so_far(device)
+        measurement.seconds, measurement.peak_bytes = spent["seconds"], spent["peak_bytes"]
+        measurement.started = None
 
 
 def synchronize(device: torch.device) -> None:

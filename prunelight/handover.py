@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.evaluation import Measurement, measuring
+from prunelight.files import check_writable, explaining, newest_checkpoint
 from prunelight.plan import library_versions
 from prunelight.report import Cost, RunRecord, Stage, write_report
 from prunelight.saving import MARKER, check_replaceable, save
@@ -36,7 +37,9 @@ def check_output(root: Path) -> None:
 
     Raises:
         FileExistsError: if there is a final/, adapter/ or report.md that prunelight did not write.
+        OSError: if nothing can be written there.
     """
+    check_writable(root)
     check_replaceable(root / FINAL)
     check_replaceable(root / ADAPTER)
     report = root / "report.md"
@@ -84,7 +87,8 @@ def hand_over(
         training: cost of the recovery, None if nothing was trained.
         measure: measures the result; None leaves its quality out.
     """
-    with measuring(model.device) as saving:
+    checkpoint = newest_checkpoint(root / "checkpoints")
+    with measuring(model.device) as saving, explaining(root / FINAL, checkpoint):
         saved = save(
             model,
             tokenizer,
@@ -101,5 +105,6 @@ def hand_over(
     record.verification[Path(saved.directory).name] = saved.verification
     if measure is not None:
         record.stages.append(replace(measure(model), size_bytes=saved.size_bytes))
-    for file in write_report(root, record):
-        log.info("wrote %s", file)
+    with explaining(root / "report.md", checkpoint):
+        for file in write_report(root, record):
+            log.info("wrote %s", file)

@@ -16,25 +16,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
-from torch import Tensor
-from torch.optim import AdamW
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.adaptation import Adapted, Settings
 from prunelight.calibration import Windows, check_length, split_windows
-from prunelight.checkpoint import KEY, check_same_parameters, check_same_run, facts_of
+from prunelight.checkpoint import FORMAT, KEY, check_same_parameters, check_same_run, facts_of
 from prunelight.distillation import Distillation, Objective
 from prunelight.distributed import check_strategy, on_rank_zero, share_of_tokens
 from prunelight.evaluation import (
     LatencyProtocol,
-    Measurement,
     measure_latency,
     measure_stage,
-    measuring,
     new_record,
     to_device,
 )
@@ -50,6 +48,7 @@ from prunelight.plan import Plan, describe_windows, model_fingerprint
 from prunelight.quantization import BitsAndBytes, add_quantized, check_kind, check_quantizable
 from prunelight.recovery import LoRA, check_settings, make_schedule
 from prunelight.report import RunRecord, Stage
+from prunelight.resume import ExactResume
 from prunelight.sharded import gather_trained, shard
 from prunelight.teaching import meet_teacher
 
@@ -151,8 +150,7 @@ class RecoveryModule(LightningModule):
         self._adapted: Adapted | None = None
         self._source: str | Path = ""  # from where `model` can be read again
         self._tokens_seen = 0
-        self._training: Any = None
-        self._measurement: Measurement | None = None
+        self.resuming = ExactResume(self._describe_recovery, self._make_optimizer)
 
     # --- which model -------------------------------------------------------------------------
 
@@ -258,6 +256,7 @@ class RecoveryModule(LightningModule):
             growing=self.gradual,
             quantization=self.quantization,
             bitsandbytes=self.bitsandbytes,
+            seed=self.resuming.seed,
         )
 
     def _warn(self, text: str) -> None:
@@ -303,7 +302,7 @@ class RecoveryModule(LightningModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             return None
-        optimizer = (self.optimizer or partial(AdamW, lr=self.learning_rate))(parameters)
+        optimizer = self._make_optimizer(parameters)
         steps = self.trainer.estimated_stepping_batches
         scheduler = make_schedule(self.lr_scheduler_name, optimizer, self.warmup_steps, steps)
         if self.masks is not None:
@@ -311,20 +310,24 @@ class RecoveryModule(LightningModule):
         by_step = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": by_step}
 
+    def _make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        return (self.optimizer or partial(AdamW, lr=self.learning_rate))(parameters)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Let Lightning call what makes a resumed run equal one that was not interrupted."""
+        return [self.resuming]
+
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Keep gradients of pruned weights out of clipping, where no hook can."""
         if self.masks is not None:
             self.masks.mask_gradients()
 
     def on_train_start(self) -> None:
-        """Start to measure the recovery."""
+        """See how the loss can be taken."""
         self.objective.start(self.model)
-        self._training = measuring(self.device)
-        self._measurement = self._training.__enter__()
 
     def on_train_end(self) -> None:
-        """Stop to measure the recovery."""
-        self._training.__exit__(None, None, None)
+        """Let go of the teacher."""
         self.objective.finish()
 
     # --- checkpoints -------------------------------------------------------------------------
@@ -340,6 +343,7 @@ class RecoveryModule(LightningModule):
         trained, state = self._trained_names(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
         checkpoint[KEY] = {
+            "format": FORMAT,
             **self._describe_training(),
             "config": self._adapted.config,
             "tokens_seen": self._tokens_seen,
@@ -446,7 +450,7 @@ class RecoveryModule(LightningModule):
             self.checked_tokenizer(),
             plans=self._plan_files(),
             trust_remote_code=self.trust_remote_code,
-            training=self._measurement,
+            training=self.resuming.measurement,
             measure=None if self.recovery == "none" else partial(self.measure_stage, "recovered"),
         )
 

@@ -30,6 +30,7 @@ from prunelight.architecture import (
 )
 from prunelight.calibration import evaluating
 from prunelight.evaluation import free_memory, greedy_tokens, to_device
+from prunelight.files import flush
 from prunelight.metrics import parameter_bytes
 from prunelight.models import quiet_transformers
 from prunelight.plan import Plan, library_versions, model_fingerprint
@@ -250,6 +251,8 @@ def _compare_files(model: PreTrainedModel, directory: Path) -> None:
 
 def _replace(temporary: Path, directory: Path) -> None:
     """Rename, keeping the old directory until the new one stands."""
+    for file in temporary.rglob("*"):
+        flush(file)
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():

@@ -13,7 +13,7 @@ from prunelight.callbacks import PruningCallback
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; a module imports from lower layers and from its own, never in a circle.
 LAYERS = (
-    {"files", "losses", "orthogonality", "shares", "sliced", "steps"},
+    {"files", "loader", "losses", "orthogonality", "shares", "sliced", "steps"},
     {"architecture", "plan", "metrics", "statistics", "allocation", "windows"},
     {"plots", "maps", "report", "calibration", "components", "sparsity"},
     {"walk", "merging", "sharded"},
@@ -23,7 +23,7 @@ LAYERS = (
     {"rotation", "trials"},
     {"surgery", "evaluation", "recovery", "masking", "quantization"},
     {"adaptation", "head"},
-    {"saving", "distributed", "checkpoint", "teacher_cache"},
+    {"saving", "distributed", "checkpoint", "resume", "teacher_cache"},
     {"handover", "distillation"},
     {"teaching"},
     {"data", "module"},
@@ -31,7 +31,7 @@ LAYERS = (
     {"cli"},
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-WITH_LIGHTNING = {"data", "module", "distributed", "callbacks", "cli"}
+WITH_LIGHTNING = {"data", "module", "distributed", "resume", "callbacks", "cli"}
 FILES = sorted([*(ROOT / "prunelight").glob("*.py"), *(ROOT / "callbacks").glob("*.py")])
 MODULES = [file for file in FILES if file != ROOT / "prunelight" / "__init__.py"]
 # `__version__` belongs to the package, which is no module of a layer.

@@ -1,0 +1,252 @@
+"""Kills short runs at random moments, starts the same command again, and compares with a whole run.
+
+    python tests/kill_and_resume.py --kills 20 --seed 0
+
+Each round of five kills has one while Python starts, while the model is pruned, while it trains,
+while a checkpoint is written and while final/ is written. Then the run is left to end, and must
+have the losses of every batch and the final weights of an uninterrupted run, bit for bit. After
+each kill every file with a real name must load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from PIL import Image
+from runs import write_model
+from safetensors.torch import load_file
+
+STAGES = ("start", "pruning", "training", "checkpoint", "final")
+TIMEOUT = 300  # seconds, of one start
+CASES: dict[str, dict[str, Any]] = {
+    "gradual": {
+        "class_path": "DLP",
+        "init_args": {"sparsity": 0.5, "schedule": {"start_step": 2, "end_step": 24, "every": 3}},
+    },
+    "shortgpt": {"class_path": "ShortGPT", "init_args": {"num_layers": 2}},
+}
+
+
+class LossLog(pl.Callback):
+    """Writes down the loss of every batch at once, exactly."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        key = f"{trainer.current_epoch} {batch_idx} {trainer.global_step}"
+        with Path(trainer.default_root_dir, "losses.txt").open("a") as file:
+            file.write(f"{key} {outputs['loss'].item().hex()}\n")
+
+
+@dataclass
+class Count:
+    kills: int = 0
+    differences: int = 0
+    corrupt: int = 0
+    resumes: int = 0
+    told: list[str] = field(default_factory=list)
+
+
+def write_config(directory: Path, case: str) -> list[str]:
+    """Write model, text and config of a case; return the command that runs it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    name = write_model(directory / "model", **sizes)
+    words = random.Random(0).choices(["river", "mill", "sea", "runs", "to"], k=3000)
+    (directory / "text.txt").write_text(" ".join(words), encoding="utf-8")
+    sources = dict.fromkeys(("train", "validation", "calibration"), str(directory / "text.txt"))
+    config = {
+        "seed_everything": 5,
+        "model": {
+            "name": name,
+            "lora": {"r": 4, "dropout": 0.1},
+            "learning_rate": 0.01,
+            "warmup_steps": 3,
+        },
+        "data": {
+            **sources,
+            "seq_len": 64,
+            "batch_size": 2,
+            "num_calibration": 8,
+            "num_validation": 4,
+            "num_workers": int(case == "shortgpt"),
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 36,
+            "accumulate_grad_batches": 2,
+            "limit_train_batches": 25,
+            "val_check_interval": 10,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                CASES[case],
+                {"class_path": "kill_and_resume.LossLog"},
+                {"class_path": "RecoveryCheckpoint", "init_args": {"every_n_train_steps": 3}},
+            ],
+        },
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    file = str(directory / "config.yaml")
+    return [sys.executable, "-m", "prunelight.cli", "fit", "--config", file]
+
+
+def start(command: list[str], root: Path) -> subprocess.Popen:
+    root.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+    command = [*command, "--trainer.default_root_dir", str(root)]
+    with (root / ".output.txt").open("a") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+
+
+def finish(command: list[str], root: Path) -> None:
+    if start(command, root).wait(TIMEOUT):
+        raise SystemExit(f"{root} failed:\n{(root / '.output.txt').read_text()[-3000:]}")
+
+
+def moment(stage: str, root: Path, rng: random.Random) -> tuple[Callable[[], bool], float]:
+    """Return what to wait for after a start, and how many seconds longer."""
+    losses, begun = root / "losses.txt", time.monotonic()
+    seen = losses.stat().st_size if losses.exists() else 0
+    more, pause = rng.randrange(1, 700), rng.random()
+    logs = len(list(root.glob("logs/*")))
+    return {
+        "start": (lambda: time.monotonic() > begun + 4 * pause, 0.0),
+        "pruning": (lambda: len(list(root.glob("logs/*"))) > logs, 0.8 * pause),
+        "training": (
+            lambda: losses.exists() and losses.stat().st_size >= seen + more,
+            0.02 * pause,
+        ),
+        "checkpoint": (lambda: any(root.glob("checkpoints/.*.tmp")), 0.002 * pause),
+        "final": (lambda: (root / ".final.tmp").exists(), 0.5 * pause),
+    }[stage]
+
+
+def kill_at(stage: str, command: list[str], root: Path, rng: random.Random) -> bool:
+    """Start the command and kill it; False if it ended before."""
+    process = start(command, root)
+    reached, pause = moment(stage, root, rng)
+    while not reached():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.0005)
+    time.sleep(pause)
+    ended = process.poll() is not None
+    process.kill()
+    process.wait()
+    return not ended
+
+
+def corrupt_files(root: Path) -> list[Path]:
+    """Return the files with a real name that do not load; logs/ is appended to and read by none."""
+    found = []
+    loaders: dict[str, Callable[[Path], Any]] = {
+        ".ckpt": lambda file: torch.load(file, weights_only=True),
+        ".safetensors": load_file,
+        ".json": lambda file: json.loads(file.read_text()),
+        ".png": lambda file: Image.open(file).load(),
+        ".md": lambda file: file.read_text().index("\n"),
+    }
+    for file in root.rglob("*"):
+        parts = file.relative_to(root).parts
+        if parts[0] == "logs" or any(part.startswith(".") for part in parts):
+            continue
+        try:
+            loaders.get(file.suffix, lambda _: None)(file)
+        except Exception:
+            found.append(file)
+    return found
+
+
+def losses_of(root: Path) -> dict[str, set[str]]:
+    """Map epoch, batch and optimizer step to every loss that was seen there."""
+    found: dict[str, set[str]] = {}
+    for line in (root / "losses.txt").read_text().splitlines():
+        key, _, loss = line.rpartition(" ")
+        found.setdefault(key, set()).add(loss)
+    return found
+
+
+def differences(root: Path, whole: Path) -> list[str]:
+    """Return in what a run differs from the uninterrupted one."""
+    odd = []
+    if losses_of(root) != losses_of(whole):
+        odd.append("losses")
+    mine, other = (load_file(run / "final" / "model.safetensors") for run in (root, whole))
+    if mine.keys() != other.keys() or not all(torch.equal(mine[k], other[k]) for k in mine):
+        odd.append("weights")
+    mine, other = (json.loads((run / "report.json").read_text()) for run in (root, whole))
+    if [stage["perplexity"] for stage in mine["stages"]] != [
+        stage["perplexity"] for stage in other["stages"]
+    ] or mine["recovery"] != other["recovery"]:
+        odd.append("report")
+    return odd
+
+
+def run(work: Path, kills: int, seed: int, stages: tuple[str, ...] = STAGES) -> Count:
+    """Kill and resume until there were so many kills; return what was found."""
+    rng, count, rounds = random.Random(seed), Count(), 0
+    while count.kills < kills:
+        case = list(CASES)[rounds % len(CASES)]
+        whole, root = work / case / "whole", work / case / f"killed-{rounds}"
+        command = write_config(work / case, case)
+        if not whole.exists():
+            finish(command, whole)
+        for stage in stages[: kills - count.kills]:
+            if not kill_at(stage, command, root, rng):
+                raise SystemExit(f"{root} ended before it could be killed at {stage}")
+            count.kills += 1
+            broken = corrupt_files(root)
+            count.corrupt += len(broken)
+            batches = len(losses_of(root)) if (root / "losses.txt").exists() else 0
+            count.told.append(f"{case}: killed at {stage}, batch {batches}; corrupt {broken}")
+            print(count.told[-1], flush=True)
+            count.resumes += 1  # the next start, or the last one below
+        finish(command, root)
+        odd = differences(root, whole)
+        count.differences += len(odd)
+        count.corrupt += len(corrupt_files(root))
+        left = [str(p) for p in root.rglob(".*.tmp")]
+        count.told.append(f"{case}: ended, differences {odd}, temporaries left {left}")
+        print(count.told[-1], flush=True)
+        rounds += 1
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        count = run(Path(work), given.kills, given.seed)
+    print(
+        f"{count.kills} kills, {count.resumes} resumes, {count.differences} differences, "
+        f"{count.corrupt} corrupt files (seed {given.seed})"
+    )
+    sys.exit(bool(count.differences or count.corrupt))
+
+
+if __name__ == "__main__":
+    main()
