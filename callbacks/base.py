@@ -36,6 +36,7 @@ from prunelight.files import replacing
 from prunelight.handover import plan_files
 from prunelight.metrics import parameter_bytes
 from prunelight.module import RecoveryModule
+from prunelight.packing import check_packing
 from prunelight.plan import (
     Plan,
     describe_model,
@@ -168,6 +169,8 @@ def _prune_on_rank_zero(
     for callback in callbacks:
         callback.check(model)
     check_targets(model, module.lora)
+    if getattr(datamodule, "packing", "stream") == "documents":
+        check_packing(model, datamodule.batch_size)
     windows = datamodule.calibration_windows()
     for callback in callbacks:
         callback.check_calibration(model, windows)

@@ -45,6 +45,7 @@ from prunelight.metrics import (
     next_token_sums,
 )
 from prunelight.models import load, resolve_dtype
+from prunelight.packing import check_packing
 from prunelight.plan import Plan, describe_windows, model_fingerprint
 from prunelight.recovery import LoRA, check_settings, make_schedule
 from prunelight.report import RunRecord, Stage
@@ -177,6 +178,8 @@ class RecoveryModule(LightningModule):
         if stage != "fit":
             return
         self.check_output()
+        if getattr(datamodule, "packing", "stream") == "documents":
+            check_packing(model, datamodule.batch_size)
         if self.record is None and hasattr(datamodule, "validation_windows"):
             on_rank_zero(self.trainer, lambda: self._measure_dense(model))
         if self.recovery == "none":
@@ -226,19 +229,26 @@ class RecoveryModule(LightningModule):
 
     # --- training ----------------------------------------------------------------------------
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return logits (B, T, V) for token ids (B, T)."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits (B, T, V) for token ids (B, T); positions tell documents in a row apart."""
         assert self.model is not None
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None  # lets attention take its causal fast path
-        return self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).logits
+        given = {"attention_mask": attention_mask, "use_cache": False}
+        if position_ids is not None:  # padding is then a document of its own
+            given |= {"position_ids": position_ids, "attention_mask": None}
+        elif attention_mask is not None and bool(attention_mask.all()):
+            given["attention_mask"] = None  # lets attention take its causal fast path
+        return self.model(input_ids=input_ids, **given).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy over the tokens whose label counts."""
         mask = batch.get("attention_mask")
-        loss = next_token_loss(self(batch["input_ids"], mask), batch["labels"])
+        logits = self(batch["input_ids"], mask, batch.get("position_ids"))
+        loss = next_token_loss(logits, batch["labels"])
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         self._tokens_seen += tokens * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True)

@@ -21,7 +21,7 @@ LAYERS = (
     {"importance", "replay", "analysis"},
     {"slicing", "variants", "width"},
     {"rotation", "trials"},
-    {"surgery", "evaluation", "recovery", "masking"},
+    {"surgery", "evaluation", "recovery", "masking", "packing", "precision", "regions"},
     {"adaptation"},
     {"saving", "distributed", "checkpoint"},
     {"handover"},
