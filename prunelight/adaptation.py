@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from prunelight.architecture import restore_rwkv_scale
 from prunelight.plan import Plan, model_fingerprint
 from prunelight.recovery import LoRA, PlannedZeros, make_trainable, merge_lora
+from prunelight.regions import compile_layers, uncompile_layers
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Settings:
     keep_zeros: bool = True
     gradient_checkpointing: bool = False
     growing: bool = False  # zeros are added while the model trains
+    compile_backend: str | None = None
 
 
 class Adapted:
@@ -64,6 +66,8 @@ class Adapted:
         self.model = make_trainable(model, settings.recovery, settings.lora)
         if self.zeros.matrices and settings.keep_zeros and settings.recovery != "none":
             self.zeros.keep(self.model, growing=settings.growing)
+        if settings.compile_backend is not None:
+            compile_layers(model, settings.compile_backend)
         self.model.train()  # from_pretrained leaves eval mode, and Lightning leaves that alone
 
     @property
@@ -87,7 +91,7 @@ class Adapted:
         Raises:
             RuntimeError, ValueError: as `merged`.
         """
-        settings = replace(self.settings, gradient_checkpointing=False)
+        settings = replace(self.settings, gradient_checkpointing=False, compile_backend=None)
         other = Adapted(base, plans, settings)
         other.model.load_state_dict(trained, strict=False)
         if other.zeros.masks is not None and self.zeros.masks is not None:
@@ -105,6 +109,7 @@ class Adapted:
         if isinstance(model, PeftModel):
             model = merge_lora(model)
         assert isinstance(model, PreTrainedModel)
+        uncompile_layers(model)
         restore_rwkv_scale(model)
         self.zeros.check()
         if self.zeros.masks is not None:

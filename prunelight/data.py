@@ -31,7 +31,7 @@ log_once = rank_zero_only(logging.getLogger(__name__).info)
 
 # N examples, T tokens of the longest
 # input_ids and labels, and positions in a row of several documents: LongTensors (T,)
-Example = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+Example = tuple[Tensor, ...]
 
 
 class TextDataModule(LightningDataModule):
@@ -243,7 +243,7 @@ class TextDataModule(LightningDataModule):
         kept = [(torch.tensor(pair[0]), torch.tensor(pair[1])) for pair in pairs if pair]
         rule = f"the others have no response within {self.seq_len} tokens"
         log_once(f"{role}: {len(pairs)} instruction rows -> {len(kept)} examples, {rule}")
-        return kept
+        return [*kept]
 
 
 def pad_examples(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Tensor]:

@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from peft import PeftModel
 from torch import Tensor
@@ -45,15 +44,17 @@ from prunelight.metrics import (
     next_token_sums,
 )
 from prunelight.models import load, resolve_dtype
-from prunelight.packing import check_packing
+from prunelight.packing import model_inputs
 from prunelight.plan import Plan, describe_windows, model_fingerprint
 from prunelight.recovery import LoRA, check_settings, make_schedule
+from prunelight.regions import check_backend
 from prunelight.report import RunRecord, Stage
+from prunelight.retraining import WatchedModule
 
 log = logging.getLogger(__name__)
 
 
-class RecoveryModule(LightningModule):
+class RecoveryModule(WatchedModule):
     """Recover a causal language model after pruning.
 
     Args:
@@ -65,9 +66,12 @@ class RecoveryModule(LightningModule):
         learning_rate: peak learning rate.
         warmup_steps: optimizer steps over which it rises linearly from 0.
         lr_scheduler: what follows: a schedule of transformers.get_scheduler.
+        lr_scheduler_kwargs: its own arguments; warmup_stable_decay decays over the last tenth.
         optimizer: called with the trainable parameters; brings its own learning rate. None takes
             AdamW with `learning_rate`.
         gradient_checkpointing: compute activations again in the backward, for memory.
+        compile_backend: of torch.compile, such as "inductor", for each decoder layer; None: eager.
+        restore_best: end with the best weights if a ModelCheckpoint monitors a metric `val/...`.
         keep_zeros: keep the zeros of sparsified weights: full training holds them at exactly zero,
             LoRA trains W + m * (B A), so that merging keeps every zero and N:M group. False leaves
             the adapters dense and unmerged ones in adapter/; merging fills the zeros.
@@ -95,8 +99,11 @@ class RecoveryModule(LightningModule):
         learning_rate: float = 1e-4,
         warmup_steps: int = 100,
         lr_scheduler: str = "linear",
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
         optimizer: OptimizerCallable | None = None,
         gradient_checkpointing: bool = False,
+        compile_backend: str | None = None,
+        restore_best: bool = True,
         keep_zeros: bool = True,
         latency: LatencyProtocol | None = None,
         trust_remote_code: bool = False,
@@ -107,17 +114,20 @@ class RecoveryModule(LightningModule):
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
             lr_scheduler=lr_scheduler,
+            lr_scheduler_kwargs=lr_scheduler_kwargs,
         )
         resolve_dtype(dtype)
+        check_backend(compile_backend)
         self.name = name
         self.dtype_name = dtype
         self.recovery = recovery
         self.lora = lora
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
-        self.lr_scheduler_name = lr_scheduler
+        self.lr_scheduler_name, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs or {}
         self.optimizer = optimizer
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_backend, self.restore_best = compile_backend, restore_best
         self.keep_zeros = keep_zeros
         self.latency = latency
         self.trust_remote_code = trust_remote_code
@@ -178,8 +188,6 @@ class RecoveryModule(LightningModule):
         if stage != "fit":
             return
         self.check_output()
-        if getattr(datamodule, "packing", "stream") == "documents":
-            check_packing(model, datamodule.batch_size)
         if self.record is None and hasattr(datamodule, "validation_windows"):
             on_rank_zero(self.trainer, lambda: self._measure_dense(model))
         if self.recovery == "none":
@@ -203,11 +211,6 @@ class RecoveryModule(LightningModule):
 
     def _adapt(self) -> None:
         model = self.load_model()
-        if self.recovery == "full" and model.dtype != torch.float32:
-            self._warn(
-                f"recovery=full trains {model.dtype} weights, in which small updates are lost; "
-                "set model.dtype=float32 and trainer.precision=bf16-mixed"
-            )
         plans = [Plan.load(file) for file in self._plan_files()]
         self._adapted = Adapted(model, plans, self._settings())
         self.model = self._adapted.model
@@ -219,6 +222,7 @@ class RecoveryModule(LightningModule):
             keep_zeros=self.keep_zeros,
             gradient_checkpointing=self.gradient_checkpointing,
             growing=self.gradual,
+            compile_backend=self.compile_backend,
         )
 
     def _warn(self, text: str) -> None:
@@ -229,26 +233,20 @@ class RecoveryModule(LightningModule):
 
     # --- training ----------------------------------------------------------------------------
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Return logits (B, T, V) for token ids (B, T); positions tell documents in a row apart."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return logits (B, T, V) for token ids (B, T)."""
         assert self.model is not None
-        given = {"attention_mask": attention_mask, "use_cache": False}
-        if position_ids is not None:  # padding is then a document of its own
-            given |= {"position_ids": position_ids, "attention_mask": None}
-        elif attention_mask is not None and bool(attention_mask.all()):
-            given["attention_mask"] = None  # lets attention take its causal fast path
-        return self.model(input_ids=input_ids, **given).logits
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None  # lets attention take its causal fast path
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy over the tokens whose label counts."""
+        assert self.model is not None
         mask = batch.get("attention_mask")
-        logits = self(batch["input_ids"], mask, batch.get("position_ids"))
-        loss = next_token_loss(logits, batch["labels"])
+        loss = next_token_loss(self.model(**model_inputs(batch)).logits, batch["labels"])
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         self._tokens_seen += tokens * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True)
@@ -273,7 +271,9 @@ class RecoveryModule(LightningModule):
             return None
         optimizer = (self.optimizer or partial(AdamW, lr=self.learning_rate))(parameters)
         steps = self.trainer.estimated_stepping_batches
-        scheduler = make_schedule(self.lr_scheduler_name, optimizer, self.warmup_steps, steps)
+        scheduler = make_schedule(
+            self.lr_scheduler_name, optimizer, self.warmup_steps, steps, self.lr_scheduler_kwargs
+        )
         if self.masks is not None:
             self.masks.watch(optimizer)
         by_step = {"scheduler": scheduler, "interval": "step"}
@@ -399,6 +399,7 @@ class RecoveryModule(LightningModule):
             "warmup_steps": self.warmup_steps,
             "lr_scheduler": self.lr_scheduler_name,
             "optimizer_steps": self.trainer.global_step,
+            "weights_of_step": self.restored_step or self.trainer.global_step,
             "tokens_seen": self._tokens_seen,
             "precision": str(self.trainer.precision),
         }

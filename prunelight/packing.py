@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import inspect
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,19 @@ def pack_documents(
         positions = [torch.arange(len(part)) for part in ids]
         rows.append((torch.cat(ids), torch.cat(labels), torch.cat(positions)))
     return rows
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what a model is called with for a training batch, packed or not.
+
+    With positions there is no mask: a mask would take their place in telling documents apart.
+    Without padding there is none either, which lets attention take its causal fast path.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+    if "position_ids" in batch:
+        return {**inputs, "position_ids": batch["position_ids"]}
+    mask = batch.get("attention_mask")
+    return {**inputs, "attention_mask": None if mask is None or bool(mask.all()) else mask}
 
 
 def check_packing(model: PreTrainedModel, batch_size: int) -> None:

@@ -24,13 +24,13 @@ LAYERS = (
     {"surgery", "evaluation", "recovery", "masking", "packing", "precision", "regions"},
     {"adaptation"},
     {"saving", "distributed", "checkpoint"},
-    {"handover"},
+    {"handover", "retraining"},
     {"data", "module"},
     {"callbacks"},
     {"cli"},
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-WITH_LIGHTNING = {"data", "module", "distributed", "callbacks", "cli"}
+WITH_LIGHTNING = {"data", "module", "distributed", "retraining", "callbacks", "cli"}
 FILES = sorted([*(ROOT / "prunelight").glob("*.py"), *(ROOT / "callbacks").glob("*.py")])
 MODULES = [file for file in FILES if file != ROOT / "prunelight" / "__init__.py"]
 # `__version__` belongs to the package, which is no module of a layer.
