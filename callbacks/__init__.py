@@ -1,4 +1,4 @@
-"""Lightning callbacks, one file a pruning method or study."""
+"""Lightning callbacks: one file a pruning method, and what recovery and studies need."""
 
 from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.dlp import DLP
@@ -10,6 +10,7 @@ from prunelight.callbacks.shortgpt import ShortGPT
 from prunelight.callbacks.sleb import SLEB
 from prunelight.callbacks.slicegpt import SliceGPT, SlicingCallback
 from prunelight.callbacks.sliding_layer_merging import SlidingLayerMerging
+from prunelight.callbacks.token_budget import TokenBudget
 from prunelight.callbacks.width_pruning import WidthPruning
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "SliceGPT",
     "SlicingCallback",
     "SlidingLayerMerging",
+    "TokenBudget",
     "WidthPruning",
 ]

@@ -39,6 +39,7 @@ from prunelight.files import explaining, replacing
 from prunelight.handover import plan_files
 from prunelight.metrics import parameter_bytes
 from prunelight.module import RecoveryModule
+from prunelight.packing import check_packing
 from prunelight.plan import (
     Plan,
     describe_model,
@@ -187,6 +188,8 @@ def _find_or_make(
         check_widths(callback.widths(model), module.quantization)
     check_targets(model, module.lora)
     check_teacher(module, model, sliced=any(callback.slices for callback in callbacks))
+    if getattr(datamodule, "packing", "stream") == "documents":
+        check_packing(model, datamodule.batch_size)
     windows = share_windows(datamodule.calibration_windows(), ranks)
     for callback in callbacks:
         callback.check_calibration(model, windows)

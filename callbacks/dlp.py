@@ -184,6 +184,11 @@ class DLP(PruningCallback):
                 f"a schedule prunes while the model trains and keeps the zeros: recovery="
                 f"{module.recovery!r} must be lora or full, keep_zeros={module.keep_zeros} True"
             )
+        if module.compile_backend is not None:
+            raise ValueError(
+                f"a schedule watches inputs inside the decoder layers, which compile_backend="
+                f"{module.compile_backend!r} does not show; set it to None"
+            )
         steps = trainer.estimated_stepping_batches
         if self.schedule.end_step > steps:
             raise ValueError(

@@ -21,6 +21,7 @@ from prunelight.architecture import restore_rwkv_scale
 from prunelight.plan import Plan, model_fingerprint
 from prunelight.quantization import BitsAndBytes, describe_kind, quantize
 from prunelight.recovery import LoRA, PlannedZeros, make_trainable, merge_lora
+from prunelight.regions import compile_layers, uncompile_layers
 from prunelight.sharded import shard
 
 
@@ -35,6 +36,7 @@ class Settings:
     growing: bool = False  # zeros are added while the model trains
     quantization: str = "none"
     bitsandbytes: BitsAndBytes = BitsAndBytes()  # noqa: RUF009 (frozen)
+    compile_backend: str | None = None
     seed: int = 0  # of the adapters' first weights
 
     @property
@@ -94,6 +96,8 @@ class Adapted:
             self.model = make_trainable(model, settings.recovery, settings.lora)
         if self.zeros.planned and settings.keep_zeros and settings.recovery != "none":
             self.zeros.keep(self.model, growing=settings.growing)
+        if settings.compile_backend is not None:
+            compile_layers(model, settings.compile_backend)
         self.model.train()  # from_pretrained leaves eval mode, and Lightning leaves that alone
 
     @property
@@ -129,7 +133,9 @@ class Adapted:
         Raises:
             ValueError: if the base is another one.
         """
-        settings = replace(self.settings, gradient_checkpointing=False, quantization="none")
+        settings = replace(
+            self.settings, gradient_checkpointing=False, compile_backend=None, quantization="none"
+        )
         other = Adapted(base, plans, settings)
         if other.fingerprint != self.fingerprint:
             raise ValueError(
@@ -155,6 +161,7 @@ class Adapted:
         if isinstance(model, PeftModel):
             model = merge_lora(model)
         assert isinstance(model, PreTrainedModel)
+        uncompile_layers(model)
         restore_rwkv_scale(model)
         self.zeros.check()
         if self.zeros.masks is not None:

@@ -1,7 +1,8 @@
 """The LightningDataModule of prunelight: text or instruction rows for recovery and calibration.
 
 Text is packed into full windows without padding (labels are the tokens); instruction rows become
-examples of their own length with the loss on the response, padded per batch. Training order depends
+examples of their own length with the loss on the response, padded per batch. Training rows may
+instead hold several whole documents or examples each, see packing.py. Training order depends
 on seed and epoch only, so a resumed epoch repeats. Not done: streaming, bucketing by length.
 """
 
@@ -11,7 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -25,11 +26,13 @@ from prunelight import windows as text
 from prunelight.calibration import Windows
 from prunelight.loader import ResumableLoader
 from prunelight.models import load_tokenizer
+from prunelight.packing import PACKINGS, cut, pack_documents
 
 log_once = rank_zero_only(logging.getLogger(__name__).info)
 
 # N examples, T tokens of the longest
-Example = tuple[Tensor, Tensor]  # input_ids and labels, LongTensors (T,)
+# input_ids and labels, and positions in a row of several documents: LongTensors (T,)
+Example = tuple[Tensor, ...]
 
 
 class TextDataModule(LightningDataModule):
@@ -44,6 +47,10 @@ class TextDataModule(LightningDataModule):
         batch_size: examples per batch and process.
         num_calibration: windows (or instruction examples) drawn for calibration.
         num_validation: use only the first ones of the validation examples; None means all.
+        packing: of training rows: "stream" cuts the text of all documents into windows and leaves
+            instruction examples apart; "documents" puts several documents or examples into a row
+            of `seq_len`, none of which sees another. Validation and calibration stay windows, so
+            that perplexities compare.
         text_field: the field of a row that holds its text.
         bos: "auto", "always" or "never": whether each window starts with the BOS token.
         seed: of the training order and of the choice of calibration windows.
@@ -65,6 +72,7 @@ class TextDataModule(LightningDataModule):
         batch_size: int = 4,
         num_calibration: int = 32,
         num_validation: int | None = None,
+        packing: Literal["stream", "documents"] = "stream",
         text_field: str = "text",
         bos: text.Bos = "auto",
         seed: int = 0,
@@ -77,6 +85,8 @@ class TextDataModule(LightningDataModule):
         for (name, low), value in zip(lowest.items(), given, strict=True):
             if value is not None and value < low:
                 raise ValueError(f"{name}={value} must be at least {low}; raise it or leave it out")
+        if packing not in PACKINGS:
+            raise ValueError(f"packing={packing!r} must be one of {', '.join(PACKINGS)}")
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         self.tokenizer = tokenizer
@@ -84,7 +94,7 @@ class TextDataModule(LightningDataModule):
         self.sources = {"train": train, "validation": validation, "calibration": calibration}
         self.seq_len, self.batch_size, self.num_workers = seq_len, batch_size, num_workers
         self.num_calibration, self.num_validation = num_calibration, num_validation
-        self.text_field, self.bos, self.seed = text_field, bos, seed
+        self.text_field, self.bos, self.seed, self.packing = text_field, bos, seed, packing
         tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         pad_token_id = next(token for token in tokens if token is not None)
         self._collate = partial(pad_examples, pad_token_id=pad_token_id)
@@ -177,7 +187,15 @@ class TextDataModule(LightningDataModule):
         counts: dict[str, dict[str, int]] = {}
         for role, examples in self._examples.items():
             counts[role] = {"examples": len(examples), "tokens": sum(len(e[0]) for e in examples)}
-        names = ("seq_len", "batch_size", "num_calibration", "num_validation", "bos", "seed")
+        names = (
+            "seq_len",
+            "batch_size",
+            "num_calibration",
+            "num_validation",
+            "bos",
+            "seed",
+            "packing",
+        )
         return {name: getattr(self, name) for name in ("sources", *names)} | {"counts": counts}
 
     def _loader(
@@ -197,7 +215,7 @@ class TextDataModule(LightningDataModule):
 
     def _windows(self, examples: list[Example]) -> Windows:
         batch = self._collate(examples)
-        return batch["input_ids"] if all(ids is labels for ids, labels in examples) else batch
+        return batch["input_ids"] if all(e[0] is e[1] for e in examples) else batch
 
     def _build(self, role: str) -> list[Example]:
         sources = self.sources[role]
@@ -206,9 +224,13 @@ class TextDataModule(LightningDataModule):
         for source in [sources] if isinstance(sources, str) else sources:
             rows += text.read_documents(source, split=split, text_field=self.text_field)
         texts = [row[self.text_field] for row in rows if not text.is_instruction_row(row)]
-        examples = self._text_examples(role, texts) if texts else []
+        packed = role == "train" and self.packing == "documents"
+        read = self._documents if packed else partial(self._text_examples, role)
+        examples = read(texts) if texts else []
         if len(texts) < len(rows):
             examples += self._instruction_examples(role, filter(text.is_instruction_row, rows))
+        if packed:
+            examples = self._packed(examples)
         wanted = self.num_validation if role == "validation" else None
         if len(examples) < (wanted or 1):
             held = f"{role}={sources!r} holds {len(examples)} examples of seq_len={self.seq_len}"
@@ -224,22 +246,38 @@ class TextDataModule(LightningDataModule):
         log_once(f"{role}: {len(stream)} tokens -> {len(windows)} windows, tail of {tail} dropped")
         return [(window, window) for window in windows]
 
+    def _documents(self, texts: list[str]) -> list[Example]:
+        end = [t for t in [self.tokenizer.eos_token_id] if t is not None]
+        bos = text.bos_token_id(self.tokenizer, self.bos)
+        documents = text.tokenize(self.tokenizer, [t for t in texts if t.strip()])
+        pieces = (cut([*d, *end], self.seq_len, bos_token_id=bos) for d in documents)
+        return [(piece, piece) for document in pieces for piece in document]
+
+    def _packed(self, documents: list[Example]) -> list[Example]:
+        rows = pack_documents([(d[0], d[1]) for d in documents], self.seq_len)
+        filled = sum(len(row[0]) for row in rows) / (max(len(rows), 1) * self.seq_len)
+        log_once(f"train: {len(documents)} documents -> {len(rows)} rows, {filled:.1%} filled")
+        return [*rows]
+
     def _instruction_examples(self, role: str, rows: Iterable[dict[str, Any]]) -> list[Example]:
         build = partial(text.instruction_example, seq_len=self.seq_len, bos=self.bos)
         pairs = [build(row, self.tokenizer) for row in rows]
         kept = [(torch.tensor(pair[0]), torch.tensor(pair[1])) for pair in pairs if pair]
         rule = f"the others have no response within {self.seq_len} tokens"
         log_once(f"{role}: {len(pairs)} instruction rows -> {len(kept)} examples, {rule}")
-        return kept
+        return [*kept]
 
 
 def pad_examples(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Tensor]:
     """Batch examples of different lengths, padded on the right to the longest.
 
-    Returns input_ids, attention_mask (0 on padding), labels (-100 on padding), LongTensors (N, T).
+    Returns input_ids, attention_mask (0 on padding), labels (-100 on padding), LongTensors (N, T),
+    and position_ids if the rows hold documents: 0 on padding, each of which is then alone.
     """
     tokens, labels = ([example[part] for example in examples] for part in (0, 1))
-    return {
+    positions = [example[2] for example in examples if len(example) == 3]
+    packed = {"position_ids": pad_sequence(positions, batch_first=True)} if positions else {}
+    return packed | {
         "input_ids": pad_sequence(tokens, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=text.IGNORED_LABEL),

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from prunelight.architecture import is_sliced, vocabulary_size
 from prunelight.calibration import watching_layers
-from prunelight.head import Head, model_inputs, plain, whole_loss
+from prunelight.head import Head, plain, whole_loss
 from prunelight.losses import (
     TokenLoss,
     distillation_loss,
@@ -30,6 +30,7 @@ from prunelight.losses import (
     top_k_loss,
 )
 from prunelight.metrics import counted_targets
+from prunelight.packing import model_inputs
 from prunelight.plan import Plan
 from prunelight.teacher_cache import TeacherCache
 

@@ -104,7 +104,18 @@ def hand_over(
             record.costs.append(Cost(name, phase.seconds, forwards, phase.peak_bytes))
     record.verification[Path(saved.directory).name] = saved.verification
     if measure is not None:
+        before = record.stages[-1]
         record.stages.append(replace(measure(model), size_bytes=saved.size_bytes))
+        if record.stages[-1].perplexity > before.perplexity:
+            record.warnings.append(_worse(before.perplexity, record.stages[-1].perplexity))
+            log.warning(record.warnings[-1])
     with explaining(root / "report.md", checkpoint):
         for file in write_report(root, record):
             log.info("wrote %s", file)
+
+
+def _worse(before: float, after: float) -> str:
+    return (
+        f"the recovery made the model worse: perplexity {before:.4g} before, {after:.4g} after; "
+        "the text is too little or unlike the validation's, or the learning rate is too high"
+    )

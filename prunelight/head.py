@@ -33,15 +33,6 @@ def plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return inner
 
 
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the arguments of a model's forward for a batch; labels are not among them."""
-    inputs: dict[str, Any] = {name: batch[name] for name in batch if name != "labels"}
-    mask = inputs.get("attention_mask")
-    if mask is not None and bool(mask.all()):
-        del inputs["attention_mask"]  # lets attention take its causal fast path
-    return {**inputs, "use_cache": False}
-
-
 class Head:
     """The head of a model, or of the model inside peft's wrapper.
 

@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
@@ -47,15 +46,17 @@ from prunelight.models import load, resolve_dtype
 from prunelight.plan import Plan, describe_windows, model_fingerprint
 from prunelight.quantization import BitsAndBytes, add_quantized, check_kind, check_quantizable
 from prunelight.recovery import LoRA, check_settings, make_schedule
+from prunelight.regions import check_backend
 from prunelight.report import RunRecord, Stage
 from prunelight.resume import ExactResume
+from prunelight.retraining import WatchedModule
 from prunelight.sharded import gather_trained, shard
 from prunelight.teaching import meet_teacher
 
 log = logging.getLogger(__name__)
 
 
-class RecoveryModule(LightningModule):
+class RecoveryModule(WatchedModule):
     """Recover a causal language model after pruning.
 
     Args:
@@ -67,9 +68,12 @@ class RecoveryModule(LightningModule):
         learning_rate: peak learning rate.
         warmup_steps: optimizer steps over which it rises linearly from 0.
         lr_scheduler: what follows: a schedule of transformers.get_scheduler.
+        lr_scheduler_kwargs: its own arguments; warmup_stable_decay decays over the last tenth.
         optimizer: called with the trainable parameters; brings its own learning rate. None takes
             AdamW with `learning_rate`.
         gradient_checkpointing: compute activations again in the backward, for memory.
+        compile_backend: of torch.compile, such as "inductor", for each decoder layer; None: eager.
+        restore_best: end with the best weights if a ModelCheckpoint monitors a metric `val/...`.
         keep_zeros: keep the zeros of sparsified weights: full training holds them at exactly zero,
             LoRA trains W + m * (B A), so that merging keeps every zero and N:M group. False leaves
             the adapters dense and unmerged ones in adapter/; merging fills the zeros.
@@ -105,8 +109,11 @@ class RecoveryModule(LightningModule):
         learning_rate: float = 1e-4,
         warmup_steps: int = 100,
         lr_scheduler: str = "linear",
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
         optimizer: OptimizerCallable | None = None,
         gradient_checkpointing: bool = False,
+        compile_backend: str | None = None,
+        restore_best: bool = True,
         keep_zeros: bool = True,
         loss: Literal["lm", "kd", "kd_topk"] = "lm",
         distillation: Distillation = Distillation(),  # noqa: B008 (frozen)
@@ -122,18 +129,21 @@ class RecoveryModule(LightningModule):
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
             lr_scheduler=lr_scheduler,
+            lr_scheduler_kwargs=lr_scheduler_kwargs,
         )
         check_kind(quantization, bitsandbytes, recovery)
         resolve_dtype(dtype)
+        check_backend(compile_backend)
         self.name = name
         self.dtype_name = dtype
         self.recovery = recovery
         self.lora = lora
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
-        self.lr_scheduler_name = lr_scheduler
+        self.lr_scheduler_name, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs or {}
         self.optimizer = optimizer
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_backend, self.restore_best = compile_backend, restore_best
         self.keep_zeros = keep_zeros
         self.objective = Objective(loss, distillation, chunked=chunked_loss, recovery=recovery)
         self.quantization, self.bitsandbytes = quantization, bitsandbytes
@@ -237,11 +247,6 @@ class RecoveryModule(LightningModule):
 
     def _adapt(self) -> None:
         model = self.load_model()
-        if self.recovery == "full" and model.dtype != torch.float32:
-            self._warn(
-                f"recovery=full trains {model.dtype} weights, in which small updates are lost; "
-                "set model.dtype=float32 and trainer.precision=bf16-mixed"
-            )
         measure = partial(self.measure_stage, "quantized")
         seen = partial(add_quantized, self.record, measure, device=self.device)
         self._adapted = Adapted(model, self._plans(), self._settings(), seen)
@@ -257,6 +262,7 @@ class RecoveryModule(LightningModule):
             quantization=self.quantization,
             bitsandbytes=self.bitsandbytes,
             seed=self.resuming.seed,
+            compile_backend=self.compile_backend,
         )
 
     def _warn(self, text: str) -> None:
@@ -304,7 +310,9 @@ class RecoveryModule(LightningModule):
             return None
         optimizer = self._make_optimizer(parameters)
         steps = self.trainer.estimated_stepping_batches
-        scheduler = make_schedule(self.lr_scheduler_name, optimizer, self.warmup_steps, steps)
+        scheduler = make_schedule(
+            self.lr_scheduler_name, optimizer, self.warmup_steps, steps, self.lr_scheduler_kwargs
+        )
         if self.masks is not None:
             self.masks.watch(optimizer)
         by_step = {"scheduler": scheduler, "interval": "step"}
@@ -314,8 +322,8 @@ class RecoveryModule(LightningModule):
         return (self.optimizer or partial(AdamW, lr=self.learning_rate))(parameters)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Let Lightning call what makes a resumed run equal one that was not interrupted."""
-        return [self.resuming]
+        """Let Lightning call what watches the recovery, and what makes a resume exact."""
+        return [*super().configure_callbacks(), self.resuming]
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Keep gradients of pruned weights out of clipping, where no hook can."""
@@ -482,6 +490,7 @@ class RecoveryModule(LightningModule):
             "warmup_steps": self.warmup_steps,
             "lr_scheduler": self.lr_scheduler_name,
             "optimizer_steps": self.trainer.global_step,
+            "weights_of_step": self.restored_step or self.trainer.global_step,
             "tokens_seen": self._tokens_seen,
             "precision": str(self.trainer.precision),
         }

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
 
@@ -68,7 +68,12 @@ class LoRA:
 
 
 def check_settings(
-    recovery: str, *, learning_rate: float, warmup_steps: int, lr_scheduler: str
+    recovery: str,
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    lr_scheduler: str,
+    lr_scheduler_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Check the arguments of a recovery.
 
@@ -85,10 +90,26 @@ def check_settings(
     schedules = [kind.value for kind in SchedulerType]
     if lr_scheduler not in schedules:
         raise ValueError(f"lr_scheduler={lr_scheduler!r} must be one of {', '.join(schedules)}")
+    trial = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        make_schedule(lr_scheduler, trial, 0, 100, lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs={lr_scheduler_kwargs} do not fit {lr_scheduler}: {error}"
+        ) from error
 
 
-def make_schedule(name: str, optimizer: Optimizer, warmup_steps: int, steps: float) -> LRScheduler:
+def make_schedule(
+    name: str,
+    optimizer: Optimizer,
+    warmup_steps: int,
+    steps: float,
+    arguments: dict[str, Any] | None = None,
+) -> LRScheduler:
     """Return a learning-rate schedule of transformers.get_scheduler over `steps` steps.
+
+    The decay of warmup_stable_decay takes a tenth of the steps unless `arguments` say otherwise:
+    with that MiniCPM (arXiv:2404.06395, 4.2) reaches what a longer decay does.
 
     Raises:
         ValueError: if the number of steps is not known.
@@ -100,7 +121,8 @@ def make_schedule(name: str, optimizer: Optimizer, warmup_steps: int, steps: flo
         )
     if warmup_steps >= steps:
         log.warning("warmup_steps=%d reaches past the %d steps", warmup_steps, steps)
-    return get_scheduler(name, optimizer, warmup_steps, int(steps))
+    own = {"num_decay_steps": max(int(steps) // 10, 1)} if name == "warmup_stable_decay" else {}
+    return get_scheduler(name, optimizer, warmup_steps, int(steps), {**own, **(arguments or {})})
 
 
 def make_trainable(

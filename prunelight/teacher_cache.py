@@ -29,9 +29,10 @@ from tqdm.auto import tqdm
 
 from prunelight.calibration import MICRO_BATCH_TOKENS, evaluating
 from prunelight.files import replacing
-from prunelight.head import Head, model_inputs, plain
+from prunelight.head import Head, plain
 from prunelight.losses import chunk_size, top_k
 from prunelight.metrics import counted_targets
+from prunelight.packing import model_inputs
 from prunelight.plan import fingerprint_of, library_versions
 
 log = logging.getLogger(__name__)

@@ -21,17 +21,18 @@ LAYERS = (
     {"importance", "replay", "analysis"},
     {"slicing", "variants", "width"},
     {"rotation", "trials"},
-    {"surgery", "evaluation", "recovery", "masking", "quantization"},
+    {"surgery", "evaluation", "recovery", "masking", "packing", "precision", "quantization"},
+    {"regions"},
     {"adaptation", "head"},
     {"saving", "distributed", "checkpoint", "resume", "teacher_cache"},
-    {"handover", "distillation"},
+    {"handover", "distillation", "retraining"},
     {"teaching"},
     {"data", "module"},
     {"callbacks"},
     {"cli"},
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-WITH_LIGHTNING = {"data", "module", "distributed", "resume", "callbacks", "cli"}
+WITH_LIGHTNING = {"data", "module", "distributed", "resume", "retraining", "callbacks", "cli"}
 FILES = sorted([*(ROOT / "prunelight").glob("*.py"), *(ROOT / "callbacks").glob("*.py")])
 MODULES = [file for file in FILES if file != ROOT / "prunelight" / "__init__.py"]
 # `__version__` belongs to the package, which is no module of a layer.

@@ -1,0 +1,143 @@
+"""Several documents in one row, each as if it were alone: no attention from one to another.
+
+Rows are filled by best fit, longest document first (Ding et al., arXiv:2404.10830). Positions start
+over with each document; from that transformers makes a block-diagonal mask, with windows of sliding
+attention too, and variable-length flash attention. Which models really do so is probed, not listed.
+Deliberately not done: masks of our own for families whose code leaves positions out of the mask.
+"""
+
+# T tokens
+
+from __future__ import annotations
+
+import inspect
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunelight.architecture import vocabulary_size
+from prunelight.calibration import evaluating
+from prunelight.windows import IGNORED_LABEL
+
+PACKINGS = ("stream", "documents")
+_PROBE = (5, 3)  # tokens of the two documents in the probe
+_LEAK = 0.1  # far above what rounding gives in bfloat16, and far below a leak
+
+
+def cut(tokens: Sequence[int], seq_len: int, *, bos_token_id: int | None = None) -> list[Tensor]:
+    """Cut one document into pieces of at most `seq_len` tokens, LongTensors (T,).
+
+    With `bos_token_id` each piece starts with it. A piece that would predict nothing is left out.
+    """
+    start = [] if bos_token_id is None else [bos_token_id]
+    width = seq_len - len(start)
+    pieces = ([*start, *tokens[at : at + width]] for at in range(0, len(tokens), width))
+    return [torch.tensor(piece) for piece in pieces if len(piece) > 1]
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Fill rows: longest first, each into the fullest row that still has room.
+
+    Args:
+        lengths: of the documents in tokens, each at most `capacity`.
+        capacity: tokens of a row.
+
+    Returns:
+        The indices of the documents in each row; the same lengths always give the same rows.
+    """
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # room left and index of a row, in order
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(spaces, (lengths[index], 0))
+        space, row = spaces.pop(at) if at < len(spaces) else (capacity, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(index)
+        insort(spaces, (space - lengths[index], row))
+    return rows
+
+
+def pack_documents(
+    documents: Sequence[tuple[Tensor, Tensor]], seq_len: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Put documents into rows of at most `seq_len` tokens.
+
+    Args:
+        documents: token ids and labels of each, LongTensors (T,).
+        seq_len: the most tokens of a row.
+
+    Returns:
+        Of each row: token ids, labels (-100 on the first token of a document: the one before must
+        not predict it) and positions, which start at 0 with each document. LongTensors (T,).
+    """
+    rows = []
+    for row in best_fit([len(ids) for ids, _ in documents], seq_len):
+        labels = [documents[index][1].clone() for index in row]
+        for part in labels:
+            part[0] = IGNORED_LABEL
+        ids = [documents[index][0] for index in row]
+        positions = [torch.arange(len(part)) for part in ids]
+        rows.append((torch.cat(ids), torch.cat(labels), torch.cat(positions)))
+    return rows
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what a model is called with for a training batch, packed or not.
+
+    With positions there is no mask: a mask would take their place in telling documents apart.
+    Without padding there is none either, which lets attention take its causal fast path.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+    if "position_ids" in batch:
+        return {**inputs, "position_ids": batch["position_ids"]}
+    mask = batch.get("attention_mask")
+    return {**inputs, "attention_mask": None if mask is None or bool(mask.all()) else mask}
+
+
+def check_packing(model: PreTrainedModel, batch_size: int) -> None:
+    """Check, by a few tokens, that the model keeps packed documents apart.
+
+    Args:
+        model: as it will be trained.
+        batch_size: rows of a batch: flash attention keeps documents apart only in a single row.
+
+    Raises:
+        ValueError: if a document's logits are not those that it gets alone.
+    """
+    attention = str(getattr(model.config, "_attn_implementation", None))
+    flash = "flash" in attention
+    if flash and batch_size > 1:
+        raise ValueError(
+            f"packing='documents' with {attention} needs batch_size=1, not {batch_size}: only in a "
+            "single row it keeps documents apart; accumulate gradients, or set packing=stream"
+        )
+    if flash and model.device.type == "cpu":  # cannot run before it has moved
+        return
+    leak = leakage(model)
+    if not leak <= _LEAK:  # NaN too
+        raise ValueError(
+            f"packing='documents' needs a model in which documents of a row do not see each other, "
+            f"and {model.config.model_type} with {attention} attention lets them "
+            f"({leak:.0%} of what it does without positions); set packing=stream"
+        )
+
+
+def leakage(model: PreTrainedModel) -> float:
+    """Return how much packed documents see of each other: 0 nothing, 1 as if they were one.
+
+    It is the mean difference of their logits from those that they get alone, relative to that of
+    rows without positions. Models without `position_ids` have 1.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return 1.0
+    ids = torch.arange(3, 3 + sum(_PROBE), device=model.device)[None] % vocabulary_size(model)
+    positions = torch.cat([torch.arange(n, device=model.device) for n in _PROBE])[None]
+    with evaluating(model):
+        alone = torch.cat([model(part).logits for part in ids.split(_PROBE, dim=1)], dim=1)
+        packed, mixed = model(ids, position_ids=positions).logits, model(ids).logits
+    errors = [(logits.float() - alone.float()).abs().mean() for logits in (packed, mixed)]
+    return float(errors[0] / errors[1])

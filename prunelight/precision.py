@@ -1,0 +1,48 @@
+"""What a Trainer's precision does to the weights of a recovery.
+
+bf16-true and 16-true cast the base, bf16-mixed and 16-mixed only what is computed. Adapters are
+float32 in all of them. What a combination of dtype, precision and recovery loses is told before it
+trains: a learning rate of 1e-4 vanishes in bfloat16 weights, small gradients do in float16.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # cast every weight
+
+
+def precision_faults(dtype: torch.dtype, precision: str, recovery: str) -> list[str]:
+    """Return what a combination loses, one line each; most combinations lose nothing.
+
+    Args:
+        dtype: of the model's weights.
+        precision: of the Trainer.
+        recovery: lora or full; none trains nothing, and loses nothing by it.
+
+    Raises:
+        ValueError: for a combination that cannot be trained.
+    """
+    cast = _TRUE.get(precision, dtype)
+    faults = []
+    if cast != dtype:
+        faults.append(
+            f"precision={precision} casts {dtype} weights to {cast}, and final/ is saved so; set "
+            f"model.dtype={str(cast).removeprefix('torch.')} to prune and measure the same weights"
+        )
+    if recovery == "full" and cast != torch.float32:
+        if precision == "16-mixed" and cast == torch.float16:
+            raise ValueError(
+                "recovery=full of torch.float16 weights cannot be trained with precision=16-mixed: "
+                "torch scales no float16 gradients; set model.dtype=float32"
+            )
+        faults.append(
+            f"recovery=full trains {cast} weights, in which small updates are lost; "
+            "set model.dtype=float32 and trainer.precision=bf16-mixed"
+        )
+    if recovery != "none" and cast == torch.float16 and precision != "16-mixed":
+        faults.append(
+            f"precision={precision} does not scale the loss of torch.float16 weights, whose small "
+            "gradients become zero; set precision=16-mixed, or model.dtype=bfloat16"
+        )
+    return faults

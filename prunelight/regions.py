@@ -1,0 +1,45 @@
+"""torch.compile layer by layer: one graph serves all decoder layers of the same shape.
+
+Compiled in place, so names in the state dict and hooks of Lightning stay as they are. What differs
+between layers, and training from evaluation, compiles again: the limit of torch is for one function
+and would leave layers of many widths uncompiled, so it grows with their number.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from prunelight.architecture import decoder_layers
+
+_GRAPHS = 8  # torch's own limit: training, evaluation, fixed and dynamic shapes, ...
+
+
+def check_backend(backend: str | None) -> None:
+    """Check that torch.compile knows a backend.
+
+    Raises:
+        ValueError: if not; names those for users.
+    """
+    if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
+        raise ValueError(
+            f"compile_backend={backend!r} must be one of "
+            f"{', '.join(torch.compiler.list_backends())}, or None for no compilation"
+        )
+
+
+def compile_layers(model: PreTrainedModel, backend: str) -> None:
+    """Compile every decoder layer at its first forward, in place; later hooks have no effect."""
+    layers, config = decoder_layers(model), torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS * len(layers))
+    config.accumulated_recompile_limit = max(
+        config.accumulated_recompile_limit, config.recompile_limit
+    )
+    for layer in layers:
+        layer.compile(backend=backend)
+
+
+def uncompile_layers(model: PreTrainedModel) -> None:
+    """Undo `compile_layers`, in place; does nothing to layers that are not compiled."""
+    for layer in decoder_layers(model):
+        layer._compiled_call_impl = None

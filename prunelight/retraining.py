@@ -1,0 +1,214 @@
+"""What watches a recovery: does it overfit, which of its steps was best, how much text it reads.
+
+A model that has room for its whole training text learns it by heart: GPT-style models hold about
+3.6 bits a parameter (Morris et al., arXiv:2505.24832), text has about as many a token. So full
+training on fewer tokens than parameters, more than once, is warned of before it starts; and so is
+any text read more than four times, from where repeating it no longer helps like new text
+(Muennighoff et al., arXiv:2305.16264). Afterwards validation tells.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
+from torch import Tensor
+
+from prunelight.metrics import parameter_count
+from prunelight.packing import check_packing
+from prunelight.precision import precision_faults
+
+log = logging.getLogger(__name__)
+
+METRIC = "val/perplexity"
+_MAX_EPOCHS = 4.0  # arXiv:2305.16264
+_RISES = 3  # evaluations in a row that a passing bump does not give
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """The text of a training: tokens of all of it once, and of an optimizer step, on average."""
+
+    tokens: int
+    tokens_per_step: float
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> TrainingText | None:
+        """Return that of a Trainer; None if its data is no TextDataModule."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "examples"):
+            return None
+        examples = data.examples("train")
+        tokens = sum(len(example[0]) for example in examples)
+        rows = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        return cls(tokens, rows * tokens / len(examples))
+
+    def epochs(self, steps: float) -> float:
+        """Return how often the text is read in that many optimizer steps."""
+        return steps * self.tokens_per_step / self.tokens
+
+
+def overfit_risk(recovery: str, text: TrainingText, steps: float, parameters: int) -> str | None:
+    """Return why a training is likely to overfit, None if nothing speaks for it.
+
+    Args:
+        recovery: lora or full; adapters hold too little to be told by their number.
+        text: that is trained on.
+        steps: optimizer steps that are planned.
+        parameters: that are trained.
+    """
+    epochs, tokens = text.epochs(steps), text.tokens
+    if recovery == "full" and epochs > 1 and tokens < parameters:
+        return (
+            f"{tokens / 1e6:.2f}M training tokens, read {epochs:.1f} times, train "
+            f"{parameters / 1e6:.1f}M parameters, which can learn them by heart; give more text, "
+            "stop early, or use recovery=lora"
+        )
+    if epochs > _MAX_EPOCHS:
+        return (
+            f"{tokens / 1e6:.2f}M training tokens are read {epochs:.1f} times; more than "
+            f"{_MAX_EPOCHS:.0f} times help little and overfit: give more text or stop early"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One validation: the optimizer step, its perplexity, and the mean training loss before it."""
+
+    step: int
+    perplexity: float
+    training_loss: float
+
+
+def overfitting(history: list[Evaluated]) -> str | None:
+    """Return that validation became worse while training improved; None if it did not.
+
+    It did if the last three validations each were worse than the one before, and the training loss
+    ended below that before the best of them.
+    """
+    last = history[-_RISES - 1 :]
+    rises = len(last) > _RISES and all(a.perplexity < b.perplexity for a, b in pairwise(last))
+    if not rises or last[-1].training_loss >= last[0].training_loss:
+        return None
+    return (
+        f"the model overfits: {METRIC} rose from {last[0].perplexity:.4g} at step {last[0].step} "
+        f"to {last[-1].perplexity:.4g} at step {last[-1].step} while the training loss fell from "
+        f"{last[0].training_loss:.4g} to {last[-1].training_loss:.4g}; give more text, or stop "
+        "early and keep the best weights (EarlyStopping, ModelCheckpoint)"
+    )
+
+
+def best_checkpoint(trainer: Trainer) -> str:
+    """Return the best checkpoint of the first ModelCheckpoint that monitors validation, or ""."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and str(callback.monitor).startswith("val/"):
+            return callback.best_model_path
+    return ""
+
+
+def restore(trainer: Trainer, module: WatchedModule, path: str) -> None:
+    """Load the trained weights of a checkpoint, and the masks with them, on every rank."""
+    checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
+    module.on_load_checkpoint(checkpoint)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=False)
+    module.restored_step = int(checkpoint["global_step"])
+    log.info("the weights are those of step %d, the best: %s", module.restored_step, path)
+
+
+class RecoveryWatch(Callback):
+    """Warns of overfitting, and ends the fit with the best weights; every RecoveryModule has it."""
+
+    def __init__(self) -> None:
+        self.history: list[Evaluated] = []
+        self._losses: list[Tensor] = []
+        self._faults: list[str] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Check what model, data and Trainer make of each other, before weights are cast.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        data: Any = getattr(trainer, "datamodule", None)
+        if stage != "fit" or isinstance(pl_module.model, PeftModel):
+            return
+        model = pl_module.load_model()
+        if getattr(data, "packing", "stream") == "documents":
+            check_packing(model, data.batch_size)
+        self._faults = precision_faults(model.dtype, trainer.precision, pl_module.recovery)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Warn before anything is trained, of lost precision and of too little text."""
+        for fault in self._faults:
+            pl_module._warn(fault)
+        text = TrainingText.of(trainer)
+        if text is not None and pl_module.recovery != "none":
+            trained = parameter_count(pl_module, trainable=True)
+            risk = overfit_risk(
+                pl_module.recovery, text, trainer.estimated_stepping_batches, trained
+            )
+            if risk is not None:
+                pl_module._warn(risk)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        """Keep the loss of a batch."""
+        self._losses.append(outputs["loss"].detach())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the result of a validation during training."""
+        if self._losses and METRIC in trainer.callback_metrics:
+            loss = float(sum(float(loss) for loss in self._losses) / len(self._losses))
+            perplexity = float(trainer.callback_metrics[METRIC])
+            self.history.append(Evaluated(trainer.global_step, perplexity, loss))
+            self._losses = []
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Warn of overfitting in the log and the report."""
+        found = overfitting(self.history)
+        if found is not None:
+            pl_module._warn(found)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Take over the best weights, on every rank, before they are merged and saved."""
+        path = best_checkpoint(trainer) if pl_module.restore_best else ""
+        if path:
+            restore(trainer, pl_module, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the validations so far: a resumed run goes on from them."""
+        return {"history": [(e.step, e.perplexity, e.training_loss) for e in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the validations of the run that wrote the checkpoint."""
+        self.history = [Evaluated(*values) for values in state_dict["history"]]
+
+
+class WatchedModule(LightningModule):
+    """What Lightning asks of every recovery: who watches it, and what a cast may not touch.
+
+    Attributes:
+        restored_step: whose weights the fit ended with, None for those of the last step.
+    """
+
+    restored_step: int | None = None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that watches; Lightning calls it."""
+        return [RecoveryWatch()]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move, and cast all but trained adapters, in place: bf16-true casts whole modules."""
+        adapters = [p for n, p in self.named_parameters() if p.requires_grad and "lora_" in n]
+        values = [parameter.data for parameter in adapters]
+        super().to(*args, **kwargs)
+        for parameter, value in zip(adapters, values, strict=True):
+            parameter.data = value.to(parameter.device)
+        return self
