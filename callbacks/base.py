@@ -48,6 +48,7 @@ from prunelight.plan import (
     model_fingerprint,
 )
 from prunelight.quantization import check_quantizable, check_widths
+from prunelight.recording import describe_evaluation, evaluation_windows, stage_of_run
 from prunelight.recovery import check_targets
 from prunelight.report import FORMAT, Cost, RunRecord
 from prunelight.saving import check_replaceable, save
@@ -193,7 +194,7 @@ def _find_or_make(
     windows = share_windows(datamodule.calibration_windows(), ranks)
     for callback in callbacks:
         callback.check_calibration(model, windows)
-    held_out = share_windows(module.evaluation_windows(trainer), ranks)
+    held_out = share_windows(evaluation_windows(trainer), ranks)
     check_windows(model, held_out)
     fingerprint = _base_fingerprint(model, callbacks, windows)
     facts = (fingerprint, fingerprint_of(describe_windows(*split_windows(held_out))))
@@ -220,17 +221,17 @@ def _reuse_base(
 ) -> None:
     """Keep the decision; measure again if text, timing or device of the evaluation are others."""
     record.costs = [replace(cost, reused=True) for cost in record.costs]
-    described, ranks = module.describe_evaluation(trainer), ranks_of(held_out)
+    described, ranks = describe_evaluation(module), ranks_of(held_out)
     same = all(record.evaluation.get(k) == described.get(k) for k in ("fingerprint", "latency"))
     device = ranks.on_zero(lambda: device_name(trainer.strategy.root_device))
     if not same or record.device != device:
         dense = _to_root_device(module.load_model(), trainer)
-        stages = [module.measure_stage("dense", dense, held_out)]
+        stages = [stage_of_run(module, "dense", dense, held_out)]
         record.device = device_name(dense.device)
         if len(record.stages) > 1:
             module.use_base(directory, None)
             pruned = _to_root_device(module.load_model(), trainer)
-            stages.append(module.measure_stage("pruned", pruned, held_out))
+            stages.append(stage_of_run(module, "pruned", pruned, held_out))
             module.base = None
         record.stages, record.evaluation = stages, described
     ranks.on_zero(lambda: _write_measured(directory, record))
@@ -246,10 +247,10 @@ def _make_base(
     fingerprint: str,
 ) -> None:
     model = _to_root_device(module.load_model(), trainer)
-    described = module.describe_evaluation(trainer)
+    described = describe_evaluation(module)
     record = new_record(module.name, model, fingerprint, described)
     with measuring(model.device) as dense:
-        record.stages.append(module.measure_stage("dense", model, held_out))
+        record.stages.append(stage_of_run(module, "dense", model, held_out))
     record.forward_seconds = unit = forward_seconds(model, windows)
 
     def cost(name: str, phase: Measurement) -> None:
@@ -270,7 +271,7 @@ def _make_base(
     record.plans = [plan.to_dict() for plan in plans]
     if not all(callback.gradual for callback in callbacks):
         with measuring(model.device) as phase:
-            record.stages.append(module.measure_stage("pruned", model, held_out))
+            record.stages.append(stage_of_run(module, "pruned", model, held_out))
         cost("evaluate pruned", phase)
     with measuring(model.device) as phase, explaining(directory):
         # What was done to the model before this run still holds: zeros stay planned zeros.

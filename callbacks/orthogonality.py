@@ -19,6 +19,7 @@ from prunelight.evaluation import evaluate, to_device
 from prunelight.module import RecoveryModule
 from prunelight.orthogonality import ROWS, Cell, orthogonality_section
 from prunelight.quantization import BitsAndBytes, stored_bytes
+from prunelight.recording import evaluation_windows
 from prunelight.report import RunRecord, write_report
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class _AdaptedCell(Callback):
         module: Any = pl_module
         if module.quantization != "none":
             model = to_device(module.model, trainer.strategy.root_device)
-            found = evaluate(model, module.evaluation_windows(trainer))
+            found = evaluate(model, evaluation_windows(trainer))
             self.cell = Cell(found.perplexity, found.accuracy, stored_bytes(model))
 
 

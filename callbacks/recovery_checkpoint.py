@@ -71,13 +71,15 @@ class RecoveryCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the trained model: a run killed later has nothing left to train."""
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer)
 
     def _due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
         between = trainer.fit_loop._should_accumulate()  # a checkpoint holds no gradients
-        if trainer.fast_dev_run or between or step == self._last_global_step_saved:
+        if between or step == self._last_global_step_saved:
+            return False
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return False
         return step % self._every_n_train_steps == 0 or trainer.received_sigterm
 

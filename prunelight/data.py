@@ -149,7 +149,7 @@ class TextDataModule(LightningDataModule):
         share = self.trainer and self.trainer.distributed_sampler_kwargs
         share = share or {"num_replicas": 1, "rank": 0}
         # Lightning tells this sampler the epoch; a plain shuffle would start over on resume.
-        sampler = DistributedSampler(examples, **share, seed=self.seed)  # type: ignore[arg-type]
+        sampler: DistributedSampler = DistributedSampler(examples, **share, seed=self.seed)  # type: ignore[arg-type]
         return self._loader(examples, sampler, self._position)
 
     def _position(self) -> int:
@@ -187,16 +187,9 @@ class TextDataModule(LightningDataModule):
         counts: dict[str, dict[str, int]] = {}
         for role, examples in self._examples.items():
             counts[role] = {"examples": len(examples), "tokens": sum(len(e[0]) for e in examples)}
-        names = (
-            "seq_len",
-            "batch_size",
-            "num_calibration",
-            "num_validation",
-            "bos",
-            "seed",
-            "packing",
-        )
-        return {name: getattr(self, name) for name in ("sources", *names)} | {"counts": counts}
+        names = ["sources", "seq_len", "batch_size", "num_calibration", "num_validation"]
+        names += ["bos", "packing", "seed"]
+        return {name: getattr(self, name) for name in names} | {"counts": counts}
 
     def _loader(
         self,

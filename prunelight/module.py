@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
@@ -23,34 +23,26 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunelight import handover
 from prunelight.adaptation import Adapted, Settings
-from prunelight.calibration import Windows, check_length, split_windows
+from prunelight.calibration import check_length
 from prunelight.checkpoint import FORMAT, KEY, check_same_parameters, check_same_run, facts_of
 from prunelight.distillation import Distillation, Objective
 from prunelight.distributed import check_strategy, on_rank_zero, share_of_tokens
-from prunelight.evaluation import (
-    LatencyProtocol,
-    measure_latency,
-    measure_stage,
-    new_record,
-    to_device,
-)
-from prunelight.handover import FINAL, check_output, hand_over, plan_files, save_adapter
+from prunelight.ending import end_fit
+from prunelight.evaluation import LatencyProtocol
 from prunelight.masking import WeightMasks
-from prunelight.metrics import (
-    TokenAccuracy,
-    TokenPerplexity,
-    next_token_sums,
-)
+from prunelight.metrics import TokenAccuracy, TokenPerplexity, next_token_sums
 from prunelight.models import load, resolve_dtype
-from prunelight.plan import Plan, describe_windows, model_fingerprint
+from prunelight.plan import Plan
 from prunelight.quantization import BitsAndBytes, add_quantized, check_kind, check_quantizable
+from prunelight.recording import stage_of_run, start_record
 from prunelight.recovery import LoRA, check_settings, make_schedule
 from prunelight.regions import check_backend
-from prunelight.report import RunRecord, Stage
+from prunelight.report import RunRecord
 from prunelight.resume import ExactResume
 from prunelight.retraining import WatchedModule
-from prunelight.sharded import gather_trained, shard
+from prunelight.sharded import shard
 from prunelight.teaching import meet_teacher
 
 log = logging.getLogger(__name__)
@@ -160,7 +152,7 @@ class RecoveryModule(WatchedModule):
         self._adapted: Adapted | None = None
         self._source: str | Path = ""  # from where `model` can be read again
         self._tokens_seen = 0
-        self.resuming = ExactResume(self._describe_recovery, self._make_optimizer)
+        self.resuming = ExactResume(self.describe_recovery, self._make_optimizer)
 
     # --- which model -------------------------------------------------------------------------
 
@@ -216,19 +208,13 @@ class RecoveryModule(WatchedModule):
             return
         self.check_output()
         if self.record is None and hasattr(datamodule, "validation_windows"):
-            on_rank_zero(self.trainer, lambda: self._measure_dense(model))
+            on_rank_zero(self.trainer, partial(start_record, self, model))
         if self.recovery == "none":
             self.trainer.limit_train_batches = 0
 
-    def _measure_dense(self, model: PreTrainedModel) -> None:
-        described = self.describe_evaluation(self.trainer)
-        self.record = new_record(self.name, model, model_fingerprint(model), described)
-        model = to_device(model, self.trainer.strategy.root_device)
-        self.record.stages.append(self.measure_stage("dense", model))
-
     def check_output(self) -> None:
         """Check that the run may write its result and report, see `handover.check_output`."""
-        check_output(self._root())
+        handover.check_output(Path(self.trainer.default_root_dir))
 
     def configure_model(self) -> None:
         """Make the model trainable, before the optimizer exists. Lightning calls it."""
@@ -247,9 +233,9 @@ class RecoveryModule(WatchedModule):
 
     def _adapt(self) -> None:
         model = self.load_model()
-        measure = partial(self.measure_stage, "quantized")
+        measure = partial(stage_of_run, self, "quantized")
         seen = partial(add_quantized, self.record, measure, device=self.device)
-        self._adapted = Adapted(model, self._plans(), self._settings(), seen)
+        self._adapted = Adapted(model, self.plans(), self._settings(), seen)
         self.model = self._adapted.model
 
     def _settings(self) -> Settings:
@@ -265,7 +251,7 @@ class RecoveryModule(WatchedModule):
             compile_backend=self.compile_backend,
         )
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         """Warn now and in the report."""
         log.warning(text)
         if self.record is not None:
@@ -417,50 +403,12 @@ class RecoveryModule(WatchedModule):
         Raises:
             RuntimeError: if a weight that must be zero is not.
         """
-        adapted = self._adapted
-        assert adapted is not None
-        if adapted.sharded or adapted.quantized:
-            self._merge_on_rank_zero(adapted)
-            return
-        on_rank_zero(self.trainer, lambda: self._save_adapter(adapted))
-        self.model = adapted.merged()  # on every rank: a validation may follow
-        on_rank_zero(self.trainer, partial(self._finish, self.model, adapted))
+        assert self._adapted is not None
+        end_fit(self, self._adapted)
 
-    def _save_adapter(self, adapted: Adapted) -> None:
-        """Keep the adapters unmerged too, if merging fills zeros."""
-        if adapted.fills_zeros and isinstance(adapted.model, PeftModel):
-            save_adapter(adapted.model, self._root())
-
-    def _merge_on_rank_zero(self, adapted: Adapted) -> None:
-        """Merge what was trained onto the base as it is on disk; then all ranks have the result."""
-        trained = gather_trained(adapted.model)
-        self.model = None
-
-        def merge() -> None:
-            other = adapted.onto(self._read(self._source), self._plans(), trained)
-            self._save_adapter(other)
-            self._finish(other.merged(), other)
-
-        on_rank_zero(self.trainer, merge)
-        self.use_base(self._root() / FINAL, self.record)  # a validation may follow
-
-    def _finish(self, model: PreTrainedModel, adapted: Adapted) -> None:
-        if adapted.fills_zeros:
-            kept = "; adapter/ holds the adapters unmerged" if self.recovery == "lora" else ""
-            self._warn(adapted.zeros.describe_loss(model) + kept)
-        if self.record is not None:
-            told = {"keep_zeros": self.keep_zeros} if adapted.zeros.planned else {}
-            self.record.recovery = {**self._describe_recovery(), **told}
-        hand_over(
-            self._root(),
-            self.record,
-            to_device(model, self.trainer.strategy.root_device),
-            self.checked_tokenizer(),
-            plans=self._plan_files(),
-            trust_remote_code=self.trust_remote_code,
-            training=self.resuming.measurement,
-            measure=None if self.recovery == "none" else partial(self.measure_stage, "recovered"),
-        )
+    def read_base(self) -> PreTrainedModel:
+        """Read the model that training began with again; afterwards `model` is that."""
+        return self._read(self._source)
 
     def checked_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer of the loaded model.
@@ -472,14 +420,16 @@ class RecoveryModule(WatchedModule):
             raise ValueError("module.tokenizer=None: set it together with module.model")
         return self.tokenizer
 
-    def _plan_files(self) -> list[Path]:
+    def plan_files(self) -> list[Path]:
         """Return the plans that led to the base, or to the directory that is recovered."""
-        return plan_files(self.base or Path(self.name).expanduser())
+        return handover.plan_files(self.base or Path(self.name).expanduser())
 
-    def _plans(self) -> list[Plan]:
-        return [Plan.load(file) for file in self._plan_files()]
+    def plans(self) -> list[Plan]:
+        """Return the plans of `plan_files`."""
+        return [Plan.load(file) for file in self.plan_files()]
 
-    def _describe_recovery(self) -> dict[str, Any]:
+    def describe_recovery(self) -> dict[str, Any]:
+        """Return the settings of the recovery and how far it is, for report and checkpoints."""
         lora = asdict(self.lora) if self.recovery == "lora" else {}
         return {
             "mode": self.recovery,
@@ -489,36 +439,9 @@ class RecoveryModule(WatchedModule):
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
             "lr_scheduler": self.lr_scheduler_name,
+            **self.lr_scheduler_kwargs,
             "optimizer_steps": self.trainer.global_step,
             "weights_of_step": self.restored_step or self.trainer.global_step,
             "tokens_seen": self._tokens_seen,
             "precision": str(self.trainer.precision),
         }
-
-    def _root(self) -> Path:
-        return Path(self.trainer.default_root_dir)
-
-    # --- the record of the run ---------------------------------------------------------------
-
-    def measure_stage(
-        self, name: str, model: PreTrainedModel, windows: Windows | None = None
-    ) -> Stage:
-        """Measure one state of the model for the report, on the held-out windows (or a share)."""
-        timing = None
-        if self.latency is not None:
-            tokenizer = self.checked_tokenizer()
-            timing = partial(measure_latency, tokenizer=tokenizer, protocol=self.latency)
-        windows = self.evaluation_windows(self.trainer) if windows is None else windows
-        return measure_stage(name, model, windows, timing)
-
-    def evaluation_windows(self, trainer: Trainer) -> Windows:
-        """Return the held-out windows on which dense, pruned and recovered model are compared."""
-        return trainer.datamodule.validation_windows()  # type: ignore[attr-defined]
-
-    def describe_evaluation(self, trainer: Trainer) -> dict[str, Any]:
-        """Return facts about the evaluation windows: source, numbers and fingerprint."""
-        data: Any = getattr(trainer, "datamodule", None)
-        source = getattr(data, "sources", {}).get("validation", type(data).__name__)
-        windows = self.evaluation_windows(trainer)
-        timing = {} if self.latency is None else {"latency": asdict(self.latency)}
-        return {"source": str(source), **describe_windows(*split_windows(windows)), **timing}

@@ -27,7 +27,8 @@ from prunelight.files import explaining, newest_checkpoint, remove_temporaries, 
 KEY = "prunelight_resume"  # of a checkpoint, under which `ExactResume` keeps its state
 log = logging.getLogger(__name__)
 
-VOLATILE = ("optimizer_steps", "tokens_seen")  # of a recovery's description: they grow
+# Of a recovery's description: they grow.
+VOLATILE = ("optimizer_steps", "tokens_seen", "weights_of_step")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -146,7 +146,7 @@ class RecoveryWatch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Warn before anything is trained, of lost precision and of too little text."""
         for fault in self._faults:
-            pl_module._warn(fault)
+            pl_module.warn(fault)
         text = TrainingText.of(trainer)
         if text is not None and pl_module.recovery != "none":
             trained = parameter_count(pl_module, trainable=True)
@@ -154,7 +154,7 @@ class RecoveryWatch(Callback):
                 pl_module.recovery, text, trainer.estimated_stepping_batches, trained
             )
             if risk is not None:
-                pl_module._warn(risk)
+                pl_module.warn(risk)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
@@ -174,7 +174,7 @@ class RecoveryWatch(Callback):
         """Warn of overfitting in the log and the report."""
         found = overfitting(self.history)
         if found is not None:
-            pl_module._warn(found)
+            pl_module.warn(found)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Take over the best weights, on every rank, before they are merged and saved."""

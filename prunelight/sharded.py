@@ -41,10 +41,13 @@ def shard(model: PreTrainedModel | PeftModel, mesh: DeviceMesh, same: Callable[[
 
 
 def gather_trained(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
-    """Return the whole trained parameters on the CPU of rank 0, nothing on the others."""
+    """Return the whole trained parameters on the CPU: of a sharded model on rank 0 only."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(isinstance(parameter, DTensor) for parameter in trained.values()):
+        return {name: parameter.detach().cpu() for name, parameter in trained.items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     found: dict[str, Any] = get_model_state_dict(model, options=options)
-    return found
+    return {name: value for name, value in found.items() if name in trained}
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -26,13 +26,15 @@ LAYERS = (
     {"adaptation", "head"},
     {"saving", "distributed", "checkpoint", "resume", "teacher_cache"},
     {"handover", "distillation", "retraining"},
-    {"teaching"},
+    {"teaching", "recording"},
+    {"ending"},
     {"data", "module"},
     {"callbacks"},
     {"cli"},
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-WITH_LIGHTNING = {"data", "module", "distributed", "resume", "retraining", "callbacks", "cli"}
+WITH_LIGHTNING = {"callbacks", "cli", "data", "distributed", "ending", "module"}
+WITH_LIGHTNING |= {"recording", "resume", "retraining"}
 FILES = sorted([*(ROOT / "prunelight").glob("*.py"), *(ROOT / "callbacks").glob("*.py")])
 MODULES = [file for file in FILES if file != ROOT / "prunelight" / "__init__.py"]
 # `__version__` belongs to the package, which is no module of a layer.
@@ -111,7 +113,7 @@ def test_lightning_stays_in_data_module_cli_and_callbacks(path):
     assert not WITH_LIGHTNING & set(ours(path))
 
 
-def test_no_file_is_longer_than_450_lines_and_all_stay_under_12700():
+def test_no_file_is_longer_than_450_lines_and_all_stay_under_16900():
     files = [*FILES, *(ROOT / "configs").iterdir()]
     lengths = {
         path: len(path.read_text(encoding="utf-8").splitlines())
@@ -119,7 +121,7 @@ def test_no_file_is_longer_than_450_lines_and_all_stay_under_12700():
         if path.suffix in (".py", ".yaml")
     }
     assert {str(path): count for path, count in lengths.items() if count > 450} == {}
-    assert sum(lengths.values()) < 12700
+    assert sum(lengths.values()) < 16900
 
 
 def test_callbacks_exports_every_pruning_callback():

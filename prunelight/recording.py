@@ -1,0 +1,56 @@
+"""What a run measures of its model for the report, always on the same held-out windows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Trainer
+from transformers import PreTrainedModel
+
+from prunelight.calibration import Windows, split_windows
+from prunelight.evaluation import measure_latency, measure_stage, new_record, to_device
+from prunelight.plan import describe_windows, model_fingerprint
+from prunelight.report import Stage
+
+
+def stage_of_run(
+    module: Any, name: str, model: PreTrainedModel, windows: Windows | None = None
+) -> Stage:
+    """Measure one state of a run's model.
+
+    Args:
+        module: the RecoveryModule.
+        name: of the state, such as "pruned".
+        model: in that state.
+        windows: a share of the held-out windows, for ranks that measure together; None: all.
+    """
+    timing = None
+    if module.latency is not None:
+        tokenizer = module.checked_tokenizer()
+        timing = partial(measure_latency, tokenizer=tokenizer, protocol=module.latency)
+    windows = evaluation_windows(module.trainer) if windows is None else windows
+    return measure_stage(name, model, windows, timing)
+
+
+def evaluation_windows(trainer: Trainer) -> Windows:
+    """Return the held-out windows on which dense, pruned and recovered model are compared."""
+    return trainer.datamodule.validation_windows()  # type: ignore[attr-defined]
+
+
+def describe_evaluation(module: Any) -> dict[str, Any]:
+    """Return facts about the evaluation windows: source, numbers and fingerprint."""
+    data: Any = getattr(module.trainer, "datamodule", None)
+    source = getattr(data, "sources", {}).get("validation", type(data).__name__)
+    windows = evaluation_windows(module.trainer)
+    timing = {} if module.latency is None else {"latency": asdict(module.latency)}
+    return {"source": str(source), **describe_windows(*split_windows(windows)), **timing}
+
+
+def start_record(module: Any, model: PreTrainedModel) -> None:
+    """Start the record of a run that recovers a model as it is."""
+    described = describe_evaluation(module)
+    module.record = new_record(module.name, model, model_fingerprint(model), described)
+    model = to_device(model, module.trainer.strategy.root_device)
+    module.record.stages.append(stage_of_run(module, "dense", model))
