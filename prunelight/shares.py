@@ -10,7 +10,9 @@ that of all. All ranks must make the same calls. A share consists of micro-batch
 would feed, and sums keep their dtype, so that all statistics are those of one process up to the
 order of additions. With fewer micro-batches than ranks they are split: that changes CKA, whose
 kernels are made of tokens of one micro-batch, into another sample of the same estimate. Every rank
-gets rank 0's bytes of a sum, and its plan: no rounding can part their ways.
+gets rank 0's bytes of a sum, and its plan: no rounding can part their ways. Work on weights (masks,
+rotations) every rank does for its own copy, which gives equal bytes on equal hardware; in a fit all
+load what rank 0 saved.
 """
 
 # N windows, T tokens
