@@ -14,6 +14,8 @@ from prunelight.callbacks import (
     SlidingLayerMerging,
     WidthPruning,
 )
+from prunelight.metrics import parameter_bytes
+from prunelight.quantization import BitsAndBytes, quantize, stored_bytes
 
 bitsandbytes = pytest.importorskip(
     "bitsandbytes", reason="bitsandbytes is missing: pip install 'prunelight[quantization]'"
@@ -55,6 +57,34 @@ def test_a_pruned_model_loaded_in_4_bit_keeps_every_zero(sparse, kind):
         assert (matrix.parameter == 0).any()
         assert (restored[matrix.parameter == 0] == 0).all(), name
     assert torch.isfinite(quantized(WINDOWS % 64).logits).all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_quantizing_in_memory_gives_what_transformers_loads(sparse, kind):
+    _, directory = sparse
+    loaded = (
+        load_in_4bit(directory, kind)
+        if kind != "int8"
+        else AutoModelForCausalLM.from_pretrained(
+            directory, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+        )
+    )
+    model, _ = prunelight.load(directory)
+    quantize(
+        model, kind, BitsAndBytes(use_double_quant=False) if kind != "int8" else BitsAndBytes()
+    )
+    assert {n: type(m) for n, m in model.named_modules()} == {
+        n: type(m) for n, m in loaded.named_modules()
+    }
+    with torch.no_grad():
+        assert torch.equal(model(WINDOWS % 64).logits, loaded(WINDOWS % 64).logits)
+    on_disk = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+    assert stored_bytes(model) < 0.7 * on_disk
+
+
+def test_bytes_of_a_model_in_full_precision_are_those_of_its_parameters(sparse):
+    model, _ = sparse
+    assert stored_bytes(model) == parameter_bytes(model)
 
 
 def test_a_model_in_4_bit_is_refused_with_the_remedy(sparse):
