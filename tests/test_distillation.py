@@ -5,9 +5,11 @@ import json
 import re
 import shutil
 from collections import namedtuple
+from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule
 from runs import TEXT, make_data, make_module, make_trainer, write_model
 from safetensors import safe_open
@@ -16,6 +18,7 @@ from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.callbacks import ShortGPT, SliceGPT
+from prunelight.cli import main
 from prunelight.data import TextDataModule
 from prunelight.distillation import Distillation, Objective, hidden_loss, kept_layers
 from prunelight.head import Head
@@ -304,6 +307,8 @@ def fit(name, root, loss, ckpt_path=None):
 def test_a_fit_learns_from_its_teacher_resumes_and_reports(loss, name, teacher, tmp_path, caplog):
     caplog.set_level("INFO")
     module, data = fit(name, tmp_path, loss)
+    costs = [cost.name for cost in module.record.costs]
+    assert ("ask the teacher" in costs) == (loss == "kd_topk")
     final = load_file(tmp_path / "final" / "model.safetensors")
     (base,) = tmp_path.glob("pruned-*")
     windows = data.validation_windows()
@@ -328,6 +333,15 @@ def test_a_fit_learns_from_its_teacher_resumes_and_reports(loss, name, teacher, 
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["recovery"]["loss"] == loss
     assert ("distillation.k" in report["recovery"]) == (loss == "kd_topk")
+
+
+def test_all_of_it_is_reached_from_the_command_line(capsys):
+    options = ["--model.loss=kd_topk", "--model.distillation.k=32", "--model.chunked_loss=false"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=quickstart.yaml", *options, "--print_config"])
+    told = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert (told["loss"], told["chunked_loss"]) == ("kd_topk", False)
+    assert told["distillation"] == {**asdict(Distillation()), "k": 32}
 
 
 def test_without_pruning_a_run_learns_from_a_teacher_that_is_named(name, tmp_path):
