@@ -168,7 +168,7 @@ class Objective:
                 total = whole_loss(model, inputs, loss, tokens)
         if not self.kept:
             return total
-        mask = inputs.get("attention_mask")
+        mask = batch.get("attention_mask")
         return total + self.settings.hidden_weight * hidden_loss(found, wanted, mask)
 
     def _token_loss(
@@ -202,8 +202,6 @@ class Objective:
             unused = {name for name, kind in _ONLY_FOR.items() if kind != self.kind}
             settings = {n: v for n, v in asdict(self.settings).items() if n not in unused}
             told |= {f"distillation.{n}": v for n, v in settings.items() if v is not None}
-        if self.cache is not None:
-            told["distillation.cache"] = str(self.cache.directory)
         return told
 
 

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from prunelight.architecture import vocabulary_size
 from prunelight.distillation import Objective, kept_layers
-from prunelight.evaluation import to_device
+from prunelight.evaluation import measuring, to_device
 from prunelight.handover import plan_files
 from prunelight.models import find_source, load, load_config, load_tokenizer, reach
 from prunelight.plan import Plan, model_fingerprint
 from prunelight.quantization import BitsAndBytes, quantize
+from prunelight.report import Cost
 from prunelight.teacher_cache import TeacherCache
 
 log = logging.getLogger(__name__)
@@ -152,8 +153,11 @@ def _whole_cache(module: Any, source: Source, on_rank_zero: OnRankZero) -> Teach
     if blocks := [block for block in cache.missing() if block % world == rank]:
         _release(module)
         teacher = teacher or source.load(trainer.strategy.root_device)
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), measuring(teacher.device) as phase:
             cache.write(teacher, blocks, progress=trainer.is_global_zero)
+        if (record := module.record) is not None:
+            forwards = phase.seconds / record.forward_seconds
+            record.costs.append(Cost("ask the teacher", phase.seconds, forwards, phase.peak_bytes))
     del teacher
     trainer.strategy.barrier()
     if module.model is None and module.base is not None:
