@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from prunelight.calibration import MICRO_BATCH_TOKENS, evaluating
 from prunelight.files import replacing
 from prunelight.head import Head, plain
-from prunelight.losses import chunk_size, top_k
+from prunelight.losses import top_k
 from prunelight.metrics import counted_targets
 from prunelight.packing import model_inputs
 from prunelight.plan import fingerprint_of, library_versions
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 DESCRIPTION = "teacher.json"
 BLOCK = 64  # examples in a file
+_CHUNK_TOKENS = 128  # whose logits are held at a time; fewer would read the head too often
 # Called with places of training examples, returns them as one batch.
 Batches: TypeAlias = Callable[[Sequence[int]], dict[str, Tensor]]
 
@@ -210,7 +211,7 @@ class TeacherCache:
         inputs, (tokens, _) = model_inputs(batch), counted_targets(batch["labels"])
         states = head.hidden_states(inputs) if apart else head.model(**inputs).logits
         found = []
-        for part in tokens.split(chunk_size(len(tokens))):
+        for part in tokens.split(_CHUNK_TOKENS):
             chunk = states.flatten(0, 1)[part]
             logits = head.logits(chunk) if apart else chunk
             ids, log_probabilities = top_k(logits, self.k, self.temperature)
