@@ -1,5 +1,7 @@
 """torch.compile of decoder layers: the same numbers as without, and nothing of it left behind."""
 
+from functools import partial
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -102,7 +104,9 @@ def test_a_compiled_fit_gives_the_checkpoint_and_result_of_another(tmp_path):
     for backend in (None, "eager"):
         root = tmp_path / str(backend)
         pl.seed_everything(0, verbose=False)
-        watch, module = Compiled(), make_module(name, recovery="full", compile_backend=backend)
+        # Adam divides by gradients near zero, which makes rounding as large as a step.
+        settings = {"recovery": "full", "optimizer": partial(torch.optim.SGD, lr=0.1)}
+        watch, module = Compiled(), make_module(name, compile_backend=backend, **settings)
         trainer = make_trainer(root, ShortGPT(num_layers=2), watch, max_epochs=1)
         trainer.fit(module, make_data(name, tmp_path, num_validation=2))
         assert watch.layers == (4 if backend else 0)
