@@ -1,4 +1,6 @@
-"""torch.compile of decoder layers: the same numbers as without it, and no trace after."""
+"""torch.compile of decoder layers: the same numbers as without, and nothing of it left behind."""
+
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -9,7 +11,6 @@ from test_slicing import VARIED, sliced
 from tiny import tiny_model, token_windows
 
 from prunelight.adaptation import Adapted, Settings
-from prunelight.architecture import decoder_layers
 from prunelight.callbacks import DLP, ShortGPT
 from prunelight.gradual import Schedule
 from prunelight.metrics import next_token_loss
@@ -29,15 +30,15 @@ def fresh():
 
 
 def sparse():
-    model = tiny_model()
-    names = [f"model.layers.{i}.mlp.up_proj" for i in range(6)]
+    model = tiny_model(num_hidden_layers=2)
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
     step = Sparsify(sparsity=dict.fromkeys(names, 0.5), solver="magnitude")
     plan = Plan(method="test", arguments={}, model={}, calibration={}, scores={}, steps=(step,))
     return apply(model, plan), [plan]
 
 
 MODELS = {
-    "llama": lambda: (tiny_model(), []),
+    "llama": lambda: (tiny_model(num_hidden_layers=1), []),
     "sliced": lambda: (sliced("llama", True, VARIED), []),  # every layer has other widths
     "sparse": sparse,
 }
@@ -74,34 +75,22 @@ def losses(kind, backend, recovery="lora", checkpointing=False):
 @pytest.mark.parametrize(
     ("kind", "backend", "recovery", "checkpointing"),
     [
-        ("llama", "aot_eager", "lora", True),
-        ("llama", "eager", "full", True),
-        ("sliced", "eager", "lora", False),
-        ("sparse", "aot_eager", "lora", False),
+        ("sparse", "aot_eager", "lora", True),
         ("sparse", "eager", "full", False),
-        pytest.param("llama", "inductor", "lora", False, marks=pytest.mark.slow),
+        ("sliced", "eager", "full", True),
+        pytest.param("llama", "inductor", "full", False, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_layers_train_as_others_do(kind, backend, recovery, checkpointing):
     eager, weights, names = losses(kind, None, recovery, checkpointing)
     compiled, ours, our_names = losses(kind, backend, recovery, checkpointing)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "something was compiled"
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= (6 if kind == "sliced" else 1), "every layer of another width was compiled"
     assert compiled == pytest.approx(eager, rel=1e-5)
     assert eager[-1] < eager[0]
     assert our_names == names
     # Compilers may reorder sums: rounding of float32 over a few steps.
     torch.testing.assert_close(ours, weights, rtol=1e-4, atol=1e-5)
-
-
-def test_layers_of_many_widths_are_all_compiled_and_merged_ones_no_more():
-    model, _ = MODELS["sliced"]()
-    layers = decoder_layers(model)
-    adapted = Adapted(model, [], Settings(lora=LoRA(dropout=0.0), compile_backend="eager"))
-    adapted.model(WINDOWS, use_cache=False)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(layers)
-    assert all(layer._compiled_call_impl is not None for layer in layers)
-    adapted.merged()
-    assert all(layer._compiled_call_impl is None for layer in layers)
 
 
 class Compiled(pl.Callback):
@@ -115,10 +104,14 @@ def test_a_compiled_fit_gives_the_checkpoint_and_result_of_another(tmp_path):
     for backend in (None, "eager"):
         root = tmp_path / str(backend)
         pl.seed_everything(0, verbose=False)
-        watch, module = Compiled(), make_module(name, compile_backend=backend)
-        make_trainer(root, ShortGPT(num_layers=2), watch).fit(module, make_data(name, tmp_path))
+        # Adam divides by gradients near zero, which makes rounding as large as a step.
+        settings = {"recovery": "full", "optimizer": partial(torch.optim.SGD, lr=0.1)}
+        watch, module = Compiled(), make_module(name, compile_backend=backend, **settings)
+        trainer = make_trainer(root, ShortGPT(num_layers=2), watch, max_epochs=1)
+        trainer.fit(module, make_data(name, tmp_path, num_validation=2))
         assert watch.layers == (4 if backend else 0)
-        checkpoint = torch.load(root / "checkpoints" / "epoch=1.ckpt", weights_only=True)
+        assert not any(m._compiled_call_impl for m in module.modules()), "merged ones are plain"
+        checkpoint = torch.load(root / "checkpoints" / "epoch=0.ckpt", weights_only=True)
         found.append((checkpoint["state_dict"], load_file(root / "final" / "model.safetensors")))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
