@@ -49,7 +49,7 @@ CALLBACKS = Path(prunelight.callbacks.__file__).resolve().parent
 class Trainer(pl.Trainer):
     """Lightning's Trainer, which resumes by itself, with the verbs prune and analyze."""
 
-    def fit(  # type: ignore[override]
+    def fit(  # type: ignore[override]  # no weights_only: it is always True
         self,
         model: pl.LightningModule,
         train_dataloaders: Any = None,

@@ -149,7 +149,7 @@ class TextDataModule(LightningDataModule):
         share = self.trainer and self.trainer.distributed_sampler_kwargs
         share = share or {"num_replicas": 1, "rank": 0}
         # Lightning tells this sampler the epoch; a plain shuffle would start over on resume.
-        sampler: DistributedSampler = DistributedSampler(examples, **share, seed=self.seed)  # type: ignore[arg-type]
+        sampler: Any = DistributedSampler(examples, **share, seed=self.seed)  # type: ignore[arg-type]
         return self._loader(examples, sampler, self._position)
 
     def _position(self) -> int:

@@ -60,9 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: if the file is damaged or holds other objects.
         """
         try:
-            return super().load_checkpoint(
-                path, map_location, weights_only=weights_only is not False
-            )
+            return super().load_checkpoint(path, map_location, weights_only=True)
         except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0].partition(". ")[0]
             raise ValueError(

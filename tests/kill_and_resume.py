@@ -14,12 +14,14 @@ import argparse
 import json
 import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess as Process
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,10 @@ from PIL import Image
 from runs import write_model
 from safetensors.torch import load_file
 
+from prunelight.cli import main
+
 STAGES = ("start", "pruning", "training", "checkpoint", "final")
-TIMEOUT = 300  # seconds, of one start
+TIMEOUT = 900  # seconds, of one start
 CASES: dict[str, dict[str, Any]] = {
     "gradual": {
         "class_path": "DLP",
@@ -65,7 +69,7 @@ class Count:
 
 
 def write_config(directory: Path, case: str) -> list[str]:
-    """Write model, text and config of a case; return the command that runs it."""
+    """Write model, text and config of a case; return the arguments that run it."""
     directory.mkdir(parents=True, exist_ok=True)
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     name = write_model(directory / "model", **sizes)
@@ -107,21 +111,30 @@ def write_config(directory: Path, case: str) -> list[str]:
         },
     }
     (directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    file = str(directory / "config.yaml")
-    return [sys.executable, "-m", "prunelight.cli", "fit", "--config", file]
+    return ["--config", str(directory / "config.yaml")]
 
 
-def start(command: list[str], root: Path) -> subprocess.Popen:
+def start(arguments: list[str], root: Path) -> Process:
+    """Start the command in a process that has imported the libraries already, and nothing else."""
     root.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
-    command = [*command, "--trainer.default_root_dir", str(root)]
-    with (root / ".output.txt").open("a") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    process = get_context("fork").Process(target=command, args=(arguments, root))
+    process.start()
+    return process
 
 
-def finish(command: list[str], root: Path) -> None:
-    if start(command, root).wait(TIMEOUT):
+def command(arguments: list[str], root: Path) -> None:
+    """Be the command line, with its output in a file."""
+    output = os.open(root / ".output.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    main(["fit", *arguments, "--trainer.default_root_dir", str(root)])
+
+
+def finish(arguments: list[str], root: Path) -> None:
+    process = start(arguments, root)
+    process.join(TIMEOUT)
+    if process.exitcode != 0:
+        process.kill()
         raise SystemExit(f"{root} failed:\n{(root / '.output.txt').read_text()[-3000:]}")
 
 
@@ -132,7 +145,7 @@ def moment(stage: str, root: Path, rng: random.Random) -> tuple[Callable[[], boo
     more, pause = rng.randrange(1, 700), rng.random()
     logs = len(list(root.glob("logs/*")))
     return {
-        "start": (lambda: time.monotonic() > begun + 4 * pause, 0.0),
+        "start": (lambda: time.monotonic() > begun + pause, 0.0),
         "pruning": (lambda: len(list(root.glob("logs/*"))) > logs, 0.8 * pause),
         "training": (
             lambda: losses.exists() and losses.stat().st_size >= seen + more,
@@ -143,19 +156,18 @@ def moment(stage: str, root: Path, rng: random.Random) -> tuple[Callable[[], boo
     }[stage]
 
 
-def kill_at(stage: str, command: list[str], root: Path, rng: random.Random) -> bool:
+def kill_at(stage: str, arguments: list[str], root: Path, rng: random.Random) -> bool:
     """Start the command and kill it; False if it ended before."""
-    process = start(command, root)
+    process = start(arguments, root)
     reached, pause = moment(stage, root, rng)
     while not reached():
-        if process.poll() is not None:
+        if not process.is_alive():
             return False
         time.sleep(0.0005)
     time.sleep(pause)
-    ended = process.poll() is not None
-    process.kill()
-    process.wait()
-    return not ended
+    process.kill()  # SIGKILL
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def corrupt_files(root: Path) -> list[Path]:
@@ -210,11 +222,11 @@ def run(work: Path, kills: int, seed: int, stages: tuple[str, ...] = STAGES) -> 
     while count.kills < kills:
         case = list(CASES)[rounds % len(CASES)]
         whole, root = work / case / "whole", work / case / f"killed-{rounds}"
-        command = write_config(work / case, case)
+        arguments = write_config(work / case, case)
         if not whole.exists():
-            finish(command, whole)
+            finish(arguments, whole)
         for stage in stages[: kills - count.kills]:
-            if not kill_at(stage, command, root, rng):
+            if not kill_at(stage, arguments, root, rng):
                 raise SystemExit(f"{root} ended before it could be killed at {stage}")
             count.kills += 1
             broken = corrupt_files(root)
@@ -223,7 +235,7 @@ def run(work: Path, kills: int, seed: int, stages: tuple[str, ...] = STAGES) -> 
             count.told.append(f"{case}: killed at {stage}, batch {batches}; corrupt {broken}")
             print(count.told[-1], flush=True)
             count.resumes += 1  # the next start, or the last one below
-        finish(command, root)
+        finish(arguments, root)
         odd = differences(root, whole)
         count.differences += len(odd)
         count.corrupt += len(corrupt_files(root))
@@ -234,7 +246,7 @@ def run(work: Path, kills: int, seed: int, stages: tuple[str, ...] = STAGES) -> 
     return count
 
 
-def main() -> None:
+def script() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -249,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script()
