@@ -30,14 +30,12 @@ from prunelight.evaluation import (
     Measurement,
     device_name,
     forward_seconds,
-    free_memory,
     measuring,
     new_record,
-    to_device,
+    where_it_fits,
 )
 from prunelight.files import explaining, replacing
 from prunelight.handover import plan_files
-from prunelight.metrics import parameter_bytes
 from prunelight.module import RecoveryModule
 from prunelight.packing import check_packing
 from prunelight.plan import (
@@ -225,12 +223,12 @@ def _reuse_base(
     same = all(record.evaluation.get(k) == described.get(k) for k in ("fingerprint", "latency"))
     device = ranks.on_zero(lambda: device_name(trainer.strategy.root_device))
     if not same or record.device != device:
-        dense = _to_root_device(module.load_model(), trainer)
+        dense = where_it_fits(module.load_model(), trainer.strategy.root_device)
         stages = [stage_of_run(module, "dense", dense, held_out)]
         record.device = device_name(dense.device)
         if len(record.stages) > 1:
             module.use_base(directory, None)
-            pruned = _to_root_device(module.load_model(), trainer)
+            pruned = where_it_fits(module.load_model(), trainer.strategy.root_device)
             stages.append(stage_of_run(module, "pruned", pruned, held_out))
             module.base = None
         record.stages, record.evaluation = stages, described
@@ -246,7 +244,7 @@ def _make_base(
     directory: Path,
     fingerprint: str,
 ) -> None:
-    model = _to_root_device(module.load_model(), trainer)
+    model = where_it_fits(module.load_model(), trainer.strategy.root_device)
     described = describe_evaluation(module)
     record = new_record(module.name, model, fingerprint, described)
     with measuring(model.device) as dense:
@@ -291,15 +289,6 @@ def _make_base(
     record.verification[directory.name] = saved.verification
     record.stages[-1] = replace(record.stages[-1], size_bytes=saved.size_bytes)
     ranks_of(windows).on_zero(lambda: _write_measured(directory, record))
-
-
-def _to_root_device(model: PreTrainedModel, trainer: Trainer) -> PreTrainedModel:
-    """Move the model to the device that the strategy trains on, if it fits there."""
-    device = trainer.strategy.root_device
-    if device.type == "cuda" and free_memory(device) < 1.2 * parameter_bytes(model):
-        log.warning("the dense model does not fit on %s; scoring on the CPU instead", device)
-        return model
-    return to_device(model, device)
 
 
 def _base_fingerprint(

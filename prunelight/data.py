@@ -164,7 +164,7 @@ class TextDataModule(LightningDataModule):
         tokens = hashlib.sha256()
         for part in (part for example in self.examples("train") for part in example):
             tokens.update(f"{part.shape}".encode() + part.numpy().tobytes())
-        names = ("seq_len", "batch_size", "seed")
+        names = ("seq_len", "batch_size", "packing", "seed")
         return {name: getattr(self, name) for name in names} | {"tokens": tokens.hexdigest()[:16]}
 
     def val_dataloader(self) -> DataLoader:

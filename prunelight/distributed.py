@@ -66,7 +66,7 @@ def check_strategy(trainer: Trainer, quantization: str = "none") -> None:
     if isinstance(strategy, DeepSpeedStrategy):
         _check_deepspeed(strategy)
     elif isinstance(strategy, ModelParallelStrategy):
-        if strategy._tensor_parallel_size not in (1, "auto"):
+        if strategy._tensor_parallel_size != 1:  # "auto" is the number of processes
             raise ValueError(
                 f"tensor_parallel_size={strategy._tensor_parallel_size} must be 1: prunelight "
                 "shards by FSDP2 only; use strategy=fsdp2"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from prunelight.adaptation import Adapted
 from prunelight.distributed import on_rank_zero
-from prunelight.evaluation import to_device
+from prunelight.evaluation import where_it_fits
 from prunelight.handover import FINAL, hand_over, save_adapter
 from prunelight.recording import stage_of_run
 from prunelight.sharded import gather_trained
@@ -71,7 +71,7 @@ def _finish(module: Any, model: PreTrainedModel, adapted: Adapted) -> None:
     hand_over(
         _root(module),
         module.record,
-        to_device(model, module.trainer.strategy.root_device),
+        where_it_fits(model, module.trainer.strategy.root_device),
         module.checked_tokenizer(),
         plans=module.plan_files(),
         trust_remote_code=module.trust_remote_code,

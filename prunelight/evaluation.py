@@ -348,6 +348,14 @@ def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return movable.to(device)
 
 
+def where_it_fits(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model to a device if it has memory for it, in place, and return it."""
+    if device.type == "cuda" and free_memory(device) < 1.2 * parameter_bytes(model):
+        log.warning("the model does not fit on %s; it runs on the CPU instead", device)
+        return model
+    return to_device(model, device)
+
+
 def device_name(device: torch.device) -> str:
     """Return a device's name for reports: that of the card, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

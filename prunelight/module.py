@@ -125,7 +125,7 @@ class RecoveryModule(WatchedModule):
         )
         check_kind(quantization, bitsandbytes, recovery)
         resolve_dtype(dtype)
-        check_backend(compile_backend)
+        check_backend(compile_backend, watched=distillation.hidden_weight > 0)
         self.name = name
         self.dtype_name = dtype
         self.recovery = recovery
@@ -194,7 +194,7 @@ class RecoveryModule(WatchedModule):
         if self._in_training:
             return
         if stage == "fit":
-            meet_teacher(self, partial(on_rank_zero, self.trainer))
+            meet_teacher(self)
         model = self.load_model()
         check_quantizable(model, self.quantization, self._source)
         datamodule: Any = getattr(self.trainer, "datamodule", None)

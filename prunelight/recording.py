@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
 from prunelight.calibration import Windows, split_windows
-from prunelight.evaluation import measure_latency, measure_stage, new_record, to_device
+from prunelight.evaluation import measure_latency, measure_stage, new_record, where_it_fits
 from prunelight.plan import describe_windows, model_fingerprint
 from prunelight.report import Stage
 
@@ -52,5 +52,5 @@ def start_record(module: Any, model: PreTrainedModel) -> None:
     """Start the record of a run that recovers a model as it is."""
     described = describe_evaluation(module)
     module.record = new_record(module.name, model, model_fingerprint(model), described)
-    model = to_device(model, module.trainer.strategy.root_device)
+    model = where_it_fits(model, module.trainer.strategy.root_device)
     module.record.stages.append(stage_of_run(module, "dense", model))

@@ -15,12 +15,21 @@ from prunelight.architecture import decoder_layers
 _GRAPHS = 8  # torch's own limit: training, evaluation, fixed and dynamic shapes, ...
 
 
-def check_backend(backend: str | None) -> None:
+def check_backend(backend: str | None, *, watched: bool = False) -> None:
     """Check that torch.compile knows a backend.
 
+    Args:
+        backend: its name; None passes.
+        watched: hooks will look at the layers during training; compiled ones ignore them.
+
     Raises:
-        ValueError: if not; names those for users.
+        ValueError: if not, naming those for users; or if the layers are watched.
     """
+    if backend is not None and watched:
+        raise ValueError(
+            f"compile_backend={backend!r} hides the layers' outputs that distillation.hidden_weight "
+            "compares; leave one of the two out"
+        )
     if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
         raise ValueError(
             f"compile_backend={backend!r} must be one of "

@@ -7,10 +7,9 @@ is dropped before the student is loaded again; a whole cache needs no teacher at
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,12 +22,10 @@ from prunelight.models import find_source, load, load_config, load_tokenizer, re
 from prunelight.plan import Plan, model_fingerprint
 from prunelight.quantization import BitsAndBytes, quantize
 from prunelight.report import Cost
+from prunelight.shares import Ranks
 from prunelight.teacher_cache import TeacherCache
 
 log = logging.getLogger(__name__)
-
-# Runs a call on rank 0 while the others wait, and raises on all of them if it does.
-OnRankZero: TypeAlias = Callable[[Callable[[], None]], Any]
 
 
 @dataclass(frozen=True)
@@ -77,12 +74,11 @@ def check_teacher(module: Any, model: PreTrainedModel, *, sliced: bool = False) 
         )
 
 
-def meet_teacher(module: Any, on_rank_zero: OnRankZero) -> None:
+def meet_teacher(module: Any) -> None:
     """Load the teacher of a run, or make sure that its cache is whole.
 
     Args:
         module: the RecoveryModule, attached to its trainer.
-        on_rank_zero: `distributed.on_rank_zero` for that trainer.
 
     Raises:
         ValueError: as `check_teacher`; if there is no data to cache or a cache does not fit.
@@ -101,7 +97,7 @@ def meet_teacher(module: Any, on_rank_zero: OnRankZero) -> None:
         kept = _kept_layers(module, teacher, name) if settings.hidden_weight else []
         objective.use_teacher(teacher, kept)
     else:
-        objective.cache = _whole_cache(module, source, on_rank_zero)
+        objective.cache = _whole_cache(module, source)
 
 
 def _kept_layers(module: Any, teacher: PreTrainedModel, name: str) -> list[int]:
@@ -123,7 +119,7 @@ def _kept_layers(module: Any, teacher: PreTrainedModel, name: str) -> list[int]:
     return kept
 
 
-def _whole_cache(module: Any, source: Source, on_rank_zero: OnRankZero) -> TeacherCache:
+def _whole_cache(module: Any, source: Source) -> TeacherCache:
     """Return the cache of the training set, after what it lacks was written."""
     trainer, settings = module.trainer, module.objective.settings
     data: Any = getattr(trainer, "datamodule", None)
@@ -148,18 +144,18 @@ def _whole_cache(module: Any, source: Source, on_rank_zero: OnRankZero) -> Teach
         temperature=settings.temperature,
         vocabulary=vocabulary,
     )
-    on_rank_zero(cache.open)
-    world, rank = trainer.world_size, trainer.global_rank
-    if blocks := [block for block in cache.missing() if block % world == rank]:
-        _release(module)
-        teacher = teacher or source.load(trainer.strategy.root_device)
-        with trainer.precision_plugin.forward_context(), measuring(teacher.device) as phase:
-            cache.write(teacher, blocks, progress=trainer.is_global_zero)
-        if (record := module.record) is not None:
-            forwards = phase.seconds / record.forward_seconds
-            record.costs.append(Cost("ask the teacher", phase.seconds, forwards, phase.peak_bytes))
+    ranks = Ranks.of_default_group()
+    with ranks.together():
+        ranks.on_zero(cache.open)
+        if blocks := [block for block in cache.missing() if block % ranks.size == ranks.rank]:
+            _release(module)
+            teacher = teacher or source.load(trainer.strategy.root_device)
+            with trainer.precision_plugin.forward_context(), measuring(teacher.device) as phase:
+                cache.write(teacher, blocks, progress=ranks.rank == 0)
+            if (record := module.record) is not None:
+                told = phase.seconds, phase.seconds / record.forward_seconds, phase.peak_bytes
+                record.costs.append(Cost("ask the teacher", *told))
     del teacher
-    trainer.strategy.barrier()
     if module.model is None and module.base is not None:
         module.use_base(module.base, module.record)
     return cache
