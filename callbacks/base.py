@@ -161,7 +161,7 @@ def prune_base(
         ValueError, TypeError: for arguments or data that do not fit, before the first forward.
         RuntimeError: on the other ranks, if one failed.
     """
-    check_strategy(trainer, module.quantization)
+    check_strategy(trainer, module.quantization, module.recovery)
     for callback in callbacks:  # on every rank: Lightning counts the steps of all together
         callback.check_run(trainer, module)
     ranks = ranks_of_run(trainer)

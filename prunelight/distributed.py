@@ -50,12 +50,18 @@ class FSDP2Strategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, override=True)
 
 
-def check_strategy(trainer: Trainer, quantization: str = "none") -> None:
+def check_strategy(trainer: Trainer, quantization: str = "none", recovery: str = "lora") -> None:
     """Check that the strategy leaves the right model in the right process.
 
     Raises:
-        ValueError: for spawn and fork strategies, and those that pruning cannot work under.
+        ValueError: for spawn and fork strategies, and those that pruning, quantization or the
+            recovery cannot work under.
     """
+    if recovery == "none" and isinstance(trainer.strategy, DDPStrategy):
+        raise ValueError(
+            "recovery=none trains nothing, and DDP takes no model without trained weights; use "
+            "one device or strategy=fsdp2"
+        )
     check_quantized_strategy(trainer, quantization)
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     if isinstance(strategy.launcher, _MultiProcessingLauncher):

@@ -5,6 +5,7 @@ Speeds are tokens per second of this machine: compare them within one run only.
 
 from __future__ import annotations
 
+import logging
 import resource
 import statistics
 import sys
@@ -36,6 +37,8 @@ from prunelight.metrics import next_token_sums, parameter_bytes, parameter_count
 from prunelight.plan import library_versions
 from prunelight.report import RunRecord, Stage
 from prunelight.shares import own_windows, ranks_of
+
+log = logging.getLogger(__name__)
 
 # Logits are the largest tensor of an evaluation: (tokens, vocabulary) in the model's dtype.
 _EVALUATION_TOKENS = 1024

@@ -190,7 +190,7 @@ class RecoveryModule(WatchedModule):
 
     def setup(self, stage: str) -> None:
         """Check strategy and output; load the model if no callback did. Lightning calls it."""
-        check_strategy(self.trainer, self.quantization)
+        check_strategy(self.trainer, self.quantization, self.recovery)
         if self._in_training:
             return
         if stage == "fit":

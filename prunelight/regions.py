@@ -27,8 +27,8 @@ def check_backend(backend: str | None, *, watched: bool = False) -> None:
     """
     if backend is not None and watched:
         raise ValueError(
-            f"compile_backend={backend!r} hides the layers' outputs that distillation.hidden_weight "
-            "compares; leave one of the two out"
+            f"compile_backend={backend!r} hides the layers' outputs from "
+            "distillation.hidden_weight, which compares them; leave one of the two out"
         )
     if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
         raise ValueError(

@@ -319,6 +319,12 @@ def test_spawn_and_fork_strategies_are_refused(tmp_path, strategy):
         check_strategy(trainer)
 
 
+def test_ddp_without_anything_to_train_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, strategy="ddp")
+    with pytest.raises(ValueError, match="recovery=none trains nothing, and DDP takes no model"):
+        check_strategy(trainer, recovery="none")
+
+
 def test_tensor_parallelism_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, strategy=ModelParallelStrategy(tensor_parallel_size=2))
     with pytest.raises(ValueError, match="tensor_parallel_size=2 must be 1.*use strategy=fsdp2"):
