@@ -77,7 +77,11 @@ class RecoveryCheckpoint(ModelCheckpoint):
     def _due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
         between = trainer.fit_loop._should_accumulate()  # a checkpoint holds no gradients
-        if between or step == self._last_global_step_saved or getattr(trainer, "fast_dev_run", 0):
+        if (
+            between
+            or step == self._last_global_step_saved
+            or getattr(trainer, "fast_dev_run", False)
+        ):
             return False
         return step % self._every_n_train_steps == 0 or trainer.received_sigterm
 
