@@ -81,14 +81,16 @@ def _reason(error: BaseException | None) -> str | None:
 
 
 def check_writable(directory: Path) -> None:
-    """Check, by writing, that files can be made in a directory; it is made where it is missing.
+    """Check, by writing, that files can be made in a directory, or in the one it would be made in.
 
     Raises:
         OSError: if not; names the directory and the reason.
     """
-    probe = directory / f".writable.{os.getpid()}.tmp"
+    place = directory.absolute()
+    while not place.exists():
+        place = place.parent
+    probe = place / f".writable.{os.getpid()}.tmp"
     with explaining(directory):
-        directory.mkdir(parents=True, exist_ok=True)
         try:
             probe.write_bytes(b"\0")
             flush(probe)
