@@ -50,6 +50,9 @@ def data_of(options):
 
 def fit(options, loss):
     pl.seed_everything(0, verbose=False)
+    settings = {"k": options.k, "temperature": options.temperature}
+    if loss != "lm":
+        settings["lm_weight"] = options.lm_weight
     module = RecoveryModule(
         NAME,
         dtype="float32",
@@ -57,7 +60,7 @@ def fit(options, loss):
         learning_rate=options.learning_rate,
         warmup_steps=2,
         loss=loss,
-        distillation=Distillation(k=options.k, temperature=options.temperature),
+        distillation=Distillation(**settings),
     )
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -178,6 +181,7 @@ def main():
     parser.add_argument("--validation-samples", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--lm-weight", type=float, default=0.0, help="of kd and kd_topk")
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--root", default="/tmp/prunelight-benchmark/distillation")
