@@ -47,7 +47,7 @@ def _merge_anew(module: Any, adapted: Adapted) -> None:
 
     on_rank_zero(module.trainer, merge)
     adapted.in_training = False
-    module.use_base(_root(module) / FINAL, module.record)
+    module.use_result(_root(module) / FINAL)
 
 
 def _root(module: Any) -> Path:

@@ -130,8 +130,7 @@ class RecoveryModule(WatchedModule):
         self.dtype_name = dtype
         self.recovery = recovery
         self.lora = lora
-        self.learning_rate = learning_rate
-        self.warmup_steps = warmup_steps
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.lr_scheduler_name, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs or {}
         self.optimizer = optimizer
         self.gradient_checkpointing = gradient_checkpointing
@@ -184,9 +183,13 @@ class RecoveryModule(WatchedModule):
 
     def use_base(self, directory: Path, record: RunRecord | None) -> None:
         """Load the pruned base that the callbacks saved; later loads and checkpoints name it."""
+        self.use_result(directory)
+        self.base, self.record = directory, record
+
+    def use_result(self, directory: Path) -> None:
+        """Load the merged result of the run; the base stays what training began with."""
         self.forget_model()
         self._read(directory)
-        self.base, self.record = directory, record
 
     def setup(self, stage: str) -> None:
         """Check strategy and output; load the model if no callback did. Lightning calls it."""

@@ -1,12 +1,8 @@
 """Fits in which sparsity rises; laws of the schedule itself are in test_schedule.py."""
 
 import csv
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from math import floor
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -258,39 +254,3 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused_before_anything_is_writ
     with pytest.raises(ValueError, match=message):
         trainer.fit(make_module(name, **arguments), data)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
-
-
-# --- processes
-
-RUN = """
-import sys, torch
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from runs import make_data, make_module, make_trainer
-from test_gradual import Recorder, SCHEDULE
-from prunelight.callbacks import DLP
-root = Path({root!r})
-recorder = Recorder()
-callbacks = DLP(0.5, schedule=SCHEDULE), recorder
-settings = dict(devices=2, strategy="ddp", limit_train_batches=2, max_epochs=3)
-trainer = make_trainer(root, *callbacks, **settings)
-trainer.fit(make_module({name!r}, recovery={recovery!r}), make_data({name!r}, root))
-torch.save(recorder.zeros, root / f"zeros-{{trainer.global_rank}}.pt")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recovery", ["full", "lora"])
-def test_two_processes_have_the_same_masks_at_every_step(recovery, name, tmp_path):
-    script = tmp_path / "run.py"
-    paths = [str(Path(__file__).parent)]
-    script.write_text(RUN.format(paths=paths, root=str(tmp_path), name=name, recovery=recovery))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script)], check=True, timeout=300, env=environment)
-    first, second = (torch.load(tmp_path / f"zeros-{rank}.pt") for rank in (0, 1))
-    assert len(first) == 6
-    for (step, masks), (other_step, others) in zip(first, second, strict=True):
-        assert step == other_step
-        assert all(torch.equal(masks[name], others[name]) for name in masks)
-    plan = prunelight.Plan.load(tmp_path / "final" / "plan.json")
-    assert_follows(SCHEDULE, first, plan.steps[0])

@@ -1,10 +1,6 @@
 """Zeros stay zero: masks of full training, masked LoRA, and whole runs on a sparse model."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -654,26 +650,4 @@ def test_batches_need_no_attention_mask(sparse, tmp_path):
     module = make_module(sparse)
     make_trainer(tmp_path, max_epochs=1).fit(module, batches, batches)
     assert module._tokens_seen == 32
-    assert_same_zeros(tmp_path / "final", sparse)
-
-
-RUN = """
-import sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from runs import make_data, make_module, make_trainer
-root = Path({root!r})
-trainer = make_trainer(root, devices=2, strategy="ddp", limit_train_batches=2)
-trainer.fit(make_module({name!r}, recovery={recovery!r}), make_data({name!r}, root))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recovery", RECOVERIES)
-def test_two_processes_keep_the_same_zeros(recovery, sparse, tmp_path):
-    paths = [str(Path(__file__).parent)]
-    script = tmp_path / "run.py"
-    script.write_text(RUN.format(paths=paths, root=str(tmp_path), name=sparse, recovery=recovery))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script)], check=True, timeout=300, env=environment)
     assert_same_zeros(tmp_path / "final", sparse)

@@ -6,11 +6,9 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from test_slicing import (
     BOTH,
     CUT,
@@ -308,49 +306,3 @@ def test_zeros_and_width_may_follow_slicing(method, family, tmp_path, tiny_token
     shortcuts = [getattr(layer, name) for layer in model.model.layers for name in SHORTCUTS]
     assert all((shortcut.weight != 0).all() for shortcut in shortcuts)
     assert not any("shortcut" in m.name for m in layer_matrices(model, 0))
-
-
-def train_sharded(rank, kind, root):
-    """Three steps of one of two processes, each with half of the windows."""
-    torch.set_num_threads(1)
-    meeting = {"init_method": f"file://{root}/meeting", "rank": rank, "world_size": 2}
-    torch.distributed.init_process_group("gloo", **meeting)  # a file: no port may be taken
-    model = sliced("llama", True, VARIED_WHOLE).train()
-    if kind == "fsdp2":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        wrapped = fully_shard(model, mesh=mesh)
-    else:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    losses = train(wrapped, WINDOWS[4 * rank : 4 * rank + 4])
-    Path(root, f"{rank}.json").write_text(json.dumps(losses))
-    torch.distributed.destroy_process_group()
-
-
-VARIED_WHOLE = (32, *VARIED[1:])
-
-
-def train(model, windows):
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    losses = []
-    for _ in range(3):
-        loss = model(input_ids=windows, labels=windows).loss
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return losses
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_a_sliced_model_as_one_does(kind, tmp_path):
-    expected = train(sliced("llama", True, VARIED_WHOLE).train(), WINDOWS)
-    mp.spawn(train_sharded, (kind, str(tmp_path)), nprocs=2)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    mean = [sum(pair) / 2 for pair in zip(*found, strict=True)]
-    assert mean == pytest.approx(expected, rel=1e-4)
