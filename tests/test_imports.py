@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -99,10 +100,15 @@ def test_no_module_imports_itself_through_others():
         visit(path, ())
 
 
+@cache
+def names_in(path):
+    return frozenset(imported(path.read_text(encoding="utf-8")))
+
+
 def targets(path, other):
     package = "prunelight.callbacks" if other.parent.name == "callbacks" else "prunelight"
     module = package if other.stem == "__init__" else f"{package}.{other.stem}"
-    names = set(imported(path.read_text(encoding="utf-8")))
+    names = names_in(path)
     # `from prunelight.callbacks.base import X` gives ...base.X: cut what is imported.
     return module in names | {name.rpartition(".")[0] for name in names}
 
