@@ -37,7 +37,7 @@ from prunelight.evaluation import (
 from prunelight.files import explaining, replacing
 from prunelight.handover import plan_files
 from prunelight.module import RecoveryModule
-from prunelight.packing import check_packing
+from prunelight.packing import check_packed
 from prunelight.plan import (
     Plan,
     describe_model,
@@ -187,8 +187,7 @@ def _find_or_make(
         check_widths(callback.widths(model), module.quantization)
     check_targets(model, module.lora)
     check_teacher(module, model, sliced=any(callback.slices for callback in callbacks))
-    if getattr(datamodule, "packing", "stream") == "documents":
-        check_packing(model, datamodule.batch_size)
+    check_packed(model, datamodule)
     windows = share_windows(datamodule.calibration_windows(), ranks)
     for callback in callbacks:
         callback.check_calibration(model, windows)

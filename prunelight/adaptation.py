@@ -145,7 +145,6 @@ class Adapted:
         other.model.load_state_dict(trained, strict=False)
         if other.zeros.masks is not None and self.zeros.masks is not None:
             other.zeros.masks.load_state_dict(self.zeros.masks.state_dict())
-        self.in_training = False
         return other
 
     def merged(self) -> PreTrainedModel:

@@ -141,6 +141,21 @@ def watching_layers(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def replaced_forward(
+    module: nn.Module, forward: Callable[..., Any]
+) -> Iterator[Callable[..., Any]]:
+    """Let a module compute something else; yields its own forward, and puts it back on exit."""
+    own, instance = module.forward, vars(module).get("forward")  # accelerate puts one there
+    module.forward = forward
+    try:
+        yield own
+    finally:
+        del module.forward
+        if instance is not None:
+            module.forward = instance
+
+
 def hidden_name(layer: nn.Module) -> str:
     """Return the name of the argument by which a decoder layer takes its hidden states."""
     return next(iter(inspect.signature(layer.forward).parameters))

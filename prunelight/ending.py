@@ -46,7 +46,6 @@ def _merge_anew(module: Any, adapted: Adapted) -> None:
         _finish(module, other.merged(), other)
 
     on_rank_zero(module.trainer, merge)
-    adapted.in_training = False
     module.use_result(_root(module) / FINAL)
 
 

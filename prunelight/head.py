@@ -10,8 +10,7 @@ checks that it is all there is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunelight.architecture import logits_finish
-from prunelight.calibration import evaluating
+from prunelight.calibration import evaluating, replaced_forward
 from prunelight.losses import TokenLoss, linear_loss, logits_loss, module_loss
 
 # Of the largest logit: the same products in the same dtype, up to their order.
@@ -65,7 +64,7 @@ class Head:
             return logits
 
         ids = torch.arange(4, device=self.model.device)[None]
-        with evaluating(plain(self.model)), _replaced(self.module, forward) as plain_forward:
+        with evaluating(plain(self.model)), replaced_forward(self.module, forward) as plain_forward:
             mask = torch.ones_like(ids)
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         if not apart or apart[0].shape != logits.shape:
@@ -81,7 +80,7 @@ class Head:
             found.append(states)
             return states[..., :1]
 
-        with _replaced(self.module, forward):
+        with replaced_forward(self.module, forward):
             self.model(**inputs)
         return found[0]
 
@@ -100,7 +99,7 @@ class Head:
         """
         self._job = loss, tokens
         try:
-            with _replaced(self.module, self._take_loss):
+            with replaced_forward(self.module, self._take_loss):
                 logits = self.model(**inputs).logits
             assert self._found is not None
             # FSDP2 prepares its backward when a gradient reaches the output of the whole model.
@@ -131,16 +130,3 @@ def whole_loss(
 def _is_linear(module: nn.Module) -> bool:
     """Return whether it is a plain linear layer, or one that FSDP2 sharded; not a quantized one."""
     return type(module).forward is nn.Linear.forward
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
-    """Let a module compute something else; yields its own forward."""
-    own, instance = module.forward, vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield own
-    finally:
-        del module.forward
-        if instance is not None:
-            module.forward = instance

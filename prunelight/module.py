@@ -34,6 +34,7 @@ from prunelight.evaluation import LatencyProtocol
 from prunelight.masking import WeightMasks
 from prunelight.metrics import TokenAccuracy, TokenPerplexity, next_token_sums
 from prunelight.models import load, resolve_dtype
+from prunelight.packing import model_inputs
 from prunelight.plan import Plan
 from prunelight.quantization import BitsAndBytes, add_quantized, check_kind, check_quantizable
 from prunelight.recording import stage_of_run, start_record
@@ -265,11 +266,10 @@ class RecoveryModule(WatchedModule):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return logits (B, T, V) for token ids (B, T)."""
         assert self.model is not None
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None  # lets attention take its causal fast path
-        return self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).logits
+        batch = {"input_ids": input_ids}
+        if attention_mask is not None:
+            batch["attention_mask"] = attention_mask
+        return self.model(**model_inputs(batch)).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss over the tokens whose label counts."""

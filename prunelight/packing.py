@@ -98,6 +98,16 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**inputs, "attention_mask": None if mask is None or bool(mask.all()) else mask}
 
 
+def check_packed(model: PreTrainedModel, data: Any) -> None:
+    """Check a model against a data module if its rows hold several documents; see `check_packing`.
+
+    Raises:
+        ValueError: if the model does not keep them apart.
+    """
+    if getattr(data, "packing", "stream") == "documents":
+        check_packing(model, data.batch_size)
+
+
 def check_packing(model: PreTrainedModel, batch_size: int) -> None:
     """Check, by a few tokens, that the model keeps packed documents apart.
 

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from prunelight.metrics import parameter_count
-from prunelight.packing import check_packing
+from prunelight.packing import check_packed
 from prunelight.precision import precision_faults
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ class RecoveryWatch(Callback):
 
     def __init__(self) -> None:
         self.history: list[Evaluated] = []
-        self._losses: list[Tensor] = []
+        self._loss: Tensor | float = 0.0  # summed since the last validation, on its device
+        self._batches = 0
         self._faults: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -139,8 +140,7 @@ class RecoveryWatch(Callback):
         if stage != "fit" or isinstance(pl_module.model, PeftModel):
             return
         model = pl_module.load_model()
-        if getattr(data, "packing", "stream") == "documents":
-            check_packing(model, data.batch_size)
+        check_packed(model, data)
         self._faults = precision_faults(model.dtype, trainer.precision, pl_module.recovery)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -159,16 +159,16 @@ class RecoveryWatch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Keep the loss of a batch."""
-        self._losses.append(outputs["loss"].detach())
+        """Add the loss of a batch, without waiting for the device."""
+        self._loss, self._batches = self._loss + outputs["loss"].detach(), self._batches + 1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the result of a validation during training."""
-        if self._losses and METRIC in trainer.callback_metrics:
-            loss = float(sum(float(loss) for loss in self._losses) / len(self._losses))
+        if self._batches and METRIC in trainer.callback_metrics:
+            loss = float(self._loss) / self._batches
             perplexity = float(trainer.callback_metrics[METRIC])
             self.history.append(Evaluated(trainer.global_step, perplexity, loss))
-            self._losses = []
+            self._loss, self._batches = 0.0, 0
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Warn of overfitting in the log and the report."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prunelight.calibration import MICRO_BATCH_TOKENS, evaluating
-from prunelight.files import replacing
+from prunelight.files import remove_temporaries, replacing
 from prunelight.head import Head, plain
 from prunelight.losses import top_k
 from prunelight.metrics import counted_targets
@@ -120,8 +120,7 @@ class TeacherCache:
         if not missing:
             log.info("reusing the teacher cache %s", self.directory)
             return
-        for leftover in self.directory.glob(".*.tmp"):  # of a run that was killed
-            leftover.unlink()
+        remove_temporaries([self.directory])
         self.directory.mkdir(parents=True, exist_ok=True)
         size = self._bytes() * len(missing) / self.num_blocks
         free = shutil.disk_usage(self.directory).free

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
+class TeacherSource:
     """Where a teacher comes from, and how it is held; see `Distillation`."""
 
     name: str
@@ -91,7 +91,7 @@ def meet_teacher(module: Any) -> None:
     if settings.name is None and module.base is None:
         log.warning("distillation.name=None: the teacher is %s as it is", module.name)
     name = settings.name or module.name
-    source = Source(name, module.dtype_name, settings.teacher, module.trust_remote_code)
+    source = TeacherSource(name, module.dtype_name, settings.teacher, module.trust_remote_code)
     if objective.kind == "kd":
         teacher = source.load(module.trainer.strategy.root_device)
         kept = _kept_layers(module, teacher, name) if settings.hidden_weight else []
@@ -119,7 +119,7 @@ def _kept_layers(module: Any, teacher: PreTrainedModel, name: str) -> list[int]:
     return kept
 
 
-def _whole_cache(module: Any, source: Source) -> TeacherCache:
+def _whole_cache(module: Any, source: TeacherSource) -> TeacherCache:
     """Return the cache of the training set, after what it lacks was written."""
     trainer, settings = module.trainer, module.objective.settings
     data: Any = getattr(trainer, "datamodule", None)

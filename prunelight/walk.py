@@ -26,6 +26,7 @@ from prunelight.calibration import (
     evaluating,
     hidden_name,
     micro_batches,
+    replaced_forward,
     run_layers,
 )
 from prunelight.shares import Ranks, ranks_of
@@ -236,17 +237,10 @@ def _record(
 @contextmanager
 def _replaced(model: PreTrainedModel, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Let other functions stand in for the forwards of the decoder layers."""
-    layers = decoder_layers(model)
-    own = [vars(layer).get("forward") for layer in layers]  # accelerate puts one there
-    try:
-        for layer, forward in zip(layers, forwards, strict=True):
-            layer.forward = forward
+    with ExitStack() as stack:
+        for layer, forward in zip(decoder_layers(model), forwards, strict=True):
+            stack.enter_context(replaced_forward(layer, forward))
         yield
-    finally:
-        for layer, before in zip(layers, own, strict=True):
-            vars(layer).pop("forward", None)
-            if before is not None:
-                layer.forward = before
 
 
 @contextmanager

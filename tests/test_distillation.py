@@ -27,7 +27,7 @@ from prunelight.metrics import counted_targets
 from prunelight.plan import Plan
 from prunelight.steps import MergeLayers, RemoveLayers
 from prunelight.teacher_cache import BLOCK, TeacherCache
-from prunelight.teaching import Source
+from prunelight.teaching import TeacherSource
 
 CPU = torch.device("cpu")
 
@@ -362,7 +362,7 @@ def test_a_quantized_teacher_says_nearly_the_same(held, tmp_path):
     pytest.importorskip("bitsandbytes", reason="pip install 'prunelight[quantization]'")
     name = write_model(tmp_path / "m", hidden_size=64, intermediate_size=128)
     dense, _ = prunelight.load(name)
-    quantized = Source(name, "auto", held, False).load(CPU)
+    quantized = TeacherSource(name, "auto", held, False).load(CPU)
     assert type(quantized.model.layers[0].mlp.up_proj).__name__.startswith("Linear")
     assert type(quantized.lm_head) is torch.nn.Linear
     assert Head(quantized).runs_apart()
