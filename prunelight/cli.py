@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -121,6 +122,14 @@ class Trainer(pl.Trainer):
         return self.is_global_zero
 
 
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, which tells a wrong value in one line, without all options above."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with the error."""
+        self.exit(2, f"prunelight: error: {parse_error(message)}\n")
+
+
 class CLI(LightningCLI):
     """LightningCLI with prunelight's verbs and the tokenizer linked to the model."""
 
@@ -131,6 +140,11 @@ class CLI(LightningCLI):
         verbs.pop("predict")
         both = {"model", "datamodule"}
         return {**verbs, "prune": both, "analyze": both}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return the parser of the command, or of a verb; LightningCLI calls it."""
+        self.parser_class = Parser
+        return super().init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data use the model's own tokenizer."""
@@ -212,6 +226,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
             raise
         sys.exit(f"prunelight: error: {ours}")
+
+
+def parse_error(message: str) -> str:
+    """Return an error of jsonargparse in one line: of a class's arguments, what that class says."""
+    own = re.search(
+        r"class_path '[\w.]*?(\w+)':\n(.+?)(?=\n +- |\n +Given|\Z)", message, flags=re.DOTALL
+    )
+    told = f"{own[1]}: {own[2]}" if own else message
+    told = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(told.split()))
+    return f"{told.replace('a typing.Literal[', 'one of [')} (prunelight fit --help says more)"
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:

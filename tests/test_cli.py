@@ -328,3 +328,19 @@ def test_a_bug_keeps_its_traceback():
 
 def test_only_the_verbs_that_do_something_are_offered():
     assert set(CLI.subcommands()) == {"fit", "validate", "test", "prune", "analyze"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model.quantization", "nf5"], "model.quantization: Expected one of ['none', 'nf4', "),
+        (["--model.loss", "kdd"], "model.loss: Expected one of ['lm', 'kd', 'kd_topk']. Got value"),
+        (["--trainer.callbacks.score", "foo"], "score: Expected one of ['block_infl"),
+        (["--data.packing", "rows"], "data.packing: Expected one of ['stream', 'documents']"),
+    ],
+)
+def test_a_value_that_is_no_choice_is_told_in_one_line(arguments, capsys, extra, message):
+    with pytest.raises(SystemExit):
+        main(["fit", *arguments, *extra])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
