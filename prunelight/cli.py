@@ -169,7 +169,7 @@ class CLI(LightningCLI):
             kwargs["callbacks"] = [*given, RecoveryCheckpoint()]
         try:
             return super().instantiate_trainer(**kwargs)
-        except MisconfigurationException as error:  # such as more devices than there are
+        except (MisconfigurationException, ValueError) as error:  # more devices than there are, ...
             told = str(error).strip().splitlines()[0]
             raise ValueError(f"no Trainer can be made of these settings: {told}") from error
 

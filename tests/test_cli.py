@@ -284,6 +284,7 @@ def test_an_installed_config_is_found_by_its_name_from_anywhere(tmp_path, monkey
         (["--data.num_calibration", "9999"], "9999"),
         (["--data.seq_len", "129", "--data.num_calibration", "1"], "seq_len=129"),
         (["--trainer.strategy", "ddp_spawn"], "use strategy=ddp"),
+        (["--trainer.strategy", "fsdp3"], "invalid strategy name: `strategy='fsdp3'`"),
         (["--trainer.strategy", "deepspeed_stage_2"], "you must have DeepSpeed installed"),
         (
             ["--trainer.accelerator", "cuda", "--trainer.devices", "99"],
