@@ -240,7 +240,7 @@ def test_kd_of_a_batch_is_the_same_in_chunks(data, teacher):
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher):
     batch = {"input_ids": token_windows(), "labels": token_windows()}
-    objective = Objective("kd", Distillation(hidden_weight=1.0))
+    objective = Objective("kd", Distillation(lm_weight=0.0, hidden_weight=1.0))
     student = copy.deepcopy(teacher).requires_grad_(True)
     objective.use_teacher(teacher, range(6))
     objective.start(student)
@@ -273,7 +273,7 @@ def test_each_layer_stands_for_the_one_whose_place_it_took():
 
 RUNS = {
     "kd": {"temperature": 2.0, "lm_weight": 0.1, "hidden_weight": 0.5},
-    "kd_topk": {"k": 256},
+    "kd_topk": {"k": 256, "lm_weight": 0.0},
 }
 
 
@@ -287,7 +287,7 @@ class Watched(TextDataModule):
 
 def distance(teacher, student, windows):
     """The divergence of a student from its teacher."""
-    objective = Objective("kd", Distillation())
+    objective = Objective("kd", Distillation(lm_weight=0.0))
     objective.use_teacher(teacher, [])
     objective.start(student)
     with torch.no_grad():

@@ -36,11 +36,11 @@ NAME = "smollm2-135m"
 CPU = torch.device("cpu")
 
 
-def data_of(options):
+def data_of(options, validation=None):
     return TextDataModule(
         NAME,
         train=options.train,
-        validation=options.validation,
+        validation=validation or options.validation,
         seq_len=options.seq_len,
         batch_size=options.batch_size,
         num_calibration=4,
@@ -85,6 +85,9 @@ def fit(options, loss):
         f"{cost.seconds:.0f} s, peak {cost.peak_bytes / 1e6:.0f} MB",
         flush=True,
     )
+    for source in options.evaluation:
+        found = prunelight.perplexity(module.model, data_of(options, source).validation_windows())
+        print(f"{loss}: recovered perplexity {found:.2f} on {source}", flush=True)
 
 
 def quality(options):
@@ -171,6 +174,7 @@ def main():
     parser.add_argument("what", choices=("quality", "fit", "cache", "chunks"))
     parser.add_argument("--train", default="sample:train")
     parser.add_argument("--validation", default="sample:validation")
+    parser.add_argument("--evaluation", nargs="*", default=[], help="further texts")
     parser.add_argument("--losses", nargs="*", default=["lm", "kd_topk", "kd"])
     parser.add_argument("--loss", default="lm", help="of fit")
     parser.add_argument("--num-layers", type=int, default=6, help="that are removed")
@@ -181,7 +185,9 @@ def main():
     parser.add_argument("--validation-samples", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--lm-weight", type=float, default=0.0, help="of kd and kd_topk")
+    parser.add_argument(
+        "--lm-weight", type=float, default=Distillation.lm_weight, help="of kd and kd_topk"
+    )
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--root", default="/tmp/prunelight-benchmark/distillation")
