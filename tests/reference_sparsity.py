@@ -1,13 +1,15 @@
 """A slow second implementation of the sparsity formulas, written from the papers, for comparison.
 
 Nothing of prunelight is used: ranks come from stable sorts, SparseGPT updates every later column at
-once, and `prune` runs the whole model again for each decoder layer instead of replaying layers.
+once, and `prune` runs the model from its embeddings for each decoder layer instead of replaying
+layers.
 Amounts are a share of zeros (float) or a pair (kept, of).
 """
 
 # T tokens, I in_features, O out_features
 
 import math
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -184,10 +186,17 @@ def linears(model, layer):
     return {prefix + name: m for name, m in modules if isinstance(m, nn.Linear)}
 
 
+class Enough(Exception):
+    pass
+
+
 @torch.no_grad()
-def grams(model, windows, modules, *, dtype=torch.float64, diagonal=False):
-    """Run the whole model, window by window; X^T X of each module's input, or its diagonal."""
+def grams(model, windows, modules, last=-1, *, dtype=torch.float64, diagonal=False):
+    """Run up to a layer, window by window; X^T X of each module's input, or its diagonal."""
     sums = {}
+
+    def stop(*_):
+        raise Enough
 
     def add(name):
         def hook(_, inputs):
@@ -197,9 +206,11 @@ def grams(model, windows, modules, *, dtype=torch.float64, diagonal=False):
         return hook
 
     handles = [m.register_forward_pre_hook(add(name)) for name, m in modules.items()]
+    handles.append(model.model.layers[last].register_forward_hook(stop))
     try:
         for window in windows:
-            model(input_ids=window[None], use_cache=False, logits_to_keep=1)
+            with suppress(Enough):
+                model(input_ids=window[None], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -276,7 +287,7 @@ def prune(
     for layer in range(len(model.model.layers)):
         modules = linears(model, layer)
         hessian = solver == "sparsegpt"
-        sums = grams(model, windows, modules, dtype=dtype, diagonal=not hessian)
+        sums = grams(model, windows, modules, layer, dtype=dtype, diagonal=not hessian)
         for name, module in modules.items():
             weight = module.weight.data
             if solver == "sparsegpt":
