@@ -45,9 +45,15 @@ def groups_of(plan):
     return [(group[0], group[-1]) for group in step.groups]
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("merge", MERGES)
-@pytest.mark.parametrize("limit", ["model", "merge"])
+# Both limits for each criterion, and for each way to merge.
+LIMITS = [
+    (criterion, merge, ("model", "merge")[(i + j) % 2])
+    for i, criterion in enumerate(CRITERIA)
+    for j, merge in enumerate(MERGES)
+]
+
+
+@pytest.mark.parametrize(("criterion", "merge", "limit"), LIMITS)
 def test_decisions_and_scores_are_those_of_whole_forwards(model, criterion, merge, limit):
     callback = SlidingLayerMerging(num_layers=3, merge=merge, criterion=criterion, limit=limit)
     threshold = callback.plan(model, WINDOWS).found["threshold"] + 1e-6
