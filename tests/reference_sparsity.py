@@ -191,7 +191,7 @@ class Enough(Exception):
 
 
 @torch.no_grad()
-def grams(model, windows, modules, last=-1, *, dtype=torch.float64, diagonal=False):
+def grams(model, windows, modules, last=None, *, dtype=torch.float64, diagonal=False):
     """Run up to a layer, window by window; X^T X of each module's input, or its diagonal."""
     sums = {}
 
@@ -206,7 +206,8 @@ def grams(model, windows, modules, last=-1, *, dtype=torch.float64, diagonal=Fal
         return hook
 
     handles = [m.register_forward_pre_hook(add(name)) for name, m in modules.items()]
-    handles.append(model.model.layers[last].register_forward_hook(stop))
+    if last is not None:
+        handles.append(last.register_forward_hook(stop))
     try:
         for window in windows:
             with suppress(Enough):
@@ -222,7 +223,7 @@ def layer_scores(model, windows, *, outlier_factor=5.0, per_linear=False):
     """{"median" | "mean" | "outlier_ratio": one per layer or linear} of |W_ij| x ||X_j||, dense."""
     layers = [linears(model, layer) for layer in range(len(model.model.layers))]
     modules = {name: m for layer in layers for name, m in layer.items()}
-    squares = grams(model, windows, modules, diagonal=True)
+    squares = grams(model, windows, modules, model.model.layers[-1], diagonal=True)
     groups = [[name] for name in modules] if per_linear else [list(layer) for layer in layers]
     scores = {"median": [], "mean": [], "outlier_ratio": []}
     for names in groups:
@@ -287,7 +288,8 @@ def prune(
     for layer in range(len(model.model.layers)):
         modules = linears(model, layer)
         hessian = solver == "sparsegpt"
-        sums = grams(model, windows, modules, layer, dtype=dtype, diagonal=not hessian)
+        last = model.model.layers[layer]
+        sums = grams(model, windows, modules, last, dtype=dtype, diagonal=not hessian)
         for name, module in modules.items():
             weight = module.weight.data
             if solver == "sparsegpt":
