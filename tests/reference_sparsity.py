@@ -1,13 +1,15 @@
 """A slow second implementation of the sparsity formulas, written from the papers, for comparison.
 
 Nothing of prunelight is used: ranks come from stable sorts, SparseGPT updates every later column at
-once, and `prune` runs the whole model again for each decoder layer instead of replaying layers.
+once, and `prune` runs the model from its embeddings for each decoder layer instead of replaying
+layers.
 Amounts are a share of zeros (float) or a pair (kept, of).
 """
 
 # T tokens, I in_features, O out_features
 
 import math
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -184,10 +186,17 @@ def linears(model, layer):
     return {prefix + name: m for name, m in modules if isinstance(m, nn.Linear)}
 
 
+class Enough(Exception):
+    pass
+
+
 @torch.no_grad()
-def grams(model, windows, modules, *, dtype=torch.float64, diagonal=False):
-    """Run the whole model, window by window; X^T X of each module's input, or its diagonal."""
+def grams(model, windows, modules, last=None, *, dtype=torch.float64, diagonal=False):
+    """Run up to a layer, window by window; X^T X of each module's input, or its diagonal."""
     sums = {}
+
+    def stop(*_):
+        raise Enough
 
     def add(name):
         def hook(_, inputs):
@@ -197,9 +206,12 @@ def grams(model, windows, modules, *, dtype=torch.float64, diagonal=False):
         return hook
 
     handles = [m.register_forward_pre_hook(add(name)) for name, m in modules.items()]
+    if last is not None:
+        handles.append(last.register_forward_hook(stop))
     try:
         for window in windows:
-            model(input_ids=window[None], use_cache=False, logits_to_keep=1)
+            with suppress(Enough):
+                model(input_ids=window[None], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -211,7 +223,7 @@ def layer_scores(model, windows, *, outlier_factor=5.0, per_linear=False):
     """{"median" | "mean" | "outlier_ratio": one per layer or linear} of |W_ij| x ||X_j||, dense."""
     layers = [linears(model, layer) for layer in range(len(model.model.layers))]
     modules = {name: m for layer in layers for name, m in layer.items()}
-    squares = grams(model, windows, modules, diagonal=True)
+    squares = grams(model, windows, modules, model.model.layers[-1], diagonal=True)
     groups = [[name] for name in modules] if per_linear else [list(layer) for layer in layers]
     scores = {"median": [], "mean": [], "outlier_ratio": []}
     for names in groups:
@@ -276,7 +288,8 @@ def prune(
     for layer in range(len(model.model.layers)):
         modules = linears(model, layer)
         hessian = solver == "sparsegpt"
-        sums = grams(model, windows, modules, dtype=dtype, diagonal=not hessian)
+        last = model.model.layers[layer]
+        sums = grams(model, windows, modules, last, dtype=dtype, diagonal=not hessian)
         for name, module in modules.items():
             weight = module.weight.data
             if solver == "sparsegpt":

@@ -1,14 +1,8 @@
 """How a fit runs: what is trained, saved, reused and refused."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -115,13 +109,13 @@ def test_speeds_of_another_device_are_measured_again(fitted, name, tmp_path):
     (measured,) = tmp_path.glob("pruned-*/measured.json")
     record = json.loads(measured.read_text())
     record["device"] = "NVIDIA H100"
-    record["stages"][0]["decode_tokens_per_second"] = 1e9
+    record["stages"][0]["decode_tokens_per_second"] = 1e30
     measured.write_text(json.dumps(record))
     module = make_module(name, recovery="none")
     make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(module, make_data(name, tmp_path))
     assert module.record.device == "cpu"
     assert [stage.num_layers for stage in module.record.stages] == [6, 4]
-    assert module.record.stages[0].decode_tokens_per_second < 1e9
+    assert module.record.stages[0].decode_tokens_per_second < 1e30
 
 
 def test_recovery_none_saves_the_pruned_weights_themselves(name, tmp_path):
@@ -367,66 +361,3 @@ def test_windows_longer_than_the_model_allows_are_refused(name, tmp_path):
     data = make_data(name, tmp_path, seq_len=129, num_calibration=1, num_validation=1)
     with pytest.raises(ValueError, match="seq_len=129 must be at most 128"):
         make_trainer(tmp_path, ShortGPT(num_layers=1)).fit(make_module(name), data)
-
-
-# --- processes
-
-RUN = """
-import json, sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from runs import make_data, make_module, make_trainer
-from prunelight.callbacks import ShortGPT
-root = Path({root!r})
-trainer = make_trainer(root, ShortGPT(num_layers=2), **{arguments!r})
-module, data = make_module({name!r}), make_data({name!r}, root)
-trainer.fit(module, data)
-measured = trainer.validate(module, data, verbose=False)[0]
-if trainer.is_global_zero:
-    (root / "validated.json").write_text(json.dumps(measured))
-"""
-
-
-def write_script(root, name, **arguments):
-    root.mkdir()
-    paths = [str(Path(__file__).parent)]
-    code = RUN.format(paths=paths, root=str(root), name=name, arguments=arguments)
-    (root / "run.py").write_text(code)
-    return [sys.executable, str(root / "run.py")]
-
-
-@pytest.mark.slow
-def test_two_processes_prune_alike_and_validate_alike(name, tmp_path):
-    alone = write_script(tmp_path / "one", name, devices=1)
-    both = write_script(tmp_path / "two", name, devices=2, strategy="ddp", limit_train_batches=1)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for command in (alone, both):
-        subprocess.run(command, check=True, timeout=300, env=environment)
-    bases = [sorted((tmp_path / run).glob("pruned-*/model.safetensors")) for run in ("one", "two")]
-    assert bases[0][0].parent.name == bases[1][0].parent.name
-    first, second = (load_file(files[0]) for files in bases)
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    # Three windows on two ranks: a sampler that repeats one would change the mean.
-    measured = json.loads((tmp_path / "two" / "validated.json").read_text())
-    final, _ = prunelight.load(tmp_path / "two" / "final")
-    expected = evaluate(final, make_data(name, tmp_path / "two").validation_windows())
-    assert measured["val/perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
-    assert measured["val/accuracy"] == pytest.approx(expected.accuracy)
-    report = json.loads((tmp_path / "two" / "report.json").read_text())
-    assert [stage["name"] for stage in report["stages"]] == ["dense", "pruned", "recovered"]
-    assert report["recovery"]["optimizer_steps"] == 2
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_leaves_nothing_half_written_and_starts_again(name, tmp_path):
-    command = write_script(tmp_path / "run", name)
-    for delay in (4.0, 6.0):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for directory in tmp_path.glob("run/pruned-*"):
-            prunelight.load(directory)  # whatever has its final name is whole
-    subprocess.run(command, check=True, timeout=300)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
-    assert not list((tmp_path / "run").glob(".*.tmp"))

@@ -20,9 +20,9 @@ from prunelight.sparsity import Pattern, magnitude_mask
 
 SCHEDULE = Schedule(1, 5, every=2)  # of six steps: due after 3 and 5
 CASES = {
-    "wanda": {"sparsity": 0.5},
-    "magnitude": {"sparsity": 0.7, "solver": "magnitude", "allocation": "uniform"},
-    "mixed 4:8": {"pattern": "4:8", "granularity": "linear", "alpha": 0.2},
+    "wanda": ("full", {"sparsity": 0.5}),
+    "magnitude": ("lora", {"sparsity": 0.7, "solver": "magnitude", "allocation": "uniform"}),
+    "mixed 4:8": ("lora", {"pattern": "4:8", "granularity": "linear", "alpha": 0.2}),
 }
 
 
@@ -53,11 +53,11 @@ def fit(name, root, callback, recovery="full", module_arguments=None, **argument
     return recorder.zeros, module, trainer
 
 
-@pytest.fixture(scope="module", params=[(c, r) for c in CASES for r in ("full", "lora")], ids=str)
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def run(request, name, tmp_path_factory):
     """Return the directory of a run, what was recorded, and its plan."""
-    (case, recovery), root = request.param, tmp_path_factory.mktemp("run")
-    callback = DLP(**CASES[case], schedule=SCHEDULE)
+    (recovery, arguments), root = request.param, tmp_path_factory.mktemp("run")
+    callback = DLP(**arguments, schedule=SCHEDULE)
     logger = CSVLogger(root, name="logs", version=0)
     zeros, _, _ = fit(name, root, callback, recovery, logger=logger, log_every_n_steps=1)
     return root, zeros, prunelight.Plan.load(root / "final" / "plan.json").steps[0]
@@ -180,14 +180,13 @@ def test_adapters_of_other_layouts_follow_the_schedule_too(family, tmp_path):
             assert [int(expert.sum()) for expert in experts] == [expected] * len(experts)
 
 
-@pytest.mark.parametrize("recovery", ["full", "lora"])
-def test_zeros_that_a_model_had_before_are_kept_from_the_start(recovery, name, tmp_path):
+def test_zeros_that_a_model_had_before_are_kept_from_the_start(name, tmp_path):
     data, before = make_data(name, tmp_path), DLP(0.5, solver="magnitude")
     make_trainer(tmp_path, before).fit(make_module(name, recovery="none"), data)
     sparse = str(tmp_path / "final")
     first = {n: m.parameter == 0 for n, m in matrices(prunelight.load(sparse)[0]).items()}
     callback = DLP(0.7, schedule=SCHEDULE)
-    zeros, _, _ = fit(sparse, tmp_path / "next", callback, recovery)
+    zeros, _, _ = fit(sparse, tmp_path / "next", callback, "lora")
     for _, masks in zeros:
         assert all(not (first[name] & ~masks[name]).any() for name in first)
     final = matrices(prunelight.load(tmp_path / "next" / "final")[0])
@@ -201,9 +200,8 @@ class Fails(pl.Callback):
             raise RuntimeError("the disk is full")
 
 
-@pytest.mark.parametrize("recovery", ["full", "lora"])
-def test_a_failed_fit_leaves_no_hooks_behind_and_can_be_started_again(recovery, name, tmp_path):
-    module, data = make_module(name, recovery=recovery), make_data(name, tmp_path)
+def test_a_failed_fit_leaves_no_hooks_behind_and_can_be_started_again(name, tmp_path):
+    module, data = make_module(name), make_data(name, tmp_path)
     with pytest.raises(RuntimeError, match="the disk is full"):
         make_trainer(tmp_path, DLP(0.5, schedule=SCHEDULE), Fails()).fit(module, data)
     assert not any(child._forward_pre_hooks for child in module.model.modules())

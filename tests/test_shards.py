@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from runs import make_data, make_module, make_trainer, write_model
+from runs import make_data, make_module, make_trainer, measure_speed_briefly, write_model
 from safetensors.torch import load_file, save_file
 from test_methods import METHODS
 from tiny import tiny_model, token_windows
@@ -142,6 +142,7 @@ def statistics(parts, ranks):
 
 def work(rank, root, name):
     """Do all that one of three processes does."""
+    measure_speed_briefly()
     torch.set_num_threads(1)
     root = Path(root)
     meet(rank, 3, root)

@@ -56,7 +56,12 @@ def perplexity(model):
 
 # --- against independent pipelines ------------------------------------------------------------
 
-AMOUNTS = {"50": (0.5, None), "70": (0.7, None), "2:4": (None, "2:4")}
+# Solver, allocation and amount are independent: every two of them meet.
+PIPELINES = [
+    (allocation, ("magnitude", "wanda", "sparsegpt")[(i + j) % 3], *amount)
+    for i, allocation in enumerate(("uniform", "owl", "dlp", "dlp_mean"))
+    for j, amount in enumerate(((0.5, None), (0.7, None), (None, "2:4")))
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +77,8 @@ def learned():
     return model.requires_grad_(False)
 
 
-@pytest.mark.parametrize("amount", AMOUNTS.values(), ids=list(AMOUNTS))
-@pytest.mark.parametrize("solver", ["magnitude", "wanda", "sparsegpt"])
-@pytest.mark.parametrize("allocation", ["uniform", "owl", "dlp", "dlp_mean"])
-def test_the_pipeline_is_the_straightforward_one(learned, allocation, solver, amount):
-    share, pattern = amount
+@pytest.mark.parametrize(("allocation", "solver", "share", "pattern"), PIPELINES)
+def test_the_pipeline_is_the_straightforward_one(learned, allocation, solver, share, pattern):
     ours, theirs = copy.deepcopy(learned), copy.deepcopy(learned)
     plan = DLP(share, pattern, allocation, solver=solver).plan(ours, WINDOWS)
     apply(ours, plan, WINDOWS, outcomes=(outcomes := []))

@@ -120,14 +120,25 @@ def test_the_result_loads_as_a_registered_class_and_generates(family, tmp_path):
     assert torch.equal(beams, loaded.generate(prompt, num_beams=3, use_cache=False, **options))
 
 
+FRESH = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(error)
+import prunelight
+print("then:", type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__)
+"""
+
+
 def test_a_fresh_process_needs_prunelight_and_says_so(tmp_path):
     drop_sublayers(lively("llama"), [4], []).save_pretrained(tmp_path)
-    load = f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    stock = f"from transformers import AutoModelForCausalLM; {load}"
-    for code, works in ((stock, False), (f"import prunelight; {stock}", True)):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert (done.returncode == 0) == works, done.stderr
-        assert works or "prunelight_llama" in done.stderr
+    command = [sys.executable, "-c", FRESH, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    refused, _, loaded = done.stdout.partition("then:")
+    assert "prunelight_llama" in refused
+    assert loaded.strip() == "prunelight.sublayers", done.stderr
 
 
 def test_layers_can_be_removed_and_sublayers_dropped_again_afterwards(family):

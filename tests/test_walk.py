@@ -68,7 +68,7 @@ def short(name):
 # --- the walk is the model --------------------------------------------------------------------
 
 
-@every_kind
+@pytest.mark.parametrize("windows", [KINDS["plain"], KINDS["left"]], ids=["plain", "left"])
 @pytest.mark.parametrize("family", [*FAMILIES, *UNKNOWN_FAMILIES])
 def test_the_walk_ends_where_the_model_does(family, windows):
     model = tiny_model(family)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from runs import make_data, make_module, make_trainer
+from runs import make_data, make_module, make_trainer, measure_speed_briefly
 from test_methods import METHODS
 
 from prunelight.architecture import matrices
@@ -49,6 +49,7 @@ def fit(name, root, strategy, recovery, method, *, resume):
 
 
 def main():
+    measure_speed_briefly()
     name, root, *runs = sys.argv[1:]
     methods = list(METHODS.values())
     for run in runs:
