@@ -381,7 +381,7 @@ def test_projections_of_one_name_are_told_apart_and_experts_are_averaged() -> No
     }
     plan, _ = make_sparse([0.0, 0.0])
     plan["scores"], plan["steps"][0]["sparsity"] = {}, shares
-    zeros = layer_zeros(plan, plan["steps"][0])
+    zeros = layer_zeros(plan, plan["steps"][0], {})
     assert list(zeros.projections) == ["attn.c_proj", "mlp.c_proj", "mlp.experts.w1"]
     assert zeros.projections["mlp.c_proj"] == pytest.approx([0.6, math.nan], nan_ok=True)
     assert zeros.projections["mlp.experts.w1"] == pytest.approx([math.nan, 0.75], nan_ok=True)
