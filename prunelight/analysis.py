@@ -150,7 +150,7 @@ class _Seen:
         states = torch.stack(ends)  # (L + 1, B, D)
         self.samples += states.shape[1]
         for size, row in enumerate(self.angles, start=1):
-            row += angular_distance(states[:-size], states[size:]).sum(1).double().cpu()
+            row += angular_distance(states[:-size], states[size:]).sum(1).cpu().double()
 
     def pool(self, ranks: Ranks) -> None:
         """Add up the sums of all ranks, in place; norms stay those of this one."""

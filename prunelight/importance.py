@@ -88,7 +88,7 @@ def taylor_scores(model: PreTrainedModel, windows: Windows) -> list[float]:
     layers = decoder_layers(model)
     scores = [0.0] * len(layers)
     for name, saliency in saliencies(model, windows, dict(layers.named_parameters())).items():
-        scores[int(name.partition(".")[0])] += saliency.double().sum().item()
+        scores[int(name.partition(".")[0])] += saliency.sum(-1).cpu().double().sum().item()
     return scores
 
 

@@ -127,7 +127,7 @@ def _kl(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) ->
         total = 0.0
         for batch, row, logits in _logits(walk, others):
             entropies = cross_entropy(batch, row, others[batch][row], logits[0])
-            total += entropies[counted[batch][row]].double().sum().item()
+            total += entropies[counted[batch][row]].cpu().double().sum().item()
         return walk.ranks.totals(total)[0] / tokens
 
     own = mean(states)  # the entropy, by the same sums: the model itself is at exactly 1
