@@ -65,8 +65,9 @@ def steps_of(plan: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 
 def has_own_class(plan: dict[str, Any]) -> bool:
     """Return whether a plan leaves a model of a class that transformers does not have."""
+    before = plan["model"]["model_type"].startswith("prunelight_")  # an earlier run's doing
     sliced = any(step["rotation"] == "per_layer" for step in steps_of(plan, "slice_hidden"))
-    return sliced or bool(steps_of(plan, "drop_sublayers"))
+    return before or sliced or bool(steps_of(plan, "drop_sublayers"))
 
 
 def score_lists(plan: dict[str, Any]) -> dict[str, list[float]]:

@@ -596,6 +596,12 @@ def test_a_width_step_tells_how_many_of_how_many(tmp_path: Path) -> None:
     assert "import prunelight" not in text
 
 
+def test_a_model_that_already_had_a_class_of_ours_is_loaded_with_it(tmp_path: Path) -> None:
+    model = {**make_plan()["model"], "model_type": "prunelight_llama"}
+    text = markdown(tmp_path, make_record(plans=[make_plan(model=model)]))
+    assert "import prunelight  # its class" in text
+
+
 def test_every_score_of_layers_has_a_panel_and_dropped_sublayers_are_shaded_in_theirs() -> None:
     plan = make_plan()
     plan["scores"] = {"attention_influence": [0.1] * 10, "mlp_influence": [0.2] * 9 + [None]}
