@@ -71,7 +71,7 @@ def analyze(
 
     Args:
         model: any causal language model whose decoder layers can be found.
-        windows: token ids (N, T), or with an attention_mask.
+        windows: as for a plan.
         kernel: of CKA: "linear", or "rbf" with the median distance.
         ignore_first_tokens: tokens at the start of each window that do not count in CKA and Block
             Influence. Where the first is a sink, the linear kernel sees little else.
@@ -177,11 +177,7 @@ def attention_to_first_token(model: PreTrainedModel, windows: Windows) -> list[f
     """Return for each layer the mean share of attention that tokens pay to the first one.
 
     Over all heads and all later tokens that are no padding, of a few windows cut to 256 tokens;
-    None for layers without attention weights.
-
-    Args:
-        model: unchanged.
-        windows: token ids (N, T), or with an attention_mask.
+    None for layers without attention weights. The model is unchanged.
     """
     ids, mask = split_windows(windows)
     mask = torch.ones_like(ids) if mask is None else mask

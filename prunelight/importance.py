@@ -27,12 +27,8 @@ def saliencies(
 ) -> dict[str, Tensor]:
     """Return |W * dL/dW| of parameters, L the mean next-token loss over all windows; float32.
 
-    The gradient is summed over all windows before the absolute value is taken.
-
-    Args:
-        model: unchanged, its gradients included.
-        windows: token ids (N, T), or with an attention_mask.
-        parameters: name -> parameter of the model.
+    The gradient is summed over all windows before the absolute value is taken. The model is
+    unchanged, its gradients included.
 
     Raises:
         ValueError: if a gradient is NaN or Inf; names the parameter.

@@ -9,10 +9,10 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prunelight.files import replacing
-from prunelight.plots import BLUE, GREEN, ORANGE, draw_bars, draw_panels
+from prunelight.plots import BLUE, GREEN, ORANGE, Json, draw_bars, draw_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +70,7 @@ def _square(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def plot_states(analysis: dict[str, Any], title: str) -> Figure:
+def plot_states(analysis: Json, title: str) -> Figure:
     """Draw Block Influence, token norms and attention sinks over the decoder layers."""
 
     def influence(axes: Axes) -> None:
@@ -110,12 +110,12 @@ def write_whole(path: Path, content: str | Figure) -> None:
             content.savefig(temporary, format="png")
 
 
-def bullets(values: dict[str, Any]) -> str:
+def bullets(values: Json) -> str:
     """Return named values as a list in Markdown."""
     return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in values.items())
 
 
-def write_analysis(directory: Path, analysis: dict[str, Any]) -> list[Path]:
+def write_analysis(directory: Path, analysis: Json) -> list[Path]:
     """Write analysis.json, its pictures, and analysis.md last; returns their paths.
 
     `analysis` is an `analysis.Analysis` as a dict; the directory is created if needed.
@@ -123,7 +123,7 @@ def write_analysis(directory: Path, analysis: dict[str, Any]) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     name = analysis["model"]["name"][-60:]
     angles = analysis["angular_distance"]
-    files = {
+    files: dict[str, str | Figure] = {
         "analysis.json": json.dumps(analysis, indent=1) + "\n",
         "cka.png": plot_cka(analysis["cka"], f"CKA between hidden states: {name}"),
         "angular_distance.png": plot_angles(angles, f"Angular distance over windows: {name}"),
@@ -135,7 +135,7 @@ def write_analysis(directory: Path, analysis: dict[str, Any]) -> list[Path]:
     return [directory / file for file in files]
 
 
-def _markdown(analysis: dict[str, Any]) -> str:
+def _markdown(analysis: Json) -> str:
     norms, influence = analysis["token_norms"], analysis["block_influence"]
     loudest = max(range(1, len(norms["largest"])), key=lambda i: norms["largest"][i])
     order = sorted(range(len(influence)), key=influence.__getitem__)

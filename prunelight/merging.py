@@ -72,12 +72,7 @@ def projection_names(model: PreTrainedModel, index: int) -> list[str]:
 def check_mergeable(
     model: PreTrainedModel, merge: str, groups: Sequence[Sequence[int]] | None = None
 ) -> None:
-    """Check that layers can be merged by a rule.
-
-    Args:
-        model: the dense model.
-        merge: the rule.
-        groups: windows that shall be merged; None asks for any window of neighbours.
+    """Check that layers can be merged by a rule, in these windows or in any of neighbours.
 
     Raises:
         TypeError: if weights are quantized, or experts or layers of different kinds would be mixed;

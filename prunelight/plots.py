@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     Drawing = tuple[float, Callable[[Axes], None]]  # height in inches, what draws into a panel
 
+Json: TypeAlias = dict[str, Any]
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, GREEN, ORANGE, _PALE = "#0072b2", "#009e73", "#d55e00", "#faeadf"
 _LABELS = {
@@ -34,18 +35,18 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def removed_layers(plan: dict[str, Any]) -> list[int]:
+def removed_layers(plan: Json) -> list[int]:
     """Return the decoder layers that are gone after a plan, those merged into others included."""
     removed = [i for step in plan["steps"] for i in step.get("layers", ())]
     return sorted(removed + [i for group in merged_groups(plan) for i in group[:-1]])
 
 
-def merged_groups(plan: dict[str, Any]) -> list[list[int]]:
+def merged_groups(plan: Json) -> list[list[int]]:
     """Return the windows of decoder layers that a plan merges into their highest."""
     return [group for step in plan["steps"] for group in step.get("groups", ())]
 
 
-def fates(plan: dict[str, Any]) -> dict[int, str]:
+def fates(plan: Json) -> dict[int, str]:
     """Return what becomes of the decoder layers that a plan does something to, but for zeros."""
     told: dict[int, str] = {}
     for step in plan["steps"]:
@@ -58,19 +59,19 @@ def fates(plan: dict[str, Any]) -> dict[int, str]:
     return told
 
 
-def steps_of(plan: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+def steps_of(plan: Json, kind: str) -> list[Json]:
     """Return the steps of a plan of one kind."""
     return [step for step in plan["steps"] if step["kind"] == kind]
 
 
-def has_own_class(plan: dict[str, Any]) -> bool:
+def has_own_class(plan: Json) -> bool:
     """Return whether a plan leaves a model of a class that transformers does not have."""
     before = plan["model"]["model_type"].startswith("prunelight_")  # an earlier run's doing
     sliced = any(step["rotation"] == "per_layer" for step in steps_of(plan, "slice_hidden"))
     return before or sliced or bool(steps_of(plan, "drop_sublayers"))
 
 
-def score_lists(plan: dict[str, Any]) -> dict[str, list[float]]:
+def score_lists(plan: Json) -> dict[str, list[float]]:
     """Return the scores that decided, at most one a decoder layer (or a window that starts there).
 
     The planned "sparsity" is what they decided: see `layer_zeros`.
@@ -84,7 +85,7 @@ def score_lists(plan: dict[str, Any]) -> dict[str, list[float]]:
     }
 
 
-def nominal(plan: dict[str, Any]) -> str:
+def nominal(plan: Json) -> str:
     """Return the ratio in the method's own terms: of decoder layers, of weights or of widths."""
     num_layers, parts = plan["model"]["num_hidden_layers"], []
     merged = sum(len(group) - 1 for group in merged_groups(plan))
@@ -117,14 +118,14 @@ def nominal(plan: dict[str, Any]) -> str:
     return ", ".join(parts) or "no layer removed"
 
 
-def sliced_sites(plan: dict[str, Any], step: dict[str, Any]) -> range:
+def sliced_sites(plan: Json, step: Json) -> range:
     """Return the sites before attentions and MLPs, less that of embeddings left whole."""
     hidden, (first, *others, _) = plan["model"]["hidden_size"], step["residual_dims"]
     whole = first == hidden and min(others) < hidden
     return range(int(whole), 1 + len(others))
 
 
-def share_sliced(plan: dict[str, Any], step: dict[str, Any]) -> float:
+def share_sliced(plan: Json, step: Json) -> float:
     """Return the share of the hidden width that a slice step removes, mean over the MLPs.
 
     At attentions it is the same, but for the first one's where the embeddings are left whole.
@@ -132,7 +133,7 @@ def share_sliced(plan: dict[str, Any], step: dict[str, Any]) -> float:
     return 1 - _mean(step["residual_dims"][1::2]) / plan["model"]["hidden_size"]
 
 
-def _planned(plan: dict[str, Any], step: dict[str, Any]) -> float:
+def _planned(plan: Json, step: Json) -> float:
     """Return the share of zeros that a step aims at in all decoder linears together."""
     if step["pattern"]:
         kept, _, group = step["pattern"].partition(":")
@@ -153,7 +154,7 @@ class LayerZeros(NamedTuple):
     errors: list[float]  # reconstruction error of each decoder layer; empty if not measured
 
 
-def layer_zeros(plan: dict[str, Any], step: dict[str, Any], told: dict[str, Any]) -> LayerZeros:
+def layer_zeros(plan: Json, step: Json, told: Json) -> LayerZeros:
     """Tell a sparsify step by layer and projection: as `told` by its outcome, else as planned.
 
     Several matrices of one path in a layer (experts) are averaged.
@@ -168,7 +169,8 @@ def layer_zeros(plan: dict[str, Any], step: dict[str, Any], told: dict[str, Any]
         return [known.get(layer, math.nan) for layer in dense]
 
     cells: dict[str, list[list[float]]] = {}
-    for name, share in told.get("sparsity", step["sparsity"]).items():
+    shares: dict[str, float] = told.get("sparsity") or step["sparsity"]
+    for name, share in shares.items():
         _, index, path = re.split(r"\.(\d+)\.", name, maxsplit=1)
         row = cells.setdefault(re.sub(r"\.\d+(?=\.)", "", path), [[] for _ in dense])
         row[(left if told else dense)[int(index)]].append(share)
@@ -186,13 +188,13 @@ def by_sublayer(sites: list[Any]) -> dict[str, list[Any]]:
     return {"attention": sites[:-1:2], "MLP": sites[1::2]}
 
 
-def explained_variance(step: dict[str, Any], outcome: dict[str, Any]) -> dict[str, list[float]]:
+def explained_variance(step: Json, outcome: Json) -> dict[str, list[float]]:
     """Return the share of the energy that a slice step keeps `by_sublayer`; {} if not measured."""
     measured = "explained_variance" in outcome and step["rotation"] == "per_layer"
     return by_sublayer(outcome["explained_variance"]) if measured else {}
 
 
-def plot_layers(plan: dict[str, Any], outcome: dict[str, Any] | None = None) -> Figure:
+def plot_layers(plan: Json, outcome: Json | None = None) -> Figure:
     """Draw the scores of a plan over the decoder layers, its zeros and its widths.
 
     Each list of scores of layers has a panel (the angular distance has one entry a window, at the
@@ -247,7 +249,7 @@ def draw_panels(drawings: Sequence[Drawing], title: str, width: float) -> Figure
     return figure
 
 
-def _score_drawings(plan: dict[str, Any]) -> list[Drawing]:
+def _score_drawings(plan: Json) -> list[Drawing]:
     lists = {n: x for n, x in score_lists(plan).items() if not n.endswith("_first_token")}
     if "layer_redundancy" in lists:  # which is 1 - influence, stretched
         lists.pop("block_influence", None)

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from prunelight.maps import bullets, plot_cka, write_whole
 from prunelight.plots import (
+    Json,
     by_sublayer,
     explained_variance,
     fates,
@@ -90,20 +91,20 @@ class RunRecord:
     fingerprint: str  # of the pruned base
     checkpoint_bytes: int  # of the dense model
     layer_bytes: int  # of one dense decoder layer
-    evaluation: dict[str, Any]
+    evaluation: Json
     versions: dict[str, str]
-    plans: list[dict[str, Any]] = field(default_factory=list)
+    plans: list[Json] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
-    recovery: dict[str, Any] = field(default_factory=dict)
+    recovery: Json = field(default_factory=dict)
     # Directory -> how it was verified; the last one is the result.
     verification: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     forward_seconds: float = math.nan  # F on this device
-    outcomes: list[dict[str, Any]] = field(default_factory=list)
+    outcomes: list[Json] = field(default_factory=list)
     sections: dict[str, str] = field(default_factory=dict)  # title -> Markdown, of studies
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Strict JSON data: NaN and infinities become "NaN", "Infinity" and "-Infinity".
 
         JSON has no such numbers and null would hide which it was; `float()` reads these strings.
@@ -112,7 +113,7 @@ class RunRecord:
         return json.loads(text, parse_constant=str)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RunRecord:
+    def from_dict(cls, data: Json) -> RunRecord:
         """The inverse of `to_dict`; raises ValueError for a record of another format."""
         if data.get("format") != FORMAT:
             raise ValueError(
@@ -172,7 +173,7 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
     return [directory / name for name in (*names, "report.md")]
 
 
-def _plan_section(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[str]:
+def _plan_section(plan: Json, outcomes: list[Json]) -> list[str]:
     """What one plan did and why."""
     parts = [f"## {plan['method']}: {nominal(plan)}"]
     for step, outcome in zip(plan["steps"], outcomes, strict=True):
@@ -202,9 +203,7 @@ def _found(name: str, value: Any) -> Any:
     return _count(value) if name.startswith("parameters") else value
 
 
-def _sparsify_section(
-    plan: dict[str, Any], step: dict[str, Any], outcome: dict[str, Any]
-) -> list[str]:
+def _sparsify_section(plan: Json, step: Json, outcome: Json) -> list[str]:
     """What a sparsify step did, in totals; the share of each matrix is left to report.json."""
     shares = [share for share in layer_zeros(plan, step, outcome).layers if math.isfinite(share)]
     facts = {"solver": step["solver"], "matrices": len(step["sparsity"])}
@@ -225,9 +224,7 @@ def _sparsify_section(
     return parts
 
 
-def _slice_section(
-    plan: dict[str, Any], step: dict[str, Any], outcome: dict[str, Any]
-) -> list[str]:
+def _slice_section(plan: Json, step: Json, outcome: Json) -> list[str]:
     """What a slice step did, in totals; each width is left to the table of layers."""
     sites, dims = sliced_sites(plan, step), step["residual_dims"]
     shared, hidden = step["rotation"] == "shared", plan["model"]["hidden_size"]
@@ -261,7 +258,7 @@ def _span(values: Sequence[float], show: Callable[[Any], str]) -> str:
     return " to ".join(dict.fromkeys(map(show, (min(values), max(values)))))
 
 
-def _layer_table(plan: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
+def _layer_table(plan: Json, outcome: Json) -> list[str]:
     """One row a decoder layer: scores, widths, zeros of the last step, removed or kept."""
     num_layers = plan["model"]["num_hidden_layers"]
     columns = {"layer": [str(layer) for layer in range(num_layers)]}

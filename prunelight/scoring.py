@@ -44,15 +44,11 @@ WeightScore: TypeAlias = Literal["median", "mean", "outlier_ratio"]
 
 @dataclass(frozen=True)
 class BlockInfluence:
-    """Block Influence of every decoder layer, in [0, 2]; 0 means the layer only rescales.
+    """Block Influence of every decoder layer, in [0, 2]; 0 means the layer only rescales."""
 
-    Attributes:
-        mean: over all counted tokens, length L.
-        first_token: of the first token of each sequence alone, length L. Attention sinks live
-            there: a layer can look harmless in the mean and still create the sink.
-    """
-
-    mean: list[float]
+    mean: list[float]  # over all counted tokens, length L
+    # Of the first token of each sequence alone, length L. Attention sinks live there: a layer can
+    # look harmless in the mean and still create the sink.
     first_token: list[float]
 
 
@@ -81,10 +77,7 @@ def block_influences(
 ) -> BlockInfluence:
     """Score every decoder layer by Block Influence; the model is unchanged afterwards.
 
-    Args:
-        model: the dense model.
-        windows: calibration windows (N, T), or input_ids with an attention_mask.
-        ignore_first_tokens: tokens at the start of each sequence that do not count.
+    The first `ignore_first_tokens` tokens of each sequence do not count.
 
     Raises:
         ValueError: if a layer's output holds NaN or Inf (named), or no token counts.
@@ -228,13 +221,13 @@ def weight_scores(
     share of A above `outlier_factor` times its mean (OWL, arXiv:2310.05175).
 
     Args:
-        model: the dense model; unchanged.
-        windows: calibration windows (N, T), or input_ids with an attention_mask.
+        model: unchanged.
+        windows: for the norms.
         score: how A is summed up.
         outlier_factor: OWL's M.
         by_matrix: one score for each matrix instead of each layer.
-        device: where the layers compute, one at a time; None takes the model's own.
-        offload: keep the states on the CPU.
+        device: of a `LayerWalk`.
+        offload: of a `LayerWalk`.
 
     Returns:
         Name of each matrix -> score; without `by_matrix` those of a layer have one score.

@@ -113,15 +113,7 @@ def exchange(
 
     Each merged layer is restored once, each other one merged once. Pairs then change places, best
     first, as long as the product of what both leave promises a gain; each such model is measured.
-
-    Args:
-        score: similarity to the dense model once these windows are merged.
-        start: where to start.
-        num_layers: of the dense model.
-        protected: layers that no window may contain.
-
-    Raises:
-        SpentError: if `score` does.
+    For the arguments see `slide`; `score` may raise `SpentError`.
     """
     gone = start.gone
     others = [
