@@ -128,13 +128,7 @@ def members_of(model: PreTrainedModel, index: int, widths: Widths) -> dict[str, 
 def width_scores(
     model: PreTrainedModel, windows: Windows, score: str, kinds: Collection[str] = KINDS
 ) -> dict[str, list[Tensor]]:
-    """Score the key-value groups and the neurons of every decoder layer of the dense model.
-
-    Args:
-        model: unchanged.
-        windows: calibration windows, token ids (N, T), or with an attention_mask.
-        score: "taylor", "wanda" or "fluctuation".
-        kinds: what is scored.
+    """Score the key-value groups and the neurons of every decoder layer; the model is unchanged.
 
     Returns:
         "heads", one (G,) a layer, and "neurons", one (F,); float32 on the CPU; none for experts.
@@ -185,13 +179,7 @@ def check_width(
     windows: Windows | None = None,
     removed: Collection[int] = (),
 ) -> None:
-    """Check a width step against a model.
-
-    Args:
-        model: as the plan found it.
-        step: in that model's numbering.
-        windows: calibration windows, which a correction needs.
-        removed: layers that earlier steps of the plan remove.
+    """Check a width step against a model, in its numbering; `removed` layers go before the step.
 
     Raises:
         ValueError: if an index does not exist, a layer that is left is not named, the config class
@@ -241,13 +229,8 @@ def prune_width(
 ) -> None:
     """Carry out a width step that `check_width` passed, in place.
 
-    Args:
-        model: as earlier steps left it.
-        step: in the numbering of the dense model.
-        windows: calibration windows, for the correction.
-        removed: layers that earlier steps removed.
-        device: where the layers compute during the correction.
-        offload: keep the calibration states on the CPU.
+    The step counts the layers of the dense model, of which `removed` are gone. For the correction
+    the layers compute on `device`; `offload` keeps the calibration states on the CPU.
 
     Raises:
         ValueError: if activations are NaN or Inf during a correction; some layers are cut by then.
