@@ -163,8 +163,7 @@ def sparsified(plans: Sequence[Plan], layers_path: str) -> dict[str, float]:
             elif isinstance(step, SliceHidden):  # nor is a rotated zero
                 found = {}
         removed = {i for step in plan.steps for i in step.removed}
-        names = renumbered(found, layers_path, removed)
-        found = {new: found[old] for old, new in names.items()}
+        found = renumbered(found, layers_path, removed)
     return found
 
 

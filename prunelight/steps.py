@@ -274,15 +274,17 @@ def layer_of(name: str, layers_path: str) -> int:
     return int(name.removeprefix(f"{layers_path}.").partition(".")[0])
 
 
-def renumbered(names: Iterable[str], layers_path: str, removed: Collection[int]) -> dict[str, str]:
-    """Map names of matrices to those after some layers are removed; theirs are left out."""
-    mapping = {}
-    for name in names:
+def renumbered(
+    shares: Mapping[str, float], layers_path: str, removed: Collection[int]
+) -> dict[str, float]:
+    """Name the shares of matrices as after some layers are removed; theirs are left out."""
+    found = {}
+    for name, share in shares.items():
         index = layer_of(name, layers_path)
         if index not in removed:
             rest = name.removeprefix(f"{layers_path}.{index}.")
-            mapping[name] = f"{layers_path}.{renumber(index, removed)}.{rest}"
-    return mapping
+            found[f"{layers_path}.{renumber(index, removed)}.{rest}"] = share
+    return found
 
 
 def renumber(index: int, removed: Collection[int]) -> int:

@@ -103,10 +103,8 @@ def apply(
             carry_out = share_rotation if step.rotation == "shared" else slice_hidden
             outcomes.append(asdict(carry_out(model, step, windows, **places)))
         elif isinstance(step, Sparsify):
-            names = renumbered(step.sparsity, layers_path(model), removed)
-            shares = {new: step.sparsity[old] for old, new in names.items()}
-            outcome = sparsify(model, replace(step, sparsity=shares), windows, **places)
-            outcomes.append(asdict(outcome))
+            step = replace(step, sparsity=renumbered(step.sparsity, layers_path(model), removed))
+            outcomes.append(asdict(sparsify(model, step, windows, **places)))
         else:
             raise TypeError(f"no surgery is known for the step {step!r}")
         removed |= set(step.removed)
