@@ -35,6 +35,7 @@ class ShortenedLlama(PruningCallback):
         score: "perplexity" (rise of the NLL without the layer, in nats), "taylor" or "magnitude".
         protected: layers never to remove; None spares the first four and the last two with
             "taylor" and "magnitude", as the paper does, and none with "perplexity".
+        offload_activations: keep the hidden states on the CPU, as in `SLEB`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -56,14 +57,8 @@ class ShortenedLlama(PruningCallback):
         self.offload_activations = offload_activations
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check that the model has enough layers that may be removed.
-
-        Raises:
-            ValueError: if it has not, or its layers depend on each other.
-            TypeError: if weights are quantized and the score needs them.
-        """
-        total = len(decoder_layers(model))
-        self._choose([0.0] * total)
+        """Raise ValueError if too few layers may go; TypeError if quantized weights are needed."""
+        self._choose([0.0] * len(decoder_layers(model)))
         check_removable(model)
         if self.score != "perplexity":
             matrices(model)  # refuses quantized weights
@@ -88,12 +83,8 @@ class ShortenedLlama(PruningCallback):
                 units = replay.units
                 left = [replay.score(i, units[i + 1 :]) for i in range(len(units))]
             scores = [-math.log(max(similarity, 1e-300)) for similarity in left]  # 0 underflows
-        return self.decided(
-            model,
-            windows,
-            RemoveLayers(tuple(self._choose(scores))),
-            scores={self.score: scores},
-        )
+        step = RemoveLayers(tuple(self._choose(scores)))
+        return self.decided(model, windows, step, scores={self.score: scores})
 
     def _choose(self, scores: list[float]) -> list[int]:
         protected = self.protected

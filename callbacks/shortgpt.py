@@ -66,11 +66,12 @@ class ShortGPT(PruningCallback):
         granularity: Literal["layer", "attention", "mlp", "sublayer"] = "layer",
     ) -> None:
         check_depth_target(ratio, num_layers)
-        if score not in SCORES:
-            raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}")
-        if granularity not in GRANULARITIES:
-            known = ", ".join(GRANULARITIES)
-            raise ValueError(f"granularity={granularity!r} must be one of {known}")
+        for name, value, known in (
+            ("score", score, SCORES),
+            ("granularity", granularity, GRANULARITIES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
         if granularity != "layer" and score == "angular":
             raise ValueError(
                 f"score='angular' compares windows of whole layers, not granularity={granularity!r}"
@@ -82,20 +83,12 @@ class ShortGPT(PruningCallback):
                 f"ignore_first_tokens={ignore_first_tokens} has no effect with score='angular', "
                 "which looks at the last token only; leave it out"
             )
-        self.ratio = ratio
-        self.num_layers = num_layers
-        self.score = score
-        self.ignore_first_tokens = ignore_first_tokens
+        self.ratio, self.num_layers, self.score = ratio, num_layers, score
+        self.ignore_first_tokens, self.granularity = ignore_first_tokens, granularity
         self.protected = list(protected or [])
-        self.granularity = granularity
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check that the model has enough layers that may be removed.
-
-        Raises:
-            ValueError: if it has not, or its layers depend on each other.
-            TypeError: if the family's sublayers cannot be dropped.
-        """
+        """Raise ValueError or TypeError if too few layers may go, or cannot in this family."""
         total, count = len(decoder_layers(model)), self._count(model)
         if self.granularity != "layer":
             check_droppable(model)
@@ -109,10 +102,6 @@ class ShortGPT(PruningCallback):
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
         """Score the decoder layers and choose which to remove; the model is unchanged.
-
-        Args:
-            model: the dense model.
-            windows: calibration windows, token ids (N, T), or a mapping with attention_mask.
 
         Raises:
             ValueError: if the arguments or the windows do not fit the model, or a hidden state is
@@ -129,12 +118,9 @@ class ShortGPT(PruningCallback):
             ranking = {"layer": angular_distances(model, windows, self._count(model))}
             scores = {"angular_distance": ranking["layer"]}
         else:
-            influence = block_influences(model, windows, ignore_first_tokens=ignored)
-            ranking = {"layer": influence.mean}
-            scores = {
-                "block_influence": influence.mean,
-                "block_influence_first_token": influence.first_token,
-            }
+            found = block_influences(model, windows, ignore_first_tokens=ignored)
+            ranking, first = {"layer": found.mean}, found.first_token
+            scores = {"block_influence": found.mean, "block_influence_first_token": first}
         return self.decided(model, windows, self._step(model, ranking), scores=scores)
 
     def _count(self, model: PreTrainedModel) -> int:
@@ -157,5 +143,5 @@ class ShortGPT(PruningCallback):
         }
         ranking = [score for name in names for score in scores[name]]
         chosen = [divmod(i, total) for i in lowest(ranking, count, fixed)]
-        found = {n: tuple(i for place, i in chosen if names[place] == n) for n in SUBLAYERS}
+        found = {n: tuple(i for place, i in chosen if names[place] == n) for n in names}
         return DropSublayers(**found)

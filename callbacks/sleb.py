@@ -7,6 +7,7 @@ released code runs the whole model for each candidate; here the layers below it 
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -55,11 +56,7 @@ class SLEB(PruningCallback):
         self.offload_activations = offload_activations
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check that the model has enough layers that may be removed.
-
-        Raises:
-            ValueError: if it has not, or its layers depend on each other.
-        """
+        """Raise ValueError if too few layers may be removed, or they depend on each other."""
         total = len(decoder_layers(model))
         lowest([0.0] * total, layers_to_remove(self.ratio, self.num_layers, total), self.protected)
         check_removable(model)
@@ -78,7 +75,8 @@ class SLEB(PruningCallback):
         count = layers_to_remove(self.ratio, self.num_layers, total)
         protected = resolve_indices(self.protected, total)
         removed: list[int] = []
-        rounds: list[dict[int, float]] = []  # similarity without each layer
+        first: dict[int, float] = {}  # similarity without each layer, of the first round
+        similarity = 1.0
         with Replay(
             model, windows, self.criterion, device=self.device, offload=self.offload_activations
         ) as replay:
@@ -88,25 +86,20 @@ class SLEB(PruningCallback):
                     for place, unit in enumerate(replay.units)
                     if unit.index not in protected
                 }
-                best = max(scores, key=lambda place: scores[place])
-                if not math.isfinite(scores[best]):
+                best, similarity = max(scores.items(), key=itemgetter(1))
+                if not math.isfinite(similarity):
                     raise ValueError(
                         f"no {len(removed) + 1}. layer can be removed: every choice leaves NaN "
                         "states; load the model in bfloat16 or float32"
                     )
-                rounds.append({replay.units[place].index: s for place, s in scores.items()})
+                first = first or {i: s for i, s in scores.items() if math.isfinite(s)}
                 removed.append(replay.units[best].index)
                 replay.replace(best, replay.units[best + 1 :])
             forwards = replay.layer_forwards
-        first = {i: s for i, s in rounds[0].items() if math.isfinite(s)} if rounds else {}
         return self.decided(
             model,
             windows,
             RemoveLayers(tuple(removed)),
-            scores={"similarity_without": [first.get(i) for i in range(total)]} if rounds else {},
-            found={
-                "order": removed,
-                "similarity": rounds[-1][removed[-1]] if rounds else 1.0,
-                "layer_forwards": forwards,
-            },
+            scores={"similarity_without": [first.get(i) for i in range(total)]} if first else {},
+            found={"order": removed, "similarity": similarity, "layer_forwards": forwards},
         )

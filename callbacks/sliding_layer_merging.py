@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -96,12 +96,7 @@ class SlidingLayerMerging(PruningCallback):
         self.offload_activations = offload_activations
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check that the target can be reached and the layers can be merged.
-
-        Raises:
-            ValueError: if it cannot, or the layers depend on each other.
-            TypeError: if weights are quantized, or layers of different kinds would be mixed.
-        """
+        """Raise ValueError if the target is out of reach, TypeError if layers cannot be merged."""
         total = len(decoder_layers(model))
         protected = resolve_indices(self.protected, total)
         most, target = most_removable(total, protected), self._target(total)
@@ -117,23 +112,16 @@ class SlidingLayerMerging(PruningCallback):
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
         """Choose the windows to merge; the model is unchanged.
 
-        Args:
-            model: the dense model.
-            windows: calibration windows, token ids (N, T), or a mapping with attention_mask.
-
         Raises:
             ValueError: if the arguments or the windows do not fit the model.
             TypeError: if its layers cannot be merged, or run one by one.
         """
         self.check(model)
         check_windows(model, windows)
+        places: dict[str, Any] = {"device": self.device, "offload": self.offload_activations}
+        ignored = self.ignore_first_tokens
         with Replay(
-            model,
-            windows,
-            self.criterion,
-            ignore_first_tokens=self.ignore_first_tokens,
-            device=self.device,
-            offload=self.offload_activations,
+            model, windows, self.criterion, ignore_first_tokens=ignored, **places
         ) as replay:
             cka = self._cka(replay)
             score, total = MergedVariants(model, replay, self.merge), len(replay.units)
@@ -157,7 +145,7 @@ class SlidingLayerMerging(PruningCallback):
                 **_difference(found, best),
                 "variants_measured": replay.measurements,
                 "layer_forwards": replay.layer_forwards,
-                **({"cka": cka} if cka else {}),
+                **cka,
             },
         )
 
@@ -178,37 +166,36 @@ class SlidingLayerMerging(PruningCallback):
             score.budget = budget  # not of the first pass, which must reach the target
             return found
 
-        budget = math.inf
         if self.threshold is not None:
+            budget = math.inf
             return run(self.threshold), self.threshold
         if target == 0:
             return Slide(), 1.0
         assert target is not None
-        if self.limit == "model":
-            # What the loop costs at least that runs the whole model for each window.
-            budget = (total - 2) * (total - target)
-            return search(run, target)
-        # As much, less a round of exchanges: both cost less by the sum of the layers that are gone.
-        budget = (total - 1) * (total / 2 - 2) - total - target
+        # What the loop costs at least that runs the whole model for each window.
+        budget = (total - 2) * (total - target)
+        if self.limit == "merge":
+            # Less a round of exchanges: both cost less by the sum of the layers that are gone.
+            budget = (total - 1) * (total / 2 - 2) - total - target
         return search(run, target)
 
     def _exchanged(self, score: MergedVariants, best: Slide, total: int) -> Slide:
         """Exchange layers for the better until nothing is gained or the loop's cost is spent."""
-        gone = [layer for low, high in best.groups for layer in range(low, high)]
+        protected = resolve_indices(self.protected, total)
         # The loop that runs the whole model for each window, until it has merged these.
-        score.budget = total + (total - 2) * (total - 1) - sum(gone)
+        score.budget = total + (total - 2) * (total - 1) - sum(best.gone)
         try:
             while True:
                 score.go_on(best.groups)
-                better = exchange(score, best, total, resolve_indices(self.protected, total))
+                better = exchange(score, best, total, protected)
                 if better is best:
                     return best
                 best = better
         except SpentError:
             return best
 
-    def _cka(self, replay: Replay) -> list[list[float]]:
-        """Return the CKA of all L + 1 hidden states for the picture; empty if it cannot be had.
+    def _cka(self, replay: Replay) -> dict[str, list[list[float]]]:
+        """Return "cka" of all L + 1 hidden states for the picture; nothing if it cannot be had.
 
         Without the first token: where it is a sink, the linear kernel sees little else.
         """
@@ -218,17 +205,15 @@ class SlidingLayerMerging(PruningCallback):
             cka.update(states[batch][where.to(states[batch].device)] for states in replay.inputs)
         cka.pool(replay.walk.ranks)
         try:
-            return [[round(value, 4) for value in row] for row in cka.result().tolist()]
+            return {"cka": [[round(x, 4) for x in row] for row in cka.result().tolist()]}
         except ValueError as error:
             log.warning("no CKA map: %s", error)
-            return []
+            return {}
 
 
 def _difference(before: Slide, after: Slide) -> dict[str, list[int]]:
     """Say which layers changed places; nothing if none did."""
-    old, new = (
-        {layer for low, high in one.groups for layer in range(low, high)} for one in (before, after)
-    )
+    old, new = before.gone, after.gone
     if old == new:
         return {}
     return {"restored": sorted(old - new), "merged_instead": sorted(new - old)}

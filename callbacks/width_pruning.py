@@ -20,13 +20,7 @@ from prunelight.callbacks.base import PruningCallback, pruning_callbacks
 from prunelight.module import RecoveryModule
 from prunelight.plan import Plan
 from prunelight.steps import PruneWidth
-from prunelight.width import (
-    SCORES,
-    allowed_groups,
-    check_width,
-    width_scores,
-    widths_of,
-)
+from prunelight.width import SCORES, allowed_groups, check_width, width_scores, widths_of
 
 FIELDS: dict[str, str] = {"heads": "num_key_value_heads", "neurons": "intermediate_size"}
 log = logging.getLogger(__name__)
@@ -91,12 +85,7 @@ class WidthPruning(PruningCallback):
         self.score, self.multiple, self.correction = score, multiple, correction
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check that the model has the widths that are asked for.
-
-        Raises:
-            ValueError: if it has fewer, or its config class does not accept the number of heads.
-            TypeError: if attention and MLP of the family are not known, or weights are quantized.
-        """
+        """Raise ValueError or TypeError unless the model can be left with what is asked for."""
         layers = [str(i) for i in range(model.config.num_hidden_layers)]
         counts, before = self._targets(model), widths_of(model).fields
         kept = {kind: dict.fromkeys(layers, (*range(n),)) for kind, n in counts.items()}
@@ -107,21 +96,15 @@ class WidthPruning(PruningCallback):
 
     def widths(self, model: PreTrainedModel) -> dict[str, int]:
         """Return the inputs that the output projections of attention and MLP are left with."""
-        counts, before = self._targets(model), widths_of(model)
-        found = {}
-        if "neurons" in counts:
-            found["intermediate_size"] = counts["neurons"]
-        if "heads" in counts:
-            width = counts["heads"] * before.heads * before.head_dim
-            found["num_attention_heads * head_dim"] = width
-        return found
+        before = widths_of(model)
+        inputs = {
+            "neurons": ("intermediate_size", 1),
+            "heads": ("num_attention_heads * head_dim", before.heads * before.head_dim),
+        }
+        return {inputs[k][0]: count * inputs[k][1] for k, count in self._targets(model).items()}
 
     def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
-        """Check that no earlier callback drops sublayers.
-
-        Raises:
-            ValueError: if one does.
-        """
+        """Raise ValueError if an earlier callback drops sublayers."""
         callbacks = pruning_callbacks(trainer)
         for other in callbacks[: callbacks.index(self)]:
             if getattr(other, "granularity", "layer") != "layer":
@@ -152,11 +135,7 @@ class WidthPruning(PruningCallback):
         return self.decided(model, windows, step, scores=told, found=found)
 
     def _targets(self, model: PreTrainedModel) -> dict[str, int]:
-        """Return how many groups and neurons are left, of what is pruned.
-
-        Raises:
-            ValueError: if the model has fewer.
-        """
+        """Return how many groups and neurons are left, of what is pruned."""
         widths, counts = widths_of(model), dict[str, int]()
         if self.num_key_value_heads is not None:
             counts["heads"] = self.num_key_value_heads

@@ -10,8 +10,7 @@ one of a few windows with plain attention, whose weights other kernels do not gi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -45,29 +44,18 @@ _ATTENTION_TOKENS = 256  # of each: weights are (B, heads, T, T)
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found; states are those before layer 0 and after each layer, L + 1 of them.
+    """What was found; states are those before layer 0 and after each layer, L + 1 of them."""
 
-    Attributes:
-        model: facts about the model, as in a plan.
-        calibration: facts about the windows.
-        settings: kernel and ignored tokens.
-        cka: of every pair of states, (L + 1, L + 1).
-        block_influence: of each layer, in [0, 2].
-        block_influence_first_token: of the first token of each window alone.
-        angular_distance: row n - 1 holds the windows of n layers by their first layer, in [0, 1].
-        token_norms: "median", "largest" and "first token" -> L + 1 norms.
-        attention_to_first_token: of each layer, the share of attention that later tokens pay to
-            the first, in [0, 1]; None for layers whose weights cannot be had.
-    """
-
-    model: dict[str, Any]
+    model: dict[str, Any]  # facts, as in a plan
     calibration: dict[str, Any]
     settings: dict[str, Any]
-    cka: list[list[float]]
-    block_influence: list[float]
-    block_influence_first_token: list[float]
+    cka: list[list[float]]  # of every pair of states, (L + 1, L + 1)
+    block_influence: list[float]  # of each layer, in [0, 2]
+    block_influence_first_token: list[float]  # of the first token of each window alone
+    # Row n - 1 holds the windows of n layers by their first layer, in [0, 1].
     angular_distance: list[list[float]]
-    token_norms: dict[str, list[float]]
+    token_norms: dict[str, list[float]]  # "median", "largest" and "first token" -> L + 1 norms
+    # Share of attention that later tokens pay to the first; None where weights cannot be had.
     attention_to_first_token: list[float | None]
 
 
@@ -83,7 +71,7 @@ def analyze(
 
     Args:
         model: any causal language model whose decoder layers can be found.
-        windows: token ids (N, T), or with an attention_mask.
+        windows: as for a plan.
         kernel: of CKA: "linear", or "rbf" with the median distance.
         ignore_first_tokens: tokens at the start of each window that do not count in CKA and Block
             Influence. Where the first is a sink, the linear kernel sees little else.
@@ -110,14 +98,7 @@ def analyze(
     seen = _Seen(len(decoder_layers(model)), kernel)
     with evaluating(model):
         for batch in micro_batches(model, windows, label="analysis"):
-            mask = batch.get("attention_mask")
-            counted = counted_positions(mask, batch["input_ids"].shape, ignore_first_tokens)
-            if counted is None:
-                counted = torch.ones_like(batch["input_ids"], dtype=torch.bool)
-            seen.begin(batch, counted.to(model.device))
-            with watching_layers(model, seen.visit):
-                run_layers(model, batch)
-            seen.end()
+            seen.add(model, batch, ignore_first_tokens)
     seen.pool(ranks_of(windows))
     return Analysis(
         model=describe_model(model),
@@ -143,34 +124,33 @@ class _Seen:
         self.norms: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
         self.first_norms: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
 
-    def begin(self, batch: dict[str, Tensor], counted: Tensor) -> None:
-        mask = batch.get("attention_mask")
-        self.counted, self.first = counted, first_positions(mask)
-        self.real = torch.ones_like(counted) if mask is None else mask.bool()
-        self.last = last_positions(batch)
-        self.kernels: list[Tensor] = []
-        self.ends: list[Tensor] = []
+    def add(self, model: PreTrainedModel, batch: dict[str, Tensor], ignored: int) -> None:
+        """Run the model once."""
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        counted = counted_positions(mask, mask.shape, ignored)
+        first, last, real = first_positions(mask), last_positions(batch), mask.bool()
+        kernels: list[Tensor] = []
+        ends: list[Tensor] = []
 
-    def visit(self, index: int, inputs: Tensor, outputs: Tensor) -> None:
-        cosine = self.cosines[index]
-        cosine.update(inputs, outputs, self.counted, self.first)
-        check_finite(index, cosine.total + cosine.first_total, outputs)
-        for place, state in ((0, inputs), (index + 1, outputs)):
-            if place == 0 and index > 0:
-                continue
-            self.kernels.append(self.cka.kernels(state[self.counted]))
-            self.ends.append(state[self.last])
-            norms = torch.linalg.vector_norm(state, dim=-1, dtype=torch.float32)
-            first = norms[:, 0] if self.first is None else norms[self.first]
-            self.norms[place].append(norms[self.real].cpu())
-            self.first_norms[place].append(first.cpu())
+        def visit(index: int, inputs: Tensor, outputs: Tensor) -> None:
+            cosine = self.cosines[index]
+            cosine.update(inputs, outputs, counted, first)
+            check_finite(index, cosine.total + cosine.first_total, outputs)
+            for state in (inputs, outputs)[index > 0 :]:
+                place = len(kernels)
+                kernels.append(self.cka.kernels(state[counted]))
+                ends.append(state[last])
+                norms = torch.linalg.vector_norm(state, dim=-1, dtype=torch.float32)
+                self.norms[place].append(norms[real].cpu())
+                self.first_norms[place].append(norms[first].cpu())
 
-    def end(self) -> None:
-        self.cka.add(self.kernels)
-        states = torch.stack(self.ends)  # (L + 1, B, D)
+        with watching_layers(model, visit):
+            run_layers(model, batch)
+        self.cka.add(kernels)
+        states = torch.stack(ends)  # (L + 1, B, D)
         self.samples += states.shape[1]
         for size, row in enumerate(self.angles, start=1):
-            row += angular_distance(states[:-size], states[size:]).sum(1).double().cpu()
+            row += angular_distance(states[:-size], states[size:]).sum(1).cpu().double()
 
     def pool(self, ranks: Ranks) -> None:
         """Add up the sums of all ranks, in place; norms stay those of this one."""
@@ -197,11 +177,7 @@ def attention_to_first_token(model: PreTrainedModel, windows: Windows) -> list[f
     """Return for each layer the mean share of attention that tokens pay to the first one.
 
     Over all heads and all later tokens that are no padding, of a few windows cut to 256 tokens;
-    None for layers without attention weights.
-
-    Args:
-        model: unchanged.
-        windows: token ids (N, T), or with an attention_mask.
+    None for layers without attention weights. The model is unchanged.
     """
     ids, mask = split_windows(windows)
     mask = torch.ones_like(ids) if mask is None else mask
@@ -210,44 +186,24 @@ def attention_to_first_token(model: PreTrainedModel, windows: Windows) -> list[f
     part = slice(start, start + _ATTENTION_TOKENS)
     cut = {"input_ids": ids[:, part], "attention_mask": mask[:, part]}
     sums = [[0.0, 0] for _ in decoder_layers(model)]
-    with evaluating(model), _plain_attention(model):
+
+    def add(own: list[Any], module: nn.Module, args: Any, output: Any) -> None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if isinstance(weights, Tensor) and weights.shape[2:] == (*later.shape[1:],) * 2:
+            to_first = weights[torch.arange(len(first)), :, :, first].float().mean(1)  # (B, T)
+            own[0] += to_first[later].sum().item()
+            own[1] += int(later.sum())
+
+    with evaluating(model), ExitStack() as undo:
+        # As plain products, whose weights can be seen.
+        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
+        model.set_attn_implementation("eager")
+        for layer, own in zip(decoder_layers(model), sums, strict=True):
+            for module in [*layer.modules()][1:]:
+                undo.enter_context(module.register_forward_hook(partial(add, own)))
         for batch in islice(micro_batches(model, cut, tokens=1024), _ATTENTION_BATCHES):
             real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
             first = real.int().argmax(1)
             later = real & (real.cumsum(1) > 1)  # (B, T)
-            with _watching_attention(model, sums, first, later):
-                run_layers(model, batch)
+            run_layers(model, batch)
     return [total / count if count else None for total, count in sums]
-
-
-@contextmanager
-def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let attention run as plain products, whose weights can be seen."""
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation("eager")
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
-def _watching_attention(
-    model: PreTrainedModel, sums: list[list[Any]], first: Tensor, later: Tensor
-) -> Iterator[None]:
-    handles = []
-    for layer, own in zip(decoder_layers(model), sums, strict=True):
-
-        def add(module: nn.Module, args: Any, output: Any, own: list[Any] = own) -> None:
-            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-            if isinstance(weights, Tensor) and weights.shape[2:] == (*later.shape[1:],) * 2:
-                to_first = weights[torch.arange(len(first)), :, :, first].float().mean(1)  # (B, T)
-                own[0] += to_first[later].sum().item()
-                own[1] += int(later.sum())
-
-        handles += [m.register_forward_hook(add) for m in layer.modules() if m is not layer]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

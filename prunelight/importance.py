@@ -7,6 +7,7 @@ loss; they are summed in float32, whatever the model's dtype, and freed as soon 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -26,12 +27,8 @@ def saliencies(
 ) -> dict[str, Tensor]:
     """Return |W * dL/dW| of parameters, L the mean next-token loss over all windows; float32.
 
-    The gradient is summed over all windows before the absolute value is taken.
-
-    Args:
-        model: unchanged, its gradients included.
-        windows: token ids (N, T), or with an attention_mask.
-        parameters: name -> parameter of the model.
+    The gradient is summed over all windows before the absolute value is taken. The model is
+    unchanged, its gradients included.
 
     Raises:
         ValueError: if a gradient is NaN or Inf; names the parameter.
@@ -47,15 +44,14 @@ def saliencies(
         sums[name] = gradient if name not in sums else sums[name].add_(gradient)
         parameter.grad = None
 
-    handles = []
-    with evaluating(model):
-        try:
+    total, ranks = 0, ranks_of(windows)
+    try:
+        with evaluating(model), ExitStack() as hooks:
             for parameter in flags:
                 parameter.grad = None
                 parameter.requires_grad_(id(parameter) in wanted)
             for parameter in parameters.values():
-                handles.append(parameter.register_post_accumulate_grad_hook(add))
-            total = 0
+                hooks.enter_context(parameter.register_post_accumulate_grad_hook(add))
             for batch in micro_batches(model, windows, tokens=_TRAINING_TOKENS, label="gradients"):
                 labels = next_token_labels(batch)
                 tokens = int((labels[:, 1:] != IGNORED_LABEL).sum())
@@ -63,7 +59,6 @@ def saliencies(
                     loss = next_token_loss(model(**batch).logits, labels) * tokens
                     loss.backward()
                 total += tokens
-            ranks = ranks_of(windows)
             count = ranks.totals(total)[0]
             if count == 0:
                 raise ValueError("windows predict 0 tokens; each needs two that are no padding")
@@ -71,12 +66,10 @@ def saliencies(
                 if name not in sums:  # of an expert that no token of this rank reached
                     sums[name] = torch.zeros_like(p, dtype=torch.float32)
                 sums[name] = ranks.sum(sums[name]).mul_(p).abs_().div_(count)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, (required, gradient) in flags.items():
-                parameter.requires_grad_(required)
-                parameter.grad = gradient
+    finally:
+        for parameter, (required, gradient) in flags.items():
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
     found = {name: sums[name] for name in parameters}
     for name, saliency in found.items():
         if not bool(saliency.isfinite().all()):
@@ -91,7 +84,7 @@ def taylor_scores(model: PreTrainedModel, windows: Windows) -> list[float]:
     layers = decoder_layers(model)
     scores = [0.0] * len(layers)
     for name, saliency in saliencies(model, windows, dict(layers.named_parameters())).items():
-        scores[int(name.partition(".")[0])] += saliency.double().sum().item()
+        scores[int(name.partition(".")[0])] += saliency.sum(-1).cpu().double().sum().item()
     return scores
 
 

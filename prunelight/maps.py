@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prunelight.files import replacing
-from prunelight.plots import BLUE, GREEN, ORANGE, draw_bars
+from prunelight.plots import BLUE, GREEN, ORANGE, Json, draw_bars, draw_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SIDE = 6.0  # inches of a heat map
+    from prunelight.plots import Drawing
 
 
 def plot_cka(
@@ -46,12 +46,7 @@ def plot_cka(
 
 
 def plot_angles(angles: Sequence[Sequence[float]], title: str) -> Figure:
-    """Draw the angular distance over every window of layers.
-
-    Args:
-        angles: row n - 1 holds the windows of n layers, by their first layer.
-        title: of the picture.
-    """
+    """Draw the angular distance over windows: row n - 1 those of n layers, by the first layer."""
     figure, axes = _square(title)
     padded = [[*row, *[math.nan] * (len(angles) - len(row))] for row in angles]
     extent = (-0.5, len(angles) - 0.5, 0.5, len(angles) + 0.5)
@@ -68,21 +63,15 @@ def plot_angles(angles: Sequence[Sequence[float]], title: str) -> Figure:
 def _square(title: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # the object API: no pyplot, no global state
 
-    figure = Figure((_SIDE + 1, _SIDE), 150, layout="constrained")
+    figure = Figure((7, 6), 150, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=10)
     axes.locator_params(integer=True)
     return figure, axes
 
 
-def plot_states(analysis: dict[str, Any], title: str) -> Figure:
-    """Draw Block Influence, token norms and attention sinks over the decoder layers.
-
-    Args:
-        analysis: an `analysis.Analysis` as a dict.
-        title: of the picture.
-    """
-    from matplotlib.figure import Figure
+def plot_states(analysis: Json, title: str) -> Figure:
+    """Draw Block Influence, token norms and attention sinks over the decoder layers."""
 
     def influence(axes: Axes) -> None:
         draw_bars(axes, values=analysis["block_influence"], label="Block Influence", color=BLUE)
@@ -91,11 +80,10 @@ def plot_states(analysis: dict[str, Any], title: str) -> Figure:
         axes.legend(fontsize=8)
 
     def norms(axes: Axes) -> None:
-        for (name, values), color in zip(
-            analysis["token_norms"].items(), (BLUE, GREEN, ORANGE), strict=True
-        ):
-            axes.plot(range(-1, len(values) - 1), values, "o-", color=color, markersize=3)
-            axes.lines[-1].set_label(name)
+        named = analysis["token_norms"].items()
+        for (name, values), color in zip(named, (BLUE, GREEN, ORANGE), strict=True):
+            places = range(-1, len(values) - 1)
+            axes.plot(places, values, "o-", color=color, markersize=3, label=name)
         axes.set_yscale("log")
         axes.set_ylabel("token norm\n(log scale)")
         axes.legend(fontsize=8)
@@ -105,49 +93,49 @@ def plot_states(analysis: dict[str, Any], title: str) -> Figure:
         axes.bar(range(len(shares)), shares, color=ORANGE)
         axes.set_ylabel("attention to the\nfirst token (%)")
 
-    panels: list[Callable[[Axes], None]] = [influence, norms]
-    panels += [sinks] if any(analysis["attention_to_first_token"]) else []
-    figure = Figure((8, 0.8 + 2.4 * len(panels)), 150, layout="constrained")
-    rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for axes, draw in zip(rows, panels, strict=True):
-        draw(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.locator_params(axis="x", nbins=20, integer=True)
-    rows[-1].set_xlabel("decoder layer (-1: embeddings)")
-    rows[-1].set_xlim(-1.8, len(analysis["block_influence"]) - 0.2)
-    rows[0].set_title(title, loc="left", fontsize=10)
+    drawings: list[Drawing] = [(2.4, influence), (2.4, norms)]
+    drawings += [(2.4, sinks)] if any(analysis["attention_to_first_token"]) else []
+    figure = draw_panels(drawings, title, 8)
+    figure.axes[-1].set_xlabel("decoder layer (-1: embeddings)")
+    figure.axes[-1].set_xlim(-1.8, len(analysis["block_influence"]) - 0.2)
     return figure
 
 
-def write_analysis(directory: Path, analysis: dict[str, Any]) -> list[Path]:
+def write_whole(path: Path, content: str | Figure) -> None:
+    """Write a text or a picture, whole or not at all."""
+    with replacing(path) as temporary:
+        if isinstance(content, str):
+            temporary.write_text(content, encoding="utf-8")
+        else:
+            content.savefig(temporary, format="png")
+
+
+def bullets(values: Json) -> str:
+    """Return named values as a list in Markdown."""
+    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in values.items())
+
+
+def write_analysis(directory: Path, analysis: Json) -> list[Path]:
     """Write analysis.json, its pictures, and analysis.md last; returns their paths.
 
-    Args:
-        directory: created if needed.
-        analysis: an `analysis.Analysis` as a dict.
+    `analysis` is an `analysis.Analysis` as a dict; the directory is created if needed.
     """
     directory.mkdir(parents=True, exist_ok=True)
     name = analysis["model"]["name"][-60:]
-    figures = (
-        ("cka.png", plot_cka(analysis["cka"], f"CKA between hidden states: {name}")),
-        (
-            "angular_distance.png",
-            plot_angles(analysis["angular_distance"], f"Angular distance over windows: {name}"),
-        ),
-        ("layers.png", plot_states(analysis, name)),
-    )
-    with replacing(directory / "analysis.json") as temporary:
-        temporary.write_text(json.dumps(analysis, indent=1) + "\n", encoding="utf-8")
-    for file, figure in figures:
-        with replacing(directory / file) as temporary:
-            figure.savefig(temporary, format="png")
-    with replacing(directory / "analysis.md") as temporary:
-        temporary.write_text(_markdown(analysis), encoding="utf-8")
-    pictures = [file for file, _ in figures]
-    return [directory / file for file in ("analysis.json", *pictures, "analysis.md")]
+    angles = analysis["angular_distance"]
+    files: dict[str, str | Figure] = {
+        "analysis.json": json.dumps(analysis, indent=1) + "\n",
+        "cka.png": plot_cka(analysis["cka"], f"CKA between hidden states: {name}"),
+        "angular_distance.png": plot_angles(angles, f"Angular distance over windows: {name}"),
+        "layers.png": plot_states(analysis, name),
+        "analysis.md": _markdown(analysis),
+    }
+    for file, content in files.items():
+        write_whole(directory / file, content)
+    return [directory / file for file in files]
 
 
-def _markdown(analysis: dict[str, Any]) -> str:
+def _markdown(analysis: Json) -> str:
     norms, influence = analysis["token_norms"], analysis["block_influence"]
     loudest = max(range(1, len(norms["largest"])), key=lambda i: norms["largest"][i])
     order = sorted(range(len(influence)), key=influence.__getitem__)
@@ -169,6 +157,6 @@ def _markdown(analysis: dict[str, Any]) -> str:
         "The white dots are the windows of each size whose input and output differ least.",
         "![Block Influence, token norms, attention sinks](layers.png)",
         "## Made from",
-        "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in facts.items()),
+        bullets(facts),
     ]
     return "\n\n".join(parts) + "\n"

@@ -51,13 +51,7 @@ def merged_weights(
 
 @torch.no_grad()
 def merged_layer(model: PreTrainedModel, group: Sequence[int], merge: str) -> nn.Module:
-    """Return the layer that stands for a window: the highest itself for "top", else a new one.
-
-    Args:
-        model: unchanged.
-        group: indices of the window's layers, ascending.
-        merge: the rule, see `merged_weights`.
-    """
+    """Return the layer that stands for a window: the highest itself for "top", else a new one."""
     layers = [decoder_layers(model)[index] for index in group]
     if merge == "top":
         return layers[-1]
@@ -78,12 +72,7 @@ def projection_names(model: PreTrainedModel, index: int) -> list[str]:
 def check_mergeable(
     model: PreTrainedModel, merge: str, groups: Sequence[Sequence[int]] | None = None
 ) -> None:
-    """Check that layers can be merged by a rule.
-
-    Args:
-        model: the dense model.
-        merge: the rule.
-        groups: windows that shall be merged; None asks for any window of neighbours.
+    """Check that layers can be merged by a rule, in these windows or in any of neighbours.
 
     Raises:
         TypeError: if weights are quantized, or experts or layers of different kinds would be mixed;
@@ -92,11 +81,9 @@ def check_mergeable(
     matrices(model)  # refuses quantized weights
     if merge == "top":
         return
-    layers = decoder_layers(model)
-    for group in [range(len(layers))] if groups is None else groups:
+    for group in [range(len(decoder_layers(model)))] if groups is None else groups:
         for low, high in pairwise(group):
-            difference = _difference(model, low, high)
-            if difference:
+            if difference := _difference(model, low, high):
                 raise TypeError(
                     f"decoder layers {low} and {high} of {model.config.model_type} cannot be mixed "
                     f"by merge={merge!r}: {difference}; take merge='top', which mixes no weights"
@@ -105,12 +92,11 @@ def check_mergeable(
 
 def _difference(model: PreTrainedModel, low: int, high: int) -> str:
     """Say why two layers cannot be mixed; empty if they can."""
-    total = len(decoder_layers(model))
+    layers = decoder_layers(model)
     for name, kinds in model.config.to_dict().items():
-        one_a_layer = isinstance(kinds, (list, tuple)) and len(kinds) == total
+        one_a_layer = isinstance(kinds, (list, tuple)) and len(kinds) == len(layers)
         if one_a_layer and name not in OTHER_LISTS and kinds[low] != kinds[high]:
             return f"{name} is {kinds[low]!r} and {kinds[high]!r}"
-    layers = decoder_layers(model)
     shapes = [{n: tuple(p.shape) for n, p in layers[i].named_parameters()} for i in (low, high)]
     for name in sorted({*shapes[0], *shapes[1]}):
         if ".experts." in f".{name}.":

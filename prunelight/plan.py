@@ -33,8 +33,6 @@ from prunelight.steps import (
 FORMAT = 1
 # Elements of each tensor that enter a model's fingerprint.
 _SAMPLED = 512
-# Keys of a plan's JSON form that are not objects.
-_JSON_TYPES: dict[str, type] = {"method": str, "steps": list}
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        steps = [{"kind": step.kind, **_lists(asdict(step))} for step in self.steps]
+        # By way of JSON: lists where there are tuples.
+        steps = [{"kind": x.kind, **json.loads(json.dumps(asdict(x)))} for x in self.steps]
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "steps"}
         return {"format": FORMAT, **values, "steps": steps}
 
@@ -84,7 +83,8 @@ class Plan:
         missing = {"method", "arguments", "model", "steps"} - set(keys)
         if unknown or missing:
             raise ValueError(f"missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
-        wrong = [k for k, v in keys.items() if not isinstance(v, _JSON_TYPES.get(k, dict))]
+        kinds = {"method": str, "steps": list}  # all others are objects
+        wrong = [k for k, v in keys.items() if not isinstance(v, kinds.get(k, dict))]
         if wrong:
             raise ValueError(f"keys {sorted(wrong)} hold values of the wrong type")
         steps = []
@@ -156,14 +156,14 @@ def sparsified(plans: Sequence[Plan], layers_path: str) -> dict[str, float]:
         for step in plan.steps:
             if isinstance(step, Sparsify):
                 found |= step.sparsity
-            elif isinstance(step, MergeLayers):  # a mean of zeros and others is no zero
-                gone = {n for n in found if layer_of(n, layers_path) in step.rewritten}
-                found = {name: share for name, share in found.items() if name not in gone}
+            elif isinstance(step, MergeLayers) and step.merge in ("difference_sum", "mean"):
+                # A mix of zeros and others is no zero.
+                mixed = {n for n in found if layer_of(n, layers_path) in step.named}
+                found = {name: share for name, share in found.items() if name not in mixed}
             elif isinstance(step, SliceHidden):  # nor is a rotated zero
                 found = {}
         removed = {i for step in plan.steps for i in step.removed}
-        names = renumbered(found, layers_path, removed)
-        found = {new: found[old] for old, new in names.items()}
+        found = renumbered(found, layers_path, removed)
     return found
 
 
@@ -223,10 +223,3 @@ def library_versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _lists(value: Any) -> Any:
-    """Return JSON values with lists where there are tuples."""
-    if isinstance(value, dict):
-        return {key: _lists(part) for key, part in value.items()}
-    return [_lists(part) for part in value] if isinstance(value, (tuple, list)) else value

@@ -34,7 +34,9 @@ class Unit:
 
 
 class Replay:
-    """Similarities of variants to a model; a context manager.
+    """Similarities of variants to a model, which is unchanged; a context manager.
+
+    For the arguments see `LayerWalk` and `similarity.similarity_to`.
 
     Attributes:
         walk: over the model.
@@ -43,14 +45,6 @@ class Replay:
             micro-batches (B, T, D) each.
         layer_forwards: how often the calibration windows have gone through a layer so far.
         measurements: how often two models have been compared.
-
-    Args:
-        model: unchanged.
-        windows: token ids (N, T), or with an attention_mask.
-        criterion: see `similarity.similarity_to`.
-        ignore_first_tokens: tokens at the start of each sequence that do not count.
-        device: where the layers compute, one at a time; None takes the model's own.
-        offload: keep the inputs on the CPU.
 
     Raises:
         ValueError: on entry, if the criterion is unknown, no token counts, or a hidden state of the

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from prunelight.files import replacing
-from prunelight.maps import plot_cka
+from prunelight.maps import bullets, plot_cka, write_whole
 from prunelight.plots import (
+    Json,
+    by_sublayer,
+    explained_variance,
     fates,
     has_own_class,
-    layer_widths,
     layer_zeros,
     merged_groups,
     nominal,
@@ -33,9 +34,8 @@ from prunelight.plots import (
     plot_layers,
     score_lists,
     share_sliced,
-    slice_steps,
     sliced_sites,
-    sparsify_steps,
+    steps_of,
 )
 
 FORMAT = 1
@@ -91,20 +91,20 @@ class RunRecord:
     fingerprint: str  # of the pruned base
     checkpoint_bytes: int  # of the dense model
     layer_bytes: int  # of one dense decoder layer
-    evaluation: dict[str, Any]
+    evaluation: Json
     versions: dict[str, str]
-    plans: list[dict[str, Any]] = field(default_factory=list)
+    plans: list[Json] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
-    recovery: dict[str, Any] = field(default_factory=dict)
+    recovery: Json = field(default_factory=dict)
     # Directory -> how it was verified; the last one is the result.
     verification: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     forward_seconds: float = math.nan  # F on this device
-    outcomes: list[dict[str, Any]] = field(default_factory=list)
+    outcomes: list[Json] = field(default_factory=list)
     sections: dict[str, str] = field(default_factory=dict)  # title -> Markdown, of studies
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Strict JSON data: NaN and infinities become "NaN", "Infinity" and "-Infinity".
 
         JSON has no such numbers and null would hide which it was; `float()` reads these strings.
@@ -113,7 +113,7 @@ class RunRecord:
         return json.loads(text, parse_constant=str)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RunRecord:
+    def from_dict(cls, data: Json) -> RunRecord:
         """The inverse of `to_dict`; raises ValueError for a record of another format."""
         if data.get("format") != FORMAT:
             raise ValueError(
@@ -148,60 +148,50 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     names, sections, outcomes = ["report.json"], [], iter(record.outcomes)
-    with replacing(directory / names[0]) as temporary:
-        text = json.dumps(record.to_dict(), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(record.to_dict(), indent=2, allow_nan=False)
+    write_whole(directory / names[0], text + "\n")
     for plan in record.plans:
-        told = _outcomes(plan, outcomes)
-        sections += _plan_section(plan, told)
-        if score_lists(plan) or sparsify_steps(plan) or slice_steps(plan):
+        gradual = plan["arguments"].get("schedule")  # zeros that came later have no outcome
+        kinds = ("slice_hidden",) if gradual else ("slice_hidden", "sparsify")
+        told = [next(outcomes, {}) if x["kind"] in kinds else {} for x in plan["steps"]]
+        # Of the last step of each kind; no two kinds tell the same.
+        last = {x["kind"]: outcome for x, outcome in zip(plan["steps"], told, strict=True)}
+        together = {name: value for outcome in last.values() for name, value in outcome.items()}
+        sections += _plan_section(plan, told) + _layer_table(plan, together)
+        if score_lists(plan) or {"sparsify", "slice_hidden"} & last.keys():
             names.append(f"layers-{len(names)}.png" if len(names) > 1 else "layers.png")
-            what = "widths" if slice_steps(plan) else "scores"
+            what = "widths" if "slice_hidden" in last else "scores"
             sections.append(f"![{what} of the decoder layers]({names[-1]})")
-            with replacing(directory / names[-1]) as temporary:
-                plot_layers(plan, _last_outcomes(plan, told)).savefig(temporary, format="png")
+            write_whole(directory / names[-1], plot_layers(plan, together))
         if "cka" in plan.get("found", {}):
             names.append(f"cka-{len(names)}.png")
             sections.append(f"![CKA of the hidden states, merged windows outlined]({names[-1]})")
-            with replacing(directory / names[-1]) as temporary:
-                title = f"{plan['method']}: {plan['model']['name'][-60:]}"
-                figure = plot_cka(plan["found"]["cka"], title, merged_groups(plan))
-                figure.savefig(temporary, format="png")
-    with replacing(directory / "report.md") as temporary:
-        temporary.write_text(_markdown(record, sections), encoding="utf-8")
+            title = f"{plan['method']}: {plan['model']['name'][-60:]}"
+            figure = plot_cka(plan["found"]["cka"], title, merged_groups(plan))
+            write_whole(directory / names[-1], figure)
+    write_whole(directory / "report.md", _markdown(record, sections))
     return [directory / name for name in (*names, "report.md")]
 
 
-def _outcomes(plan: dict[str, Any], remaining: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Take the outcome of each step of a plan; {} for those that have none."""
-    gradual = plan["arguments"].get("schedule")  # zeros that came later have no outcome
-    kinds = ("slice_hidden",) if gradual else ("slice_hidden", "sparsify")
-    return [next(remaining, {}) if step["kind"] in kinds else {} for step in plan["steps"]]
-
-
-def _last_outcomes(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The outcomes of the last step of each kind in one; no two kinds tell the same."""
-    last = {step["kind"]: told for step, told in zip(plan["steps"], outcomes, strict=True)}
-    return {name: value for told in last.values() for name, value in told.items()}
-
-
-def _plan_section(plan: dict[str, Any], outcomes: list[dict[str, Any]]) -> list[str]:
-    """What one plan did and why; the long table of layers is folded away."""
+def _plan_section(plan: Json, outcomes: list[Json]) -> list[str]:
+    """What one plan did and why."""
     parts = [f"## {plan['method']}: {nominal(plan)}"]
     for step, outcome in zip(plan["steps"], outcomes, strict=True):
         if step["kind"] == "sparsify":
             parts += _sparsify_section(plan, step, outcome)
         elif step["kind"] == "slice_hidden":
             parts += _slice_section(plan, step, outcome)
-        else:
-            parts.append(f"Step `{step['kind']}`:\n{_bullets(_step_facts(step))}")
+        else:  # neither empty lists nor the long ones of a width step
+            hidden = ("kind", "heads", "neurons")
+            facts = {k: v for k, v in step.items() if k not in hidden and v != []}
+            parts.append(f"Step `{step['kind']}`:\n{bullets(facts)}")
     # Settings within settings are told with their step.
     arguments = {k: v for k, v in plan["arguments"].items() if not isinstance(v, dict)}
     calibration = {f"calibration {k}": v for k, v in (plan["calibration"] or {}).items()}
-    parts.append(f"Decided with:\n{_bullets({**arguments, **calibration})}")
-    if found := {k: v for k, v in plan.get("found", {}).items() if k != "cka"}:
-        parts.append(f"Found:\n{_bullets({k: _found(k, v) for k, v in found.items()})}")
-    return parts + _layer_table(plan, _last_outcomes(plan, outcomes))
+    parts.append(f"Decided with:\n{bullets({**arguments, **calibration})}")
+    if found := {k: _found(k, v) for k, v in plan.get("found", {}).items() if k != "cka"}:
+        parts.append(f"Found:\n{bullets(found)}")
+    return parts
 
 
 def _found(name: str, value: Any) -> Any:
@@ -213,16 +203,7 @@ def _found(name: str, value: Any) -> Any:
     return _count(value) if name.startswith("parameters") else value
 
 
-def _step_facts(step: dict[str, Any]) -> dict[str, Any]:
-    """What a step says, but for empty lists and the long ones of a width step."""
-    if step["kind"] == "prune_width":
-        return {"correction": step["correction"]}
-    return {key: value for key, value in step.items() if key != "kind" and value != []}
-
-
-def _sparsify_section(
-    plan: dict[str, Any], step: dict[str, Any], outcome: dict[str, Any]
-) -> list[str]:
+def _sparsify_section(plan: Json, step: Json, outcome: Json) -> list[str]:
     """What a sparsify step did, in totals; the share of each matrix is left to report.json."""
     shares = [share for share in layer_zeros(plan, step, outcome).layers if math.isfinite(share)]
     facts = {"solver": step["solver"], "matrices": len(step["sparsity"])}
@@ -231,7 +212,7 @@ def _sparsify_section(
     notes = "".join(f"\n- {note}" for note in outcome.get("notes", ()))
     kind = f"{step['pattern']} zeros" if step["pattern"] else "Unstructured zeros"
     parts = [
-        f"Step `sparsify`:\n{_bullets({**facts, **step['options']})}{notes}",
+        f"Step `sparsify`:\n{bullets({**facts, **step['options']})}{notes}",
         f"{kind} are stored like any other weight and do not by themselves make inference faster "
         "or the files smaller: speed comes from depth, width and slicing.",
     ]
@@ -243,9 +224,7 @@ def _sparsify_section(
     return parts
 
 
-def _slice_section(
-    plan: dict[str, Any], step: dict[str, Any], outcome: dict[str, Any]
-) -> list[str]:
+def _slice_section(plan: Json, step: Json, outcome: Json) -> list[str]:
     """What a slice step did, in totals; each width is left to the table of layers."""
     sites, dims = sliced_sites(plan, step), step["residual_dims"]
     shared, hidden = step["rotation"] == "shared", plan["model"]["hidden_size"]
@@ -259,7 +238,7 @@ def _slice_section(
         measured = explained if shared else [explained[i] for i in sites]
         facts["explained variance"] = _span(measured, "{:.4g}".format)
     parts = [
-        f"Step `slice_hidden`:\n{_bullets(facts)}",
+        f"Step `slice_hidden`:\n{bullets(facts)}",
         "With one rotation for all layers this is a stock model, which loads and runs like any "
         "other; a head that was untied is counted in the parameters."
         if shared
@@ -279,7 +258,7 @@ def _span(values: Sequence[float], show: Callable[[Any], str]) -> str:
     return " to ".join(dict.fromkeys(map(show, (min(values), max(values)))))
 
 
-def _layer_table(plan: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
+def _layer_table(plan: Json, outcome: Json) -> list[str]:
     """One row a decoder layer: scores, widths, zeros of the last step, removed or kept."""
     num_layers = plan["model"]["num_hidden_layers"]
     columns = {"layer": [str(layer) for layer in range(num_layers)]}
@@ -287,11 +266,11 @@ def _layer_table(plan: dict[str, Any], outcome: dict[str, Any]) -> list[str]:
         missing = num_layers - len(scores)
         title = name.replace("_", " ") + (" from here" if missing else "")
         columns[title] = _cells(scores) + [""] * missing
-    for step in slice_steps(plan):
-        told = layer_widths(step, outcome)
-        columns |= {f"width at {name}": list(map(str, x)) for name, x in told.widths.items()}
-        columns |= {f"explained variance at {k}": _cells(x) for k, x in told.explained.items()}
-    for step in sparsify_steps(plan)[-1:]:
+    for step in steps_of(plan, "slice_hidden"):
+        widths, explained = by_sublayer(step["residual_dims"]), explained_variance(step, outcome)
+        columns |= {f"width at {name}": [*map(str, x)] for name, x in widths.items()}
+        columns |= {f"explained variance at {name}": _cells(x) for name, x in explained.items()}
+    for step in steps_of(plan, "sparsify")[-1:]:
         zeros = layer_zeros(plan, step, outcome)
         columns["sparsity"] = [percent(x) if math.isfinite(x) else "" for x in zeros.layers]
         if zeros.errors:
@@ -331,7 +310,7 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
         ("Verification", record.verification, "No model was saved."),
         ("Versions", {**where, **record.versions}, ""),
     ):
-        parts += [f"## {title}", _bullets(values) or otherwise]
+        parts += [f"## {title}", bullets(values) or otherwise]
     if record.verification:
         name = json.dumps(list(record.verification)[-1])
         ours = "import prunelight  # its class\n" if any(map(has_own_class, record.plans)) else ""
@@ -429,15 +408,11 @@ def _cost_rows(record: RunRecord) -> list[list[str]]:
 
 
 def _sparsified(record: RunRecord) -> bool:
-    return any(sparsify_steps(plan) for plan in record.plans)
+    return any(steps_of(plan, "sparsify") for plan in record.plans)
 
 
 def _methods(record: RunRecord) -> str:
     return " + ".join(plan["method"] for plan in record.plans) or "No pruning"
-
-
-def _bullets(values: dict[str, Any]) -> str:
-    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in values.items())
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

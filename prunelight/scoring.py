@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -43,15 +44,11 @@ WeightScore: TypeAlias = Literal["median", "mean", "outlier_ratio"]
 
 @dataclass(frozen=True)
 class BlockInfluence:
-    """Block Influence of every decoder layer, in [0, 2]; 0 means the layer only rescales.
+    """Block Influence of every decoder layer, in [0, 2]; 0 means the layer only rescales."""
 
-    Attributes:
-        mean: over all counted tokens, length L.
-        first_token: of the first token of each sequence alone, length L. Attention sinks live
-            there: a layer can look harmless in the mean and still create the sink.
-    """
-
-    mean: list[float]
+    mean: list[float]  # over all counted tokens, length L
+    # Of the first token of each sequence alone, length L. Attention sinks live there: a layer can
+    # look harmless in the mean and still create the sink.
     first_token: list[float]
 
 
@@ -80,36 +77,22 @@ def block_influences(
 ) -> BlockInfluence:
     """Score every decoder layer by Block Influence; the model is unchanged afterwards.
 
-    Args:
-        model: the dense model.
-        windows: calibration windows (N, T), or input_ids with an attention_mask.
-        ignore_first_tokens: tokens at the start of each sequence that do not count.
+    The first `ignore_first_tokens` tokens of each sequence do not count.
 
     Raises:
         ValueError: if a layer's output holds NaN or Inf (named), or no token counts.
     """
-    sums = _influences(model, windows, ignore_first_tokens, ("layer",), lambda x, y: [(x, y)])
-    return _told(sums["layer"])
+    found = _influences(model, windows, ignore_first_tokens, ["layer"], lambda x, y: [(x, y)])
+    return found["layer"]
 
 
 def sublayer_influences(
     model: PreTrainedModel, windows: Windows, *, ignore_first_tokens: int = 0
 ) -> dict[str, BlockInfluence]:
-    """Score every attention and MLP by 1 - cosine of the hidden states before and after it.
+    """Score every "attention" and "mlp" by 1 - cosine of the hidden states before and after it.
 
     A sublayer is f in x + f(norm(x)), the norm included (LLM-Drop, arXiv:2406.15786, Section 3.1).
-
-    Args:
-        model: of a family whose sublayers are known; unchanged.
-        windows: calibration windows (N, T), or input_ids with an attention_mask.
-        ignore_first_tokens: tokens at the start of each sequence that do not count.
-
-    Returns:
-        "attention" and "mlp", each of all layers.
-
-    Raises:
-        ValueError: if a layer's output holds NaN or Inf (named), or no token counts.
-        TypeError: if the sublayers of the family are not known.
+    As `block_influences`; a TypeError says that the sublayers of the family are not known.
     """
     name = sublayers_of(model).mlp_norm
     between: list[Tensor] = []  # what the attention of the layer at hand left
@@ -117,20 +100,13 @@ def sublayer_influences(
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         between[:] = args[:1]
 
-    norms = [layer.get_submodule(name) for layer in decoder_layers(model)]
-    handles = [norm.register_forward_pre_hook(keep) for norm in norms]
-    try:
-        sums = _influences(
-            model,
-            windows,
-            ignore_first_tokens,
-            ("attention", "mlp"),
-            lambda x, y: [(x, between[0]), (between[0], y)],
-        )
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: _told(layers) for name, layers in sums.items()}
+    def pairs(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(x, between[0]), (between[0], y)]
+
+    with ExitStack() as hooks:
+        for layer in decoder_layers(model):
+            hooks.enter_context(layer.get_submodule(name).register_forward_pre_hook(keep))
+        return _influences(model, windows, ignore_first_tokens, ["attention", "mlp"], pairs)
 
 
 def _influences(
@@ -139,46 +115,31 @@ def _influences(
     ignore_first_tokens: int,
     names: Sequence[str],
     pairs: Callable[[Tensor, Tensor], Sequence[tuple[Tensor, Tensor]]],
-) -> dict[str, list[MeanCosine]]:
+) -> dict[str, BlockInfluence]:
     """Compare pairs of hidden states of every decoder layer, one pair a name, in one forward.
 
-    Args:
-        model: unchanged.
-        windows: calibration windows.
-        ignore_first_tokens: tokens at the start of each sequence that do not count.
-        names: of the pairs.
-        pairs: called with a layer's input and output when it has run.
+    `pairs` is called with a layer's input and output when it has run.
     """
     sums = {name: [MeanCosine() for _ in decoder_layers(model)] for name in names}
-    with evaluating(model):
+
+    def visit(index: int, inputs: Tensor, outputs: Tensor) -> None:
+        for layers, (x, y) in zip(sums.values(), pairs(inputs, outputs), strict=True):
+            layers[index].update(x, y, counted, first)
+            check_finite(index, layers[index].total + layers[index].first_total, outputs)
+
+    with evaluating(model), watching_layers(model, visit):
         for batch in micro_batches(model, windows, label="block influence"):
             mask = batch.get("attention_mask")
             counted = counted_positions(mask, batch["input_ids"].shape, ignore_first_tokens)
             counted = None if counted is None else counted.to(model.device)
             first = first_positions(mask)
-
-            def visit(
-                index: int,
-                inputs: Tensor,
-                outputs: Tensor,
-                counted: Tensor | None = counted,
-                first: Tensor | None = first,
-            ) -> None:
-                for layers, (x, y) in zip(sums.values(), pairs(inputs, outputs), strict=True):
-                    layers[index].update(x, y, counted, first)
-                    check_finite(index, layers[index].total + layers[index].first_total, outputs)
-
-            with watching_layers(model, visit):
-                run_layers(model, batch)
-    ranks = ranks_of(windows)
-    return {name: [layer.pool(ranks) for layer in layers] for name, layers in sums.items()}
-
-
-def _told(layers: Sequence[MeanCosine]) -> BlockInfluence:
-    return BlockInfluence(
-        mean=[1 - layer.result() for layer in layers],
-        first_token=[1 - layer.first_result() for layer in layers],
-    )
+            run_layers(model, batch)
+    found, ranks = {}, ranks_of(windows)
+    for name, layers in sums.items():
+        pooled = [layer.pool(ranks) for layer in layers]
+        means = [1 - layer.result() for layer in pooled]
+        found[name] = BlockInfluence(means, [1 - layer.first_result() for layer in pooled])
+    return found
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -200,33 +161,22 @@ def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> li
     Raises:
         ValueError: if a layer's output holds NaN or Inf (named), or all is padding.
     """
-    count = len(decoder_layers(model))
-    totals = torch.zeros(count - size + 1, dtype=torch.float64)
+    totals = torch.zeros(len(decoder_layers(model)) - size + 1, dtype=torch.float64)
     num_samples = 0
-    with evaluating(model):
+    states: list[Tensor] = []  # the last token's, before layer 0 and after each layer, (B, D)
+
+    def visit(index: int, inputs: Tensor, outputs: Tensor) -> None:
+        states.extend(state[last] for state in (inputs, outputs)[index > 0 :])
+        check_finite(index, states[-1].float().norm().item(), outputs)
+
+    with evaluating(model), watching_layers(model, visit):
         for batch in micro_batches(model, windows, label="angular distance"):
-            rows, last = last_positions(batch)
-            num_samples += len(rows)
-            states: list[Tensor] = []  # the last token's state before layer 0 and after each layer
-
-            def visit(
-                index: int,
-                inputs: Tensor,
-                outputs: Tensor,
-                states: list[Tensor] = states,
-                rows: Tensor = rows,
-                last: Tensor = last,
-            ) -> None:
-                if index == 0:
-                    states.append(inputs[rows, last])
-                states.append(outputs[rows, last])
-                check_finite(index, states[-1].float().norm().item(), outputs)
-
-            with watching_layers(model, visit):
-                run_layers(model, batch)
-            for start in range(count - size + 1):
-                distance = angular_distance(states[start], states[start + size])
-                totals[start] += distance.sum().item()
+            last = last_positions(batch)
+            num_samples += len(last[0])
+            states.clear()
+            run_layers(model, batch)
+            starts, ends = torch.stack(states[: len(totals)]), torch.stack(states[size:])
+            totals += angular_distance(starts, ends).sum(1).cpu().double()
     ranks = ranks_of(windows)
     (samples,), totals = ranks.totals(num_samples), ranks.sum(totals)
     if samples == 0:
@@ -244,11 +194,7 @@ def last_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def check_finite(index: int, statistic: float, outputs: Tensor) -> None:
-    """Check a statistic of a layer's outputs.
-
-    Raises:
-        ValueError: if it is NaN or Inf; names the layer.
-    """
+    """Raise ValueError, naming the layer, if a statistic of its outputs is NaN or Inf."""
     if not math.isfinite(statistic):
         what = "NaN" if bool(outputs.isnan().any()) else "Inf"
         raise ValueError(
@@ -275,13 +221,13 @@ def weight_scores(
     share of A above `outlier_factor` times its mean (OWL, arXiv:2310.05175).
 
     Args:
-        model: the dense model; unchanged.
-        windows: calibration windows (N, T), or input_ids with an attention_mask.
+        model: unchanged.
+        windows: for the norms.
         score: how A is summed up.
         outlier_factor: OWL's M.
         by_matrix: one score for each matrix instead of each layer.
-        device: where the layers compute, one at a time; None takes the model's own.
-        offload: keep the states on the CPU.
+        device: of a `LayerWalk`.
+        offload: of a `LayerWalk`.
 
     Returns:
         Name of each matrix -> score; without `by_matrix` those of a layer have one score.

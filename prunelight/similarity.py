@@ -120,70 +120,53 @@ def _nll(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -
 
 
 def _kl(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -> Similarity:
-    """Compare distributions; see `_CrossEntropy` for why one head application is enough."""
-    cross_entropy, tokens = _CrossEntropy(walk, states), _total(walk, counted)
+    """Compare the model's own next-token distributions p with a variant's q by -sum_v p_v log q_v.
+
+    With logits z of the variant it is logsumexp(z) - sum_v p_v z_v. Where logits are W h + b times
+    a constant, the sum is (sum_v p_v W_v) h + ...: a vector a token, kept from the start. Elsewhere
+    (Gemma-2 caps its logits) p is computed anew, with a second application of the head.
+    """
+    head: Any = walk.model.get_output_embeddings()
+    tokens, scale = _total(walk, counted), _logit_scale(walk, states[0][:1])
+    kept: dict[tuple[int, int], tuple[Tensor, Tensor | float]] = {}
+    for batch, row, logits in _logits(walk, states) if scale is not None else ():
+        p = logits[0].float().softmax(-1)
+        # In float32 by parts of the head: sum_v p_v W_v (T, D) and sum_v p_v b_v (T,).
+        parts = zip(p.split(_HEAD_ROWS, -1), head.weight.split(_HEAD_ROWS), strict=True)
+        embedding: Any = sum(part @ rows.float() for part, rows in parts)
+        kept[batch, row] = embedding, 0.0 if head.bias is None else p @ head.bias.float()
+
+    def expected(batch: int, row: int, state: Tensor, logits: Tensor) -> Tensor:
+        """Return sum_v p_v z_v of each token of a sequence, (T,)."""
+        if scale is None:
+            ours = walk.finish(states[batch][row : row + 1], head=True)[0]
+            return (ours.float().softmax(-1) * logits).sum(-1)
+        embedding, offset = kept[batch, row]
+        return scale * ((embedding * walk.finish(state[None])[0].float()).sum(-1) + offset)
 
     def mean(others: Sequence[Tensor]) -> float:
         total = 0.0
-        for batch, row, logits in _logits(walk, others):
-            entropies = cross_entropy(batch, row, others[batch][row], logits[0])
-            total += entropies[counted[batch][row]].double().sum().item()
+        for batch, row, z in _logits(walk, others):
+            z = z[0].float()
+            entropies = z.logsumexp(-1) - expected(batch, row, others[batch][row], z)
+            total += entropies[counted[batch][row]].cpu().double().sum().item()
         return walk.ranks.totals(total)[0] / tokens
 
     own = mean(states)  # the entropy, by the same sums: the model itself is at exactly 1
     return lambda others: math.exp(own - mean(others))
 
 
-class _CrossEntropy:
-    """-sum_v p_v log q_v: the model's own next-token distributions p against a variant's q.
-
-    With logits z of the variant it is logsumexp(z) - sum_v p_v z_v. Where logits are W h + b times
-    a constant, the sum is (sum_v p_v W_v) h + ...: a vector a token, kept from the start. Elsewhere
-    (Gemma-2 caps its logits) p is computed anew, with a second application of the head.
-    """
-
-    def __init__(self, walk: LayerWalk, states: Sequence[Tensor]) -> None:
-        self.walk, self.states = walk, states
-        self.head: Any = walk.model.get_output_embeddings()
-        self.scale = self._find_scale()
-        self.embeddings: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for batch, row, logits in _logits(walk, states) if self.scale is not None else ():
-            p = logits[0].float().softmax(-1)
-            self.embeddings[batch, row] = self._mean_embedding(p)
-
-    def __call__(self, batch: int, row: int, state: Tensor, logits: Tensor) -> Tensor:
-        """Return the cross-entropy of each token of a sequence, (T,), from its logits (T, V)."""
-        if self.scale is None:
-            ours = self.walk.finish(self.states[batch][row : row + 1], head=True)[0]
-            mean = (ours.float().softmax(-1) * logits.float()).sum(-1)
-        else:
-            embedding, offset = self.embeddings[batch, row]
-            hidden = self.walk.finish(state[None])[0].float()
-            mean = self.scale * ((embedding * hidden).sum(-1) + offset)
-        return logits.float().logsumexp(-1) - mean
-
-    def _mean_embedding(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sum_v p_v W_v (T, D) and sum_v p_v b_v (T,), in float32 by parts of the head."""
-        weight, bias = self.head.weight, self.head.bias
-        parts = zip(p.split(_HEAD_ROWS, -1), weight.split(_HEAD_ROWS), strict=True)
-        embedding = sum(part @ rows.float() for part, rows in parts)
-        assert isinstance(embedding, Tensor)
-        return embedding, p.new_zeros(len(p)) if bias is None else p @ bias.float()
-
-    def _find_scale(self) -> float | None:
-        """Return c where logits = c (W h + b); None where they are something else."""
-        capped = getattr(self.walk.model.config, "final_logit_softcapping", None)
-        if capped or not isinstance(self.head, torch.nn.Linear):
-            return None
-        state = self.states[0][:1]
-        plain, logits = (
-            x[0].float()
-            for x in (self.head(self.walk.finish(state)), self.walk.finish(state, head=True))
-        )
-        scale = ((plain * logits).sum() / plain.square().sum()).item()
-        rounding = 4 * torch.finfo(self.walk.model.dtype).eps
-        near = (logits - scale * plain).abs().max() <= rounding * logits.abs().max()
-        return scale if bool(near) else None
+def _logit_scale(walk: LayerWalk, state: Tensor) -> float | None:
+    """Return c where logits = c (W h + b); None where they are something else."""
+    head: Any = walk.model.get_output_embeddings()
+    capped = getattr(walk.model.config, "final_logit_softcapping", None)
+    if capped or not isinstance(head, torch.nn.Linear):
+        return None
+    plain, logits = head(walk.finish(state)).float(), walk.finish(state, head=True).float()
+    scale = ((plain * logits).sum() / plain.square().sum()).item()
+    rounding = 4 * torch.finfo(walk.model.dtype).eps
+    near = (logits - scale * plain).abs().max() <= rounding * logits.abs().max()
+    return scale if bool(near) else None
 
 
 def _logits(walk: LayerWalk, states: Sequence[Tensor]) -> Iterator[tuple[int, int, Tensor]]:

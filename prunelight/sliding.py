@@ -44,9 +44,9 @@ class Slide:
     trace: dict[int, float] = field(default_factory=dict)
 
     @property
-    def removed(self) -> int:
-        """Return how many layers fewer the merged model has."""
-        return sum(high - low for low, high in self.groups)
+    def gone(self) -> set[int]:
+        """Return the layers that are merged into others."""
+        return {layer for low, high in self.groups for layer in range(low, high)}
 
 
 def slide(
@@ -113,17 +113,9 @@ def exchange(
 
     Each merged layer is restored once, each other one merged once. Pairs then change places, best
     first, as long as the product of what both leave promises a gain; each such model is measured.
-
-    Args:
-        score: similarity to the dense model once these windows are merged.
-        start: where to start.
-        num_layers: of the dense model.
-        protected: layers that no window may contain.
-
-    Raises:
-        SpentError: if `score` does.
+    For the arguments see `slide`; `score` may raise `SpentError`.
     """
-    gone = {layer for low, high in start.groups for layer in range(low, high)}
+    gone = start.gone
     others = [
         layer
         for layer in range(num_layers - 2, -1, -1)
@@ -171,7 +163,7 @@ def search(run: Callable[[float], Slide], target: int) -> tuple[Slide, float]:
         ValueError: if similarities cannot be measured, so that the lowest threshold falls short.
     """
     best = run(-math.inf)
-    if best.removed < target:
+    if len(best.gone) < target:
         raise ValueError(
             f"{target} layers cannot be merged: what some of them leave has NaN states; load the "
             "model in bfloat16 or float32, or take merge='top'"
@@ -185,7 +177,7 @@ def search(run: Callable[[float], Slide], target: int) -> tuple[Slide, float]:
             found = run(middle)
         except SpentError:
             break
-        if found.removed == target:
+        if len(found.gone) == target:
             low = max(middle, min(found.margins))
             best = max(best, found, key=lambda slide: slide.similarity)
         else:

@@ -1,14 +1,16 @@
 """The steps of a plan: what can be done to a model, as data.
 
-A new kind of step is one frozen dataclass with `kind` and `check`, added to `STEPS`; how it is
-carried out is in `surgery.py`.
+A new kind of step is one frozen dataclass with `kind`, the layers that are gone after it, those
+that it names and `check`, added to `Step`; how it is carried out is in `surgery.py`. Indices are
+sorted, so that equal decisions are equal plans.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any, ClassVar, TypeAlias, get_args
 
 MERGES = ("top", "difference_sum", "released", "mean")
 SLICE_OPTIONS = {
@@ -36,15 +38,10 @@ class RemoveLayers:
         return self.layers
 
     def __post_init__(self) -> None:
-        """Sort the indices, so that equal decisions are equal plans."""
         object.__setattr__(self, "layers", _sorted_indices("layers", self.layers))
 
     def check(self, num_layers: int) -> None:
-        """Check the step against a model of `num_layers` decoder layers.
-
-        Raises:
-            ValueError: if an index is repeated or out of range, or no layer would be left.
-        """
+        """Raise ValueError if an index is repeated or out of range, or no layer would be left."""
         _check_indices("layers", self.layers, num_layers)
         if len(self.layers) >= num_layers:
             raise ValueError(
@@ -72,16 +69,11 @@ class Sparsify:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the types, which a hand-written plan may have wrong."""
         if not (isinstance(self.sparsity, dict) and isinstance(self.options, dict)):
             raise ValueError("sparsity and options must be objects, {name: value}")
 
     def check(self, num_layers: int) -> None:
-        """Check the shares; what concerns the model is checked by `sparsify.check_step`.
-
-        Raises:
-            ValueError: if a share does not lie in [0, 1).
-        """
+        """Raise ValueError if a share is not in [0, 1); see `sparsify.check_step` for the rest."""
         for name, share in self.sparsity.items():
             if not isinstance(share, (int, float)) or not 0 <= share < 1:
                 raise ValueError(f"sparsity={share} of {name} must lie in [0, 1)")
@@ -112,14 +104,7 @@ class MergeLayers:
         """Return the layers that the step names."""
         return tuple(i for group in self.groups for i in group)
 
-    @property
-    def rewritten(self) -> tuple[int, ...]:
-        """Return the layers that are left with new weights."""
-        kept = ("top", "released")  # whose projections are those of the highest layer
-        return () if self.merge in kept else tuple(group[-1] for group in self.groups)
-
     def __post_init__(self) -> None:
-        """Sort windows and indices, so that equal decisions are equal plans."""
         lists = (list, tuple)
         if not isinstance(self.groups, lists) or not all(isinstance(g, lists) for g in self.groups):
             raise ValueError(f"groups={self.groups} must be a list of lists of layers")
@@ -127,12 +112,7 @@ class MergeLayers:
         object.__setattr__(self, "groups", tuple(groups))
 
     def check(self, num_layers: int) -> None:
-        """Check the step against a model of `num_layers` decoder layers.
-
-        Raises:
-            ValueError: if the rule is unknown, an index is repeated or out of range, or a window is
-                no run of two neighbours or more.
-        """
+        """Raise ValueError if the rule is unknown, or a window is no run of two layers or more."""
         if self.merge not in MERGES:
             raise ValueError(f"merge={self.merge!r} must be one of {', '.join(MERGES)}")
         _check_indices("groups", self.named, num_layers)
@@ -143,12 +123,7 @@ class MergeLayers:
 
 @dataclass(frozen=True)
 class DropSublayers:
-    """Drop the attention or the MLP of decoder layers, with the norm before it.
-
-    Attributes:
-        attention: layers without attention.
-        mlp: layers without MLP.
-    """
+    """Drop the attention or the MLP of these decoder layers, with the norm before it."""
 
     kind: ClassVar[str] = "drop_sublayers"
     removed: ClassVar[tuple[int, ...]] = ()
@@ -161,16 +136,11 @@ class DropSublayers:
         return tuple(sorted({*self.attention, *self.mlp}))
 
     def __post_init__(self) -> None:
-        """Sort the indices, so that equal decisions are equal plans."""
         for name in ("attention", "mlp"):
             object.__setattr__(self, name, _sorted_indices(name, getattr(self, name)))
 
     def check(self, num_layers: int) -> None:
-        """Check the step against a model of `num_layers` decoder layers.
-
-        Raises:
-            ValueError: if an index is repeated or out of range.
-        """
+        """Raise ValueError if an index is repeated or out of range."""
         _check_indices("attention", self.attention, num_layers)
         _check_indices("mlp", self.mlp, num_layers)
 
@@ -198,7 +168,6 @@ class PruneWidth:
         return tuple(sorted({int(layer) for layer in (*self.heads, *self.neurons)}))
 
     def __post_init__(self) -> None:
-        """Sort the indices, so that equal decisions are equal plans."""
         for name in ("heads", "neurons"):
             kept = getattr(self, name)
             if not isinstance(kept, dict) or not all(str(key).isdigit() for key in kept):
@@ -207,12 +176,7 @@ class PruneWidth:
             object.__setattr__(self, name, dict(sorted(found.items(), key=lambda x: int(x[0]))))
 
     def check(self, num_layers: int) -> None:
-        """Check what does not concern the model's widths; for those see `width.check_width`.
-
-        Raises:
-            ValueError: if a layer does not exist, layers keep different numbers, or nothing is
-                pruned.
-        """
+        """Raise ValueError if layers keep different numbers, or none; see `width.check_width`."""
         if not self.named:
             raise ValueError("heads and neurons are both empty; name what is kept of one of them")
         for name, kept in (("heads", self.heads), ("neurons", self.neurons)):
@@ -251,11 +215,7 @@ class SliceHidden:
     seed: int = 0
 
     def check(self, num_layers: int) -> None:
-        """Check what does not concern the model's width; for that see `slicing.check_slice`.
-
-        Raises:
-            ValueError: if there are not 2 L + 1 widths, or an option is unknown.
-        """
+        """Raise ValueError for other than 2 L + 1 widths, or options; see `slicing.check_slice`."""
         for name, known in SLICE_OPTIONS.items():
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -273,10 +233,7 @@ class SliceHidden:
 
 
 Step: TypeAlias = RemoveLayers | MergeLayers | DropSublayers | PruneWidth | SliceHidden | Sparsify
-STEPS: dict[str, type[Step]] = {
-    step.kind: step
-    for step in (RemoveLayers, MergeLayers, DropSublayers, PruneWidth, SliceHidden, Sparsify)
-}
+STEPS: dict[str, type[Step]] = {step.kind: step for step in get_args(Step)}
 
 
 def _sorted_indices(name: str, indices: Iterable[Any]) -> tuple[int, ...]:
@@ -303,15 +260,11 @@ def step_from_dict(value: Mapping[str, Any]) -> Step:
     kind = keys.pop("kind", None)
     if kind not in STEPS:
         raise ValueError(f"kind={kind!r} is not a known kind of step: {', '.join(sorted(STEPS))}")
-    expected = {f.name for f in fields(STEPS[kind])}
-    optional = {
-        f.name
-        for f in fields(STEPS[kind])
-        if f.default is not MISSING or f.default_factory is not MISSING
-    }
-    if not expected - optional <= set(keys) <= expected:
-        raise ValueError(f"step {kind!r} has keys {sorted(keys)}, it must have {sorted(expected)}")
     make: Any = STEPS[kind]
+    expected = signature(make).parameters
+    needed = {name for name, p in expected.items() if p.default is p.empty}
+    if not needed <= set(keys) <= set(expected):
+        raise ValueError(f"step {kind!r} has keys {sorted(keys)}, it must have {sorted(expected)}")
     step: Step = make(**{k: tuple(v) if isinstance(v, list) else v for k, v in keys.items()})
     return step
 
@@ -321,15 +274,17 @@ def layer_of(name: str, layers_path: str) -> int:
     return int(name.removeprefix(f"{layers_path}.").partition(".")[0])
 
 
-def renumbered(names: Iterable[str], layers_path: str, removed: Collection[int]) -> dict[str, str]:
-    """Map names of matrices to those after some layers are removed; theirs are left out."""
-    mapping = {}
-    for name in names:
+def renumbered(
+    shares: Mapping[str, float], layers_path: str, removed: Collection[int]
+) -> dict[str, float]:
+    """Name the shares of matrices as after some layers are removed; theirs are left out."""
+    found = {}
+    for name, share in shares.items():
         index = layer_of(name, layers_path)
         if index not in removed:
             rest = name.removeprefix(f"{layers_path}.{index}.")
-            mapping[name] = f"{layers_path}.{renumber(index, removed)}.{rest}"
-    return mapping
+            found[f"{layers_path}.{renumber(index, removed)}.{rest}"] = share
+    return found
 
 
 def renumber(index: int, removed: Collection[int]) -> int:

@@ -49,12 +49,9 @@ class DroppedSublayer(nn.Module):
 class _WithDropped:
     """What the registered classes add to the class of their family."""
 
-    config: Any
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # that of the family
-        model: Any = self
-        _take_out(model)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # that of the family
+        _take_out(self)
 
 
 def dropped(model: PreTrainedModel, name: str) -> set[int]:
@@ -82,12 +79,12 @@ def _register() -> dict[str, type[PreTrainedModel]]:
         stock_config = CONFIG_MAPPING[family]
         stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
         name = stock.__name__.removesuffix("ForCausalLM")
-        fields: dict[str, Any] = {"model_type": REGISTERED_PREFIX + family, "__module__": __name__}
-        fields |= {"drop_attention": None, "drop_mlp": None}
-        annotations = dict.fromkeys(("drop_attention", "drop_mlp"), "list[bool] | None")
-        fields["__annotations__"] = annotations
+        here, flags = {"__module__": __name__}, ("drop_attention", "drop_mlp")
+        fields: dict[str, Any] = {**here, "model_type": REGISTERED_PREFIX + family}
+        fields |= {"__annotations__": dict.fromkeys(flags, "list[bool] | None")}
+        fields |= dict.fromkeys(flags)
         config = type(f"Prunelight{name}Config", (stock_config,), fields)
-        body = {"config_class": config, "__module__": __name__}
+        body = {**here, "config_class": config}
         model = type(f"Prunelight{name}ForCausalLM", (_WithDropped, stock), body)
         globals()[config.__name__], globals()[model.__name__] = config, model
         AutoConfig.register(REGISTERED_PREFIX + family, config)
@@ -100,11 +97,7 @@ CLASSES = _register()
 
 
 def check_droppable(model: PreTrainedModel) -> None:
-    """Check that sublayers of the model can be dropped.
-
-    Raises:
-        TypeError: if the family has no registered class, or weights are quantized.
-    """
+    """Raise TypeError if the family has no registered class, or weights are quantized or sliced."""
     if is_sliced(model):
         raise TypeError("this model is sliced: its sublayers cannot be dropped; drop, or slice")
     if not sublayers_of(model).droppable:
@@ -118,15 +111,12 @@ def check_droppable(model: PreTrainedModel) -> None:
 def check_leading(
     model: PreTrainedModel, removed: Collection[int] = (), attention: Collection[int] = ()
 ) -> None:
-    """Check that the first attention of each kind of layer is left: it leads the cache.
+    """Raise ValueError unless the first attention of each kind of layer stays: it leads the cache.
 
     Args:
         model: as it is now.
         removed: layers that are removed.
         attention: layers that lose their attention, beside those that have none.
-
-    Raises:
-        ValueError: if it is not; names the layers.
     """
     gone = dropped(model, "attention") | set(attention)
     if leading := sorted(leading_attentions(model, removed) & gone):
@@ -155,14 +145,7 @@ def drop_sublayers(
 ) -> PreTrainedModel:
     """Drop sublayers in place; the model and its config become those of the registered class.
 
-    Args:
-        model: of a family that supports it.
-        attention: layers that lose their attention.
-        mlp: layers that lose their MLP; with neither, the model stays what it is.
-
-    Raises:
-        TypeError: see `check_droppable`.
-        ValueError: see `check_leading`.
+    Without layers the model stays what it is. Raises what `check_droppable` and `check_leading` do.
     """
     check_droppable(model)
     check_leading(model, attention=attention)

@@ -8,7 +8,7 @@ of it follows here, so that the result is a stock model that its own config desc
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -48,8 +48,6 @@ log = logging.getLogger(__name__)
 
 # Config fields that say from which layer on something starts, or how many layers it covers.
 COUNTING_FIELDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
-# Config fields that list layer indices.
-LISTING_FIELDS = ("mlp_only_layers",)
 # Config fields that make layers depend on each other or on their index: removal is refused.
 REFUSED_FIELDS = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
 
@@ -83,42 +81,36 @@ def apply(
     """
     plan.check(model, strict=strict)
     _check_steps(model, plan.steps, windows)
-    before = parameter_count(model)
+    before = parameter_count(model) / 1e6
     removed: set[int] = set()  # the plan counts the layers of the dense model
+
+    def left(layers: Iterable[int]) -> list[int]:
+        return [renumber(layer, removed) for layer in layers]
+
+    outcomes = [] if outcomes is None else outcomes
+    places: dict[str, Any] = {"device": device, "offload": offload}
     for step in plan.steps:
         if isinstance(step, RemoveLayers):
-            remove_layers(model, [renumber(i, removed) for i in step.layers])
+            remove_layers(model, left(step.layers))
         elif isinstance(step, MergeLayers):
-            groups = [[renumber(i, removed) for i in group] for group in step.groups]
-            merge_layers(model, groups, step.merge)
+            merge_layers(model, [*map(left, step.groups)], step.merge)
         elif isinstance(step, DropSublayers):
-            attention, mlp = ([renumber(i, removed) for i in x] for x in (step.attention, step.mlp))
-            drop_sublayers(model, attention, mlp)
+            drop_sublayers(model, left(step.attention), left(step.mlp))
         elif isinstance(step, PruneWidth):
-            prune_width(model, step, windows, removed=removed, device=device, offload=offload)
+            prune_width(model, step, windows, removed=removed, **places)
         elif isinstance(step, SliceHidden):
             assert windows is not None  # check_slice
             carry_out = share_rotation if step.rotation == "shared" else slice_hidden
-            sliced = carry_out(model, step, windows, device=device, offload=offload)
-            if outcomes is not None:
-                outcomes.append(asdict(sliced))
+            outcomes.append(asdict(carry_out(model, step, windows, **places)))
         elif isinstance(step, Sparsify):
-            names = renumbered(step.sparsity, layers_path(model), removed)
-            left = {new: step.sparsity[old] for old, new in names.items()}
-            step = replace(step, sparsity=left)
-            outcome = sparsify(model, step, windows, device=device, offload=offload)
-            if outcomes is not None:
-                outcomes.append(asdict(outcome))
+            step = replace(step, sparsity=renumbered(step.sparsity, layers_path(model), removed))
+            outcomes.append(asdict(sparsify(model, step, windows, **places)))
         else:
             raise TypeError(f"no surgery is known for the step {step!r}")
         removed |= set(step.removed)
-    after = parameter_count(model)
-    log.info(
-        "parameters %.1fM -> %.1fM (%+.1f %%)",
-        before / 1e6,
-        after / 1e6,
-        100 * (after / before - 1),
-    )
+    after = parameter_count(model) / 1e6
+    change = 100 * (after / before - 1)
+    log.info("parameters %.1fM -> %.1fM (%+.1f %%)", before, after, change)
     return model
 
 
@@ -165,10 +157,6 @@ def _check_steps(model: PreTrainedModel, steps: Sequence[Step], windows: Windows
 def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Remove decoder layers in place, renumber the others and cut the config accordingly.
 
-    Args:
-        model: any causal language model whose decoder layers can be found.
-        layers: indices to remove; none is allowed and changes nothing.
-
     Raises:
         ValueError: if an index does not exist or is repeated, no layer would be left, the model's
             config ties layers to their index or to each other, or the attention that would lead
@@ -183,11 +171,17 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     check_leading(model, layers)
     restore_rwkv_scale(model)
     kept = [i for i in range(len(old)) if i not in set(layers)]
-    _move_first_norm(old[0], old[kept[0]])
+    first: Any = old[kept[0]]
+    if hasattr(old[0], "pre_ln") and not hasattr(first, "pre_ln"):  # only of an RWKV's first block
+        first.pre_ln = old[0].pre_ln
     parent, _, name = layers_path(model).rpartition(".")
     left = nn.ModuleList(old[i] for i in kept)
     setattr(model.get_submodule(parent), name, left)
-    _renumber(left)
+    for index, layer in enumerate(left):
+        for module in layer.modules():
+            for attribute in INDEX_ATTRIBUTES:
+                if isinstance(getattr(module, attribute, None), int):
+                    setattr(module, attribute, index)
     cut_config(model.config, kept, len(old))
 
 
@@ -197,9 +191,7 @@ def merge_layers(
 ) -> None:
     """Merge windows of decoder layers in place, each into its highest layer; see `merging.py`.
 
-    Raises:
-        ValueError: as `remove_layers`.
-        TypeError: if the layers of a window cannot be mixed, or weights are quantized.
+    Raises what `check_mergeable` and `remove_layers` do.
     """
     check_mergeable(model, merge, groups)
     check_removable(model)
@@ -210,11 +202,7 @@ def merge_layers(
 
 
 def check_removable(model: PreTrainedModel) -> None:
-    """Check that decoder layers can be removed without changing what the others compute.
-
-    Raises:
-        ValueError: if the model's config ties layers to their index or to each other.
-    """
+    """Raise ValueError if the model ties decoder layers to their index or to each other."""
     if is_sliced(model):
         raise ValueError(
             "this model is sliced: each decoder layer hands on a width and a basis of its own; "
@@ -228,20 +216,6 @@ def check_removable(model: PreTrainedModel) -> None:
             )
 
 
-def _move_first_norm(first: nn.Module, new_first: nn.Module) -> None:
-    """Give the norm that only an RWKV's first block has to the block that is first from now on."""
-    if first is not new_first and hasattr(first, "pre_ln") and not hasattr(new_first, "pre_ln"):
-        new_first.pre_ln = first.pre_ln
-
-
-def _renumber(layers: nn.ModuleList) -> None:
-    for index, layer in enumerate(layers):
-        for module in layer.modules():
-            for attribute in INDEX_ATTRIBUTES:
-                if isinstance(getattr(module, attribute, None), int):
-                    setattr(module, attribute, index)
-
-
 def cut_config(config: PretrainedConfig, kept: Sequence[int], total: int) -> None:
     """Cut every per-layer field of a config in place to the kept layers.
 
@@ -250,34 +224,26 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int], total: int) -> Non
     removal breaks, is written out as a list.
     """
     values = config.to_dict()
-    settable = {
-        name for name in values if not isinstance(getattr(type(config), name, None), property)
-    }
     lists = {
         name: [value[i] for i in kept]
         for name, value in values.items()
-        if name in settable and isinstance(value, (list, tuple)) and len(value) == total
-        if name not in (*LISTING_FIELDS, *OTHER_LISTS)
+        if isinstance(value, (list, tuple)) and len(value) == total
+        if name not in (*OTHER_LISTS, "mlp_only_layers")  # indices
+        if not isinstance(getattr(type(config), name, None), property)
     }
     counts = {
         name: sum(i < values[name] for i in kept)
         for name in COUNTING_FIELDS
         if isinstance(values.get(name), int)
     }
-    dense = _dense_layers(values, total)
     config.num_hidden_layers = len(kept)
     for name, value in {**lists, **counts}.items():
         setattr(config, name, value)
     if "attention_types" in values:  # GPT-Neo derives attention_layers, cut above, from this
         config.attention_types = [[[kind], 1] for kind in config.attention_layers]
-    if dense is not None:
+    step, dense = values.get("decoder_sparse_step"), values.get("mlp_only_layers")
+    if isinstance(step, int) and isinstance(dense, list):  # some layers have no experts
         config.decoder_sparse_step = 1
-        config.mlp_only_layers = [new for new, i in enumerate(kept) if i in dense]
-
-
-def _dense_layers(values: dict[str, object], total: int) -> set[int] | None:
-    """Return which layers of a mixture-of-experts model are dense; None for other models."""
-    step, listed = values.get("decoder_sparse_step"), values.get("mlp_only_layers")
-    if not isinstance(step, int) or not isinstance(listed, list):
-        return None
-    return {i for i in range(total) if i in listed or (i + 1) % step != 0}
+        config.mlp_only_layers = [
+            new for new, i in enumerate(kept) if i in dense or (i + 1) % step != 0
+        ]

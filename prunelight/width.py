@@ -11,7 +11,7 @@ what is gone by a bias, which no stock model has; here the output projection is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,10 +53,9 @@ class Widths:
     @property
     def fields(self) -> dict[str, int]:
         """Return the config fields that say so; modules may keep copies of them."""
-        query_heads = self.groups * self.heads
         return {
             "num_key_value_heads": self.groups,
-            "num_attention_heads": query_heads,
+            "num_attention_heads": self.groups * self.heads,
             "head_dim": self.head_dim,
             "intermediate_size": self.neurons,
         }
@@ -64,26 +63,16 @@ class Widths:
 
 @dataclass(frozen=True)
 class Member:
-    """The part of groups or neurons that one projection holds.
-
-    Attributes:
-        matrix: the projection.
-        dim: 0 if they are rows of its weight (O, I), 1 if columns.
-        places: rows or columns of each group or neuron, (G or F, ...).
-    """
+    """The part of groups or neurons that one projection holds."""
 
     matrix: Matrix
-    dim: int
-    places: Tensor
+    dim: int  # 0 if they are rows of its weight (O, I), 1 if columns
+    places: Tensor  # rows or columns of each group or neuron, (G or F, ...)
 
     def sums(self, weights: Tensor) -> Tensor:
         """Sum numbers like the weight (O, I), or like its rows or columns, (G,) or (F,)."""
         line = weights if weights.ndim == 1 else weights.sum(1 - self.dim)
         return line.cpu()[self.places].sum(1)
-
-    def kept(self, units: Tensor) -> Tensor:
-        """Return the rows or columns of some groups or neurons, in order."""
-        return self.places[units].flatten().sort().values
 
 
 def widths_of(model: PreTrainedModel) -> Widths:
@@ -106,20 +95,13 @@ def allowed_groups(model: PreTrainedModel) -> list[int]:
 
     Llama wants `hidden_size` to be a multiple of the number of query heads.
     """
-    widths, accepted = widths_of(model), []
-    for groups in range(1, widths.groups + 1):
-        fewer = Widths(groups, widths.heads, widths.head_dim, widths.neurons)
-        if accepts(model.config, **fewer.fields):
-            accepted.append(groups)
-    return accepted
+    widths = widths_of(model)
+    fewer = [replace(widths, groups=groups) for groups in range(1, widths.groups + 1)]
+    return [w.groups for w in fewer if accepts(model.config, **w.fields)]
 
 
 def members_of(model: PreTrainedModel, index: int, widths: Widths) -> dict[str, list[Member]]:
-    """Return what a decoder layer's groups and neurons consist of; no neurons for experts.
-
-    Raises:
-        TypeError: if weights are quantized.
-    """
+    """Return what a decoder layer's groups and neurons consist of; no neurons for experts."""
     names = sublayers_of(model)
     found = {tuple(m.name.rsplit(".", 2)[1:]): m for m in layer_matrices(model, index)}
     query = torch.arange(widths.groups * widths.heads * widths.head_dim).view(widths.groups, -1)
@@ -134,31 +116,19 @@ def members_of(model: PreTrainedModel, index: int, widths: Widths) -> dict[str, 
     ]
     heads.append(Member(found[names.attention, names.head_output], 1, query))
     neurons = []
-    for name in names.neurons:
-        matrix = found[names.mlp, name]
-        neurons.append(Member(matrix, 0, _spaced(len(matrix.parameter), widths.neurons)))
-    if names.neurons:
-        output = found[names.mlp, names.neuron_output]
-        neurons.append(Member(output, 1, _spaced(output.in_features, widths.neurons)))
+    for name in (*names.neurons, names.neuron_output) if names.neurons else ():
+        matrix, dim = found[names.mlp, name], int(name == names.neuron_output)
+        # In runs where one projection holds gate and up, say.
+        places = torch.arange(matrix.parameter.shape[dim]).view(-1, widths.neurons).T
+        neurons.append(Member(matrix, dim, places))
     return {"heads": heads, "neurons": neurons}
-
-
-def _spaced(total: int, units: int) -> Tensor:
-    """Return the places of units that come in runs: of gate and up in one projection, say."""
-    return torch.arange(total).view(-1, units).T
 
 
 @torch.no_grad()
 def width_scores(
     model: PreTrainedModel, windows: Windows, score: str, kinds: Collection[str] = KINDS
 ) -> dict[str, list[Tensor]]:
-    """Score the key-value groups and the neurons of every decoder layer of the dense model.
-
-    Args:
-        model: unchanged.
-        windows: calibration windows, token ids (N, T), or with an attention_mask.
-        score: "taylor", "wanda" or "fluctuation".
-        kinds: what is scored.
+    """Score the key-value groups and the neurons of every decoder layer; the model is unchanged.
 
     Returns:
         "heads", one (G,) a layer, and "neurons", one (F,); float32 on the CPU; none for experts.
@@ -176,16 +146,12 @@ def width_scores(
     else:
         outputs = [member.matrix for member in members if member.dim == 1]
         found = dict(_column_scores(model, windows, outputs, score))
-    return {
-        kind: [
-            torch.stack(
-                [m.sums(found[m.matrix.name]) for m in layer[kind] if m.matrix.name in found]
-            ).sum(0)
-            for layer in layers
-            if layer[kind]
-        ]
-        for kind in kinds
-    }
+
+    def told(members: list[Member]) -> Tensor:
+        parts = [m.sums(found[m.matrix.name]) for m in members if m.matrix.name in found]
+        return torch.stack(parts).sum(0)
+
+    return {kind: [told(layer[kind]) for layer in layers if layer[kind]] for kind in kinds}
 
 
 def _column_scores(
@@ -201,11 +167,10 @@ def _column_scores(
     seen.pool(ranks_of(windows))
     for matrix in outputs:
         (statistic,), weight = seen.of(matrix), matrix.parameter
-        norms = statistic.norms()  # checks
-        if score == "wanda":
-            yield matrix.name, wanda_scores(weight, norms).sum(0)
-        else:
-            yield matrix.name, weight.float().square().sum(0) * statistic.variance()
+        scores = wanda_scores(weight, statistic.norms()).sum(0)  # the norms are checked
+        if score == "fluctuation":
+            scores = weight.float().square().sum(0) * statistic.variance()
+        yield matrix.name, scores
 
 
 def check_width(
@@ -214,13 +179,7 @@ def check_width(
     windows: Windows | None = None,
     removed: Collection[int] = (),
 ) -> None:
-    """Check a width step against a model.
-
-    Args:
-        model: as the plan found it.
-        step: in that model's numbering.
-        windows: calibration windows, which a correction needs.
-        removed: layers that earlier steps of the plan remove.
+    """Check a width step against a model, in its numbering; `removed` layers go before the step.
 
     Raises:
         ValueError: if an index does not exist, a layer that is left is not named, the config class
@@ -270,42 +229,36 @@ def prune_width(
 ) -> None:
     """Carry out a width step that `check_width` passed, in place.
 
-    Args:
-        model: as earlier steps left it.
-        step: in the numbering of the dense model.
-        windows: calibration windows, for the correction.
-        removed: layers that earlier steps removed.
-        device: where the layers compute during the correction.
-        offload: keep the calibration states on the CPU.
+    The step counts the layers of the dense model, of which `removed` are gone. For the correction
+    the layers compute on `device`; `offload` keeps the calibration states on the CPU.
 
     Raises:
         ValueError: if activations are NaN or Inf during a correction; some layers are cut by then.
     """
-    old = widths_of(model)
-    kept: dict[str, dict[int, Tensor]] = {
-        kind: {renumber(int(i), removed): torch.tensor(x) for i, x in getattr(step, kind).items()}
-        for kind in KINDS
+    old, total = widths_of(model), len(decoder_layers(model))
+    kept = {
+        kind: {renumber(int(i), removed): torch.tensor(x) for i, x in layers.items()}
+        for kind, layers in (("heads", step.heads), ("neurons", step.neurons))
+        if layers
     }
-    counts = {kind: len(next(iter(layers.values()))) for kind, layers in kept.items() if layers}
+    counts = {kind: len(layers[0]) for kind, layers in kept.items()}
     groups, neurons = counts.get("heads", old.groups), counts.get("neurons", old.neurons)
-    new, total = replace(old, groups=groups, neurons=neurons), len(decoder_layers(model))
+    new = replace(old, groups=groups, neurons=neurons)
     if not step.correction:
         for index in range(total):
-            _narrow(model, index, old, new, {kind: kept[kind][index] for kind in counts})
+            _narrow(model, index, old, new, kept)
         _describe(model.config, new)
         return
     assert windows is not None  # check_width
     with LayerWalk(model, windows, device=device, offload=offload, label="width") as walk:
         for index, _ in walk.layers():
-            chosen = {kind: kept[kind][index] for kind in counts}
             members = members_of(model, index, old)
-            outputs = [members[kind][-1].matrix for kind in counts]
-            seen = InputStatistics(outputs, Hessian)
+            seen = InputStatistics([members[kind][-1].matrix for kind in kept], Hessian)
             for batch, mask in enumerate(walk.masks):
                 with seen.watching(mask):
                     walk.forward(batch)
             seen.pool(walk.ranks)
-            _narrow(model, index, old, new, chosen, seen)
+            _narrow(model, index, old, new, kept, seen)
             _describe(model.config, new)  # some layers ask the config when they run
             if index + 1 < total:
                 walk.advance()
@@ -322,14 +275,16 @@ def _narrow(
     index: int,
     old: Widths,
     new: Widths,
-    kept: dict[str, Tensor],
+    kept: Mapping[str, Mapping[int, Tensor]],
     seen: InputStatistics[Hessian] | None = None,
 ) -> None:
     """Cut one layer to the groups and neurons that are kept; fit where inputs were seen."""
-    for kind, members in members_of(model, index, old).items():
-        for member in members if kind in kept else ():
-            places, linear = member.kept(kept[kind]), member.matrix.owner
-            assert isinstance(linear, nn.Linear)
+    members = members_of(model, index, old)
+    for kind, layers in kept.items():
+        for member in members[kind]:
+            # The rows or columns of the groups or neurons, in order.
+            places = member.places[layers[index]].flatten().sort().values
+            linear: Any = member.matrix.owner
             if seen is not None and member.dim == 1:
                 _fit(linear.weight.data, places, seen.of(member.matrix)[0].result())
             _cut(linear, places, member.dim)

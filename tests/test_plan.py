@@ -423,9 +423,7 @@ def test_a_removed_layer_takes_its_shares_along():
 
 def test_names_are_renumbered_by_the_layer_and_nothing_else():
     path = "transformer.h"
-    names = [f"{path}.{i}.mlp.experts.3.w2" for i in (0, 2, 11)]
-    assert renumbered(names, path, {1, 2}) == {
-        names[0]: names[0],
-        names[2]: f"{path}.9.mlp.experts.3.w2",
-    }
-    assert renumbered(names, path, ()) == {name: name for name in names}
+    shares = {f"{path}.{i}.mlp.experts.3.w2": i / 100 for i in (0, 2, 11)}
+    left = {f"{path}.0.mlp.experts.3.w2": 0.0, f"{path}.9.mlp.experts.3.w2": 0.11}
+    assert renumbered(shares, path, {1, 2}) == left
+    assert renumbered(shares, path, ()) == shares

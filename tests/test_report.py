@@ -381,7 +381,7 @@ def test_projections_of_one_name_are_told_apart_and_experts_are_averaged() -> No
     }
     plan, _ = make_sparse([0.0, 0.0])
     plan["scores"], plan["steps"][0]["sparsity"] = {}, shares
-    zeros = layer_zeros(plan, plan["steps"][0])
+    zeros = layer_zeros(plan, plan["steps"][0], {})
     assert list(zeros.projections) == ["attn.c_proj", "mlp.c_proj", "mlp.experts.w1"]
     assert zeros.projections["mlp.c_proj"] == pytest.approx([0.6, math.nan], nan_ok=True)
     assert zeros.projections["mlp.experts.w1"] == pytest.approx([math.nan, 0.75], nan_ok=True)
@@ -594,6 +594,12 @@ def test_a_width_step_tells_how_many_of_how_many(tmp_path: Path) -> None:
     assert "3 of 8 neurons kept in every layer" in text
     assert "[1, 2, 3]" not in text
     assert "import prunelight" not in text
+
+
+def test_a_model_that_already_had_a_class_of_ours_is_loaded_with_it(tmp_path: Path) -> None:
+    model = {**make_plan()["model"], "model_type": "prunelight_llama"}
+    text = markdown(tmp_path, make_record(plans=[make_plan(model=model)]))
+    assert "import prunelight  # its class" in text
 
 
 def test_every_score_of_layers_has_a_panel_and_dropped_sublayers_are_shaded_in_theirs() -> None:

@@ -37,7 +37,7 @@ def random_score(seed):
 def test_the_lowest_threshold_merges_all_that_may_be_merged():
     found = slide(random_score(0), L, -math.inf)
     assert found.groups == ((0, L - 1),)
-    assert found.removed == L - 1 == most_removable(L, ())
+    assert len(found.gone) == L - 1 == most_removable(L, ())
 
 
 def test_a_threshold_that_nothing_meets_merges_nothing():
@@ -60,8 +60,8 @@ def test_windows_end_where_the_next_layer_costs_too_much():
 
 def test_a_threshold_is_met_by_what_equals_it():
     costs = [0.25] * L
-    assert slide(additive(costs), L, 0.5).removed == 2
-    assert slide(additive(costs), L, 0.75, by_merge=True).removed == 1  # 0.5 / 0.75 is less
+    assert len(slide(additive(costs), L, 0.5).gone) == 2
+    assert len(slide(additive(costs), L, 0.75, by_merge=True).gone) == 1  # 0.5 / 0.75 is less
 
 
 def test_no_set_of_windows_is_measured_twice_in_a_pass():
@@ -80,7 +80,7 @@ def test_protected_layers_are_in_no_window(protected):
     found = slide(additive([0.0] * L), L, 0.5, protected=protected)
     touched = {i for low, high in found.groups for i in range(low, high + 1)}
     assert not touched & set(protected)
-    assert found.removed == most_removable(L, protected)
+    assert len(found.gone) == most_removable(L, protected)
     assert not set(found.trace) & set(protected)
 
 
@@ -104,7 +104,7 @@ def test_windows_are_disjoint_and_the_similarity_is_that_of_all_of_them(seed, by
     found = slide(score, L, random.Random(seed).random(), by_merge=by_merge)
     assert all(a[0] > b[1] for a, b in zip(found.groups[:-1], found.groups[1:], strict=True))
     assert found.similarity == (score(found.groups) if found.groups else 1.0)
-    assert len(found.margins) == found.removed
+    assert len(found.margins) == len(found.gone)
 
 
 def passes(score, target, by_merge, allowed=None):
@@ -126,8 +126,8 @@ def passes(score, target, by_merge, allowed=None):
 def test_a_search_always_lands_on_the_target(seed, target, by_merge):
     run, made = passes(random_score(seed), target, by_merge)  # as far from monotone as it can be
     found, threshold = search(run, target)
-    assert found.removed == target
-    reached = [one for one in made if one.removed == target]
+    assert len(found.gone) == target
+    reached = [one for one in made if len(one.gone) == target]
     assert found.similarity == max(one.similarity for one in reached)
     # The threshold that is told leads to the same windows again.
     assert slide(random_score(seed), L, threshold, by_merge=by_merge, target=target) == found
@@ -138,7 +138,7 @@ def test_where_removal_is_monotone_the_search_finds_the_highest_threshold():
     score, target = additive(costs), 4
     found, threshold = search(passes(score, target, False)[0], target)
     best = max(
-        (t / 1000 for t in range(1001) if slide(score, L, t / 1000).removed >= target), default=0
+        (t / 1000 for t in range(1001) if len(slide(score, L, t / 1000).gone) >= target), default=0
     )
     assert threshold == pytest.approx(best, abs=2e-3)
     assert found.groups == slide(score, L, threshold, target=target).groups
@@ -149,7 +149,7 @@ def test_a_search_that_may_measure_no_more_keeps_what_it_has(allowed):
     run, made = passes(random_score(3), 4, True, allowed)
     found, _ = search(run, 4)
     assert len(made) == allowed
-    assert found.removed == 4
+    assert len(found.gone) == 4
 
 
 def test_limit_by_merge_prefers_cheap_layers_that_come_late():
@@ -177,7 +177,7 @@ def test_a_pass_that_can_no_longer_reach_its_target_stops():
         seen.append(groups)
         return 0.0
 
-    assert slide(score, L, 0.5, target=4).removed == 0
+    assert not slide(score, L, 0.5, target=4).gone
     assert len(seen) == L - 1 - 3  # with 3 layers left, 4 cannot go
 
 
@@ -187,7 +187,7 @@ def test_an_exchange_keeps_the_number_of_layers_and_never_makes_it_worse(seed, t
     score = random_score(seed)
     start = slide(score, L, -math.inf, protected=[3], target=target)
     better = exchange(score, start, L, protected=[3])
-    assert better.removed == target
+    assert len(better.gone) == target
     assert not {i for low, high in better.groups for i in range(low, high + 1)} & {3}
     assert better.similarity == score(better.groups)
     assert better is start or better.similarity > start.similarity
