@@ -31,6 +31,7 @@ from prunelight.allocation import (
 from prunelight.architecture import decoder_layers, layers_path, matrices
 from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
+from prunelight.distributed import ranks_of_run
 from prunelight.gradual import Gradual, Schedule, weights_with_adapters
 from prunelight.module import RecoveryModule
 from prunelight.plan import Plan, sparsified
@@ -316,6 +317,7 @@ class DLP(PruningCallback):
             {name: (matrix, amount_of(step, name)) for name, matrix in found.items()},
             self.schedule,
             self.solver,
+            ranks_of_run(trainer),
         )
         self._training.load_state_dict(self._norms)
         self._done = trainer.global_step
@@ -346,14 +348,8 @@ class DLP(PruningCallback):
         assert isinstance(pl_module, RecoveryModule)
         masks = pl_module.masks
         assert masks is not None
-
-        def reduce(sums: torch.Tensor) -> torch.Tensor:
-            on_device = sums.to(trainer.strategy.root_device)
-            return trainer.strategy.reduce(on_device, reduce_op="mean")
-
         weight = weights_with_adapters(pl_module)
-        kept = training.masks(step, lambda name: ~masks.pruned(name), weight, reduce)
-        for name, mask in kept.items():
+        for name, mask in training.masks(step, lambda name: ~masks.pruned(name), weight):
             masks.update(name, mask)
         for optimizer in trainer.optimizers:
             masks.apply(optimizer)

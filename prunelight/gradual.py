@@ -8,7 +8,7 @@ that the choice follows what training does. A weight once pruned stays pruned.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prunelight.architecture import Matrix
 from prunelight.sharded import whole
+from prunelight.shares import Ranks
 from prunelight.sparsity import Amount, Pattern, lowest_mask, row_mask, wanda_scores
 from prunelight.statistics import InputNorm
 from prunelight.walk import InputStatistics
@@ -88,12 +89,18 @@ class Gradual:
         found: the matrices, each with its planned amount of zeros.
         schedule: when.
         solver: "wanda" or "magnitude".
+        ranks: that train together; all must make the same calls.
     """
 
     def __init__(
-        self, found: Mapping[str, tuple[Matrix, Amount]], schedule: Schedule, solver: str
+        self,
+        found: Mapping[str, tuple[Matrix, Amount]],
+        schedule: Schedule,
+        solver: str,
+        ranks: Ranks,
     ) -> None:
         self.found, self.schedule, self.solver = dict(found), schedule, solver
+        self.ranks = ranks
         self._seen = InputStatistics([matrix for matrix, _ in found.values()], RunningNorm)
 
     def watching(self, mask: Tensor | None) -> AbstractContextManager[None]:
@@ -106,19 +113,16 @@ class Gradual:
         step: int,
         kept: Callable[[str], Tensor],
         weight: Callable[[Matrix], Tensor],
-        reduce: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
-        """Return which weights are kept after an optimizer step, by name of their matrix.
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield each matrix' name and which of its weights are kept after an optimizer step.
 
         Args:
             step: optimizer steps done.
             kept: gives the mask of a matrix so far, shaped as its parameter.
             weight: gives the weight of the moment, adapters included, shaped as the parameter.
-            reduce: averages a tensor over processes.
         """
         progress = self.schedule.progress(step)
-        self._seen.reduce(reduce)
-        masks = {}
+        self._average()
         for name, (matrix, amount) in self.found.items():
             old, now = kept(name), weight(matrix)
             new = torch.empty_like(old)
@@ -129,8 +133,7 @@ class Gradual:
                     scores = wanda_scores(view, norm.norms().to(view.device))
                 scores = scores.masked_fill(~before, -1)  # once pruned, always pruned
                 target.copy_(~self._choose(scores, amount, progress))
-            masks[name] = new
-        return masks
+            yield name, new
 
     def _choose(self, scores: Tensor, amount: Amount, progress: float) -> Tensor:
         if isinstance(amount, Pattern):
@@ -141,8 +144,12 @@ class Gradual:
             return row_mask(scores, share)
         return lowest_mask(scores.flatten(), int(scores.numel() * share + 1e-6)).view(scores.shape)
 
+    def _average(self) -> None:
+        self._seen.reduce(lambda squares: self.ranks.sum(squares) / self.ranks.size)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the running norms."""
+        """Return the running norms, averaged: all ranks go on from those that rank 0 writes."""
+        self._average()
         return self._seen.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

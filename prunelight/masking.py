@@ -113,8 +113,8 @@ class WeightMasks:
 
     def share(self) -> float:
         """Return the share of pruned weights, in [0, 1]."""
-        masks = [self.pruned(name) for name in self.matrices]
-        return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        zeros = sum(int(self.pruned(name).sum()) for name in self.matrices)  # one mask at a time
+        return zeros / sum(matrix.parameter.numel() for matrix in self.matrices.values())
 
     def update(self, name: str, kept: Tensor) -> None:
         """Prune more of a matrix, in place: what is not in `kept` becomes zero, for good.

@@ -18,6 +18,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from prunelight.statistics import ties_in_any_order
+
 _LAZY = 32  # columns that are corrected one by one; those beyond in one product
 _DAMPINGS = (1.0, 10.0, 100.0, 1000.0)  # factors tried in turn until the Hessian is definite
 
@@ -132,7 +134,8 @@ def lowest_mask(scores: Tensor, count: int) -> Tensor:
     """Return True at the `count` lowest scores along the last dimension; ties by lower index."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count, dim=-1, keepdim=True).values
+    with ties_in_any_order():
+        threshold = scores.kthvalue(count, dim=-1, keepdim=True).values
     below = scores < threshold
     ties = scores == threshold
     missing = count - below.sum(-1, keepdim=True)
@@ -191,7 +194,9 @@ def wanda_variant_mask(weight: Tensor, norms: Tensor, sparsity: float) -> Tensor
     scores = wanda_scores(weight, norms)
     values, order = scores.sort(dim=-1, stable=True)
     # Shares of the row's sum rise along the sorted row: the lowest of all rows are alpha's.
-    share = values.cumsum(-1) / values.sum(-1, keepdim=True).clamp(min=1e-30)
+    with ties_in_any_order():
+        sums = values.cumsum(-1)
+    share = sums / values.sum(-1, keepdim=True).clamp(min=1e-30)
     pruned = lowest_mask(share.flatten(), count_zeros(scores.numel(), sparsity)).view(scores.shape)
     return torch.zeros_like(pruned).scatter_(-1, order, pruned)
 
@@ -346,8 +351,8 @@ def _saliency(columns: Tensor, diagonal: Tensor, dead: Tensor) -> Tensor:
 def inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
     """Return the upper U with U^T U = (H + dampening * mean(diag H) * I)^-1, (I, I).
 
-    A dead input (zero diagonal) gets a unit diagonal. Where rounding leaves the matrix indefinite,
-    the damping is raised tenfold, up to 1000 times.
+    A dead input (zero diagonal) gets the mean of the others. Where rounding leaves the matrix
+    indefinite, the damping is raised tenfold, up to 1000 times.
 
     Raises:
         ValueError: if that does not help either.

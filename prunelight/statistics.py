@@ -9,13 +9,28 @@ windows; it comes once, after the last update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from prunelight.shares import Ranks
+
+
+@contextmanager
+def ties_in_any_order() -> Iterator[None]:
+    """Allow kthvalue, median and cumsum, which torch's deterministic mode refuses on CUDA.
+
+    What may differ there is which one of equal elements an index names, and no index is used.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 class MeanCosine:
@@ -245,7 +260,9 @@ class CKA:
             kernels = x @ x.transpose(1, 2)
         else:
             squares = torch.cdist(x, x).square()
-            scale = squares.flatten(1).median(1).values[:, None, None] * self.bandwidth**2
+            with ties_in_any_order():
+                medians = squares.flatten(1).median(1).values
+            scale = medians[:, None, None] * self.bandwidth**2
             kernels = (-squares / (2 * scale)).exp()
         kernels.diagonal(dim1=1, dim2=2).zero_()
         return kernels

@@ -10,6 +10,7 @@ from prunelight.architecture import matrices
 from prunelight.gradual import Gradual, RunningNorm, Schedule, weights_with_adapters
 from prunelight.masking import mask_adapters
 from prunelight.recovery import LoRA, attach_lora, merge_lora
+from prunelight.shares import Ranks
 from prunelight.sparsity import Pattern, magnitude_mask, wanda_mask
 
 # --- the schedule
@@ -57,17 +58,13 @@ def test_zeros_are_due_every_few_steps_and_at_the_end():
 HALFWAY = Schedule(0, 2, every=1, curve="linear")  # half of the zeros after step 1
 
 
-def same(tensor):
-    return tensor
-
-
 class Masks:
     """The masks so far of a model's matrices, as a run keeps them."""
 
     def __init__(self, model, amount, solver="wanda"):
         self.found = matrices(model)
         pairs = {name: (matrix, amount) for name, matrix in self.found.items()}
-        self.gradual = Gradual(pairs, HALFWAY, solver)
+        self.gradual = Gradual(pairs, HALFWAY, solver, Ranks())
         self.kept = {n: torch.ones_like(m.parameter).bool() for n, m in self.found.items()}
 
     def see(self, model, ids, mask=None):
@@ -75,7 +72,7 @@ class Masks:
             model(ids, use_cache=False)
 
     def after(self, step, weight=lambda matrix: matrix.parameter):
-        self.kept = self.gradual.masks(step, self.kept.__getitem__, weight, same)
+        self.kept = dict(self.gradual.masks(step, self.kept.__getitem__, weight))
         return self.kept
 
 
@@ -148,6 +145,28 @@ def test_running_norms_go_on_from_a_checkpoint(tmp_path):
     second.see(model, batches[1])
     kept, resumed = whole.after(1), second.after(1)
     assert all(torch.equal(kept[name], resumed[name]) for name in kept)
+
+
+class TwoRanks(Ranks):
+    """This rank and one that has seen three times as much."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 2
+
+    def sum(self, values):
+        return 4 * values
+
+
+def test_a_checkpoint_holds_the_running_norms_of_all_processes_not_those_of_the_first():
+    model, ids = tiny_model(), token_windows(2, 8)
+    alone, two = Masks(model, 0.5), Masks(model, 0.5)
+    two.gradual.ranks = TwoRanks()
+    for masks in (alone, two):
+        masks.see(model, ids)
+    mine, mean = (masks.gradual.state_dict()["sums"] for masks in (alone, two))
+    for name, found in mine.items():
+        assert torch.equal(mean[name][0][1], 2 * found[0][1])
 
 
 def test_experts_seen_by_one_process_only_are_pruned_alike_on_both():

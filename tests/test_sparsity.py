@@ -5,6 +5,7 @@ import pytest
 import reference_sparsity as reference
 import torch
 from reference_sparsity import objective
+from torch.overrides import TorchFunctionMode
 
 from prunelight.sparsity import (
     Pattern,
@@ -15,6 +16,7 @@ from prunelight.sparsity import (
     wanda_mask,
     wanda_variant_mask,
 )
+from prunelight.statistics import CKA
 
 ROWS, COLUMNS = 24, 160  # one whole block of SparseGPT and a narrow one
 SHARES = [0.0, 0.05, 1 / 3, 0.5, 0.7, 0.99, 1.0]
@@ -447,3 +449,24 @@ def test_nan_and_inf_are_refused(bad):
     for call in calls:
         with pytest.raises(ValueError, match="(?i)nan|inf"):
             call()
+
+
+class OnlyWhatCUDAAllows(TorchFunctionMode):
+    """Refuses what torch refuses on CUDA in its deterministic mode."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("kthvalue", "median", "cumsum"):
+            assert args[0].dtype == torch.long or not torch.are_deterministic_algorithms_enabled()
+        return function(*args, **(kwargs or {}))
+
+
+def test_masks_and_cka_work_on_cuda_in_torchs_deterministic_mode():
+    plain = wanda_variant_mask(matrix(), norms(), 0.5)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with OnlyWhatCUDAAllows():
+            assert torch.equal(wanda_variant_mask(matrix(), norms(), 0.5), plain)
+            CKA(2, "rbf").update([matrix(), matrix(seed=1)])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
