@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,10 @@ class Orthogonality(Callback):
         record = pl_module.record
         full: dict[str, Any] = {"quantization": "none", "bitsandbytes": BitsAndBytes()}
         dense, _ = self._recover(trainer, pl_module, "dense", **full)
-        pruned, _ = self._recover(trainer, pl_module, "pruned", name=str(pl_module.base), **full)
+        objective, full["name"] = pl_module.objective, str(pl_module.base)
+        if objective.kind != "lm" and objective.settings.name is None:  # else it teaches itself
+            full["distillation"] = replace(objective.settings, name=pl_module.name)
+        pruned, _ = self._recover(trainer, pl_module, "pruned", **full)
         quantized, adapted = self._recover(trainer, pl_module, "quantized")
         own, both = _cells(record), self._adapted.cell
         before = (own["dense"], own["pruned"], quantized["quantized"], own["quantized"])
@@ -105,9 +109,11 @@ class Orthogonality(Callback):
         log.info("orthogonality: recovering the %s model", what)
         adapted, root = _AdaptedCell(), Path(trainer.default_root_dir) / "orthogonality" / what
         settings = {name: getattr(trainer, name) for name in _TRAINER_SETTINGS}
+        device = trainer.strategy.root_device
         other = type(trainer)(
             **settings,
-            devices=1,
+            # The run's own card, not the first one.
+            devices=[device.index] if device.type == "cuda" else 1,
             callbacks=[adapted],
             limit_val_batches=0,  # the report evaluates
             num_sanity_val_steps=0,

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 
 from prunelight.architecture import is_sliced, vocabulary_size
 from prunelight.calibration import watching_layers
-from prunelight.head import Head, plain, whole_loss
+from prunelight.head import Head, plain
 from prunelight.losses import (
     TokenLoss,
     distillation_loss,
     language_loss,
+    logits_loss,
     mixed_loss,
     top_k_loss,
 )
@@ -166,7 +167,7 @@ class Objective:
             if self._apart and self._head is not None:
                 total = self._head.loss(inputs, loss, tokens)
             else:
-                total = whole_loss(model, inputs, loss, tokens)
+                total = logits_loss(model(**inputs).logits.flatten(0, 1), loss, tokens)
         if not self.kept:
             return total
         mask = batch.get("attention_mask")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from prunelight.architecture import logits_finish
 from prunelight.calibration import evaluating, replaced_forward
-from prunelight.losses import TokenLoss, linear_loss, logits_loss, module_loss
+from prunelight.losses import TokenLoss, linear_loss, module_loss
 
 # Of the largest logit: the same products in the same dtype, up to their order.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -118,13 +118,6 @@ class Head:
             forward = type(self.module).forward.__get__(self.module)
             self._found = module_loss(flat, forward, loss, tokens, self.finish)
         return (0.0 * self._found).to(states.dtype).expand(*states.shape[:-1], 1)
-
-
-def whole_loss(
-    model: nn.Module, inputs: Mapping[str, Any], loss: TokenLoss, tokens: Tensor
-) -> Tensor:
-    """Return the mean loss over the tokens that count, from the model's whole logits."""
-    return logits_loss(model(**inputs).logits.flatten(0, 1), loss, tokens)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -74,54 +74,51 @@ def _targets(labels: Tensor) -> Tensor:
     return pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
 
 
-class TokenPerplexity(Metric):
+class _OverTokens(Metric):
+    """A sum over tokens, and how many they are.
+
+    In whole numbers: a Trainer with precision bf16-true casts every floating-point state, in which
+    a sum of thousands of batches no longer grows.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:  # torchmetrics' own keyword arguments
+        super().__init__(**kwargs)
+        for name in ("total", "tokens"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, tokens: Tensor) -> None:
+        """Add a sum and its number of tokens."""
+        self.total += total.to(self.total.device)
+        self.tokens += tokens.to(self.tokens.device)
+
+
+class TokenPerplexity(_OverTokens):
     """Token-weighted perplexity: exp of the mean negative log-likelihood over all tokens."""
 
     higher_is_better = False
-    is_differentiable = False
-    full_state_update = False
-    micronats: Tensor
-    tokens: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:  # torchmetrics' own keyword arguments
-        super().__init__(**kwargs)
-        # Whole numbers: a Trainer with precision bf16-true casts every floating-point state, in
-        # which a sum of thousands of batches no longer grows.
-        self.add_state("micronats", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, tokens: Tensor) -> None:
         """Add a summed negative log-likelihood in nats and its number of tokens."""
-        self.micronats += (nll.cpu().double() * 1e6).round().long().to(self.micronats.device)
-        self.tokens += tokens.to(self.tokens.device)
+        super().update((nll.cpu().double() * 1e6).round().long(), tokens)
 
     def compute(self) -> Tensor:
         """Return the perplexity, float64 scalar in [1, inf)."""
-        return torch.exp(self.micronats.cpu().double() / 1e6 / self.tokens.cpu())
+        return torch.exp(self.total.cpu().double() / 1e6 / self.tokens.cpu())
 
 
-class TokenAccuracy(Metric):
-    """Share of tokens that greedy decoding would predict, in [0, 1]."""
+class TokenAccuracy(_OverTokens):
+    """Share of tokens that greedy decoding would predict, in [0, 1]; the sum is of hits."""
 
     higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
-    correct: Tensor
-    tokens: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:  # torchmetrics' own keyword arguments
-        super().__init__(**kwargs)
-        self.add_state("correct", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, correct: Tensor, tokens: Tensor) -> None:
-        """Add correct predictions and their number of tokens."""
-        self.correct += correct.to(self.correct.device)
-        self.tokens += tokens.to(self.tokens.device)
 
     def compute(self) -> Tensor:
         """Return the accuracy, scalar in [0, 1]."""
-        return self.correct / self.tokens
+        return self.total / self.tokens
 
 
 def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:

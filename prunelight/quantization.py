@@ -155,27 +155,31 @@ def quantized_matrices(model: PreTrainedModel) -> list[Matrix]:
 
 
 @torch.no_grad()
-def quantize(model: PreTrainedModel, kind: str, options: BitsAndBytes) -> None:
-    """Quantize the projections of a model in full precision, in place, where it is.
+def quantize(
+    model: PreTrainedModel, kind: str, options: BitsAndBytes, device: torch.device | None = None
+) -> None:
+    """Quantize the projections of a model in full precision, in place.
 
     Args:
         model: as loaded or pruned, without adapters.
         kind: "nf4", "fp4" or "int8".
         options: of 4-bit weights.
+        device: where to, one matrix after the other; None: where they are.
 
     Raises:
         TypeError, ValueError: see `check_quantizable`.
     """
     check_quantizable(model, kind)
     for matrix in quantized_matrices(model):
-        model.set_submodule(matrix.name, _quantized(matrix, kind, options))
+        made = _quantized(matrix, kind, options, device or matrix.parameter.device)
+        model.set_submodule(matrix.name, made)
     flags: Any = model  # by which peft chooses its layers, as transformers sets them
     flags.is_loaded_in_4bit, flags.is_loaded_in_8bit = kind in FOUR_BIT, kind == "int8"
     if kind == "int8":  # one line a product: activations are cast to float16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def _quantized(matrix: Matrix, kind: str, options: BitsAndBytes) -> nn.Module:
+def _quantized(matrix: Matrix, kind: str, options: BitsAndBytes, device: torch.device) -> nn.Module:
     """Return the layer of bitsandbytes with a weight in 4 or 8 bits, which is (out, in) there."""
     from bitsandbytes import nn as layers  # optional
 
@@ -195,7 +199,9 @@ def _quantized(matrix: Matrix, kind: str, options: BitsAndBytes) -> nn.Module:
                 quant_type=kind,
             )
     if kind == "int8":
-        made.weight = layers.Int8Params(W, requires_grad=False, has_fp16_weights=False)
+        # On its way from the CPU only: a weight on CUDA it would take as it is.
+        made.weight = layers.Int8Params(W.cpu(), requires_grad=False, has_fp16_weights=False)
+        made.register_forward_pre_hook(_bring_scales)
     else:
         made.weight = layers.Params4bit(
             W,
@@ -207,9 +213,17 @@ def _quantized(matrix: Matrix, kind: str, options: BitsAndBytes) -> nn.Module:
         # Evaluation on CPUs with AVX512-BF16 would repack the weight for a kernel that computes in
         # bfloat16 and has no backward: the training after it would lose gradients.
         made.support_avx512bf16_for_cpu = False
-    made.weight = made.weight.to(W.device)  # quantizes
+    made.weight = made.weight.to(device)  # quantizes
     made.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return made.train(matrix.owner.training)
+
+
+def _bring_scales(layer: Any, _: Any) -> None:
+    """Take 8-bit weights and scales to where a parent module moved the parameter without them."""
+    weight = layer.weight
+    for holder in (weight, layer.state):
+        if holder.CB is not None and holder.CB.device != weight.device:
+            holder.CB, holder.SCB = weight.data, holder.SCB.to(weight.device)
 
 
 def add_quantized(

@@ -148,8 +148,8 @@ def verify(model: PreTrainedModel, directory: Path, trust_remote_code: bool = Fa
     try:
         # Loading happens on the CPU and may hold the weights twice while it converts them.
         size = parameter_bytes(model)
-        if free_memory(torch.device("cpu")) < 2 * size or free_memory(model.device) < size:
-            _compare_files(model, directory)
+        if free_memory(torch.device("cpu")) < 2 * size or free_memory(model.device) < 1.2 * size:
+            _compare_files(model, directory, trust_remote_code)
             return "config, shapes and all weights on disk compared (no memory for a second copy)"
         with quiet_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -225,11 +225,11 @@ def _is_tie(model: PreTrainedModel, expected: Tensor, found: Tensor, allowed: fl
     return True
 
 
-def _compare_files(model: PreTrainedModel, directory: Path) -> None:
+def _compare_files(model: PreTrainedModel, directory: Path, trust_remote_code: bool) -> None:
     """Compare config, names, shapes and values with the files, one tensor in memory at a time."""
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     memory = dict(model.state_dict())
     shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in memory.items()}:
@@ -251,7 +251,7 @@ def _compare_files(model: PreTrainedModel, directory: Path) -> None:
 
 def _replace(temporary: Path, directory: Path) -> None:
     """Rename, keeping the old directory until the new one stands."""
-    for file in temporary.rglob("*"):
+    for file in (*temporary.rglob("*"), temporary):
         flush(file)
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -169,11 +169,12 @@ class TeacherCache:
             tokens = self._end(block) - self._start(block)
             with _opened(file) as tensors:
                 shape = tensors.get_slice("ids").get_shape()
-                if shape != [tokens, self.k]:
-                    raise ValueError(
-                        f"{file} holds ids of shape {shape}, not {[tokens, self.k]}; delete it, "
-                        "and the next run makes it again"
-                    )
+                made_for = (tensors.metadata() or {}).get("fingerprint")
+            if shape != [tokens, self.k] or made_for != self.fingerprint:
+                raise ValueError(
+                    f"{file} holds ids of shape {shape} for {made_for}, not {[tokens, self.k]} for "
+                    f"{self.fingerprint}; delete it, and the next run makes it again"
+                )
         return missing
 
     @torch.no_grad()

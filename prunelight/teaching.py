@@ -43,7 +43,7 @@ class TeacherSource:
         log.info("teacher %s: %d layers, %s", self.name, model.config.num_hidden_layers, self.held)
         model.requires_grad_(False)
         if self.held != "memory":
-            quantize(model, self.held, BitsAndBytes())
+            quantize(model, self.held, BitsAndBytes(), device)
         return to_device(model, device).eval()
 
 
@@ -56,13 +56,22 @@ def check_teacher(module: Any, model: PreTrainedModel, *, sliced: bool = False) 
         sliced: it will be sliced.
 
     Raises:
-        ValueError: if the settings do not fit the model, or the teacher has another vocabulary.
+        ValueError: if the settings do not fit the model, the teacher has another vocabulary, or it
+            exists only in memory.
         ImportError: if the teacher is to be quantized and bitsandbytes is missing.
     """
     objective: Objective = module.objective
     objective.check(model, sliced=sliced)
     name = objective.settings.name
-    if objective.kind == "lm" or name is None:
+    if objective.kind == "lm":
+        return
+    if name is None:
+        if not module._source:
+            raise ValueError(
+                f"loss={objective.kind} reads the dense model again as the teacher, and this one "
+                "exists only in memory; save it (prunelight.save) and give its directory as name, "
+                "or as distillation.name"
+            )
         return
     config: Any = load_config(reach(find_source(name)), trust_remote_code=module.trust_remote_code)
     rows, ours = config.get_text_config().vocab_size, vocabulary_size(model)
@@ -133,7 +142,8 @@ def _whole_cache(module: Any, source: TeacherSource) -> TeacherCache:
     if facts is None:
         _release(module)
         teacher = source.load(trainer.strategy.root_device)
-        facts = {"fingerprint": model_fingerprint(teacher), "dtype": str(teacher.dtype)}
+        dtype = str(teacher.dtype).removeprefix("torch.")  # as a RunRecord has it
+        facts = {"fingerprint": model_fingerprint(teacher), "dtype": dtype}
     cache = TeacherCache(
         settings.cache,
         Path(trainer.default_root_dir),
@@ -156,8 +166,8 @@ def _whole_cache(module: Any, source: TeacherSource) -> TeacherCache:
                 told = phase.seconds, phase.seconds / record.forward_seconds, phase.peak_bytes
                 record.costs.append(Cost("ask the teacher", *told))
     del teacher
-    if module.model is None and module.base is not None:
-        module.use_base(module.base, module.record)
+    if module.model is None:
+        module.read_base()
     return cache
 
 
@@ -170,7 +180,6 @@ def _dense_facts(module: Any) -> dict[str, str] | None:
 
 
 def _release(module: Any) -> None:
-    """Drop the student, if it can be loaded again."""
-    model = module.model
-    if module.base is not None or (model and model.config._name_or_path == module.name):
+    """Drop the student, if it is what can be read again: not one in memory, nor a trained one."""
+    if module._source and module._adapted is None:
         module.forget_model()

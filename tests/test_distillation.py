@@ -27,7 +27,7 @@ from prunelight.metrics import counted_targets
 from prunelight.plan import Plan
 from prunelight.steps import MergeLayers, RemoveLayers
 from prunelight.teacher_cache import BLOCK, TeacherCache
-from prunelight.teaching import TeacherSource
+from prunelight.teaching import TeacherSource, _release
 
 CPU = torch.device("cpu")
 
@@ -208,6 +208,13 @@ def test_a_damaged_file_is_named(copied):
         copied.open()
 
 
+def test_files_of_another_cache_are_not_taken_for_ours(copied):
+    (copied.directory / "teacher.json").unlink()
+    copied.fingerprint = "another"
+    with pytest.raises(ValueError, match="block-000000.safetensors holds .* for another; delete"):
+        copied.open()
+
+
 def test_a_disk_that_is_too_small_is_told_before_the_teacher_is_asked(data, tmp_path, monkeypatch):
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
@@ -354,7 +361,11 @@ def test_without_pruning_a_run_learns_from_a_teacher_that_is_named(name, tmp_pat
     # Rows are found by their tokens: who loads them does not matter.
     make_trainer(tmp_path, max_steps=1).fit(module, make_data(name, tmp_path, num_workers=1))
     assert module.model.config.num_hidden_layers == 5
-    assert len(list(tmp_path.glob("teacher-*/block-*"))) == 1
+    (file,) = tmp_path.glob("teacher-*/block-*")
+    told = json.loads((file.parent / "teacher.json").read_text())["teacher"]
+    assert told["dtype"] == module.record.dtype, "a run that prunes would make the same cache"
+    _release(module)
+    assert module.model is not None, "what was trained cannot be read again"
 
 
 @pytest.mark.parametrize("held", ["nf4", "fp4", "int8"])
@@ -424,6 +435,14 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_pruned(
     module = make_module(name, loss=loss, distillation=Distillation(**settings))
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, callback).fit(module, make_data(name, tmp_path))
+    assert not list(tmp_path.glob("pruned-*"))
+
+
+def test_a_teacher_that_exists_only_in_memory_is_refused_before_it_is_pruned(name, tmp_path):
+    module = make_module("in memory", loss="kd")
+    module.model, module.tokenizer = prunelight.load(name)
+    with pytest.raises(ValueError, match="this one exists only in memory; save it .* as name, or"):
+        make_trainer(tmp_path, ShortGPT(num_layers=1)).fit(module, make_data(name, tmp_path))
     assert not list(tmp_path.glob("pruned-*"))
 
 

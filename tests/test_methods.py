@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from math import floor
 from pathlib import Path
 
@@ -215,6 +216,8 @@ def ranks(name, tmp_path_factory):
     gradual = list(METHODS).index("DLP, gradual")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     runs = ["ddp:lora:", "fsdp2:full:", f"fsdp2:lora:{gradual}", f"fsdp2:full:{gradual}r"]
+    if find_spec("bitsandbytes"):
+        runs.append("ddp:int8:0")
     done = subprocess.run(
         [*launch, Path(__file__).with_name("train_ranks.py"), name, directory, *runs],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -256,6 +259,17 @@ def test_sharded_lora_grows_the_same_zeros_and_a_sharded_run_resumes(ranks):
     whole = load_file(run / "final-first" / "model.safetensors")
     parts = load_file(run / "final" / "model.safetensors")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_adapters_over_8_bits_from_one_teacher_cache(ranks):
+    pytest.importorskip("bitsandbytes", reason="pip install 'prunelight[quantization]'")
+    run = ranks / "ddp-int8-0"
+    told, report = (json.loads((run / f"{n}.json").read_text()) for n in ("digests", "report"))
+    quantized, recovered = report["stages"][-2:]
+    assert quantized["name"] == "quantized"
+    assert told["validated"] == pytest.approx(recovered["perplexity"], rel=1e-5)
+    assert len(list(run.glob("teacher-*/block-*"))) == 2, "each rank asked its own teacher"
 
 
 COMBINATIONS = {

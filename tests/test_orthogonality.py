@@ -53,7 +53,7 @@ def name(tmp_path_factory):
 
 def test_a_fit_recovers_the_other_models_too_and_tells_in_its_report(name, tmp_path):
     pytest.importorskip("bitsandbytes", reason="pip install 'prunelight[quantization]'")
-    module = make_module(name, quantization="nf4")
+    module = make_module(name, quantization="nf4", loss="kd")
     trainer = make_trainer(tmp_path, Orthogonality(), ShortGPT(num_layers=1), max_epochs=1)
     trainer.fit(module, make_data(name, tmp_path))
     reports = {
@@ -67,6 +67,7 @@ def test_a_fit_recovers_the_other_models_too_and_tells_in_its_report(name, tmp_p
     steps = {told["recovery"]["optimizer_steps"] for told in (own, *reports.values())}
     assert steps == {3}
     assert reports["pruned"]["stages"][0]["perplexity"] == own["stages"][1]["perplexity"]
+    assert reports["pruned"]["recovery"]["distillation.name"] == name, "it has the same teacher"
     text = (tmp_path / "report.md").read_text()
     assert "## Are pruning and quantization orthogonal?" in text
     for value in (own["stages"][1], own["stages"][2], reports["dense"]["stages"][1]):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import token_windows
+from tiny import tiny_model, token_windows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import prunelight
@@ -100,3 +100,19 @@ def test_a_model_in_4_bit_is_refused_with_the_remedy(sparse):
         with pytest.raises(TypeError, match="quantized Linear4bit .*prune first, save"):
             method.check(quantized)
     assert len(decoder_layers(quantized)) == 6
+
+
+def test_8_bit_weights_follow_a_model_that_is_moved():
+    """A parent module moves a parameter's data, and neither its scales nor what is beside it."""
+    model = tiny_model(num_hidden_layers=1)
+    names = list(matrices(model))
+    quantize(model, "int8", BitsAndBytes())
+    expected = model(WINDOWS).logits
+    again = tiny_model(num_hidden_layers=1)
+    quantize(again, "int8", BitsAndBytes())
+    for name in names:
+        again.get_submodule(name).weight.CB = torch.empty(1, device="meta")  # left elsewhere
+    torch.testing.assert_close(again(WINDOWS).logits, expected)
+    for name in names:
+        layer = again.get_submodule(name)
+        assert layer.state.CB.data_ptr() == layer.weight.data_ptr(), "once in memory"

@@ -35,7 +35,10 @@ class Digest(pl.Callback):
 def fit(name, root, strategy, recovery, method, *, resume):
     root.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(0, verbose=False)
-    module, data = make_module(name, recovery=recovery), make_data(name, root, batch_size=1)
+    settings, data = {"recovery": recovery}, {"batch_size": 1}
+    if recovery == "int8":  # LoRA over 8 bits, from a teacher's cache of two files
+        settings, data = {"quantization": "int8", "loss": "kd_topk"}, {"seq_len": 8}
+    module, data = make_module(name, **settings), make_data(name, root, **data)
     look = Digest()
     trainer = make_trainer(root, method.make(), look, devices=2, strategy=strategy)
     checkpoint = root / "checkpoints" / "epoch=0.ckpt" if resume else None
