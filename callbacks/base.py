@@ -167,7 +167,13 @@ def prune_base(
     ranks = ranks_of_run(trainer)
     with ranks.together():
         directory = _find_or_make(trainer, module, callbacks, ranks)
-    module.use_base(directory, _read_measured(directory))
+        record = _read_measured(directory)
+        if record is None:
+            raise FileNotFoundError(
+                f"this process does not see {directory}, which rank 0 wrote; trainer."
+                "default_root_dir must be on a disk that all nodes share"
+            )
+        module.use_base(directory, record)
 
 
 def _find_or_make(
@@ -220,11 +226,11 @@ def _reuse_base(
     record.costs = [replace(cost, reused=True) for cost in record.costs]
     described, ranks = describe_evaluation(module), ranks_of(held_out)
     same = all(record.evaluation.get(k) == described.get(k) for k in ("fingerprint", "latency"))
-    device = ranks.on_zero(lambda: device_name(trainer.strategy.root_device))
+    dense = where_it_fits(module.load_model(), trainer.strategy.root_device)
+    device = ranks.on_zero(lambda: device_name(dense.device))
     if not same or record.device != device:
-        dense = where_it_fits(module.load_model(), trainer.strategy.root_device)
         stages = [stage_of_run(module, "dense", dense, held_out)]
-        record.device = device_name(dense.device)
+        record.device = device
         if len(record.stages) > 1:
             module.use_base(directory, None)
             pruned = where_it_fits(module.load_model(), trainer.strategy.root_device)

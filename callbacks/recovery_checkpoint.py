@@ -83,7 +83,11 @@ class RecoveryCheckpoint(ModelCheckpoint):
             or getattr(trainer, "fast_dev_run", False)
         ):
             return False
-        return step % self._every_n_train_steps == 0 or trainer.received_sigterm
+        # All ranks must save at the same step, and the signal reaches each at another moment.
+        if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
+            trainer._signal_connector.received_sigterm = True
+            return True
+        return step % self._every_n_train_steps == 0
 
     def _save(self, trainer: Trainer) -> None:
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

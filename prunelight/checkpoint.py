@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import pickle
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 FORMAT = 1  # of what a RecoveryModule keeps in a checkpoint
 KEY = "prunelight"  # of a checkpoint, under which a RecoveryModule keeps what it says of itself
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Say what can be done where a checkpoint cannot be read.
+
+    Raises:
+        ValueError: if the file is damaged or holds other objects.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(
+            f"checkpoint {path} is damaged, or holds other objects than tensors and plain data "
+            f"({reason}); delete it to start the recovery anew from the pruned base, or give "
+            "another one as ckpt_path"
+        ) from error
 
 
 def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ data and weights, and whole checkpoints in one file, as any other strategy write
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -21,8 +21,12 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
+from prunelight.checkpoint import reading
+from prunelight.sharded import gather_trained
 from prunelight.shares import Ranks
 from prunelight.windows import IGNORED_LABEL
+
+Result = TypeVar("Result")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -42,9 +46,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Load weights and optimizer into their shards, after the module has checked the file."""
         module: Any = self.lightning_module
         if not self._save_distributed_checkpoint:
-            file = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
+            with reading(checkpoint_path):
+                file = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
             module.check_checkpoint(file)
         return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Gather what is trained: a frozen base can be larger than the memory of one process."""
+        assert self.model is not None
+        return gather_trained(self.model)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, override=True)
@@ -106,7 +116,7 @@ def check_quantized_strategy(trainer: Trainer, quantization: str) -> None:
         )
 
 
-def on_rank_zero(trainer: Trainer, call: Callable[[], str | None]) -> str | None:
+def on_rank_zero(trainer: Trainer, call: Callable[[], Result]) -> Result:
     """Run `call` on rank 0 while the other ranks wait, and return its result on all of them.
 
     Raises:

@@ -212,13 +212,14 @@ class RecoveryModule(WatchedModule):
             return
         self.check_output()
         if self.record is None and hasattr(datamodule, "validation_windows"):
-            on_rank_zero(self.trainer, partial(start_record, self, model))
+            self.record = on_rank_zero(self.trainer, partial(start_record, self, model))
         if self.recovery == "none":
             self.trainer.limit_train_batches = 0
 
     def check_output(self) -> None:
-        """Check that the run may write its result and report, see `handover.check_output`."""
-        handover.check_output(Path(self.trainer.default_root_dir))
+        """Check on rank 0, which writes them, that the run may write its result and report."""
+        root = Path(self.trainer.default_root_dir)
+        on_rank_zero(self.trainer, partial(handover.check_output, root))
 
     def configure_model(self) -> None:
         """Make the model trainable, before the optimizer exists. Lightning calls it."""
@@ -227,13 +228,12 @@ class RecoveryModule(WatchedModule):
         if self.trainer.state.fn == "fit":
             self._adapt()
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            assert self.model is not None
             assert self.device_mesh is not None
             mesh, same = self.device_mesh["data_parallel"], self.trainer.strategy.broadcast
             if self._adapted is not None:
                 self._adapted.shard(mesh, same)
             else:
-                shard(self.model, mesh, same)
+                shard(self.load_model(), mesh, same)
 
     def _adapt(self) -> None:
         model = self.load_model()

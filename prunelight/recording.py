@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from prunelight.calibration import Windows, split_windows
 from prunelight.evaluation import measure_latency, measure_stage, new_record, where_it_fits
 from prunelight.plan import describe_windows, model_fingerprint
-from prunelight.report import Stage
+from prunelight.report import RunRecord, Stage
 
 
 def stage_of_run(
@@ -48,9 +48,10 @@ def describe_evaluation(module: Any) -> dict[str, Any]:
     return {"source": str(source), **describe_windows(*split_windows(windows)), **timing}
 
 
-def start_record(module: Any, model: PreTrainedModel) -> None:
-    """Start the record of a run that recovers a model as it is."""
+def start_record(module: Any, model: PreTrainedModel) -> RunRecord:
+    """Return the record of a run that recovers a model as it is, with what that is."""
     described = describe_evaluation(module)
-    module.record = new_record(module.name, model, model_fingerprint(model), described)
+    record = new_record(module.name, model, model_fingerprint(model), described)
     model = where_it_fits(model, module.trainer.strategy.root_device)
-    module.record.stages.append(stage_of_run(module, "dense", model))
+    record.stages.append(stage_of_run(module, "dense", model))
+    return record

@@ -2,7 +2,9 @@
 
 Compiled in place, so names in the state dict and hooks of Lightning stay as they are. What differs
 between layers, and training from evaluation, compiles again: the limit of torch is for one function
-and would leave layers of many widths uncompiled, so it grows with their number.
+and would leave layers of many widths uncompiled, so it grows with their number. The backends eager
+and aot_eager gave the bits of the uncompiled model, also after steps of Adam; others may add up in
+another order, and Adam makes such rounding as large as a step where gradients are near zero.
 """
 
 from __future__ import annotations

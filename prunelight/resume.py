@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from prunelight.checkpoint import check_same_settings
+from prunelight.checkpoint import check_same_settings, reading
 from prunelight.evaluation import Measurement, measuring
 from prunelight.files import explaining, newest_checkpoint, remove_temporaries, replacing
 
@@ -59,15 +58,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: if the file is damaged or holds other objects.
         """
-        try:
+        with reading(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
-        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0].partition(". ")[0]
-            raise ValueError(
-                f"checkpoint {path} is damaged, or holds other objects than tensors and plain data "
-                f"({reason}); delete it to start the recovery anew from the pruned base, or give "
-                "another one as ckpt_path"
-            ) from error
 
 
 class ExactResume(Callback):

@@ -10,6 +10,7 @@ any text read more than four times, from where repeating it no longer helps like
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -45,8 +46,9 @@ class TrainingText:
             return None
         examples = data.examples("train")
         tokens = sum(len(example[0]) for example in examples)
-        rows = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-        return cls(tokens, rows * tokens / len(examples))
+        # The last batch of an epoch may be small, and is a step all the same.
+        batches = math.ceil(len(examples) / (data.batch_size * trainer.world_size))
+        return cls(tokens, tokens / math.ceil(batches / trainer.accumulate_grad_batches))
 
     def epochs(self, steps: float) -> float:
         """Return how often the text is read in that many optimizer steps."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -40,7 +40,7 @@ def shard(model: PreTrainedModel | PeftModel, mesh: DeviceMesh, same: Callable[[
     fully_shard(model, mesh=mesh)
 
 
-def gather_trained(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
+def gather_trained(model: nn.Module) -> dict[str, Tensor]:
     """Return the whole trained parameters on the CPU: of a sharded model on rank 0 only."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any(isinstance(parameter, DTensor) for parameter in trained.values()):

@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -60,7 +61,7 @@ class Ranks:
         ranks = cls()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             ranks.rank, ranks.size = dist.get_rank(), dist.get_world_size()
-            ranks._waiting = dist.new_group(backend="gloo", timeout=WAIT)
+            ranks._waiting = _meeting_group(dist.group.WORLD)
         return ranks
 
     def rows(self, count: int, unit: int = 1) -> slice:
@@ -82,8 +83,10 @@ class Ranks:
         if self.size == 1:
             return values
         self.meet()
-        place = values.device if values.is_cuda else torch.device(_computes_on())
-        total = values.detach().clone(memory_format=torch.contiguous_format).to(place)
+        # NCCL takes only what is on a GPU, gloo reduces only what is on the CPU.
+        kind = {"nccl": "cuda", "gloo": "cpu"}.get(dist.get_backend(), values.device.type)
+        total = values.detach().clone(memory_format=torch.contiguous_format)
+        total = total if total.device.type == kind else total.to(kind)
         # Not all_reduce, which does not promise the same last bit everywhere.
         dist.reduce(total, 0)
         dist.broadcast(total, 0)
@@ -176,9 +179,10 @@ class Ranks:
             raise RuntimeError(f"rank {first} failed: {reasons[first]}")
 
 
-def _computes_on() -> str:
-    """Return the kind of device on which the default group adds up what is on none of its own."""
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+@lru_cache(maxsize=1)
+def _meeting_group(default_group: object) -> Any:
+    """Return the group in which the ranks of a default group meet, made once."""
+    return dist.new_group(backend="gloo", timeout=WAIT)
 
 
 class SharedWindows(Mapping[str, Tensor]):

@@ -23,6 +23,7 @@ from torch.utils.data import DistributedSampler
 from prunelight.adaptation import Adapted, Settings
 from prunelight.callbacks import DLP, RecoveryCheckpoint, ShortGPT
 from prunelight.cli import main
+from prunelight.distributed import FSDP2Strategy
 from prunelight.gradual import Schedule
 from prunelight.loader import ResumableLoader
 from prunelight.recovery import LoRA
@@ -202,6 +203,20 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(name, tmp_path):
     assert_same(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_a_rank_saves_with_those_that_got_the_signal_first(name, tmp_path, monkeypatch):
+    class Other(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            told = trainer.global_step == 2  # by a rank that got it
+            monkeypatch.setattr(
+                trainer.strategy, "reduce_boolean_decision", lambda ours, all: ours or told
+            )
+
+    with pytest.raises(SIGTERMException):
+        fit(name, tmp_path, short_gpt(), Other(), every=100)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+
+
 # --- the loader
 
 
@@ -340,6 +355,8 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(interrupted, name, tmp_
     (tmp_path / "last.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"last.ckpt is damaged, .*; delete it to start"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged, .*; delete it to start"):
+        FSDP2Strategy().load_checkpoint(tmp_path / "last.ckpt")
     torch.save({"x": Path("a")}, tmp_path / "odd.ckpt")
     with pytest.raises(ValueError, match="holds other objects than tensors and plain data"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "odd.ckpt")

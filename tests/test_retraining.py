@@ -80,6 +80,15 @@ def test_a_budget_becomes_the_steps_that_hold_it(name, tmp_path, tokens, accumul
     assert trainer.max_steps == steps
 
 
+def test_a_small_last_batch_is_a_step_of_the_budget_too(name, tmp_path):
+    data = make_data(name, tmp_path)
+    count = len(data.examples("train"))
+    data.batch_size, trainer = count - 1, budget_trainer(tmp_path)
+    trainer.datamodule = data
+    text = TrainingText.of(trainer)
+    assert (text.epochs(2), text.tokens_per_step) == (1, text.tokens / 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
