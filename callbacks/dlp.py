@@ -320,6 +320,7 @@ class DLP(PruningCallback):
             ranks_of_run(trainer),
         )
         self._training.load_state_dict(self._norms)
+        self._norms = {}
         self._done = trainer.global_step
 
     def on_train_batch_start(

@@ -61,6 +61,7 @@ class Adapted:
         plans: that led to it, in order.
         settings: of the recovery.
         see_quantized: called with a model in 4 or 8 bits before it gets adapters.
+        device: where to a model that is quantized goes; None: where it is.
 
     Raises:
         TypeError: if the model is quantized already, and shall be.
@@ -74,6 +75,7 @@ class Adapted:
         plans: Sequence[Plan],
         settings: Settings,
         see_quantized: Callable[[PreTrainedModel], None] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         restore_rwkv_scale(model)
         self.settings, self.in_training, self.sharded = settings, True, False
@@ -87,7 +89,7 @@ class Adapted:
         self.zeros = PlannedZeros.find(model, plans)
         if self.quantized:
             self.zeros.pack()
-            quantize(model, settings.quantization, settings.bitsandbytes)
+            quantize(model, settings.quantization, settings.bitsandbytes, device)
             if see_quantized is not None:
                 see_quantized(model)
         with torch.random.fork_rng(range(torch.cuda.device_count())):

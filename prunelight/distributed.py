@@ -33,9 +33,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 over all processes; checkpoints are whole files, which are checked before they load."""
 
     def __init__(self, **settings: Any) -> None:  # of ModelParallelStrategy, such as timeout
-        super().__init__(
-            tensor_parallel_size=1, **{"save_distributed_checkpoint": False, **settings}
-        )
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **settings)
 
     def setup_environment(self) -> None:
         """Let the data-parallel group hold all processes, on all nodes."""
@@ -45,10 +43,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Load weights and optimizer into their shards, after the module has checked the file."""
         module: Any = self.lightning_module
-        if not self._save_distributed_checkpoint:
-            with reading(checkpoint_path):
-                file = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
-            module.check_checkpoint(file)
+        with reading(checkpoint_path):
+            file = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
+        module.check_checkpoint(file)
         return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -67,7 +64,8 @@ def check_strategy(trainer: Trainer, quantization: str = "none", recovery: str =
         ValueError: for spawn and fork strategies, and those that pruning, quantization or the
             recovery cannot work under.
     """
-    if recovery == "none" and isinstance(trainer.strategy, DDPStrategy):
+    untrained = recovery == "none" and trainer.state.fn not in ("validate", "test")
+    if untrained and isinstance(trainer.strategy, DDPStrategy):
         raise ValueError(
             "recovery=none trains nothing, and DDP takes no model without trained weights; use "
             "one device or strategy=fsdp2"
@@ -81,13 +79,12 @@ def check_strategy(trainer: Trainer, quantization: str = "none", recovery: str =
         )
     if isinstance(strategy, DeepSpeedStrategy):
         _check_deepspeed(strategy)
-    elif isinstance(strategy, ModelParallelStrategy):
-        if strategy._tensor_parallel_size != 1:  # "auto" is the number of processes
-            raise ValueError(
-                f"tensor_parallel_size={strategy._tensor_parallel_size} must be 1: prunelight "
-                "shards by FSDP2 only; use strategy=fsdp2"
-            )
-    elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    elif type(strategy) is ModelParallelStrategy:
+        raise ValueError(
+            "ModelParallelStrategy itself may cut tensors up, and writes checkpoints that are not "
+            "whole at once; use strategy=fsdp2, which is that strategy without both"
+        )
+    elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)):
         raise ValueError(f"strategy {name} is not supported; use one device, ddp or fsdp2")
 
 

@@ -236,10 +236,10 @@ class RecoveryModule(WatchedModule):
                 shard(self.load_model(), mesh, same)
 
     def _adapt(self) -> None:
-        model = self.load_model()
         measure = partial(stage_of_run, self, "quantized")
-        seen = partial(add_quantized, self.record, measure, device=self.device)
-        self._adapted = Adapted(model, self.plans(), self._settings(), seen)
+        device = self.trainer.strategy.root_device  # Lightning moves the module later
+        seen = partial(add_quantized, self.record, measure, device=device)
+        self._adapted = Adapted(self.load_model(), self.plans(), self._settings(), seen, device)
         self.model = self._adapted.model
 
     def _settings(self) -> Settings:

@@ -142,7 +142,8 @@ class RecoveryWatch(Callback):
         if stage != "fit" or isinstance(pl_module.model, PeftModel):
             return
         model = pl_module.load_model()
-        check_packed(model, data)
+        if pl_module.base is None:  # else pruning asked it of the dense model
+            check_packed(model, data)
         self._faults = precision_faults(model.dtype, trainer.precision, pl_module.recovery)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -181,6 +182,7 @@ class RecoveryWatch(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Take over the best weights, on every rank, before they are merged and saved."""
         path = best_checkpoint(trainer) if pl_module.restore_best else ""
+        pl_module.restored_step = None
         if path:
             restore(trainer, pl_module, path)
 

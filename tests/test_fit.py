@@ -319,9 +319,9 @@ def test_ddp_without_anything_to_train_is_refused(tmp_path):
         check_strategy(trainer, recovery="none")
 
 
-def test_tensor_parallelism_is_refused(tmp_path):
+def test_lightnings_own_model_parallel_strategy_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, strategy=ModelParallelStrategy(tensor_parallel_size=2))
-    with pytest.raises(ValueError, match="tensor_parallel_size=2 must be 1.*use strategy=fsdp2"):
+    with pytest.raises(ValueError, match="may cut tensors up.*use strategy=fsdp2"):
         check_strategy(trainer)
 
 
