@@ -19,13 +19,9 @@ measure_speed_briefly()
 LONGEST = ("test_methods.py", "test_real.py")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Give each process whole files, the longest first, and the real weights to one of the two."""
+    """Start with the longest files: each process takes whole ones."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
-    for item in items:
-        real = item.get_closest_marker("real")
-        item.add_marker(pytest.mark.xdist_group("real" if real else item.path.stem))
 
 
 @pytest.fixture

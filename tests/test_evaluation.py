@@ -1,4 +1,5 @@
 import math
+import mmap
 import sys
 import time
 
@@ -178,12 +179,11 @@ def test_a_phase_reports_its_time_and_the_memory_allocated_in_it():
     with measuring(CPU) as idle:
         pass
     with measuring(CPU) as busy:
-        block = torch.ones(size, dtype=torch.uint8)
-        del block
+        block = mmap.mmap(-1, size)  # fresh pages: the allocator may have free ones already
+        torch.frombuffer(block, dtype=torch.uint8).fill_(1)
         time.sleep(0.05)
     assert busy.seconds >= 0.05 > idle.seconds
-    # idle.peak_bytes is what the process held anyway; the allocator may reuse 16 MiB of it.
-    assert busy.peak_bytes - idle.peak_bytes >= size - 16 * 2**20
+    assert busy.peak_bytes - idle.peak_bytes >= size - 2**20  # idle: what the process held anyway
 
 
 def test_a_phase_that_fails_is_measured_too():
