@@ -237,7 +237,7 @@ class RecoveryModule(WatchedModule):
 
     def _adapt(self) -> None:
         measure = partial(stage_of_run, self, "quantized")
-        device = self.trainer.strategy.root_device  # Lightning moves the module later
+        device = self.trainer.strategy.root_device if self._trainer else self.device
         seen = partial(add_quantized, self.record, measure, device=device)
         self._adapted = Adapted(self.load_model(), self.plans(), self._settings(), seen, device)
         self.model = self._adapted.model
