@@ -31,6 +31,7 @@ from prunelight.allocation import (
 from prunelight.architecture import decoder_layers, layers_path, matrices
 from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
+from prunelight.choices import check_choice
 from prunelight.distributed import ranks_of_run
 from prunelight.gradual import Gradual, Schedule, weights_with_adapters
 from prunelight.module import RecoveryModule
@@ -97,13 +98,9 @@ class DLP(PruningCallback):
             raise ValueError(f'pattern={pattern} is what YAML makes of N:M; quote it: "2:4"')
         self.pattern = None if pattern is None else Pattern.parse(pattern)
         self.target = _target(sparsity, self.pattern)
-        for name, value, known in (
-            ("allocation", allocation, ALLOCATIONS),
-            ("granularity", granularity, GRANULARITIES),
-            ("solver", solver, SOLVERS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+        check_choice("allocation", allocation, ALLOCATIONS)
+        check_choice("granularity", granularity, GRANULARITIES)
+        check_choice("solver", solver, SOLVERS)
         if alpha is not None and not alpha >= 0:
             raise ValueError(f"alpha={alpha} must be at least 0")
         if alpha and allocation == "uniform":

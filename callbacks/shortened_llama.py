@@ -16,6 +16,7 @@ from prunelight.allocation import check_depth_target, layers_to_remove, lowest
 from prunelight.architecture import decoder_layers, matrices
 from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
+from prunelight.choices import check_choice
 from prunelight.importance import magnitude_scores, taylor_scores
 from prunelight.plan import Plan
 from prunelight.replay import Replay
@@ -50,8 +51,7 @@ class ShortenedLlama(PruningCallback):
         offload_activations: bool = False,
     ) -> None:
         check_depth_target(ratio, num_layers)
-        if score not in SCORES:
-            raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}")
+        check_choice("score", score, SCORES)
         self.ratio, self.num_layers, self.score = ratio, num_layers, score
         self.protected = None if protected is None else list(protected)
         self.offload_activations = offload_activations

@@ -24,6 +24,7 @@ from prunelight.allocation import (
 from prunelight.architecture import decoder_layers
 from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
+from prunelight.choices import check_choice
 from prunelight.plan import Plan
 from prunelight.scoring import angular_distances, block_influences, sublayer_influences
 from prunelight.steps import DropSublayers, RemoveLayers, Step
@@ -66,12 +67,8 @@ class ShortGPT(PruningCallback):
         granularity: Literal["layer", "attention", "mlp", "sublayer"] = "layer",
     ) -> None:
         check_depth_target(ratio, num_layers)
-        for name, value, known in (
-            ("score", score, SCORES),
-            ("granularity", granularity, GRANULARITIES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+        check_choice("score", score, SCORES)
+        check_choice("granularity", granularity, GRANULARITIES)
         if granularity != "layer" and score == "angular":
             raise ValueError(
                 f"score='angular' compares windows of whole layers, not granularity={granularity!r}"

@@ -17,6 +17,7 @@ from prunelight.allocation import check_depth_target, layers_to_remove, lowest, 
 from prunelight.architecture import decoder_layers
 from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
+from prunelight.choices import check_choice
 from prunelight.plan import Plan
 from prunelight.replay import Replay
 from prunelight.similarity import CRITERIA
@@ -49,8 +50,7 @@ class SLEB(PruningCallback):
         offload_activations: bool = False,
     ) -> None:
         check_depth_target(ratio, num_layers)
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion={criterion!r} must be one of {', '.join(CRITERIA)}")
+        check_choice("criterion", criterion, CRITERIA)
         self.ratio, self.num_layers, self.criterion = ratio, num_layers, criterion
         self.protected = [0, -1] if protected is None else list(protected)
         self.offload_activations = offload_activations

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from prunelight.allocation import uniform_width
 from prunelight.calibration import Windows
 from prunelight.callbacks.base import PruningCallback, pruning_callbacks
+from prunelight.choices import check_choice
 from prunelight.handover import plan_files
 from prunelight.metrics import parameter_count
 from prunelight.module import RecoveryModule
@@ -252,9 +253,7 @@ def check_slice_options(**options: str) -> None:
         ValueError: if one has an unknown value.
     """
     for name, value in options.items():
-        known = {"embedding": EMBEDDINGS, **SLICE_OPTIONS}[name]
-        if value not in known:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+        check_choice(name, value, {"embedding": EMBEDDINGS, **SLICE_OPTIONS}[name])
 
 
 def residual_dims(model: PreTrainedModel, widths: Sequence[int], embedding: str) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from prunelight.allocation import check_depth_target, layers_to_remove, resolve_
 from prunelight.architecture import decoder_layers
 from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
+from prunelight.choices import check_choice
 from prunelight.merging import check_mergeable
 from prunelight.plan import Plan
 from prunelight.replay import Replay
@@ -79,13 +80,9 @@ class SlidingLayerMerging(PruningCallback):
             check_depth_target(ratio, num_layers)
         elif not threshold <= 1:
             raise ValueError(f"threshold={threshold} must be at most 1, the dense model's own")
-        for name, value, known in (
-            ("merge", merge, MERGES),
-            ("criterion", criterion, CRITERIA),
-            ("limit", limit, (None, "model", "merge")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, known))}")
+        check_choice("merge", merge, MERGES)
+        check_choice("criterion", criterion, CRITERIA)
+        check_choice("limit", limit, (None, "model", "merge"))
         if ignore_first_tokens < 0:
             raise ValueError(f"ignore_first_tokens={ignore_first_tokens} must be at least 0")
         self.num_layers, self.ratio, self.threshold = num_layers, ratio, threshold

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback, pruning_callbacks
+from prunelight.choices import check_choice
 from prunelight.module import RecoveryModule
 from prunelight.plan import Plan
 from prunelight.steps import PruneWidth
@@ -70,8 +71,7 @@ class WidthPruning(PruningCallback):
                 raise ValueError(f"{other}={number} must be at least 1")
         if all(x is None for x in (*pairs[0][1::2], *pairs[1][1::2])):
             raise ValueError("nothing to prune: give neuron_ratio, head_ratio, or what is left")
-        if score not in SCORES:
-            raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}")
+        check_choice("score", score, SCORES)
         if multiple < 1:
             raise ValueError(f"multiple={multiple} must be at least 1")
         if intermediate_size is not None and intermediate_size % multiple:

@@ -32,6 +32,7 @@ from prunelight.calibration import (
     split_windows,
     watching_layers,
 )
+from prunelight.choices import check_choice
 from prunelight.plan import describe_model, describe_windows
 from prunelight.scoring import angular_distance, check_finite, last_positions
 from prunelight.shares import Ranks, ranks_of
@@ -81,8 +82,7 @@ def analyze(
             counts.
         TypeError: if the decoder layers cannot be found, or the model is sliced.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel={kernel!r} must be one of {', '.join(KERNELS)}")
+    check_choice("kernel", kernel, KERNELS)
     if is_sliced(model):
         raise TypeError(
             "this model is sliced: its layers hand on states in bases of their own, which cannot "

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prunelight import windows as text
 from prunelight.calibration import Windows
+from prunelight.choices import check_choice
 from prunelight.loader import ResumableLoader
 from prunelight.models import load_tokenizer
 from prunelight.packing import PACKINGS, cut, pack_documents
@@ -85,8 +86,7 @@ class TextDataModule(LightningDataModule):
         for (name, low), value in zip(lowest.items(), given, strict=True):
             if value is not None and value < low:
                 raise ValueError(f"{name}={value} must be at least {low}; raise it or leave it out")
-        if packing not in PACKINGS:
-            raise ValueError(f"packing={packing!r} must be one of {', '.join(PACKINGS)}")
+        check_choice("packing", packing, PACKINGS)
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         self.tokenizer = tokenizer

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from prunelight.architecture import is_sliced, vocabulary_size
 from prunelight.calibration import watching_layers
+from prunelight.choices import check_choice
 from prunelight.head import Head, plain
 from prunelight.losses import (
     TokenLoss,
@@ -82,10 +83,7 @@ class Distillation:
             raise ValueError(f"distillation.k={self.k} must be at least 1")
         if self.hidden_weight < 0:
             raise ValueError(f"distillation.hidden_weight={self.hidden_weight} must be at least 0")
-        if self.teacher not in TEACHERS:
-            raise ValueError(
-                f"distillation.teacher={self.teacher!r} must be one of {', '.join(TEACHERS)}"
-            )
+        check_choice("distillation.teacher", self.teacher, TEACHERS)
 
 
 class Objective:
@@ -213,8 +211,7 @@ def check_objective(kind: str, settings: Distillation, recovery: str) -> None:
     Raises:
         ValueError: if they do not.
     """
-    if kind not in LOSSES:
-        raise ValueError(f"loss={kind!r} must be one of {', '.join(LOSSES)}")
+    check_choice("loss", kind, LOSSES)
     if kind != "lm" and recovery == "none":
         raise ValueError(f"loss={kind} needs training, recovery=none has none; set lora or full")
     if kind == "kd_topk" and settings.hidden_weight > 0:

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from prunelight.architecture import Matrix
+from prunelight.choices import check_choice
 from prunelight.sharded import whole
 from prunelight.shares import Ranks
 from prunelight.sparsity import Amount, Pattern, lowest_mask, row_mask, wanda_scores
@@ -58,8 +59,7 @@ class Schedule:
             )
         if self.every < 1:
             raise ValueError(f"schedule.every={self.every} must be at least 1")
-        if self.curve not in CURVES:
-            raise ValueError(f"schedule.curve={self.curve!r} must be one of {', '.join(CURVES)}")
+        check_choice("schedule.curve", self.curve, CURVES)
 
     def due(self, step: int) -> bool:
         """Return whether zeros are added after this optimizer step."""

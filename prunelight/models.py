@@ -31,6 +31,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from prunelight.architecture import vocabulary_size
+from prunelight.choices import check_choice
 
 log = logging.getLogger(__name__)
 
@@ -217,8 +218,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if dtype == "auto" or dtype in DTYPES.values():
         return dtype
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype={name!r} must be one of auto, {', '.join(DTYPES)}")
+    check_choice("dtype", name, ("auto", *DTYPES))
     return DTYPES[name]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunelight.architecture import Matrix, architecture_of, matrices
+from prunelight.choices import check_choice
 from prunelight.evaluation import measuring, to_device
 from prunelight.models import DTYPES
 from prunelight.report import Cost, RunRecord, Stage
@@ -54,11 +55,7 @@ class BitsAndBytes:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.compute_dtype not in ("auto", *DTYPES):
-            raise ValueError(
-                f"bitsandbytes.compute_dtype={self.compute_dtype!r} must be one of auto, "
-                f"{', '.join(DTYPES)}"
-            )
+        check_choice("bitsandbytes.compute_dtype", self.compute_dtype, ("auto", *DTYPES))
 
 
 def check_kind(kind: str, options: BitsAndBytes, recovery: str) -> None:
@@ -68,8 +65,7 @@ def check_kind(kind: str, options: BitsAndBytes, recovery: str) -> None:
         ValueError: if the kind is unknown, options have no effect, or all weights would be trained.
         ImportError: if bitsandbytes is missing.
     """
-    if kind not in QUANTIZATIONS:
-        raise ValueError(f"quantization={kind!r} must be one of {', '.join(QUANTIZATIONS)}")
+    check_choice("quantization", kind, QUANTIZATIONS)
     if kind not in FOUR_BIT and options != BitsAndBytes():
         raise ValueError(f"{options} has no effect with quantization={kind!r}; leave it out")
     if kind == "none":

@@ -27,6 +27,7 @@ from prunelight.architecture import (
     matrices,
     restore_rwkv_scale,
 )
+from prunelight.choices import check_choice
 from prunelight.masking import WeightMasks, ZeroRecord, mask_adapters, pack
 from prunelight.metrics import parameter_count, zero_share
 from prunelight.plan import Plan, sparsified
@@ -80,16 +81,13 @@ def check_settings(
     Raises:
         ValueError: if one is out of its range.
     """
-    if recovery not in RECOVERIES:
-        raise ValueError(f"recovery={recovery!r} must be one of {', '.join(RECOVERIES)}")
+    check_choice("recovery", recovery, RECOVERIES)
     if learning_rate <= 0 or warmup_steps < 0:
         raise ValueError(
             f"learning_rate={learning_rate} must be above 0 and warmup_steps={warmup_steps} "
             "at least 0"
         )
-    schedules = [kind.value for kind in SchedulerType]
-    if lr_scheduler not in schedules:
-        raise ValueError(f"lr_scheduler={lr_scheduler!r} must be one of {', '.join(schedules)}")
+    check_choice("lr_scheduler", lr_scheduler, [kind.value for kind in SchedulerType])
     trial = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
         make_schedule(lr_scheduler, trial, 0, 100, lr_scheduler_kwargs)

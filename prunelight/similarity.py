@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from prunelight.calibration import split_windows
+from prunelight.choices import check_choice
 from prunelight.metrics import next_token_sums
 from prunelight.shares import own_windows
 from prunelight.statistics import CKA, MeanCosine
@@ -47,8 +48,7 @@ def similarity_to(
         ValueError: if the criterion is unknown, no token counts, or the model's own states are
             constant ("cka").
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion={criterion!r} must be one of {', '.join(CRITERIA)}")
+    check_choice("criterion", criterion, CRITERIA)
     counted = [mask.to(walk.model.device) for mask in walk.positions(ignore_first_tokens)]
     if not _total(walk, counted):
         raise ValueError(f"ignore_first_tokens={ignore_first_tokens} leaves no token to count")

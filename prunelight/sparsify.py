@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from prunelight.architecture import Matrix, decoder_layers, is_sliced, layer_matrices, matrices
 from prunelight.calibration import Windows
+from prunelight.choices import check_choice
 from prunelight.metrics import zero_share
 from prunelight.sparsity import (
     Amount,
@@ -229,8 +230,7 @@ def check_step(model: PreTrainedModel, step: Sparsify) -> None:
             does not divide a width (named), or a share that the pattern cannot give.
         TypeError: if the weights are quantized.
     """
-    if step.solver not in SOLVERS:
-        raise ValueError(f"solver={step.solver!r} must be one of {', '.join(SOLVERS)}")
+    check_choice("solver", step.solver, SOLVERS)
     step.check(model.config.num_hidden_layers)
     known = matrices(model)
     unknown = [name for name in step.sparsity if name not in known]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, ClassVar, TypeAlias, get_args
 
+from prunelight.choices import check_choice
+
 MERGES = ("top", "difference_sum", "released", "mean")
 SLICE_OPTIONS = {
     "signal": ("residual", "normalized"),
@@ -113,8 +115,7 @@ class MergeLayers:
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if the rule is unknown, or a window is no run of two layers or more."""
-        if self.merge not in MERGES:
-            raise ValueError(f"merge={self.merge!r} must be one of {', '.join(MERGES)}")
+        check_choice("merge", self.merge, MERGES)
         _check_indices("groups", self.named, num_layers)
         for group in self.groups:
             if len(group) < 2 or group != tuple(range(group[0], group[-1] + 1)):
@@ -217,10 +218,7 @@ class SliceHidden:
     def check(self, num_layers: int) -> None:
         """Raise ValueError for other than 2 L + 1 widths, or options; see `slicing.check_slice`."""
         for name, known in SLICE_OPTIONS.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}"
-                )
+            check_choice(name, getattr(self, name), known)
         if len(self.residual_dims) != 2 * num_layers + 1:
             raise ValueError(
                 f"residual_dims has {len(self.residual_dims)} widths, {num_layers} decoder layers "

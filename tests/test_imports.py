@@ -14,7 +14,7 @@ from prunelight.callbacks import PruningCallback
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; a module imports from lower layers and from its own, never in a circle.
 LAYERS = (
-    {"files", "loader", "losses", "orthogonality", "shares", "sliced", "steps"},
+    {"choices", "files", "loader", "losses", "orthogonality", "shares", "sliced", "steps"},
     {"architecture", "plan", "metrics", "statistics", "allocation", "windows"},
     {"plots", "maps", "report", "calibration", "components", "sparsity"},
     {"walk", "merging", "sharded"},
