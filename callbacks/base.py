@@ -32,6 +32,8 @@ from prunelight.evaluation import (
     forward_seconds,
     measuring,
     new_record,
+    place_for,
+    to_device,
     where_it_fits,
 )
 from prunelight.files import explaining, replacing
@@ -226,9 +228,10 @@ def _reuse_base(
     record.costs = [replace(cost, reused=True) for cost in record.costs]
     described, ranks = describe_evaluation(module), ranks_of(held_out)
     same = all(record.evaluation.get(k) == described.get(k) for k in ("fingerprint", "latency"))
-    dense = where_it_fits(module.load_model(), trainer.strategy.root_device)
-    device = ranks.on_zero(lambda: device_name(dense.device))
+    place = place_for(module.load_model(), trainer.strategy.root_device)
+    device = ranks.on_zero(lambda: device_name(place))
     if not same or record.device != device:
+        dense = to_device(module.load_model(), place)
         stages = [stage_of_run(module, "dense", dense, held_out)]
         record.device = device
         if len(record.stages) > 1:

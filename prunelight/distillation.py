@@ -50,8 +50,8 @@ class Distillation:
 
     Attributes:
         temperature: of both distributions; the loss is multiplied by its square.
-        lm_weight: share of the plain loss on the next tokens, in [0, 1]; the default recovered
-            more than 0, 0.5 and 1 over two kinds of text (README).
+        lm_weight: share of the plain loss on the next tokens, in [0, 1]; README compares the
+            default with 1, the plain loss alone.
         k: for kd_topk: how many of the teacher's most likely tokens are kept.
         hidden_weight: for kd: weight of the relative squared error of the kept layers' outputs
             that is added; 0 leaves it out.

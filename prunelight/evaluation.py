@@ -351,12 +351,17 @@ def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return movable.to(device)
 
 
-def where_it_fits(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Move a model to a device if it has memory for it, in place, and return it."""
+def place_for(model: PreTrainedModel, device: torch.device) -> torch.device:
+    """Return a device if it has memory for a model, else where the model is."""
     if device.type == "cuda" and free_memory(device) < 1.2 * parameter_bytes(model):
         log.warning("the model does not fit on %s; it runs on the CPU instead", device)
-        return model
-    return to_device(model, device)
+        return model.device
+    return device
+
+
+def where_it_fits(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model to a device if it has memory for it, in place, and return it."""
+    return to_device(model, place_for(model, device))
 
 
 def device_name(device: torch.device) -> str:

@@ -21,13 +21,12 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant, ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from prunelight.architecture import Matrix
-from prunelight.sharded import local, local_part
+from prunelight.sharded import local, local_part, total
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -52,9 +51,7 @@ def _check_zero(matrix: Matrix, pruned: Tensor) -> None:
     """Check a matrix by the part of it that this rank has, on all ranks that share it."""
     weight = matrix.parameter
     filled = ((local(weight) != 0) & pruned).sum()  # NaN counts as filled
-    if isinstance(weight, DTensor):  # a rank that failed alone would leave the others waiting
-        torch.distributed.all_reduce(filled, group=weight.device_mesh.get_group())
-    if filled:
+    if total(filled, weight):  # on all: a rank that failed alone would leave the others waiting
         raise RuntimeError(
             f"{filled} weights of {matrix.name} are pruned and no longer zero; train with "
             "keep_zeros=True, and let nothing else write to the weights"

@@ -75,7 +75,7 @@ def _targets(labels: Tensor) -> Tensor:
 
 
 class _OverTokens(Metric):
-    """A sum over tokens, and how many they are.
+    """A sum over tokens, in micronats or hits, and how many they are.
 
     In whole numbers: a Trainer with precision bf16-true casts every floating-point state, in which
     a sum of thousands of batches no longer grows.
@@ -112,7 +112,7 @@ class TokenPerplexity(_OverTokens):
 
 
 class TokenAccuracy(_OverTokens):
-    """Share of tokens that greedy decoding would predict, in [0, 1]; the sum is of hits."""
+    """Share of tokens that greedy decoding would predict, in [0, 1]."""
 
     higher_is_better = True
 

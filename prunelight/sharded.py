@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed import all_reduce
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -53,6 +54,16 @@ def gather_trained(model: nn.Module) -> dict[str, Tensor]:
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank has of a tensor; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def total(value: Tensor, like: Tensor) -> Tensor:
+    """Add up what each rank computed from its part of `like`, in place; a whole one has one part.
+
+    All ranks that share `like` must call it.
+    """
+    if isinstance(like, DTensor):
+        all_reduce(value, group=like.device_mesh.get_group())
+    return value
 
 
 def whole(tensor: Tensor) -> Tensor:

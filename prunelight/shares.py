@@ -117,6 +117,14 @@ class Ranks:
         result: Result = told[0]
         return result
 
+    def any(self, flag: bool) -> bool:
+        """Return whether a flag is set on any rank; they wait for each other on the CPU."""
+        if self.size == 1:
+            return flag
+        told = torch.tensor(int(flag))
+        dist.all_reduce(told, group=self._waiting)
+        return bool(told)
+
     def gather(self, value: Result) -> list[Result]:
         """Return the values of all ranks, in their order.
 
@@ -166,9 +174,7 @@ class Ranks:
         """
         if self.size == 1 or self._failed:  # those who know of a failure meet no more
             return
-        failed = torch.tensor(int(error is not None))
-        dist.all_reduce(failed, group=self._waiting)
-        if not failed:
+        if not self.any(error is not None):
             return
         self._failed = True
         reasons: list[Any] = [None] * self.size

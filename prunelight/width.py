@@ -167,10 +167,11 @@ def _column_scores(
     seen.pool(ranks_of(windows))
     for matrix in outputs:
         (statistic,), weight = seen.of(matrix), matrix.parameter
-        scores = wanda_scores(weight, statistic.norms()).sum(0)  # the norms are checked
-        if score == "fluctuation":
-            scores = weight.float().square().sum(0) * statistic.variance()
-        yield matrix.name, scores
+        norms = statistic.norms()  # checks
+        if score == "wanda":
+            yield matrix.name, wanda_scores(weight, norms).sum(0)
+        else:
+            yield matrix.name, weight.float().square().sum(0) * statistic.variance()
 
 
 def check_width(
