@@ -9,10 +9,13 @@ validation if one is due. Others may stand beside it, to keep the best for examp
 from __future__ import annotations
 
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from prunelight.distributed import ranks_of_run
 
 
 class RecoveryCheckpoint(ModelCheckpoint):
@@ -40,9 +43,22 @@ class RecoveryCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settle where to write; Lightning calls it."""
+        """Settle where to write, and take SIGTERM over while it fits; Lightning calls it.
+
+        Lightning's own handler talks to the other ranks in the middle of whatever they do, and ends
+        a validation before its step is saved.
+        """
         self._settle(trainer)
+        self._terminated = False
+        if stage == "fit" and not getattr(trainer, "fast_dev_run", False):
+            vars(trainer._signal_connector)["_sigterm_notifier_fn"] = self._note_sigterm
+            self._launcher = trainer.strategy.launcher
         super().setup(trainer, pl_module, stage)
+
+    def _note_sigterm(self, signum: int, _: FrameType | None) -> None:
+        if not self._terminated and self._launcher is not None:
+            self._launcher.kill(signum)  # tells the processes that this one started
+        self._terminated = True
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         self._settle(trainer)
@@ -58,13 +74,13 @@ class RecoveryCheckpoint(ModelCheckpoint):
         """Save if a checkpoint is due and no validation follows."""
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None
-        if self._due(trainer) and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
-            self._save(trainer)
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if a checkpoint is due: other callbacks have seen the metrics by now."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._due(trainer):
-            self._save(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: the last batch has saved."""
@@ -74,7 +90,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
         if not getattr(trainer, "fast_dev_run", False):
             self._save(trainer)
 
-    def _due(self, trainer: Trainer) -> bool:
+    def _save_if_due(self, trainer: Trainer) -> None:
         step = trainer.global_step
         between = trainer.fit_loop._should_accumulate()  # a checkpoint holds no gradients
         if (
@@ -82,12 +98,13 @@ class RecoveryCheckpoint(ModelCheckpoint):
             or step == self._last_global_step_saved
             or getattr(trainer, "fast_dev_run", False)
         ):
-            return False
-        # All ranks must save at the same step, and the signal reaches each at another moment.
-        if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
-            trainer._signal_connector.received_sigterm = True
-            return True
-        return step % self._every_n_train_steps == 0
+            return
+        # All ranks must save and end at the same step, and the signal reaches each at another
+        # moment. They ask on the CPU: the device works on meanwhile.
+        terminated = ranks_of_run(trainer).any(self._terminated)
+        if terminated or step % self._every_n_train_steps == 0:
+            self._save(trainer)
+            trainer._signal_connector.received_sigterm = terminated  # Lightning ends the run now
 
     def _save(self, trainer: Trainer) -> None:
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

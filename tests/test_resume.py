@@ -13,6 +13,8 @@ import lightning.pytorch as pl
 import pytest
 import runs
 import torch
+import yaml
+from kill_and_resume import write_config
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from runs import make_data, make_module, write_model
@@ -28,6 +30,7 @@ from prunelight.gradual import Schedule
 from prunelight.loader import ResumableLoader
 from prunelight.recovery import LoRA
 from prunelight.resume import AtomicCheckpointIO, seed_batch
+from prunelight.shares import Ranks
 
 DROPOUT = {"lora": LoRA(dropout=0.2), "warmup_steps": 2}
 
@@ -189,27 +192,68 @@ def test_a_finished_run_started_again_trains_nothing_and_leaves_the_same(stop, n
     assert spent[0] == pytest.approx(spent[1], abs=0.05)
 
 
-def test_sigterm_saves_and_the_run_goes_on_from_there(name, tmp_path):
-    class Terminate(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+class Terminate(pl.Callback):
+    """Sends the signal to its own process at a hook of the third step, once in a directory."""
 
-    fit(name, tmp_path / "whole", short_gpt())
+    def __init__(self, hook="on_train_batch_start", rank=0):
+        setattr(self, hook, self.terminate)
+        self.rank = rank
+
+    def terminate(self, trainer, *arguments):
+        told = Path(trainer.default_root_dir, "told")
+        if trainer.global_step >= 2 and trainer.global_rank == self.rank and not told.exists():
+            told.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_start", "on_validation_start", "on_validation_batch_start"]
+)
+def test_sigterm_saves_and_the_run_goes_on_from_there(hook, name, tmp_path):
+    often = {"val_check_interval": 3, "check_val_every_n_epoch": None}
+    fit(name, tmp_path / "whole", short_gpt(), **often)
     with pytest.raises(SIGTERMException):
-        fit(name, tmp_path / "parts", short_gpt(), Terminate(), every=100)
-    rest, _ = fit(name, tmp_path / "parts", short_gpt(), every=100)
+        fit(name, tmp_path / "parts", short_gpt(), Terminate(hook), every=100, **often)
+    rest, _ = fit(name, tmp_path / "parts", short_gpt(), Terminate(), every=100, **often)
     assert rest.seen[0][:2] == (0, 3)
     assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_save_at_the_same_step_whichever_gets_the_signal(rank, tmp_path):
+    root, made = tmp_path / "run", tmp_path / "made"
+    arguments = write_config(made, "shortgpt")
+    config = yaml.safe_load((made / "config.yaml").read_text())
+    terminate = {"class_path": "test_resume.Terminate", "init_args": {"rank": rank}}
+    often = {"class_path": "RecoveryCheckpoint", "init_args": {"every_n_train_steps": 100}}
+    config["trainer"]["callbacks"] = [terminate, often]
+    config["trainer"] |= {"devices": 2, "strategy": "ddp", "max_steps": 6}
+    config["trainer"] |= {"default_root_dir": str(root)}
+    (made / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def start():
+        return subprocess.run(
+            [Path(sys.executable).with_name("prunelight"), "fit", *arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    terminated = start()
+    assert terminated.returncode == 128 + signal.SIGTERM, terminated.stderr[-3000:]
+    saved = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    resumed = start()
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
 
 
 def test_a_rank_saves_with_those_that_got_the_signal_first(name, tmp_path, monkeypatch):
     class Other(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             told = trainer.global_step == 2  # by a rank that got it
-            monkeypatch.setattr(
-                trainer.strategy, "reduce_boolean_decision", lambda ours, all: ours or told
-            )
+            monkeypatch.setattr(Ranks, "any", lambda ranks, ours: ours or told)
 
     with pytest.raises(SIGTERMException):
         fit(name, tmp_path, short_gpt(), Other(), every=100)
