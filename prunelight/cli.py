@@ -175,7 +175,7 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse a strategy, a directory or a checkpoint before any process is started."""
-        check_strategy(self.trainer)
+        check_strategy(self.trainer, self.model.quantization, self.model.recovery)
         check_writable(Path(self.trainer.default_root_dir))
         path = self._get(self.config_init, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry") and not Path(path).exists():

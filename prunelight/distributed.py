@@ -6,11 +6,13 @@ data and weights, and whole checkpoints in one file, as any other strategy write
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -61,9 +63,15 @@ def check_strategy(trainer: Trainer, quantization: str = "none", recovery: str =
     """Check that the strategy leaves the right model in the right process.
 
     Raises:
-        ValueError: for spawn and fork strategies, and those that pruning, quantization or the
-            recovery cannot work under.
+        ValueError: for spawn and fork strategies, those that pruning, quantization or the recovery
+            cannot work under, and more processes than CPU cores to run them.
     """
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
+        raise ValueError(
+            f"devices={trainer.num_devices} starts more processes than this machine has CPU cores "
+            f"({cores}); use devices={cores} at most"
+        )
     untrained = recovery == "none" and trainer.state.fn not in ("validate", "test")
     if untrained and isinstance(trainer.strategy, DDPStrategy):
         raise ValueError(

@@ -290,6 +290,14 @@ def test_an_installed_config_is_found_by_its_name_from_anywhere(tmp_path, monkey
             ["--trainer.accelerator", "cuda", "--trainer.devices", "99"],
             "no Trainer can be made of these settings",
         ),
+        (
+            ["--trainer.strategy", "ddp", "--trainer.devices", "9999"],
+            "devices=9999 starts more processes than this machine has CPU cores",
+        ),
+        (
+            ["--model.recovery", "none", "--trainer.strategy", "ddp", "--trainer.devices", "2"],
+            "DDP takes no model without trained weights",
+        ),
         (["--trainer.callbacks.num_layers", "6"], "would remove 6 of 6 decoder layers"),
         (["--trainer.callbacks.ratio", "0.5"], "give exactly one of the two"),
         (["--data.train", "/nowhere/text.txt"], "/nowhere/text.txt"),
