@@ -101,7 +101,8 @@ class Gradual:
     ) -> None:
         self.found, self.schedule, self.solver = dict(found), schedule, solver
         self.ranks = ranks
-        self._seen = InputStatistics([matrix for matrix, _ in found.values()], RunningNorm)
+        scored = [matrix for matrix, _ in found.values() if solver == "wanda"]
+        self._seen = InputStatistics(scored, RunningNorm)
 
     def watching(self, mask: Tensor | None) -> AbstractContextManager[None]:
         """Add the inputs of the forwards inside to the running norms."""
@@ -127,10 +128,11 @@ class Gradual:
             old, now = kept(name), weight(matrix)
             new = torch.empty_like(old)
             views = zip(matrix.views(now), matrix.views(old), matrix.views(new), strict=True)
-            for (view, before, target), norm in zip(views, self._seen.of(matrix), strict=True):
+            for place, (view, before, target) in enumerate(views):
                 scores = view.abs().float()
                 if self.solver == "wanda":
-                    scores = wanda_scores(view, norm.norms().to(view.device))
+                    norms = self._seen.of(matrix)[place].norms()
+                    scores = wanda_scores(view, norms.to(view.device))
                 scores = scores.masked_fill(~before, -1)  # once pruned, always pruned
                 target.copy_(~self._choose(scores, amount, progress))
             yield name, new

@@ -151,7 +151,6 @@ class RecoveryModule(WatchedModule):
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
         self._adapted: Adapted | None = None
         self._source: str | Path = ""  # from where `model` can be read again
-        self._tokens_seen = 0
         self.resuming = ExactResume(self.describe_recovery, self._make_optimizer)
 
     # --- which model -------------------------------------------------------------------------
@@ -274,11 +273,11 @@ class RecoveryModule(WatchedModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss over the tokens whose label counts."""
         mask = batch.get("attention_mask")
-        loss = self.objective(self.model, batch) * share_of_tokens(self.trainer, batch["labels"])
+        loss = self.objective(self.model, batch)
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
-        self._tokens_seen += tokens * self.trainer.world_size
+        self.tokens_seen += tokens * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return loss * share_of_tokens(self.trainer, batch["labels"])
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch to perplexity and next-token accuracy."""
@@ -343,7 +342,7 @@ class RecoveryModule(WatchedModule):
             "format": FORMAT,
             **self._describe_training(),
             "config": self._adapted.config,
-            "tokens_seen": self._tokens_seen,
+            "tokens_seen": self.tokens_seen,
             "masks": self.masks and self.masks.state_dict(),
         }
 
@@ -360,7 +359,7 @@ class RecoveryModule(WatchedModule):
             self.check_checkpoint(checkpoint)
         if self.masks is not None:
             self.masks.load_state_dict(saved["masks"])
-        self._tokens_seen = saved["tokens_seen"]
+        self.tokens_seen = saved["tokens_seen"]
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits the model in training.
@@ -445,6 +444,6 @@ class RecoveryModule(WatchedModule):
             **self.lr_scheduler_kwargs,
             "optimizer_steps": self.trainer.global_step,
             "weights_of_step": self.restored_step or self.trainer.global_step,
-            "tokens_seen": self._tokens_seen,
+            "tokens_seen": self.tokens_seen,
             "precision": str(self.trainer.precision),
         }

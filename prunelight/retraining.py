@@ -117,7 +117,9 @@ def best_checkpoint(trainer: Trainer) -> str:
 def restore(trainer: Trainer, module: WatchedModule, path: str) -> None:
     """Load the trained weights of a checkpoint, and the masks with them, on every rank."""
     checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
+    trained = module.tokens_seen
     module.on_load_checkpoint(checkpoint)
+    module.tokens_seen = trained  # in all steps: what the run took
     trainer.strategy.load_model_state_dict(checkpoint, strict=False)
     module.restored_step = int(checkpoint["global_step"])
     log.info("the weights are those of step %d, the best: %s", module.restored_step, path)
@@ -200,9 +202,11 @@ class WatchedModule(LightningModule):
 
     Attributes:
         restored_step: whose weights the fit ended with, None for those of the last step.
+        tokens_seen: that all ranks trained on, padding left out.
     """
 
     restored_step: int | None = None
+    tokens_seen: int = 0
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the callback that watches; Lightning calls it."""

@@ -596,5 +596,5 @@ def test_batches_need_no_attention_mask(sparse, tmp_path):
     )
     module = make_module(sparse)
     make_trainer(tmp_path, max_epochs=1).fit(module, batches, batches)
-    assert module._tokens_seen == 32
+    assert module.tokens_seen == 32
     assert_same_zeros(tmp_path / "final", sparse)

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from runs import make_data, make_module, make_trainer, write_model
+from runs import SEQ_LEN, make_data, make_module, make_trainer, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -159,6 +159,7 @@ def test_final_holds_the_best_weights_and_the_report_says_of_which_step(
     assert step < trainer.global_step < 20, "stopped early, after the best"
     told = module.record.recovery
     assert (told["weights_of_step"], told["optimizer_steps"]) == (step, trainer.global_step)
+    assert told["tokens_seen"] == trainer.global_step * 2 * SEQ_LEN
     final, _ = prunelight.load(tmp_path / FINAL)
     windows = make_data(name, tmp_path).validation_windows()
     score = float(trainer.checkpoint_callbacks[0].best_model_score)
