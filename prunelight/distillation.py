@@ -57,7 +57,8 @@ class Distillation:
             that is added; 0 leaves it out.
         teacher: how the teacher is held while it is needed: "memory" in the run's dtype, or in
             bitsandbytes' "nf4", "fp4" or "int8".
-        name: the teacher, what `prunelight.load` takes; None: the dense model that is pruned.
+        name: the teacher, what `prunelight.load` takes, such as the dense model after a recovery on
+            this text ("teacher correction", arXiv:2408.11796); None: the dense model itself.
         cache: for kd_topk: directory of the teacher's probabilities, read if it is there and
             written if not; None: teacher-<fingerprint> in the run's directory.
 

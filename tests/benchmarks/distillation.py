@@ -1,11 +1,13 @@
 """Distillation on SmolLM2-135M: what each loss recovers, its memory, and the cost of its cache.
 
     python tests/benchmarks/distillation.py quality --losses lm kd_topk kd
+    python tests/benchmarks/distillation.py teacher
     python tests/benchmarks/distillation.py cache
     python tests/benchmarks/distillation.py chunks
 
 `quality` prunes by ShortGPT and recovers by LoRA on the same tokens with each loss, in a process of
-its own; memory is the peak of that process while it trains. `cache` compares writing the teacher
+its own; memory is the peak of that process while it trains. `teacher` recovers the dense model on
+the same tokens, for --teacher ("teacher correction", arXiv:2408.11796). `cache` compares writing the teacher
 cache to one forward of the same windows (F), in CPU time, which does not mind a busy machine, and
 tells what float16 costs. `chunks` compares one loss and gradient with and without chunks.
 """
@@ -48,9 +50,11 @@ def data_of(options, validation=None):
     )
 
 
-def fit(options, loss):
-    pl.seed_everything(0, verbose=False)
+def fit(options, loss, prune=True):
+    pl.seed_everything(options.seed, verbose=False)
     settings = {"k": options.k, "temperature": options.temperature}
+    if loss != "lm" and options.teacher:
+        settings["name"] = options.teacher
     if loss != "lm":
         settings["lm_weight"] = options.lm_weight
     module = RecoveryModule(
@@ -71,8 +75,8 @@ def fit(options, loss):
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        callbacks=[ShortGPT(num_layers=options.num_layers)],
-        default_root_dir=options.root,
+        callbacks=[ShortGPT(num_layers=options.num_layers)] if prune else [],
+        default_root_dir=options.root if prune else f"{options.root}/teacher",
     )
     data = data_of(options)
     if options.train_samples:
@@ -80,8 +84,9 @@ def fit(options, loss):
     trainer.fit(module, data)
     stages = " -> ".join(f"{stage.perplexity:.2f}" for stage in module.record.stages)
     (cost,) = (cost for cost in module.record.costs if cost.name == "recover")
+    tokens = module.record.recovery["tokens_seen"]
     print(
-        f"{loss}: perplexity {stages} after {module.record.recovery['tokens_seen']} tokens; "
+        f"{loss if prune else 'teacher'}: perplexity {stages} after {tokens} tokens; "
         f"{cost.seconds:.0f} s, peak {cost.peak_bytes / 1e6:.0f} MB",
         flush=True,
     )
@@ -171,7 +176,7 @@ def chunks(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("quality", "fit", "cache", "chunks"))
+    parser.add_argument("what", choices=("quality", "fit", "teacher", "cache", "chunks"))
     parser.add_argument("--train", default="sample:train")
     parser.add_argument("--validation", default="sample:validation")
     parser.add_argument("--evaluation", nargs="*", default=[], help="further texts")
@@ -188,14 +193,20 @@ def main():
     parser.add_argument(
         "--lm-weight", type=float, default=Distillation.lm_weight, help="of kd and kd_topk"
     )
+    parser.add_argument("--teacher", help="of kd and kd_topk: ROOT/teacher/final, for example")
     parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0, help="of adapters and order")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--root", default="/tmp/prunelight-benchmark/distillation")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    {"quality": quality, "fit": lambda o: fit(o, o.loss), "cache": cache, "chunks": chunks}[
-        options.what
-    ](options)
+    {
+        "quality": quality,
+        "fit": lambda options: fit(options, options.loss),
+        "teacher": lambda options: fit(options, "lm", prune=False),
+        "cache": cache,
+        "chunks": chunks,
+    }[options.what](options)
 
 
 if __name__ == "__main__":
