@@ -7,9 +7,10 @@
 
 `quality` prunes by ShortGPT and recovers by LoRA on the same tokens with each loss, in a process of
 its own; memory is the peak of that process while it trains. `teacher` recovers the dense model on
-the same tokens, for --teacher ("teacher correction", arXiv:2408.11796). `cache` compares writing the teacher
-cache to one forward of the same windows (F), in CPU time, which does not mind a busy machine, and
-tells what float16 costs. `chunks` compares one loss and gradient with and without chunks.
+the same tokens, for --teacher ("teacher correction", arXiv:2408.11796). `cache` compares writing
+the teacher cache to one forward of the same windows (F), in CPU time, which does not mind a busy
+machine, and tells what float16 costs. `chunks` compares one loss and gradient with and without
+chunks.
 """
 
 import argparse
