@@ -55,7 +55,7 @@ class TokenBudget(Callback):
                 "TokenBudget must come before the pruning callbacks in trainer.callbacks: their "
                 "schedules ask how many steps there are"
             )
-        steps = math.ceil(self.tokens / text.tokens_per_step)
+        steps = text.steps_for(self.tokens)
         self._check(trainer, steps, text.epochs(steps))
         trainer.fit_loop.epoch_loop.max_steps = steps
         if trainer.max_epochs == _DEFAULT_EPOCHS:

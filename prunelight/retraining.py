@@ -33,10 +33,11 @@ _RISES = 3  # evaluations in a row that a passing bump does not give
 
 @dataclass(frozen=True)
 class TrainingText:
-    """The text of a training: tokens of all of it once, and of an optimizer step, on average."""
+    """The text of a training: its tokens, those of a full optimizer step, and steps of an epoch."""
 
     tokens: int
-    tokens_per_step: float
+    tokens_per_step: float  # of examples of the mean length
+    steps: int  # the last of them may be small
 
     @classmethod
     def of(cls, trainer: Trainer) -> TrainingText | None:
@@ -46,13 +47,18 @@ class TrainingText:
             return None
         examples = data.examples("train")
         tokens = sum(len(example[0]) for example in examples)
-        # The last batch of an epoch may be small, and is a step all the same.
-        batches = math.ceil(len(examples) / (data.batch_size * trainer.world_size))
-        return cls(tokens, tokens / math.ceil(batches / trainer.accumulate_grad_batches))
+        rows = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        steps = math.ceil(len(examples) / rows)
+        return cls(tokens, tokens * rows / len(examples), steps)
 
     def epochs(self, steps: float) -> float:
         """Return how often the text is read in that many optimizer steps."""
-        return steps * self.tokens_per_step / self.tokens
+        return steps / self.steps
+
+    def steps_for(self, tokens: int) -> int:
+        """Return the fewest optimizer steps that train on so many tokens."""
+        epochs, rest = divmod(tokens, self.tokens)
+        return epochs * self.steps + min(math.ceil(rest / self.tokens_per_step), self.steps)
 
 
 def overfit_risk(recovery: str, text: TrainingText, steps: float, parameters: int) -> str | None:

@@ -86,7 +86,11 @@ def test_a_small_last_batch_is_a_step_of_the_budget_too(name, tmp_path):
     data.batch_size, trainer = count - 1, budget_trainer(tmp_path)
     trainer.datamodule = data
     text = TrainingText.of(trainer)
-    assert (text.epochs(2), text.tokens_per_step) == (1, text.tokens / 2)
+    assert (text.tokens, text.steps) == (count * SEQ_LEN, 2)
+    full = (count - 1) * SEQ_LEN
+    budgets = [full - 1, full, full + 1, text.tokens, text.tokens + full, text.tokens + full + 1]
+    assert [text.steps_for(tokens) for tokens in budgets] == [1, 1, 2, 2, 3, 4]
+    assert [text.epochs(steps) for steps in (2, 4)] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +186,7 @@ def test_without_restore_best_the_last_weights_are_final(name, tmp_path):
 
 
 def text(tokens, tokens_per_step=100):
-    return TrainingText(tokens, tokens_per_step)
+    return TrainingText(tokens, tokens_per_step, tokens // tokens_per_step)
 
 
 @pytest.mark.parametrize(
