@@ -137,16 +137,10 @@ class DLP(PruningCallback):
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that decide the result, as JSON values."""
         return {
-            "sparsity": self.sparsity,
+            **super().arguments(),
             "pattern": None if self.pattern is None else str(self.pattern),
-            "allocation": self.allocation,
-            "alpha": self.alpha,
-            "outlier_factor": self.outlier_factor,
-            "granularity": self.granularity,
-            "solver": self.solver,
             "sparsegpt": asdict(self.sparsegpt),
             "schedule": None if self.schedule is None else asdict(self.schedule),
-            "strict": self.strict,
         }
 
     def check(self, model: PreTrainedModel) -> None:

@@ -50,7 +50,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
         """
         self._settle(trainer)
         self._terminated = False
-        if stage == "fit" and not getattr(trainer, "fast_dev_run", False):
+        if stage == "fit":
             vars(trainer._signal_connector)["_sigterm_notifier_fn"] = self._note_sigterm
             self._launcher = trainer.strategy.launcher
         super().setup(trainer, pl_module, stage)
@@ -87,17 +87,11 @@ class RecoveryCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the trained model: a run killed later has nothing left to train."""
-        if not getattr(trainer, "fast_dev_run", False):
-            self._save(trainer)
+        self._save(trainer)
 
     def _save_if_due(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        between = trainer.fit_loop._should_accumulate()  # a checkpoint holds no gradients
-        if (
-            between
-            or step == self._last_global_step_saved
-            or getattr(trainer, "fast_dev_run", False)
-        ):
+        step, between = trainer.global_step, trainer.fit_loop._should_accumulate()
+        if between or step == self._last_global_step_saved:  # a checkpoint holds no gradients
             return
         # All ranks must save and end at the same step, and the signal reaches each at another
         # moment. They ask on the CPU: the device works on meanwhile.
@@ -107,7 +101,8 @@ class RecoveryCheckpoint(ModelCheckpoint):
             trainer._signal_connector.received_sigterm = terminated  # Lightning ends the run now
 
     def _save(self, trainer: Trainer) -> None:
-        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if not getattr(trainer, "fast_dev_run", False):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @property
     def state_key(self) -> str:

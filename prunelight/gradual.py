@@ -21,7 +21,7 @@ from prunelight.architecture import Matrix
 from prunelight.choices import check_choice
 from prunelight.sharded import whole
 from prunelight.shares import Ranks
-from prunelight.sparsity import Amount, Pattern, lowest_mask, row_mask, wanda_scores
+from prunelight.sparsity import Amount, Pattern, matrix_mask, row_mask, wanda_scores
 from prunelight.statistics import InputNorm
 from prunelight.walk import InputStatistics
 
@@ -144,7 +144,7 @@ class Gradual:
         share = amount * progress
         if self.solver == "wanda":
             return row_mask(scores, share)
-        return lowest_mask(scores.flatten(), int(scores.numel() * share + 1e-6)).view(scores.shape)
+        return matrix_mask(scores, int(scores.numel() * share + 1e-6))
 
     def _average(self) -> None:
         self._seen.reduce(lambda squares: self.ranks.sum(squares) / self.ranks.size)

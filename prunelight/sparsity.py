@@ -157,12 +157,17 @@ def row_mask(scores: Tensor, amount: Amount) -> Tensor:
     return pruned.reshape(scores.shape)
 
 
+def matrix_mask(scores: Tensor, target: Pattern | int) -> Tensor:
+    """Return True at the lowest scores of a whole matrix (O, K): a number of them, or by N:M."""
+    if isinstance(target, Pattern):
+        return row_mask(scores, target)
+    return lowest_mask(scores.flatten(), target).view(scores.shape)
+
+
 def magnitude_mask(weight: Tensor, amount: Amount) -> Tensor:
     """Return True where a weight is pruned: the smallest |W| of the whole matrix (O, I)."""
-    scores = _finite(weight).abs()
-    if isinstance(amount, Pattern):
-        return row_mask(scores, amount)
-    return lowest_mask(scores.flatten(), count_zeros(scores.numel(), amount)).view(scores.shape)
+    target = amount if isinstance(amount, Pattern) else count_zeros(weight.numel(), amount)
+    return matrix_mask(_finite(weight).abs(), target)
 
 
 def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
@@ -197,7 +202,7 @@ def wanda_variant_mask(weight: Tensor, norms: Tensor, sparsity: float) -> Tensor
     with ties_in_any_order():
         sums = values.cumsum(-1)
     share = sums / values.sum(-1, keepdim=True).clamp(min=1e-30)
-    pruned = lowest_mask(share.flatten(), count_zeros(scores.numel(), sparsity)).view(scores.shape)
+    pruned = matrix_mask(share, count_zeros(scores.numel(), sparsity))
     return torch.zeros_like(pruned).scatter_(-1, order, pruned)
 
 
@@ -311,8 +316,8 @@ def _solve_block(
         if i % step == 0:
             group = slice(i, i + step)
             scores = _saliency(columns[group], diagonal[group], dead[group]).split(rows, dim=1)
-            chosen = [_choose(part.T, target) for part, target in zip(scores, targets, strict=True)]
-            pruned = torch.cat(chosen).T.contiguous()
+            chosen = zip(scores, targets, strict=True)
+            pruned = torch.cat([matrix_mask(part.T, of) for part, of in chosen]).T.contiguous()
         if settings.bits and i % grid == 0:
             scale, zero = _grid(final[i : i + grid], settings.bits)
         kept = columns[i].masked_fill(pruned[i % step], 0)
@@ -328,13 +333,6 @@ def _solve_block(
             columns[end:].addmm_(factor[ready, end:].T, errors[ready], alpha=-1)
             done = i + 1
     return errors
-
-
-def _choose(scores: Tensor, target: Pattern | int) -> Tensor:
-    """Return True at the lowest scores (O, K): a number of them, or by N:M."""
-    if isinstance(target, Pattern):
-        return row_mask(scores, target)
-    return lowest_mask(scores.flatten(), target).view(scores.shape)
 
 
 def _saliency(columns: Tensor, diagonal: Tensor, dead: Tensor) -> Tensor:
