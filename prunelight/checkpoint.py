@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,17 @@ def _describe(run: Mapping[str, Any]) -> str:
     )
 
 
-def check_same_parameters(saved: Collection[str], trained: Collection[str]) -> None:
-    """Check that a checkpoint holds the trained parameters, and no other.
+def check_same_parameters(saved: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
+    """Check that a checkpoint holds the trained parameters, and no other, in their shapes.
 
     Raises:
         ValueError: if not; names one.
     """
-    odd = set(saved) ^ set(trained)
+    then, now = ({k: tuple(p.shape) for k, p in side.items()} for side in (saved, trained))
+    odd = sorted(k for k in {*then, *now} if then.get(k) != now.get(k))
     if odd:
         raise ValueError(
-            f"{len(odd)} trained parameters are only on one side, e.g. {min(odd)}; the LoRA "
-            "settings must be those of the run that wrote the checkpoint"
+            f"{len(odd)} trained parameters do not fit, e.g. {odd[0]}: {then.get(odd[0])} in the "
+            f"checkpoint, {now.get(odd[0])} in this run; the LoRA settings must be those of the "
+            "run that wrote it"
         )

@@ -336,7 +336,7 @@ class RecoveryModule(WatchedModule):
         """
         assert self._adapted is not None
         self._adapted.zeros.check()
-        trained, state = self._trained_names(), checkpoint["state_dict"]
+        trained, state = self._trained(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
         checkpoint[KEY] = {
             "format": FORMAT,
@@ -368,10 +368,10 @@ class RecoveryModule(WatchedModule):
             ValueError: if it was trained on another base or in another way; names both.
         """
         check_same_run(facts_of(checkpoint), self._describe_training())
-        check_same_parameters(checkpoint["state_dict"], self._trained_names())
+        check_same_parameters(checkpoint["state_dict"], self._trained())
 
-    def _trained_names(self) -> set[str]:
-        return {name for name, p in self.named_parameters() if p.requires_grad}
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def _describe_training(self) -> dict[str, str]:
         assert self._adapted is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -316,18 +317,14 @@ def exact_median(parts: Callable[[], Iterable[Tensor]], ranks: Ranks | None = No
         ranks: whose parts count; None means that this one has them all.
     """
     ranks = ranks or Ranks()
-    high = sum(torch.bincount(_bits(part) >> 16, minlength=1 << 16) for part in parts())
-    assert isinstance(high, Tensor)
-    high = ranks.sum(high)
-    rank = (int(high.sum()) - 1) // 2
-    top, rank = _bin_of(high, rank)
-    low = sum(
-        torch.bincount(bits[bits >> 16 == top] & 0xFFFF, minlength=1 << 16)
-        for bits in map(_bits, parts())
-    )
-    assert isinstance(low, Tensor)
-    low = ranks.sum(low)
-    bottom, _ = _bin_of(low, rank)
+
+    def histogram(pick: Callable[[Tensor], Tensor]) -> Tensor:
+        counts = (torch.bincount(pick(_bits(part)), minlength=1 << 16) for part in parts())
+        return ranks.sum(reduce(torch.add, counts))
+
+    high = histogram(lambda bits: bits >> 16)
+    top, rank = _bin_of(high, (int(high.sum()) - 1) // 2)
+    bottom, _ = _bin_of(histogram(lambda bits: bits[bits >> 16 == top] & 0xFFFF), rank)
     return torch.tensor(top << 16 | bottom, dtype=torch.int32).view(torch.float32).item()
 
 

@@ -385,6 +385,19 @@ def test_a_run_with_other_settings_is_refused_with_both_and_the_remedy(
         fit(name, interrupted, short_gpt(), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (LoRA(r=4), r"do not fit, e.g. .*: \(8, 64\) in the checkpoint, \(4, 64\) in this"),
+        (LoRA(targets=["o_proj"]), r"do not fit, e.g. .*: \(8, 64\) .*, None in this run"),
+        (LoRA(alpha=3), "run with alpha=16, .*this one has alpha=3"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(lora, message, interrupted, name):
+    with pytest.raises(ValueError, match=message):
+        fit(name, interrupted, short_gpt(), model={"lora": lora})
+
+
 def test_another_seed_or_text_is_refused(interrupted, name, tmp_path, monkeypatch):
     (tmp_path / "other.txt").write_text(runs.TEXT.replace("mill", "dam"))
     with pytest.raises(ValueError, match=r"run with data.tokens=\w+, this one has data.tokens="):
