@@ -43,16 +43,18 @@ class RecoveryCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settle where to write, and take SIGTERM over while it fits; Lightning calls it.
+        """Settle where to write, and take SIGTERM over for a fit; Lightning calls it.
 
         Lightning's own handler talks to the other ranks in the middle of whatever they do, and ends
         a validation before its step is saved.
         """
         self._settle(trainer)
         self._terminated = False
+        self._launcher = trainer.strategy.launcher
+        handlers = vars(trainer._signal_connector)
+        handlers.pop("_sigterm_notifier_fn", None)  # of an earlier fit
         if stage == "fit":
-            vars(trainer._signal_connector)["_sigterm_notifier_fn"] = self._note_sigterm
-            self._launcher = trainer.strategy.launcher
+            handlers["_sigterm_notifier_fn"] = self._note_sigterm
         super().setup(trainer, pl_module, stage)
 
     def _note_sigterm(self, signum: int, _: FrameType | None) -> None:

@@ -219,6 +219,18 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(hook, name, tmp_path):
     assert_same(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_sigterm_ends_a_validation_after_a_fit_at_once(name, tmp_path):
+    terminate = Terminate("on_test_batch_start")
+    settings = {"max_steps": 2, "logger": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, callbacks=[terminate, RecoveryCheckpoint()], **settings
+    )
+    module, data = make_module(name), make_data(name, tmp_path, batch_size=1)
+    trainer.fit(module, data)
+    with pytest.raises(SIGTERMException):
+        trainer.test(module, data, verbose=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_processes_save_at_the_same_step_whichever_gets_the_signal(rank, tmp_path):
