@@ -231,8 +231,7 @@ def _reuse_base(
     place = place_for(module.load_model(), trainer.strategy.root_device)
     device = ranks.on_zero(lambda: device_name(place))
     if not same or record.device != device:
-        dense = to_device(module.load_model(), place)
-        stages = [stage_of_run(module, "dense", dense, held_out)]
+        stages = [stage_of_run(module, "dense", to_device(module.load_model(), place), held_out)]
         record.device = device
         if len(record.stages) > 1:
             module.use_base(directory, None)

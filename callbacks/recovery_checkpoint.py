@@ -51,10 +51,9 @@ class RecoveryCheckpoint(ModelCheckpoint):
         self._settle(trainer)
         self._terminated = False
         self._launcher = trainer.strategy.launcher
-        handlers = vars(trainer._signal_connector)
-        handlers.pop("_sigterm_notifier_fn", None)  # of an earlier fit
+        vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)  # of an earlier fit
         if stage == "fit":
-            handlers["_sigterm_notifier_fn"] = self._note_sigterm
+            vars(trainer._signal_connector)["_sigterm_notifier_fn"] = self._note_sigterm
         super().setup(trainer, pl_module, stage)
 
     def _note_sigterm(self, signum: int, _: FrameType | None) -> None:

@@ -43,7 +43,7 @@ from prunelight.regions import check_backend
 from prunelight.report import RunRecord
 from prunelight.resume import ExactResume
 from prunelight.retraining import WatchedModule
-from prunelight.sharded import shard
+from prunelight.sharded import shard, trained_parameters
 from prunelight.teaching import meet_teacher
 
 log = logging.getLogger(__name__)
@@ -336,7 +336,7 @@ class RecoveryModule(WatchedModule):
         """
         assert self._adapted is not None
         self._adapted.zeros.check()
-        trained, state = self._trained(), checkpoint["state_dict"]
+        trained, state = trained_parameters(self), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
         checkpoint[KEY] = {
             "format": FORMAT,
@@ -368,10 +368,7 @@ class RecoveryModule(WatchedModule):
             ValueError: if it was trained on another base or in another way; names both.
         """
         check_same_run(facts_of(checkpoint), self._describe_training())
-        check_same_parameters(checkpoint["state_dict"], self._trained())
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        check_same_parameters(checkpoint["state_dict"], trained_parameters(self))
 
     def _describe_training(self) -> dict[str, str]:
         assert self._adapted is not None

@@ -32,7 +32,7 @@ def shard(model: PreTrainedModel | PeftModel, mesh: DeviceMesh, same: Callable[[
     plain: Any = model
     if isinstance(model, PeftModel):
         plain = model.get_base_model()
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = trained_parameters(model)
         first = same({name: p.detach().cpu() for name, p in trained.items()})
         for name, parameter in trained.items():
             parameter.data.copy_(first[name])
@@ -43,7 +43,7 @@ def shard(model: PreTrainedModel | PeftModel, mesh: DeviceMesh, same: Callable[[
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:
     """Return the whole trained parameters on the CPU: of a sharded model on rank 0 only."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = trained_parameters(model)
     if not any(isinstance(parameter, DTensor) for parameter in trained.values()):
         return {name: parameter.detach().cpu() for name, parameter in trained.items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -54,6 +54,11 @@ def gather_trained(model: nn.Module) -> dict[str, Tensor]:
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank has of a tensor; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def total(value: Tensor, like: Tensor) -> Tensor:
