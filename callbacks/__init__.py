@@ -4,13 +4,13 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.dlp import DLP
 from prunelight.callbacks.dynamic_slicing import DynamicSlicing
 from prunelight.callbacks.orthogonality import Orthogonality
-from prunelight.callbacks.recovery_checkpoint import RecoveryCheckpoint
+from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
+from prunelight.callbacks.recovery.token_budget import TokenBudget
 from prunelight.callbacks.shortened_llama import ShortenedLlama
 from prunelight.callbacks.shortgpt import ShortGPT
 from prunelight.callbacks.sleb import SLEB
 from prunelight.callbacks.slicegpt import SliceGPT, SlicingCallback
 from prunelight.callbacks.sliding_layer_merging import SlidingLayerMerging
-from prunelight.callbacks.token_budget import TokenBudget
 from prunelight.callbacks.width_pruning import WidthPruning
 
 __all__ = [

@@ -23,39 +23,35 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
-from prunelight.calibration import Windows, check_windows, split_windows
-from prunelight.checkpoint import check_format
-from prunelight.distributed import check_strategy, ranks_of_run
-from prunelight.evaluation import (
-    Measurement,
-    device_name,
-    forward_seconds,
-    measuring,
-    new_record,
-    place_for,
-    to_device,
-    where_it_fits,
-)
-from prunelight.files import explaining, replacing
-from prunelight.handover import plan_files
-from prunelight.module import RecoveryModule
-from prunelight.packing import check_packed
-from prunelight.plan import (
-    Plan,
+from prunelight.calibration.shared_windows import ranks_of, share_windows
+from prunelight.calibration.windows import Windows, check_windows, split_windows
+from prunelight.evaluation.report.record import FORMAT, Cost, RunRecord
+from prunelight.evaluation.speed import forward_seconds
+from prunelight.evaluation.stages import new_record
+from prunelight.models.placement import place_for, to_device, where_it_fits
+from prunelight.models.saving import check_replaceable, save
+from prunelight.planning.fingerprints import (
     describe_model,
     describe_windows,
     fingerprint_of,
     model_fingerprint,
 )
-from prunelight.quantization import check_quantizable, check_widths
-from prunelight.recording import describe_evaluation, evaluation_windows, stage_of_run
-from prunelight.recovery import check_targets
-from prunelight.report import FORMAT, Cost, RunRecord
-from prunelight.saving import check_replaceable, save
-from prunelight.shares import Ranks, ranks_of, share_windows
-from prunelight.steps import Step
-from prunelight.surgery import apply
-from prunelight.teaching import check_teacher
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import Step
+from prunelight.pruning.apply import apply
+from prunelight.recovery.lora import check_targets
+from prunelight.recovery.packed_rows import check_packed
+from prunelight.recovery.quantization import check_quantizable, check_widths
+from prunelight.run.checkpoints import check_format
+from prunelight.run.measurements import describe_evaluation, evaluation_windows, stage_of_run
+from prunelight.run.run_state import plan_files
+from prunelight.run.strategies import check_strategy, ranks_of_run
+from prunelight.run.teacher import check_teacher
+from prunelight.runtime.atomic_files import explaining, replacing
+from prunelight.runtime.devices import device_name
+from prunelight.runtime.measuring import Measurement, measuring
+from prunelight.runtime.processes import Ranks
+from prunelight.training.recovery_module import RecoveryModule
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,11 @@ from lightning.pytorch import LightningModule, Trainer
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from prunelight.allocation import (
+from prunelight.calibration.windows import Windows, check_windows
+from prunelight.callbacks.base import PruningCallback
+from prunelight.models.families.layers import decoder_layers, layers_path, matrices
+from prunelight.planning.plan import Plan, sparsified
+from prunelight.planning.sparsity_shares import (
     clipped_by,
     dlp,
     fit_to_target,
@@ -28,18 +32,15 @@ from prunelight.allocation import (
     uniform,
     weighted_mean,
 )
-from prunelight.architecture import decoder_layers, layers_path, matrices
-from prunelight.calibration import Windows, check_windows
-from prunelight.callbacks.base import PruningCallback
-from prunelight.choices import check_choice
-from prunelight.distributed import ranks_of_run
-from prunelight.gradual import Gradual, Schedule, weights_with_adapters
-from prunelight.module import RecoveryModule
-from prunelight.plan import Plan, sparsified
-from prunelight.scoring import WeightScore, weight_scores
-from prunelight.sparsify import SOLVERS, amount_of, check_step
-from prunelight.sparsity import Pattern, SparseGPT
-from prunelight.steps import Sparsify
+from prunelight.planning.steps import Sparsify
+from prunelight.pruning.sparsity.masks import Pattern
+from prunelight.pruning.sparsity.sparsegpt import SparseGPT
+from prunelight.pruning.sparsity.sparsify import SOLVERS, amount_of, check_step
+from prunelight.recovery.zeros.gradual_zeros import Gradual, Schedule, weights_with_adapters
+from prunelight.run.strategies import ranks_of_run
+from prunelight.runtime.arguments import check_choice
+from prunelight.scoring.weight_scores import WeightScore, weight_scores
+from prunelight.training.recovery_module import RecoveryModule
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,11 @@ ALLOCATIONS: dict[str, WeightScore | None] = {
     "owl": "outlier_ratio",
     "uniform": None,
 }
+
 ALPHAS = {"dlp": 0.15, "dlp_mean": 0.15, "owl": 0.08, "uniform": 0.0}
+
 GRANULARITIES = ("layer", "linear")
+
 GRADUAL_SOLVERS = ("wanda", "magnitude")
 
 

@@ -16,25 +16,28 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.allocation import clipped_by, redundancies, slicing_ratios, slicing_widths
-from prunelight.calibration import Windows, split_windows
-from prunelight.callbacks.slicegpt import (
-    SlicingCallback,
+from prunelight.calibration.windows import Windows, first_windows, split_windows
+from prunelight.callbacks.slicegpt import SlicingCallback
+from prunelight.planning.plan import Plan
+from prunelight.planning.slice_widths import redundancies, slicing_ratios, slicing_widths
+from prunelight.planning.sparsity_shares import clipped_by
+from prunelight.planning.steps import SliceHidden
+from prunelight.pruning.slicing.slice_hidden import check_sliceable, check_tokens
+from prunelight.pruning.slicing.targets import (
     check_slice_options,
     check_slice_target,
     meet_parameters,
     residual_dims,
+    sliced_parameters,
     told_parameters,
 )
-from prunelight.plan import Plan
-from prunelight.scoring import block_influences
-from prunelight.slicing import check_sliceable, check_tokens, sliced_parameters
-from prunelight.steps import SliceHidden
-from prunelight.trials import first_windows, sliced_perplexity
+from prunelight.pruning.slicing.trial import sliced_perplexity
+from prunelight.scoring.block_influence import block_influences
 
 log = logging.getLogger(__name__)
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the mean ratio, that a sweep tries as the base
+
 _HELD_OUT = 4  # one window in so many judges the bases of a sweep
 
 

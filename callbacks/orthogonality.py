@@ -16,16 +16,20 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prunelight.callbacks.base import pruning_callbacks
-from prunelight.evaluation import evaluate, to_device
-from prunelight.module import RecoveryModule
-from prunelight.orthogonality import ROWS, Cell, orthogonality_section
-from prunelight.quantization import BitsAndBytes, stored_bytes
-from prunelight.recording import evaluation_windows
-from prunelight.report import RunRecord, write_report
+from prunelight.evaluation.orthogonality import ROWS, Cell, orthogonality_section
+from prunelight.evaluation.perplexity import evaluate
+from prunelight.evaluation.report.record import RunRecord
+from prunelight.evaluation.report.report import write_report
+from prunelight.models.placement import to_device
+from prunelight.models.sizes import stored_bytes
+from prunelight.recovery.quantization import BitsAndBytes
+from prunelight.run.measurements import evaluation_windows
+from prunelight.training.recovery_module import RecoveryModule
 
 log = logging.getLogger(__name__)
 
 TITLE = "Are pruning and quantization orthogonal?"
+
 # Arguments of a RecoveryModule that it keeps under other names.
 _KEPT_AS = {
     "dtype": "dtype_name",
@@ -34,6 +38,7 @@ _KEPT_AS = {
     "distillation": "objective.settings",
     "chunked_loss": "objective.chunked",
 }
+
 _TRAINER_SETTINGS = (
     *("accelerator", "precision", "max_steps", "max_epochs", "limit_train_batches"),
     *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),

@@ -12,18 +12,19 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from prunelight.allocation import check_depth_target, layers_to_remove, lowest
-from prunelight.architecture import decoder_layers, matrices
-from prunelight.calibration import Windows, check_windows
+from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
-from prunelight.choices import check_choice
-from prunelight.importance import magnitude_scores, taylor_scores
-from prunelight.plan import Plan
-from prunelight.replay import Replay
-from prunelight.steps import RemoveLayers
-from prunelight.surgery import check_removable
+from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.planning.layer_choice import check_depth_target, layers_to_remove, lowest
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import RemoveLayers
+from prunelight.pruning.remove_layers import check_removable
+from prunelight.runtime.arguments import check_choice
+from prunelight.scoring.importance import magnitude_scores, taylor_scores
+from prunelight.scoring.model_variants import Replay
 
 SCORES = ("perplexity", "taylor", "magnitude")
+
 ENDS = [0, 1, 2, 3, -2, -1]  # which the paper spares with "taylor" and "magnitude"
 
 

@@ -14,26 +14,29 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.allocation import (
+from prunelight.calibration.windows import Windows, check_windows
+from prunelight.callbacks.base import PruningCallback
+from prunelight.models.families.dropped_sublayers import SUBLAYERS
+from prunelight.models.families.layers import decoder_layers
+from prunelight.planning.layer_choice import (
     check_depth_target,
     layers_to_remove,
     lowest,
     lowest_window,
     resolve_indices,
 )
-from prunelight.architecture import decoder_layers
-from prunelight.calibration import Windows, check_windows
-from prunelight.callbacks.base import PruningCallback
-from prunelight.choices import check_choice
-from prunelight.plan import Plan
-from prunelight.scoring import angular_distances, block_influences, sublayer_influences
-from prunelight.steps import DropSublayers, RemoveLayers, Step
-from prunelight.sublayers import SUBLAYERS, check_droppable, fixed_sublayers
-from prunelight.surgery import check_removable
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import DropSublayers, RemoveLayers, Step
+from prunelight.pruning.drop_sublayers import check_droppable, fixed_sublayers
+from prunelight.pruning.remove_layers import check_removable
+from prunelight.runtime.arguments import check_choice
+from prunelight.scoring.angular_distance import angular_distances
+from prunelight.scoring.block_influence import block_influences, sublayer_influences
 
 log = logging.getLogger(__name__)
 
 SCORES = ("block_influence", "angular")
+
 GRANULARITIES = ("layer", "attention", "mlp", "sublayer")
 
 

@@ -13,16 +13,21 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.allocation import check_depth_target, layers_to_remove, lowest, resolve_indices
-from prunelight.architecture import decoder_layers
-from prunelight.calibration import Windows, check_windows
+from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
-from prunelight.choices import check_choice
-from prunelight.plan import Plan
-from prunelight.replay import Replay
-from prunelight.similarity import CRITERIA
-from prunelight.steps import RemoveLayers
-from prunelight.surgery import check_removable
+from prunelight.models.families.layers import decoder_layers
+from prunelight.planning.layer_choice import (
+    check_depth_target,
+    layers_to_remove,
+    lowest,
+    resolve_indices,
+)
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import RemoveLayers
+from prunelight.pruning.remove_layers import check_removable
+from prunelight.runtime.arguments import check_choice
+from prunelight.scoring.model_variants import Replay
+from prunelight.scoring.similarity import CRITERIA
 
 
 class SLEB(PruningCallback):

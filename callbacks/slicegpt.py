@@ -1,36 +1,39 @@
 """SliceGPT: keep the first principal components of the hidden states (arXiv:2401.15024).
 
 As many in every layer; DynamicSlicing gives each layer its own number. What the released code gets
-wrong, and where the embeddings of tied models go, is in prunelight/slicing.py and README.
+wrong, and where the embeddings of tied models go, is in prunelight/pruning/slicing.
 """
 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
-from prunelight.allocation import uniform_width
-from prunelight.calibration import Windows
+from prunelight.calibration.windows import Windows
 from prunelight.callbacks.base import PruningCallback, pruning_callbacks
-from prunelight.choices import check_choice
-from prunelight.handover import plan_files
-from prunelight.metrics import parameter_count
-from prunelight.module import RecoveryModule
-from prunelight.plan import Plan
-from prunelight.rotation import allowed_widths, check_shareable, shared_parameters
-from prunelight.slicing import check_sliceable, check_tokens, sliced_parameters
-from prunelight.steps import SLICE_OPTIONS, SliceHidden, Sparsify
+from prunelight.planning.plan import Plan
+from prunelight.planning.slice_widths import uniform_width
+from prunelight.planning.steps import SliceHidden, Sparsify
+from prunelight.pruning.slicing.shared_rotation import check_shareable, shared_parameters
+from prunelight.pruning.slicing.slice_hidden import check_sliceable, check_tokens
+from prunelight.pruning.slicing.targets import (
+    allowed_widths,
+    check_slice_options,
+    check_slice_target,
+    meet_parameters,
+    residual_dims,
+    sliced_parameters,
+    told_parameters,
+)
+from prunelight.run.run_state import plan_files
+from prunelight.training.recovery_module import RecoveryModule
 
 log = logging.getLogger(__name__)
-
-EMBEDDINGS = ("auto", "full", "sliced")
 
 
 class SlicingCallback(PruningCallback):
@@ -224,89 +227,3 @@ class SliceGPT(SlicingCallback):
         return meet_parameters(
             model, self.parameter_ratio, widths, lambda width: self._parameters(model, width)
         )
-
-
-def check_slice_target(
-    slice_ratio: float | None, parameter_ratio: float | None, round_to: int
-) -> None:
-    """Check how much shall be sliced, before any model is at hand.
-
-    Raises:
-        ValueError: unless exactly one ratio in [0, 1) is given.
-    """
-    if (slice_ratio is None) == (parameter_ratio is None):
-        raise ValueError(
-            f"slice_ratio={slice_ratio} and parameter_ratio={parameter_ratio}: give exactly one "
-            "(share of the hidden width, or of all parameters)"
-        )
-    for name, ratio in (("slice_ratio", slice_ratio), ("parameter_ratio", parameter_ratio)):
-        if ratio is not None and not 0 <= ratio < 1:
-            raise ValueError(f"{name}={ratio} must lie in [0, 1); 0.25 removes a quarter")
-    if round_to < 1:
-        raise ValueError(f"round_to={round_to} must be at least 1")
-
-
-def check_slice_options(**options: str) -> None:
-    """Check options by name.
-
-    Raises:
-        ValueError: if one has an unknown value.
-    """
-    for name, value in options.items():
-        check_choice(name, value, {"embedding": EMBEDDINGS, **SLICE_OPTIONS}[name])
-
-
-def residual_dims(model: PreTrainedModel, widths: Sequence[int], embedding: str) -> tuple[int, ...]:
-    """Return the 2 L + 1 widths: each layer's own before attention and MLP, the last site whole."""
-    full = model.config.tie_word_embeddings if embedding == "auto" else embedding == "full"
-    hidden = model.config.hidden_size
-    dims = [width for width in widths for _ in range(2)] + [hidden]
-    return (hidden if full else dims[0], *dims[1:])
-
-
-Candidate = TypeVar("Candidate")
-
-
-def meet_parameters(
-    model: PreTrainedModel,
-    ratio: float | None,
-    candidates: Sequence[Candidate],
-    count: Callable[[Candidate], int],
-) -> Candidate:
-    """Return the first candidate that removes a share of all parameters, by bisection.
-
-    Args:
-        model: the dense one.
-        ratio: the share.
-        candidates: from the widest to the narrowest, with ever fewer parameters.
-        count: how many parameters a candidate has.
-
-    Raises:
-        ValueError: if none does.
-    """
-    assert ratio is not None
-    dense, goal = parameter_count(model), (1 - ratio) * parameter_count(model)
-    first = bisect_left(candidates, True, key=lambda candidate: count(candidate) <= goal)
-    if first < len(candidates):
-        return candidates[first]
-    least = count(candidates[-1]) if candidates else dense
-    raise ValueError(
-        f"parameter_ratio={ratio} cannot be met by slicing: embeddings and shortcuts leave at "
-        f"least {least / 1e6:.1f}M of {dense / 1e6:.1f}M parameters; lower it"
-    )
-
-
-def told_parameters(
-    model: PreTrainedModel, parameters: int, slice_ratio: float | None
-) -> dict[str, Any]:
-    """Return the true parameters, shortcuts and head included; warn if they became more."""
-    dense = parameter_count(model)
-    if slice_ratio and parameters >= dense:
-        log.warning(
-            "slice_ratio=%s makes the model larger (%.1fM -> %.1fM parameters): shortcuts and an "
-            "untied head add more than it removes; raise it, or ask by parameter_ratio",
-            slice_ratio,
-            dense / 1e6,
-            parameters / 1e6,
-        )
-    return {"parameters": parameters, "parameters_before": dense}

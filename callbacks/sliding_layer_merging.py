@@ -3,32 +3,39 @@
 The window grows downwards as long as the merged model stays similar enough to the dense one. A
 threshold says how similar, or a target how many layers shall go: then the threshold is searched
 for. The released code copies the whole model for each candidate, keeps only the highest layer's
-projections, and has no target; what differs here is in sliding.py, variants.py and merging.py.
+projections, and has no target; what differs here is in sliding_search.py and merge_layers.py.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.allocation import check_depth_target, layers_to_remove, resolve_indices
-from prunelight.architecture import decoder_layers
-from prunelight.calibration import Windows, check_windows
+from prunelight.calibration.cka import CKA
+from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
-from prunelight.choices import check_choice
-from prunelight.merging import check_mergeable
-from prunelight.plan import Plan
-from prunelight.replay import Replay
-from prunelight.similarity import CRITERIA
-from prunelight.sliding import Slide, SpentError, exchange, most_removable, search, slide
-from prunelight.statistics import CKA
-from prunelight.steps import MERGES, MergeLayers
-from prunelight.surgery import check_removable
-from prunelight.variants import MergedVariants
+from prunelight.models.families.layers import decoder_layers
+from prunelight.planning.layer_choice import check_depth_target, layers_to_remove, resolve_indices
+from prunelight.planning.plan import Plan
+from prunelight.planning.sliding_search import (
+    Slide,
+    SpentError,
+    exchange,
+    most_removable,
+    search,
+    slide,
+)
+from prunelight.planning.steps import MERGES, MergeLayers
+from prunelight.pruning.merge_layers import check_mergeable, merged_layer
+from prunelight.pruning.remove_layers import check_removable
+from prunelight.runtime.arguments import check_choice
+from prunelight.scoring.model_variants import MergedVariants, Replay
+from prunelight.scoring.similarity import CRITERIA
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +128,8 @@ class SlidingLayerMerging(PruningCallback):
             model, windows, self.criterion, ignore_first_tokens=ignored, **places
         ) as replay:
             cka = self._cka(replay)
-            score, total = MergedVariants(model, replay, self.merge), len(replay.units)
+            merge = partial(merged_layer, model, merge=self.merge)
+            score, total = MergedVariants(replay, merge), len(replay.units)
             found, threshold = self._find(score, total)
             best = found
             if self.threshold is None and self.limit == "merge" and found.groups:

@@ -2,7 +2,7 @@
 
 For the combination with depth that SLM reports (arXiv:2502.19159): depth first, then width. Whole
 key-value groups go, with their query heads. Each layer keeps its own best groups and neurons; what
-the scores mean is in prunelight/width.py.
+the scores mean is in prunelight/scoring/width_scores.py.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.calibration import Windows, check_windows
+from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback, pruning_callbacks
-from prunelight.choices import check_choice
-from prunelight.module import RecoveryModule
-from prunelight.plan import Plan
-from prunelight.steps import PruneWidth
-from prunelight.width import SCORES, allowed_groups, check_width, width_scores, widths_of
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import PruneWidth
+from prunelight.pruning.prune_width import check_width
+from prunelight.runtime.arguments import check_choice
+from prunelight.scoring.width_scores import SCORES, allowed_groups, width_scores, widths_of
+from prunelight.training.recovery_module import RecoveryModule
+
+log = logging.getLogger(__name__)
 
 FIELDS: dict[str, str] = {"heads": "num_key_value_heads", "neurons": "intermediate_size"}
-log = logging.getLogger(__name__)
 
 
 class WidthPruning(PruningCallback):

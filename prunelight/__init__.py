@@ -13,14 +13,15 @@ if (_repository / "pyproject.toml").is_file() and (_repository / "callbacks").is
 
 __version__ = "0.1.0"
 
-from prunelight.analysis import analyze  # noqa: E402
-from prunelight.evaluation import perplexity  # noqa: E402
-from prunelight.models import load  # noqa: E402
-from prunelight.plan import Plan  # noqa: E402
-from prunelight.saving import save  # noqa: E402
-from prunelight.shares import share_windows  # noqa: E402
-from prunelight.surgery import apply  # noqa: E402
-from prunelight.windows import calibration_windows  # noqa: E402
+import prunelight.models.families.registration  # noqa: E402, F401
+from prunelight.calibration.shared_windows import share_windows  # noqa: E402
+from prunelight.data.token_windows import calibration_windows  # noqa: E402
+from prunelight.evaluation.perplexity import perplexity  # noqa: E402
+from prunelight.models.loading import load  # noqa: E402
+from prunelight.models.saving import save  # noqa: E402
+from prunelight.planning.plan import Plan  # noqa: E402
+from prunelight.pruning.apply import apply  # noqa: E402
+from prunelight.scoring.analysis import analyze  # noqa: E402
 
 __all__ = [
     "Plan",

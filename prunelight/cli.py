@@ -30,21 +30,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from rich.console import Console
 
 import prunelight.callbacks
-from prunelight.analysis import analyze
 from prunelight.callbacks.base import prune_base, pruning_callbacks
-from prunelight.callbacks.recovery_checkpoint import RecoveryCheckpoint
-from prunelight.data import TextDataModule
-from prunelight.distributed import check_strategy
-from prunelight.evaluation import to_device
-from prunelight.files import check_writable
-from prunelight.maps import write_analysis
-from prunelight.module import RecoveryModule
-from prunelight.report import summary_table, write_report
+from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
+from prunelight.evaluation.report.analysis_report import write_analysis
+from prunelight.evaluation.report.report import summary_table, write_report
+from prunelight.models.placement import to_device
+from prunelight.run.strategies import check_strategy
+from prunelight.runtime.atomic_files import check_writable
+from prunelight.scoring.analysis import analyze
+from prunelight.training.recovery_module import RecoveryModule
+from prunelight.training.text_datamodule import TextDataModule
 
 log = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).resolve().parent
-CALLBACKS = Path(prunelight.callbacks.__file__).resolve().parent
+PACKAGES = [Path(__file__).resolve().parent, Path(prunelight.callbacks.__file__).resolve().parent]
 
 
 class Trainer(pl.Trainer):
@@ -263,8 +262,8 @@ def our_error(error: BaseException | None) -> BaseException | None:
     expected = (ValueError, TypeError, OSError, ImportError, RuntimeError)
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        folder = Path(frames[-1].filename).resolve().parent if frames else None
-        if isinstance(error, expected) and folder in (PACKAGE, CALLBACKS):
+        folders = Path(frames[-1].filename).resolve().parents if frames else ()
+        if isinstance(error, expected) and any(package in folders for package in PACKAGES):
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -17,13 +17,16 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
+from torch.nn.functional import cross_entropy, linear, pad
 from torch.utils.checkpoint import checkpoint
+
+IGNORED_LABEL = -100  # the label that torch's cross-entropy skips
 
 Finish: TypeAlias = Callable[[Tensor], Tensor]
 
 # Five copies of a chunk's logits live at a time at most: below a tenth of all logits.
 _CHUNKS = 64
+
 _SMALLEST_CHUNK = 32  # tokens; with fewer, reading the head's weights takes longer than the rest
 
 
@@ -308,3 +311,57 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += left @ right
+
+
+_LOGIT_TOKENS = 256
+
+
+@torch.no_grad()
+def next_token_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum cross-entropy and hits over all predicted tokens, in float32 whatever the logits' dtype.
+
+    Args:
+        logits: (B, T, V); position t predicts the label at t + 1.
+        labels: (B, T), -100 where a token does not count.
+
+    Returns:
+        Scalars: summed negative log-likelihood in nats (float64), correct predictions, tokens.
+    """
+    flat, target = logits.flatten(0, 1), next_token_targets(labels.to(logits.device))
+    nll = torch.zeros((), dtype=torch.float64)
+    correct = torch.zeros((), dtype=torch.long, device=logits.device)
+    for part, wanted in zip(flat.split(_LOGIT_TOKENS), target.split(_LOGIT_TOKENS), strict=True):
+        # In chunks: a float32 copy of all logits is the largest tensor of an evaluation.
+        loss = cross_entropy(part.float(), wanted, ignore_index=IGNORED_LABEL, reduction="sum")
+        nll += loss.cpu().double()  # not every device has float64
+        correct += (part.argmax(-1) == wanted).sum()
+    return nll, correct.cpu(), (target != IGNORED_LABEL).sum().cpu()
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over all predicted tokens, computed in float32 chunk by chunk.
+
+    The value and gradient of `cross_entropy(logits.float(), ...)`, without float32 copies of all
+    logits: for a large vocabulary those are most of a training step's memory.
+
+    Args:
+        logits: (B, T, V); position t predicts the label at t + 1.
+        labels: (B, T), -100 where a token does not count.
+
+    Returns:
+        Scalar in nats, float32; 0 if no token counts.
+    """
+    tokens, targets = counted_targets(labels)
+    return logits_loss(logits.flatten(0, 1), language_loss(targets), tokens)
+
+
+def counted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which positions of (B * T,) predict a token that counts, and what they predict."""
+    targets = next_token_targets(labels)
+    tokens = (targets != IGNORED_LABEL).nonzero()[:, 0]
+    return tokens, targets[tokens]
+
+
+def next_token_targets(labels: Tensor) -> Tensor:
+    """Return what each position predicts, (B, T) -> (B * T,); nothing at the last one."""
+    return pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_windows import make_tokenizer
 from tiny import tiny_model
 
-from prunelight import evaluation
-from prunelight.data import TextDataModule
-from prunelight.module import RecoveryModule
-from prunelight.recovery import LoRA
+from prunelight.evaluation import speed
+from prunelight.recovery.lora import LoRA
+from prunelight.training.recovery_module import RecoveryModule
+from prunelight.training.text_datamodule import TextDataModule
 
 TEXT = "The river runs past the old mill and down to the sea. " * 40
 SEQ_LEN = 32
@@ -20,8 +20,8 @@ SEQ_LEN = 32
 
 def measure_speed_briefly() -> None:
     """Spare tiny runs two thirds of their time, which goes into speeds that no test looks at."""
-    evaluation._DECODE_TOKENS = 1
-    evaluation.measure_speed.__kwdefaults__["repeats"] = 1
+    speed._DECODE_TOKENS = 1
+    speed.measure_speed.__kwdefaults__["repeats"] = 1
 
 
 def write_model(directory: Path, family: str = "llama", **changes: object) -> str:

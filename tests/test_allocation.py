@@ -4,18 +4,14 @@ from itertools import pairwise
 import pytest
 import reference_sparsity as reference
 
-from prunelight.allocation import (
+from prunelight.planning.layer_choice import (
     check_depth_target,
-    dlp,
-    fit_to_target,
     layers_to_remove,
     lowest,
     lowest_window,
-    mixed_kept,
-    owl,
     resolve_indices,
-    uniform,
 )
+from prunelight.planning.sparsity_shares import dlp, fit_to_target, mixed_kept, owl, uniform
 
 SCORES = [0.9, 0.2, 0.5, 0.1, 0.3, 0.8]
 

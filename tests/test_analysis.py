@@ -10,11 +10,13 @@ from reference_sliding import debiased_cka
 from tiny import FAMILIES, NUM_LAYERS, tiny_model, token_windows
 
 import prunelight
-from prunelight.analysis import attention_to_first_token
-from prunelight.architecture import decoder_layers
-from prunelight.maps import plot_cka, write_analysis
-from prunelight.scoring import angular_distances, block_influences
-from prunelight.sublayers import drop_sublayers
+from prunelight.evaluation.report.analysis_report import write_analysis
+from prunelight.evaluation.report.heat_maps import plot_cka
+from prunelight.models.families.layers import decoder_layers
+from prunelight.pruning.drop_sublayers import drop_sublayers
+from prunelight.scoring.analysis import attention_to_first_token
+from prunelight.scoring.angular_distance import angular_distances
+from prunelight.scoring.block_influence import block_influences
 
 WINDOWS = token_windows(4, 24)
 

@@ -14,10 +14,10 @@ from runs import TEXT, write_model
 from transformers import AutoModelForCausalLM
 
 import prunelight
-from prunelight.architecture import matrices
 from prunelight.cli import CLI, Trainer, find_configs, main, our_error
-from prunelight.data import TextDataModule
-from prunelight.module import RecoveryModule
+from prunelight.models.families.layers import matrices
+from prunelight.training.recovery_module import RecoveryModule
+from prunelight.training.text_datamodule import TextDataModule
 
 CONFIGS = sorted(Path(str(files("prunelight.configs"))).glob("*.yaml"))
 

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from test_slicing import VARIED, sliced
 from tiny import tiny_model, token_windows
 
-from prunelight.adaptation import Adapted, Settings
 from prunelight.callbacks import DLP, ShortGPT
-from prunelight.gradual import Schedule
-from prunelight.metrics import next_token_loss
-from prunelight.plan import Plan
-from prunelight.recovery import LoRA
-from prunelight.steps import Sparsify
-from prunelight.surgery import apply
+from prunelight.losses import next_token_loss
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import Sparsify
+from prunelight.pruning.apply import apply
+from prunelight.recovery.lora import LoRA
+from prunelight.recovery.prepared_model import Adapted, Settings
+from prunelight.recovery.zeros.gradual_zeros import Schedule
 
 WINDOWS = token_windows(2, 12)
 SGD = partial(torch.optim.SGD, lr=0.5)

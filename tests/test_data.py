@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from test_windows import ALPACA, CHAT, CHATML, PAIR, make_tokenizer, sample
 
-from prunelight.data import TextDataModule, pad_examples
-from prunelight.windows import IGNORED_LABEL, calibration_windows, tokenize_documents
+from prunelight.data.token_windows import calibration_windows, tokenize_documents
+from prunelight.losses import IGNORED_LABEL
+from prunelight.training.text_datamodule import TextDataModule, pad_examples
 
 INSTRUCTIONS = [ALPACA, PAIR, {"prompt": "Nothing?", "response": ""}]
 
@@ -111,7 +112,7 @@ def test_instruction_fields_win_over_a_text_field(tmp_path):
 
 
 def test_dropped_rows_and_tokens_are_counted_in_one_line_each(instructions, caplog):
-    with caplog.at_level(logging.INFO, logger="prunelight.data"):
+    with caplog.at_level(logging.INFO, logger="prunelight.training.text_datamodule"):
         data = make_data(train=[instructions, "sample:validation"], seq_len=256)
         data.setup("fit")
         data.setup("fit")

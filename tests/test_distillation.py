@@ -19,15 +19,19 @@ from tiny import tiny_model, token_windows
 import prunelight
 from prunelight.callbacks import ShortGPT, SliceGPT
 from prunelight.cli import main
-from prunelight.data import TextDataModule
-from prunelight.distillation import Distillation, Objective, hidden_loss, kept_layers
-from prunelight.head import Head
-from prunelight.losses import top_k
-from prunelight.metrics import counted_targets
-from prunelight.plan import Plan
-from prunelight.steps import MergeLayers, RemoveLayers
-from prunelight.teacher_cache import BLOCK, TeacherCache
-from prunelight.teaching import TeacherSource, _release
+from prunelight.losses import counted_targets, top_k
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import MergeLayers, RemoveLayers
+from prunelight.recovery.distillation.language_head import Head
+from prunelight.recovery.distillation.objective import (
+    Distillation,
+    Objective,
+    hidden_loss,
+    kept_layers,
+)
+from prunelight.recovery.distillation.teacher_cache import BLOCK, TeacherCache
+from prunelight.run.teacher import TeacherSource, _release
+from prunelight.training.text_datamodule import TextDataModule
 
 CPU = torch.device("cpu")
 

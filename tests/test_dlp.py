@@ -11,13 +11,13 @@ from tiny import NUM_LAYERS, tiny_model, token_windows
 from torch import nn
 
 import prunelight
-from prunelight.allocation import weighted_mean
-from prunelight.architecture import decoder_layers, layer_matrices, matrices
 from prunelight.callbacks import DLP
-from prunelight.gradual import Schedule
-from prunelight.plan import describe_model, describe_windows
-from prunelight.sparsity import SparseGPT
-from prunelight.steps import Sparsify
+from prunelight.models.families.layers import decoder_layers, layer_matrices, matrices
+from prunelight.planning.fingerprints import describe_model, describe_windows
+from prunelight.planning.sparsity_shares import weighted_mean
+from prunelight.planning.steps import Sparsify
+from prunelight.pruning.sparsity.sparsegpt import SparseGPT
+from prunelight.recovery.zeros.gradual_zeros import Schedule
 
 WINDOWS = token_windows()
 PER_TOKEN = WINDOWS.numel() ** -0.5  # ours are of the mean square over tokens, not of the sum

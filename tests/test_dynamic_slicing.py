@@ -11,10 +11,15 @@ from test_slicing import WINDOWS, dense_model, logits
 from tiny import tiny_model
 
 import prunelight
-from prunelight.allocation import redundancies, slicing_ratios, slicing_widths, uniform_width
 from prunelight.callbacks import DLP, DynamicSlicing, ShortGPT, SliceGPT
-from prunelight.metrics import parameter_count
-from prunelight.scoring import block_influences
+from prunelight.models.sizes import parameter_count
+from prunelight.planning.slice_widths import (
+    redundancies,
+    slicing_ratios,
+    slicing_widths,
+    uniform_width,
+)
+from prunelight.scoring.block_influence import block_influences
 
 INFLUENCES = [0.6, 0.3, 0.1, 0.05, 0.02, 0.07, 0.2, 0.5]
 

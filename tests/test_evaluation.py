@@ -8,21 +8,20 @@ import torch
 from tiny import tiny_model, token_windows
 
 import prunelight
-from prunelight.architecture import matrices
-from prunelight.evaluation import (
+from prunelight.evaluation.perplexity import evaluate
+from prunelight.evaluation.speed import (
     LatencyProtocol,
-    evaluate,
     forward_seconds,
-    free_memory,
-    greedy_tokens,
-    linear_sparsity,
     measure_latency,
     measure_speed,
-    measure_stage,
-    measuring,
 )
-from prunelight.metrics import parameter_bytes, parameter_count
-from prunelight.windows import IGNORED_LABEL
+from prunelight.evaluation.stages import measure_stage
+from prunelight.losses import IGNORED_LABEL
+from prunelight.models.families.layers import matrices
+from prunelight.models.forward import greedy_tokens
+from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count
+from prunelight.runtime.devices import free_memory
+from prunelight.runtime.measuring import measuring
 
 CPU = torch.device("cpu")
 

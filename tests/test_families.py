@@ -10,14 +10,15 @@ from tiny import FAMILIES, NUM_LAYERS, UNKNOWN_FAMILIES, tiny_model, token_windo
 from transformers import AutoModelForCausalLM
 
 import prunelight
-from prunelight.architecture import decoder_layers, matrices
 from prunelight.callbacks import ShortGPT
-from prunelight.plan import model_fingerprint
-from prunelight.recovery import LoRA, attach_lora, merge_lora
-from prunelight.scoring import angular_distances, block_influences
-from prunelight.sparsify import sparsify
-from prunelight.steps import Sparsify
-from prunelight.surgery import remove_layers
+from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.planning.fingerprints import model_fingerprint
+from prunelight.planning.steps import Sparsify
+from prunelight.pruning.remove_layers import remove_layers
+from prunelight.pruning.sparsity.sparsify import sparsify
+from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
+from prunelight.scoring.angular_distance import angular_distances
+from prunelight.scoring.block_influence import block_influences
 
 ALL_FAMILIES = [*FAMILIES, *UNKNOWN_FAMILIES]
 NUM_REMOVED = 2

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import prunelight
 from prunelight.callbacks import ShortGPT
-from prunelight.distributed import check_strategy
-from prunelight.evaluation import evaluate
-from prunelight.module import RecoveryModule
-from prunelight.recovery import LoRA
+from prunelight.evaluation.perplexity import evaluate
+from prunelight.recovery.lora import LoRA
+from prunelight.run.strategies import check_strategy
+from prunelight.training.recovery_module import RecoveryModule
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from runs import make_data, make_module, make_trainer, write_model
 from tiny import token_windows
 
 import prunelight
-from prunelight.architecture import matrices
 from prunelight.callbacks import DLP
-from prunelight.gradual import Schedule, weights_with_adapters
-from prunelight.sparsify import amount_of
-from prunelight.sparsity import Pattern, magnitude_mask
+from prunelight.models.families.layers import matrices
+from prunelight.pruning.sparsity.masks import Pattern, magnitude_mask
+from prunelight.pruning.sparsity.sparsify import amount_of
+from prunelight.recovery.zeros.gradual_zeros import Schedule, weights_with_adapters
 
 SCHEDULE = Schedule(1, 5, every=2)  # of six steps: due after 3 and 5
 CASES = {

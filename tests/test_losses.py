@@ -8,7 +8,6 @@ from tiny import FAMILIES, UNKNOWN_FAMILIES, VOCABULARY, tiny_model, token_windo
 from torch.nn.functional import cross_entropy, kl_div, linear
 from torch.profiler import ProfilerActivity, profile
 
-from prunelight.distillation import Distillation, Objective
 from prunelight.losses import (
     chunk_size,
     distillation_loss,
@@ -20,6 +19,7 @@ from prunelight.losses import (
     top_k,
     top_k_loss,
 )
+from prunelight.recovery.distillation.objective import Distillation, Objective
 
 TOKENS, HIDDEN, WORDS, K = 150, 6, 40, 5
 TEMPERATURE = 1.7

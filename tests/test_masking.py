@@ -14,23 +14,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import prunelight
-from prunelight.architecture import Matrix, matrices
-from prunelight.handover import plan_files
-from prunelight.masking import (
+from prunelight.models.families.layers import Matrix, matrices
+from prunelight.models.sizes import zero_share
+from prunelight.planning.fingerprints import describe_model
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import Sparsify
+from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
+from prunelight.recovery.zeros.masked_lora import (
     MaskedSum,
     MaskedUpdate,
     MaskedVariant,
-    WeightMasks,
-    ZeroRecord,
     mask_adapters,
-    pack,
-    unpack,
 )
-from prunelight.metrics import zero_share
-from prunelight.module import RecoveryModule
-from prunelight.plan import Plan, describe_model
-from prunelight.recovery import LoRA, PlannedZeros, attach_lora, merge_lora
-from prunelight.steps import Sparsify
+from prunelight.recovery.zeros.planned_zeros import PlannedZeros
+from prunelight.recovery.zeros.weight_masks import WeightMasks, ZeroRecord, pack, unpack
+from prunelight.run.run_state import plan_files
+from prunelight.training.recovery_module import RecoveryModule
 
 FAMILIES = ("llama", "gpt2", "mixtral")  # Linear, Conv1D, fused experts
 

@@ -7,12 +7,19 @@ import torch
 from tiny import tiny_model, token_windows
 
 import prunelight
-from prunelight.architecture import decoder_layers, matrices
 from prunelight.callbacks import DLP, SlidingLayerMerging
-from prunelight.merging import check_mergeable, merged_layer, merged_weights, projection_names
-from prunelight.plan import Plan, describe_model, sparsified
-from prunelight.steps import MERGES, MergeLayers, RemoveLayers
-from prunelight.surgery import merge_layers, remove_layers
+from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.planning.fingerprints import describe_model
+from prunelight.planning.plan import Plan, sparsified
+from prunelight.planning.steps import MERGES, MergeLayers, RemoveLayers
+from prunelight.pruning.merge_layers import (
+    check_mergeable,
+    merge_layers,
+    merged_layer,
+    merged_weights,
+    projection_names,
+)
+from prunelight.pruning.remove_layers import remove_layers
 
 WINDOWS = token_windows()
 

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunelight
-from prunelight.architecture import matrices
 from prunelight.callbacks import (
     DLP,
     SLEB,
@@ -30,12 +29,13 @@ from prunelight.callbacks import (
     SlidingLayerMerging,
     WidthPruning,
 )
-from prunelight.evaluation import greedy_tokens
-from prunelight.gradual import Schedule
-from prunelight.plan import sparsified
-from prunelight.sparsify import amount_of
-from prunelight.sparsity import Pattern
-from prunelight.steps import Sparsify
+from prunelight.models.families.layers import matrices
+from prunelight.models.forward import greedy_tokens
+from prunelight.planning.plan import sparsified
+from prunelight.planning.steps import Sparsify
+from prunelight.pruning.sparsity.masks import Pattern
+from prunelight.pruning.sparsity.sparsify import amount_of
+from prunelight.recovery.zeros.gradual_zeros import Schedule
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,9 @@ import torch
 from tiny import tiny_model
 from torchmetrics.text import Perplexity
 
-from prunelight.metrics import (
-    TokenAccuracy,
-    TokenPerplexity,
-    next_token_loss,
-    next_token_sums,
-    parameter_bytes,
-    parameter_count,
-    zero_share,
-)
-from prunelight.windows import IGNORED_LABEL
+from prunelight.evaluation.metrics import TokenAccuracy, TokenPerplexity
+from prunelight.losses import IGNORED_LABEL, next_token_loss, next_token_sums
+from prunelight.models.sizes import parameter_bytes, parameter_count, zero_share
 
 
 def logits_and_labels(num_samples=5, seq_len=70, vocabulary=37, *, seed=0):

@@ -17,7 +17,13 @@ from tiny import tiny_model, token_windows
 from transformers import AutoConfig, GenerationConfig
 
 import prunelight
-from prunelight.models import Source, find_source, load_config, load_tokenizer, resolve_dtype
+from prunelight.models.loading import (
+    Source,
+    find_source,
+    load_config,
+    load_tokenizer,
+    resolve_dtype,
+)
 
 HIDDEN_HUB = "http://127.0.0.1:1"  # nobody listens there
 

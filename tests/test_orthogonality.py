@@ -7,7 +7,7 @@ import pytest
 from runs import make_data, make_module, make_trainer, write_model
 
 from prunelight.callbacks import Orthogonality, ShortGPT
-from prunelight.orthogonality import ROWS, Cell, Interaction, orthogonality_section
+from prunelight.evaluation.orthogonality import ROWS, Cell, Interaction, orthogonality_section
 
 
 def cells(*nats):

@@ -12,11 +12,12 @@ from tiny import FAMILIES, UNKNOWN_FAMILIES, tiny_model, token_windows
 from torch.nn.functional import cross_entropy
 
 from prunelight.callbacks import ShortGPT
-from prunelight.data import TextDataModule
-from prunelight.models import load
-from prunelight.packing import best_fit, check_packing, cut, leakage, pack_documents
-from prunelight.recovery import LoRA, attach_lora
-from prunelight.windows import IGNORED_LABEL
+from prunelight.data.document_rows import best_fit, cut, pack_documents
+from prunelight.losses import IGNORED_LABEL
+from prunelight.models.loading import load
+from prunelight.recovery.lora import LoRA, attach_lora
+from prunelight.recovery.packed_rows import check_packing, leakage
+from prunelight.training.text_datamodule import TextDataModule
 
 # Their code leaves positions out of the mask, or knows no mask at all.
 MIXING = {"opt", "falcon", "bloom", "mamba", "mamba2", "rwkv", "gpt_oss"}

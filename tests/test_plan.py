@@ -7,15 +7,14 @@ from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.callbacks import ShortGPT
-from prunelight.plan import (
-    Plan,
+from prunelight.planning.fingerprints import (
     describe_model,
     describe_windows,
     fingerprint_of,
     model_fingerprint,
-    sparsified,
 )
-from prunelight.steps import (
+from prunelight.planning.plan import Plan, sparsified
+from prunelight.planning.steps import (
     DropSublayers,
     MergeLayers,
     PruneWidth,

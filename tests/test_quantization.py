@@ -6,16 +6,10 @@ from tiny import tiny_model, token_windows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import prunelight
-from prunelight.architecture import decoder_layers, matrices
-from prunelight.callbacks import (
-    DLP,
-    ShortenedLlama,
-    ShortGPT,
-    SlidingLayerMerging,
-    WidthPruning,
-)
-from prunelight.metrics import parameter_bytes
-from prunelight.quantization import BitsAndBytes, quantize, stored_bytes
+from prunelight.callbacks import DLP, ShortenedLlama, ShortGPT, SlidingLayerMerging, WidthPruning
+from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.sizes import parameter_bytes, stored_bytes
+from prunelight.recovery.quantization import BitsAndBytes, quantize
 
 bitsandbytes = pytest.importorskip(
     "bitsandbytes", reason="bitsandbytes is missing: pip install 'prunelight[quantization]'"

@@ -13,22 +13,16 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import prunelight
-from prunelight.adaptation import Adapted, Settings
-from prunelight.architecture import matrices
-from prunelight.callbacks import (
-    DLP,
-    DynamicSlicing,
-    ShortGPT,
-    SliceGPT,
-    WidthPruning,
-)
-from prunelight.checkpoint import check_same_run, facts_of
+from prunelight.callbacks import DLP, DynamicSlicing, ShortGPT, SliceGPT, WidthPruning
 from prunelight.cli import main
-from prunelight.distributed import check_strategy
-from prunelight.gradual import Schedule
-from prunelight.module import RecoveryModule
-from prunelight.quantization import BitsAndBytes, quantize
-from prunelight.recovery import LoRA
+from prunelight.models.families.layers import matrices
+from prunelight.recovery.lora import LoRA
+from prunelight.recovery.prepared_model import Adapted, Settings
+from prunelight.recovery.quantization import BitsAndBytes, quantize
+from prunelight.recovery.zeros.gradual_zeros import Schedule
+from prunelight.run.checkpoints import check_same_run, facts_of
+from prunelight.run.strategies import check_strategy
+from prunelight.training.recovery_module import RecoveryModule
 
 pytest.importorskip("bitsandbytes", reason="pip install 'prunelight[quantization]'")
 KINDS = ("nf4", "fp4", "int8")

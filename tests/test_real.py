@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prunelight
-from prunelight.architecture import decoder_layers, matrices
 from prunelight.callbacks import DLP, ShortGPT
-from prunelight.data import TextDataModule
-from prunelight.evaluation import greedy_tokens
-from prunelight.surgery import remove_layers
+from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.forward import greedy_tokens
+from prunelight.pruning.remove_layers import remove_layers
+from prunelight.training.text_datamodule import TextDataModule
 
 pytestmark = pytest.mark.real
 NUM_REMOVED = 6

@@ -2,8 +2,8 @@ import pytest
 import torch
 from tiny import tiny_model, token_windows
 
-from prunelight.metrics import parameter_count
-from prunelight.recovery import LoRA, attach_lora, freeze, merge_lora, train_all
+from prunelight.models.sizes import parameter_count
+from prunelight.recovery.lora import LoRA, attach_lora, freeze, merge_lora, train_all
 
 
 def disturbed(model):

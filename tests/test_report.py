@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from prunelight import report
-from prunelight.plots import layer_zeros, nominal, plot_layers
-from prunelight.report import Cost, RunRecord, Stage, summary_table, write_report
+from prunelight.evaluation.report import report
+from prunelight.evaluation.report.layer_plots import plot_layers
+from prunelight.evaluation.report.plan_facts import layer_zeros, nominal
+from prunelight.evaluation.report.record import Cost, RunRecord, Stage
+from prunelight.evaluation.report.report import summary_table, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 REMOVED = [5, 6, 8]
@@ -534,14 +536,14 @@ def test_an_error_leaves_the_earlier_report_as_it_was(
 
 
 def test_report_and_plots_need_neither_torch_nor_lightning_nor_matplotlib() -> None:
-    directory = str(Path(report.__file__).parent)
+    directory = str(Path(report.__file__).parents[2])
     code = (
         "import sys, types\n"
         "package = types.ModuleType('prunelight')\n"  # the package itself imports all of it
         f"package.__path__ = [{directory!r}]\n"
         "sys.modules['prunelight'] = package\n"
-        "import prunelight.report\n"
-        "assert 'prunelight.plots' in sys.modules\n"
+        "import prunelight.evaluation.report.report\n"
+        "assert 'prunelight.evaluation.report.layer_plots' in sys.modules\n"
         "assert not {'torch', 'lightning', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

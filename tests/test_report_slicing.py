@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from test_report import PNG, make_plan, make_record, make_sparse, markdown, table_rows
 
-from prunelight.plots import nominal, plot_layers, share_sliced
+from prunelight.evaluation.report.layer_plots import plot_layers
+from prunelight.evaluation.report.plan_facts import nominal, share_sliced
 
 HIDDEN, LAYERS = 64, 10
 DIMS = [64, 48, *([48, 48] * 3), *([32, 32] * 6), 64]

@@ -22,15 +22,15 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from torch.utils.data import DistributedSampler
 
-from prunelight.adaptation import Adapted, Settings
 from prunelight.callbacks import DLP, RecoveryCheckpoint, ShortGPT
 from prunelight.cli import main
-from prunelight.distributed import FSDP2Strategy
-from prunelight.gradual import Schedule
-from prunelight.loader import ResumableLoader
-from prunelight.recovery import LoRA
-from prunelight.resume import AtomicCheckpointIO, seed_batch
-from prunelight.shares import Ranks
+from prunelight.recovery.lora import LoRA
+from prunelight.recovery.prepared_model import Adapted, Settings
+from prunelight.recovery.zeros.gradual_zeros import Schedule
+from prunelight.run.strategies import FSDP2Strategy
+from prunelight.runtime.processes import Ranks
+from prunelight.training.exact_resume import AtomicCheckpointIO, seed_batch
+from prunelight.training.resumable_loader import ResumableLoader
 
 DROPOUT = {"lora": LoRA(dropout=0.2), "warmup_steps": 2}
 

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import prunelight
 from prunelight.callbacks import DLP, ShortGPT, TokenBudget
-from prunelight.gradual import Schedule
-from prunelight.handover import FINAL
-from prunelight.precision import precision_faults
-from prunelight.recovery import make_schedule
-from prunelight.retraining import Evaluated, RecoveryWatch, TrainingText, overfit_risk, overfitting
+from prunelight.recovery.overfitting import Evaluated, TrainingText, overfit_risk, overfitting
+from prunelight.recovery.precision import precision_faults
+from prunelight.recovery.schedules import make_schedule
+from prunelight.recovery.zeros.gradual_zeros import Schedule
+from prunelight.run.run_state import FINAL
+from prunelight.training.recovery_watch import RecoveryWatch, training_text
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_a_small_last_batch_is_a_step_of_the_budget_too(name, tmp_path):
     count = len(data.examples("train"))
     data.batch_size, trainer = count - 1, budget_trainer(tmp_path)
     trainer.datamodule = data
-    text = TrainingText.of(trainer)
+    text = training_text(trainer)
     assert (text.tokens, text.steps) == (count * SEQ_LEN, 2)
     full = (count - 1) * SEQ_LEN
     budgets = [full - 1, full, full + 1, text.tokens, text.tokens + full, text.tokens + full + 1]

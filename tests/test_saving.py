@@ -11,10 +11,11 @@ from tiny import tiny_model, token_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunelight
-from prunelight.evaluation import greedy_tokens
-from prunelight.plan import Plan, describe_model
-from prunelight.saving import MARKER, _is_tie, check_replaceable, verify
-from prunelight.steps import RemoveLayers
+from prunelight.models.forward import greedy_tokens
+from prunelight.models.saving import MARKER, _is_tie, check_replaceable, verify
+from prunelight.planning.fingerprints import describe_model
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import RemoveLayers
 
 FILES_COMPARED = "config, shapes and all weights on disk compared"
 RELOADED = "reloaded with AutoModelForCausalLM: equal weights, logits and cached generation"

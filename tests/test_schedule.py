@@ -6,12 +6,17 @@ import pytest
 import torch
 from tiny import tiny_model, token_windows
 
-from prunelight.architecture import matrices
-from prunelight.gradual import Gradual, RunningNorm, Schedule, weights_with_adapters
-from prunelight.masking import mask_adapters
-from prunelight.recovery import LoRA, attach_lora, merge_lora
-from prunelight.shares import Ranks
-from prunelight.sparsity import Pattern, magnitude_mask, wanda_mask
+from prunelight.models.families.layers import matrices
+from prunelight.pruning.sparsity.masks import Pattern, magnitude_mask, wanda_mask
+from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
+from prunelight.recovery.zeros.gradual_zeros import (
+    Gradual,
+    RunningNorm,
+    Schedule,
+    weights_with_adapters,
+)
+from prunelight.recovery.zeros.masked_lora import mask_adapters
+from prunelight.runtime.processes import Ranks
 
 # --- the schedule
 

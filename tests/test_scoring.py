@@ -8,16 +8,12 @@ import torch
 from tiny import NUM_LAYERS, tiny_model, token_windows
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunelight.architecture import decoder_layers, layer_matrices, matrices
-from prunelight.calibration import MICRO_BATCH_TOKENS
-from prunelight.scoring import (
-    angular_distance,
-    angular_distances,
-    block_influence,
-    block_influences,
-    weight_scores,
-)
-from prunelight.statistics import MeanCosine
+from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
+from prunelight.calibration.statistics import MeanCosine
+from prunelight.models.families.layers import decoder_layers, layer_matrices, matrices
+from prunelight.scoring.angular_distance import angular_distance, angular_distances
+from prunelight.scoring.block_influence import block_influence, block_influences
+from prunelight.scoring.weight_scores import weight_scores
 
 WINDOWS = token_windows(4, 16)
 PADDING = 4

@@ -22,8 +22,22 @@ from test_methods import METHODS
 from tiny import tiny_model, token_windows
 
 import prunelight
-from prunelight.analysis import analyze
-from prunelight.architecture import Matrix
+from prunelight.calibration.cka import CKA
+from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.shared_windows import (
+    MICRO_BATCH_TOKENS,
+    own_windows,
+    ranks_of,
+    share_windows,
+)
+from prunelight.calibration.statistics import (
+    Gram,
+    Hessian,
+    InputNorm,
+    InputVariance,
+    MeanCosine,
+    exact_median,
+)
 from prunelight.callbacks import (
     DLP,
     SLEB,
@@ -33,19 +47,11 @@ from prunelight.callbacks import (
     SlidingLayerMerging,
     WidthPruning,
 )
-from prunelight.evaluation import evaluate
-from prunelight.shares import MICRO_BATCH_TOKENS, Ranks, own_windows, ranks_of, share_windows
-from prunelight.statistics import (
-    CKA,
-    Gram,
-    Hessian,
-    InputNorm,
-    InputVariance,
-    MeanCosine,
-    exact_median,
-)
-from prunelight.steps import Sparsify
-from prunelight.walk import InputStatistics
+from prunelight.evaluation.perplexity import evaluate
+from prunelight.models.families.layers import Matrix
+from prunelight.planning.steps import Sparsify
+from prunelight.runtime.processes import Ranks
+from prunelight.scoring.analysis import analyze
 
 LIMIT = 400  # seconds for all that the processes do, on a busy machine
 # Forked, so that all is imported once; from a process that has computed nothing yet.

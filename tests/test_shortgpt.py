@@ -5,10 +5,10 @@ import torch
 from tiny import NUM_LAYERS, VOCABULARY, tiny_model, token_windows
 
 import prunelight
-from prunelight.architecture import decoder_layers
 from prunelight.callbacks import ShortGPT
-from prunelight.plan import describe_model, describe_windows
-from prunelight.steps import RemoveLayers
+from prunelight.models.families.layers import decoder_layers
+from prunelight.planning.fingerprints import describe_model, describe_windows
+from prunelight.planning.steps import RemoveLayers
 
 WINDOWS = token_windows()
 

@@ -25,14 +25,15 @@ from tiny import token_windows
 from transformers import AutoModelForCausalLM
 
 import prunelight
-from prunelight.architecture import layer_matrices, lora_targets
 from prunelight.callbacks import DLP, ShortGPT, SliceGPT, SlidingLayerMerging, WidthPruning
-from prunelight.evaluation import greedy_tokens
-from prunelight.metrics import parameter_count
-from prunelight.recovery import LoRA, attach_lora, merge_lora
-from prunelight.saving import verify
-from prunelight.sliced import MODELS, SHORTCUTS, Shortcut
-from prunelight.steps import RemoveLayers
+from prunelight.models.families.architectures import lora_targets
+from prunelight.models.families.layers import layer_matrices
+from prunelight.models.families.sliced import MODELS, SHORTCUTS, Shortcut
+from prunelight.models.forward import greedy_tokens
+from prunelight.models.saving import verify
+from prunelight.models.sizes import parameter_count
+from prunelight.planning.steps import RemoveLayers
+from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
 
 
 @EACH

@@ -10,17 +10,18 @@ from torch.nn.functional import kl_div
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunelight
-from prunelight.architecture import decoder_layers
+from prunelight.calibration.statistics import Gram
 from prunelight.callbacks import SliceGPT
-from prunelight.components import principal_components, random_rotation, signal_of
-from prunelight.metrics import parameter_count
-from prunelight.plan import Plan, describe_model
-from prunelight.rotation import allowed_widths, shared_parameters
-from prunelight.sliced import FAMILIES, UnitNorm
-from prunelight.slicing import sliced_parameters
-from prunelight.statistics import Gram
-from prunelight.steps import SliceHidden
-from prunelight.trials import sliced_perplexity
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.sliced import FAMILIES, UnitNorm
+from prunelight.models.sizes import parameter_count
+from prunelight.planning.fingerprints import describe_model
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import SliceHidden
+from prunelight.pruning.slicing.basis import principal_components, random_rotation, signal_of
+from prunelight.pruning.slicing.shared_rotation import shared_parameters
+from prunelight.pruning.slicing.targets import allowed_widths, sliced_parameters
+from prunelight.pruning.slicing.trial import sliced_perplexity
 
 D, LAYERS = 32, 6
 WHOLE = (D,) * (2 * LAYERS + 1)

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from prunelight.sliding import (
+from prunelight.planning.sliding_search import (
     Slide,
     SpentError,
     exchange,

@@ -9,13 +9,13 @@ import torch
 from tiny import FAMILIES, NUM_LAYERS, tiny_model, token_windows
 
 import prunelight
-from prunelight.architecture import decoder_layers
 from prunelight.callbacks import SLEB, ShortenedLlama, SlidingLayerMerging
-from prunelight.plan import describe_model, describe_windows
-from prunelight.replay import Replay
-from prunelight.saving import verify
-from prunelight.similarity import CRITERIA
-from prunelight.steps import MERGES, MergeLayers
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.saving import verify
+from prunelight.planning.fingerprints import describe_model, describe_windows
+from prunelight.planning.steps import MERGES, MergeLayers
+from prunelight.scoring.model_variants import Replay
+from prunelight.scoring.similarity import CRITERIA
 
 WINDOWS = token_windows(4, 16)
 

@@ -11,13 +11,13 @@ from test_scoring import hooks, lively_model, padded
 from tiny import NUM_LAYERS, tiny_model, token_windows
 from torch import nn
 
-from prunelight.architecture import decoder_layers, layer_matrices, matrices
-from prunelight.calibration import MICRO_BATCH_TOKENS
+from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
 from prunelight.callbacks import DLP
-from prunelight.sparsify import SOLVERS, sparsify
-from prunelight.sparsity import Pattern, magnitude_mask, wanda_mask
-from prunelight.steps import Sparsify
-from prunelight.surgery import apply
+from prunelight.models.families.layers import decoder_layers, layer_matrices, matrices
+from prunelight.planning.steps import Sparsify
+from prunelight.pruning.apply import apply
+from prunelight.pruning.sparsity.masks import Pattern, magnitude_mask, wanda_mask
+from prunelight.pruning.sparsity.sparsify import SOLVERS, sparsify
 
 WINDOWS = token_windows(4, 32)
 HELD_OUT = token_windows(16, 32, seed=9)

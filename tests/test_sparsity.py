@@ -7,16 +7,14 @@ import torch
 from reference_sparsity import objective
 from torch.overrides import TorchFunctionMode
 
-from prunelight.sparsity import (
+from prunelight.calibration.cka import CKA
+from prunelight.pruning.sparsity.masks import (
     Pattern,
-    SparseGPT,
     magnitude_mask,
-    sparsegpt,
-    sparsegpt_stacked,
     wanda_mask,
     wanda_variant_mask,
 )
-from prunelight.statistics import CKA
+from prunelight.pruning.sparsity.sparsegpt import SparseGPT, sparsegpt, sparsegpt_stacked
 
 ROWS, COLUMNS = 24, 160  # one whole block of SparseGPT and a narrow one
 SHARES = [0.0, 0.05, 1 / 3, 0.5, 0.7, 0.99, 1.0]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from reference_sliding import debiased_cka, hsic
 
-from prunelight.statistics import CKA, Hessian, InputNorm, InputVariance, exact_median
+from prunelight.calibration.cka import CKA
+from prunelight.calibration.statistics import Hessian, InputNorm, InputVariance, exact_median
 
 WIDTHS = [1, 7, 511, 512, 513, 1100]  # the Hessian is computed in blocks of 512
 TOKENS = 90

@@ -10,14 +10,16 @@ from tiny import tiny_model, token_windows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunelight
-from prunelight.architecture import decoder_layers, matrices
 from prunelight.callbacks import DLP, ShortGPT, WidthPruning
-from prunelight.plan import Plan, describe_model
-from prunelight.recovery import LoRA, attach_lora, merge_lora
-from prunelight.saving import verify
-from prunelight.steps import DropSublayers, MergeLayers, RemoveLayers
-from prunelight.sublayers import CLASSES, drop_sublayers
-from prunelight.surgery import remove_layers
+from prunelight.models.families.dropped_sublayers import CLASSES
+from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.saving import verify
+from prunelight.planning.fingerprints import describe_model
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import DropSublayers, MergeLayers, RemoveLayers
+from prunelight.pruning.drop_sublayers import drop_sublayers
+from prunelight.pruning.remove_layers import remove_layers
+from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
 
 WINDOWS = token_windows()
 
@@ -138,7 +140,7 @@ def test_a_fresh_process_needs_prunelight_and_says_so(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     refused, _, loaded = done.stdout.partition("then:")
     assert "prunelight_llama" in refused
-    assert loaded.strip() == "prunelight.sublayers", done.stderr
+    assert loaded.strip() == "prunelight.models.families.dropped_sublayers", done.stderr
 
 
 def test_layers_can_be_removed_and_sublayers_dropped_again_afterwards(family):

@@ -9,12 +9,15 @@ from tiny import NUM_LAYERS, tiny_model, token_windows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunelight
-from prunelight.architecture import ARCHITECTURES, decoder_layers, layers_path, matrices
-from prunelight.metrics import parameter_count
-from prunelight.plan import Plan, describe_model, sparsified
-from prunelight.sparsify import sparsify
-from prunelight.steps import RemoveLayers, Sparsify
-from prunelight.surgery import cut_config, remove_layers
+from prunelight.models.families.architectures import ARCHITECTURES
+from prunelight.models.families.config_fields import cut_config
+from prunelight.models.families.layers import decoder_layers, layers_path, matrices
+from prunelight.models.sizes import parameter_count
+from prunelight.planning.fingerprints import describe_model
+from prunelight.planning.plan import Plan, sparsified
+from prunelight.planning.steps import RemoveLayers, Sparsify
+from prunelight.pruning.remove_layers import remove_layers
+from prunelight.pruning.sparsity.sparsify import sparsify
 
 WINDOWS = token_windows()
 
@@ -87,7 +90,7 @@ def test_removing_no_layers_changes_nothing(family):
 def test_apply_is_in_place_and_logs_the_parameters(caplog):
     model = tiny_model()
     before = parameter_count(model)
-    with caplog.at_level(logging.INFO, logger="prunelight.surgery"):
+    with caplog.at_level(logging.INFO, logger="prunelight.pruning.apply"):
         assert prunelight.apply(model, plan_for(model, (1, 4))) is model
     after = parameter_count(model)
     assert after < before

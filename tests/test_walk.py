@@ -11,12 +11,13 @@ from tiny import FAMILIES, NUM_LAYERS, UNKNOWN_FAMILIES, tiny_model, token_windo
 from torch.nn.functional import silu
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from prunelight.architecture import decoder_layers, first_tensor, layer_matrices
-from prunelight.calibration import MICRO_BATCH_TOKENS
-from prunelight.sparsify import sparsify
-from prunelight.statistics import Hessian, InputNorm
-from prunelight.steps import Sparsify
-from prunelight.walk import InputStatistics, LayerWalk
+from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.layer_walk import LayerWalk
+from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
+from prunelight.calibration.statistics import Hessian, InputNorm
+from prunelight.models.families.layers import decoder_layers, first_tensor, layer_matrices
+from prunelight.planning.steps import Sparsify
+from prunelight.pruning.sparsity.sparsify import sparsify
 
 WINDOWS = token_windows(3, 12)
 KINDS = {

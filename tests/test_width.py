@@ -7,12 +7,14 @@ import torch
 from tiny import tiny_model, token_windows
 
 import prunelight
-from prunelight.architecture import ARCHITECTURES, decoder_layers
 from prunelight.callbacks import DLP, SlidingLayerMerging, WidthPruning
-from prunelight.plan import Plan, describe_model
-from prunelight.saving import verify
-from prunelight.steps import DropSublayers, PruneWidth, RemoveLayers
-from prunelight.width import SCORES, allowed_groups, width_scores
+from prunelight.models.families.architectures import ARCHITECTURES
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.saving import verify
+from prunelight.planning.fingerprints import describe_model
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import DropSublayers, PruneWidth, RemoveLayers
+from prunelight.scoring.width_scores import SCORES, allowed_groups, width_scores
 
 WINDOWS = token_windows(8, 32)
 FAMILIES = [name for name, entry in ARCHITECTURES.items() if entry.sublayers]

@@ -12,15 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from prunelight.windows import (
-    IGNORED_LABEL,
-    calibration_windows,
-    instruction_example,
-    pack,
-    read_documents,
-    tokenize,
-    tokenize_documents,
-)
+from prunelight.data.instructions import instruction_example
+from prunelight.data.sources import read_documents
+from prunelight.data.token_windows import calibration_windows, pack, tokenize, tokenize_documents
+from prunelight.losses import IGNORED_LABEL
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.</s>\n{% endif %}"
@@ -40,7 +35,7 @@ CHAT = {
 
 
 def sample(name):
-    return files("prunelight").joinpath("sample", f"{name}.txt").read_text(encoding="utf-8")
+    return files("prunelight.data").joinpath("sample", f"{name}.txt").read_text(encoding="utf-8")
 
 
 @cache

@@ -19,7 +19,7 @@ import torch
 from runs import make_data, make_module, make_trainer, measure_speed_briefly
 from test_methods import METHODS
 
-from prunelight.architecture import matrices
+from prunelight.models.families.layers import matrices
 
 
 class Digest(pl.Callback):

@@ -5,11 +5,12 @@ import argparse
 import lightning.pytorch as pl
 
 import prunelight
-from prunelight.data import TextDataModule
-from prunelight.metrics import parameter_count
-from prunelight.module import RecoveryModule
-from prunelight.recovery import LoRA
-from prunelight.windows import calibration_windows, read_documents
+from prunelight.data.sources import read_documents
+from prunelight.data.token_windows import calibration_windows
+from prunelight.models.sizes import parameter_count
+from prunelight.recovery.lora import LoRA
+from prunelight.training.recovery_module import RecoveryModule
+from prunelight.training.text_datamodule import TextDataModule
 
 
 def parser(description, what, *, samples, seq_len):

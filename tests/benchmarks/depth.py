@@ -21,19 +21,15 @@ import torch
 from common import data_of, lora, parser, perplexities, told
 
 import prunelight
-from prunelight.architecture import decoder_layers
-from prunelight.calibration import evaluating, micro_batches
-from prunelight.callbacks import (
-    SLEB,
-    ShortenedLlama,
-    ShortGPT,
-    SlidingLayerMerging,
-    WidthPruning,
-)
-from prunelight.evaluation import LatencyProtocol, measure_latency, measure_speed, measuring
-from prunelight.merging import merged_layer
-from prunelight.metrics import parameter_bytes, parameter_count
-from prunelight.width import SCORES
+from prunelight.calibration.windows import micro_batches
+from prunelight.callbacks import SLEB, ShortenedLlama, ShortGPT, SlidingLayerMerging, WidthPruning
+from prunelight.evaluation.speed import LatencyProtocol, measure_latency, measure_speed
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.forward import evaluating
+from prunelight.models.sizes import parameter_bytes, parameter_count
+from prunelight.pruning.merge_layers import merged_layer
+from prunelight.runtime.measuring import measuring
+from prunelight.scoring.width_scores import SCORES
 
 CPU = torch.device("cpu")
 MERGES = ("top", "difference_sum", "released", "mean")
@@ -220,8 +216,9 @@ class FirstLayers:
         self.count = count
 
     def plan(self, model, windows):
-        from prunelight.plan import Plan, describe_model
-        from prunelight.steps import RemoveLayers
+        from prunelight.planning.fingerprints import describe_model
+        from prunelight.planning.plan import Plan
+        from prunelight.planning.steps import RemoveLayers
 
         layers = tuple(range(10, 10 + self.count))
         return Plan("by hand", {}, describe_model(model), (RemoveLayers(layers),))

@@ -25,15 +25,16 @@ import lightning.pytorch as pl
 import torch
 
 import prunelight
-from prunelight.calibration import evaluating, micro_batches
+from prunelight.calibration.windows import micro_batches
 from prunelight.callbacks import ShortGPT
-from prunelight.data import TextDataModule
-from prunelight.distillation import Distillation, Objective
-from prunelight.evaluation import measuring
 from prunelight.losses import top_k, top_k_loss
-from prunelight.module import RecoveryModule
-from prunelight.recovery import LoRA
-from prunelight.teacher_cache import TeacherCache
+from prunelight.models.forward import evaluating
+from prunelight.recovery.distillation.objective import Distillation, Objective
+from prunelight.recovery.distillation.teacher_cache import TeacherCache
+from prunelight.recovery.lora import LoRA
+from prunelight.runtime.measuring import measuring
+from prunelight.training.recovery_module import RecoveryModule
+from prunelight.training.text_datamodule import TextDataModule
 
 NAME = "smollm2-135m"
 CPU = torch.device("cpu")

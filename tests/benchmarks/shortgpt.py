@@ -18,14 +18,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import prunelight
-from prunelight.architecture import decoder_layers, lora_targets
-from prunelight.calibration import evaluating, micro_batches
+from prunelight.calibration.windows import micro_batches
 from prunelight.callbacks import ShortGPT
-from prunelight.data import TextDataModule
-from prunelight.evaluation import measure_speed, measuring
-from prunelight.metrics import parameter_bytes
-from prunelight.module import RecoveryModule
-from prunelight.recovery import LoRA
+from prunelight.evaluation.speed import measure_speed
+from prunelight.models.families.architectures import lora_targets
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.forward import evaluating
+from prunelight.models.sizes import parameter_bytes
+from prunelight.recovery.lora import LoRA
+from prunelight.runtime.measuring import measuring
+from prunelight.training.recovery_module import RecoveryModule
+from prunelight.training.text_datamodule import TextDataModule
 
 CPU = torch.device("cpu")
 

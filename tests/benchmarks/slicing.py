@@ -19,12 +19,13 @@ from common import data_of, lora, parser, perplexities, size
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import prunelight
-from prunelight.calibration import evaluating, micro_batches
+from prunelight.calibration.windows import micro_batches
 from prunelight.callbacks import DynamicSlicing, ShortGPT, SliceGPT
-from prunelight.components import principal_components
-from prunelight.data import TextDataModule
-from prunelight.evaluation import measuring
-from prunelight.metrics import parameter_bytes, parameter_count
+from prunelight.models.forward import evaluating
+from prunelight.models.sizes import parameter_bytes, parameter_count
+from prunelight.pruning.slicing.basis import principal_components
+from prunelight.runtime.measuring import measuring
+from prunelight.training.text_datamodule import TextDataModule
 
 CPU = torch.device("cpu")
 

@@ -17,14 +17,16 @@ import torch
 from common import told
 
 import prunelight
-from prunelight import sparsify, walk
-from prunelight.architecture import decoder_layers, layer_matrices
-from prunelight.calibration import evaluating, micro_batches
+from prunelight.calibration import layer_walk as walk
+from prunelight.calibration.statistics import Hessian, InputNorm
+from prunelight.calibration.windows import micro_batches
 from prunelight.callbacks import DLP
-from prunelight.data import TextDataModule
-from prunelight.evaluation import measuring
-from prunelight.metrics import parameter_bytes
-from prunelight.statistics import Hessian, InputNorm
+from prunelight.models.families.layers import decoder_layers, layer_matrices
+from prunelight.models.forward import evaluating
+from prunelight.models.sizes import parameter_bytes
+from prunelight.pruning.sparsity import sparsify
+from prunelight.runtime.measuring import measuring
+from prunelight.training.text_datamodule import TextDataModule
 
 CPU = torch.device("cpu")
 ALLOCATIONS = ("uniform", "owl", "dlp", "dlp_mean")

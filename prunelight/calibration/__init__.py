@@ -1,0 +1,1 @@
+"""Calibration windows, the walk over decoder layers, and statistics on the way."""

@@ -1,0 +1,258 @@
+"""The walk: all windows through one decoder layer after another.
+
+A method that prunes layer by layer lets each layer see what the pruned layers before it put out.
+Layers are replayed with the very arguments the model calls them with (recorded, never rebuilt), one
+layer at a time on the compute device; the states wait there or, offloaded, on the CPU.
+"""
+
+# B sequences, T tokens, D hidden
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from prunelight.calibration.shared_windows import ranks_of
+from prunelight.calibration.windows import Windows, micro_batches
+from prunelight.models.families.layers import decoder_layers, first_tensor
+from prunelight.models.families.rwkv import without_rescaling
+from prunelight.models.forward import evaluating, hidden_name, replaced_forward, run_layers
+
+_PROBE_TOKENS = 8
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a layer besides the hidden states
+
+
+class LayerWalk:
+    """All windows at the entrance of one decoder layer after another; a context manager.
+
+        with LayerWalk(model, windows) as walk:
+            for index, layer in walk.layers():  # the layer is on the compute device
+                ...  # walk.forward(i) as often as needed, then
+                walk.advance()
+
+    Attributes:
+        states: hidden states (B, T, D) of each micro-batch before the current layer.
+        masks: attention mask (B, T) of each micro-batch, bool, or None without padding.
+        ranks: that share the windows; states and masks are those of this one's rows.
+
+    Args:
+        model: in any place; its mode, cache setting and device are restored on exit.
+        windows: token ids (N, T), or with an attention_mask.
+        device: where the layers compute; None takes the model's own.
+        offload: keep the states on the CPU.
+        label: of the progress bar.
+
+    Raises:
+        TypeError: on entry, if replaying the layers does not give what the model computes.
+        ValueError: on entry, if all tokens are padding.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Windows,
+        *,
+        device: torch.device | None = None,
+        offload: bool = False,
+        label: str = "",
+    ) -> None:
+        self.model, self.windows, self.label = model, windows, label
+        self.ranks = ranks_of(windows)
+        self.device = device or model.device
+        self.store = torch.device("cpu") if offload else self.device
+        self.states: list[Tensor] = []
+        self.masks: list[Tensor | None] = []
+        self._calls: list[list[Call]] = []  # of each micro-batch, for each layer
+        self._rests: list[tuple[Any, ...] | None] = []  # what layers put out beside the states
+        self._layer: nn.Module
+        self._index = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> LayerWalk:
+        """Record how the model calls its layers, and the states before the first one."""
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(without_rescaling(self.model))
+            self._rests = self._check_replay()
+            for batch in micro_batches(self.model, self.windows):
+                mask = batch.get("attention_mask")
+                state, calls = _record(self.model, batch, self._rests)
+                first = self._calls[0] if self._calls else calls
+                self._calls.append([_shared(c, f) for c, f in zip(calls, first, strict=True)])
+                self.states.append(state.to(self.store))
+                self.masks.append(None if mask is None else mask.bool().to(self.device))
+            if not self.counted():
+                raise ValueError("0 tokens were counted; mask less")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Restore the model, on errors too."""
+        self._stack.close()
+        self.states.clear()
+
+    def layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """Yield the decoder layers in order, each on the compute device meanwhile."""
+        layers = decoder_layers(self.model)
+        quiet = self.ranks.rank > 0 or None
+        for index, layer in enumerate(tqdm(layers, desc=self.label, disable=quiet, leave=False)):
+            self._index, self._layer = index, layer
+            with self.placed(layer):
+                yield index, layer
+
+    @contextmanager
+    def placed(self, layer: nn.Module) -> Iterator[None]:
+        """Keep a layer on the compute device."""
+        home = self.model.device
+        try:
+            if home != self.device:
+                layer.to(self.device)
+            yield
+        finally:
+            if home != self.device:
+                layer.to(home)
+
+    def forward(self, batch: int) -> Tensor:
+        """Return what the current layer makes of a micro-batch, (B, T, D) on the device."""
+        return self.call(self._layer, self._index, batch, self.states[batch])
+
+    def call(self, layer: Callable[..., Any], index: int, batch: int, state: Tensor) -> Tensor:
+        """Return what a layer makes of a state (B, T, D), called as the model calls layer `index`.
+
+        Args:
+            layer: on the compute device.
+            index: of the decoder layer whose positions and masks it gets.
+            batch: micro-batch that the state belongs to.
+            state: hidden states, anywhere.
+        """
+        args, kwargs = _to(self._calls[batch][index], self.device)
+        return first_tensor(layer(state.to(self.device), *args, **kwargs))
+
+    def finish(self, state: Tensor, *, head: bool = False) -> Tensor:
+        """Return what the model makes of a state (B, T, D) that its last layer puts out.
+
+        Those are the final hidden states after the last norm (B, T, D), or with `head` logits
+        (B, T, V); computed where the model is.
+        """
+        state = state.to(self.model.device)
+        ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
+
+        def stand_in(rest: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
+            return state if rest is None else (state, *rest)
+
+        with _replaced(self.model, [partial(stand_in, rest) for rest in self._rests]):
+            output = self.model(input_ids=ids) if head else self.model.base_model(input_ids=ids)
+        return output[0]
+
+    def advance(self) -> None:
+        """Replace the states by what the current layer makes of them."""
+        for batch in range(len(self.states)):
+            self.states[batch] = self.forward(batch).to(self.store)
+
+    def positions(self, ignore_first_tokens: int = 0) -> list[Tensor]:
+        """Return which tokens count, bool (B, T) on the device: no padding, not the first few."""
+        masks = [
+            torch.ones(state.shape[:2], dtype=torch.bool, device=self.device)
+            if mask is None
+            else mask
+            for state, mask in zip(self.states, self.masks, strict=True)
+        ]
+        return [mask & (mask.cumsum(1) > ignore_first_tokens) for mask in masks]
+
+    def counted(self) -> int:
+        """Return how many tokens of all windows are no padding."""
+        return int(self.ranks.totals(sum(int(mask.sum()) for mask in self.positions()))[0])
+
+    def _check_replay(self) -> list[tuple[Any, ...] | None]:
+        """Return what each layer puts out beside the states; compare a short replay with the model.
+
+        Raises:
+            TypeError: if they differ.
+        """
+        batch = next(micro_batches(self.model, self.windows))
+        batch = {"input_ids": batch["input_ids"][:1, :_PROBE_TOKENS]}
+        outputs, rests = [], []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(first_tensor(output))
+            rests.append(tuple(output[1:]) if isinstance(output, (tuple, list)) else None)
+
+        layers = decoder_layers(self.model)
+        handles = [layer.register_forward_hook(keep) for layer in layers]
+        try:
+            # The rests are those of another text: layers that depend on them give themselves away.
+            run_layers(self.model, {"input_ids": batch["input_ids"].flip(1)})
+            run_layers(self.model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        rests, outputs = rests[: len(layers)], outputs[len(layers) :]
+        state, calls = _record(self.model, batch, rests)
+        for index, (layer, (args, kwargs)) in enumerate(zip(layers, calls, strict=True)):
+            state = first_tensor(layer(state, *args, **kwargs))
+            difference = (state.float() - outputs[index].float()).norm(dim=-1)
+            if bool((difference > 1e-2 * outputs[index].float().norm(dim=-1)).any()):  # not if NaN
+                raise TypeError(
+                    f"decoder layer {index} of {self.model.config.model_type} cannot be run on its "
+                    "own: the model does more between its layers than hand on hidden states; "
+                    "methods that go layer by layer do not support it"
+                )
+        return rests
+
+
+def _record(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], rests: Sequence[tuple[Any, ...] | None]
+) -> tuple[Tensor, list[Call]]:
+    """Return the states before the first layer and how the model calls each; no layer is run."""
+    calls: list[Call] = []
+    states: list[Tensor] = []
+
+    def stand_in(name: str, rest: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
+        state = args[0] if args else kwargs.pop(name)
+        states.append(state)
+        calls.append((args[1:], kwargs))
+        return state if rest is None else (state, *rest)
+
+    names = [hidden_name(layer) for layer in decoder_layers(model)]
+    with _replaced(model, [partial(stand_in, *x) for x in zip(names, rests, strict=True)]):
+        run_layers(model, batch)
+    return states[0], calls
+
+
+@contextmanager
+def _replaced(model: PreTrainedModel, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Let other functions stand in for the forwards of the decoder layers."""
+    with ExitStack() as stack:
+        for layer, forward in zip(decoder_layers(model), forwards, strict=True):
+            stack.enter_context(replaced_forward(layer, forward))
+        yield
+
+
+def _shared(new: Any, first: Any) -> Any:
+    """Return `first` wherever it holds the same: most arguments do not depend on the text."""
+    if isinstance(new, Tensor):
+        same = isinstance(first, Tensor) and new.shape == first.shape
+        return first if same and torch.equal(new, first) else new
+    if isinstance(new, tuple) and type(new) is type(first) and len(new) == len(first):
+        return tuple(_shared(a, b) for a, b in zip(new, first, strict=True))
+    if isinstance(new, dict) and isinstance(first, dict):
+        return {key: _shared(value, first.get(key)) for key, value in new.items()}
+    return new
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(_to(part, device) for part in value)
+    if type(value) is dict:
+        return {key: _to(part, device) for key, part in value.items()}
+    return value

@@ -1,0 +1,130 @@
+"""Calibration windows: their checks, their micro-batches, and which of their tokens count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS, own_windows, ranks_of
+from prunelight.losses import IGNORED_LABEL
+from prunelight.models.families.config_fields import maximum_length, vocabulary_size
+
+# Token ids (N, T), or those with an attention_mask of the same shape (0 = padding).
+Windows: TypeAlias = Tensor | Mapping[str, Tensor]
+
+
+def split_windows(windows: Windows) -> tuple[Tensor, Tensor | None]:
+    """Return (input_ids (N, T), attention_mask (N, T) or None where nothing is padding).
+
+    Raises:
+        ValueError: if windows are not two-dimensional whole numbers, or the mask does not fit.
+    """
+    ids, mask = (
+        (windows, None)
+        if isinstance(windows, Tensor)
+        else (windows["input_ids"], windows.get("attention_mask"))
+    )
+    if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise ValueError(
+            f"windows of shape {tuple(ids.shape)} and type {ids.dtype} must be token ids of shape "
+            "(num_samples, seq_len); see prunelight.calibration_windows"
+        )
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} must have the shape of input_ids, "
+            f"{tuple(ids.shape)}"
+        )
+    return ids, None if mask is None or bool(mask.all()) else mask
+
+
+def check_windows(model: PreTrainedModel, windows: Windows) -> None:
+    """Check that the model can read the windows.
+
+    Raises:
+        ValueError: if they are longer than the model allows or hold ids that it does not have.
+    """
+    ids, _ = split_windows(windows)
+    check_length(model, ids.shape[1])
+    rows = vocabulary_size(model)
+    worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
+    if not 0 <= worst < rows:
+        raise ValueError(
+            f"token id {worst} must lie in [0, {rows - 1}], the model's vocabulary; use the "
+            "model's own tokenizer"
+        )
+
+
+def check_length(model: PreTrainedModel, seq_len: int) -> None:
+    """Check that the model allows sequences of `seq_len` tokens.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    limit = maximum_length(model.config)
+    if limit is not None and seq_len > limit:
+        raise ValueError(f"seq_len={seq_len} must be at most {limit}, which the model allows")
+
+
+def micro_batches(
+    model: PreTrainedModel, windows: Windows, *, tokens: int = MICRO_BATCH_TOKENS, label: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Yield keyword arguments for the model: `tokens` tokens a time, on the model's device.
+
+    Of shared windows those of this rank: what is summed over micro-batches must be pooled. Shows a
+    progress bar named `label` on a terminal.
+    """
+    ids, mask = split_windows(own_windows(windows))
+    size = max(1, tokens // ids.shape[1])
+    starts = range(0, ids.shape[0], size)
+    quiet = not label or ranks_of(windows).rank > 0
+    for start in tqdm(starts, desc=label, disable=quiet or None, leave=False):
+        batch = {"input_ids": ids[start : start + size].to(model.device)}
+        if mask is not None:
+            batch["attention_mask"] = mask[start : start + size].to(model.device)
+        yield batch
+
+
+def first_positions(mask: Tensor | None) -> Tensor | None:
+    """Return which tokens are the first of their sequence, bool (B, T); None means column 0."""
+    return None if mask is None else (mask.cumsum(dim=1) == 1) & mask.bool()
+
+
+def counted_positions(mask: Tensor | None, shape: torch.Size, ignore_first: int) -> Tensor | None:
+    """Return which tokens count: no padding, not the first `ignore_first`; None counts all."""
+    if mask is None and ignore_first == 0:
+        return None
+    mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+    return mask & (mask.cumsum(dim=1) > ignore_first)
+
+
+def next_token_labels(windows: Windows) -> Tensor:
+    """Return the labels (N, T); without any, the ids themselves, padding left out."""
+    ids, mask = split_windows(windows)
+    if isinstance(windows, Mapping) and windows.get("labels") is not None:
+        return windows["labels"]
+    if mask is None:
+        return ids
+    # Left padding must not predict the first token of its sequence: only from the second on.
+    second_on = mask.bool() & (mask.cumsum(dim=1) > 1)
+    return ids.masked_fill(~second_on, IGNORED_LABEL)
+
+
+def last_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return (rows, columns) of the last token of each sequence that is not all padding."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    rows = mask.any(dim=1).nonzero().squeeze(1)
+    return rows, (mask * positions).argmax(dim=1)[rows]
+
+
+def first_windows(windows: Windows, count: int) -> Windows:
+    """Return the first windows, with their mask if they have one."""
+    if isinstance(windows, torch.Tensor):
+        return windows[:count]
+    return {name: value[:count] for name, value in windows.items()}

@@ -1,0 +1,1 @@
+"""Text and instructions into token windows and training rows; no model."""

@@ -1,0 +1,113 @@
+"""Text into token windows that never overlap.
+
+Documents are tokenised whole (chunks give other tokens at their joints) and joined by eos.
+Perplexity of the Gemma family explodes without BOS, so `bos="auto"` starts each of its windows with
+it; other families are left as the pruning papers measure them.
+"""
+
+# N windows, T seq_len, S tokens of a stream
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerBase
+
+Bos = Literal["auto", "always", "never"]
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Sequence[str],
+    num_samples: int = 128,
+    seq_len: int = 2048,
+    *,
+    seed: int = 0,
+    bos: Bos = "auto",
+) -> Tensor:
+    """Draw non-overlapping token windows from a text; the same seed gives the same windows.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: one document, or several, which are joined by the eos token.
+        num_samples: windows to draw; 128 of 2048 tokens is what SparseGPT, Wanda and DLP use.
+        seq_len: tokens of a window, with its BOS token where there is one.
+        seed: of a private generator; the global random state is neither read nor changed.
+        bos: "always" starts every window with the BOS token, "never" adds none, "auto" is "always"
+            for tokenizers of the Gemma family (BOS token `<bos>`) and "never" for others.
+
+    Returns:
+        LongTensor (num_samples, seq_len).
+
+    Raises:
+        ValueError: if a number is out of range, the text holds fewer windows than asked for, or
+            `bos="always"` meets a tokenizer that has no BOS token.
+    """
+    stream = tokenize_documents(tokenizer, [text] if isinstance(text, str) else text)
+    windows = pack(stream, seq_len, bos_token_id=bos_token_id(tokenizer, bos))  # (N, T)
+    return windows[sample_indices(len(windows), num_samples, seed=seed)]
+
+
+def bos_token_id(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
+    """The token that must start every window, or None.
+
+    Raises:
+        ValueError: if `bos` is not a known choice, or is "always" without a BOS token.
+    """
+    if bos not in ("auto", "always", "never"):
+        raise ValueError(f"bos={bos!r} must be 'auto', 'always' or 'never'")
+    if bos == "always" and tokenizer.bos_token_id is None:
+        raise ValueError("bos='always' needs a tokenizer with a BOS token; set bos='auto'")
+    wanted = bos == "always" or (bos == "auto" and tokenizer.bos_token == "<bos>")
+    return tokenizer.bos_token_id if wanted else None
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens and without the warning about long texts."""
+    encode = partial(tokenizer.__call__, add_special_tokens=False, verbose=False)
+    return encode([*texts])["input_ids"] if texts else []
+
+
+def tokenize_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """One token stream, (S,): the documents in order, eos between them, blank ones skipped."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    documents = tokenize(tokenizer, [text for text in texts if text.strip()])
+    stream = [token for document in documents for token in (*document, *eos)]
+    return stream[: len(stream) - len(eos)] if stream else stream
+
+
+def pack(tokens: Sequence[int], seq_len: int, *, bos_token_id: int | None = None) -> Tensor:
+    """Cut a token stream, (S,), into consecutive windows, LongTensor (N, seq_len).
+
+    With `bos_token_id` each window is that token and seq_len - 1 tokens of the stream. The tail
+    that does not fill a window is left out.
+
+    Raises:
+        ValueError: if `seq_len` is below 2.
+    """
+    if seq_len < 2:
+        raise ValueError(f"seq_len={seq_len} must be at least 2: one token predicts the next")
+    width = seq_len if bos_token_id is None else seq_len - 1
+    windows = torch.tensor(tokens[: len(tokens) // width * width]).long().view(-1, width)
+    return windows if bos_token_id is None else pad(windows, (1, 0), value=bos_token_id)
+
+
+def sample_indices(available: int, num_samples: int, *, seed: int) -> Tensor:
+    """Draw `num_samples` different indices below `available`, in random order, LongTensor (N,).
+
+    Raises:
+        ValueError: if `num_samples` is below 1 or above `available`.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} must be at least 1; the default is 128")
+    if num_samples > available:
+        raise ValueError(
+            f"the text holds {available} windows but num_samples={num_samples} were asked for; "
+            "give more text, or lower num_samples or seq_len"
+        )
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]

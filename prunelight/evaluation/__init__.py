@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, accuracy, speed, and the report of a run."""

@@ -1,0 +1,201 @@
+"""The picture of a plan, its panels above each other over the same decoder layers.
+
+The panels: the scores that decided; for sparsity also the share of zeros of each layer, of each
+projection, and what the zeros changed; for slicing the widths, and the variance that they explain.
+It needs neither torch nor lightning, and matplotlib only once something is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from prunelight.evaluation.report.plan_facts import (
+    Json,
+    LayerZeros,
+    by_sublayer,
+    explained_variance,
+    fates,
+    layer_zeros,
+    nominal,
+    planned_share,
+    removed_layers,
+    score_lists,
+    steps_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    Drawing = tuple[float, Callable[[Axes], None]]  # height in inches, what draws into a panel
+
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+BLUE, GREEN, ORANGE, _PALE = "#0072b2", "#009e73", "#d55e00", "#faeadf"
+
+_LABELS = {
+    "median": "median of |W| ‖X‖",
+    "mean": "mean of |W| ‖X‖",
+    "outlier_ratio": "share of outliers",
+}
+
+
+def plot_layers(plan: Json, outcome: Json | None = None) -> Figure:
+    """Draw the scores of a plan over the decoder layers, its zeros and its widths.
+
+    Each list of scores of layers has a panel (the angular distance has one entry a window, at the
+    window's first layer), those of projections share one. The scale is logarithmic if all are
+    positive and span more than a factor of 20. Removed layers are shaded.
+
+    Args:
+        plan: `Plan.to_dict()`.
+        outcome: of its last sparsify and slice steps together, see `surgery.apply`; None shows
+            what was planned.
+
+    Raises:
+        ValueError: if there is no list of scores and no sparsify or slice step.
+    """
+    num_layers, told = plan["model"]["num_hidden_layers"], outcome or {}
+    drawings = _score_drawings(plan)
+    for step in steps_of(plan, "sparsify")[-1:]:
+        drawings += _zeros_drawings(layer_zeros(plan, step, told), planned_share(plan, step))
+    for step in steps_of(plan, "slice_hidden"):
+        drawings += _width_drawings(
+            by_sublayer(step["residual_dims"]),
+            explained_variance(step, told),
+            plan["model"]["hidden_size"],
+        )
+    if not drawings:
+        raise ValueError(
+            f"scores={plan['scores']} of the {plan['method']} plan must hold a list of numbers to "
+            "be drawn; skip the picture for this plan"
+        )
+    title = f"{plan['method']}: {plan['model']['name'][-60:]}\n{nominal(plan)}"
+    figure = draw_panels(drawings, title, min(max(7.0, 2.5 + 0.16 * num_layers), 13.0))
+    panels = figure.axes[: len(drawings)]
+    for axes in panels:
+        _shade(axes, removed_layers(plan))
+    panels[-1].set_xlabel(f"decoder layer{' (shaded: gone)' if fates(plan) else ''}")
+    panels[-1].set_xlim(-0.8, num_layers - 0.2)
+    return figure
+
+
+def draw_panels(drawings: Sequence[Drawing], title: str, width: float) -> Figure:
+    """Draw panels above each other over the same layers; `width` is that of the figure, inches."""
+    from matplotlib.figure import Figure  # the object API: no pyplot, no global state
+
+    heights = [height for height, _ in drawings]
+    figure = Figure((width, 0.8 + sum(heights)), 150, layout="constrained")
+    panels = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, (_, draw) in zip(panels, drawings, strict=True):
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.locator_params(axis="x", nbins=20, integer=True)
+    panels[0].set_title(title, loc="left", fontsize=10)
+    return figure
+
+
+def _score_drawings(plan: Json) -> list[Drawing]:
+    lists = {n: x for n, x in score_lists(plan).items() if not n.endswith("_first_token")}
+    if "layer_redundancy" in lists:  # which is 1 - influence, stretched
+        lists.pop("block_influence", None)
+    kind = next((kind for kind in _LABELS if any(name.startswith(kind) for name in lists)), "")
+    if len(lists) > 1 and steps_of(plan, "sparsify"):
+        rows = {name.removeprefix(f"{kind}_"): row for name, row in lists.items()}
+        return [_rows_drawing(rows, _LABELS.get(kind, kind))]
+    drawings: list[Drawing] = []
+    for name, scores in lists.items():
+        label = _LABELS.get(kind, name.replace("_", " "))
+        if len(scores) < plan["model"]["num_hidden_layers"]:
+            label += " from here"  # of the window that starts there
+        sublayer = name.removesuffix("_influence")
+        dropped = {i for step in plan["steps"] for i in step.get(sublayer, ())}
+        draw = partial(draw_bars, values=scores, label=label, color=BLUE, shaded=dropped)
+        drawings.append((3.0 if len(lists) == 1 else 2.2, draw))
+    return drawings
+
+
+def _zeros_drawings(zeros: LayerZeros, planned: float) -> list[Drawing]:
+    def draw_shares(axes: Axes) -> None:
+        axes.bar(range(len(zeros.layers)), [100 * share for share in zeros.layers], color=GREEN)
+        axes.axhline(100 * planned, color="black", linewidth=1, linestyle="--")
+        axes.set_ylim(0, 100)
+        axes.set_ylabel("zeros (%)\ndashed: planned")
+
+    rows = {path: [100 * share for share in row] for path, row in zeros.projections.items()}
+    drawings: list[Drawing] = [(2.0, draw_shares)]
+    drawings += [_rows_drawing(rows, "zeros (%)", margin=5)] if rows else []
+    if zeros.errors:
+        label = "reconstruction\nerror"
+        drawings.append((1.6, partial(draw_bars, values=zeros.errors, label=label, color=ORANGE)))
+    return drawings
+
+
+def _width_drawings(
+    widths: dict[str, list[int]], explained: dict[str, list[float]], hidden: int
+) -> list[Drawing]:
+    def draw_widths(axes: Axes) -> None:
+        """Two bars a layer, before its attention and its MLP."""
+        for (name, row), color, side in zip(
+            widths.items(), (GREEN, ORANGE), (-0.2, 0.2), strict=True
+        ):
+            places = [layer + side for layer in range(len(row))]
+            axes.bar(places, row, 0.4, color=color, label=f"at {name}")
+        axes.axhline(hidden, color="black", linewidth=1, linestyle="--")
+        axes.set_ylim(0, 1.3 * hidden)  # room for the legend
+        axes.legend(loc="upper right", ncols=2, fontsize=8, frameon=False)
+        axes.set_ylabel("width\ndashed: dense")
+
+    def draw_explained(axes: Axes) -> None:
+        for row, color in zip(explained.values(), (GREEN, ORANGE), strict=True):
+            axes.plot(range(len(row)), row, "o-", color=color, markersize=4)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.set_ylabel("explained\nvariance")
+
+    return [(2.2, draw_widths), *([(1.8, draw_explained)] if explained else [])]
+
+
+def draw_bars(
+    axes: Axes, *, values: list[float], label: str, color: str, shaded: Iterable[int] = ()
+) -> None:
+    """Draw one bar a layer, on a log scale where the values want one; shade some layers."""
+    _shade(axes, shaded)
+    drawn = [x if math.isfinite(x) else math.nan for x in values]  # inf breaks axes
+    axes.bar(range(len(values)), drawn, color=color)
+    if _is_wide(values):
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(x for x in values if math.isfinite(x)) / 2)  # the shortest is seen
+        label += " (log scale)"
+    axes.set_ylabel(label)
+
+
+def _shade(axes: Axes, layers: Iterable[int]) -> None:
+    for layer in layers:
+        axes.axvspan(layer - 0.5, layer + 0.5, color=_PALE, linewidth=0, zorder=0)
+
+
+def _rows_drawing(rows: dict[str, list[float]], label: str, margin: float = 0) -> Drawing:
+    """A heat map, one row a projection; `margin` widens the range of its colours."""
+
+    def draw(axes: Axes) -> None:
+        every = [x for row in rows.values() for x in row if math.isfinite(x)]
+        norm = "log" if not margin and _is_wide(every) else None
+        image = axes.imshow(list(rows.values()), aspect="auto", interpolation="nearest", norm=norm)
+        image.set_clim(min(every) - margin, max(every) + margin)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+        axes.tick_params(axis="y", length=0)
+        axes.spines[:].set_visible(False)
+        axes.figure.colorbar(image, ax=axes, label=label, aspect=10, pad=0.02)
+
+    return 0.4 + 0.18 * len(rows), draw
+
+
+def _is_wide(values: list[float]) -> bool:
+    """Return whether values want a log scale: all positive, and they differ enough."""
+    finite = [value for value in values if math.isfinite(value)]
+    return bool(finite) and min(finite) > 0 and max(finite) > 20 * min(finite)

@@ -1,0 +1,329 @@
+"""Turns the record of one run into report.json, report.md, pictures and a console table.
+
+What is reported is what travels between machines: changes against the dense model, time in units
+of F (one forward of the calibration set through the dense model), memory in units of the
+checkpoint and of one decoder layer. Measuring is not done here (see stages.py), nor drawing
+(layer_plots.py): this module needs neither torch nor lightning and can render a report.json that
+another machine wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from prunelight.evaluation.report.heat_maps import plot_cka
+from prunelight.evaluation.report.layer_plots import plot_layers
+from prunelight.evaluation.report.plan_facts import (
+    Json,
+    by_sublayer,
+    explained_variance,
+    fates,
+    has_own_class,
+    layer_zeros,
+    merged_groups,
+    nominal,
+    percent,
+    score_lists,
+    share_sliced,
+    sliced_sites,
+    steps_of,
+)
+from prunelight.evaluation.report.record import RunRecord
+from prunelight.evaluation.report.writing import bullets, markdown_table, write_whole
+
+
+def summary_table(record: RunRecord) -> Table:
+    """The before and after table for a console: one column a stage, costs in the caption."""
+    costs = ["{}: {} F, peak {} checkpoints".format(*row) for row in _cost_rows(record)]
+    title, caption = escape(f"{_methods(record)}: {record.model}"), escape("\n".join(costs))
+    table = Table(title=title, caption=caption, caption_justify="left")
+    for index, name in enumerate(["", *(stage.name for stage in record.stages)]):
+        table.add_column(escape(name), justify="right" if index else "left")
+    for row in _stage_rows(record):
+        table.add_row(*map(escape, row))
+    return table
+
+
+def write_report(directory: Path, record: RunRecord) -> list[Path]:
+    """Write report.json, layers.png (layers-2.png, ...) and report.md; returns their paths.
+
+    Each file appears by a rename. The record is safe before anything is drawn, and report.md comes
+    last, so it never names a picture that is not there. Paths in `record.verification` are
+    relative to `directory`, which is created if needed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    names, sections, outcomes = ["report.json"], [], iter(record.outcomes)
+    text = json.dumps(record.to_dict(), indent=2, allow_nan=False)
+    write_whole(directory / names[0], text + "\n")
+    for plan in record.plans:
+        gradual = plan["arguments"].get("schedule")  # zeros that came later have no outcome
+        kinds = ("slice_hidden",) if gradual else ("slice_hidden", "sparsify")
+        told = [next(outcomes, {}) if x["kind"] in kinds else {} for x in plan["steps"]]
+        # Of the last step of each kind; no two kinds tell the same.
+        last = {x["kind"]: outcome for x, outcome in zip(plan["steps"], told, strict=True)}
+        together = {name: value for outcome in last.values() for name, value in outcome.items()}
+        sections += _plan_section(plan, told) + _layer_table(plan, together)
+        if score_lists(plan) or {"sparsify", "slice_hidden"} & last.keys():
+            names.append(f"layers-{len(names)}.png" if len(names) > 1 else "layers.png")
+            what = "widths" if "slice_hidden" in last else "scores"
+            sections.append(f"![{what} of the decoder layers]({names[-1]})")
+            write_whole(directory / names[-1], plot_layers(plan, together))
+        if "cka" in plan.get("found", {}):
+            names.append(f"cka-{len(names)}.png")
+            sections.append(f"![CKA of the hidden states, merged windows outlined]({names[-1]})")
+            title = f"{plan['method']}: {plan['model']['name'][-60:]}"
+            figure = plot_cka(plan["found"]["cka"], title, merged_groups(plan))
+            write_whole(directory / names[-1], figure)
+    write_whole(directory / "report.md", _markdown(record, sections))
+    return [directory / name for name in (*names, "report.md")]
+
+
+def _plan_section(plan: Json, outcomes: list[Json]) -> list[str]:
+    """What one plan did and why."""
+    parts = [f"## {plan['method']}: {nominal(plan)}"]
+    for step, outcome in zip(plan["steps"], outcomes, strict=True):
+        if step["kind"] == "sparsify":
+            parts += _sparsify_section(plan, step, outcome)
+        elif step["kind"] == "slice_hidden":
+            parts += _slice_section(plan, step, outcome)
+        else:  # neither empty lists nor the long ones of a width step
+            hidden = ("kind", "heads", "neurons")
+            facts = {k: v for k, v in step.items() if k not in hidden and v != []}
+            parts.append(f"Step `{step['kind']}`:\n{bullets(facts)}")
+    # Settings within settings are told with their step.
+    arguments = {k: v for k, v in plan["arguments"].items() if not isinstance(v, dict)}
+    calibration = {f"calibration {k}": v for k, v in (plan["calibration"] or {}).items()}
+    parts.append(f"Decided with:\n{bullets({**arguments, **calibration})}")
+    if found := {k: _found(k, v) for k, v in plan.get("found", {}).items() if k != "cka"}:
+        parts.append(f"Found:\n{bullets(found)}")
+    return parts
+
+
+def _found(name: str, value: Any) -> Any:
+    """How a finding is shown."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_found(key, x)}" for key, x in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return _count(value) if name.startswith("parameters") else value
+
+
+def _sparsify_section(plan: Json, step: Json, outcome: Json) -> list[str]:
+    """What a sparsify step did, in totals; the share of each matrix is left to report.json."""
+    shares = [share for share in layer_zeros(plan, step, outcome).layers if math.isfinite(share)]
+    facts = {"solver": step["solver"], "matrices": len(step["sparsity"])}
+    if shares:
+        facts["sparsity of decoder layers"] = f"{percent(min(shares))} to {percent(max(shares))}"
+    notes = "".join(f"\n- {note}" for note in outcome.get("notes", ()))
+    kind = f"{step['pattern']} zeros" if step["pattern"] else "Unstructured zeros"
+    parts = [
+        f"Step `sparsify`:\n{bullets({**facts, **step['options']})}{notes}",
+        f"{kind} are stored like any other weight and do not by themselves make inference faster "
+        "or the files smaller: speed comes from depth, width and slicing.",
+    ]
+    if schedule := plan["arguments"].get("schedule"):
+        parts.append(
+            "Sparsity rises from step {start_step} to step {end_step} every {every} steps along a "
+            "{curve} curve.".format_map(schedule)
+        )
+    return parts
+
+
+def _slice_section(plan: Json, step: Json, outcome: Json) -> list[str]:
+    """What a slice step did, in totals; each width is left to the table of layers."""
+    sites, dims = sliced_sites(plan, step), step["residual_dims"]
+    shared, hidden = step["rotation"] == "shared", plan["model"]["hidden_size"]
+    facts = {
+        "widths at attentions and MLPs": f"{_span([dims[i] for i in sites], str)} of {hidden}",
+        "mean share removed": percent(share_sliced(plan, step)),
+        "width of the embeddings": dims[0],
+        **{name: step[name] for name in ("signal", "orientation", "rotation")},
+    }
+    if explained := outcome.get("explained_variance"):
+        measured = explained if shared else [explained[i] for i in sites]
+        facts["explained variance"] = _span(measured, "{:.4g}".format)
+    parts = [
+        f"Step `slice_hidden`:\n{bullets(facts)}",
+        "With one rotation for all layers this is a stock model, which loads and runs like any "
+        "other; a head that was untied is counted in the parameters."
+        if shared
+        else "The class is ours: `import prunelight` before `from_pretrained`, unless its remote "
+        "code was exported; shortcuts between the rotations, and a head that was untied, are "
+        "counted in the parameters.",
+    ]
+    found = plan.get("found", {})
+    if found.get("parameters", 0) >= found.get("parameters_before", math.inf):
+        added = "An untied head adds" if shared else "Shortcuts (and a head that was untied) add"
+        parts.append(f"{added} more parameters than this slice removes.")
+    return parts
+
+
+def _span(values: Sequence[float], show: Callable[[Any], str]) -> str:
+    """The lowest to the highest of some values, or the one that all are."""
+    return " to ".join(dict.fromkeys(map(show, (min(values), max(values)))))
+
+
+def _layer_table(plan: Json, outcome: Json) -> list[str]:
+    """One row a decoder layer: scores, widths, zeros of the last step, removed or kept."""
+    num_layers = plan["model"]["num_hidden_layers"]
+    columns = {"layer": [str(layer) for layer in range(num_layers)]}
+    for name, scores in score_lists(plan).items():
+        missing = num_layers - len(scores)
+        title = name.replace("_", " ") + (" from here" if missing else "")
+        columns[title] = _cells(scores) + [""] * missing
+    for step in steps_of(plan, "slice_hidden"):
+        widths, explained = by_sublayer(step["residual_dims"]), explained_variance(step, outcome)
+        columns |= {f"width at {name}": [*map(str, x)] for name, x in widths.items()}
+        columns |= {f"explained variance at {name}": _cells(x) for name, x in explained.items()}
+    for step in steps_of(plan, "sparsify")[-1:]:
+        zeros = layer_zeros(plan, step, outcome)
+        columns["sparsity"] = [percent(x) if math.isfinite(x) else "" for x in zeros.layers]
+        if zeros.errors:
+            columns["reconstruction error"] = [f"{error:.4g}" for error in zeros.errors]
+    if fate := fates(plan):
+        columns["fate"] = [fate.get(i, "kept") for i in range(num_layers)]
+    table = markdown_table(list(columns), list(zip(*columns.values(), strict=True)))
+    title = f"<details><summary>All {num_layers} decoder layers</summary>"
+    return [title, table, "</details>"]
+
+
+def _cells(values: Sequence[float]) -> list[str]:
+    return ["" if math.isnan(value) else f"{value:.4g}" for value in values]
+
+
+def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
+    parts = [f"# Pruning report: {record.model}", _result(record)]
+    if record.warnings:
+        parts.append("\n".join(["> [!WARNING]", *(f"> - {text}" for text in record.warnings)]))
+    stages = [stage.name for stage in record.stages]
+    parts.append(markdown_table(["", *stages], _stage_rows(record)))
+    parts += [*(f"## {title}\n\n{text}" for title, text in record.sections.items()), *plan_sections]
+    if record.costs:
+        head = ["phase", "time in F", "peak memory in checkpoints", "in decoder layers", "seconds"]
+        unit = record.forward_seconds
+        parts += [
+            "## Cost",
+            markdown_table(head, _cost_rows(record)),
+            "F is one forward of the calibration set through the dense model"
+            f"{f' ({unit:.3g} s here)' if math.isfinite(unit) else ''}. Peak memory is that of the "
+            "whole process on a CPU, what torch allocated on CUDA.",
+        ]
+    where = {"device": record.device, "dtype": record.dtype, "fingerprint": record.fingerprint}
+    for title, values, otherwise in (
+        ("Recovery", record.recovery, "None: the weights were not trained after pruning."),
+        ("Evaluation data", record.evaluation, "Not recorded."),
+        ("Verification", record.verification, "No model was saved."),
+        ("Versions", {**where, **record.versions}, ""),
+    ):
+        parts += [f"## {title}", bullets(values) or otherwise]
+    if record.verification:
+        name = json.dumps(list(record.verification)[-1])
+        ours = "import prunelight  # its class\n" if any(map(has_own_class, record.plans)) else ""
+        parts += [
+            "## How to load the result\n\nIn the directory of this report:\n\n```python\n"
+            f"{ours}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({name})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({name})\n```"
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _count(value: float) -> str:
+    power = min(int(math.log10(max(value, 1)) // 3), 4)
+    return f"{value / 1000**power:.1f}{' KMBT'[power]}" if power else str(value)
+
+
+def _decimal(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:.4g}"
+
+
+# Label, field of Stage, how a number is shown. Shares of zeros: once something is sparsified.
+_FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("layers", "num_layers", str),
+    ("parameters", "parameters", _count),
+    ("size (MB)", "size_bytes", lambda value: f"{value / 1e6:,.1f}"),
+    ("perplexity", "perplexity", _decimal),
+    ("next-token accuracy", "accuracy", "{:.4f}".format),
+    ("prefill tokens/s", "prefill_tokens_per_second", _decimal),
+    ("decode tokens/s", "decode_tokens_per_second", _decimal),
+    ("latency (s)", "latency_seconds", "{:.3f}".format),
+    ("throughput (tokens/s)", "throughput", _decimal),
+    ("zeros in decoder linears", "linear_sparsity", percent),
+    ("zeros in all parameters", "sparsity", percent),
+)
+
+_SPEEDS = ("per_second", "latency_seconds", "throughput")
+
+_HEADLINE = ("layers", "parameters", "zeros in decoder linears", "perplexity", "decode tokens/s")
+
+
+def _result(record: RunRecord) -> str:
+    """The run in one sentence, and the true share removed beside the nominal ratios."""
+    dense, last = record.stages[0], record.stages[-1]
+    told = [row for row in _stage_rows(record) if row[0] in _HEADLINE]
+    arrows = ", ".join(f"{row[0]} {row[1]} -> {row[-1]}" for row in told)
+    true = percent(1 - last.parameters / dense.parameters)
+    if _sparsified(record):
+        true += f"; zeros among all parameters: {percent(last.sparsity)}"
+    told_ratios = " + ".join(nominal(plan) for plan in record.plans) or "nothing pruned"
+    return (
+        f"{_methods(record)}, {dense.name} -> {last.name}: {arrows}.\n\n"
+        f"- Nominal ratio: {told_ratios}\n- True share of all parameters removed: {true}"
+    )
+
+
+def _stage_rows(record: RunRecord) -> list[list[str]]:
+    """One row a figure, one cell a stage, with the change against the dense stage."""
+    dense, rows = record.stages[0], []
+    for label, name, show in _FIGURES:
+        if show is percent and not _sparsified(record):
+            continue
+        if all(getattr(stage, name) is None for stage in record.stages):
+            continue
+        row = [label]
+        for stage in record.stages:
+            value, base = getattr(stage, name), getattr(dense, name)
+            if value is None:
+                row.append("")
+                continue
+            change = _change(value, base, factor=name.endswith(_SPEEDS))
+            spread = stage.latency_deviation if name == "latency_seconds" else None
+            shown = show(value) + (f" ± {spread:.3f}" if spread is not None else "")
+            row.append(shown + ("" if stage is dense or show is percent else change))
+        rows.append(row)
+    return rows
+
+
+def _change(value: float, base: float | None, *, factor: bool) -> str:
+    if base is None or not (math.isfinite(value) and math.isfinite(base) and base > 0):
+        return ""
+    if factor or value > 10 * base:
+        return f" (\u00d7{value / base:.3g})"
+    return f" ({round(100 * (value / base - 1), 1) + 0.0:+.1f} %)"  # + 0.0: never "-0.0 %"
+
+
+def _cost_rows(record: RunRecord) -> list[list[str]]:
+    rows = []
+    for cost in record.costs:
+        name = f"{cost.name} (reused)" if cost.reused else cost.name
+        peaks = [
+            f"{cost.peak_bytes / x:.3g}" for x in (record.checkpoint_bytes, record.layer_bytes)
+        ]
+        forwards = f"{cost.forwards:.3g}" if math.isfinite(cost.forwards) else "?"
+        rows.append([name, forwards, *peaks, f"{cost.seconds:.3g}"])
+    return rows
+
+
+def _sparsified(record: RunRecord) -> bool:
+    return any(steps_of(plan, "sparsify") for plan in record.plans)
+
+
+def _methods(record: RunRecord) -> str:
+    return " + ".join(plan["method"] for plan in record.plans) or "No pruning"

@@ -1,0 +1,141 @@
+"""How fast a model in memory runs: prefill, decoding, generation, and F.
+
+Speeds are tokens per second of this machine: compare them within one run only.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunelight.calibration.windows import Windows, check_length, micro_batches, split_windows
+from prunelight.models.families.config_fields import maximum_length, vocabulary_size
+from prunelight.models.forward import evaluating, generate_tokens
+from prunelight.runtime.devices import synchronize
+
+_PREFILL_TOKENS = 256
+
+_DECODE_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second at batch 1: reading a prompt, and greedy decoding with the cache."""
+
+    prefill: float
+    decode: float
+
+
+def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:
+    """Measure prefill of 256 tokens (or as many as the model allows) and decoding of 24.
+
+    The fastest of `repeats`, after a warm-up: other work on the machine only ever adds time.
+    """
+    tokens = min(_PREFILL_TOKENS, maximum_length(model.config) or _PREFILL_TOKENS)
+    ids = torch.arange(3, 3 + tokens, device=model.device)[None] % vocabulary_size(model)
+    calls = (
+        lambda: model(ids),
+        lambda: generate_tokens(model, ids[:, :16], 1),
+        lambda: generate_tokens(model, ids[:, :16], 1 + _DECODE_TOKENS),
+    )
+    with evaluating(model):
+        prefill, one, many = (
+            min([_seconds(model, call) for _ in range(repeats + 1)][1:]) for call in calls
+        )
+    # The first generated token pays for the prompt: take its time off.
+    return Speed(tokens / prefill, _DECODE_TOKENS / max(many - one, 1e-9))
+
+
+@dataclass(frozen=True)
+class LatencyProtocol:
+    """How the depth-pruning papers time generation (arXiv:2402.02834, arXiv:2502.19159).
+
+    They sample; here decoding is greedy, which costs the same and is repeatable.
+
+    Attributes:
+        prompt: fixed text.
+        num_tokens: generated each time, whatever they are.
+        batch_size: copies of the prompt.
+        num_warmup: generations that do not count, first.
+        num_runs: generations that count.
+
+    Raises:
+        ValueError: if a number is out of range or the prompt is empty.
+    """
+
+    prompt: str = "The Leaning Tower of Pisa is known for"
+    num_tokens: int = 128
+    batch_size: int = 1
+    num_warmup: int = 10
+    num_runs: int = 20
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name, least in (("num_tokens", 1), ("batch_size", 1), ("num_warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"latency.{name}={getattr(self, name)} must be at least {least}")
+        if self.num_runs < 2:
+            raise ValueError(f"latency.num_runs={self.num_runs} must be at least 2: a deviation")
+        if not self.prompt.strip():
+            raise ValueError("latency.prompt='' must hold text")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one generation, mean and standard deviation, and generated tokens per second."""
+
+    latency_seconds: float
+    latency_deviation: float
+    throughput: float
+
+
+def measure_latency(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: LatencyProtocol
+) -> Latency:
+    """Time generation by a protocol.
+
+    Raises:
+        ValueError: if prompt and tokens are longer than the model allows.
+    """
+    ids = tokenizer(protocol.prompt, return_tensors="pt")["input_ids"].to(model.device)
+    check_length(model, ids.shape[1] + protocol.num_tokens)
+    ids = ids.expand(protocol.batch_size, -1)
+    total = protocol.num_warmup + protocol.num_runs
+    with evaluating(model):
+        call = partial(generate_tokens, model, ids, protocol.num_tokens)
+        rounds = tqdm(range(total), desc="latency", disable=None, leave=False)
+        seconds = [_seconds(model, call) for _ in rounds][protocol.num_warmup :]
+    mean = statistics.fmean(seconds)
+    throughput = protocol.batch_size * protocol.num_tokens / mean
+    return Latency(mean, statistics.stdev(seconds), throughput)
+
+
+def _seconds(model: PreTrainedModel, call: Callable[[], object]) -> float:
+    synchronize(model.device)
+    start = time.perf_counter()
+    call()
+    synchronize(model.device)
+    return time.perf_counter() - start
+
+
+def forward_seconds(model: PreTrainedModel, windows: Windows) -> float:
+    """Estimate F: seconds of one forward of the windows through the whole model.
+
+    Times up to two micro-batches after a warm-up and scales to all windows, of all ranks too.
+    """
+    ids, _ = split_windows(windows)
+    sizes, seconds = [], []
+    with evaluating(model):
+        for batch in islice(micro_batches(model, windows), 3):
+            seconds.append(_seconds(model, partial(model, **batch)))
+            sizes.append(len(batch["input_ids"]))
+    timed = slice(len(seconds) > 1, None)
+    return sum(seconds[timed]) / sum(sizes[timed]) * len(ids)

@@ -1,0 +1,1 @@
+"""Loading, running, placing and saving models."""

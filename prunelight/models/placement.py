@@ -1,0 +1,33 @@
+"""Moving a model to a device, if it has memory for it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from prunelight.models.sizes import parameter_bytes
+from prunelight.runtime.devices import free_memory
+
+log = logging.getLogger(__name__)
+
+
+def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model to a device, in place, and return it."""
+    movable: Any = model  # transformers decorates `to` in a way that type checkers lose
+    return movable.to(device)
+
+
+def place_for(model: PreTrainedModel, device: torch.device) -> torch.device:
+    """Return a device if it has memory for a model, else where the model is."""
+    if device.type == "cuda" and free_memory(device) < 1.2 * parameter_bytes(model):
+        log.warning("the model does not fit on %s; it runs on the CPU instead", device)
+        return model.device
+    return device
+
+
+def where_it_fits(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move a model to a device if it has memory for it, in place, and return it."""
+    return to_device(model, place_for(model, device))

@@ -1,0 +1,268 @@
+"""Saving a model so that it certainly loads again: write aside, verify by loading, rename.
+
+The check is the one a user would make: plain `AutoModelForCausalLM.from_pretrained` on the written
+directory, all weights equal bit for bit, equal logits, equal greedy generation with the cache.
+Where a second copy does not fit in memory, config, shapes and every tensor on disk are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from prunelight.models.families import sliced
+from prunelight.models.families.architectures import is_sliced
+from prunelight.models.families.config_fields import maximum_length, vocabulary_size
+from prunelight.models.families.rwkv import restore_rwkv_scale
+from prunelight.models.forward import evaluating, greedy_tokens
+from prunelight.models.loading import quiet_transformers
+from prunelight.models.placement import to_device
+from prunelight.models.sizes import parameter_bytes
+from prunelight.planning.fingerprints import library_versions, model_fingerprint
+from prunelight.planning.plan import Plan
+from prunelight.runtime.atomic_files import flush
+from prunelight.runtime.devices import free_memory
+
+log = logging.getLogger(__name__)
+
+MARKER = "prunelight.json"  # a directory that holds it is ours, and may be replaced
+
+_NEW_TOKENS = 8
+
+# Equal weights on the same device give equal logits up to the order of sums inside a kernel.
+_LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `save` wrote: the directory, bytes of its weights, and how it was verified."""
+
+    directory: str
+    size_bytes: int
+    verification: str
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    *,
+    plan: Plan | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+    export_remote_code: bool = False,
+) -> Saved:
+    """Write a verified transformers directory: all of it, or nothing.
+
+    Args:
+        model: the model in memory; it is unchanged afterwards.
+        tokenizer: written beside it.
+        directory: new, empty, or written by prunelight before (then replaced).
+        plan: written as plan.json.
+        extra_files: file name -> text, written beside the weights.
+        trust_remote_code: for a model whose code came with it: verifying runs that code.
+        export_remote_code: put the code of a sliced model beside it, so that it loads without
+            prunelight under trust_remote_code; later saves of the model do so too.
+
+    Raises:
+        FileExistsError: if the directory exists and is not ours.
+        TypeError: if there is no code to export.
+        RuntimeError: if the written model differs from the one in memory; says in what.
+    """
+    directory = Path(directory).expanduser()
+    check_replaceable(directory)
+    if export_remote_code:
+        name_code(model)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    restore_rwkv_scale(model)
+    try:
+        with quiet_transformers():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        if is_sliced(model) and getattr(model.config, "auto_map", None):
+            shutil.copyfile(sliced.__file__, temporary / Path(sliced.__file__).name)
+        for name, text in (extra_files or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        if plan is not None:
+            plan.save(temporary / "plan.json")
+        size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+        saved = Saved(str(directory), size, verify(model, temporary, trust_remote_code))
+        versions = {"fingerprint": model_fingerprint(model), "versions": library_versions()}
+        marker = json.dumps({**asdict(saved), **versions}, indent=1) + "\n"
+        (temporary / MARKER).write_text(marker, encoding="utf-8")
+        _replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    log.info("saved %s (%.1f MB): %s", directory, saved.size_bytes / 1e6, saved.verification)
+    return saved
+
+
+def name_code(model: PreTrainedModel) -> None:
+    """Let the model's config name the code that `save` puts beside it.
+
+    Raises:
+        TypeError: if the model is not a sliced one, whose code is one file.
+    """
+    if not is_sliced(model):
+        raise TypeError(
+            f"export_remote_code=True: {type(model).__name__} is no sliced model, there is no code "
+            "of its own to export; leave it out"
+        )
+    file, config = Path(sliced.__file__).stem, model.config
+    classes = {"AutoConfig": type(config), "AutoModelForCausalLM": type(model)}
+    config.auto_map = {name: f"{file}.{made.__name__}" for name, made in classes.items()}
+
+
+def check_replaceable(directory: Path) -> None:
+    """Check that a directory may be written.
+
+    Raises:
+        FileExistsError: if it exists, is not empty, and was not written by prunelight.
+    """
+    ours = (directory / MARKER).is_file()
+    if directory.exists() and not ours and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory} exists and was not written by prunelight (it has no {MARKER}); choose "
+            "another directory or remove it"
+        )
+
+
+def verify(model: PreTrainedModel, directory: Path, trust_remote_code: bool = False) -> str:
+    """Compare a saved directory with the model in memory; return how it was done.
+
+    Raises:
+        RuntimeError: if anything differs or the directory does not load; says what.
+    """
+    try:
+        # Loading happens on the CPU and may hold the weights twice while it converts them.
+        size = parameter_bytes(model)
+        if free_memory(torch.device("cpu")) < 2 * size or free_memory(model.device) < 1.2 * size:
+            _compare_files(model, directory, trust_remote_code)
+            return "config, shapes and all weights on disk compared (no memory for a second copy)"
+        with quiet_transformers():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                directory,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # the comparison says which and how
+            )
+        reloaded = to_device(loaded, model.device)
+        _compare_weights(model.state_dict(), reloaded.state_dict())
+        _compare_behaviour(model, reloaded)
+    except Exception as error:  # whatever a wrong config makes the model's own code raise
+        raise RuntimeError(
+            f"the saved model failed its verification: {error}. Nothing was kept on disk"
+        ) from error
+    return "reloaded with AutoModelForCausalLM: equal weights, logits and cached generation"
+
+
+def _compare_weights(memory: Mapping[str, Tensor], disk: Mapping[str, Tensor]) -> None:
+    if set(memory) != set(disk):
+        odd = sorted(set(memory) ^ set(disk))
+        raise RuntimeError(f"{len(odd)} tensors are only on one side, the first is {odd[0]}")
+    for name, tensor in memory.items():
+        _compare_tensor(name, tensor, disk[name])
+
+
+def _compare_tensor(name: str, memory: Tensor, disk: Tensor) -> None:
+    if memory.shape != disk.shape or memory.dtype != disk.dtype:
+        raise RuntimeError(
+            f"{name} is {tuple(memory.shape)} {memory.dtype} in memory and {tuple(disk.shape)} "
+            f"{disk.dtype} on disk"
+        )
+    if not torch.equal(memory, disk.to(memory.device)):
+        nan = memory.is_floating_point() and bool(memory.isnan().any())
+        fault = "holds NaN" if nan else "has other values on disk than in memory"
+        raise RuntimeError(f"{name} {fault}")
+
+
+def _compare_behaviour(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    length = min(16, (maximum_length(model.config) or 64) - _NEW_TOKENS)
+    ids = torch.randint(vocabulary_size(model), (2, length), generator=generator).to(model.device)
+    with evaluating(model), evaluating(reloaded):
+        expected, found = model(ids).logits, reloaded(ids).logits
+    worst = (expected.float() - found.float()).abs().max().item()
+    allowed = _LOGIT_TOLERANCE.get(expected.dtype, 1e-4) * expected.float().abs().max().item()
+    if not worst <= allowed:  # written so that NaN fails
+        raise RuntimeError(f"logits differ by {worst:.3g}, allowed is {allowed:.3g}")
+    if not model.can_generate():
+        return
+    try:
+        expected = greedy_tokens(model, ids, _NEW_TOKENS)
+    except (LookupError, RuntimeError) as error:
+        raise RuntimeError(
+            f"the model in memory cannot generate with the cache ({error}); check "
+            "that its layers are numbered 0, 1, 2, ... (layer_idx)"
+        ) from error
+    found = greedy_tokens(reloaded, ids, _NEW_TOKENS)
+    if not torch.equal(expected, found) and not _is_tie(model, expected, found, allowed):
+        raise RuntimeError("greedy generation with the cache gives other tokens than in memory")
+
+
+def _is_tie(model: PreTrainedModel, expected: Tensor, found: Tensor, allowed: float) -> bool:
+    """Return whether each row's first difference is between tokens of nearly equal logits.
+
+    Kernels on a GPU may add in another order from run to run, which decides such ties.
+    """
+    with evaluating(model):
+        logits = model(expected).logits.float()
+    for a, b, scores in zip(expected, found, logits, strict=True):
+        for first in (a != b).nonzero().flatten().tolist()[:1]:
+            if (scores[first - 1, a[first]] - scores[first - 1, b[first]]).abs() > allowed:
+                return False
+    return True
+
+
+def _compare_files(model: PreTrainedModel, directory: Path, trust_remote_code: bool) -> None:
+    """Compare config, names, shapes and values with the files, one tensor in memory at a time."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    memory = dict(model.state_dict())
+    shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in memory.items()}:
+        raise RuntimeError("config.json describes other weights than the model in memory has")
+    # Some families are stored under other names, and experts one by one, than they are held.
+    memory = revert_weight_conversion(model, memory)
+    found: set[str] = set()
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                if name not in memory:
+                    raise RuntimeError(f"{name} is on disk and not in memory")
+                _compare_tensor(name, memory[name], tensors.get_tensor(name))
+                found.add(name)
+    missing = set(memory) - found - set(getattr(model, "all_tied_weights_keys", None) or {})
+    if missing:
+        raise RuntimeError(f"{len(missing)} tensors are not on disk, e.g. {min(missing)}")
+
+
+def _replace(temporary: Path, directory: Path) -> None:
+    """Rename, keeping the old directory until the new one stands."""
+    for file in (*temporary.rglob("*"), temporary):
+        flush(file)
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        log.info("replacing %s", directory)
+        os.replace(directory, old)
+    try:
+        os.replace(temporary, directory)
+    except OSError:
+        if old.exists():
+            os.replace(old, directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

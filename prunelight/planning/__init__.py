@@ -1,0 +1,1 @@
+"""Decisions as data: plans, their steps, and the arithmetic that chooses; no tensors."""

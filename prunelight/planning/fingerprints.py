@@ -1,0 +1,74 @@
+"""By what models, windows and libraries are recognised: short facts and hexadecimal digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Elements of each tensor that enter a model's fingerprint.
+_SAMPLED = 512
+
+
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the facts by which a plan recognises its model."""
+    name = model.config._name_or_path
+    return {"name": name, **shape_facts(model), "fingerprint": model_fingerprint(model)}
+
+
+def shape_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the facts that a fine-tuned copy of the model shares with it."""
+    keys = ("model_type", "num_hidden_layers", "hidden_size")
+    return {key: getattr(model.config, key, None) for key in keys}
+
+
+def describe_windows(windows: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
+    """Return shape, number of tokens that are not padding, and fingerprint of windows (N, T)."""
+    tokens = windows.numel() if attention_mask is None else int(attention_mask.sum())
+    digest = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
+    if attention_mask is not None:
+        digest.update(attention_mask.to(torch.uint8).cpu().contiguous().numpy().tobytes())
+    num_samples, seq_len = windows.shape
+    return {
+        "num_samples": num_samples,
+        "seq_len": seq_len,
+        "tokens": tokens,
+        "fingerprint": digest.hexdigest()[:16],
+    }
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Return 16 hex digits from names, shapes and evenly spaced values of all weights.
+
+    Values enter rounded to bfloat16, so that a plan made on a bfloat16 copy fits the float32
+    model. Milliseconds per tensor; a change of very few single weights can go unnoticed.
+    """
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLED)
+        sample = flat[::step].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """Return 16 hex digits that identify JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of prunelight, torch and transformers."""
+    from prunelight import __version__  # the package imports this module
+
+    return {
+        "prunelight": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

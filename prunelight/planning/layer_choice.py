@@ -1,0 +1,99 @@
+"""From scores and a target to the decoder layers that go; numbers in, numbers out.
+
+Ties are broken by the lower index, so that a choice is reproducible. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def layers_to_remove(ratio: float | None, num_layers: int | None, total: int) -> int:
+    """Return how many of `total` decoder layers to remove.
+
+    Args:
+        ratio: share of the decoder layers, in [0, 1), rounded to the nearest whole layer.
+        num_layers: the number itself. Exactly one of the two must be given.
+        total: number of decoder layers of the model.
+
+    Raises:
+        ValueError: if both or neither are given, or nothing would be left.
+    """
+    check_depth_target(ratio, num_layers)
+    count = round(ratio * total) if ratio is not None else num_layers
+    assert count is not None
+    if count >= total:
+        given = f"num_layers={num_layers}" if ratio is None else f"ratio={ratio}"
+        raise ValueError(
+            f"{given} would remove {count} of {total} decoder layers; at least one must stay"
+        )
+    return count
+
+
+def check_depth_target(ratio: float | None, num_layers: int | None) -> None:
+    """Check a depth target before any model is at hand.
+
+    Raises:
+        ValueError: unless exactly one of ratio in [0, 1) and num_layers >= 0 is given.
+    """
+    if (ratio is None) == (num_layers is None):
+        raise ValueError(
+            f"ratio={ratio} and num_layers={num_layers}: give exactly one of the two "
+            "(ratio is the share of decoder layers, num_layers how many are removed)"
+        )
+    if ratio is not None and not 0 <= ratio < 1:
+        raise ValueError(f"ratio={ratio} must lie in [0, 1); 0.2 removes one layer in five")
+    if num_layers is not None and num_layers < 0:
+        raise ValueError(f"num_layers={num_layers} must be at least 0")
+
+
+def lowest(scores: Sequence[float], count: int, protected: Collection[int] = ()) -> list[int]:
+    """Return the indices of the `count` lowest scores, in ascending order of index.
+
+    Raises:
+        ValueError: if a protected index does not exist or too few unprotected ones are left.
+    """
+    protected = resolve_indices(protected, len(scores))
+    free = [i for i in range(len(scores)) if i not in protected]
+    if count > len(free):
+        raise ValueError(
+            f"{count} layers to remove, but only {len(free)} of {len(scores)} are not protected "
+            f"(protected={sorted(protected)}); remove fewer or protect fewer"
+        )
+    return sorted(sorted(free, key=lambda i: (scores[i], i))[:count])
+
+
+def lowest_window(scores: Sequence[float], size: int, protected: Collection[int] = ()) -> list[int]:
+    """Return the layers of the contiguous window with the lowest score.
+
+    Args:
+        scores: score of the window that starts at layer i, for i = 0 .. total - size.
+        size: layers in a window.
+        protected: layers that no window may contain.
+
+    Raises:
+        ValueError: if a protected index does not exist or every window contains a protected layer.
+    """
+    protected = resolve_indices(protected, len(scores) + size - 1)
+    if size == 0:
+        return []
+    starts = [i for i in range(len(scores)) if not protected & set(range(i, i + size))]
+    if not starts:
+        raise ValueError(
+            f"every window of {size} contiguous layers contains a protected one "
+            f"(protected={sorted(protected)}); remove fewer or protect fewer"
+        )
+    start = min(starts, key=lambda i: (scores[i], i))
+    return list(range(start, start + size))
+
+
+def resolve_indices(indices: Collection[int], total: int) -> set[int]:
+    """Return layer indices as a set in [0, total); negative ones count from the end, as in Python.
+
+    Raises:
+        ValueError: if an index does not exist.
+    """
+    outside = [i for i in indices if not -total <= i < total]
+    if outside:
+        raise ValueError(f"protected={outside} must lie in [{-total}, {total - 1}]")
+    return {i % total for i in indices}

@@ -1,0 +1,163 @@
+"""The plan: what will be done to which layer, and why; JSON that holds decisions, no tensors.
+
+A plan can be read, edited, diffed and applied later. All layer indices are those of the model that
+the plan was made for. What can be done to a model is in `steps.py`; the
+folder `pruning` carries it out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunelight.planning.fingerprints import describe_model, library_versions, shape_facts
+from prunelight.planning.steps import (
+    MergeLayers,
+    RemoveLayers,
+    SliceHidden,
+    Sparsify,
+    Step,
+    layer_of,
+    renumbered,
+    step_from_dict,
+)
+from prunelight.runtime.atomic_files import replacing
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions of one pruning method for one model.
+
+    Attributes:
+        method: name of the callback that made it.
+        arguments: its arguments, JSON values.
+        model: name, model_type, num_hidden_layers, hidden_size and fingerprint of the dense model.
+        calibration: num_samples, seq_len and fingerprint of the windows; empty without data.
+        scores: score name -> one number a layer (or a window of layers); None where a layer was
+            not scored.
+        found: what else the method found out, such as a threshold; JSON values.
+        steps: what to do, in order.
+        versions: of the libraries that took part.
+    """
+
+    method: str
+    arguments: dict[str, Any]
+    model: dict[str, Any]
+    steps: tuple[Step, ...]
+    calibration: dict[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        # By way of JSON: lists where there are tuples.
+        steps = [{"kind": x.kind, **json.loads(json.dumps(asdict(x)))} for x in self.steps]
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "steps"}
+        return {"format": FORMAT, **values, "steps": steps}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Plan:
+        """Build a plan from its JSON form.
+
+        Raises:
+            ValueError: if keys are missing or unknown, a value has the wrong type, or the format
+                is newer than this version.
+        """
+        keys = dict(value)
+        version = keys.pop("format", None)
+        if version != FORMAT:
+            raise ValueError(f"format={version!r} must be {FORMAT}; use the version that wrote it")
+        unknown = set(keys) - {f.name for f in fields(cls)}
+        missing = {"method", "arguments", "model", "steps"} - set(keys)
+        if unknown or missing:
+            raise ValueError(f"missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
+        kinds = {"method": str, "steps": list}  # all others are objects
+        wrong = [k for k, v in keys.items() if not isinstance(v, kinds.get(k, dict))]
+        if wrong:
+            raise ValueError(f"keys {sorted(wrong)} hold values of the wrong type")
+        steps = []
+        for position, step in enumerate(keys.pop("steps")):
+            try:
+                steps.append(step_from_dict(step))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"steps[{position}]: {error}") from error
+        return cls(steps=tuple(steps), **keys)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            ValueError: if the file is not JSON or not a plan; the message names the file.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a valid plan: {error}") from error
+
+    def check(self, model: PreTrainedModel, *, strict: bool = True) -> None:
+        """Check that the plan was made for this model and that every step can be carried out.
+
+        Args:
+            model: the dense model.
+            strict: also require the same weights; False lets a plan be applied to a fine-tuned
+                model of the same shape.
+
+        Raises:
+            ValueError: naming the fact that differs, or the step and its fault.
+        """
+        facts = describe_model(model) if strict else shape_facts(model)
+        for key, value in facts.items():
+            if key != "name" and key in self.model and self.model[key] != value:
+                raise ValueError(
+                    f"the plan was made for another model: {key} is {self.model[key]!r} in the "
+                    f"plan and {value!r} in {model.config._name_or_path or 'this model'}; plan "
+                    "again" + (" or pass strict=False" if key == "fingerprint" else "")
+                )
+        removed: tuple[int, ...] = ()
+        for position, step in enumerate(self.steps):
+            gone = sorted({*step.named} & {*removed})
+            removed += step.removed
+            try:
+                step.check(model.config.num_hidden_layers)
+                RemoveLayers(removed).check(model.config.num_hidden_layers)
+                if gone:
+                    raise ValueError(f"layers={gone} are gone after an earlier step")
+            except ValueError as error:
+                raise ValueError(f"steps[{position}] ({step.kind}): {error}") from error
+
+
+def sparsified(plans: Sequence[Plan], layers_path: str) -> dict[str, float]:
+    """Return which matrices of the final model have planned zeros: name -> share of zeros.
+
+    Args:
+        plans: in the order in which they were carried out.
+        layers_path: dotted path of the model's decoder layers, `architecture.layers_path`.
+    """
+    found: dict[str, float] = {}
+    for plan in plans:
+        for step in plan.steps:
+            if isinstance(step, Sparsify):
+                found |= step.sparsity
+            elif isinstance(step, MergeLayers) and step.merge in ("difference_sum", "mean"):
+                # A mix of zeros and others is no zero.
+                mixed = {n for n in found if layer_of(n, layers_path) in step.named}
+                found = {name: share for name, share in found.items() if name not in mixed}
+            elif isinstance(step, SliceHidden):  # nor is a rotated zero
+                found = {}
+        removed = {i for step in plan.steps for i in step.removed}
+        found = renumbered(found, layers_path, removed)
+    return found

@@ -1,0 +1,293 @@
+"""The steps of a plan: what can be done to a model, as data.
+
+A new kind of step is one frozen dataclass with `kind`, the layers that are gone after it, those
+that it names and `check`, added to `Step`; how it is carried out is in the
+folder `pruning`. Indices are
+sorted, so that equal decisions are equal plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any, ClassVar, TypeAlias, get_args
+
+from prunelight.runtime.arguments import check_choice
+
+MERGES = ("top", "difference_sum", "released", "mean")
+
+SLICE_OPTIONS = {
+    "signal": ("residual", "normalized"),
+    "orientation": ("pca", "random"),
+    "rotation": ("per_layer", "shared"),
+}
+
+
+@dataclass(frozen=True)
+class RemoveLayers:
+    """Remove whole decoder layers."""
+
+    kind: ClassVar[str] = "remove_layers"
+    layers: tuple[int, ...]
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Return the layers that are gone after the step."""
+        return self.layers
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Return the layers that the step names."""
+        return self.layers
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _sorted_indices("layers", self.layers))
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError if an index is repeated or out of range, or no layer would be left."""
+        _check_indices("layers", self.layers, num_layers)
+        if len(self.layers) >= num_layers:
+            raise ValueError(
+                f"layers={list(self.layers)} would remove all {num_layers} layers; keep one"
+            )
+
+
+@dataclass(frozen=True)
+class Sparsify:
+    """Put zeros into weights of decoder layers.
+
+    Attributes:
+        sparsity: name of a matrix (see `architecture.Matrix`) -> share of zeros, in [0, 1).
+        solver: "magnitude", "wanda", "wanda_variant" or "sparsegpt".
+        pattern: "N:M" keeps N of M consecutive inputs; a matrix' own N is M * (1 - sparsity).
+        options: the solver's own options.
+    """
+
+    kind: ClassVar[str] = "sparsify"
+    removed: ClassVar[tuple[int, ...]] = ()
+    named: ClassVar[tuple[int, ...]] = ()  # it names matrices
+    sparsity: dict[str, float]
+    solver: str
+    pattern: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.sparsity, dict) and isinstance(self.options, dict)):
+            raise ValueError("sparsity and options must be objects, {name: value}")
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError if a share is not in [0, 1); see `sparsify.check_step` for the rest."""
+        for name, share in self.sparsity.items():
+            if not isinstance(share, (int, float)) or not 0 <= share < 1:
+                raise ValueError(f"sparsity={share} of {name} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class MergeLayers:
+    """Merge windows of neighbouring decoder layers, each into one, which stands for the highest.
+
+    Attributes:
+        groups: the layers of each window, neighbours in ascending order, two or more.
+        merge: "top" keeps the highest layer whole, "difference_sum" adds what the layers differ
+            from the lowest, "released" takes the projections of the highest and all else of the
+            lowest, "mean" is the mean of all weights; see `pruning/merge_layers.py`.
+    """
+
+    kind: ClassVar[str] = "merge_layers"
+    groups: tuple[tuple[int, ...], ...]
+    merge: str = "top"
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Return the layers that are gone after the step: all but the highest of each window."""
+        return tuple(sorted(i for group in self.groups for i in group[:-1]))
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Return the layers that the step names."""
+        return tuple(i for group in self.groups for i in group)
+
+    def __post_init__(self) -> None:
+        lists = (list, tuple)
+        if not isinstance(self.groups, lists) or not all(isinstance(g, lists) for g in self.groups):
+            raise ValueError(f"groups={self.groups} must be a list of lists of layers")
+        groups = sorted(_sorted_indices("groups", group) for group in self.groups)
+        object.__setattr__(self, "groups", tuple(groups))
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError if the rule is unknown, or a window is no run of two layers or more."""
+        check_choice("merge", self.merge, MERGES)
+        _check_indices("groups", self.named, num_layers)
+        for group in self.groups:
+            if len(group) < 2 or group != tuple(range(group[0], group[-1] + 1)):
+                raise ValueError(f"groups: {list(group)} must be two or more neighbouring layers")
+
+
+@dataclass(frozen=True)
+class DropSublayers:
+    """Drop the attention or the MLP of these decoder layers, with the norm before it."""
+
+    kind: ClassVar[str] = "drop_sublayers"
+    removed: ClassVar[tuple[int, ...]] = ()
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Return the layers that the step names."""
+        return tuple(sorted({*self.attention, *self.mlp}))
+
+    def __post_init__(self) -> None:
+        for name in ("attention", "mlp"):
+            object.__setattr__(self, name, _sorted_indices(name, getattr(self, name)))
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError if an index is repeated or out of range."""
+        _check_indices("attention", self.attention, num_layers)
+        _check_indices("mlp", self.mlp, num_layers)
+
+
+@dataclass(frozen=True)
+class PruneWidth:
+    """Keep some attention heads and MLP neurons of each decoder layer, as many in all of them.
+
+    Attributes:
+        heads: layer, as text -> key-value groups that are kept; empty leaves attention as it is.
+        neurons: layer, as text -> MLP neurons that are kept; empty leaves the MLPs as they are.
+        correction: fit the output projections to what they gave with all inputs, on calibration
+            windows, by least squares.
+    """
+
+    kind: ClassVar[str] = "prune_width"
+    removed: ClassVar[tuple[int, ...]] = ()
+    heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    neurons: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    correction: bool = False
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Return the layers that the step names."""
+        return tuple(sorted({int(layer) for layer in (*self.heads, *self.neurons)}))
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "neurons"):
+            kept = getattr(self, name)
+            if not isinstance(kept, dict) or not all(str(key).isdigit() for key in kept):
+                raise ValueError(f"{name} must be an object, {{layer: [indices that are kept]}}")
+            found = {str(int(key)): _sorted_indices(name, value) for key, value in kept.items()}
+            object.__setattr__(self, name, dict(sorted(found.items(), key=lambda x: int(x[0]))))
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError if layers keep different numbers, or none; see `width.check_width`."""
+        if not self.named:
+            raise ValueError("heads and neurons are both empty; name what is kept of one of them")
+        for name, kept in (("heads", self.heads), ("neurons", self.neurons)):
+            _check_indices(name, [int(key) for key in kept], num_layers)
+            counts = sorted({len(set(indices)) for indices in kept.values()})
+            if len(counts) > 1 or counts == [0]:
+                raise ValueError(
+                    f"{name} keeps {counts} in different layers; all must keep the same number, "
+                    "at least 1, or no stock config describes the model"
+                )
+
+
+@dataclass(frozen=True)
+class SliceHidden:
+    """Rotate the hidden states and keep only their first principal components.
+
+    Attributes:
+        residual_dims: widths before the attention and the MLP of each decoder layer, and after the
+            last one, 2 L + 1. The first is that of the embeddings: at full width they stay as they
+            are, and tied embeddings stay tied.
+        signal: what the components are those of: the "residual" (SliceGPT's released code), or the
+            residual after its norm, "normalized" (Eq. 8 of the paper).
+        orientation: "pca", or "random" to turn the components among each other, which spreads their
+            energy for quantization.
+        rotation: "per_layer", or "shared": one for all layers, which gives a stock model.
+        seed: of the random orientation.
+    """
+
+    kind: ClassVar[str] = "slice_hidden"
+    removed: ClassVar[tuple[int, ...]] = ()
+    named: ClassVar[tuple[int, ...]] = ()  # it concerns all layers
+    residual_dims: tuple[int, ...]
+    signal: str = "residual"
+    orientation: str = "pca"
+    rotation: str = "per_layer"
+    seed: int = 0
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError for other than 2 L + 1 widths, or options; see `slicing.check_slice`."""
+        for name, known in SLICE_OPTIONS.items():
+            check_choice(name, getattr(self, name), known)
+        if len(self.residual_dims) != 2 * num_layers + 1:
+            raise ValueError(
+                f"residual_dims has {len(self.residual_dims)} widths, {num_layers} decoder layers "
+                f"need {2 * num_layers + 1}"
+            )
+        if not all(type(dim) is int and dim > 0 for dim in self.residual_dims):
+            raise ValueError("residual_dims must be whole numbers above 0")
+        if self.rotation == "shared" and len(set(self.residual_dims)) > 1:
+            raise ValueError("rotation='shared' needs the same width everywhere in residual_dims")
+
+
+Step: TypeAlias = RemoveLayers | MergeLayers | DropSublayers | PruneWidth | SliceHidden | Sparsify
+
+STEPS: dict[str, type[Step]] = {step.kind: step for step in get_args(Step)}
+
+
+def _sorted_indices(name: str, indices: Iterable[Any]) -> tuple[int, ...]:
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
+        raise ValueError(f"{name}={list(indices)} must be a list of whole numbers")
+    return tuple(sorted(indices))
+
+
+def _check_indices(name: str, indices: Collection[int], num_layers: int) -> None:
+    outside = [i for i in indices if not 0 <= i < num_layers]
+    if outside:
+        raise ValueError(f"{name}={outside} must lie in [0, {num_layers - 1}]")
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"{name}={list(indices)} must not name a layer twice")
+
+
+def step_from_dict(value: Mapping[str, Any]) -> Step:
+    """Build a step from its JSON form.
+
+    Raises:
+        ValueError: if the kind is unknown or the keys are not the step's own.
+    """
+    keys = dict(value)
+    kind = keys.pop("kind", None)
+    if kind not in STEPS:
+        raise ValueError(f"kind={kind!r} is not a known kind of step: {', '.join(sorted(STEPS))}")
+    make: Any = STEPS[kind]
+    expected = signature(make).parameters
+    needed = {name for name, p in expected.items() if p.default is p.empty}
+    if not needed <= set(keys) <= set(expected):
+        raise ValueError(f"step {kind!r} has keys {sorted(keys)}, it must have {sorted(expected)}")
+    step: Step = make(**{k: tuple(v) if isinstance(v, list) else v for k, v in keys.items()})
+    return step
+
+
+def layer_of(name: str, layers_path: str) -> int:
+    """Return the index of the decoder layer that a module or parameter is in, by its name."""
+    return int(name.removeprefix(f"{layers_path}.").partition(".")[0])
+
+
+def renumbered(
+    shares: Mapping[str, float], layers_path: str, removed: Collection[int]
+) -> dict[str, float]:
+    """Name the shares of matrices as after some layers are removed; theirs are left out."""
+    found = {}
+    for name, share in shares.items():
+        index = layer_of(name, layers_path)
+        if index not in removed:
+            rest = name.removeprefix(f"{layers_path}.{index}.")
+            found[f"{layers_path}.{renumber(index, removed)}.{rest}"] = share
+    return found
+
+
+def renumber(index: int, removed: Collection[int]) -> int:
+    """Return what a layer's index becomes when others are removed."""
+    return index - sum(other < index for other in removed)

@@ -1,0 +1,1 @@
+"""Carrying out plans, one file a kind of step."""

@@ -1,0 +1,84 @@
+"""Dropping the attention or the MLP of decoder layers (LLM-Drop, arXiv:2406.15786), in place.
+
+The first attention of each kind of layer must stay: transformers counts the tokens of the cache
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from prunelight.models.families.architectures import REGISTERED_PREFIX, is_sliced, sublayers_of
+from prunelight.models.families.dropped_sublayers import CLASSES, SUBLAYERS, dropped, take_out
+from prunelight.models.families.layers import layer_matrices
+
+
+def check_droppable(model: PreTrainedModel) -> None:
+    """Raise TypeError if the family has no registered class, or weights are quantized or sliced."""
+    if is_sliced(model):
+        raise TypeError("this model is sliced: its sublayers cannot be dropped; drop, or slice")
+    if not sublayers_of(model).droppable:
+        raise TypeError(
+            f"{model.config.model_type} has norms after its sublayers, which cannot be dropped "
+            f"alone; families that can: {', '.join(sorted(CLASSES))}"
+        )
+    layer_matrices(model, 0)  # refuses quantized weights
+
+
+def check_leading(
+    model: PreTrainedModel, removed: Collection[int] = (), attention: Collection[int] = ()
+) -> None:
+    """Raise ValueError unless the first attention of each kind of layer stays: it leads the cache.
+
+    Args:
+        model: as it is now.
+        removed: layers that are removed.
+        attention: layers that lose their attention, beside those that have none.
+    """
+    gone = dropped(model, "attention") | set(attention)
+    if leading := sorted(leading_attentions(model, removed) & gone):
+        raise ValueError(
+            f"attention={leading} must stay: it is the first that is left of its kind, and the "
+            "cache counts its tokens there"
+        )
+
+
+def leading_attentions(model: PreTrainedModel, removed: Collection[int] = ()) -> set[int]:
+    """Return the layers whose attention leads the cache: the first that is left of each kind."""
+    total = model.config.num_hidden_layers
+    kinds = getattr(model.config, "layer_types", None) or ["all"] * total
+    left = [i for i in range(total) if i not in removed]
+    return {next(i for i in left if kinds[i] == kinds[other]) for other in left}
+
+
+def fixed_sublayers(model: PreTrainedModel, name: str) -> set[int]:
+    """Return the layers whose "attention" or "mlp" cannot be dropped: gone, or leads the cache."""
+    return dropped(model, name) | (leading_attentions(model) if name == "attention" else set())
+
+
+@torch.no_grad()
+def drop_sublayers(
+    model: PreTrainedModel, attention: Collection[int], mlp: Collection[int]
+) -> PreTrainedModel:
+    """Drop sublayers in place; the model and its config become those of the registered class.
+
+    Without layers the model stays what it is. Raises what `check_droppable` and `check_leading` do.
+    """
+    check_droppable(model)
+    check_leading(model, attention=attention)
+    if not (attention or mlp):
+        return model
+    config: Any = model.config
+    for name, layers in zip(SUBLAYERS, (attention, mlp), strict=True):
+        gone = dropped(model, name) | set(layers)
+        setattr(config, f"drop_{name}", [i in gone for i in range(config.num_hidden_layers)])
+    made: Any = CLASSES[config.model_type.removeprefix(REGISTERED_PREFIX)]
+    config.__class__, config.model_type = made.config_class, made.config_class.model_type
+    config.architectures = [made.__name__]
+    model.__class__ = made
+    take_out(model)
+    return model

@@ -1,0 +1,122 @@
+"""Merging neighbouring decoder layers into one: the rules of SLM (arXiv:2502.19159), and a mean.
+
+The paper's rule is theta_l + sum_k (theta_k - theta_l) over the layers k of a window above its
+lowest l. The released code adds the difference to a running copy, which telescopes to the highest
+layer's projections under the lowest layer's norms and biases ("released"). "top" keeps the highest
+layer whole. Rules that mix weights need layers of one kind; experts of different layers are not
+aligned, so they are never mixed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunelight.models.families.config_fields import OTHER_LISTS
+from prunelight.models.families.layers import decoder_layers, layer_matrices, layers_path, matrices
+from prunelight.pruning.remove_layers import check_removable, remove_layers
+
+
+@torch.no_grad()
+def merge_layers(
+    model: PreTrainedModel, groups: Sequence[Sequence[int]], merge: str = "top"
+) -> None:
+    """Merge windows of decoder layers in place, each into its highest layer; see above.
+
+    Raises what `check_mergeable` and `remove_layers` do.
+    """
+    check_mergeable(model, merge, groups)
+    check_removable(model)
+    layers = decoder_layers(model)
+    for group in groups:
+        layers[group[-1]] = merged_layer(model, group, merge)
+    remove_layers(model, [index for group in groups for index in group[:-1]])
+
+
+@torch.no_grad()
+def merged_weights(
+    layers: Sequence[nn.Module], merge: str, projections: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Return the parameters of the layer that stands for a window, in the layers' own dtype.
+
+    Args:
+        layers: of the window, from the lowest to the highest; all of one kind.
+        merge: "difference_sum", "mean", "released", or "top".
+        projections: names of the parameters that "released" takes from the highest layer.
+    """
+    found: list[dict[str, Tensor]] = [dict(layer.named_parameters()) for layer in layers]
+    if merge == "top":
+        return found[-1]
+    if merge == "released":
+        return {n: found[-1][n] if n in projections else p for n, p in found[0].items()}
+    weights, count = {}, len(found)
+    for name, lowest in found[0].items():
+        total = torch.zeros_like(lowest, dtype=torch.float32)
+        for own in found:
+            total += own[name]
+        mixed = total / count if merge == "mean" else total - (count - 1) * lowest.float()
+        weights[name] = mixed.to(lowest.dtype)
+    return weights
+
+
+@torch.no_grad()
+def merged_layer(model: PreTrainedModel, group: Sequence[int], merge: str) -> nn.Module:
+    """Return the layer that stands for a window: the highest itself for "top", else a new one."""
+    layers = [decoder_layers(model)[index] for index in group]
+    if merge == "top":
+        return layers[-1]
+    weights = merged_weights(layers, merge, projection_names(model, group[0]))
+    layer = copy.deepcopy(layers[-1])
+    for name, parameter in layer.named_parameters():
+        parameter.copy_(weights[name])
+    return layer
+
+
+def projection_names(model: PreTrainedModel, index: int) -> list[str]:
+    """Return the names, in its decoder layer, of the weights that can be sparsified."""
+    prefix = f"{layers_path(model)}.{index}."
+    found = layer_matrices(model, index)
+    return [f"{m.name.removeprefix(prefix)}.{m.parameter_name}" for m in found if not m.fused]
+
+
+def check_mergeable(
+    model: PreTrainedModel, merge: str, groups: Sequence[Sequence[int]] | None = None
+) -> None:
+    """Check that layers can be merged by a rule, in these windows or in any of neighbours.
+
+    Raises:
+        TypeError: if weights are quantized, or experts or layers of different kinds would be mixed;
+            names the layers.
+    """
+    matrices(model)  # refuses quantized weights
+    if merge == "top":
+        return
+    for group in [range(len(decoder_layers(model)))] if groups is None else groups:
+        for low, high in pairwise(group):
+            if difference := _difference(model, low, high):
+                raise TypeError(
+                    f"decoder layers {low} and {high} of {model.config.model_type} cannot be mixed "
+                    f"by merge={merge!r}: {difference}; take merge='top', which mixes no weights"
+                )
+
+
+def _difference(model: PreTrainedModel, low: int, high: int) -> str:
+    """Say why two layers cannot be mixed; empty if they can."""
+    layers = decoder_layers(model)
+    for name, kinds in model.config.to_dict().items():
+        one_a_layer = isinstance(kinds, (list, tuple)) and len(kinds) == len(layers)
+        if one_a_layer and name not in OTHER_LISTS and kinds[low] != kinds[high]:
+            return f"{name} is {kinds[low]!r} and {kinds[high]!r}"
+    shapes = [{n: tuple(p.shape) for n, p in layers[i].named_parameters()} for i in (low, high)]
+    for name in sorted({*shapes[0], *shapes[1]}):
+        if ".experts." in f".{name}.":
+            return f"{name} belongs to experts, which are not aligned from layer to layer"
+        one, other = (shape.get(name, "missing") for shape in shapes)
+        if one != other:
+            return f"{name} is {one} and {other}"
+    return ""

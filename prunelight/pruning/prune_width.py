@@ -1,0 +1,176 @@
+"""Pruning attention heads (whole key-value groups) and MLP neurons, as many in all layers.
+
+Uniform widths make a stock model of smaller `num_key_value_heads` and `intermediate_size`. FLAP
+(arXiv:2312.11983) makes up for what is gone by a bias, which no stock model has; here the output
+projection is fitted anew.
+"""
+
+# O out_features, I in_features
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.layer_walk import LayerWalk
+from prunelight.calibration.statistics import Hessian
+from prunelight.calibration.windows import Windows
+from prunelight.models.families.architectures import sublayers_of
+from prunelight.models.families.layers import decoder_layers
+from prunelight.planning.steps import PruneWidth, renumber
+from prunelight.runtime.devices import float64_device
+from prunelight.scoring.width_scores import Widths, allowed_groups, members_of, widths_of
+
+_DAMPENING = 0.01  # of the mean diagonal, as in SparseGPT
+
+
+def check_width(
+    model: PreTrainedModel,
+    step: PruneWidth,
+    windows: Windows | None = None,
+    removed: Collection[int] = (),
+) -> None:
+    """Check a width step against a model, in its numbering; `removed` layers go before the step.
+
+    Raises:
+        ValueError: if an index does not exist, a layer that is left is not named, the config class
+            does not accept the number of heads, or windows are missing.
+        TypeError: if attention and MLP of the family are not known, weights are quantized, or
+            neurons of experts are asked for.
+    """
+    widths = widths_of(model)
+    if step.correction and windows is None:
+        raise ValueError("correction=True needs calibration windows; pass them to apply")
+    if step.neurons and not sublayers_of(model).neurons:
+        raise TypeError(
+            f"{model.config.model_type} has experts, whose neurons cannot be pruned; prune heads"
+        )
+    members_of(model, 0, widths)  # refuses quantized weights
+    if step.heads:
+        count, allowed = len(next(iter(step.heads.values()))), allowed_groups(model)
+        if count not in allowed:
+            raise ValueError(
+                f"num_key_value_heads={count} cannot be kept of the {widths.groups} groups of "
+                f"{widths.heads} query heads: {type(model.config).__name__} accepts {allowed}"
+            )
+    left = {str(i) for i in range(model.config.num_hidden_layers) if i not in removed}
+    for kind, kept, total in (
+        ("heads", step.heads, widths.groups),
+        ("neurons", step.neurons, widths.neurons),
+    ):
+        if kept and set(kept) != left:
+            odd = sorted(set(kept) ^ left, key=int)
+            raise ValueError(f"{kind} must name each layer that is left; see layers {odd}")
+        for layer, indices in kept.items():
+            if not 0 <= indices[0] <= indices[-1] < total or len(set(indices)) < len(indices):
+                raise ValueError(
+                    f"{kind} of layer {layer} must be different whole numbers in [0, {total - 1}]"
+                )
+
+
+@torch.no_grad()
+def prune_width(
+    model: PreTrainedModel,
+    step: PruneWidth,
+    windows: Windows | None = None,
+    *,
+    removed: Collection[int] = (),
+    device: torch.device | None = None,
+    offload: bool = False,
+) -> None:
+    """Carry out a width step that `check_width` passed, in place.
+
+    The step counts the layers of the dense model, of which `removed` are gone. For the correction
+    the layers compute on `device`; `offload` keeps the calibration states on the CPU.
+
+    Raises:
+        ValueError: if activations are NaN or Inf during a correction; some layers are cut by then.
+    """
+    old, total = widths_of(model), len(decoder_layers(model))
+    kept = {
+        kind: {renumber(int(i), removed): torch.tensor(x) for i, x in layers.items()}
+        for kind, layers in (("heads", step.heads), ("neurons", step.neurons))
+        if layers
+    }
+    counts = {kind: len(layers[0]) for kind, layers in kept.items()}
+    groups, neurons = counts.get("heads", old.groups), counts.get("neurons", old.neurons)
+    new = replace(old, groups=groups, neurons=neurons)
+    if not step.correction:
+        for index in range(total):
+            _narrow(model, index, old, new, kept)
+        _describe(model.config, new)
+        return
+    assert windows is not None  # check_width
+    with LayerWalk(model, windows, device=device, offload=offload, label="width") as walk:
+        for index, _ in walk.layers():
+            members = members_of(model, index, old)
+            seen = InputStatistics([members[kind][-1].matrix for kind in kept], Hessian)
+            for batch, mask in enumerate(walk.masks):
+                with seen.watching(mask):
+                    walk.forward(batch)
+            seen.pool(walk.ranks)
+            _narrow(model, index, old, new, kept, seen)
+            _describe(model.config, new)  # some layers ask the config when they run
+            if index + 1 < total:
+                walk.advance()
+                _describe(model.config, old)
+
+
+def _describe(config: Any, widths: Widths) -> None:
+    for name, value in widths.fields.items():
+        setattr(config, name, value)
+
+
+def _narrow(
+    model: PreTrainedModel,
+    index: int,
+    old: Widths,
+    new: Widths,
+    kept: Mapping[str, Mapping[int, Tensor]],
+    seen: InputStatistics[Hessian] | None = None,
+) -> None:
+    """Cut one layer to the groups and neurons that are kept; fit where inputs were seen."""
+    members = members_of(model, index, old)
+    for kind, layers in kept.items():
+        for member in members[kind]:
+            # The rows or columns of the groups or neurons, in order.
+            places = member.places[layers[index]].flatten().sort().values
+            linear: Any = member.matrix.owner
+            if seen is not None and member.dim == 1:
+                _fit(linear.weight.data, places, seen.of(member.matrix)[0].result())
+            _cut(linear, places, member.dim)
+    for module in decoder_layers(model)[index].modules():
+        for name, value in new.fields.items():  # some modules keep copies
+            if isinstance(vars(module).get(name), int):
+                setattr(module, name, value)
+
+
+def _fit(weight: Tensor, kept: Tensor, product: Tensor) -> None:
+    """Fit the columns (O, I) that are kept to what all gave, in place, by X^T X (I, I).
+
+    Least squares of X_kept W'^T = X W^T, damped towards the old weights: W' = W_kept +
+    (W G[:, kept] - W_kept G[kept, kept]) (G[kept, kept] + damping)^-1. Zeros that an earlier step
+    put there stay.
+    """
+    place = float64_device(weight.device)
+    gram, wide, kept = product.to(place).double(), weight.to(place).double(), kept.to(place)
+    own, old = gram[kept][:, kept], wide[:, kept]
+    missing = wide @ gram[:, kept] - old @ own
+    own.diagonal().add_(_DAMPENING * own.diagonal().mean().clamp(min=1e-30))
+    change = torch.cholesky_solve(missing.T, torch.linalg.cholesky(own)).T
+    weight[:, kept.to(weight.device)] = (old + change * (old != 0)).to(weight)
+
+
+def _cut(linear: nn.Linear, kept: Tensor, dim: int) -> None:
+    """Keep some rows (dim 0) or columns (dim 1) of a projection, in place."""
+    kept, trained = kept.to(linear.weight.device), linear.weight.requires_grad
+    linear.weight = nn.Parameter(linear.weight.data.index_select(dim, kept), trained)
+    if dim == 0 and linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.data[kept], linear.bias.requires_grad)
+    linear.out_features, linear.in_features = linear.weight.shape

@@ -1,0 +1,71 @@
+"""Removing decoder layers in place, so that the result is a stock model.
+
+Removing layers changes more than a list: every layer keeps its own index for the cache, configs
+hold one entry a layer or count layers, and an RWKV's first block has a norm that no other has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prunelight.models.families.architectures import is_sliced
+from prunelight.models.families.config_fields import cut_config
+from prunelight.models.families.layers import INDEX_ATTRIBUTES, decoder_layers, layers_path
+from prunelight.models.families.rwkv import restore_rwkv_scale
+from prunelight.planning.steps import RemoveLayers
+from prunelight.pruning.drop_sublayers import check_leading
+
+# Config fields that make layers depend on each other or on their index: removal is refused.
+REFUSED_FIELDS = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
+
+
+@torch.no_grad()
+def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Remove decoder layers in place, renumber the others and cut the config accordingly.
+
+    Raises:
+        ValueError: if an index does not exist or is repeated, no layer would be left, the model's
+            config ties layers to their index or to each other, or the attention that would lead
+            the cache was dropped.
+        TypeError: if the decoder layers cannot be found.
+    """
+    old = decoder_layers(model)
+    RemoveLayers(tuple(layers)).check(len(old))
+    if not layers:
+        return
+    check_removable(model)
+    check_leading(model, layers)
+    restore_rwkv_scale(model)
+    kept = [i for i in range(len(old)) if i not in set(layers)]
+    first: Any = old[kept[0]]
+    if hasattr(old[0], "pre_ln") and not hasattr(first, "pre_ln"):  # only of an RWKV's first block
+        first.pre_ln = old[0].pre_ln
+    parent, _, name = layers_path(model).rpartition(".")
+    left = nn.ModuleList(old[i] for i in kept)
+    setattr(model.get_submodule(parent), name, left)
+    for index, layer in enumerate(left):
+        for module in layer.modules():
+            for attribute in INDEX_ATTRIBUTES:
+                if isinstance(getattr(module, attribute, None), int):
+                    setattr(module, attribute, index)
+    cut_config(model.config, kept, len(old))
+
+
+def check_removable(model: PreTrainedModel) -> None:
+    """Raise ValueError if the model ties decoder layers to their index or to each other."""
+    if is_sliced(model):
+        raise ValueError(
+            "this model is sliced: each decoder layer hands on a width and a basis of its own; "
+            "remove or merge layers first, then slice"
+        )
+    for name in REFUSED_FIELDS:
+        if getattr(model.config, name, None):
+            raise ValueError(
+                f"{name}={getattr(model.config, name)} of {model.config.model_type} makes layers "
+                "depend on each other or on their index; removing layers would change the others"
+            )

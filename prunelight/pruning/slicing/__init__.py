@@ -1,0 +1,1 @@
+"""Slicing the hidden states (SliceGPT)."""

@@ -1,0 +1,70 @@
+"""Trying a slicing without keeping it: its perplexity, for the cost of one slicing."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import PreTrainedModel
+
+from prunelight.calibration.layer_walk import LayerWalk
+from prunelight.calibration.shared_windows import first_row, own_windows
+from prunelight.calibration.windows import Windows, first_windows, next_token_labels, split_windows
+from prunelight.losses import next_token_sums
+from prunelight.planning.steps import SliceHidden
+from prunelight.pruning.slicing.slice_hidden import Slicer, check_tokens
+
+
+@torch.no_grad()
+def sliced_perplexity(
+    model: PreTrainedModel,
+    windows: Windows,
+    step: SliceHidden,
+    held_out: int,
+    *,
+    device: torch.device | None = None,
+    offload: bool = False,
+) -> float:
+    """Return the perplexity of the model after a slice step, on windows it is not fitted to.
+
+    Args:
+        model: unchanged; at any time one of its layers exists twice.
+        windows: calibration windows (N, T), or with an attention_mask.
+        step: with rotation "per_layer".
+        held_out: how many of the last windows judge, while the others give the components.
+        device: where the layers compute, one at a time.
+        offload: keep the calibration states on the CPU.
+
+    Raises:
+        ValueError: if the windows that are left hold too few tokens, those held out none to
+            predict, or states or logits are NaN or Inf.
+    """
+    fitted = len(split_windows(windows)[0]) - held_out
+    check_tokens(model, first_windows(windows, fitted), step.residual_dims[0])
+    labels = next_token_labels(own_windows(windows))
+    total, tokens, start = torch.zeros((), dtype=torch.float64), 0, 0
+    with LayerWalk(model, windows, device=device, offload=offload, label="try") as walk:
+        fitted -= first_row(windows)  # of this rank's rows, perhaps none or all
+        counted = walk.positions()
+        for positions in counted:
+            rows = torch.arange(start, start + len(positions), device=positions.device)
+            positions &= (rows < fitted)[:, None]
+            start += len(positions)
+        for _ in Slicer(walk, step, counted).layers():
+            pass
+        start = 0
+        for state in walk.states:
+            first = max(0, fitted - start)
+            if first < len(state):
+                logits = walk.finish(state[first:], head=True)
+                wanted = labels[start + first : start + len(state)]
+                nll, _, predicted = next_token_sums(logits, wanted)
+                total, tokens = total + nll, tokens + int(predicted)
+            start += len(state)
+    loss, seen = walk.ranks.totals(total.item(), tokens)
+    if not (seen and math.isfinite(loss)):
+        raise ValueError(
+            f"the {held_out} windows held out cannot judge a slicing: {seen:.0f} tokens to "
+            f"predict, loss {loss}; give other calibration text, or one base_ratio"
+        )
+    return math.exp(min(loss / seen, 700.0))

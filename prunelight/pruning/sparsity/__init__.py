@@ -1,0 +1,1 @@
+"""Putting zeros into weights (magnitude, Wanda, SparseGPT)."""

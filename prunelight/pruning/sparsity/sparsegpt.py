@@ -1,0 +1,245 @@
+"""SparseGPT (arXiv:2301.00774): prunes a weight, and corrects the weights that stay.
+
+A pure function of a weight (O, I) and the Hessian of its input. Zeros are chosen within blocks of
+columns, to exact counts.
+"""
+
+# O out_features (rows of several matrices may be stacked), I in_features, K columns of one block
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from prunelight.calibration.statistics import finite_values
+from prunelight.pruning.sparsity.masks import Amount, Pattern, check_width, count_zeros, matrix_mask
+
+_LAZY = 32  # columns that are corrected one by one; those beyond in one product
+
+_DAMPINGS = (1.0, 10.0, 100.0, 1000.0)  # factors tried in turn until the Hessian is definite
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """Settings of SparseGPT.
+
+    Attributes:
+        dampening: added to the Hessian's diagonal, as a share of its mean.
+        block_size: columns solved together; zeros are chosen within them.
+        act_order: solve the columns with the largest inputs first.
+        bits: also round the weights that stay to this many bits (4 or 8) inside the same loop, so
+            that later columns make up for both errors; they are stored dequantized.
+        group_size: columns that share one scale and zero point, with bits.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    dampening: float = 0.01
+    block_size: int = 128
+    act_order: bool = False
+    bits: int | None = None
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if not self.dampening > 0 or self.block_size < 1:
+            raise ValueError(
+                f"dampening={self.dampening} must be above 0 and block_size={self.block_size} at "
+                "least 1"
+            )
+        if self.bits not in (None, 4, 8):
+            raise ValueError(f"bits={self.bits} must be 4, 8 or left out")
+        if self.bits and (self.group_size < 1 or self.block_size % self.group_size):
+            raise ValueError(
+                f"group_size={self.group_size} must divide block_size={self.block_size}"
+            )
+        if self.bits and self.act_order:
+            raise ValueError("act_order=True would scatter the groups of bits; use one of the two")
+
+
+def sparsegpt(
+    weight: Tensor, hessian: Tensor, amount: Amount, settings: SparseGPT | None = None
+) -> Tensor:
+    """Prune and correct a weight so that its outputs change least (arXiv:2301.00774, Algorithm 1).
+
+    Args:
+        weight: (O, I).
+        hessian: X^T X summed over tokens, (I, I), in any unit.
+        amount: share of zeros, exact in total and (to one weight) in each block; or N:M.
+        settings: see `SparseGPT`.
+
+    Returns:
+        The new weight, (O, I), float32, exactly zero where pruned. The inputs are unchanged.
+
+    Raises:
+        ValueError: if M does not divide I, act_order meets a pattern, or a number is NaN or Inf,
+            in the Hessian too.
+    """
+    return sparsegpt_stacked([weight], hessian, [amount], settings or SparseGPT())[0]
+
+
+@torch.no_grad()
+def sparsegpt_stacked(
+    weights: Sequence[Tensor], hessian: Tensor, amounts: Sequence[Amount], settings: SparseGPT
+) -> list[Tensor]:
+    """Solve weights that share an input in one go; each one as `sparsegpt` alone would.
+
+    Args:
+        weights: each (O_k, I).
+        hessian: X^T X of their common input, (I, I).
+        amounts: one for each weight, all shares or all patterns with the same M.
+        settings: see `SparseGPT`.
+    """
+    for amount in amounts:
+        _check_pattern(amount, weights[0].shape[1], settings)
+    hessian = finite_values(hessian, "Hessian").to(
+        torch.promote_types(weights[0].dtype, torch.float32)
+    )
+    dead = hessian.diagonal() <= 0
+    order = hessian.diagonal().argsort(descending=True, stable=True) if settings.act_order else None
+    # Transposed, a column is contiguous and its update is one rank-1 call: (I, all O).
+    columns = torch.cat([finite_values(weight).T for weight in weights], dim=1)
+    if order is not None:
+        columns, hessian, dead = columns[order], hessian[order][:, order], dead[order]
+    inverse = inverse_factor(hessian, settings.dampening)
+    rows = [len(weight) for weight in weights]
+    of = max(a.of if isinstance(a, Pattern) else 1 for a in amounts)
+    width = max(settings.block_size // of, 1) * of  # whole groups of M
+    for start in range(0, len(columns), width):
+        block = slice(start, min(start + width, len(columns)))
+        targets = [_target(a, size, block) for a, size in zip(amounts, rows, strict=True)]
+        factor = inverse[block, block]
+        errors = _solve_block(columns[block], factor, dead[block], rows, targets, settings)
+        columns[block.stop :].addmm_(inverse[block, block.stop :].T, errors, alpha=-1)
+    if order is not None:
+        columns = torch.empty_like(columns).index_copy_(0, order, columns)
+    return [part.T.contiguous() for part in columns.split(rows, dim=1)]
+
+
+def _check_pattern(amount: Amount, width: int, settings: SparseGPT) -> None:
+    if not isinstance(amount, Pattern):
+        return
+    check_width(amount, width)
+    if settings.act_order:
+        raise ValueError(f"act_order=True breaks the groups of pattern={amount}")
+    if settings.bits and settings.block_size % amount.of:
+        raise ValueError(
+            f"block_size={settings.block_size} must be a multiple of {amount.of} for "
+            f"pattern={amount} with bits={settings.bits}"
+        )
+
+
+def _target(amount: Amount, rows: int, block: slice) -> Pattern | int:
+    """Return the zeros to place in a block of columns so that the running total stays exact."""
+    if isinstance(amount, Pattern):
+        return amount
+    return count_zeros(block.stop * rows, amount) - count_zeros(block.start * rows, amount)
+
+
+def _solve_block(
+    columns: Tensor,
+    factor: Tensor,
+    dead: Tensor,
+    rows: Sequence[int],
+    targets: Sequence[Pattern | int],
+    settings: SparseGPT,
+) -> Tensor:
+    """Prune one block (K, O) in place; return the errors (K, O) that the later columns make up for.
+
+    Args:
+        columns: columns of the weights, corrected for all earlier blocks.
+        factor: the block's own part of the factor of the inverse Hessian, (K, K) upper.
+        dead: inputs that are always zero, (K,): their weights are the first to go.
+        rows: rows of each weight.
+        targets: of each weight, the zeros to place in this block, or its pattern.
+        settings: for the quantization.
+    """
+    diagonal = factor.diagonal()
+    errors = torch.empty_like(columns)
+    first = targets[0]
+    step = first.of if isinstance(first, Pattern) else len(columns)  # columns chosen at a time
+    grid = settings.group_size if settings.bits else len(columns)
+    scale = zero = None
+    final = columns
+    if settings.bits:  # the grid must hold what the weights grow to when they make up for others
+        final = columns.clone()
+        _solve_block(final, factor, dead, rows, targets, replace(settings, bits=None))
+    done = 0  # columns whose errors have reached the whole block
+    for i in range(len(columns)):
+        if i % step == 0:
+            group = slice(i, i + step)
+            scores = _saliency(columns[group], diagonal[group], dead[group]).split(rows, dim=1)
+            chosen = zip(scores, targets, strict=True)
+            pruned = torch.cat([matrix_mask(part.T, of) for part, of in chosen]).T.contiguous()
+        if settings.bits and i % grid == 0:
+            scale, zero = _grid(final[i : i + grid], settings.bits)
+        kept = columns[i].masked_fill(pruned[i % step], 0)
+        if settings.bits:
+            kept = _round(kept, scale, zero, settings.bits)
+        torch.sub(columns[i], kept, out=errors[i]).div_(diagonal[i])
+        columns[i] = kept
+        # Errors reach the next few columns at once, those beyond in one product: fewer passes.
+        end = min(done + _LAZY, len(columns))
+        columns[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i], alpha=-1)
+        if i + 1 == end or (i + 1) % step == 0 or (i + 1) % grid == 0:
+            ready = slice(done, i + 1)
+            columns[end:].addmm_(factor[ready, end:].T, errors[ready], alpha=-1)
+            done = i + 1
+    return errors
+
+
+def _saliency(columns: Tensor, diagonal: Tensor, dead: Tensor) -> Tensor:
+    """Return w^2 / [H^-1]_jj of the columns (K, O), by which the error rises (OBS).
+
+    Columns of dead inputs come below all others, ordered by |w|.
+    """
+    scores = (columns / diagonal[:, None]).square_()
+    if bool(dead.any()):
+        scores[dead] = -1 / (1 + columns[dead].abs())
+    return scores
+
+
+def inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
+    """Return the upper U with U^T U = (H + dampening * mean(diag H) * I)^-1, (I, I).
+
+    A dead input (zero diagonal) gets the mean of the others. Where rounding leaves the matrix
+    indefinite, the damping is raised tenfold, up to 1000 times.
+
+    Raises:
+        ValueError: if that does not help either.
+    """
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    alive = diagonal > 0
+    diagonal[~alive] = diagonal[alive].mean() if bool(alive.any()) else 1  # in the Hessian's unit
+    unit = dampening * diagonal.mean()
+    plain = diagonal.clone()
+    for factor in _DAMPINGS:
+        diagonal.copy_(plain + factor * unit)
+        lower, fault = torch.linalg.cholesky_ex(damped)
+        if not fault:
+            upper, fault = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not fault and bool(upper.isfinite().all()):
+            return upper
+    raise ValueError(
+        f"the Hessian of {len(hessian)} inputs is singular even with {_DAMPINGS[-1]:g} times "
+        f"dampening={dampening}; raise it, or calibrate on more text"
+    )
+
+
+def _grid(columns: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point (O,) of an asymmetric grid over a group of columns (K, O)."""
+    low, high = columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
+    return scale, (-low / scale).round()
+
+
+def _round(column: Tensor, scale: Tensor | None, zero: Tensor | None, bits: int) -> Tensor:
+    """Return a column (O,) rounded to its grid, dequantized; zeros stay exactly zero."""
+    assert scale is not None
+    assert zero is not None
+    return ((column / scale).round().add_(zero).clamp_(0, 2**bits - 1).sub_(zero)).mul_(scale)

@@ -1,0 +1,258 @@
+"""Carrying out a sparsify step: layer by layer, each pruned on what the sparse ones before put out.
+
+Two passes a layer: the dense layer's inputs give the statistics, the sparse layer's outputs are the
+next layer's inputs. Statistics of all matrices of a layer come from the same dense pass, as in the
+released codes. Magnitude needs no data and no pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.layer_walk import LayerWalk
+from prunelight.calibration.statistics import Hessian, InputNorm
+from prunelight.calibration.windows import Windows
+from prunelight.models.families.architectures import is_sliced
+from prunelight.models.families.layers import Matrix, decoder_layers, layer_matrices, matrices
+from prunelight.models.sizes import zero_share
+from prunelight.planning.steps import Sparsify
+from prunelight.pruning.sparsity.masks import (
+    Amount,
+    Pattern,
+    check_width,
+    magnitude_mask,
+    wanda_mask,
+    wanda_variant_mask,
+)
+from prunelight.pruning.sparsity.sparsegpt import SparseGPT, sparsegpt_stacked
+from prunelight.runtime.arguments import check_choice
+
+log = logging.getLogger(__name__)
+
+SOLVERS = ("magnitude", "wanda", "wanda_variant", "sparsegpt")
+
+
+@dataclass
+class Outcome:
+    """What a sparsify step did.
+
+    Attributes:
+        sparsity: name of a matrix -> share of zeros it now has.
+        layer_sparsity: of each decoder layer, the share of zeros in all its matrices.
+        reconstruction_error: of each decoder layer, ||Y' - Y||^2 / ||Y - X||^2 over the first
+            micro-batch (of each rank): its input X, dense output Y and sparse output Y'; over
+            ||Y||^2 if the model is sliced; empty for magnitude.
+        notes: what a reader should know about the run.
+    """
+
+    sparsity: dict[str, float] = field(default_factory=dict)
+    layer_sparsity: list[float] = field(default_factory=list)
+    reconstruction_error: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def sparsify(
+    model: PreTrainedModel,
+    step: Sparsify,
+    windows: Windows | None = None,
+    *,
+    device: torch.device | None = None,
+    offload: bool = False,
+) -> Outcome:
+    """Put the zeros of a step into a model, in place.
+
+    Args:
+        model: its decoder layers are numbered as in the step.
+        step: which matrices, how many zeros, by which solver.
+        windows: calibration windows; magnitude needs none.
+        device: where the layers compute; None takes the model's own.
+        offload: keep the calibration states on the CPU.
+
+    Raises:
+        ValueError: if the step does not fit the model, or windows are missing; nothing is changed
+            then. Also if activations are NaN or Inf, which names the matrix.
+        TypeError: if the model's weights are quantized or its layers cannot be run one by one.
+    """
+    check_step(model, step)
+    check_data(step, windows)
+    outcome = Outcome()
+    if step.solver == "magnitude":
+        for matrix in matrices(model).values():
+            if matrix.name in step.sparsity:
+                with _naming([matrix]):
+                    for view in matrix.views():
+                        view.masked_fill_(magnitude_mask(view, amount_of(step, matrix.name)), 0)
+                _note_zeros(outcome, matrix)
+        _note_layers(outcome, model)
+        return outcome
+    assert windows is not None  # check_data
+    with LayerWalk(
+        model, windows, device=device, offload=offload, label=f"sparsify ({step.solver})"
+    ) as walk:
+        if step.solver == "sparsegpt":
+            known = matrices(model)
+            _note_scarce([known[name] for name in step.sparsity], walk.counted(), outcome)
+        for index, _ in walk.layers():
+            _sparsify_layer(model, step, walk, index, outcome)
+    _note_layers(outcome, model)
+    return outcome
+
+
+def _sparsify_layer(
+    model: PreTrainedModel, step: Sparsify, walk: LayerWalk, index: int, outcome: Outcome
+) -> None:
+    chosen = [m for m in layer_matrices(model, index) if m.name in step.sparsity]
+    make: Callable[[int], InputNorm] = Hessian if step.solver == "sparsegpt" else InputNorm
+    seen = InputStatistics(chosen, make)
+    before = dense = walk.states[0].to(walk.device)
+    for batch in range(len(walk.states) if chosen else 1):
+        with seen.watching(walk.masks[batch]):
+            output = walk.forward(batch)
+        dense = output if batch == 0 else dense
+    seen.pool(walk.ranks)
+    for group in seen.groups():
+        with _naming(group):
+            _solve(group, step, seen, outcome)
+        for matrix in group:
+            _note_zeros(outcome, matrix)
+    if index + 1 < len(decoder_layers(model)):
+        walk.advance()
+        sparse = walk.states[0].to(walk.device)
+    else:
+        sparse = walk.forward(0)
+    real = slice(None) if walk.masks[0] is None else walk.masks[0]
+    x, y, pruned = (state[real].float() for state in (before, dense, sparse))
+    change = y if is_sliced(model) else y - x  # sliced: in another basis than x
+    sums = torch.stack([(pruned - y).square().sum(), change.square().sum()])
+    error, scale = walk.ranks.sum(sums)
+    outcome.reconstruction_error.append((error / scale.clamp(min=1e-30)).item())
+
+
+@contextmanager
+def _naming(group: Sequence[Matrix]) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as fault:
+        raise ValueError(f"{', '.join(matrix.name for matrix in group)}: {fault}") from fault
+
+
+def _solve(
+    group: Sequence[Matrix], step: Sparsify, seen: InputStatistics[Any], outcome: Outcome
+) -> None:
+    """Prune matrices that share an input, in place."""
+    statistics = seen.of(group[0])
+    unseen = sum(statistic.tokens == 0 for statistic in statistics)
+    if unseen:  # of dense matrices none: windows hold tokens
+        _note(outcome, f"{unseen} experts of {group[0].name} saw no token: pruned by magnitude")
+    for position, statistic in enumerate(statistics):
+        views = [matrix.views()[position] for matrix in group]
+        amounts = [amount_of(step, matrix.name) for matrix in group]
+        if step.solver == "sparsegpt":
+            settings = SparseGPT(**step.options)
+            hessian = statistic.result().to(views[0].device)
+            solved = sparsegpt_stacked(views, hessian, amounts, settings)
+            for view, weight in zip(views, solved, strict=True):
+                view.copy_(weight)
+            continue
+        norms = statistic.norms().to(views[0].device)
+        for view, amount in zip(views, amounts, strict=True):
+            view.masked_fill_(_wanda(step.solver, view, norms, amount), 0)
+
+
+def _wanda(solver: str, view: Tensor, norms: Tensor, amount: Amount) -> Tensor:
+    if solver == "wanda_variant":
+        assert isinstance(amount, float)  # check_step
+        return wanda_variant_mask(view, norms, amount)
+    return wanda_mask(view, norms, amount)
+
+
+def _note_scarce(found: Sequence[Matrix], tokens: int, outcome: Outcome) -> None:
+    """Warn of matrices with more inputs than tokens: their Hessians are singular."""
+    scarce = [matrix for matrix in found if matrix.in_features > tokens]
+    if scarce:
+        _note(
+            outcome,
+            f"calibration holds {tokens} tokens, fewer than the {scarce[0].in_features} inputs of "
+            f"{scarce[0].name} ({len(scarce)} such matrices): SparseGPT then depends on its "
+            "dampening; calibrate on more text",
+        )
+
+
+def _note_zeros(outcome: Outcome, matrix: Matrix) -> None:
+    parameter = matrix.parameter
+    outcome.sparsity[matrix.name] = 1 - int(parameter.count_nonzero()) / parameter.numel()
+
+
+def _note_layers(outcome: Outcome, model: PreTrainedModel) -> None:
+    for index in range(len(decoder_layers(model))):
+        found = layer_matrices(model, index)
+        outcome.layer_sparsity.append(zero_share(matrix.parameter for matrix in found))
+
+
+def _note(outcome: Outcome, text: str) -> None:
+    log.warning(text)
+    outcome.notes.append(text)
+
+
+def amount_of(step: Sparsify, name: str) -> Amount:
+    """Return what a solver is asked for one matrix: its share of zeros, or its own N:M."""
+    share = float(step.sparsity[name])
+    if step.pattern is None:
+        return share
+    of = Pattern.parse(step.pattern).of
+    return Pattern(round(of * (1 - share)), of)
+
+
+def check_data(step: Sparsify, windows: Windows | None) -> None:
+    """Check that a step has the data it needs.
+
+    Raises:
+        ValueError: if it needs windows and there are none.
+    """
+    if windows is None and step.solver != "magnitude":
+        raise ValueError(f"solver={step.solver!r} needs calibration windows; pass them to apply")
+
+
+def check_step(model: PreTrainedModel, step: Sparsify) -> None:
+    """Check a sparsify step against a model.
+
+    Raises:
+        ValueError: for an unknown matrix, solver or option, a share outside [0, 1), a pattern that
+            does not divide a width (named), or a share that the pattern cannot give.
+        TypeError: if the weights are quantized.
+    """
+    check_choice("solver", step.solver, SOLVERS)
+    step.check(model.config.num_hidden_layers)
+    known = matrices(model)
+    unknown = [name for name in step.sparsity if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]} is no matrix of the decoder layers of {model.config.model_type}; the "
+            f"first one is {next(iter(known), 'missing')}"
+        )
+    if step.solver == "sparsegpt":
+        try:
+            SparseGPT(**step.options)
+        except TypeError as error:
+            raise ValueError(f"options={step.options} are not those of SparseGPT") from error
+    elif step.options:
+        raise ValueError(f"options={step.options} have no effect on solver={step.solver!r}")
+    if step.pattern is None:
+        return
+    pattern = Pattern.parse(str(step.pattern))  # a hand-written plan may hold a number
+    if step.solver == "wanda_variant":
+        raise ValueError(f"solver='wanda_variant' chooses by rows and knows no pattern={pattern}")
+    for name, share in step.sparsity.items():
+        check_width(pattern, known[name].in_features, name)
+        if abs(pattern.of * share - round(pattern.of * share)) > 1e-6:
+            raise ValueError(f"sparsity={share} of {name} is no whole number of {pattern.of}ths")

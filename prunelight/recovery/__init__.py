@@ -1,0 +1,1 @@
+"""Bringing a pruned model back: adapters, precision, sharding, zeros, distillation."""

@@ -1,0 +1,278 @@
+"""What a recovery learns from: the next tokens, or what the dense model says of them.
+
+The dense model is the best teacher that there is for its own pruned copy (Minitron,
+arXiv:2407.14679). It can stay in memory beside the student, whole or in 4 or 8 bits, or be asked
+once, before the training (teacher_cache.py). It is part of no state dict, optimizer or sharding.
+"""
+
+# B sequences, T tokens, D hidden size, V vocabulary
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunelight.losses import (
+    TokenLoss,
+    counted_targets,
+    distillation_loss,
+    language_loss,
+    logits_loss,
+    mixed_loss,
+    top_k_loss,
+)
+from prunelight.models.families.architectures import is_sliced
+from prunelight.models.families.config_fields import vocabulary_size
+from prunelight.models.forward import watching_layers
+from prunelight.planning.plan import Plan
+from prunelight.recovery.distillation.language_head import Head, plain
+from prunelight.recovery.distillation.teacher_cache import TeacherCache
+from prunelight.recovery.packed_rows import model_inputs
+from prunelight.runtime.arguments import check_choice
+
+log = logging.getLogger(__name__)
+
+LOSSES = ("lm", "kd", "kd_topk")
+
+TEACHERS = ("memory", "nf4", "fp4", "int8")
+
+# Settings that say nothing where the loss is another.
+_ONLY_FOR = {"k": "kd_topk", "cache": "kd_topk", "hidden_weight": "kd"}
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Settings of the losses "kd" and "kd_topk".
+
+    Attributes:
+        temperature: of both distributions; the loss is multiplied by its square.
+        lm_weight: share of the plain loss on the next tokens, in [0, 1]; README compares the
+            default with 1, the plain loss alone.
+        k: for kd_topk: how many of the teacher's most likely tokens are kept.
+        hidden_weight: for kd: weight of the relative squared error of the kept layers' outputs
+            that is added; 0 leaves it out.
+        teacher: how the teacher is held while it is needed: "memory" in the run's dtype, or in
+            bitsandbytes' "nf4", "fp4" or "int8".
+        name: the teacher, what `prunelight.load` takes, such as the dense model after a recovery on
+            this text ("teacher correction", arXiv:2408.11796); None: the dense model itself.
+        cache: for kd_topk: directory of the teacher's probabilities, read if it is there and
+            written if not; None: teacher-<fingerprint> in the run's directory.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    temperature: float = 1.0
+    lm_weight: float = 0.8
+    k: int = 64
+    hidden_weight: float = 0.0
+    teacher: Literal["memory", "nf4", "fp4", "int8"] = "memory"
+    name: str | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.temperature <= 0:
+            raise ValueError(f"distillation.temperature={self.temperature} must be above 0")
+        if not 0 <= self.lm_weight <= 1:
+            raise ValueError(f"distillation.lm_weight={self.lm_weight} must lie in [0, 1]")
+        if self.k < 1:
+            raise ValueError(f"distillation.k={self.k} must be at least 1")
+        if self.hidden_weight < 0:
+            raise ValueError(f"distillation.hidden_weight={self.hidden_weight} must be at least 0")
+        check_choice("distillation.teacher", self.teacher, TEACHERS)
+
+
+class Objective:
+    """The loss of a recovery; called with model and batch.
+
+    Attributes:
+        kind: "lm", "kd" or "kd_topk".
+        settings: of distillation.
+        chunked: never hold all logits, where the model's head runs apart (see language_head.py).
+        teacher: for kd, set before the training.
+        cache: for kd_topk, set before the training.
+        kept: for hidden states: layer of the teacher that each layer of the student stands for.
+
+    Raises:
+        ValueError: if loss, settings and recovery do not go together.
+    """
+
+    def __init__(
+        self, kind: str, settings: Distillation, *, chunked: bool = True, recovery: str = "lora"
+    ) -> None:
+        check_objective(kind, settings, recovery)
+        self.kind, self.settings, self.chunked = kind, settings, chunked
+        self.teacher: Head | None = None
+        self.cache: TeacherCache | None = None
+        self.kept: list[int] = []
+        self._teacher_apart = self._apart = False
+        self._head: Head | None = None
+
+    def check(self, model: PreTrainedModel, *, sliced: bool = False) -> None:
+        """Check the settings against the model, before anything is computed.
+
+        Args:
+            model: dense or pruned.
+            sliced: it will be sliced.
+
+        Raises:
+            ValueError: if k is larger than the vocabulary, or the hidden states of teacher and
+                student cannot be compared.
+        """
+        if self.kind == "kd_topk" and self.settings.k > vocabulary_size(model):
+            raise ValueError(
+                f"distillation.k={self.settings.k} must be at most {vocabulary_size(model)}, the "
+                "model's vocabulary"
+            )
+        if self.settings.hidden_weight > 0 and (sliced or is_sliced(model)):
+            raise ValueError(
+                f"distillation.hidden_weight={self.settings.hidden_weight} compares hidden states, "
+                "but slicing rotates and narrows them; set it to 0"
+            )
+
+    def use_teacher(self, model: PreTrainedModel, kept: Sequence[int]) -> None:
+        """Learn from a model in memory whose layers `kept` the student's stand for."""
+        self.teacher, self.kept = Head(model), list(kept)
+        self._teacher_apart = self.teacher.runs_apart()
+
+    def start(self, model: Any) -> None:
+        """See how the loss of this model can be taken, on all ranks."""
+        self._head = Head(model)
+        self._apart = self.chunked and self._head.runs_apart()
+        if self.chunked and not self._apart:
+            log.warning(
+                "chunked_loss=True has no effect: the logits of %s are not those of its head up to "
+                "a scale or cap that is known; all are held at once",
+                plain(model).config.model_type,
+            )
+
+    def finish(self) -> None:
+        """Let go of the teacher."""
+        self.teacher = self._head = None
+
+    def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean loss over the tokens whose label counts, a scalar in float32."""
+        inputs, (tokens, targets) = model_inputs(batch), counted_targets(batch["labels"])
+        wanted: list[Tensor] = []
+        with _recording(self.teacher and self.teacher.model, self.kept, wanted):
+            loss = self._token_loss(batch, inputs, tokens, targets)
+        found: list[Tensor] = []
+        with _recording(plain(model), range(len(self.kept)), found):
+            if self._apart and self._head is not None:
+                total = self._head.loss(inputs, loss, tokens)
+            else:
+                total = logits_loss(model(**inputs).logits.flatten(0, 1), loss, tokens)
+        if not self.kept:
+            return total
+        mask = batch.get("attention_mask")
+        return total + self.settings.hidden_weight * hidden_loss(found, wanted, mask)
+
+    def _token_loss(
+        self, batch: Mapping[str, Tensor], inputs: dict[str, Any], tokens: Tensor, targets: Tensor
+    ) -> TokenLoss:
+        plain_loss, settings = language_loss(targets), self.settings
+        if self.kind == "lm":
+            return plain_loss
+        if self.kind == "kd":
+            loss = distillation_loss(self._ask(inputs, tokens), settings.temperature)
+        else:
+            assert self.cache is not None
+            loss = top_k_loss(*self.cache.targets(batch), settings.temperature)
+        return mixed_loss(loss, plain_loss, settings.lm_weight) if settings.lm_weight else loss
+
+    @torch.no_grad()
+    def _ask(self, inputs: dict[str, Any], tokens: Tensor) -> Callable[[slice], Tensor]:
+        """Run the teacher, and return what gives its logits of some of the tokens."""
+        teacher = self.teacher
+        assert teacher is not None
+        if not self._teacher_apart:
+            logits = teacher.model(**inputs).logits.flatten(0, 1)
+            return lambda rows: logits[tokens[rows]]
+        states = teacher.hidden_states(inputs).flatten(0, 1)
+        return torch.no_grad()(lambda rows: teacher.logits(states[tokens[rows]]))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a report says of it."""
+        told: dict[str, Any] = {"loss": self.kind}
+        if self.kind != "lm":
+            unused = {name for name, kind in _ONLY_FOR.items() if kind != self.kind}
+            settings = {n: v for n, v in asdict(self.settings).items() if n not in unused}
+            told |= {f"distillation.{n}": v for n, v in settings.items() if v is not None}
+        return told
+
+
+def check_objective(kind: str, settings: Distillation, recovery: str) -> None:
+    """Check that loss, settings and recovery go together; warns of settings without effect.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    check_choice("loss", kind, LOSSES)
+    if kind != "lm" and recovery == "none":
+        raise ValueError(f"loss={kind} needs training, recovery=none has none; set lora or full")
+    if kind == "kd_topk" and settings.hidden_weight > 0:
+        raise ValueError(
+            f"distillation.hidden_weight={settings.hidden_weight} needs the teacher's hidden "
+            "states, which the cache of kd_topk does not hold; set loss=kd, or leave it out"
+        )
+    for field in fields(settings):
+        needed = "kd or kd_topk" if kind == "lm" else _ONLY_FOR.get(field.name, kind)
+        if needed != kind and getattr(settings, field.name) != field.default:
+            log.warning("distillation.%s has no effect: it needs loss=%s", field.name, needed)
+
+
+def hidden_loss(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Mean over layers and tokens of the squared error relative to the teacher's squared norm.
+
+    Relative, because the norm of the hidden states grows from layer to layer by orders.
+
+    Args:
+        found: outputs (B, T, D) of the student's layers.
+        wanted: those of the teacher's layers that they stand for.
+        mask: (B, T), 0 on padding; None where there is none.
+    """
+    errors = []
+    for student, teacher in zip(found, wanted, strict=True):
+        target = teacher.float()
+        error = (student.float() - target).square().sum(-1) / target.square().sum(-1)
+        errors.append(error.mean() if mask is None else error[mask.bool()].mean())
+    return torch.stack(errors).mean()
+
+
+def kept_layers(plans: Sequence[Plan], num_layers: int) -> list[int]:
+    """Return which layer of the dense model each layer stands for after plans, in order.
+
+    A merged layer stands for the highest of its window, whose output it takes over.
+
+    Args:
+        plans: that led from the dense model to the pruned one, in order.
+        num_layers: of the dense model.
+    """
+    kept = list(range(num_layers))
+    for plan in plans:
+        removed = {index for step in plan.steps for index in step.removed}
+        kept = [layer for index, layer in enumerate(kept) if index not in removed]
+    return kept
+
+
+@contextmanager
+def _recording(model: Any, layers: Sequence[int], found: list[Tensor]) -> Iterator[None]:
+    """Append the outputs of some decoder layers to `found`, in the order of the layers."""
+    if not layers:
+        yield
+        return
+
+    def visit(index: int, _: Tensor, output: Tensor) -> None:
+        if index in layers:
+            found.append(output)
+
+    with watching_layers(model, visit):
+        yield

@@ -1,0 +1,72 @@
+"""Learning-rate schedules of a recovery, and the checks of its arguments."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import SchedulerType, get_scheduler
+
+from prunelight.runtime.arguments import check_choice
+
+log = logging.getLogger(__name__)
+
+RECOVERIES = ("none", "lora", "full")
+
+
+def check_settings(
+    recovery: str,
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    lr_scheduler: str,
+    lr_scheduler_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """Check the arguments of a recovery.
+
+    Raises:
+        ValueError: if one is out of its range.
+    """
+    check_choice("recovery", recovery, RECOVERIES)
+    if learning_rate <= 0 or warmup_steps < 0:
+        raise ValueError(
+            f"learning_rate={learning_rate} must be above 0 and warmup_steps={warmup_steps} "
+            "at least 0"
+        )
+    check_choice("lr_scheduler", lr_scheduler, [kind.value for kind in SchedulerType])
+    trial = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        make_schedule(lr_scheduler, trial, 0, 100, lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs={lr_scheduler_kwargs} do not fit {lr_scheduler}: {error}"
+        ) from error
+
+
+def make_schedule(
+    name: str,
+    optimizer: Optimizer,
+    warmup_steps: int,
+    steps: float,
+    arguments: dict[str, Any] | None = None,
+) -> LRScheduler:
+    """Return a learning-rate schedule of transformers.get_scheduler over `steps` steps.
+
+    The decay of warmup_stable_decay takes a tenth of the steps unless `arguments` say otherwise:
+    with that MiniCPM (arXiv:2404.06395, 4.2) reaches what a longer decay does.
+
+    Raises:
+        ValueError: if the number of steps is not known.
+    """
+    if steps == float("inf"):
+        raise ValueError(
+            "max_steps=-1 without max_epochs leaves the end of the learning-rate schedule "
+            "open; set trainer.max_steps or trainer.max_epochs"
+        )
+    if warmup_steps >= steps:
+        log.warning("warmup_steps=%d reaches past the %d steps", warmup_steps, steps)
+    own = {"num_decay_steps": max(int(steps) // 10, 1)} if name == "warmup_stable_decay" else {}
+    return get_scheduler(name, optimizer, warmup_steps, int(steps), {**own, **(arguments or {})})

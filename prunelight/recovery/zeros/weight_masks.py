@@ -1,0 +1,198 @@
+"""Masks that keep zeros while all weights are trained, and records that check them.
+
+Full training takes the gradient of m * W, and after every optimizer step sets masked weights and
+their optimizer state to exactly zero.
+"""
+
+# O out_features, I in_features
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from prunelight.models.families.layers import Matrix
+from prunelight.recovery.sharded_weights import local, local_part, total
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Return a bool tensor as bits on the CPU: uint8, (ceil(n / 8),)."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unpack(bits: Tensor, like: Tensor) -> Tensor:
+    """Return packed bits as a bool tensor with shape and device of `like`.
+
+    Raises:
+        ValueError: if the number of bits does not fit.
+    """
+    if bits.numel() != (like.numel() + 7) // 8:
+        raise ValueError(f"{8 * bits.numel()} packed bits do not fit shape {tuple(like.shape)}")
+    bits_of = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # (256, 8)
+    table = torch.from_numpy(bits_of).bool().to(like.device)
+    return table[bits.to(like.device).int()].view(-1)[: like.numel()].view(like.shape)
+
+
+def _check_zero(matrix: Matrix, pruned: Tensor) -> None:
+    """Check a matrix by the part of it that this rank has, on all ranks that share it."""
+    weight = matrix.parameter
+    filled = ((local(weight) != 0) & pruned).sum()  # NaN counts as filled
+    if total(filled, weight):  # on all: a rank that failed alone would leave the others waiting
+        raise RuntimeError(
+            f"{filled} weights of {matrix.name} are pruned and no longer zero; train with "
+            "keep_zeros=True, and let nothing else write to the weights"
+        )
+
+
+class ZeroRecord:
+    """Where weights are zero now, as bits on the CPU, to check later that they still are."""
+
+    def __init__(self, matrices: Iterable[Matrix]) -> None:
+        """Record the zeros of the matrices."""
+        self._zeros = [(matrix, pack(matrix.parameter == 0)) for matrix in matrices]
+
+    def check(self) -> None:
+        """Check that all recorded zeros are exactly zero.
+
+        Raises:
+            RuntimeError: naming the matrix, and how many of its zeros are filled.
+        """
+        for matrix, bits in self._zeros:
+            weight = matrix.parameter
+            _check_zero(matrix, local_part(unpack(bits, weight), weight))
+
+
+class WeightMasks:
+    """Masks that keep pruned weights at exactly zero while all weights are trained.
+
+    One byte per weight that this rank has, in the shape in which it is stored (a `Conv1D` holds
+    (I, O)) and on its device; once weights are sharded, beside one bit per weight on the CPU.
+
+    Attributes:
+        matrices: name -> matrix.
+
+    Args:
+        matrices: whose weights are kept where they are not zero.
+    """
+
+    def __init__(self, matrices: Iterable[Matrix]) -> None:
+        self.matrices = {matrix.name: matrix for matrix in matrices}
+        self._pruned = {name: m.parameter.detach() == 0 for name, m in self.matrices.items()}
+        self._bits: dict[str, Tensor] = {}  # of the whole masks, where weights are sharded
+        self._hooks: list[Any] = []
+
+    def shard(self) -> None:
+        """Keep of each mask what this rank has of its weight, after the weights were sharded."""
+        for name, pruned in self._pruned.items():
+            self._bits[name] = pack(pruned)
+            self._pruned[name] = local_part(pruned, self.matrices[name].parameter)
+
+    def pruned(self, name: str) -> Tensor:
+        """Return the whole mask of a matrix, True where it is pruned, on the weight's device."""
+        if self._bits:
+            return unpack(self._bits[name], self.matrices[name].parameter)
+        return self._local(name)
+
+    def _local(self, name: str) -> Tensor:
+        device = self.matrices[name].parameter.device  # the model may have moved since
+        self._pruned[name] = self._pruned[name].to(device)
+        return self._pruned[name]
+
+    def share(self) -> float:
+        """Return the share of pruned weights, in [0, 1]."""
+        zeros = sum(int(self.pruned(name).sum()) for name in self.matrices)  # one mask at a time
+        return zeros / sum(matrix.parameter.numel() for matrix in self.matrices.values())
+
+    def update(self, name: str, kept: Tensor) -> None:
+        """Prune more of a matrix, in place: what is not in `kept` becomes zero, for good.
+
+        Optimizer state follows with the next step, or at once with `apply(optimizer)`.
+
+        Args:
+            name: of the matrix.
+            kept: bool, True where weights stay, in the shape in which the whole weight is stored.
+        """
+        pruned = self.pruned(name)
+        self._set(name, pruned.logical_or_(~kept.to(pruned.device)))
+        self._zero(name, None)
+
+    def _set(self, name: str, pruned: Tensor) -> None:
+        if self._bits:
+            self._bits[name] = pack(pruned)
+        self._pruned[name] = local_part(pruned, self.matrices[name].parameter)
+
+    def apply(self, optimizer: Optimizer | None = None) -> None:
+        """Set pruned weights, and their entries in the optimizer's state, to zero, in place."""
+        for name in self.matrices:
+            self._zero(name, optimizer)
+
+    @torch.no_grad()
+    def _zero(self, name: str, optimizer: Optimizer | None) -> None:
+        weight, pruned = self.matrices[name].parameter, self._local(name)
+        local(weight).masked_fill_(pruned, 0)  # a product with 0 would leave -0.0 and NaN
+        state = optimizer.state.get(weight, {}) if optimizer is not None else {}
+        for value in state.values():
+            # The codes of an 8-bit optimizer have the same shape, but their 0 is not the value 0.
+            entries = isinstance(value, Tensor) and value.shape == weight.shape
+            if entries and value.is_floating_point():
+                local(value).masked_fill_(pruned.to(value.device), 0)
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Mask gradients from now on, and weights and state after every step of the optimizer.
+
+        Without the gradients' mask, pruned weights would enter the norm that gradients are clipped
+        by, and the update of kept weights in optimizers that mix the entries of a matrix. Sharded
+        weights get theirs from FSDP2, which calls no hooks: call `mask_gradients` before each step.
+        """
+        for name, matrix in self.matrices.items():
+            if matrix.parameter.requires_grad and not self._bits:
+                # As a hook of the tensor it acts before DDP averages and before anything clips.
+                self._hooks.append(matrix.parameter.register_hook(self._masker(name)))
+        step = optimizer.register_step_post_hook(lambda stepped, *_: self.apply(stepped))
+        self._hooks.append(step)
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Set the gradients of pruned weights to zero, in place, where weights are sharded."""
+        for name, matrix in self.matrices.items() if self._bits else ():
+            if matrix.parameter.grad is not None:
+                local(matrix.parameter.grad).masked_fill_(self._local(name), 0)
+
+    def _masker(self, name: str) -> Callable[[Tensor], Tensor]:
+        return lambda gradient: gradient.masked_fill(self._local(name), 0)
+
+    def unwatch(self) -> None:
+        """Undo `watch`."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def check(self) -> None:
+        """Check that all pruned weights are exactly zero.
+
+        Raises:
+            RuntimeError: naming the matrix, and how many of its pruned weights are not.
+        """
+        for name, matrix in self.matrices.items():
+            _check_zero(matrix, self._local(name))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the kept weights as bits: matrix name -> uint8, 1/8 byte per weight."""
+        return {name: pack(~self.pruned(name)) for name in self.matrices}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the masks from `state_dict` and set pruned weights to zero, in place.
+
+        Raises:
+            ValueError: if the state is that of other matrices.
+        """
+        odd = set(state) ^ set(self.matrices)
+        if odd:
+            raise ValueError(f"masks of {len(odd)} matrices are only on one side, e.g. {min(odd)}")
+        for name, bits in state.items():
+            self._set(name, ~unpack(bits, self.matrices[name].parameter))
+        self.apply()

@@ -1,0 +1,1 @@
+"""What every folder above may use: processes, devices, measuring, files, arguments."""

@@ -1,0 +1,63 @@
+"""Angular distance over windows of decoder layers (Gromov et al., arXiv:2403.17887).
+
+We take the raw output of the last layer; the released code takes the one after the final norm.
+"""
+
+# B sequences, T tokens, D hidden, L layers
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from prunelight.calibration.shared_windows import ranks_of
+from prunelight.calibration.statistics import check_finite
+from prunelight.calibration.windows import Windows, last_positions, micro_batches
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.forward import evaluating, run_layers, watching_layers
+
+
+def angular_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Angle between paired vectors (B, D) as a share of pi, in [0, 1] (arXiv:2403.17887)."""
+    u, v = normalize(x.float(), dim=-1), normalize(y.float(), dim=-1)
+    # Not arccos of the cosine: near 1 it is off by 1e-4 in float32, and NaN beyond.
+    return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)) / math.pi
+
+
+def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> list[float]:
+    """Score every contiguous window of `size` decoder layers by angular distance.
+
+    The distance is taken between the window's input and output at each sequence's last token that
+    is not padding, and averaged over sequences (arXiv:2403.17887).
+
+    Returns:
+        Score of the window that starts at layer i, for i = 0 .. L - size; the model is unchanged.
+
+    Raises:
+        ValueError: if a layer's output holds NaN or Inf (named), or all is padding.
+    """
+    totals = torch.zeros(len(decoder_layers(model)) - size + 1, dtype=torch.float64)
+    num_samples = 0
+    states: list[Tensor] = []  # the last token's, before layer 0 and after each layer, (B, D)
+
+    def visit(index: int, inputs: Tensor, outputs: Tensor) -> None:
+        states.extend(state[last] for state in (inputs, outputs)[index > 0 :])
+        check_finite(index, states[-1].float().norm().item(), outputs)
+
+    with evaluating(model), watching_layers(model, visit):
+        for batch in micro_batches(model, windows, label="angular distance"):
+            last = last_positions(batch)
+            num_samples += len(last[0])
+            states.clear()
+            run_layers(model, batch)
+            starts, ends = torch.stack(states[: len(totals)]), torch.stack(states[size:])
+            totals += angular_distance(starts, ends).sum(1).cpu().double()
+    ranks = ranks_of(windows)
+    (samples,), totals = ranks.totals(num_samples), ranks.sum(totals)
+    if samples == 0:
+        raise ValueError("0 tokens were counted; mask less")
+    return (totals / samples).tolist()

@@ -1,0 +1,97 @@
+"""Importance of weights, and of whole decoder layers, by magnitude or first-order Taylor terms.
+
+As in Shortened LLaMA (arXiv:2402.02834, Section 2.3). Taylor needs the gradients of the calibration
+loss; they are summed in float32, whatever the model's dtype, and freed as soon as they are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunelight.calibration.shared_windows import ranks_of
+from prunelight.calibration.windows import Windows, micro_batches, next_token_labels
+from prunelight.losses import IGNORED_LABEL, next_token_loss
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.forward import evaluating
+
+_TRAINING_TOKENS = 1024  # of a micro-batch with gradients
+
+
+def saliencies(
+    model: PreTrainedModel, windows: Windows, parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, Tensor]:
+    """Return |W * dL/dW| of parameters, L the mean next-token loss over all windows; float32.
+
+    The gradient is summed over all windows before the absolute value is taken. The model is
+    unchanged, its gradients included.
+
+    Raises:
+        ValueError: if a gradient is NaN or Inf; names the parameter.
+    """
+    wanted = {id(parameter): name for name, parameter in parameters.items()}
+    flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    sums: dict[str, Tensor] = {}
+
+    def add(parameter: Tensor) -> None:
+        name = wanted[id(parameter)]
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        sums[name] = gradient if name not in sums else sums[name].add_(gradient)
+        parameter.grad = None
+
+    total, ranks = 0, ranks_of(windows)
+    try:
+        with evaluating(model), ExitStack() as hooks:
+            for parameter in flags:
+                parameter.grad = None
+                parameter.requires_grad_(id(parameter) in wanted)
+            for parameter in parameters.values():
+                hooks.enter_context(parameter.register_post_accumulate_grad_hook(add))
+            for batch in micro_batches(model, windows, tokens=_TRAINING_TOKENS, label="gradients"):
+                labels = next_token_labels(batch)
+                tokens = int((labels[:, 1:] != IGNORED_LABEL).sum())
+                with torch.enable_grad():
+                    loss = next_token_loss(model(**batch).logits, labels) * tokens
+                    loss.backward()
+                total += tokens
+            count = ranks.totals(total)[0]
+            if count == 0:
+                raise ValueError("windows predict 0 tokens; each needs two that are no padding")
+            for name, p in parameters.items():
+                if name not in sums:  # of an expert that no token of this rank reached
+                    sums[name] = torch.zeros_like(p, dtype=torch.float32)
+                sums[name] = ranks.sum(sums[name]).mul_(p).abs_().div_(count)
+    finally:
+        for parameter, (required, gradient) in flags.items():
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+    found = {name: sums[name] for name in parameters}
+    for name, saliency in found.items():
+        if not bool(saliency.isfinite().all()):
+            raise ValueError(
+                f"the gradient of {name} is NaN or Inf; load the model in bfloat16 or float32"
+            )
+    return found
+
+
+def taylor_scores(model: PreTrainedModel, windows: Windows) -> list[float]:
+    """Return sum |W * dL/dW| over all parameters of each decoder layer, norms included."""
+    layers = decoder_layers(model)
+    scores = [0.0] * len(layers)
+    for name, saliency in saliencies(model, windows, dict(layers.named_parameters())).items():
+        scores[int(name.partition(".")[0])] += saliency.sum(-1).cpu().double().sum().item()
+    return scores
+
+
+@torch.no_grad()
+def magnitude_scores(model: PreTrainedModel) -> list[float]:
+    """Return sum |W| over all parameters of each decoder layer; no data, no forward."""
+    return [
+        sum(p.float().abs().sum(dtype=torch.float32).item() for p in layer.parameters())
+        for layer in decoder_layers(model)
+    ]

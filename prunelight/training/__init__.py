@@ -1,0 +1,1 @@
+"""The Lightning side: module, data, Trainer and what makes a resume exact."""

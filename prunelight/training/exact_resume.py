@@ -1,0 +1,208 @@
+"""What makes a resumed run equal one that was never interrupted, bit for bit on one device.
+
+Checkpoints appear whole under their name or not at all. Every training batch starts from random
+numbers of its own, derived from the run's seed, the process, the epoch and the batch: what happened
+before leaves no trace in them. What the losses depend on is written down, so that a run with other
+settings is refused instead of going on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from prunelight.run.checkpoints import check_same_settings, reading
+from prunelight.runtime.atomic_files import (
+    explaining,
+    newest_checkpoint,
+    remove_temporaries,
+    replacing,
+)
+from prunelight.runtime.measuring import Measurement, measuring
+
+log = logging.getLogger(__name__)
+
+KEY = "prunelight_resume"  # of a checkpoint, under which `ExactResume` keeps its state
+
+# Of a recovery's description: they grow.
+VOLATILE = ("optimizer_steps", "tokens_seen", "weights_of_step")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written whole or not at all, and read without unpickling."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write beside the final name, flush to disk, rename.
+
+        Raises:
+            OSError: if it cannot be written; names the reason and the checkpoint that is intact.
+        """
+        if "://" in str(path):  # not a file of this machine
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        with explaining(path, newest_checkpoint(path.parent)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read tensors and plain data.
+
+        Raises:
+            ValueError: if the file is damaged or holds other objects.
+        """
+        with reading(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class ExactResume(Callback):
+    """What a RecoveryModule adds to its trainer: whole checkpoints, seeds, settings, time spent.
+
+    Args:
+        recovery: gives the settings of the recovery.
+        make_optimizer: called with parameters.
+
+    Attributes:
+        measurement: of the training over all its starts; None before it.
+    """
+
+    def __init__(
+        self, recovery: Callable[[], dict[str, Any]], make_optimizer: Callable[..., Any]
+    ) -> None:
+        self.recovery, self.make_optimizer = recovery, make_optimizer
+        self.measurement: Measurement | None = None
+        self._phase: Any = None
+        self._seed: int | None = None
+        self._settings: dict[str, Any] | None = None
+        self._finished = False
+
+    @property
+    def seed(self) -> int:
+        """Return the seed of the run: that of torch when it was first asked for."""
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+        return self._seed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let checkpoints be written whole or not at all."""
+        if stage == "fit":
+            self._settings, self._finished = None, False
+            write_atomically(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to measure the training, or go on with it."""
+        self._phase = measuring(trainer.strategy.root_device, self.measurement)
+        self.measurement = self._phase.__enter__()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw random numbers that depend on seed, process, epoch and batch alone."""
+        seed_batch(self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop to measure the training."""
+        self._phase.__exit__(None, None, None)
+        torch.manual_seed(self.seed)
+        self._finished = True
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep what a resumed run needs, and what it is compared by."""
+        spent = self.measurement.so_far(trainer.strategy.root_device) if self.measurement else {}
+        checkpoint[KEY] = {
+            "settings": self._describe(trainer),
+            "finished": self._finished,
+            "spent": spent,
+            "accumulating": trainer.fit_loop._should_accumulate(),
+        }
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Check that the run is the one that wrote the checkpoint, and go on with it.
+
+        Raises:
+            ValueError: if it has other settings; names them.
+        """
+        saved = checkpoint.get(KEY)
+        if saved is None or trainer.state.fn != "fit":
+            return
+        check_same_settings(saved["settings"], self._describe(trainer), trainer.ckpt_path)
+        self.measurement = Measurement(**saved["spent"])
+        trainer.should_stop |= saved["finished"]
+        if saved["accumulating"]:
+            log.warning(
+                "%s was written between the batches of accumulate_grad_batches, whose gradients it "
+                "does not hold: the resumed run will differ. RecoveryCheckpoint avoids this",
+                trainer.ckpt_path,
+            )
+
+    def _describe(self, trainer: Trainer) -> dict[str, Any]:
+        if self._settings is None:  # reads all training data
+            self._settings = describe_run(trainer, self.recovery(), self.make_optimizer, self.seed)
+        return self._settings
+
+
+def write_atomically(trainer: Trainer) -> None:
+    """Let a trainer write checkpoints whole or not at all, unless it was given its own way.
+
+    Also removes what a killed process left half-written.
+    """
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    if trainer.is_global_zero:
+        root = Path(trainer.default_root_dir)
+        remove_temporaries([root, root / "checkpoints", *root.glob("pruned-*")])
+
+
+def seed_batch(seed: int, *position: int) -> None:
+    """Start torch's random numbers anew, from a run's seed and (rank, epoch, batch).
+
+    Dropout then does not depend on what was drawn before: a validation, a restart, a worker.
+    """
+    digest = hashlib.sha256(json.dumps([seed, *position]).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def describe_run(
+    trainer: Trainer, recovery: Mapping[str, Any], make_optimizer: Callable[..., Any], seed: int
+) -> dict[str, Any]:
+    """Return what the losses of a run depend on besides its model, as JSON values.
+
+    Args:
+        trainer: of the run.
+        recovery: settings of the recovery.
+        make_optimizer: called with parameters.
+        seed: of the run's random numbers.
+    """
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    settings = {name: value for name, value in recovery.items() if name not in VOLATILE}
+    data = getattr(getattr(trainer, "datamodule", None), "describe_training", None)
+    constant = str(recovery.get("lr_scheduler", "")).startswith("constant")
+    described = {
+        **settings,
+        "optimizer": {"class": type(optimizer).__name__, **optimizer.defaults},
+        "scheduled_steps": None if constant else trainer.estimated_stepping_batches,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "limit_train_batches": trainer.limit_train_batches,
+        "processes": trainer.world_size,
+        "seed": seed,
+        **({f"data.{name}": value for name, value in data().items()} if data else {}),
+    }
+    return json.loads(json.dumps(described, default=str))

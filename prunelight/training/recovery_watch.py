@@ -1,0 +1,146 @@
+"""What watches a recovery: does it overfit, and which of its steps was best."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
+from torch import Tensor
+
+from prunelight.models.sizes import parameter_count
+from prunelight.recovery.overfitting import (
+    METRIC,
+    Evaluated,
+    TrainingText,
+    overfit_risk,
+    overfitting,
+)
+from prunelight.recovery.packed_rows import check_packed
+from prunelight.recovery.precision import precision_faults
+
+log = logging.getLogger(__name__)
+
+
+def best_checkpoint(trainer: Trainer) -> str:
+    """Return the best checkpoint of the first ModelCheckpoint that monitors validation, or ""."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and str(callback.monitor).startswith("val/"):
+            return callback.best_model_path
+    return ""
+
+
+def restore(trainer: Trainer, module: WatchedModule, path: str) -> None:
+    """Load the trained weights of a checkpoint, and the masks with them, on every rank."""
+    checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
+    trained = module.tokens_seen
+    module.on_load_checkpoint(checkpoint)
+    module.tokens_seen = trained  # in all steps: what the run took
+    trainer.strategy.load_model_state_dict(checkpoint, strict=False)
+    module.restored_step = int(checkpoint["global_step"])
+    log.info("the weights are those of step %d, the best: %s", module.restored_step, path)
+
+
+def training_text(trainer: Trainer) -> TrainingText | None:
+    """Return the text that a Trainer trains on; None if its data is no TextDataModule."""
+    batches = trainer.world_size * trainer.accumulate_grad_batches
+    return TrainingText.of(getattr(trainer, "datamodule", None), batches)
+
+
+class RecoveryWatch(Callback):
+    """Warns of overfitting, and ends the fit with the best weights; every RecoveryModule has it."""
+
+    def __init__(self) -> None:
+        self.history: list[Evaluated] = []
+        self._loss: Tensor | float = 0.0  # summed since the last validation, on its device
+        self._batches = 0
+        self._faults: list[str] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Check what model, data and Trainer make of each other, before weights are cast.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        data: Any = getattr(trainer, "datamodule", None)
+        if stage != "fit" or isinstance(pl_module.model, PeftModel):
+            return
+        model = pl_module.load_model()
+        if pl_module.base is None:  # else pruning asked it of the dense model
+            check_packed(model, data)
+        self._faults = precision_faults(model.dtype, trainer.precision, pl_module.recovery)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Warn before anything is trained, of lost precision and of too little text."""
+        for fault in self._faults:
+            pl_module.warn(fault)
+        text = training_text(trainer)
+        if text is not None and pl_module.recovery != "none":
+            trained = parameter_count(pl_module, trainable=True)
+            risk = overfit_risk(
+                pl_module.recovery, text, trainer.estimated_stepping_batches, trained
+            )
+            if risk is not None:
+                pl_module.warn(risk)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        """Add the loss of a batch, without waiting for the device."""
+        self._loss, self._batches = self._loss + outputs["loss"].detach(), self._batches + 1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the result of a validation during training."""
+        if self._batches and METRIC in trainer.callback_metrics:
+            loss = float(self._loss) / self._batches
+            perplexity = float(trainer.callback_metrics[METRIC])
+            self.history.append(Evaluated(trainer.global_step, perplexity, loss))
+            self._loss, self._batches = 0.0, 0
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Warn of overfitting in the log and the report."""
+        found = overfitting(self.history)
+        if found is not None:
+            pl_module.warn(found)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Take over the best weights, on every rank, before they are merged and saved."""
+        path = best_checkpoint(trainer) if pl_module.restore_best else ""
+        pl_module.restored_step = None
+        if path:
+            restore(trainer, pl_module, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the validations so far: a resumed run goes on from them."""
+        return {"history": [(e.step, e.perplexity, e.training_loss) for e in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the validations of the run that wrote the checkpoint."""
+        self.history = [Evaluated(*values) for values in state_dict["history"]]
+
+
+class WatchedModule(LightningModule):
+    """What Lightning asks of every recovery: who watches it, and what a cast may not touch.
+
+    Attributes:
+        restored_step: whose weights the fit ended with, None for those of the last step.
+        tokens_seen: that all ranks trained on, padding left out.
+    """
+
+    restored_step: int | None = None
+    tokens_seen: int = 0
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that watches; Lightning calls it."""
+        return [RecoveryWatch()]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move, and cast all but trained adapters, in place: bf16-true casts whole modules."""
+        adapters = [p for n, p in self.named_parameters() if p.requires_grad and "lora_" in n]
+        values = [parameter.data for parameter in adapters]
+        super().to(*args, **kwargs)
+        for parameter, value in zip(adapters, values, strict=True):
+            parameter.data = value.to(parameter.device)
+        return self

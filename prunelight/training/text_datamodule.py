@@ -1,0 +1,288 @@
+"""The LightningDataModule of prunelight: text or instruction rows for recovery and calibration.
+
+Text is packed into full windows without padding (labels are the tokens); instruction rows become
+examples of their own length with the loss on the response, padded per batch. Training rows may
+instead hold several whole documents or examples each, see data/document_rows.py. Training order
+depends on seed and epoch only, so a resumed epoch repeats. Not done: streaming, bucketing by
+length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import PreTrainedTokenizerBase
+
+from prunelight.calibration.windows import Windows
+from prunelight.data.document_rows import PACKINGS, cut, pack_documents
+from prunelight.data.instructions import instruction_example, is_instruction_row
+from prunelight.data.sources import read_documents
+from prunelight.data.token_windows import (
+    Bos,
+    bos_token_id,
+    pack,
+    sample_indices,
+    tokenize,
+    tokenize_documents,
+)
+from prunelight.losses import IGNORED_LABEL
+from prunelight.models.loading import load_tokenizer
+from prunelight.runtime.arguments import check_choice
+from prunelight.training.resumable_loader import ResumableLoader
+
+log_once = rank_zero_only(logging.getLogger(__name__).info)
+
+# N examples, T tokens of the longest
+# input_ids and labels, and positions in a row of several documents: LongTensors (T,)
+Example = tuple[Tensor, ...]
+
+
+class TextDataModule(LightningDataModule):
+    """Training, validation and calibration data from files, bundled samples or hub datasets.
+
+    Args:
+        tokenizer: a tokenizer, or the name of a model to load it from.
+        train: source or sources of training rows, see `prunelight.windows.read_documents`.
+        validation: the same, for validation and test.
+        calibration: the same, for the windows that pruning looks at.
+        seq_len: tokens of a text window, and the most of an instruction example.
+        batch_size: examples per batch and process.
+        num_calibration: windows (or instruction examples) drawn for calibration.
+        num_validation: use only the first ones of the validation examples; None means all.
+        packing: of training rows: "stream" cuts the text of all documents into windows and leaves
+            instruction examples apart; "documents" puts several documents or examples into a row
+            of `seq_len`, none of which sees another. Validation and calibration stay windows, so
+            that perplexities compare.
+        text_field: the field of a row that holds its text.
+        bos: "auto", "always" or "never": whether each window starts with the BOS token.
+        seed: of the training order and of the choice of calibration windows.
+        num_workers: processes that load batches.
+        trust_remote_code: run Python code that comes with the tokenizer.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | PreTrainedTokenizerBase,
+        *,
+        train: str | list[str] = "sample:train",
+        validation: str | list[str] = "sample:validation",
+        calibration: str | list[str] = "sample:calibration",
+        seq_len: int = 512,
+        batch_size: int = 4,
+        num_calibration: int = 32,
+        num_validation: int | None = None,
+        packing: Literal["stream", "documents"] = "stream",
+        text_field: str = "text",
+        bos: Bos = "auto",
+        seed: int = 0,
+        num_workers: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        lowest = {"seq_len": 2, "batch_size": 1, "num_calibration": 1, "num_validation": 1}
+        given = (seq_len, batch_size, num_calibration, num_validation)
+        for (name, low), value in zip(lowest.items(), given, strict=True):
+            if value is not None and value < low:
+                raise ValueError(f"{name}={value} must be at least {low}; raise it or leave it out")
+        check_choice("packing", packing, PACKINGS)
+        if isinstance(tokenizer, str):
+            tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+        self.tokenizer = tokenizer
+        bos_token_id(tokenizer, bos)  # raises now rather than after minutes of other work
+        self.sources = {"train": train, "validation": validation, "calibration": calibration}
+        self.seq_len, self.batch_size, self.num_workers = seq_len, batch_size, num_workers
+        self.num_calibration, self.num_validation = num_calibration, num_validation
+        self.text_field, self.bos, self.seed, self.packing = text_field, bos, seed, packing
+        tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        pad_token_id = next(token for token in tokens if token is not None)
+        self._collate = partial(pad_examples, pad_token_id=pad_token_id)
+        self._examples: dict[str, list[Example]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise what the stage needs; what is there already is kept."""
+        roles = {"fit": ("train", "validation"), "predict": ()}
+        for role in roles.get(stage, ("validation",)) if stage else self.sources:
+            self.examples(role)
+
+    def examples(self, role: str) -> list[Example]:
+        """All examples of "train", "validation" or "calibration", read at the first call.
+
+        Raises FileNotFoundError or ValueError if a source cannot be read or holds too few.
+        """
+        if role not in self._examples:
+            self._examples[role] = self._build(role)
+        return self._examples[role]
+
+    def calibration_windows(self) -> Windows:
+        """The windows for pruning: `num_calibration` of the calibration examples, drawn by `seed`.
+
+        LongTensor (N, seq_len) for text; for instructions a dict of input_ids and attention_mask,
+        (N, T). Raises ValueError if there are fewer calibration examples than `num_calibration`.
+        """
+        examples = self.examples("calibration")
+        if self.num_calibration > len(examples):
+            raise ValueError(
+                f"num_calibration={self.num_calibration} must be at most {len(examples)}, which "
+                f"calibration={self.sources['calibration']!r} holds at seq_len={self.seq_len}; "
+                "give more text, or lower num_calibration or seq_len"
+            )
+        drawn = sample_indices(len(examples), self.num_calibration, seed=self.seed)
+        windows = self._windows([examples[i] for i in drawn])
+        if isinstance(windows, dict):
+            del windows["labels"]
+        return windows
+
+    def validation_windows(self) -> Windows:
+        """All validation examples: LongTensor (N, seq_len), or for instructions a padded batch."""
+        return self._windows(self.examples("validation"))
+
+    def batch(self, role: str, places: Sequence[int]) -> dict[str, Tensor]:
+        """Some examples of a role as one batch, see `pad_examples`."""
+        examples = self.examples(role)
+        return self._collate([examples[place] for place in places])
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches in an order that depends on seed and epoch, shared out over the processes."""
+        examples = self.examples("train")
+        share = self.trainer and self.trainer.distributed_sampler_kwargs
+        share = share or {"num_replicas": 1, "rank": 0}
+        # Lightning tells this sampler the epoch; a plain shuffle would start over on resume.
+        sampler: Any = DistributedSampler(examples, **share, seed=self.seed)  # type: ignore[arg-type]
+        return self._loader(examples, sampler, self._position)
+
+    def _position(self) -> int:
+        """Return how many batches of the epoch a running training has behind it."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training:
+            return 0
+        return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def describe_training(self) -> dict[str, Any]:
+        """Return what the training batches depend on: a resumed run must have the same."""
+        tokens = hashlib.sha256()
+        for part in (part for example in self.examples("train") for part in example):
+            tokens.update(f"{part.shape}".encode() + part.numpy().tobytes())
+        names = ("seq_len", "batch_size", "packing", "seed")
+        return {name: getattr(self, name) for name in names} | {"tokens": tokens.hexdigest()[:16]}
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of the validation examples, in order; over processes, none of them twice."""
+        examples = self.examples("validation")
+        share = self.trainer and self.trainer.distributed_sampler_kwargs
+        if not share:
+            return self._loader(examples, None)
+        # FSDP2 needs as many batches in each process: the last ones may hold examples that do not
+        # count, where a plain DistributedSampler would repeat some.
+        ids = examples[0][0]
+        filler = (ids, torch.full_like(ids, IGNORED_LABEL))
+        examples = [*examples, *[filler] * (-len(examples) % share["num_replicas"])]
+        return self._loader(examples, DistributedSampler(examples, **share, shuffle=False))  # type: ignore[arg-type]
+
+    test_dataloader = val_dataloader
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts for reports; counts only of what has been read so far."""
+        counts: dict[str, dict[str, int]] = {}
+        for role, examples in self._examples.items():
+            counts[role] = {"examples": len(examples), "tokens": sum(len(e[0]) for e in examples)}
+        names = ["sources", "seq_len", "batch_size", "num_calibration", "num_validation"]
+        names += ["bos", "packing", "seed"]
+        return {name: getattr(self, name) for name in names} | {"counts": counts}
+
+    def _loader(
+        self,
+        examples: list[Example],
+        sampler: DistributedSampler | None,
+        position: Callable[[], int] = int,  # 0: from the start
+    ) -> DataLoader:
+        return ResumableLoader(
+            examples,  # a list serves as a dataset
+            position=position,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=self._collate,
+        )
+
+    def _windows(self, examples: list[Example]) -> Windows:
+        batch = self._collate(examples)
+        return batch["input_ids"] if all(e[0] is e[1] for e in examples) else batch
+
+    def _build(self, role: str) -> list[Example]:
+        sources = self.sources[role]
+        split = "validation" if role == "validation" else "train"
+        rows: list[dict[str, Any]] = []
+        for source in [sources] if isinstance(sources, str) else sources:
+            rows += read_documents(source, split=split, text_field=self.text_field)
+        texts = [row[self.text_field] for row in rows if not is_instruction_row(row)]
+        packed = role == "train" and self.packing == "documents"
+        read = self._documents if packed else partial(self._text_examples, role)
+        examples = read(texts) if texts else []
+        if len(texts) < len(rows):
+            examples += self._instruction_examples(role, filter(is_instruction_row, rows))
+        if packed:
+            examples = self._packed(examples)
+        wanted = self.num_validation if role == "validation" else None
+        if len(examples) < (wanted or 1):
+            held = f"{role}={sources!r} holds {len(examples)} examples of seq_len={self.seq_len}"
+            remedy = "give more data, or lower seq_len or num_validation"
+            raise ValueError(f"{held} but {wanted or 1} must be there; {remedy}")
+        return examples[:wanted]
+
+    def _text_examples(self, role: str, texts: list[str]) -> list[Example]:
+        stream = tokenize_documents(self.tokenizer, texts)
+        bos = bos_token_id(self.tokenizer, self.bos)
+        windows = pack(stream, self.seq_len, bos_token_id=bos)
+        tail = len(stream) - len(windows) * (self.seq_len - (bos is not None))
+        log_once(f"{role}: {len(stream)} tokens -> {len(windows)} windows, tail of {tail} dropped")
+        return [(window, window) for window in windows]
+
+    def _documents(self, texts: list[str]) -> list[Example]:
+        end = [t for t in [self.tokenizer.eos_token_id] if t is not None]
+        bos = bos_token_id(self.tokenizer, self.bos)
+        documents = tokenize(self.tokenizer, [t for t in texts if t.strip()])
+        pieces = (cut([*d, *end], self.seq_len, bos_token_id=bos) for d in documents)
+        return [(piece, piece) for document in pieces for piece in document]
+
+    def _packed(self, documents: list[Example]) -> list[Example]:
+        rows = pack_documents([(d[0], d[1]) for d in documents], self.seq_len)
+        filled = sum(len(row[0]) for row in rows) / (max(len(rows), 1) * self.seq_len)
+        log_once(f"train: {len(documents)} documents -> {len(rows)} rows, {filled:.1%} filled")
+        return [*rows]
+
+    def _instruction_examples(self, role: str, rows: Iterable[dict[str, Any]]) -> list[Example]:
+        build = partial(instruction_example, seq_len=self.seq_len, bos=self.bos)
+        pairs = [build(row, self.tokenizer) for row in rows]
+        kept = [(torch.tensor(pair[0]), torch.tensor(pair[1])) for pair in pairs if pair]
+        rule = f"the others have no response within {self.seq_len} tokens"
+        log_once(f"{role}: {len(pairs)} instruction rows -> {len(kept)} examples, {rule}")
+        return [*kept]
+
+
+def pad_examples(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Tensor]:
+    """Batch examples of different lengths, padded on the right to the longest.
+
+    Returns input_ids, attention_mask (0 on padding), labels (-100 on padding), LongTensors (N, T),
+    and position_ids if the rows hold documents: 0 on padding, each of which is then alone.
+    """
+    tokens, labels = ([example[part] for example in examples] for part in (0, 1))
+    positions = [example[2] for example in examples if len(example) == 3]
+    packed = {"position_ids": pad_sequence(positions, batch_first=True)} if positions else {}
+    return packed | {
+        "input_ids": pad_sequence(tokens, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+    }
