@@ -23,12 +23,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
-from prunelight.calibration.shared_windows import ranks_of, share_windows
+from prunelight.calibration.shared_windows import group_of, share_windows
 from prunelight.calibration.windows import Windows, check_windows, split_windows
 from prunelight.evaluation.report.record import FORMAT, Cost, RunRecord
 from prunelight.evaluation.speed import forward_seconds
 from prunelight.evaluation.stages import new_record
-from prunelight.models.placement import place_for, to_device, where_it_fits
+from prunelight.models.placement import device_with_room, move_if_it_fits, to_device
 from prunelight.models.saving import check_replaceable, save
 from prunelight.planning.fingerprints import (
     describe_model,
@@ -43,14 +43,14 @@ from prunelight.recovery.lora import check_targets
 from prunelight.recovery.packed_rows import check_packed
 from prunelight.recovery.quantization import check_quantizable, check_widths
 from prunelight.run.checkpoints import check_format
-from prunelight.run.measurements import describe_evaluation, evaluation_windows, stage_of_run
+from prunelight.run.measurements import describe_evaluation, evaluation_windows, measure_run_stage
 from prunelight.run.run_state import plan_files
-from prunelight.run.strategies import check_strategy, ranks_of_run
+from prunelight.run.strategies import check_strategy, group_of_run
 from prunelight.run.teacher import check_teacher
 from prunelight.runtime.atomic_files import explaining, replacing
 from prunelight.runtime.devices import device_name
 from prunelight.runtime.measuring import Measurement, measuring
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.processes import ProcessGroup
 from prunelight.training.recovery_module import RecoveryModule
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class PruningCallback(Callback, ABC):
         names = [*inspect.signature(type(self)).parameters]  # each is kept under its own name
         return {name: getattr(self, name) for name in names if name != "offload_activations"}
 
-    def decided(
+    def make_plan(
         self,
         model: PreTrainedModel,
         windows: Windows,
@@ -96,7 +96,7 @@ class PruningCallback(Callback, ABC):
             found=found or {},
             steps=steps,
         )
-        return ranks_of(windows).on_zero(lambda: plan)
+        return group_of(windows).on_zero(lambda: plan)
 
     @abstractmethod
     def check(self, model: PreTrainedModel) -> None:
@@ -162,9 +162,9 @@ def prune_base(
     check_strategy(trainer, module.quantization, module.recovery)
     for callback in callbacks:  # on every rank: Lightning counts the steps of all together
         callback.check_run(trainer, module)
-    ranks = ranks_of_run(trainer)
-    with ranks.together():
-        directory = _find_or_make(trainer, module, callbacks, ranks)
+    group = group_of_run(trainer)
+    with group.together():
+        directory = _find_or_make(trainer, module, callbacks, group)
         record = _read_measured(directory)
         if record is None:
             raise FileNotFoundError(
@@ -175,7 +175,10 @@ def prune_base(
 
 
 def _find_or_make(
-    trainer: Trainer, module: RecoveryModule, callbacks: Sequence[PruningCallback], ranks: Ranks
+    trainer: Trainer,
+    module: RecoveryModule,
+    callbacks: Sequence[PruningCallback],
+    group: ProcessGroup,
 ) -> Path:
     datamodule: Any = getattr(trainer, "datamodule", None)
     for needed in ("calibration_windows", "validation_windows"):
@@ -192,18 +195,18 @@ def _find_or_make(
     check_targets(model, module.lora)
     check_teacher(module, model, sliced=any(callback.slices for callback in callbacks))
     check_packed(model, datamodule)
-    windows = share_windows(datamodule.calibration_windows(), ranks)
+    windows = share_windows(datamodule.calibration_windows(), group)
     for callback in callbacks:
         callback.check_calibration(model, windows)
-    held_out = share_windows(evaluation_windows(trainer), ranks)
+    held_out = share_windows(evaluation_windows(trainer), group)
     check_windows(model, held_out)
     fingerprint = _base_fingerprint(model, callbacks, windows)
     facts = (fingerprint, fingerprint_of(describe_windows(*split_windows(held_out))))
-    ranks.check_same("the fingerprint of model, arguments and windows", " ".join(facts))
-    root = ranks.on_zero(lambda: str(trainer.default_root_dir))
+    group.check_same("the fingerprint of model, arguments and windows", " ".join(facts))
+    root = group.on_zero(lambda: str(trainer.default_root_dir))
     directory = Path(root) / f"pruned-{fingerprint}"
-    ranks.on_zero(partial(check_replaceable, directory))
-    record = ranks.on_zero(lambda: _read_measured(directory))
+    group.on_zero(partial(check_replaceable, directory))
+    record = group.on_zero(lambda: _read_measured(directory))
     if record is None:
         _make_base(trainer, module, callbacks, windows, held_out, directory, fingerprint)
     else:
@@ -222,20 +225,22 @@ def _reuse_base(
 ) -> None:
     """Keep the decision; measure again if text, timing or device of the evaluation are others."""
     record.costs = [replace(cost, reused=True) for cost in record.costs]
-    described, ranks = describe_evaluation(module), ranks_of(held_out)
+    described, group = describe_evaluation(module), group_of(held_out)
     same = all(record.evaluation.get(k) == described.get(k) for k in ("fingerprint", "latency"))
-    place = place_for(module.load_model(), trainer.strategy.root_device)
-    device = ranks.on_zero(lambda: device_name(place))
+    place = device_with_room(module.load_model(), trainer.strategy.root_device)
+    device = group.on_zero(lambda: device_name(place))
     if not same or record.device != device:
-        stages = [stage_of_run(module, "dense", to_device(module.load_model(), place), held_out)]
+        stages = [
+            measure_run_stage(module, "dense", to_device(module.load_model(), place), held_out)
+        ]
         record.device = device
         if len(record.stages) > 1:
             module.use_base(directory, None)
-            pruned = where_it_fits(module.load_model(), trainer.strategy.root_device)
-            stages.append(stage_of_run(module, "pruned", pruned, held_out))
+            pruned = move_if_it_fits(module.load_model(), trainer.strategy.root_device)
+            stages.append(measure_run_stage(module, "pruned", pruned, held_out))
             module.base = None
         record.stages, record.evaluation = stages, described
-    ranks.on_zero(lambda: _write_measured(directory, record))
+    group.on_zero(lambda: _write_measured(directory, record))
 
 
 def _make_base(
@@ -247,11 +252,11 @@ def _make_base(
     directory: Path,
     fingerprint: str,
 ) -> None:
-    model = where_it_fits(module.load_model(), trainer.strategy.root_device)
+    model = move_if_it_fits(module.load_model(), trainer.strategy.root_device)
     described = describe_evaluation(module)
     record = new_record(module.name, model, fingerprint, described)
     with measuring(model.device) as dense:
-        record.stages.append(stage_of_run(module, "dense", model, held_out))
+        record.stages.append(measure_run_stage(module, "dense", model, held_out))
     record.forward_seconds = unit = forward_seconds(model, windows)
 
     def cost(name: str, phase: Measurement) -> None:
@@ -272,7 +277,7 @@ def _make_base(
     record.plans = [plan.to_dict() for plan in plans]
     if not all(callback.gradual for callback in callbacks):
         with measuring(model.device) as phase:
-            record.stages.append(stage_of_run(module, "pruned", model, held_out))
+            record.stages.append(measure_run_stage(module, "pruned", model, held_out))
         cost("evaluate pruned", phase)
     with measuring(model.device) as phase, explaining(directory):
         # What was done to the model before this run still holds: zeros stay planned zeros.
@@ -287,11 +292,11 @@ def _make_base(
             trust_remote_code=module.trust_remote_code,
             export_remote_code=any(callback.export_remote_code for callback in callbacks),
         )
-        saved = ranks_of(windows).on_zero(writing)
+        saved = group_of(windows).on_zero(writing)
     cost("save and verify pruned", phase)
     record.verification[directory.name] = saved.verification
     record.stages[-1] = replace(record.stages[-1], size_bytes=saved.size_bytes)
-    ranks_of(windows).on_zero(lambda: _write_measured(directory, record))
+    group_of(windows).on_zero(lambda: _write_measured(directory, record))
 
 
 def _base_fingerprint(

@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.families.layers import decoder_layers, layers_path, matrices
-from prunelight.planning.plan import Plan, sparsified
+from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.sparsity_shares import (
-    clipped_by,
+    clipping_excess,
     dlp,
     fit_to_target,
-    mixed_kept,
     owl,
+    round_to_patterns,
     uniform,
     weighted_mean,
 )
@@ -37,7 +37,7 @@ from prunelight.pruning.sparsity.masks import Pattern
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.pruning.sparsity.sparsify import SOLVERS, amount_of, check_step
 from prunelight.recovery.zeros.gradual_zeros import Gradual, Schedule, weights_with_adapters
-from prunelight.run.strategies import ranks_of_run
+from prunelight.run.strategies import group_of_run
 from prunelight.runtime.arguments import check_choice
 from prunelight.scoring.weight_scores import WeightScore, weight_scores
 from prunelight.training.recovery_module import RecoveryModule
@@ -217,7 +217,7 @@ class DLP(PruningCallback):
             [sum(sizes[name] for name in unit) for unit in units],
         )
         sparsity = {n: share for unit, share in zip(units, shares, strict=True) for n in unit}
-        return self.decided(
+        return self.make_plan(
             model,
             windows,
             self._step({name: sparsity[name] for name in found}),
@@ -248,7 +248,7 @@ class DLP(PruningCallback):
             return uniform(sizes, self.target)
         spread = owl if self.allocation == "owl" else dlp
         shares = spread(scores, sizes, self.target, self.alpha)
-        excess = clipped_by(shares, self.target)
+        excess = clipping_excess(shares, self.target)
         if excess > 0:
             text = (
                 f"alpha={self.alpha} pushes shares of zeros to [{min(shares):.3f}, "
@@ -262,7 +262,7 @@ class DLP(PruningCallback):
             return shares
         if self.pattern.kept == 1:
             log.warning("pattern=%s is uniform: no layer can keep fewer than 1", self.pattern)
-        kept = mixed_kept(shares, sizes, (self.pattern.kept, self.pattern.of))
+        kept = round_to_patterns(shares, sizes, (self.pattern.kept, self.pattern.of))
         return [1 - n / self.pattern.of for n in kept]
 
     def _told(
@@ -307,12 +307,12 @@ class DLP(PruningCallback):
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         plans = [Plan.from_dict(plan) for plan in pl_module.record.plans]
         found = pl_module.masks.matrices
-        step = self._step(sparsified(plans, layers_path(base)))
+        step = self._step(planned_sparsity(plans, layers_path(base)))
         self._training = Gradual(
             {name: (matrix, amount_of(step, name)) for name, matrix in found.items()},
             self.schedule,
             self.solver,
-            ranks_of_run(trainer),
+            group_of_run(trainer),
         )
         self._training.load_state_dict(self._norms)
         self._norms = {}

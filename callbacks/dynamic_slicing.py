@@ -20,16 +20,16 @@ from prunelight.calibration.windows import Windows, first_windows, split_windows
 from prunelight.callbacks.slicegpt import SlicingCallback
 from prunelight.planning.plan import Plan
 from prunelight.planning.slice_widths import redundancies, slicing_ratios, slicing_widths
-from prunelight.planning.sparsity_shares import clipped_by
+from prunelight.planning.sparsity_shares import clipping_excess
 from prunelight.planning.steps import SliceHidden
 from prunelight.pruning.slicing.slice_hidden import check_sliceable, check_tokens
 from prunelight.pruning.slicing.targets import (
     check_slice_options,
     check_slice_target,
     meet_parameters,
+    report_parameters,
     residual_dims,
     sliced_parameters,
-    told_parameters,
 )
 from prunelight.pruning.slicing.trial import sliced_perplexity
 from prunelight.scoring.block_influence import block_influences
@@ -152,9 +152,9 @@ class DynamicSlicing(SlicingCallback):
         found: dict[str, Any] = {"slice_ratio": mean_ratio(model, dims), "base_ratio": best}
         if perplexities:
             found["perplexity_of_base_ratio"] = {f"{b:.4g}": x for b, x in perplexities.items()}
-        found |= told_parameters(model, sliced_parameters(model, dims), self.slice_ratio)
+        found |= report_parameters(model, sliced_parameters(model, dims), self.slice_ratio)
         scores = {"layer_redundancy": redundancy, "block_influence": influence}
-        return self.decided(model, windows, tried[best], scores=scores, found=found)
+        return self.make_plan(model, windows, tried[best], scores=scores, found=found)
 
     def _bases(self) -> list[tuple[float | None, float | None]]:
         """Return what to try: (fraction of the mean ratio, None) or (None, base)."""
@@ -218,7 +218,7 @@ class DynamicSlicing(SlicingCallback):
     def _warn_if_clipped(self, redundancy: list[float], mean: float, base: float) -> None:
         """Warn if a base lets the most redundant layers lose more than they have."""
         most = max(redundancy) * (mean - base) / fmean(redundancy) + base
-        if clipped_by([most], mean):
+        if clipping_excess([most], mean):
             log.warning(
                 "base_ratio=%.4g lets a layer lose %.3g of its width at a mean of %.4g: clipped, "
                 "and the others lose more",

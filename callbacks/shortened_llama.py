@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.families.layers import decoder_layers, matrices
-from prunelight.planning.layer_choice import check_depth_target, layers_to_remove, lowest
+from prunelight.planning.layer_choice import check_depth_target, layers_to_remove, lowest_scores
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.remove_layers import check_removable
@@ -85,7 +85,7 @@ class ShortenedLlama(PruningCallback):
                 left = [replay.score(i, units[i + 1 :]) for i in range(len(units))]
             scores = [-math.log(max(similarity, 1e-300)) for similarity in left]  # 0 underflows
         step = RemoveLayers(tuple(self._choose(scores)))
-        return self.decided(model, windows, step, scores={self.score: scores})
+        return self.make_plan(model, windows, step, scores={self.score: scores})
 
     def _choose(self, scores: list[float]) -> list[int]:
         protected = self.protected
@@ -93,4 +93,4 @@ class ShortenedLlama(PruningCallback):
             ends = [] if self.score == "perplexity" else ENDS
             protected = [i for i in ends if -len(scores) <= i < len(scores)]
         count = layers_to_remove(self.ratio, self.num_layers, len(scores))
-        return lowest(scores, count, protected)
+        return lowest_scores(scores, count, protected)

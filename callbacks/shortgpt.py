@@ -21,7 +21,7 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.layer_choice import (
     check_depth_target,
     layers_to_remove,
-    lowest,
+    lowest_scores,
     lowest_window,
     resolve_indices,
 )
@@ -121,7 +121,7 @@ class ShortGPT(PruningCallback):
             found = block_influences(model, windows, ignore_first_tokens=ignored)
             ranking, first = {"layer": found.mean}, found.first_token
             scores = {"block_influence": found.mean, "block_influence_first_token": first}
-        return self.decided(model, windows, self._step(model, ranking), scores=scores)
+        return self.make_plan(model, windows, self._step(model, ranking), scores=scores)
 
     def _count(self, model: PreTrainedModel) -> int:
         """Return how many layers, or sublayers, shall go."""
@@ -132,7 +132,7 @@ class ShortGPT(PruningCallback):
         """Choose what to remove: the lowest scores of what is there and may go."""
         count, total = self._count(model), len(decoder_layers(model))
         if self.granularity == "layer":
-            choose = lowest_window if self.score == "angular" else lowest
+            choose = lowest_window if self.score == "angular" else lowest_scores
             return RemoveLayers(tuple(choose(scores["layer"], count, self.protected)))
         names = SUBLAYERS if self.granularity == "sublayer" else (self.granularity,)
         spared = resolve_indices(self.protected, total)
@@ -142,6 +142,6 @@ class ShortGPT(PruningCallback):
             for i in spared | fixed_sublayers(model, name)
         }
         ranking = [score for name in names for score in scores[name]]
-        chosen = [divmod(i, total) for i in lowest(ranking, count, fixed)]
+        chosen = [divmod(i, total) for i in lowest_scores(ranking, count, fixed)]
         found = {n: tuple(i for place, i in chosen if names[place] == n) for n in names}
         return DropSublayers(**found)

@@ -19,7 +19,7 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.layer_choice import (
     check_depth_target,
     layers_to_remove,
-    lowest,
+    lowest_scores,
     resolve_indices,
 )
 from prunelight.planning.plan import Plan
@@ -63,7 +63,9 @@ class SLEB(PruningCallback):
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, or they depend on each other."""
         total = len(decoder_layers(model))
-        lowest([0.0] * total, layers_to_remove(self.ratio, self.num_layers, total), self.protected)
+        lowest_scores(
+            [0.0] * total, layers_to_remove(self.ratio, self.num_layers, total), self.protected
+        )
         check_removable(model)
 
     @torch.no_grad()
@@ -101,7 +103,7 @@ class SLEB(PruningCallback):
                 removed.append(replay.units[best].index)
                 replay.replace(best, replay.units[best + 1 :])
             forwards = replay.layer_forwards
-        return self.decided(
+        return self.make_plan(
             model,
             windows,
             RemoveLayers(tuple(removed)),

@@ -26,9 +26,9 @@ from prunelight.pruning.slicing.targets import (
     check_slice_options,
     check_slice_target,
     meet_parameters,
+    report_parameters,
     residual_dims,
     sliced_parameters,
-    told_parameters,
 )
 from prunelight.run.run_state import plan_files
 from prunelight.training.recovery_module import RecoveryModule
@@ -186,9 +186,9 @@ class SliceGPT(SlicingCallback):
             )
         found = {
             "slice_ratio": ratio,
-            **told_parameters(model, self._parameters(model, width), asked),
+            **report_parameters(model, self._parameters(model, width), asked),
         }
-        return self.decided(model, windows, step, scores={}, found=found)
+        return self.make_plan(model, windows, step, scores={}, found=found)
 
     def _dims(self, model: PreTrainedModel, width: int) -> tuple[int, ...]:
         layers = model.config.num_hidden_layers

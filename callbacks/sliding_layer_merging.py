@@ -23,12 +23,12 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.layer_choice import check_depth_target, layers_to_remove, resolve_indices
 from prunelight.planning.plan import Plan
 from prunelight.planning.sliding_search import (
-    Slide,
-    SpentError,
-    exchange,
+    BudgetExceededError,
+    SlidingPass,
     most_removable,
-    search,
+    search_threshold,
     slide,
+    swap_layers,
 )
 from prunelight.planning.steps import MERGES, MergeLayers
 from prunelight.pruning.merge_layers import check_mergeable, merged_layer
@@ -133,12 +133,12 @@ class SlidingLayerMerging(PruningCallback):
             found, threshold = self._find(score, total)
             best = found
             if self.threshold is None and self.limit == "merge" and found.groups:
-                best = self._exchanged(score, found, total)
+                best = self._swapped(score, found, total)
         if not best.groups and self.num_layers != 0:
             given = f"ratio={self.ratio}" if self.threshold is None else f"threshold={threshold}"
             log.warning("%s merges no layer of %d", given, total)
         measured = {i: s for i, s in best.trace.items() if math.isfinite(s)}
-        return self.decided(
+        return self.make_plan(
             model,
             windows,
             MergeLayers(tuple((*range(a, b + 1),) for a, b in best.groups), self.merge),
@@ -159,11 +159,11 @@ class SlidingLayerMerging(PruningCallback):
             return None
         return layers_to_remove(self.ratio, self.num_layers, total)
 
-    def _find(self, score: MergedVariants, total: int) -> tuple[Slide, float]:
+    def _find(self, score: MergedVariants, total: int) -> tuple[SlidingPass, float]:
         """Return the best pass and its threshold."""
         target, protected = self._target(total), resolve_indices(self.protected, total)
 
-        def run(threshold: float) -> Slide:
+        def run(threshold: float) -> SlidingPass:
             by_merge = self.limit == "merge"
             found = slide(
                 score, total, threshold, by_merge=by_merge, protected=protected, target=target
@@ -175,28 +175,28 @@ class SlidingLayerMerging(PruningCallback):
             budget = math.inf
             return run(self.threshold), self.threshold
         if target == 0:
-            return Slide(), 1.0
+            return SlidingPass(), 1.0
         assert target is not None
         # What the loop costs at least that runs the whole model for each window.
         budget = (total - 2) * (total - target)
         if self.limit == "merge":
             # Less a round of exchanges: both cost less by the sum of the layers that are gone.
             budget = (total - 1) * (total / 2 - 2) - total - target
-        return search(run, target)
+        return search_threshold(run, target)
 
-    def _exchanged(self, score: MergedVariants, best: Slide, total: int) -> Slide:
+    def _swapped(self, score: MergedVariants, best: SlidingPass, total: int) -> SlidingPass:
         """Exchange layers for the better until nothing is gained or the loop's cost is spent."""
         protected = resolve_indices(self.protected, total)
         # The loop that runs the whole model for each window, until it has merged these.
         score.budget = total + (total - 2) * (total - 1) - sum(best.gone)
         try:
             while True:
-                score.go_on(best.groups)
-                better = exchange(score, best, total, protected)
+                score.rebase(best.groups)
+                better = swap_layers(score, best, total, protected)
                 if better is best:
                     return best
                 best = better
-        except SpentError:
+        except BudgetExceededError:
             return best
 
     def _cka(self, replay: Replay) -> dict[str, list[list[float]]]:
@@ -208,7 +208,7 @@ class SlidingLayerMerging(PruningCallback):
         positions = replay.walk.positions(max(1, self.ignore_first_tokens))
         for batch, where in enumerate(positions):
             cka.update(states[batch][where.to(states[batch].device)] for states in replay.inputs)
-        cka.pool(replay.walk.ranks)
+        cka.pool(replay.walk.group)
         try:
             return {"cka": [[round(x, 4) for x in row] for row in cka.result().tolist()]}
         except ValueError as error:
@@ -216,7 +216,7 @@ class SlidingLayerMerging(PruningCallback):
             return {}
 
 
-def _difference(before: Slide, after: Slide) -> dict[str, list[int]]:
+def _difference(before: SlidingPass, after: SlidingPass) -> dict[str, list[int]]:
     """Say which layers changed places; nothing if none did."""
     old, new = before.gone, after.gone
     if old == new:

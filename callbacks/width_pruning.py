@@ -134,7 +134,7 @@ class WidthPruning(PruningCallback):
             kept[kind], told[f"share_of_{kind}_score_kept"] = _best(scores, counts[kind])
             found |= {FIELDS[kind]: counts[kind], f"{FIELDS[kind]}_before": before[FIELDS[kind]]}
         step = PruneWidth(kept.get("heads", {}), kept.get("neurons", {}), self.correction)
-        return self.decided(model, windows, step, scores=told, found=found)
+        return self.make_plan(model, windows, step, scores=told, found=found)
 
     def _targets(self, model: PreTrainedModel) -> dict[str, int]:
         """Return how many groups and neurons are left, of what is pruned."""

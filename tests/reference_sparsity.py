@@ -164,7 +164,7 @@ def clipped(sparsities, sizes, target):
     return at(high)
 
 
-def mixed_kept(sparsities, kept, of):
+def round_to_patterns(sparsities, kept, of):
     """Deal out kept x layers, one by one, to the layer furthest below its share (ties: the last).
 
     The last, because the lower index is pruned first.
@@ -282,7 +282,7 @@ def prune(
     amounts = dict(shares)
     if pattern is not None:
         layers = [linears(model, layer) for layer in range(len(model.model.layers))]
-        kept = mixed_kept([shares[next(iter(names))] for names in layers], *pattern)
+        kept = round_to_patterns([shares[next(iter(names))] for names in layers], *pattern)
         amounts = {n: (k, pattern[1]) for k, names in zip(kept, layers, strict=True) for n in names}
         shares = {name: 1 - k / of for name, (k, of) in amounts.items()}
     for layer in range(len(model.model.layers)):

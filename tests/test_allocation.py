@@ -7,11 +7,11 @@ import reference_sparsity as reference
 from prunelight.planning.layer_choice import (
     check_depth_target,
     layers_to_remove,
-    lowest,
+    lowest_scores,
     lowest_window,
     resolve_indices,
 )
-from prunelight.planning.sparsity_shares import dlp, fit_to_target, mixed_kept, owl, uniform
+from prunelight.planning.sparsity_shares import dlp, fit_to_target, owl, round_to_patterns, uniform
 
 SCORES = [0.9, 0.2, 0.5, 0.1, 0.3, 0.8]
 
@@ -61,41 +61,41 @@ def test_a_depth_target_out_of_range_is_refused(check, ratio, num_layers, messag
 
 
 def test_the_lowest_scores_are_chosen_in_order_of_index():
-    assert lowest(SCORES, 3) == [1, 3, 4]
+    assert lowest_scores(SCORES, 3) == [1, 3, 4]
 
 
 def test_choosing_more_keeps_what_was_chosen_before():
-    choices = [set(lowest(SCORES, count)) for count in range(7)]
+    choices = [set(lowest_scores(SCORES, count)) for count in range(7)]
     assert all(small < large for small, large in pairwise(choices))
 
 
 def test_only_the_order_of_scores_matters():
-    assert lowest([10 * s - 3 for s in SCORES], 3) == lowest(SCORES, 3)
+    assert lowest_scores([10 * s - 3 for s in SCORES], 3) == lowest_scores(SCORES, 3)
 
 
 def test_ties_go_to_the_lower_index():
-    assert lowest([0.5] * 6, 2) == [0, 1]
+    assert lowest_scores([0.5] * 6, 2) == [0, 1]
     assert lowest_window([0.5] * 5, 2) == [0, 1]
 
 
 def test_choosing_none_gives_none():
-    assert lowest(SCORES, 0) == []
+    assert lowest_scores(SCORES, 0) == []
     assert lowest_window(SCORES, 0) == []
 
 
 def test_protected_layers_are_never_chosen():
-    assert lowest(SCORES, 3, protected=[3, 1]) == [2, 4, 5]
+    assert lowest_scores(SCORES, 3, protected=[3, 1]) == [2, 4, 5]
     assert lowest_window([0.3, 0.1, 0.2, 0.4, 0.5], 2, protected=[1]) == [2, 3]
 
 
 def test_negative_protected_indices_count_from_the_end():
     assert resolve_indices([-1, 0, -6, 2], 6) == {0, 2, 5}
-    assert lowest(SCORES, 2, protected=[-3]) == lowest(SCORES, 2, protected=[3])
+    assert lowest_scores(SCORES, 2, protected=[-3]) == lowest_scores(SCORES, 2, protected=[3])
 
 
 def test_protecting_too_many_layers_is_refused():
     with pytest.raises(ValueError, match=r"3 layers to remove, but only 2 of 6 .*\[0, 1, 2, 3\]"):
-        lowest(SCORES, 3, protected=[0, 1, 2, 3])
+        lowest_scores(SCORES, 3, protected=[0, 1, 2, 3])
 
 
 def test_the_window_with_the_lowest_score_is_chosen():
@@ -103,7 +103,7 @@ def test_the_window_with_the_lowest_score_is_chosen():
 
 
 def test_windows_of_one_layer_are_the_lowest_layer():
-    assert lowest_window(SCORES, 1) == lowest(SCORES, 1)
+    assert lowest_window(SCORES, 1) == lowest_scores(SCORES, 1)
 
 
 def test_a_window_never_contains_a_protected_layer():
@@ -118,7 +118,7 @@ def test_a_window_never_contains_a_protected_layer():
     "choose",
     [
         lambda protected: resolve_indices(protected, 6),
-        lambda protected: lowest(SCORES, 1, protected),
+        lambda protected: lowest_scores(SCORES, 1, protected),
         lambda protected: lowest_window(SCORES[:5], 2, protected),
         lambda protected: lowest_window([*SCORES, 0.0], 0, protected),
     ],
@@ -251,7 +251,7 @@ def test_mixed_patterns_keep_as_much_as_one_pattern(pattern, alpha):
     for scores, _ in tables():
         sizes = [100] * len(scores)
         shares = clipped(dlp, scores, sizes, 1 - kept / of, alpha=alpha)
-        mixed = mixed_kept(shares, sizes, pattern)
+        mixed = round_to_patterns(shares, sizes, pattern)
         assert sum(mixed) == kept * len(sizes)
         assert all(1 <= n <= of for n in mixed)
         assert all(isinstance(n, int) for n in mixed)
@@ -261,21 +261,21 @@ def test_mixed_patterns_keep_as_much_as_one_pattern(pattern, alpha):
             ideal = [of * (1 - share) for share in shares]
             assert all(abs(n - exact) < 1 + 1e-9 for n, exact in zip(mixed, ideal, strict=True))
             if len({round(share, 9) for share in shares}) == len(shares):  # no ties
-                assert mixed == reference.mixed_kept(shares, *pattern)
+                assert mixed == reference.round_to_patterns(shares, *pattern)
 
 
 @PATTERNS
 @pytest.mark.parametrize("sizes", [[5] * 6, [1, 2, 3, 4, 5, 6]])
 def test_equal_shares_keep_the_pattern(pattern, sizes):
     kept, of = pattern
-    assert mixed_kept(uniform(sizes, 1 - kept / of), sizes, pattern) == [kept] * 6
+    assert round_to_patterns(uniform(sizes, 1 - kept / of), sizes, pattern) == [kept] * 6
 
 
 @PATTERNS
 def test_mixed_patterns_of_unequal_layers_stay_near_the_total(pattern):
     kept, of = pattern
     for scores, sizes in tables():
-        mixed = mixed_kept(clipped(dlp, scores, sizes, 1 - kept / of), sizes, pattern)
+        mixed = round_to_patterns(clipped(dlp, scores, sizes, 1 - kept / of), sizes, pattern)
         assert all(1 <= n <= of for n in mixed)
         off = abs(sum(n * size for n, size in zip(mixed, sizes, strict=True)) - kept * sum(sizes))
         assert off <= max(sizes)  # one weight in M of one layer

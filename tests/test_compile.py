@@ -16,7 +16,7 @@ from prunelight.planning.plan import Plan
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.apply import apply
 from prunelight.recovery.lora import LoRA
-from prunelight.recovery.prepared_model import Adapted, Settings
+from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 
 WINDOWS = token_windows(2, 12)
@@ -48,14 +48,14 @@ MODELS = {
 def losses(kind, backend, recovery="lora", checkpointing=False, optimizer=SGD):
     """Train three steps, evaluate, merge; return all losses and the merged weights."""
     model, plans = MODELS[kind]()
-    settings = Settings(
+    settings = RecoverySettings(
         recovery=recovery,
         lora=LoRA(dropout=0.0),
         gradient_checkpointing=checkpointing,
         compile_backend=backend,
     )
     torch.manual_seed(0)  # of the adapters
-    adapted = Adapted(model, plans, settings)
+    adapted = PreparedModel(model, plans, settings)
     optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
     if adapted.zeros.masks is not None:
         adapted.zeros.masks.watch(optimizer)

@@ -22,7 +22,7 @@ from prunelight.cli import main
 from prunelight.losses import counted_targets, top_k
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import MergeLayers, RemoveLayers
-from prunelight.recovery.distillation.language_head import Head
+from prunelight.recovery.distillation.language_head import LanguageHead
 from prunelight.recovery.distillation.objective import (
     Distillation,
     Objective,
@@ -380,7 +380,7 @@ def test_a_quantized_teacher_says_nearly_the_same(held, tmp_path):
     quantized = TeacherSource(name, "auto", held, False).load(CPU)
     assert type(quantized.model.layers[0].mlp.up_proj).__name__.startswith("Linear")
     assert type(quantized.lm_head) is torch.nn.Linear
-    assert Head(quantized).runs_apart()
+    assert LanguageHead(quantized).runs_apart()
     assert 0 < distance(quantized, dense, token_windows()) < 1e-2
 
 

@@ -120,7 +120,7 @@ def test_mixed_patterns_keep_n_of_m_on_average(model, pattern):
     assert len(Counter(map(round, numbers))) > 1
     shares = reference.allocate(model, WINDOWS, "dlp", 1 - kept / of, alpha=0.2)
     shares = [shares[f"model.layers.{i}.mlp.up_proj"] for i in range(NUM_LAYERS)]
-    assert [round(number) for number in numbers] == reference.mixed_kept(shares, kept, of)
+    assert [round(number) for number in numbers] == reference.round_to_patterns(shares, kept, of)
     pruned = prunelight.apply(shuffled_model(), plan, WINDOWS)
     for name, matrix in matrices(pruned).items():
         zeros = (matrix.parameter == 0).view(-1, of).sum(1)

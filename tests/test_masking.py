@@ -21,13 +21,13 @@ from prunelight.planning.plan import Plan
 from prunelight.planning.steps import Sparsify
 from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
 from prunelight.recovery.zeros.masked_lora import (
+    MaskedLora,
     MaskedSum,
     MaskedUpdate,
-    MaskedVariant,
     mask_adapters,
 )
 from prunelight.recovery.zeros.planned_zeros import PlannedZeros
-from prunelight.recovery.zeros.weight_masks import WeightMasks, ZeroRecord, pack, unpack
+from prunelight.recovery.zeros.weight_masks import WeightMasks, ZeroRecord, pack_mask, unpack_mask
 from prunelight.run.run_state import plan_files
 from prunelight.training.recovery_module import RecoveryModule
 
@@ -75,14 +75,14 @@ def train(matrix, optimizer, steps=3, clip=None, weight=None):
 @pytest.mark.parametrize("shape", [(1,), (7,), (8,), (9,), (3, 5), (2, 3, 11)])
 def test_masks_survive_packing(shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    bits = pack(mask)
+    bits = pack_mask(mask)
     assert (bits.dtype, bits.numel()) == (torch.uint8, (mask.numel() + 7) // 8)
-    assert torch.equal(unpack(bits, mask), mask)
+    assert torch.equal(unpack_mask(bits, mask), mask)
 
 
 def test_bits_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"16 packed bits do not fit shape \(3, 8\)"):
-        unpack(pack(torch.ones(2, 8) > 0), torch.ones(3, 8))
+        unpack_mask(pack_mask(torch.ones(2, 8) > 0), torch.ones(3, 8))
 
 
 # --- full training
@@ -337,7 +337,7 @@ class PlainParamWrapper(ParamWrapper):
 def test_a_kept_weight_that_merging_would_cancel_stays_apart_from_the_zeros(dtype):
     W = torch.tensor([[0.5, -0.25, 0.0, 1.0]], dtype=dtype)
     adapter = SimpleNamespace(get_delta_weight=lambda _: torch.tensor([[-0.5, 0.25, 9.0, 1.0]]))
-    merged = MaskedVariant.merge_safe(adapter, "default", W)
+    merged = MaskedLora.merge_safe(adapter, "default", W)
     assert merged.dtype == dtype
     assert ((merged == 0) == (W == 0)).all()
     assert merged[0, 3] == 2

@@ -10,7 +10,7 @@ import prunelight
 from prunelight.callbacks import DLP, SlidingLayerMerging
 from prunelight.models.families.layers import decoder_layers, matrices
 from prunelight.planning.fingerprints import describe_model
-from prunelight.planning.plan import Plan, sparsified
+from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import MERGES, MergeLayers, RemoveLayers
 from prunelight.pruning.merge_layers import (
     check_mergeable,
@@ -122,7 +122,7 @@ def test_planned_zeros_stay_known_where_merging_keeps_them(merge):
     prunelight.apply(model, sparse, WINDOWS)
     merged = plan_of(model, MergeLayers(((1, 2, 3),), merge))
     prunelight.apply(model, merged)
-    shares = sparsified([sparse, merged], "model.layers")
+    shares = planned_sparsity([sparse, merged], "model.layers")
     kept = {0, 2, 3} if merge == "mean" else {0, 1, 2, 3}
     assert {int(name.split(".")[2]) for name in shares} == kept
     for name in shares:

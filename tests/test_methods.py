@@ -31,7 +31,7 @@ from prunelight.callbacks import (
 )
 from prunelight.models.families.layers import matrices
 from prunelight.models.forward import greedy_tokens
-from prunelight.planning.plan import sparsified
+from prunelight.planning.plan import planned_sparsity
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.sparsity.masks import Pattern
 from prunelight.pruning.sparsity.sparsify import amount_of
@@ -135,7 +135,7 @@ def zeros_of(weight, share, step):
 
 def assert_planned_zeros(model, plans):
     """Check every matrix: number of zeros, and N:M groups."""
-    shares, found = sparsified(plans, "model.layers"), matrices(model)
+    shares, found = planned_sparsity(plans, "model.layers"), matrices(model)
     steps = [step for plan in plans for step in plan.steps if isinstance(step, Sparsify)]
     assert set(shares) == (set(found) if steps else set())
     for name, share in shares.items():
@@ -210,7 +210,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(method, recovery, name,
 
 
 @pytest.fixture(scope="module")
-def ranks(name, tmp_path_factory):
+def group(name, tmp_path_factory):
     """Return the directory of the same runs by two processes, all in one launch."""
     directory = tmp_path_factory.mktemp("ranks")
     gradual = list(METHODS).index("DLP, gradual")
@@ -230,9 +230,9 @@ def ranks(name, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_reach_what_one_reaches(method, recovery, root, ranks):
+def test_two_processes_reach_what_one_reaches(method, recovery, root, group):
     number = list(METHODS.values()).index(method)
-    run = ranks / f"{'ddp' if recovery == 'lora' else 'fsdp2'}-{recovery}-{number}"
+    run = group / f"{'ddp' if recovery == 'lora' else 'fsdp2'}-{recovery}-{number}"
     told = json.loads((run / "digests.json").read_text())
     assert len(set(told["digests"])) == 1, "the ranks hold different pruned weights"
     one, two = (
@@ -248,23 +248,23 @@ def test_two_processes_reach_what_one_reaches(method, recovery, root, ranks):
 
 
 @pytest.mark.slow
-def test_sharded_lora_grows_the_same_zeros_and_a_sharded_run_resumes(ranks):
+def test_sharded_lora_grows_the_same_zeros_and_a_sharded_run_resumes(group):
     number = list(METHODS).index("DLP, gradual")
     perplexities = [
-        json.loads((ranks / f"{strategy}-lora-{number}" / "report.json").read_text())["stages"][-1]
+        json.loads((group / f"{strategy}-lora-{number}" / "report.json").read_text())["stages"][-1]
         for strategy in ("ddp", "fsdp2")
     ]
     assert perplexities[1]["perplexity"] == pytest.approx(perplexities[0]["perplexity"], rel=1e-4)
-    run = ranks / f"fsdp2-full-{number}"
+    run = group / f"fsdp2-full-{number}"
     whole = load_file(run / "final-first" / "model.safetensors")
     parts = load_file(run / "final" / "model.safetensors")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 @pytest.mark.slow
-def test_two_processes_train_adapters_over_8_bits_from_one_teacher_cache(ranks):
+def test_two_processes_train_adapters_over_8_bits_from_one_teacher_cache(group):
     pytest.importorskip("bitsandbytes", reason="pip install 'prunelight[quantization]'")
-    run = ranks / "ddp-int8-0"
+    run = group / "ddp-int8-0"
     told, report = (json.loads((run / f"{n}.json").read_text()) for n in ("digests", "report"))
     quantized, recovered = report["stages"][-2:]
     assert quantized["name"] == "quantized"

@@ -12,11 +12,11 @@ from tiny import FAMILIES, UNKNOWN_FAMILIES, tiny_model, token_windows
 from torch.nn.functional import cross_entropy
 
 from prunelight.callbacks import ShortGPT
-from prunelight.data.document_rows import best_fit, cut, pack_documents
+from prunelight.data.document_rows import best_fit, cut_document, pack_documents
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.loading import load
 from prunelight.recovery.lora import LoRA, attach_lora
-from prunelight.recovery.packed_rows import check_packing, leakage
+from prunelight.recovery.packed_rows import check_packing, cross_document_attention
 from prunelight.training.text_datamodule import TextDataModule
 
 # Their code leaves positions out of the mask, or knows no mask at all.
@@ -58,7 +58,7 @@ def test_a_document_goes_into_the_fullest_row_that_has_room():
 @pytest.mark.parametrize("bos", [None, 1])
 def test_pieces_of_a_long_document_are_that_document(bos):
     tokens = list(range(10, 35))
-    pieces = [piece.tolist() for piece in cut(tokens, 8, bos_token_id=bos)]
+    pieces = [piece.tolist() for piece in cut_document(tokens, 8, bos_token_id=bos)]
     if bos is not None:
         assert {piece.pop(0) for piece in pieces} == {bos}
     assert max(map(len, pieces)) == 8 - (bos is not None)
@@ -101,13 +101,13 @@ def test_a_model_whose_documents_see_each_other_is_refused(family):
 
 def test_a_sliced_model_and_one_with_adapters_keep_documents_apart_too():
     model = sliced("llama", True, CUT)
-    assert leakage(model) < 1e-4
-    assert leakage(attach_lora(model, LoRA(dropout=0.0)).get_base_model()) < 1e-4
+    assert cross_document_attention(model) < 1e-4
+    assert cross_document_attention(attach_lora(model, LoRA(dropout=0.0)).get_base_model()) < 1e-4
 
 
 def test_half_precision_is_told_from_a_leak():
-    assert leakage(tiny_model(dtype=torch.bfloat16)) < 0.05
-    assert leakage(tiny_model("gpt_oss", dtype=torch.bfloat16)) > 0.5
+    assert cross_document_attention(tiny_model(dtype=torch.bfloat16)) < 0.05
+    assert cross_document_attention(tiny_model("gpt_oss", dtype=torch.bfloat16)) > 0.5
 
 
 def test_flash_attention_with_several_rows_is_refused():

@@ -13,7 +13,7 @@ from prunelight.planning.fingerprints import (
     fingerprint_of,
     model_fingerprint,
 )
-from prunelight.planning.plan import Plan, sparsified
+from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import (
     DropSublayers,
     MergeLayers,
@@ -408,16 +408,16 @@ def test_the_shares_of_several_plans_follow_the_layers():
             (sparse(3, share=0.7), RemoveLayers((0,)), sparse(4, share=0.2)),
         )
     ]
-    assert sparsified(plans, PATH) == {name_of(0): 0.5, name_of(2): 0.7, name_of(3): 0.2}
-    assert sparsified(plans[:2], PATH) == {name_of(1): 0.5, name_of(3): 0.5}
-    assert sparsified([], PATH) == {}
+    assert planned_sparsity(plans, PATH) == {name_of(0): 0.5, name_of(2): 0.7, name_of(3): 0.2}
+    assert planned_sparsity(plans[:2], PATH) == {name_of(1): 0.5, name_of(3): 0.5}
+    assert planned_sparsity([], PATH) == {}
 
 
 def test_a_removed_layer_takes_its_shares_along():
     for steps in ((sparse(0, 1), RemoveLayers((1,))), (RemoveLayers((1,)), sparse(0, 1))):
-        assert sparsified([make_plan(steps=steps)], PATH) == {name_of(0): 0.5}
+        assert planned_sparsity([make_plan(steps=steps)], PATH) == {name_of(0): 0.5}
     later = [make_plan(steps=(sparse(1),)), make_plan(steps=(RemoveLayers((1,)),))]
-    assert sparsified(later, PATH) == {}
+    assert planned_sparsity(later, PATH) == {}
 
 
 def test_names_are_renumbered_by_the_layer_and_nothing_else():

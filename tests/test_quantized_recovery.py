@@ -17,10 +17,10 @@ from prunelight.callbacks import DLP, DynamicSlicing, ShortGPT, SliceGPT, WidthP
 from prunelight.cli import main
 from prunelight.models.families.layers import matrices
 from prunelight.recovery.lora import LoRA
-from prunelight.recovery.prepared_model import Adapted, Settings
+from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.quantization import BitsAndBytes, quantize
 from prunelight.recovery.zeros.gradual_zeros import Schedule
-from prunelight.run.checkpoints import check_same_run, facts_of
+from prunelight.run.checkpoints import check_same_run, read_metadata
 from prunelight.run.strategies import check_strategy
 from prunelight.training.recovery_module import RecoveryModule
 
@@ -118,7 +118,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, kind, name, tmp_path):
 
 def test_a_checkpoint_of_another_quantization_is_refused():
     ours = {"base": "b", "fingerprint": "f", "recovery": "lora", "zeros": "kept"}
-    saved = facts_of({"prunelight": ours})  # of a version without quantization
+    saved = read_metadata({"prunelight": ours})  # of a version without quantization
     with pytest.raises(ValueError, match="with quantization none on.*this run .*quantization nf4"):
         check_same_run(saved, {**ours, "quantization": "nf4"})
 
@@ -195,9 +195,9 @@ def test_a_masked_update_of_a_quantized_weight_has_outputs_and_gradients_of_its_
     plan = DLP(0.5).plan(model, windows)
     prunelight.apply(model, plan, windows)
     dense = {key: m.parameter.detach().clone() for key, m in matrices(model).items()}
-    settings = Settings("lora", LoRA(dropout=0.0), gradient_checkpointing=checkpointing)
-    settings = Settings(**{**vars(settings), "quantization": kind})
-    adapted = Adapted(model, [plan], settings)
+    settings = RecoverySettings("lora", LoRA(dropout=0.0), gradient_checkpointing=checkpointing)
+    settings = RecoverySettings(**{**vars(settings), "quantization": kind})
+    adapted = PreparedModel(model, [plan], settings)
     layer = adapted.model.base_model.model.model.layers[1].mlp.up_proj
     A, B = layer.lora_A.default.weight, layer.lora_B.default.weight
     torch.nn.init.normal_(B)
@@ -231,10 +231,10 @@ def test_rounding_to_zero_does_not_freeze_a_weight():
 
 
 def test_a_base_that_changed_meanwhile_is_refused(name):
-    settings = Settings(quantization="nf4")
-    adapted = Adapted(prunelight.load(name)[0], [], settings)
+    settings = RecoverySettings(quantization="nf4")
+    adapted = PreparedModel(prunelight.load(name)[0], [], settings)
     with pytest.raises(ValueError, match="has fingerprint .*it was changed meanwhile; train again"):
-        adapted.onto(tiny_model(**WIDTHS, vocab_size=99), [], {})
+        adapted.rebuild_on(tiny_model(**WIDTHS, vocab_size=99), [], {})
 
 
 # --- refused -------------------------------------------------------------------------------------

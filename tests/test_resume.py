@@ -25,10 +25,10 @@ from torch.utils.data import DistributedSampler
 from prunelight.callbacks import DLP, RecoveryCheckpoint, ShortGPT
 from prunelight.cli import main
 from prunelight.recovery.lora import LoRA
-from prunelight.recovery.prepared_model import Adapted, Settings
+from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.run.strategies import FSDP2Strategy
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.processes import ProcessGroup
 from prunelight.training.exact_resume import AtomicCheckpointIO, seed_batch
 from prunelight.training.resumable_loader import ResumableLoader
 
@@ -167,7 +167,7 @@ def test_adapters_start_from_the_seed_alone():
         model = tiny_model()
         torch.rand(drawn)
         before = torch.get_rng_state()
-        adapted = Adapted(model, [], Settings(seed=seed))
+        adapted = PreparedModel(model, [], RecoverySettings(seed=seed))
         assert torch.equal(torch.get_rng_state(), before)
         weights.append(next(p for n, p in adapted.model.named_parameters() if "lora_A" in n))
     assert torch.equal(weights[0], weights[1])
@@ -265,7 +265,7 @@ def test_a_rank_saves_with_those_that_got_the_signal_first(name, tmp_path, monke
     class Other(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             told = trainer.global_step == 2  # by a rank that got it
-            monkeypatch.setattr(Ranks, "any", lambda ranks, ours: ours or told)
+            monkeypatch.setattr(ProcessGroup, "any", lambda group, ours: ours or told)
 
     with pytest.raises(SIGTERMException):
         fit(name, tmp_path, short_gpt(), Other(), every=100)

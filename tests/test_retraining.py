@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import prunelight
 from prunelight.callbacks import DLP, ShortGPT, TokenBudget
-from prunelight.recovery.overfitting import Evaluated, TrainingText, overfit_risk, overfitting
+from prunelight.recovery.overfitting import TrainingText, ValidationPoint, overfit_risk, overfitting
 from prunelight.recovery.precision import precision_faults
 from prunelight.recovery.schedules import make_schedule
 from prunelight.recovery.zeros.gradual_zeros import Schedule
@@ -208,7 +208,7 @@ def test_too_little_text_is_told_before_training(recovery, tokens, steps, parame
 
 def history(perplexities, losses):
     pairs = zip(perplexities, losses, strict=True)
-    return [Evaluated(10 * i, p, loss) for i, (p, loss) in enumerate(pairs)]
+    return [ValidationPoint(10 * i, p, loss) for i, (p, loss) in enumerate(pairs)]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from prunelight.recovery.zeros.gradual_zeros import (
     weights_with_adapters,
 )
 from prunelight.recovery.zeros.masked_lora import mask_adapters
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.processes import ProcessGroup
 
 # --- the schedule
 
@@ -69,7 +69,7 @@ class Masks:
     def __init__(self, model, amount, solver="wanda"):
         self.found = matrices(model)
         pairs = {name: (matrix, amount) for name, matrix in self.found.items()}
-        self.gradual = Gradual(pairs, HALFWAY, solver, Ranks())
+        self.gradual = Gradual(pairs, HALFWAY, solver, ProcessGroup())
         self.kept = {n: torch.ones_like(m.parameter).bool() for n, m in self.found.items()}
 
     def see(self, model, ids, mask=None):
@@ -152,7 +152,7 @@ def test_running_norms_go_on_from_a_checkpoint(tmp_path):
     assert all(torch.equal(kept[name], resumed[name]) for name in kept)
 
 
-class TwoRanks(Ranks):
+class TwoRanks(ProcessGroup):
     """This rank and one that has seen three times as much."""
 
     def __init__(self):
@@ -166,7 +166,7 @@ class TwoRanks(Ranks):
 def test_a_checkpoint_holds_the_running_norms_of_all_processes_not_those_of_the_first():
     model, ids = tiny_model(), token_windows(2, 8)
     alone, two = Masks(model, 0.5), Masks(model, 0.5)
-    two.gradual.ranks = TwoRanks()
+    two.gradual.group = TwoRanks()
     for masks in (alone, two):
         masks.see(model, ids)
     mine, mean = (masks.gradual.state_dict()["sums"] for masks in (alone, two))
@@ -176,17 +176,17 @@ def test_a_checkpoint_holds_the_running_norms_of_all_processes_not_those_of_the_
 
 def test_experts_seen_by_one_process_only_are_pruned_alike_on_both():
     model = tiny_model("mixtral", num_local_experts=8)
-    ranks = [Masks(model, 0.5), Masks(model, 0.5)]
-    for masks, ids in zip(ranks, token_windows(2, 3).split(1), strict=True):
+    group = [Masks(model, 0.5), Masks(model, 0.5)]
+    for masks, ids in zip(group, token_windows(2, 3).split(1), strict=True):
         masks.see(model, ids)
     sums = [[], []]
-    for masks, mine in zip(ranks, sums, strict=True):
+    for masks, mine in zip(group, sums, strict=True):
         masks.gradual._seen.reduce(lambda x, mine=mine: mine.append(x) or x)
     means = [(a + b) / 2 for a, b in zip(*sums, strict=True)]
-    for masks in ranks:
+    for masks in group:
         rest = iter(means)
         masks.gradual._seen.reduce(lambda _, rest=rest: next(rest))
-    first, second = (masks.after(1) for masks in ranks)
+    first, second = (masks.after(1) for masks in group)
     unseen = [[bool((x == 0).all()) for x in mine] for mine in sums]
     assert unseen[0] != unseen[1]  # or the test would prove nothing
     assert all(torch.equal(first[name], second[name]) for name in first)

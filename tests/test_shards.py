@@ -26,8 +26,8 @@ from prunelight.calibration.cka import CKA
 from prunelight.calibration.input_statistics import InputStatistics
 from prunelight.calibration.shared_windows import (
     MICRO_BATCH_TOKENS,
+    group_of,
     own_windows,
-    ranks_of,
     share_windows,
 )
 from prunelight.calibration.statistics import (
@@ -50,7 +50,7 @@ from prunelight.callbacks import (
 from prunelight.evaluation.perplexity import evaluate
 from prunelight.models.families.layers import Matrix
 from prunelight.planning.steps import Sparsify
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.processes import ProcessGroup
 from prunelight.scoring.analysis import analyze
 
 LIMIT = 400  # seconds for all that the processes do, on a busy machine
@@ -107,7 +107,7 @@ def prune(make, model, windows):
 PARTS = [slice(0, 20), slice(20, 35), slice(35, 35)]  # of the tokens, a rank
 
 
-def statistics(parts, ranks):
+def statistics(parts, group):
     """Return what accumulators say that saw some parts of the tokens, pooled over ranks."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 35, 6, generator=generator) + 3
@@ -129,8 +129,8 @@ def statistics(parts, ranks):
                 if len(x) == 20:  # so that only one rank knows the first expert
                     experts[0].owner(y)
     for one in (*made, cosine, cka, seen):
-        one.pool(ranks)
-    median = exact_median(lambda: [x.abs() for x, _ in pairs], ranks)
+        one.pool(group)
+    median = exact_median(lambda: [x.abs() for x, _ in pairs], group)
     return {
         "norms": norm.norms(),
         "mean": variance.mean,
@@ -152,18 +152,20 @@ def work(rank, root, name):
     torch.set_num_threads(1)
     root = Path(root)
     meet(rank, 3, root)
-    ranks = Ranks.of_default_group()
-    assert Ranks.of_default_group()._waiting is ranks._waiting, "groups are never closed: one"
-    uneven(rank, root, ranks)
-    save_file(statistics([PARTS[rank]], ranks), root / f"statistics-{rank}.safetensors")
-    write(root / f"failures-{rank}.json", failures(rank, ranks))
+    group = ProcessGroup.of_default_group()
+    assert ProcessGroup.of_default_group()._waiting is group._waiting, (
+        "groups are never closed: one"
+    )
+    uneven(rank, root, group)
+    save_file(statistics([PARTS[rank]], group), root / f"statistics-{rank}.safetensors")
+    write(root / f"failures-{rank}.json", failures(rank, group))
     dist.destroy_process_group()
     if rank < 2:
         meet(rank, 2, root)
         windows = share_windows(make_data(name, root / "text").calibration_windows())
         for title, make in MAKERS.items():
             keep(root / f"2 {title}", rank, prune(make, prunelight.load(name)[0], windows))
-        shared = share_windows(long(), windows.ranks)
+        shared = share_windows(long(), windows.group)
         for title, make in BY_CKA.items():
             keep(root / f"2 {title} by CKA", rank, prune(make, tiny_model(), shared))
         fit(rank, root, name)
@@ -185,8 +187,8 @@ def keep(place, rank, found):
     save_file(weights, place / f"{rank}.safetensors")
 
 
-def uneven(rank, root, ranks):
-    shared, model = share_windows(padded(), ranks), tiny_model()
+def uneven(rank, root, group):
+    shared, model = share_windows(padded(), group), tiny_model()
     for title, make in UNEVEN.items():
         keep(root / f"3 {title}", rank, prune(make, tiny_model(), shared))
     rows = own_windows(shared)["input_ids"].tolist()
@@ -198,7 +200,7 @@ class Failing(ShortGPT):
     """Fails on one rank while the others go on to a sum."""
 
     def plan(self, model, windows):
-        if ranks_of(windows).rank == 1:
+        if group_of(windows).rank == 1:
             raise ValueError("the disk of this rank is gone")
         return super().plan(model, windows)
 
@@ -209,19 +211,19 @@ def said(call):
     return f"{caught.type.__name__}: {caught.value}"
 
 
-def failures(rank, ranks):
+def failures(rank, group):
     """Return what each failure raises on this rank."""
 
     def one_fails():
-        failing = Ranks.of_default_group()
+        failing = ProcessGroup.of_default_group()
         with failing.together(), failing.together():
             Failing(num_layers=1).plan(tiny_model(), share_windows(padded(), failing))
 
     return {
         "one": said(one_fails),
-        "first": said(lambda: Ranks.of_default_group().on_zero(lambda: int("x"))),
-        "differ": said(lambda: ranks.check_same("the fingerprint", "b" if rank == 2 else "a")),
-        "few": said(lambda: share_windows(token_windows(2), ranks)),
+        "first": said(lambda: ProcessGroup.of_default_group().on_zero(lambda: int("x"))),
+        "differ": said(lambda: group.check_same("the fingerprint", "b" if rank == 2 else "a")),
+        "few": said(lambda: share_windows(token_windows(2), group)),
     }
 
 
@@ -356,7 +358,7 @@ def test_ranks_feed_every_window_once_and_measure_what_one_process_does(root):
 @pytest.mark.parametrize("rank", range(3))
 def test_pooled_statistics_are_those_of_all_tokens(rank, root):
     found = load_file(root / f"statistics-{rank}.safetensors")
-    expected = statistics(PARTS, Ranks())
+    expected = statistics(PARTS, ProcessGroup())
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
 
@@ -367,9 +369,9 @@ def test_pooled_statistics_are_those_of_all_tokens(rank, root):
 def test_shares_are_neighbours_of_whole_units_that_leave_out_none(count, size, unit):
     shares = []
     for rank in range(size):
-        ranks = Ranks()
-        ranks.rank, ranks.size = rank, size
-        shares.append(ranks.rows(count, unit))
+        group = ProcessGroup()
+        group.rank, group.size = rank, size
+        shares.append(group.rows(count, unit))
     assert [i for rows in shares for i in range(rows.start, rows.stop)] == list(range(count))
     whole = count > unit * (size - 1)
     assert all(rows.start % unit == 0 for rows in shares if whole)
@@ -417,7 +419,7 @@ def test_a_fit_of_two_processes_prunes_together_and_ends_together(root, name):
 
 def test_windows_that_are_not_shared_belong_to_one_process_alone():
     windows = token_windows(2)
-    assert ranks_of(windows).size == 1
+    assert group_of(windows).size == 1
     assert own_windows(windows) is windows
     assert share_windows(windows) is windows  # no process group
-    assert Ranks().sum(windows) is windows
+    assert ProcessGroup().sum(windows) is windows

@@ -7,12 +7,12 @@ from itertools import combinations
 import pytest
 
 from prunelight.planning.sliding_search import (
-    Slide,
-    SpentError,
-    exchange,
+    BudgetExceededError,
+    SlidingPass,
     most_removable,
-    search,
+    search_threshold,
     slide,
+    swap_layers,
     windows_of,
 )
 
@@ -42,7 +42,7 @@ def test_the_lowest_threshold_merges_all_that_may_be_merged():
 
 def test_a_threshold_that_nothing_meets_merges_nothing():
     found = slide(random_score(0), L, 1.1)
-    assert found == Slide((), 1.0, (), found.refused, found.trace)
+    assert found == SlidingPass((), 1.0, (), found.refused, found.trace)
     assert len(found.trace) == L - 1  # each pair was tried
 
 
@@ -94,7 +94,7 @@ def test_what_cannot_be_measured_is_never_merged():
 
     assert slide(score, L, -math.inf).groups == ((7, 11), (0, 6))
     with pytest.raises(ValueError, match="11 layers cannot be merged: .* NaN states"):
-        search(lambda t: slide(score, L, t, target=11), 11)
+        search_threshold(lambda t: slide(score, L, t, target=11), 11)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -113,7 +113,7 @@ def passes(score, target, by_merge, allowed=None):
 
     def run(threshold):
         if allowed is not None and len(made) >= allowed:
-            raise SpentError
+            raise BudgetExceededError
         made.append(slide(score, L, threshold, by_merge=by_merge, target=target))
         return made[-1]
 
@@ -125,7 +125,7 @@ def passes(score, target, by_merge, allowed=None):
 @pytest.mark.parametrize("by_merge", [False, True])
 def test_a_search_always_lands_on_the_target(seed, target, by_merge):
     run, made = passes(random_score(seed), target, by_merge)  # as far from monotone as it can be
-    found, threshold = search(run, target)
+    found, threshold = search_threshold(run, target)
     assert len(found.gone) == target
     reached = [one for one in made if len(one.gone) == target]
     assert found.similarity == max(one.similarity for one in reached)
@@ -136,7 +136,7 @@ def test_a_search_always_lands_on_the_target(seed, target, by_merge):
 def test_where_removal_is_monotone_the_search_finds_the_highest_threshold():
     costs = [0.02 * (1 + i % 4) for i in range(L)]
     score, target = additive(costs), 4
-    found, threshold = search(passes(score, target, False)[0], target)
+    found, threshold = search_threshold(passes(score, target, False)[0], target)
     best = max(
         (t / 1000 for t in range(1001) if len(slide(score, L, t / 1000).gone) >= target), default=0
     )
@@ -147,7 +147,7 @@ def test_where_removal_is_monotone_the_search_finds_the_highest_threshold():
 @pytest.mark.parametrize("allowed", [1, 2, 3])
 def test_a_search_that_may_measure_no_more_keeps_what_it_has(allowed):
     run, made = passes(random_score(3), 4, True, allowed)
-    found, _ = search(run, 4)
+    found, _ = search_threshold(run, 4)
     assert len(made) == allowed
     assert len(found.gone) == 4
 
@@ -155,8 +155,8 @@ def test_a_search_that_may_measure_no_more_keeps_what_it_has(allowed):
 def test_limit_by_merge_prefers_cheap_layers_that_come_late():
     # Layers of a cost that grows upwards: the paper's threshold spends itself on the first ones.
     costs = [0.01 + 0.005 * i for i in range(L)]
-    by_model = search(passes(additive(costs), 3, False)[0], 3)[0]
-    by_merge = search(passes(additive(costs), 3, True)[0], 3)[0]
+    by_model = search_threshold(passes(additive(costs), 3, False)[0], 3)[0]
+    by_merge = search_threshold(passes(additive(costs), 3, True)[0], 3)[0]
     best = max(1 - sum(costs[i] for i in chosen) for chosen in combinations(range(L - 1), 3))
     assert by_merge.similarity == pytest.approx(best)
     assert by_model.similarity < by_merge.similarity
@@ -186,7 +186,7 @@ def test_a_pass_that_can_no_longer_reach_its_target_stops():
 def test_an_exchange_keeps_the_number_of_layers_and_never_makes_it_worse(seed, target):
     score = random_score(seed)
     start = slide(score, L, -math.inf, protected=[3], target=target)
-    better = exchange(score, start, L, protected=[3])
+    better = swap_layers(score, start, L, protected=[3])
     assert len(better.gone) == target
     assert not {i for low, high in better.groups for i in range(low, high + 1)} & {3}
     assert better.similarity == score(better.groups)
@@ -204,9 +204,9 @@ def test_where_layers_do_not_interact_one_exchange_finds_the_best_model(seed, ta
 
     start = slide(score, L, -math.inf, target=target)
     best = max(math.prod(chosen) for chosen in combinations(shares[: L - 1], target))
-    found = exchange(score, start, L)
+    found = swap_layers(score, start, L)
     assert found.similarity == pytest.approx(best)
-    assert exchange(score, found, L) is found
+    assert swap_layers(score, found, L) is found
 
 
 def test_an_exchange_never_takes_what_cannot_be_measured():
@@ -214,5 +214,5 @@ def test_an_exchange_never_takes_what_cannot_be_measured():
         gone = {i for low, high in groups for i in range(low, high)}
         return -math.inf if 2 in gone else 0.5 + 0.01 * sum(gone)
 
-    start = Slide(windows_of({0, 1}), score(windows_of({0, 1})))
-    assert exchange(score, start, L).groups == windows_of({9, 10})
+    start = SlidingPass(windows_of({0, 1}), score(windows_of({0, 1})))
+    assert swap_layers(score, start, L).groups == windows_of({9, 10})

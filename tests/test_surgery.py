@@ -14,7 +14,7 @@ from prunelight.models.families.config_fields import cut_config
 from prunelight.models.families.layers import decoder_layers, layers_path, matrices
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.fingerprints import describe_model
-from prunelight.planning.plan import Plan, sparsified
+from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import RemoveLayers, Sparsify
 from prunelight.pruning.remove_layers import remove_layers
 from prunelight.pruning.sparsity.sparsify import sparsify
@@ -345,7 +345,7 @@ def test_a_combined_plan_counts_the_layers_of_the_dense_model(family, solver, re
     steps = (Sparsify(shares_of(model), solver), RemoveLayers(REMOVED))
     plan, outcomes = combined(model, *(steps[::-1] if removed_first else steps)), []
     assert prunelight.apply(model, plan, WINDOWS, outcomes=outcomes) is model
-    planned = sparsified([plan], layers_path(model))
+    planned = planned_sparsity([plan], layers_path(model))
     assert sorted(set(planned.values())) == [
         (1 + i) / 8 for i in range(NUM_LAYERS) if i not in (1, 4)
     ]
@@ -381,7 +381,7 @@ def test_zeros_in_several_steps_and_plans_are_all_there():
     prunelight.apply(model, first, WINDOWS, outcomes=outcomes)
     second = combined(model, RemoveLayers((0,)), Sparsify({up.format(4): 0.75}, "sparsegpt"))
     prunelight.apply(model, second, WINDOWS, outcomes=outcomes)
-    planned = sparsified([first, second], "model.layers")
+    planned = planned_sparsity([first, second], "model.layers")
     assert planned == {up.format(1): 0.25, down.format(1): 0.5, up.format(3): 0.75}
     assert {name: share for name, share in zeros_of(model).items() if share} == planned
     assert [len(outcome["sparsity"]) for outcome in outcomes] == [2, 1, 1]

@@ -14,7 +14,12 @@ from transformers import PreTrainedTokenizerFast
 
 from prunelight.data.instructions import instruction_example
 from prunelight.data.sources import read_documents
-from prunelight.data.token_windows import calibration_windows, pack, tokenize, tokenize_documents
+from prunelight.data.token_windows import (
+    calibration_windows,
+    pack_windows,
+    tokenize,
+    tokenize_documents,
+)
 from prunelight.losses import IGNORED_LABEL
 
 CHATML = (
@@ -103,13 +108,13 @@ def test_all_windows_together_are_the_text_so_they_do_not_overlap():
 
 
 def test_packing_keeps_every_token_of_the_windows_in_order():
-    assert pack(range(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert pack(range(11), 4, bos_token_id=99).tolist() == [
+    assert pack_windows(range(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert pack_windows(range(11), 4, bos_token_id=99).tolist() == [
         [99, 0, 1, 2],
         [99, 3, 4, 5],
         [99, 6, 7, 8],
     ]
-    assert pack([], 4).shape == (0, 4)
+    assert pack_windows([], 4).shape == (0, 4)
 
 
 def test_every_window_starts_with_bos_when_asked():

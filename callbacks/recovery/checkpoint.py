@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from prunelight.run.strategies import ranks_of_run
+from prunelight.run.strategies import group_of_run
 
 
 class RecoveryCheckpoint(ModelCheckpoint):
@@ -96,7 +96,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
             return
         # All ranks must save and end at the same step, and the signal reaches each at another
         # moment. They ask on the CPU: the device works on meanwhile.
-        terminated = ranks_of_run(trainer).any(self._terminated)
+        terminated = group_of_run(trainer).any(self._terminated)
         if terminated or step % self._every_n_train_steps == 0:
             self._save(trainer)
             trainer._signal_connector.received_sigterm = terminated  # Lightning ends the run now

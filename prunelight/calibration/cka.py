@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from prunelight.runtime.devices import ties_in_any_order
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.devices import allowing_nondeterministic_ties
+from prunelight.runtime.processes import ProcessGroup
 
 
 class CKA:
@@ -50,7 +50,7 @@ class CKA:
             kernels = x @ x.transpose(1, 2)
         else:
             squares = torch.cdist(x, x).square()
-            with ties_in_any_order():
+            with allowing_nondeterministic_ties():
                 medians = squares.flatten(1).median(1).values
             scale = medians[:, None, None] * self.bandwidth**2
             kernels = (-squares / (2 * scale)).exp()
@@ -66,9 +66,9 @@ class CKA:
         """Add all M representations of one micro-batch, each (tokens, D)."""
         self.add([self.kernels(state) for state in states])
 
-    def pool(self, ranks: Ranks) -> None:
+    def pool(self, group: ProcessGroup) -> None:
         """Add up the sums of all ranks, in place."""
-        self.sums = ranks.sum(self.sums)
+        self.sums = group.sum(self.sums)
 
     def result(self) -> Tensor:
         """Return the CKA of every pair, (M, M) float64, about 0 (independent) to 1 (alike).

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from prunelight.calibration.statistics import InputNorm
 from prunelight.models.families.layers import Matrix
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.processes import ProcessGroup
 
 Statistic = TypeVar("Statistic", bound=InputNorm)
 
@@ -79,15 +79,15 @@ class InputStatistics(Generic[Statistic]):
             for one in found:
                 one.squares = call(one.squares)
 
-    def pool(self, ranks: Ranks) -> None:
+    def pool(self, group: ProcessGroup) -> None:
         """Add up the sums of all ranks, in place; some experts only others' tokens may reach."""
-        for leaders in ranks.gather(self._leader):
+        for leaders in group.gather(self._leader):
             self._leader = {**leaders, **self._leader}
         for matrix in self.matrices:
             if self._leader.get(matrix.name) == matrix.name:
                 made = [self.make(matrix.in_features) for _ in matrix.views()]
                 for one in self._found.setdefault(matrix.name, made):
-                    one.pool(ranks)
+                    one.pool(group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all sums, for a checkpoint."""

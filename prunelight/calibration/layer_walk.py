@@ -19,11 +19,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelight.calibration.shared_windows import ranks_of
+from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, micro_batches
 from prunelight.models.families.layers import decoder_layers, first_tensor
 from prunelight.models.families.rwkv import without_rescaling
-from prunelight.models.forward import evaluating, hidden_name, replaced_forward, run_layers
+from prunelight.models.forward import (
+    evaluating,
+    forward_without_head,
+    hidden_name,
+    replaced_forward,
+)
 
 _PROBE_TOKENS = 8
 
@@ -41,7 +46,7 @@ class LayerWalk:
     Attributes:
         states: hidden states (B, T, D) of each micro-batch before the current layer.
         masks: attention mask (B, T) of each micro-batch, bool, or None without padding.
-        ranks: that share the windows; states and masks are those of this one's rows.
+        group: that share the windows; states and masks are those of this one's rows.
 
     Args:
         model: in any place; its mode, cache setting and device are restored on exit.
@@ -65,7 +70,7 @@ class LayerWalk:
         label: str = "",
     ) -> None:
         self.model, self.windows, self.label = model, windows, label
-        self.ranks = ranks_of(windows)
+        self.group = group_of(windows)
         self.device = device or model.device
         self.store = torch.device("cpu") if offload else self.device
         self.states: list[Tensor] = []
@@ -102,7 +107,7 @@ class LayerWalk:
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield the decoder layers in order, each on the compute device meanwhile."""
         layers = decoder_layers(self.model)
-        quiet = self.ranks.rank > 0 or None
+        quiet = self.group.rank > 0 or None
         for index, layer in enumerate(tqdm(layers, desc=self.label, disable=quiet, leave=False)):
             self._index, self._layer = index, layer
             with self.placed(layer):
@@ -169,7 +174,7 @@ class LayerWalk:
 
     def counted(self) -> int:
         """Return how many tokens of all windows are no padding."""
-        return int(self.ranks.totals(sum(int(mask.sum()) for mask in self.positions()))[0])
+        return int(self.group.totals(sum(int(mask.sum()) for mask in self.positions()))[0])
 
     def _check_replay(self) -> list[tuple[Any, ...] | None]:
         """Return what each layer puts out beside the states; compare a short replay with the model.
@@ -189,8 +194,8 @@ class LayerWalk:
         handles = [layer.register_forward_hook(keep) for layer in layers]
         try:
             # The rests are those of another text: layers that depend on them give themselves away.
-            run_layers(self.model, {"input_ids": batch["input_ids"].flip(1)})
-            run_layers(self.model, batch)
+            forward_without_head(self.model, {"input_ids": batch["input_ids"].flip(1)})
+            forward_without_head(self.model, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -223,7 +228,7 @@ def _record(
 
     names = [hidden_name(layer) for layer in decoder_layers(model)]
     with _replaced(model, [partial(stand_in, *x) for x in zip(names, rests, strict=True)]):
-        run_layers(model, batch)
+        forward_without_head(model, batch)
     return states[0], calls
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.processes import ProcessGroup
 
 MICRO_BATCH_TOKENS = 2048
 
@@ -34,23 +34,23 @@ class SharedWindows(Mapping[str, Tensor]):
     A mapping of what all ranks hold: input_ids (N, T), and what else was given.
 
     Attributes:
-        ranks: that share them.
+        group: that share them.
         rows: of this rank.
 
     Raises:
         ValueError: if there are fewer windows than ranks.
     """
 
-    def __init__(self, windows: Tensor | Mapping[str, Tensor], ranks: Ranks) -> None:
+    def __init__(self, windows: Tensor | Mapping[str, Tensor], group: ProcessGroup) -> None:
         given = {"input_ids": windows} if isinstance(windows, Tensor) else dict(windows)
         count, seq_len = len(given["input_ids"]), given["input_ids"].shape[-1]
-        if count < ranks.size:
+        if count < group.size:
             raise ValueError(
-                f"{count} windows cannot be shared by {ranks.size} ranks, each needs one; give "
+                f"{count} windows cannot be shared by {group.size} ranks, each needs one; give "
                 "more windows (data.num_calibration, data.num_validation) or start fewer processes"
             )
-        self.ranks = ranks
-        self.rows = ranks.rows(count, max(1, MICRO_BATCH_TOKENS // max(1, seq_len)))
+        self.group = group
+        self.rows = group.rows(count, max(1, MICRO_BATCH_TOKENS // max(1, seq_len)))
         self._all = given
 
     def __getitem__(self, name: str) -> Tensor:
@@ -64,16 +64,16 @@ class SharedWindows(Mapping[str, Tensor]):
 
 
 def share_windows(
-    windows: Tensor | Mapping[str, Tensor], ranks: Ranks | None = None
+    windows: Tensor | Mapping[str, Tensor], group: ProcessGroup | None = None
 ) -> Tensor | Mapping[str, Tensor]:
     """Share windows out over the ranks of the default process group; see the module's docstring.
 
     A rank that fails raises its own error and leaves the others waiting, which torchrun ends; to
-    end them with that error, run all that uses the windows inside `ranks.together()`.
+    end them with that error, run all that uses the windows inside `group.together()`.
 
     Args:
         windows: token ids (N, T), or a mapping with an attention_mask; the same on every rank.
-        ranks: those of `Ranks.of_default_group()`, to share several windows; None makes them.
+        group: of `ProcessGroup.of_default_group()`, to share several windows; None makes one.
 
     Returns:
         `SharedWindows`; for one rank alone the windows themselves.
@@ -81,13 +81,13 @@ def share_windows(
     Raises:
         ValueError: if there are fewer windows than ranks.
     """
-    ranks = Ranks.of_default_group() if ranks is None else ranks
-    return windows if ranks.size == 1 else SharedWindows(windows, ranks)
+    group = ProcessGroup.of_default_group() if group is None else group
+    return windows if group.size == 1 else SharedWindows(windows, group)
 
 
-def ranks_of(windows: Tensor | Mapping[str, Tensor]) -> Ranks:
+def group_of(windows: Tensor | Mapping[str, Tensor]) -> ProcessGroup:
     """Return the ranks that share windows: one alone for windows that are not shared."""
-    return windows.ranks if isinstance(windows, SharedWindows) else Ranks()
+    return windows.group if isinstance(windows, SharedWindows) else ProcessGroup()
 
 
 def own_windows(windows: Tensor | Mapping[str, Tensor]) -> Tensor | Mapping[str, Tensor]:
@@ -97,6 +97,6 @@ def own_windows(windows: Tensor | Mapping[str, Tensor]) -> Tensor | Mapping[str,
     return {name: value[windows.rows] for name, value in windows.items()}
 
 
-def first_row(windows: Tensor | Mapping[str, Tensor]) -> int:
+def first_own_window(windows: Tensor | Mapping[str, Tensor]) -> int:
     """Return which of all windows is the first of `own_windows`."""
     return windows.rows.start if isinstance(windows, SharedWindows) else 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.processes import ProcessGroup
 
 
 class MeanCosine:
@@ -47,10 +47,10 @@ class MeanCosine:
         self.first_total += heads.cpu().double().sum().item()
         self.first_count += heads.numel()
 
-    def pool(self, ranks: Ranks) -> MeanCosine:
+    def pool(self, group: ProcessGroup) -> MeanCosine:
         """Add up the sums of all ranks, in place."""
         mine = (self.total, self.count, self.first_total, self.first_count)
-        self.total, count, self.first_total, first_count = ranks.totals(*mine)
+        self.total, count, self.first_total, first_count = group.totals(*mine)
         self.count, self.first_count = int(count), int(first_count)
         return self
 
@@ -97,10 +97,10 @@ class InputNorm:
         self.tokens += len(x)
         self.squares = self.squares.to(x.device) + x.float().square().sum(0)
 
-    def pool(self, ranks: Ranks) -> None:
+    def pool(self, group: ProcessGroup) -> None:
         """Add up the sums of all ranks, in place."""
-        self.tokens = int(ranks.totals(self.tokens)[0])
-        self.squares = ranks.sum(self.squares)
+        self.tokens = int(group.totals(self.tokens)[0])
+        self.squares = group.sum(self.squares)
 
     def norms(self) -> Tensor:
         """Return ||X_j||_2 over all tokens, (I,); ones if all are zero, which ranks by |W|.
@@ -141,12 +141,12 @@ class InputVariance(InputNorm):
         self.deviations = self.deviations.to(x.device) + (x - mean).square().sum(0)
         self.deviations += shift.square() * (before * len(x) / self.tokens)
 
-    def pool(self, ranks: Ranks) -> None:
+    def pool(self, group: ProcessGroup) -> None:
         """Join the means and squared deviations of all ranks, in place."""
         own, mean = self.tokens, self.mean
-        super().pool(ranks)
-        self.mean = ranks.sum(mean * (own / max(1, self.tokens)))
-        self.deviations = ranks.sum(self.deviations + own * (mean - self.mean).square())
+        super().pool(group)
+        self.mean = group.sum(mean * (own / max(1, self.tokens)))
+        self.deviations = group.sum(self.deviations + own * (mean - self.mean).square())
 
     def variance(self) -> Tensor:
         """Return the variance of each feature, (I,)."""
@@ -177,13 +177,13 @@ class Hessian(InputNorm):
             self.product[block, start:].addmm_(x[:, block].T, x[:, start:])
         self.squares = self.product.diagonal()
 
-    def pool(self, ranks: Ranks) -> None:
+    def pool(self, group: ProcessGroup) -> None:
         """Add up the products of all ranks, in place."""
-        self.tokens = int(ranks.totals(self.tokens)[0])
+        self.tokens = int(group.totals(self.tokens)[0])
         if self.tokens:
             if self.product is None:  # tokens of other ranks alone reached this expert
                 self.product = torch.zeros(*self.squares.shape * 2, dtype=self._DTYPE)
-            self.product = ranks.sum(self.product)
+            self.product = group.sum(self.product)
             self.squares = self.product.diagonal()
 
     def result(self) -> Tensor:
@@ -205,20 +205,20 @@ class Gram(Hessian):
     _DTYPE = torch.float64
 
 
-def exact_median(parts: Callable[[], Iterable[Tensor]], ranks: Ranks | None = None) -> float:
+def exact_median(parts: Callable[[], Iterable[Tensor]], group: ProcessGroup | None = None) -> float:
     """Return the lower median over parts without joining them, as torch.median of all would.
 
     Two histograms of 16 bits each: non-negative floats are ordered as their bit patterns are.
 
     Args:
         parts: gives the same non-negative float32 tensors each time it is called.
-        ranks: whose parts count; None means that this one has them all.
+        group: whose parts count; None means that this one has them all.
     """
-    ranks = ranks or Ranks()
+    group = group or ProcessGroup()
 
     def histogram(pick: Callable[[Tensor], Tensor]) -> Tensor:
         counts = (torch.bincount(pick(_bits(part)), minlength=1 << 16) for part in parts())
-        return ranks.sum(reduce(torch.add, counts))
+        return group.sum(reduce(torch.add, counts))
 
     high = histogram(lambda bits: bits >> 16)
     top, rank = _bin_of(high, (int(high.sum()) - 1) // 2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS, own_windows, ranks_of
+from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS, group_of, own_windows
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.families.config_fields import maximum_length, vocabulary_size
 
@@ -81,7 +81,7 @@ def micro_batches(
     ids, mask = split_windows(own_windows(windows))
     size = max(1, tokens // ids.shape[1])
     starts = range(0, ids.shape[0], size)
-    quiet = not label or ranks_of(windows).rank > 0
+    quiet = not label or group_of(windows).rank > 0
     for start in tqdm(starts, desc=label, disable=quiet or None, leave=False):
         batch = {"input_ids": ids[start : start + size].to(model.device)}
         if mask is not None:

@@ -19,7 +19,9 @@ from prunelight.losses import IGNORED_LABEL
 PACKINGS = ("stream", "documents")
 
 
-def cut(tokens: Sequence[int], seq_len: int, *, bos_token_id: int | None = None) -> list[Tensor]:
+def cut_document(
+    tokens: Sequence[int], seq_len: int, *, bos_token_id: int | None = None
+) -> list[Tensor]:
     """Cut one document into pieces of at most `seq_len` tokens, LongTensors (T,).
 
     With `bos_token_id` each piece starts with it. A piece that would predict nothing is left out.

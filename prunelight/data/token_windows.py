@@ -49,7 +49,7 @@ def calibration_windows(
             `bos="always"` meets a tokenizer that has no BOS token.
     """
     stream = tokenize_documents(tokenizer, [text] if isinstance(text, str) else text)
-    windows = pack(stream, seq_len, bos_token_id=bos_token_id(tokenizer, bos))  # (N, T)
+    windows = pack_windows(stream, seq_len, bos_token_id=bos_token_id(tokenizer, bos))  # (N, T)
     return windows[sample_indices(len(windows), num_samples, seed=seed)]
 
 
@@ -81,7 +81,7 @@ def tokenize_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str])
     return stream[: len(stream) - len(eos)] if stream else stream
 
 
-def pack(tokens: Sequence[int], seq_len: int, *, bos_token_id: int | None = None) -> Tensor:
+def pack_windows(tokens: Sequence[int], seq_len: int, *, bos_token_id: int | None = None) -> Tensor:
     """Cut a token stream, (S,), into consecutive windows, LongTensor (N, seq_len).
 
     With `bos_token_id` each window is that token and seq_len - 1 tokens of the stream. The tail

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.calibration.shared_windows import own_windows, ranks_of
+from prunelight.calibration.shared_windows import group_of, own_windows
 from prunelight.calibration.windows import Windows, micro_batches, next_token_labels, split_windows
 from prunelight.losses import next_token_sums
 from prunelight.models.forward import evaluating
@@ -48,7 +48,7 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
             wanted = labels[start : start + len(batch["input_ids"])]
             start += len(wanted)
             sums += torch.stack(next_token_sums(model(**batch).logits, wanted)).double()
-    nll, correct, tokens = ranks_of(windows).sum(sums)
+    nll, correct, tokens = group_of(windows).sum(sums)
     if tokens == 0:
         raise ValueError(
             f"windows of shape {tuple(ids.shape)} predict 0 tokens; each needs two tokens or more, "

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunelight.calibration.shared_windows import ranks_of
+from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows
 from prunelight.evaluation.perplexity import evaluate
 from prunelight.evaluation.report.record import RunRecord, Stage
@@ -30,10 +30,10 @@ def measure_stage(
 
     Ranks that share the windows evaluate together; the first alone takes the time.
     """
-    ranks = ranks_of(windows)
+    group = group_of(windows)
     # Before anything that takes long: it may find its text too long.
-    latency = None if latency_of is None else ranks.on_zero(partial(latency_of, model))
-    quality, speed = evaluate(model, windows), ranks.on_zero(partial(measure_speed, model))
+    latency = None if latency_of is None else group.on_zero(partial(latency_of, model))
+    quality, speed = evaluate(model, windows), group.on_zero(partial(measure_speed, model))
     return Stage(
         name=name,
         num_layers=len(decoder_layers(model)),

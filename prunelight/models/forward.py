@@ -89,7 +89,7 @@ def _hook(index: int, layer: nn.Module, visit: Visit) -> Callable[..., None]:
     return hook
 
 
-def run_layers(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+def forward_without_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
     """Run the model up to its last decoder layer's consumer, without the language-model head."""
     model.base_model(**batch)
 

@@ -20,7 +20,7 @@ def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return movable.to(device)
 
 
-def place_for(model: PreTrainedModel, device: torch.device) -> torch.device:
+def device_with_room(model: PreTrainedModel, device: torch.device) -> torch.device:
     """Return a device if it has memory for a model, else where the model is."""
     if device.type == "cuda" and free_memory(device) < 1.2 * parameter_bytes(model):
         log.warning("the model does not fit on %s; it runs on the CPU instead", device)
@@ -28,6 +28,6 @@ def place_for(model: PreTrainedModel, device: torch.device) -> torch.device:
     return device
 
 
-def where_it_fits(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def move_if_it_fits(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Move a model to a device if it has memory for it, in place, and return it."""
-    return to_device(model, place_for(model, device))
+    return to_device(model, device_with_room(model, device))

@@ -47,7 +47,9 @@ def check_depth_target(ratio: float | None, num_layers: int | None) -> None:
         raise ValueError(f"num_layers={num_layers} must be at least 0")
 
 
-def lowest(scores: Sequence[float], count: int, protected: Collection[int] = ()) -> list[int]:
+def lowest_scores(
+    scores: Sequence[float], count: int, protected: Collection[int] = ()
+) -> list[int]:
     """Return the indices of the `count` lowest scores, in ascending order of index.
 
     Raises:

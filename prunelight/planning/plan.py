@@ -140,7 +140,7 @@ class Plan:
                 raise ValueError(f"steps[{position}] ({step.kind}): {error}") from error
 
 
-def sparsified(plans: Sequence[Plan], layers_path: str) -> dict[str, float]:
+def planned_sparsity(plans: Sequence[Plan], layers_path: str) -> dict[str, float]:
     """Return which matrices of the final model have planned zeros: name -> share of zeros.
 
     Args:

@@ -3,7 +3,7 @@
 A window of decoder layers grows downwards while the similarity that is left stays at or above a
 threshold, then is merged, and the next one starts where it stopped. The released loop loses a
 window that still passes at the bottom and measures each merged model a second time; this one
-commits the first and spares the second. The loop never takes a merge back: `exchange` does.
+commits the first and spares the second. The loop never takes a merge back: `swap_layers` does.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Groups: TypeAlias = tuple[tuple[int, int], ...]  # windows (lowest, highest), fr
 _STEPS = 24  # of a bisection; more no longer part similarities
 
 
-class SpentError(Exception):
+class BudgetExceededError(Exception):
     """The search may measure no more."""
 
 
 @dataclass(frozen=True)
-class Slide:
+class SlidingPass:
     """One pass of the loop.
 
     Attributes:
@@ -58,7 +58,7 @@ def slide(
     by_merge: bool = False,
     protected: Collection[int] = (),
     target: int | None = None,
-) -> Slide:
+) -> SlidingPass:
     """Pass once over the layers, from the top down.
 
     Args:
@@ -93,7 +93,7 @@ def slide(
         high, low = low, low - 1
     if low + 1 < high:
         groups = (*groups, (low + 1, high))
-    return Slide(groups, before, tuple(margins), refused, trace)
+    return SlidingPass(groups, before, tuple(margins), refused, trace)
 
 
 def windows_of(gone: Collection[int]) -> Groups:
@@ -107,14 +107,17 @@ def windows_of(gone: Collection[int]) -> Groups:
     return tuple(groups)
 
 
-def exchange(
-    score: Callable[[Groups], float], start: Slide, num_layers: int, protected: Collection[int] = ()
-) -> Slide:
+def swap_layers(
+    score: Callable[[Groups], float],
+    start: SlidingPass,
+    num_layers: int,
+    protected: Collection[int] = (),
+) -> SlidingPass:
     """Let merged layers change places with others; returns the better model, or `start` itself.
 
     Each merged layer is restored once, each other one merged once. Pairs then change places, best
     first, as long as the product of what both leave promises a gain; each such model is measured.
-    For the arguments see `slide`; `score` may raise `SpentError`.
+    For the arguments see `slide`; `score` may raise `BudgetExceededError`.
     """
     gone = start.gone
     others = [
@@ -145,7 +148,7 @@ def most_removable(num_layers: int, protected: Collection[int]) -> int:
     return sum(low and high for low, high in pairwise(free))
 
 
-def search(run: Callable[[float], Slide], target: int) -> tuple[Slide, float]:
+def search_threshold(run: Callable[[float], SlidingPass], target: int) -> tuple[SlidingPass, float]:
     """Find the pass that removes exactly `target` layers and leaves the most similar model.
 
     How many layers a threshold removes is no monotone function of it. So a pass stops once the
@@ -153,8 +156,8 @@ def search(run: Callable[[float], Slide], target: int) -> tuple[Slide, float]:
     goes for the highest such threshold; of all passes that reached the target the best one counts.
 
     Args:
-        run: one pass with a threshold, which stops at the target; raises `SpentError` once no more
-            may be measured, not in the first pass.
+        run: makes one pass with a threshold, and stops at the target. Except in the first pass it
+            raises `BudgetExceededError` once no more may be measured.
         target: layers to remove; the lowest threshold must reach it.
 
     Returns:
@@ -176,7 +179,7 @@ def search(run: Callable[[float], Slide], target: int) -> tuple[Slide, float]:
         middle = (low + high) / 2
         try:
             found = run(middle)
-        except SpentError:
+        except BudgetExceededError:
             break
         if len(found.gone) == target:
             low = max(middle, min(found.margins))

@@ -94,13 +94,13 @@ def fit_to_target(shares: Sequence[float], sizes: Sequence[int], target: float) 
     return fitted
 
 
-def clipped_by(shares: Sequence[float], target: float) -> float:
+def clipping_excess(shares: Sequence[float], target: float) -> float:
     """Return by how much the worst share lies outside [0, 1), as `fit_to_target` would clip it."""
     most = max(MOST, (1 + target) / 2)
     return max(0.0, max(shares) - most, -min(shares))
 
 
-def mixed_kept(
+def round_to_patterns(
     shares: Sequence[float], sizes: Sequence[int], pattern: tuple[int, int]
 ) -> list[int]:
     """Round shares to numbers N_l kept of M, so that all layers together keep what N:M would.

@@ -25,7 +25,7 @@ from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.steps import PruneWidth, renumber
 from prunelight.runtime.devices import float64_device
-from prunelight.scoring.width_scores import Widths, allowed_groups, members_of, widths_of
+from prunelight.scoring.width_scores import Widths, allowed_groups, projection_parts, widths_of
 
 _DAMPENING = 0.01  # of the mean diagonal, as in SparseGPT
 
@@ -51,7 +51,7 @@ def check_width(
         raise TypeError(
             f"{model.config.model_type} has experts, whose neurons cannot be pruned; prune heads"
         )
-    members_of(model, 0, widths)  # refuses quantized weights
+    projection_parts(model, 0, widths)  # refuses quantized weights
     if step.heads:
         count, allowed = len(next(iter(step.heads.values()))), allowed_groups(model)
         if count not in allowed:
@@ -109,12 +109,12 @@ def prune_width(
     assert windows is not None  # check_width
     with LayerWalk(model, windows, device=device, offload=offload, label="width") as walk:
         for index, _ in walk.layers():
-            members = members_of(model, index, old)
+            members = projection_parts(model, index, old)
             seen = InputStatistics([members[kind][-1].matrix for kind in kept], Hessian)
             for batch, mask in enumerate(walk.masks):
                 with seen.watching(mask):
                     walk.forward(batch)
-            seen.pool(walk.ranks)
+            seen.pool(walk.group)
             _narrow(model, index, old, new, kept, seen)
             _describe(model.config, new)  # some layers ask the config when they run
             if index + 1 < total:
@@ -136,7 +136,7 @@ def _narrow(
     seen: InputStatistics[Hessian] | None = None,
 ) -> None:
     """Cut one layer to the groups and neurons that are kept; fit where inputs were seen."""
-    members = members_of(model, index, old)
+    members = projection_parts(model, index, old)
     for kind, layers in kept.items():
         for member in members[kind]:
             # The rows or columns of the groups or neurons, in order.

@@ -80,7 +80,7 @@ def overfit_risk(recovery: str, text: TrainingText, steps: float, parameters: in
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class ValidationPoint:
     """One validation: the optimizer step, its perplexity, and the mean training loss before it."""
 
     step: int
@@ -88,7 +88,7 @@ class Evaluated:
     training_loss: float
 
 
-def overfitting(history: list[Evaluated]) -> str | None:
+def overfitting(history: list[ValidationPoint]) -> str | None:
     """Return that validation became worse while training improved; None if it did not.
 
     It did if the last three validations each were worse than the one before, and the training loss

@@ -67,7 +67,7 @@ def check_packing(model: PreTrainedModel, batch_size: int) -> None:
         )
     if flash and model.device.type == "cpu":  # cannot run before it has moved
         return
-    leak = leakage(model)
+    leak = cross_document_attention(model)
     if not leak <= _LEAK:  # NaN too
         raise ValueError(
             f"packing='documents' needs a model in which documents of a row do not see each other, "
@@ -76,7 +76,7 @@ def check_packing(model: PreTrainedModel, batch_size: int) -> None:
         )
 
 
-def leakage(model: PreTrainedModel) -> float:
+def cross_document_attention(model: PreTrainedModel) -> float:
     """Return how much packed documents see of each other: 0 nothing, 1 as if they were one.
 
     It is the mean difference of their logits from those that they get alone, relative to that of

@@ -28,7 +28,7 @@ from prunelight.recovery.zeros.planned_zeros import PlannedZeros
 
 
 @dataclass(frozen=True)
-class Settings:
+class RecoverySettings:
     """How a model is recovered; see `RecoveryModule` for what each means."""
 
     recovery: str = "lora"
@@ -47,7 +47,7 @@ class Settings:
         return describe_kind(self.quantization, self.bitsandbytes)
 
 
-class Adapted:
+class PreparedModel:
     """A model in training; `model` is the module to train, in train mode.
 
     Attributes:
@@ -75,7 +75,7 @@ class Adapted:
         self,
         model: PreTrainedModel,
         plans: Sequence[Plan],
-        settings: Settings,
+        settings: RecoverySettings,
         see_quantized: Callable[[PreTrainedModel], None] | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -116,15 +116,15 @@ class Adapted:
         return self.zeros.planned and not kept
 
     def shard(self, mesh: DeviceMesh, same: Callable[[Any], Any]) -> None:
-        """Shard the model over ranks, in place, see `sharded.shard`; it is merged by `onto`."""
+        """Shard the model over ranks, in place, see `shard`; `rebuild_on` merges it."""
         shard(self.model, mesh, same)
         if self.zeros.masks is not None:
             self.zeros.masks.shard()
         self.sharded = True
 
-    def onto(
+    def rebuild_on(
         self, base: PreTrainedModel, plans: Sequence[Plan], trained: Mapping[str, Tensor]
-    ) -> Adapted:
+    ) -> PreparedModel:
         """Return another copy of the base with what was trained, for models not to be merged.
 
         Those are sharded or quantized ones.
@@ -140,7 +140,7 @@ class Adapted:
         settings = replace(
             self.settings, gradient_checkpointing=False, compile_backend=None, quantization="none"
         )
-        other = Adapted(base, plans, settings)
+        other = PreparedModel(base, plans, settings)
         if other.fingerprint != self.fingerprint:
             raise ValueError(
                 f"the base {base.config._name_or_path!r} has fingerprint {other.fingerprint}, "
@@ -154,7 +154,7 @@ class Adapted:
     def merged(self) -> PreTrainedModel:
         """Return the trained model as a plain transformers model in eval mode, in place.
 
-        Sharded and quantized ones cannot be merged where they are: see `onto`.
+        Sharded and quantized ones cannot be merged where they are: see `rebuild_on`.
 
         Raises:
             RuntimeError: if a weight that must be zero is not.

@@ -51,7 +51,7 @@ def gather_trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if name in trained}
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Return what this rank has of a tensor; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -61,7 +61,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def total(value: Tensor, like: Tensor) -> Tensor:
+def sum_over_shards(value: Tensor, like: Tensor) -> Tensor:
     """Add up what each rank computed from its part of `like`, in place; a whole one has one part.
 
     All ranks that share `like` must call it.
@@ -71,12 +71,12 @@ def total(value: Tensor, like: Tensor) -> Tensor:
     return value
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
     """Return the whole tensor; all ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local_part(values: Tensor, like: Tensor) -> Tensor:
+def shard_like(values: Tensor, like: Tensor) -> Tensor:
     """Return of a whole tensor the part that this rank has of `like`, which has the same shape."""
     if not isinstance(like, DTensor):
         return values

@@ -31,7 +31,7 @@ def reading(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def read_metadata(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the module that wrote a checkpoint said of itself.
 
     Raises:

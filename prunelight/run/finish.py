@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.evaluation.report.record import Cost, RunRecord, Stage
 from prunelight.evaluation.report.report import write_report
-from prunelight.models.placement import where_it_fits
+from prunelight.models.placement import move_if_it_fits
 from prunelight.models.saving import MARKER, check_replaceable, save
 from prunelight.planning.fingerprints import library_versions
-from prunelight.recovery.prepared_model import Adapted
+from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
-from prunelight.run.measurements import stage_of_run
+from prunelight.run.measurements import measure_run_stage
 from prunelight.run.run_state import ADAPTER, FINAL
 from prunelight.run.strategies import on_rank_zero
 from prunelight.runtime.atomic_files import explaining, newest_checkpoint
@@ -45,7 +45,7 @@ def save_adapter(model: PeftModel, root: Path) -> str:
     return str(directory)
 
 
-def hand_over(
+def save_result(
     root: Path,
     record: RunRecord | None,
     model: PreTrainedModel,
@@ -102,7 +102,7 @@ def _worse(before: float, after: float) -> str:
     )
 
 
-def end_fit(module: Any, adapted: Adapted) -> None:
+def end_fit(module: Any, adapted: PreparedModel) -> None:
     """Merge, save, evaluate and report; afterwards every rank holds the result.
 
     Args:
@@ -120,13 +120,13 @@ def end_fit(module: Any, adapted: Adapted) -> None:
     on_rank_zero(module.trainer, partial(_finish, module, module.model, adapted))
 
 
-def _merge_anew(module: Any, adapted: Adapted) -> None:
+def _merge_anew(module: Any, adapted: PreparedModel) -> None:
     """Merge what was trained onto the base, which rank 0 reads again."""
     trained = gather_trained(adapted.model)
     module.model = None
 
     def merge() -> None:
-        other = adapted.onto(module.read_base(), module.plans(), trained)
+        other = adapted.rebuild_on(module.read_base(), module.plans(), trained)
         _save_adapter(module, other)
         _finish(module, other.merged(), other)
 
@@ -138,13 +138,13 @@ def _root(module: Any) -> Path:
     return Path(module.trainer.default_root_dir)
 
 
-def _save_adapter(module: Any, adapted: Adapted) -> None:
+def _save_adapter(module: Any, adapted: PreparedModel) -> None:
     """Keep the adapters unmerged too, if merging fills zeros."""
     if adapted.fills_zeros and isinstance(adapted.model, PeftModel):
         save_adapter(adapted.model, _root(module))
 
 
-def _finish(module: Any, model: PreTrainedModel, adapted: Adapted) -> None:
+def _finish(module: Any, model: PreTrainedModel, adapted: PreparedModel) -> None:
     if adapted.fills_zeros:
         kept = "; adapter/ holds the adapters unmerged" if module.recovery == "lora" else ""
         module.warn(adapted.zeros.describe_loss(model) + kept)
@@ -152,13 +152,13 @@ def _finish(module: Any, model: PreTrainedModel, adapted: Adapted) -> None:
         told = {"keep_zeros": module.keep_zeros} if adapted.zeros.planned else {}
         module.record.recovery = {**module.describe_recovery(), **told}
     trained = module.recovery != "none"
-    hand_over(
+    save_result(
         _root(module),
         module.record,
-        where_it_fits(model, module.trainer.strategy.root_device),
+        move_if_it_fits(model, module.trainer.strategy.root_device),
         module.checked_tokenizer(),
         plans=module.plan_files(),
         trust_remote_code=module.trust_remote_code,
         training=module.resuming.measurement,
-        measure=partial(stage_of_run, module, "recovered") if trained else None,
+        measure=partial(measure_run_stage, module, "recovered") if trained else None,
     )

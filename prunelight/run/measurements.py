@@ -15,7 +15,7 @@ from prunelight.calibration.windows import Windows, split_windows
 from prunelight.evaluation.report.record import Cost, RunRecord, Stage
 from prunelight.evaluation.speed import measure_latency
 from prunelight.evaluation.stages import measure_stage, new_record
-from prunelight.models.placement import to_device, where_it_fits
+from prunelight.models.placement import move_if_it_fits, to_device
 from prunelight.models.sizes import stored_bytes
 from prunelight.planning.fingerprints import describe_windows, model_fingerprint
 from prunelight.runtime.measuring import measuring
@@ -43,7 +43,7 @@ def add_quantized(
     record.costs.append(Cost("evaluate quantized", phase.seconds, forwards, phase.peak_bytes))
 
 
-def stage_of_run(
+def measure_run_stage(
     module: Any, name: str, model: PreTrainedModel, windows: Windows | None = None
 ) -> Stage:
     """Measure one state of a run's model.
@@ -80,6 +80,6 @@ def start_record(module: Any, model: PreTrainedModel) -> RunRecord:
     """Return the record of a run that recovers a model as it is, with what that is."""
     described = describe_evaluation(module)
     record = new_record(module.name, model, model_fingerprint(model), described)
-    model = where_it_fits(model, module.trainer.strategy.root_device)
-    record.stages.append(stage_of_run(module, "dense", model))
+    model = move_if_it_fits(model, module.trainer.strategy.root_device)
+    record.stages.append(measure_run_stage(module, "dense", model))
     return record

@@ -26,7 +26,7 @@ from torch import Tensor
 from prunelight.losses import IGNORED_LABEL
 from prunelight.recovery.sharded_weights import gather_trained
 from prunelight.run.checkpoints import reading
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.processes import ProcessGroup
 
 Result = TypeVar("Result")
 
@@ -127,12 +127,12 @@ def on_rank_zero(trainer: Trainer, call: Callable[[], Result]) -> Result:
     Raises:
         RuntimeError: on the other ranks, if rank 0 failed; there its own error.
     """
-    return ranks_of_run(trainer).on_zero(call)
+    return group_of_run(trainer).on_zero(call)
 
 
-def ranks_of_run(trainer: Trainer) -> Ranks:
+def group_of_run(trainer: Trainer) -> ProcessGroup:
     """Return the ranks of a run, one alone where the trainer started no others."""
-    return Ranks.of_default_group() if trainer.world_size > 1 else Ranks()
+    return ProcessGroup.of_default_group() if trainer.world_size > 1 else ProcessGroup()
 
 
 def share_of_tokens(trainer: Trainer, labels: Tensor) -> Tensor | float:

@@ -25,7 +25,7 @@ from prunelight.recovery.distillation.teacher_cache import TeacherCache
 from prunelight.recovery.quantization import BitsAndBytes, quantize
 from prunelight.run.run_state import plan_files
 from prunelight.runtime.measuring import measuring
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.processes import ProcessGroup
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def check_teacher(module: Any, model: PreTrainedModel, *, sliced: bool = False) 
         )
 
 
-def meet_teacher(module: Any) -> None:
+def prepare_teacher(module: Any) -> None:
     """Load the teacher of a run, or make sure that its cache is whole.
 
     Args:
@@ -156,14 +156,14 @@ def _whole_cache(module: Any, source: TeacherSource) -> TeacherCache:
         temperature=settings.temperature,
         vocabulary=vocabulary,
     )
-    ranks = Ranks.of_default_group()
-    with ranks.together():
-        ranks.on_zero(cache.open)
-        if blocks := [block for block in cache.missing() if block % ranks.size == ranks.rank]:
+    group = ProcessGroup.of_default_group()
+    with group.together():
+        group.on_zero(cache.open)
+        if blocks := [block for block in cache.missing() if block % group.size == group.rank]:
             _release(module)
             teacher = teacher or source.load(trainer.strategy.root_device)
             with trainer.precision_plugin.forward_context(), measuring(teacher.device) as phase:
-                cache.write(teacher, blocks, progress=ranks.rank == 0)
+                cache.write(teacher, blocks, progress=group.rank == 0)
             if (record := module.record) is not None:
                 told = phase.seconds, phase.seconds / record.forward_seconds, phase.peak_bytes
                 record.costs.append(Cost("ask the teacher", *told))

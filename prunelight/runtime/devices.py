@@ -10,7 +10,7 @@ import torch
 
 
 @contextmanager
-def ties_in_any_order() -> Iterator[None]:
+def allowing_nondeterministic_ties() -> Iterator[None]:
     """Allow kthvalue, median and cumsum, which torch's deterministic mode refuses on CUDA.
 
     What may differ there is which one of equal elements an index names, and no index is used.

@@ -22,7 +22,7 @@ WAIT = timedelta(hours=6)
 Result = TypeVar("Result")
 
 
-class Ranks:
+class ProcessGroup:
     """The processes that share windows; by default one alone, which needs no group.
 
     Ranks meet on the CPU before every collective, with a long timeout of their own. So those of the
@@ -39,16 +39,16 @@ class Ranks:
         self._failed = False
 
     @classmethod
-    def of_default_group(cls) -> Ranks:
+    def of_default_group(cls) -> ProcessGroup:
         """Return the ranks of the default process group, or one alone if there is none.
 
         To be called on all of them.
         """
-        ranks = cls()
+        group = cls()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            ranks.rank, ranks.size = dist.get_rank(), dist.get_world_size()
-            ranks._waiting = _meeting_group(dist.group.WORLD)
-        return ranks
+            group.rank, group.size = dist.get_rank(), dist.get_world_size()
+            group._waiting = _meeting_group(dist.group.WORLD)
+        return group
 
     def rows(self, count: int, unit: int = 1) -> slice:
         """Return which of `count` windows are this rank's: neighbours, whole units if they suffice.

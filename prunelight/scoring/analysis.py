@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunelight.calibration.cka import CKA
-from prunelight.calibration.shared_windows import ranks_of
+from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import MeanCosine, check_finite, exact_median
 from prunelight.calibration.windows import (
     Windows,
@@ -34,10 +34,10 @@ from prunelight.calibration.windows import (
 )
 from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.forward import evaluating, run_layers, watching_layers
+from prunelight.models.forward import evaluating, forward_without_head, watching_layers
 from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.runtime.arguments import check_choice
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.processes import ProcessGroup
 from prunelight.scoring.angular_distance import angular_distance
 
 KERNELS = ("linear", "rbf")
@@ -99,11 +99,11 @@ def analyze(
             f"ignore_first_tokens={ignore_first_tokens} must lie in [0, {ids.shape[1] - 1}], less "
             "than a window holds"
         )
-    seen = _Seen(len(decoder_layers(model)), kernel)
+    seen = _StateSums(len(decoder_layers(model)), kernel)
     with evaluating(model):
         for batch in micro_batches(model, windows, label="analysis"):
             seen.add(model, batch, ignore_first_tokens)
-    seen.pool(ranks_of(windows))
+    seen.pool(group_of(windows))
     return Analysis(
         model=describe_model(model),
         calibration=describe_windows(*split_windows(windows)),
@@ -112,12 +112,12 @@ def analyze(
         block_influence=[1 - layer.result() for layer in seen.cosines],
         block_influence_first_token=[1 - layer.first_result() for layer in seen.cosines],
         angular_distance=[(row / seen.samples).tolist() for row in seen.angles],
-        token_norms=seen.token_norms(ranks_of(windows)),
+        token_norms=seen.token_norms(group_of(windows)),
         attention_to_first_token=attention_to_first_token(model, windows),
     )
 
 
-class _Seen:
+class _StateSums:
     """Sums over micro-batches; nothing here grows with the windows but one norm a token."""
 
     def __init__(self, num_layers: int, kernel: str) -> None:
@@ -149,26 +149,26 @@ class _Seen:
                 self.first_norms[place].append(norms[first].cpu())
 
         with watching_layers(model, visit):
-            run_layers(model, batch)
+            forward_without_head(model, batch)
         self.cka.add(kernels)
         states = torch.stack(ends)  # (L + 1, B, D)
         self.samples += states.shape[1]
         for size, row in enumerate(self.angles, start=1):
             row += angular_distance(states[:-size], states[size:]).sum(1).cpu().double()
 
-    def pool(self, ranks: Ranks) -> None:
+    def pool(self, group: ProcessGroup) -> None:
         """Add up the sums of all ranks, in place; norms stay those of this one."""
-        self.cka.pool(ranks)
+        self.cka.pool(group)
         for cosine in self.cosines:
-            cosine.pool(ranks)
-        self.samples = int(ranks.totals(self.samples)[0])
-        self.angles = [ranks.sum(row) for row in self.angles]
+            cosine.pool(group)
+        self.samples = int(group.totals(self.samples)[0])
+        self.angles = [group.sum(row) for row in self.angles]
 
-    def token_norms(self, ranks: Ranks) -> dict[str, list[float]]:
-        firsts = [ranks.gather(torch.cat(norms).tolist()) for norms in self.first_norms]
-        largest = [ranks.gather(torch.cat(norms).max().item()) for norms in self.norms]
+    def token_norms(self, group: ProcessGroup) -> dict[str, list[float]]:
+        firsts = [group.gather(torch.cat(norms).tolist()) for norms in self.first_norms]
+        largest = [group.gather(torch.cat(norms).max().item()) for norms in self.norms]
         return {
-            "median": [exact_median(partial(iter, norms), ranks) for norms in self.norms],
+            "median": [exact_median(partial(iter, norms), group) for norms in self.norms],
             "largest": [max(values) for values in largest],
             "first token": [
                 torch.tensor([*chain.from_iterable(values)]).mean().item() for values in firsts
@@ -209,5 +209,5 @@ def attention_to_first_token(model: PreTrainedModel, windows: Windows) -> list[f
             real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
             first = real.int().argmax(1)
             later = real & (real.cumsum(1) > 1)  # (B, T)
-            run_layers(model, batch)
+            forward_without_head(model, batch)
     return [total / count if count else None for total, count in sums]

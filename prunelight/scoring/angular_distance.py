@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from prunelight.calibration.shared_windows import ranks_of
+from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows, last_positions, micro_batches
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.forward import evaluating, run_layers, watching_layers
+from prunelight.models.forward import evaluating, forward_without_head, watching_layers
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -53,11 +53,11 @@ def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> li
             last = last_positions(batch)
             num_samples += len(last[0])
             states.clear()
-            run_layers(model, batch)
+            forward_without_head(model, batch)
             starts, ends = torch.stack(states[: len(totals)]), torch.stack(states[size:])
             totals += angular_distance(starts, ends).sum(1).cpu().double()
-    ranks = ranks_of(windows)
-    (samples,), totals = ranks.totals(num_samples), ranks.sum(totals)
+    group = group_of(windows)
+    (samples,), totals = group.totals(num_samples), group.sum(totals)
     if samples == 0:
         raise ValueError("0 tokens were counted; mask less")
     return (totals / samples).tolist()

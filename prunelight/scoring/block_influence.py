@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from prunelight.calibration.shared_windows import ranks_of
+from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import MeanCosine, check_finite
 from prunelight.calibration.windows import (
     Windows,
@@ -27,7 +27,7 @@ from prunelight.calibration.windows import (
 )
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.forward import evaluating, run_layers, watching_layers
+from prunelight.models.forward import evaluating, forward_without_head, watching_layers
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,10 @@ def _influences(
             counted = counted_positions(mask, batch["input_ids"].shape, ignore_first_tokens)
             counted = None if counted is None else counted.to(model.device)
             first = first_positions(mask)
-            run_layers(model, batch)
-    found, ranks = {}, ranks_of(windows)
+            forward_without_head(model, batch)
+    found, group = {}, group_of(windows)
     for name, layers in sums.items():
-        pooled = [layer.pool(ranks) for layer in layers]
+        pooled = [layer.pool(group) for layer in layers]
         means = [1 - layer.result() for layer in pooled]
         found[name] = BlockInfluence(means, [1 - layer.first_result() for layer in pooled])
     return found

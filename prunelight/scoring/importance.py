@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.calibration.shared_windows import ranks_of
+from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, micro_batches, next_token_labels
 from prunelight.losses import IGNORED_LABEL, next_token_loss
 from prunelight.models.families.layers import decoder_layers
@@ -44,7 +44,7 @@ def saliencies(
         sums[name] = gradient if name not in sums else sums[name].add_(gradient)
         parameter.grad = None
 
-    total, ranks = 0, ranks_of(windows)
+    total, group = 0, group_of(windows)
     try:
         with evaluating(model), ExitStack() as hooks:
             for parameter in flags:
@@ -59,13 +59,13 @@ def saliencies(
                     loss = next_token_loss(model(**batch).logits, labels) * tokens
                     loss.backward()
                 total += tokens
-            count = ranks.totals(total)[0]
+            count = group.totals(total)[0]
             if count == 0:
                 raise ValueError("windows predict 0 tokens; each needs two that are no padding")
             for name, p in parameters.items():
                 if name not in sums:  # of an expert that no token of this rank reached
                     sums[name] = torch.zeros_like(p, dtype=torch.float32)
-                sums[name] = ranks.sum(sums[name]).mul_(p).abs_().div_(count)
+                sums[name] = group.sum(sums[name]).mul_(p).abs_().div_(count)
     finally:
         for parameter, (required, gradient) in flags.items():
             parameter.requires_grad_(required)

@@ -22,12 +22,12 @@ from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.layers import decoder_layers
-from prunelight.planning.sliding_search import Groups, SpentError
+from prunelight.planning.sliding_search import BudgetExceededError, Groups
 from prunelight.scoring.similarity import Similarity, similarity_to
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
+class VariantLayer:
     """A layer of a variant, and the decoder layer of the model as which it is called."""
 
     layer: nn.Module
@@ -65,7 +65,7 @@ class Replay:
     ) -> None:
         self.walk = LayerWalk(model, windows, device=device, offload=offload)
         self.criterion, self.ignore_first_tokens = criterion, ignore_first_tokens
-        self.units = [Unit(layer, i) for i, layer in enumerate(decoder_layers(model))]
+        self.units = [VariantLayer(layer, i) for i, layer in enumerate(decoder_layers(model))]
         self.inputs: list[list[Tensor]] = []
         self.layer_forwards, self.measurements = 0, 0
         self._stack = ExitStack()
@@ -81,7 +81,7 @@ class Replay:
             self._similarity: Similarity = similarity_to(
                 self.walk, self.inputs[-1], self.criterion, ignore_first_tokens=ignored
             )
-            quiet = self.walk.ranks.rank > 0 or None
+            quiet = self.walk.group.rank > 0 or None
             bar = tqdm(desc=self.criterion, unit=" variants", disable=quiet, leave=False)
             self._bar = stack.enter_context(bar)
             self._stack = stack.pop_all()
@@ -92,7 +92,7 @@ class Replay:
         self._stack.close()
         self.inputs.clear()
 
-    def score(self, start: int, units: Sequence[Unit]) -> float:
+    def score(self, start: int, units: Sequence[VariantLayer]) -> float:
         """Return the similarity of the variant whose layers from place `start` on are `units`.
 
         -inf if it cannot be measured: the variant's states are NaN, say.
@@ -105,14 +105,14 @@ class Replay:
         similarity = self._similarity(states)
         return -math.inf if math.isnan(similarity) else similarity
 
-    def replace(self, start: int, units: Sequence[Unit]) -> None:
+    def replace(self, start: int, units: Sequence[VariantLayer]) -> None:
         """Go on with the variant whose layers from place `start` on are `units`."""
         del self.inputs[start + 1 :]
         self.inputs[start] = self._entering(start, units)
         self.units[start:] = units
         self._extend()
 
-    def _entering(self, start: int, units: Sequence[Unit]) -> list[Tensor]:
+    def _entering(self, start: int, units: Sequence[VariantLayer]) -> list[Tensor]:
         """Return what the layer at a place gets; an RWKV's first block has a norm that moves on."""
         norm = getattr(self._first, "pre_ln", None)
         if start or norm is None:
@@ -128,7 +128,7 @@ class Replay:
                 check_finite(unit.index, state.abs().max().item(), state)
             self.inputs.append([state.to(self.walk.store) for state in states])
 
-    def _run(self, unit: Unit, states: Sequence[Tensor]) -> list[Tensor]:
+    def _run(self, unit: VariantLayer, states: Sequence[Tensor]) -> list[Tensor]:
         self.layer_forwards += 1
         with self.walk.placed(unit.layer):
             return [
@@ -157,7 +157,7 @@ class MergedVariants:
         self._dense = list(replay.units)
         self._known: dict[Groups, float] = {(): 1.0}
         self._base: Groups = ()
-        self._made: dict[tuple[int, int], Unit] = {}
+        self._made: dict[tuple[int, int], VariantLayer] = {}
 
     def __call__(self, groups: Groups) -> float:
         """Return the similarity once these windows are merged."""
@@ -166,13 +166,13 @@ class MergedVariants:
             self._known[groups] = self._replay.score(place, units)
         return self._known[groups]
 
-    def go_on(self, groups: Groups) -> None:
+    def rebase(self, groups: Groups) -> None:
         """Let the replay hold the model with these windows merged: what is close to it is cheap."""
         place, units = self._variant(groups)
         self._replay.replace(place, units)
         self._base = groups
 
-    def _variant(self, groups: Groups) -> tuple[int, list[Unit]]:
+    def _variant(self, groups: Groups) -> tuple[int, list[VariantLayer]]:
         """Return the first place that differs from the replay's model, and the layers from there.
 
         There are no more copies of layers than windows of that model and of this variant.
@@ -182,12 +182,12 @@ class MergedVariants:
         for low, high in groups:
             if (low, high) not in self._made:
                 layer = self._merged_layer(range(low, high + 1))
-                self._made[low, high] = Unit(layer, high)
+                self._made[low, high] = VariantLayer(layer, high)
         units = list(self._dense)
         for low, high in groups:  # from the top down: the places below stay what they are
             units[low : high + 1] = [self._made[low, high]]
         pairs = zip(units, self._replay.units, strict=False)
         place = next(i for i, (one, other) in enumerate(pairs) if one.layer is not other.layer)
         if self._replay.layer_forwards + len(units) - place > self.budget:
-            raise SpentError
+            raise BudgetExceededError
         return place, units[place:]

@@ -60,7 +60,7 @@ def similarity_to(
 
 def _total(walk: LayerWalk, masks: Sequence[Tensor]) -> float:
     """Return how many tokens of all ranks are marked."""
-    return walk.ranks.totals(sum(int(mask.sum()) for mask in masks))[0]
+    return walk.group.totals(sum(int(mask.sum()) for mask in masks))[0]
 
 
 def _cosine(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -> Similarity:
@@ -70,7 +70,7 @@ def _cosine(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]
         mean = MeanCosine()
         for mine, other, mask in zip(ours, others, counted, strict=True):
             mean.update(mine, walk.finish(other), mask, None)
-        return mean.pool(walk.ranks).result()
+        return mean.pool(walk.group).result()
 
     return measure
 
@@ -82,7 +82,7 @@ def _cka(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -
         cka = CKA(2)
         for mine, other, mask in zip(ours, others, counted, strict=True):
             cka.update((mine[mask], other[mask]))
-        cka.pool(walk.ranks)
+        cka.pool(walk.group)
         return cka.result()[0, 1].item()
 
     cka_with(ours)  # raises if the model's own states are constant
@@ -112,7 +112,7 @@ def _nll(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -
             next_token_sums(logits, labels[batch][row : row + 1])
             for batch, row, logits in _logits(walk, others)
         ]
-        nll, tokens = walk.ranks.totals(
+        nll, tokens = walk.group.totals(
             float(sum(nll for nll, _, _ in sums)), int(sum(tokens for *_, tokens in sums))
         )
         return nll / tokens
@@ -152,7 +152,7 @@ def _kl(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) ->
             z = z[0].float()
             entropies = z.logsumexp(-1) - expected(batch, row, others[batch][row], z)
             total += entropies[counted[batch][row]].cpu().double().sum().item()
-        return walk.ranks.totals(total)[0] / tokens
+        return walk.group.totals(total)[0] / tokens
 
     own = mean(states)  # the entropy, by the same sums: the model itself is at exactly 1
     return lambda others: math.exp(own - mean(others))

@@ -65,7 +65,7 @@ def weight_scores(
             for batch, mask in enumerate(walk.masks):
                 with seen.watching(mask):
                     walk.states[batch] = walk.forward(batch).to(walk.store)
-            seen.pool(walk.ranks)
+            seen.pool(walk.group)
             for group in [[matrix] for matrix in found] if by_matrix else [found]:
                 parts = partial(_wanda_parts, group, seen, tokens)
                 scores |= dict.fromkeys(

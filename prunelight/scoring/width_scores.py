@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.calibration.input_statistics import InputStatistics
-from prunelight.calibration.shared_windows import ranks_of
+from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import InputVariance
 from prunelight.calibration.windows import Windows, micro_batches
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.config_fields import accepts, head_dim
 from prunelight.models.families.dropped_sublayers import dropped
 from prunelight.models.families.layers import Matrix, decoder_layers, layer_matrices
-from prunelight.models.forward import evaluating, run_layers
+from prunelight.models.forward import evaluating, forward_without_head
 from prunelight.scoring.importance import saliencies
 from prunelight.scoring.weight_scores import wanda_scores
 
@@ -55,7 +55,7 @@ class Widths:
 
 
 @dataclass(frozen=True)
-class Member:
+class ProjectionPart:
     """The part of groups or neurons that one projection holds."""
 
     matrix: Matrix
@@ -93,7 +93,9 @@ def allowed_groups(model: PreTrainedModel) -> list[int]:
     return [w.groups for w in fewer if accepts(model.config, **w.fields)]
 
 
-def members_of(model: PreTrainedModel, index: int, widths: Widths) -> dict[str, list[Member]]:
+def projection_parts(
+    model: PreTrainedModel, index: int, widths: Widths
+) -> dict[str, list[ProjectionPart]]:
     """Return what a decoder layer's groups and neurons consist of; no neurons for experts."""
     names = sublayers_of(model)
     found = {tuple(m.name.rsplit(".", 2)[1:]): m for m in layer_matrices(model, index)}
@@ -104,16 +106,16 @@ def members_of(model: PreTrainedModel, index: int, widths: Widths) -> dict[str, 
         starts = (0, query.numel(), query.numel() + shared.numel())
         rows = [torch.cat([part + s for part, s in zip(rows, starts, strict=True)], 1)]
     heads = [
-        Member(found[names.attention, name], 0, places)
+        ProjectionPart(found[names.attention, name], 0, places)
         for name, places in zip(names.heads, rows, strict=True)
     ]
-    heads.append(Member(found[names.attention, names.head_output], 1, query))
+    heads.append(ProjectionPart(found[names.attention, names.head_output], 1, query))
     neurons = []
     for name in (*names.neurons, names.neuron_output) if names.neurons else ():
         matrix, dim = found[names.mlp, name], int(name == names.neuron_output)
         # In runs where one projection holds gate and up, say.
         places = torch.arange(matrix.parameter.shape[dim]).view(-1, widths.neurons).T
-        neurons.append(Member(matrix, dim, places))
+        neurons.append(ProjectionPart(matrix, dim, places))
     return {"heads": heads, "neurons": neurons}
 
 
@@ -131,7 +133,7 @@ def width_scores(
         TypeError: if attention and MLP of the family are not known, or weights are quantized.
     """
     widths = widths_of(model)
-    layers = [members_of(model, i, widths) for i in range(len(decoder_layers(model)))]
+    layers = [projection_parts(model, i, widths) for i in range(len(decoder_layers(model)))]
     members = [member for layer in layers for kind in kinds for member in layer[kind]]
     if score == "taylor":
         known: dict[str, Any] = {m.matrix.name: m.matrix.parameter for m in members}
@@ -140,7 +142,7 @@ def width_scores(
         outputs = [member.matrix for member in members if member.dim == 1]
         found = dict(_column_scores(model, windows, outputs, score))
 
-    def told(members: list[Member]) -> Tensor:
+    def told(members: list[ProjectionPart]) -> Tensor:
         parts = [m.sums(found[m.matrix.name]) for m in members if m.matrix.name in found]
         return torch.stack(parts).sum(0)
 
@@ -156,8 +158,8 @@ def _column_scores(
         for batch in micro_batches(model, windows, label=score):
             mask = batch.get("attention_mask")
             with seen.watching(None if mask is None else mask.bool()):
-                run_layers(model, batch)
-    seen.pool(ranks_of(windows))
+                forward_without_head(model, batch)
+    seen.pool(group_of(windows))
     for matrix in outputs:
         (statistic,), weight = seen.of(matrix), matrix.parameter
         norms = statistic.norms()  # checks

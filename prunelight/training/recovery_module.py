@@ -34,17 +34,23 @@ from prunelight.recovery.compiled_layers import check_backend
 from prunelight.recovery.distillation.objective import Distillation, Objective
 from prunelight.recovery.lora import LoRA
 from prunelight.recovery.packed_rows import model_inputs
-from prunelight.recovery.prepared_model import Adapted, Settings
+from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.quantization import BitsAndBytes, check_kind, check_quantizable
 from prunelight.recovery.schedules import check_settings, make_schedule
 from prunelight.recovery.sharded_weights import shard, trained_parameters
 from prunelight.recovery.zeros.weight_masks import WeightMasks
-from prunelight.run.checkpoints import FORMAT, KEY, check_same_parameters, check_same_run, facts_of
+from prunelight.run.checkpoints import (
+    FORMAT,
+    KEY,
+    check_same_parameters,
+    check_same_run,
+    read_metadata,
+)
 from prunelight.run.finish import end_fit
-from prunelight.run.measurements import add_quantized, stage_of_run, start_record
+from prunelight.run.measurements import add_quantized, measure_run_stage, start_record
 from prunelight.run.run_state import check_output, plan_files
 from prunelight.run.strategies import check_strategy, on_rank_zero, share_of_tokens
-from prunelight.run.teacher import meet_teacher
+from prunelight.run.teacher import prepare_teacher
 from prunelight.training.exact_resume import ExactResume
 from prunelight.training.recovery_watch import WatchedModule
 
@@ -151,7 +157,7 @@ class RecoveryModule(WatchedModule):
         self.val_perplexity = TokenPerplexity()
         self.val_accuracy = TokenAccuracy()
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
-        self._adapted: Adapted | None = None
+        self._adapted: PreparedModel | None = None
         self._source: str | Path = ""  # from where `model` can be read again
         self.resuming = ExactResume(self.describe_recovery, self._make_optimizer)
 
@@ -199,7 +205,7 @@ class RecoveryModule(WatchedModule):
         if self._in_training:
             return
         if stage == "fit":
-            meet_teacher(self)
+            prepare_teacher(self)
         model = self.load_model()
         check_quantizable(model, self.quantization, self._source)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -237,14 +243,16 @@ class RecoveryModule(WatchedModule):
                 shard(self.load_model(), mesh, same)
 
     def _adapt(self) -> None:
-        measure = partial(stage_of_run, self, "quantized")
+        measure = partial(measure_run_stage, self, "quantized")
         device = self.trainer.strategy.root_device if self._trainer else self.device
         seen = partial(add_quantized, self.record, measure, device=device)
-        self._adapted = Adapted(self.load_model(), self.plans(), self._settings(), seen, device)
+        self._adapted = PreparedModel(
+            self.load_model(), self.plans(), self._settings(), seen, device
+        )
         self.model = self._adapted.model
 
-    def _settings(self) -> Settings:
-        return Settings(
+    def _settings(self) -> RecoverySettings:
+        return RecoverySettings(
             recovery=self.recovery,
             lora=self.lora,
             keep_zeros=self.keep_zeros,
@@ -354,7 +362,7 @@ class RecoveryModule(WatchedModule):
         Raises:
             ValueError: if it was trained on another base or in another way; names both.
         """
-        saved = facts_of(checkpoint)
+        saved = read_metadata(checkpoint)
         if not self._in_training:
             self._rebuild(saved)
         if "state_dict" in checkpoint:  # else the strategy has loaded it, after it was checked
@@ -369,7 +377,7 @@ class RecoveryModule(WatchedModule):
         Raises:
             ValueError: if it was trained on another base or in another way; names both.
         """
-        check_same_run(facts_of(checkpoint), self._describe_training())
+        check_same_run(read_metadata(checkpoint), self._describe_training())
         check_same_parameters(checkpoint["state_dict"], trained_parameters(self))
 
     def _describe_training(self) -> dict[str, str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from prunelight.models.sizes import parameter_count
 from prunelight.recovery.overfitting import (
     METRIC,
-    Evaluated,
     TrainingText,
+    ValidationPoint,
     overfit_risk,
     overfitting,
 )
@@ -53,7 +53,7 @@ class RecoveryWatch(Callback):
     """Warns of overfitting, and ends the fit with the best weights; every RecoveryModule has it."""
 
     def __init__(self) -> None:
-        self.history: list[Evaluated] = []
+        self.history: list[ValidationPoint] = []
         self._loss: Tensor | float = 0.0  # summed since the last validation, on its device
         self._batches = 0
         self._faults: list[str] = []
@@ -96,7 +96,7 @@ class RecoveryWatch(Callback):
         if self._batches and METRIC in trainer.callback_metrics:
             loss = float(self._loss) / self._batches
             perplexity = float(trainer.callback_metrics[METRIC])
-            self.history.append(Evaluated(trainer.global_step, perplexity, loss))
+            self.history.append(ValidationPoint(trainer.global_step, perplexity, loss))
             self._loss, self._batches = 0.0, 0
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -118,7 +118,7 @@ class RecoveryWatch(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the validations of the run that wrote the checkpoint."""
-        self.history = [Evaluated(*values) for values in state_dict["history"]]
+        self.history = [ValidationPoint(*values) for values in state_dict["history"]]
 
 
 class WatchedModule(LightningModule):

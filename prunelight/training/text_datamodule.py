@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from prunelight.calibration.windows import Windows
-from prunelight.data.document_rows import PACKINGS, cut, pack_documents
+from prunelight.data.document_rows import PACKINGS, cut_document, pack_documents
 from prunelight.data.instructions import instruction_example, is_instruction_row
 from prunelight.data.sources import read_documents
 from prunelight.data.token_windows import (
     Bos,
     bos_token_id,
-    pack,
+    pack_windows,
     sample_indices,
     tokenize,
     tokenize_documents,
@@ -245,7 +245,7 @@ class TextDataModule(LightningDataModule):
     def _text_examples(self, role: str, texts: list[str]) -> list[Example]:
         stream = tokenize_documents(self.tokenizer, texts)
         bos = bos_token_id(self.tokenizer, self.bos)
-        windows = pack(stream, self.seq_len, bos_token_id=bos)
+        windows = pack_windows(stream, self.seq_len, bos_token_id=bos)
         tail = len(stream) - len(windows) * (self.seq_len - (bos is not None))
         log_once(f"{role}: {len(stream)} tokens -> {len(windows)} windows, tail of {tail} dropped")
         return [(window, window) for window in windows]
@@ -254,7 +254,7 @@ class TextDataModule(LightningDataModule):
         end = [t for t in [self.tokenizer.eos_token_id] if t is not None]
         bos = bos_token_id(self.tokenizer, self.bos)
         documents = tokenize(self.tokenizer, [t for t in texts if t.strip()])
-        pieces = (cut([*d, *end], self.seq_len, bos_token_id=bos) for d in documents)
+        pieces = (cut_document([*d, *end], self.seq_len, bos_token_id=bos) for d in documents)
         return [(piece, piece) for document in pieces for piece in document]
 
     def _packed(self, documents: list[Example]) -> list[Example]:

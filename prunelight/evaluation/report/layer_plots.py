@@ -17,7 +17,7 @@ from prunelight.evaluation.report.plan_facts import (
     LayerZeros,
     by_sublayer,
     explained_variance,
-    fates,
+    layer_outcomes,
     layer_zeros,
     nominal,
     planned_share,
@@ -80,7 +80,7 @@ def plot_layers(plan: Json, outcome: Json | None = None) -> Figure:
     panels = figure.axes[: len(drawings)]
     for axes in panels:
         _shade(axes, removed_layers(plan))
-    panels[-1].set_xlabel(f"decoder layer{' (shaded: gone)' if fates(plan) else ''}")
+    panels[-1].set_xlabel(f"decoder layer{' (shaded: gone)' if layer_outcomes(plan) else ''}")
     panels[-1].set_xlim(-0.8, num_layers - 0.2)
     return figure
 

@@ -26,7 +26,7 @@ def merged_groups(plan: Json) -> list[list[int]]:
     return [group for step in plan["steps"] for group in step.get("groups", ())]
 
 
-def fates(plan: Json) -> dict[int, str]:
+def layer_outcomes(plan: Json) -> dict[int, str]:
     """Return what becomes of the decoder layers that a plan does something to, but for zeros."""
     told: dict[int, str] = {}
     for step in plan["steps"]:

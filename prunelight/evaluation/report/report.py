@@ -24,8 +24,8 @@ from prunelight.evaluation.report.plan_facts import (
     Json,
     by_sublayer,
     explained_variance,
-    fates,
     has_own_class,
+    layer_outcomes,
     layer_zeros,
     merged_groups,
     nominal,
@@ -187,7 +187,7 @@ def _layer_table(plan: Json, outcome: Json) -> list[str]:
         columns["sparsity"] = [percent(x) if math.isfinite(x) else "" for x in zeros.layers]
         if zeros.errors:
             columns["reconstruction error"] = [f"{error:.4g}" for error in zeros.errors]
-    if fate := fates(plan):
+    if fate := layer_outcomes(plan):
         columns["fate"] = [fate.get(i, "kept") for i in range(num_layers)]
     table = markdown_table(list(columns), list(zip(*columns.values(), strict=True)))
     title = f"<details><summary>All {num_layers} decoder layers</summary>"

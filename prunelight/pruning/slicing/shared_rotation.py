@@ -110,7 +110,7 @@ def share_rotation(
         gram = Gram(hidden)
         for states in _residuals(walk):
             gram.update(signal_of(states, step.signal, centered=False))
-        gram.pool(walk.ranks)
+        gram.pool(walk.group)
     basis, explained = principal_components(gram.result(), width)
     if step.orientation == "random":
         generator = torch.Generator().manual_seed(step.seed)

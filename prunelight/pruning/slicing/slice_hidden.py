@@ -299,7 +299,7 @@ class Slicer:
         for state, counted in zip(self.walk.states, self.counted, strict=True):
             states = state.to(counted.device)[counted].to(self.place)
             gram.update(signal_of(states, self.step.signal, centered=self.centered))
-        gram.pool(self.walk.ranks)
+        gram.pool(self.walk.group)
         width = self.step.residual_dims[site]
         try:
             basis, explained = principal_components(gram.result(), width)

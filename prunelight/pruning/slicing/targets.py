@@ -134,7 +134,7 @@ def meet_parameters(
     )
 
 
-def told_parameters(
+def report_parameters(
     model: PreTrainedModel, parameters: int, slice_ratio: float | None
 ) -> dict[str, Any]:
     """Return the true parameters, shortcuts and head included; warn if they became more."""

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_walk import LayerWalk
-from prunelight.calibration.shared_windows import first_row, own_windows
+from prunelight.calibration.shared_windows import first_own_window, own_windows
 from prunelight.calibration.windows import Windows, first_windows, next_token_labels, split_windows
 from prunelight.losses import next_token_sums
 from prunelight.planning.steps import SliceHidden
@@ -44,7 +44,7 @@ def sliced_perplexity(
     labels = next_token_labels(own_windows(windows))
     total, tokens, start = torch.zeros((), dtype=torch.float64), 0, 0
     with LayerWalk(model, windows, device=device, offload=offload, label="try") as walk:
-        fitted -= first_row(windows)  # of this rank's rows, perhaps none or all
+        fitted -= first_own_window(windows)  # of this rank's rows, perhaps none or all
         counted = walk.positions()
         for positions in counted:
             rows = torch.arange(start, start + len(positions), device=positions.device)
@@ -61,7 +61,7 @@ def sliced_perplexity(
                 nll, _, predicted = next_token_sums(logits, wanted)
                 total, tokens = total + nll, tokens + int(predicted)
             start += len(state)
-    loss, seen = walk.ranks.totals(total.item(), tokens)
+    loss, seen = walk.group.totals(total.item(), tokens)
     if not (seen and math.isfinite(loss)):
         raise ValueError(
             f"the {held_out} windows held out cannot judge a slicing: {seen:.0f} tokens to "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prunelight.calibration.statistics import finite_values
-from prunelight.runtime.devices import ties_in_any_order
+from prunelight.runtime.devices import allowing_nondeterministic_ties
 from prunelight.scoring.weight_scores import wanda_scores
 
 
@@ -92,7 +92,7 @@ def lowest_mask(scores: Tensor, count: int) -> Tensor:
     """Return True at the `count` lowest scores along the last dimension; ties by lower index."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    with ties_in_any_order():
+    with allowing_nondeterministic_ties():
         threshold = scores.kthvalue(count, dim=-1, keepdim=True).values
     below = scores < threshold
     ties = scores == threshold
@@ -152,7 +152,7 @@ def wanda_variant_mask(weight: Tensor, norms: Tensor, sparsity: float) -> Tensor
     scores = wanda_scores(weight, norms)
     values, order = scores.sort(dim=-1, stable=True)
     # Shares of the row's sum rise along the sorted row: the lowest of all rows are alpha's.
-    with ties_in_any_order():
+    with allowing_nondeterministic_ties():
         sums = values.cumsum(-1)
     share = sums / values.sum(-1, keepdim=True).clamp(min=1e-30)
     pruned = matrix_mask(share, count_zeros(scores.numel(), sparsity))

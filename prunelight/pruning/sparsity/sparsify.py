@@ -42,7 +42,7 @@ SOLVERS = ("magnitude", "wanda", "wanda_variant", "sparsegpt")
 
 
 @dataclass
-class Outcome:
+class SparsifyOutcome:
     """What a sparsify step did.
 
     Attributes:
@@ -68,7 +68,7 @@ def sparsify(
     *,
     device: torch.device | None = None,
     offload: bool = False,
-) -> Outcome:
+) -> SparsifyOutcome:
     """Put the zeros of a step into a model, in place.
 
     Args:
@@ -85,7 +85,7 @@ def sparsify(
     """
     check_step(model, step)
     check_data(step, windows)
-    outcome = Outcome()
+    outcome = SparsifyOutcome()
     if step.solver == "magnitude":
         for matrix in matrices(model).values():
             if matrix.name in step.sparsity:
@@ -109,7 +109,7 @@ def sparsify(
 
 
 def _sparsify_layer(
-    model: PreTrainedModel, step: Sparsify, walk: LayerWalk, index: int, outcome: Outcome
+    model: PreTrainedModel, step: Sparsify, walk: LayerWalk, index: int, outcome: SparsifyOutcome
 ) -> None:
     chosen = [m for m in layer_matrices(model, index) if m.name in step.sparsity]
     make: Callable[[int], InputNorm] = Hessian if step.solver == "sparsegpt" else InputNorm
@@ -119,7 +119,7 @@ def _sparsify_layer(
         with seen.watching(walk.masks[batch]):
             output = walk.forward(batch)
         dense = output if batch == 0 else dense
-    seen.pool(walk.ranks)
+    seen.pool(walk.group)
     for group in seen.groups():
         with _naming(group):
             _solve(group, step, seen, outcome)
@@ -134,7 +134,7 @@ def _sparsify_layer(
     x, y, pruned = (state[real].float() for state in (before, dense, sparse))
     change = y if is_sliced(model) else y - x  # sliced: in another basis than x
     sums = torch.stack([(pruned - y).square().sum(), change.square().sum()])
-    error, scale = walk.ranks.sum(sums)
+    error, scale = walk.group.sum(sums)
     outcome.reconstruction_error.append((error / scale.clamp(min=1e-30)).item())
 
 
@@ -147,7 +147,7 @@ def _naming(group: Sequence[Matrix]) -> Iterator[None]:
 
 
 def _solve(
-    group: Sequence[Matrix], step: Sparsify, seen: InputStatistics[Any], outcome: Outcome
+    group: Sequence[Matrix], step: Sparsify, seen: InputStatistics[Any], outcome: SparsifyOutcome
 ) -> None:
     """Prune matrices that share an input, in place."""
     statistics = seen.of(group[0])
@@ -176,7 +176,7 @@ def _wanda(solver: str, view: Tensor, norms: Tensor, amount: Amount) -> Tensor:
     return wanda_mask(view, norms, amount)
 
 
-def _note_scarce(found: Sequence[Matrix], tokens: int, outcome: Outcome) -> None:
+def _note_scarce(found: Sequence[Matrix], tokens: int, outcome: SparsifyOutcome) -> None:
     """Warn of matrices with more inputs than tokens: their Hessians are singular."""
     scarce = [matrix for matrix in found if matrix.in_features > tokens]
     if scarce:
@@ -188,18 +188,18 @@ def _note_scarce(found: Sequence[Matrix], tokens: int, outcome: Outcome) -> None
         )
 
 
-def _note_zeros(outcome: Outcome, matrix: Matrix) -> None:
+def _note_zeros(outcome: SparsifyOutcome, matrix: Matrix) -> None:
     parameter = matrix.parameter
     outcome.sparsity[matrix.name] = 1 - int(parameter.count_nonzero()) / parameter.numel()
 
 
-def _note_layers(outcome: Outcome, model: PreTrainedModel) -> None:
+def _note_layers(outcome: SparsifyOutcome, model: PreTrainedModel) -> None:
     for index in range(len(decoder_layers(model))):
         found = layer_matrices(model, index)
         outcome.layer_sparsity.append(zero_share(matrix.parameter for matrix in found))
 
 
-def _note(outcome: Outcome, text: str) -> None:
+def _note(outcome: SparsifyOutcome, text: str) -> None:
     log.warning(text)
     outcome.notes.append(text)
 

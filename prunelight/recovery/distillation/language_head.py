@@ -26,13 +26,13 @@ from prunelight.models.forward import evaluating, replaced_forward
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 
-def plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return the transformers model inside peft's wrapper."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return inner
 
 
-class Head:
+class LanguageHead:
     """The head of a model, or of the model inside peft's wrapper.
 
     Attributes:
@@ -41,7 +41,7 @@ class Head:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
-        self.model, base = model, plain(model)
+        self.model, base = model, without_adapters(model)
         self.module: Any = base.get_output_embeddings()
         self.finish = logits_finish(base.config)
         self._job: tuple[TokenLoss, Tensor] | None = None
@@ -64,7 +64,10 @@ class Head:
             return logits
 
         ids = torch.arange(4, device=self.model.device)[None]
-        with evaluating(plain(self.model)), replaced_forward(self.module, forward) as plain_forward:
+        with (
+            evaluating(without_adapters(self.model)),
+            replaced_forward(self.module, forward) as plain_forward,
+        ):
             mask = torch.ones_like(ids)
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         if not apart or apart[0].shape != logits.shape:

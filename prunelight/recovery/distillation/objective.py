@@ -32,7 +32,7 @@ from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.forward import watching_layers
 from prunelight.planning.plan import Plan
-from prunelight.recovery.distillation.language_head import Head, plain
+from prunelight.recovery.distillation.language_head import LanguageHead, without_adapters
 from prunelight.recovery.distillation.teacher_cache import TeacherCache
 from prunelight.recovery.packed_rows import model_inputs
 from prunelight.runtime.arguments import check_choice
@@ -110,11 +110,11 @@ class Objective:
     ) -> None:
         check_objective(kind, settings, recovery)
         self.kind, self.settings, self.chunked = kind, settings, chunked
-        self.teacher: Head | None = None
+        self.teacher: LanguageHead | None = None
         self.cache: TeacherCache | None = None
         self.kept: list[int] = []
         self._teacher_apart = self._apart = False
-        self._head: Head | None = None
+        self._head: LanguageHead | None = None
 
     def check(self, model: PreTrainedModel, *, sliced: bool = False) -> None:
         """Check the settings against the model, before anything is computed.
@@ -140,18 +140,18 @@ class Objective:
 
     def use_teacher(self, model: PreTrainedModel, kept: Sequence[int]) -> None:
         """Learn from a model in memory whose layers `kept` the student's stand for."""
-        self.teacher, self.kept = Head(model), list(kept)
+        self.teacher, self.kept = LanguageHead(model), list(kept)
         self._teacher_apart = self.teacher.runs_apart()
 
     def start(self, model: Any) -> None:
         """See how the loss of this model can be taken, on all ranks."""
-        self._head = Head(model)
+        self._head = LanguageHead(model)
         self._apart = self.chunked and self._head.runs_apart()
         if self.chunked and not self._apart:
             log.warning(
                 "chunked_loss=True has no effect: the logits of %s are not those of its head up to "
                 "a scale or cap that is known; all are held at once",
-                plain(model).config.model_type,
+                without_adapters(model).config.model_type,
             )
 
     def finish(self) -> None:
@@ -165,7 +165,7 @@ class Objective:
         with _recording(self.teacher and self.teacher.model, self.kept, wanted):
             loss = self._token_loss(batch, inputs, tokens, targets)
         found: list[Tensor] = []
-        with _recording(plain(model), range(len(self.kept)), found):
+        with _recording(without_adapters(model), range(len(self.kept)), found):
             if self._apart and self._head is not None:
                 total = self._head.loss(inputs, loss, tokens)
             else:

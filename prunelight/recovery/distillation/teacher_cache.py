@@ -31,7 +31,7 @@ from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
 from prunelight.losses import counted_targets, top_k
 from prunelight.models.forward import evaluating
 from prunelight.planning.fingerprints import fingerprint_of, library_versions
-from prunelight.recovery.distillation.language_head import Head, plain
+from prunelight.recovery.distillation.language_head import LanguageHead, without_adapters
 from prunelight.recovery.packed_rows import model_inputs
 from prunelight.runtime.atomic_files import remove_temporaries, replacing
 
@@ -190,9 +190,9 @@ class TeacherCache:
             blocks: which ones.
             progress: show a bar.
         """
-        head = Head(teacher)
+        head = LanguageHead(teacher)
         apart = head.runs_apart()
-        with evaluating(plain(teacher)):
+        with evaluating(without_adapters(teacher)):
             for block in tqdm(blocks, desc="teacher cache", disable=None if progress else True):
                 parts = [
                     self._look_up(head, apart, self.batches(places))
@@ -209,7 +209,9 @@ class TeacherCache:
         size = max(1, MICRO_BATCH_TOKENS // max(self.lengths[first:last]))
         return (range(i, min(i + size, last)) for i in range(first, last, size))
 
-    def _look_up(self, head: Head, apart: bool, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _look_up(
+        self, head: LanguageHead, apart: bool, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Run the teacher on a batch; returns ids (M, k) and log-probabilities, on the CPU."""
         batch = {name: value.to(head.model.device) for name, value in batch.items()}
         inputs, (tokens, _) = model_inputs(batch), counted_targets(batch["labels"])

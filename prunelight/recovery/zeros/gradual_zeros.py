@@ -20,9 +20,9 @@ from prunelight.calibration.input_statistics import InputStatistics
 from prunelight.calibration.statistics import InputNorm
 from prunelight.models.families.layers import Matrix
 from prunelight.pruning.sparsity.masks import Amount, Pattern, matrix_mask, row_mask
-from prunelight.recovery.sharded_weights import whole
+from prunelight.recovery.sharded_weights import whole_tensor
 from prunelight.runtime.arguments import check_choice
-from prunelight.runtime.processes import Ranks
+from prunelight.runtime.processes import ProcessGroup
 from prunelight.scoring.weight_scores import wanda_scores
 
 CURVES = ("cubic", "linear")
@@ -88,7 +88,7 @@ class Gradual:
         found: the matrices, each with its planned amount of zeros.
         schedule: when.
         solver: "wanda" or "magnitude".
-        ranks: that train together; all must make the same calls.
+        group: that train together; all must make the same calls.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class Gradual:
         found: Mapping[str, tuple[Matrix, Amount]],
         schedule: Schedule,
         solver: str,
-        ranks: Ranks,
+        group: ProcessGroup,
     ) -> None:
         self.found, self.schedule, self.solver = dict(found), schedule, solver
-        self.ranks = ranks
+        self.group = group
         scored = [matrix for matrix, _ in found.values() if solver == "wanda"]
         self._seen = InputStatistics(scored, RunningNorm)
 
@@ -146,7 +146,7 @@ class Gradual:
         return matrix_mask(scores, int(scores.numel() * share + 1e-6))
 
     def _average(self) -> None:
-        self._seen.reduce(lambda squares: self.ranks.sum(squares) / self.ranks.size)
+        self._seen.reduce(lambda squares: self.group.sum(squares) / self.group.size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running norms, averaged: all ranks go on from those that rank 0 writes."""
@@ -169,11 +169,11 @@ def weights_with_adapters(model: nn.Module) -> Callable[[Matrix], Tensor]:
     }
 
     def weight(matrix: Matrix) -> Tensor:
-        stored = whole(matrix.parameter.detach())
+        stored = whole_tensor(matrix.parameter.detach())
         layer = adapters.get((matrix.owner, matrix.parameter_name))
         if layer is None:
             return stored
-        delta = sum(whole(layer.get_delta_weight(name)) for name in layer.active_adapters)
+        delta = sum(whole_tensor(layer.get_delta_weight(name)) for name in layer.active_adapters)
         return stored + (stored != 0) * delta
 
     return weight

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from prunelight.recovery.zeros.weight_masks import unpack
+from prunelight.recovery.zeros.weight_masks import unpack_mask
 
 
 def mask_adapters(
@@ -49,11 +49,11 @@ def mask_adapters(
         layer = getattr(layer, parameter_name, None)
         if isinstance(layer, Linear) or (name in quantized and isinstance(layer, LoraLayer)):
             for adapter in layer.lora_A:
-                masked = PackedVariant(quantized[name]) if name in quantized else MaskedVariant()
+                masked = QuantizedMaskedLora(quantized[name]) if name in quantized else MaskedLora()
                 layer.lora_variant[adapter] = masked
 
 
-class MaskedVariant(LoraVariant):
+class MaskedLora(LoraVariant):
     """LoRA of a `Linear` or `Conv1D` whose update is masked: y = x W^T + dropout(x) (m * s B A)^T.
 
     What peft calls a variant; the base class says what each method is for.
@@ -87,25 +87,25 @@ class MaskedVariant(LoraVariant):
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the merged weight; a kept one that rounds to zero takes the smallest number."""
         W = orig_weight
-        merged = W + MaskedVariant._delta(module, active_adapter, W)
+        merged = W + MaskedLora._delta(module, active_adapter, W)
         return merged.where((merged != 0) | (W == 0), W.sign() * torch.finfo(W.dtype).tiny)
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         """Merge into the weight, in place."""
-        orig_weight.data += MaskedVariant._delta(module, active_adapter, orig_weight)
+        orig_weight.data += MaskedLora._delta(module, active_adapter, orig_weight)
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return the weight as it was before merging, up to rounding."""
-        return orig_weight - MaskedVariant._delta(module, active_adapter, orig_weight)
+        return orig_weight - MaskedLora._delta(module, active_adapter, orig_weight)
 
     @staticmethod
     def _delta(module: Any, adapter: str, W: Tensor) -> Tensor:
         return module.get_delta_weight(adapter).masked_fill(W == 0, 0).to(W.dtype)
 
 
-class PackedVariant(LoraVariant):
+class QuantizedMaskedLora(LoraVariant):
     """The masked update of a quantized weight; for training, not for merging.
 
     Args:
@@ -228,7 +228,7 @@ def _token_rows(x: Tensor) -> Tensor:
 def _mask(W: Tensor, delta: Tensor) -> Tensor:
     """Return m as numbers 0 and 1: on a CPU ten times faster to apply than a bool mask."""
     if W.dtype == torch.uint8:
-        return unpack(W, delta).to(delta.dtype)
+        return unpack_mask(W, delta).to(delta.dtype)
     return W.sign().abs_().to(delta.dtype)
 
 

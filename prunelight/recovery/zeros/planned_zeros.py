@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from prunelight.models.families.dropped_sublayers import dropped
 from prunelight.models.families.layers import Matrix, layers_path, matrices
 from prunelight.models.sizes import zero_share
-from prunelight.planning.plan import Plan, sparsified
+from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import layer_of
 from prunelight.recovery.zeros.masked_lora import mask_adapters
-from prunelight.recovery.zeros.weight_masks import WeightMasks, ZeroRecord, pack
+from prunelight.recovery.zeros.weight_masks import WeightMasks, ZeroRecord, pack_mask
 
 
 @dataclass
@@ -47,7 +47,7 @@ class PlannedZeros:
         Raises:
             ValueError: if the plans name a matrix that the model does not have.
         """
-        names = sparsified(plans, layers_path(model)) if plans else {}
+        names = planned_sparsity(plans, layers_path(model)) if plans else {}
         if not names:
             return cls()
         found, path = matrices(model), layers_path(model)
@@ -68,7 +68,7 @@ class PlannedZeros:
 
     def pack(self) -> None:
         """Take the masks from weights that are about to be quantized, and let go of these."""
-        self._packed = {m.name: pack(m.views()[0] != 0) for m in self.matrices if not m.fused}
+        self._packed = {m.name: pack_mask(m.views()[0] != 0) for m in self.matrices if not m.fused}
         self.matrices = [matrix for matrix in self.matrices if matrix.fused]
 
     def keep(self, model: PreTrainedModel | PeftModel, *, growing: bool) -> None:

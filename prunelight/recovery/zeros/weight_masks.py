@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from prunelight.models.families.layers import Matrix
-from prunelight.recovery.sharded_weights import local, local_part, total
+from prunelight.recovery.sharded_weights import local_shard, shard_like, sum_over_shards
 
 
-def pack(mask: Tensor) -> Tensor:
+def pack_mask(mask: Tensor) -> Tensor:
     """Return a bool tensor as bits on the CPU: uint8, (ceil(n / 8),)."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy()))
 
 
-def unpack(bits: Tensor, like: Tensor) -> Tensor:
+def unpack_mask(bits: Tensor, like: Tensor) -> Tensor:
     """Return packed bits as a bool tensor with shape and device of `like`.
 
     Raises:
@@ -41,8 +41,10 @@ def unpack(bits: Tensor, like: Tensor) -> Tensor:
 def _check_zero(matrix: Matrix, pruned: Tensor) -> None:
     """Check a matrix by the part of it that this rank has, on all ranks that share it."""
     weight = matrix.parameter
-    filled = ((local(weight) != 0) & pruned).sum()  # NaN counts as filled
-    if total(filled, weight):  # on all: a rank that failed alone would leave the others waiting
+    filled = ((local_shard(weight) != 0) & pruned).sum()  # NaN counts as filled
+    if sum_over_shards(
+        filled, weight
+    ):  # on all: a rank that failed alone would leave the others waiting
         raise RuntimeError(
             f"{filled} weights of {matrix.name} are pruned and no longer zero; train with "
             "keep_zeros=True, and let nothing else write to the weights"
@@ -54,7 +56,7 @@ class ZeroRecord:
 
     def __init__(self, matrices: Iterable[Matrix]) -> None:
         """Record the zeros of the matrices."""
-        self._zeros = [(matrix, pack(matrix.parameter == 0)) for matrix in matrices]
+        self._zeros = [(matrix, pack_mask(matrix.parameter == 0)) for matrix in matrices]
 
     def check(self) -> None:
         """Check that all recorded zeros are exactly zero.
@@ -64,7 +66,7 @@ class ZeroRecord:
         """
         for matrix, bits in self._zeros:
             weight = matrix.parameter
-            _check_zero(matrix, local_part(unpack(bits, weight), weight))
+            _check_zero(matrix, shard_like(unpack_mask(bits, weight), weight))
 
 
 class WeightMasks:
@@ -89,13 +91,13 @@ class WeightMasks:
     def shard(self) -> None:
         """Keep of each mask what this rank has of its weight, after the weights were sharded."""
         for name, pruned in self._pruned.items():
-            self._bits[name] = pack(pruned)
-            self._pruned[name] = local_part(pruned, self.matrices[name].parameter)
+            self._bits[name] = pack_mask(pruned)
+            self._pruned[name] = shard_like(pruned, self.matrices[name].parameter)
 
     def pruned(self, name: str) -> Tensor:
         """Return the whole mask of a matrix, True where it is pruned, on the weight's device."""
         if self._bits:
-            return unpack(self._bits[name], self.matrices[name].parameter)
+            return unpack_mask(self._bits[name], self.matrices[name].parameter)
         return self._local(name)
 
     def _local(self, name: str) -> Tensor:
@@ -123,8 +125,8 @@ class WeightMasks:
 
     def _set(self, name: str, pruned: Tensor) -> None:
         if self._bits:
-            self._bits[name] = pack(pruned)
-        self._pruned[name] = local_part(pruned, self.matrices[name].parameter)
+            self._bits[name] = pack_mask(pruned)
+        self._pruned[name] = shard_like(pruned, self.matrices[name].parameter)
 
     def apply(self, optimizer: Optimizer | None = None) -> None:
         """Set pruned weights, and their entries in the optimizer's state, to zero, in place."""
@@ -134,13 +136,13 @@ class WeightMasks:
     @torch.no_grad()
     def _zero(self, name: str, optimizer: Optimizer | None) -> None:
         weight, pruned = self.matrices[name].parameter, self._local(name)
-        local(weight).masked_fill_(pruned, 0)  # a product with 0 would leave -0.0 and NaN
+        local_shard(weight).masked_fill_(pruned, 0)  # a product with 0 would leave -0.0 and NaN
         state = optimizer.state.get(weight, {}) if optimizer is not None else {}
         for value in state.values():
             # The codes of an 8-bit optimizer have the same shape, but their 0 is not the value 0.
             entries = isinstance(value, Tensor) and value.shape == weight.shape
             if entries and value.is_floating_point():
-                local(value).masked_fill_(pruned.to(value.device), 0)
+                local_shard(value).masked_fill_(pruned.to(value.device), 0)
 
     def watch(self, optimizer: Optimizer) -> None:
         """Mask gradients from now on, and weights and state after every step of the optimizer.
@@ -161,7 +163,7 @@ class WeightMasks:
         """Set the gradients of pruned weights to zero, in place, where weights are sharded."""
         for name, matrix in self.matrices.items() if self._bits else ():
             if matrix.parameter.grad is not None:
-                local(matrix.parameter.grad).masked_fill_(self._local(name), 0)
+                local_shard(matrix.parameter.grad).masked_fill_(self._local(name), 0)
 
     def _masker(self, name: str) -> Callable[[Tensor], Tensor]:
         return lambda gradient: gradient.masked_fill(self._local(name), 0)
@@ -182,7 +184,7 @@ class WeightMasks:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the kept weights as bits: matrix name -> uint8, 1/8 byte per weight."""
-        return {name: pack(~self.pruned(name)) for name in self.matrices}
+        return {name: pack_mask(~self.pruned(name)) for name in self.matrices}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the masks from `state_dict` and set pruned weights to zero, in place.
@@ -194,5 +196,5 @@ class WeightMasks:
         if odd:
             raise ValueError(f"masks of {len(odd)} matrices are only on one side, e.g. {min(odd)}")
         for name, bits in state.items():
-            self._set(name, ~unpack(bits, self.matrices[name].parameter))
+            self._set(name, ~unpack_mask(bits, self.matrices[name].parameter))
         self.apply()
