@@ -70,6 +70,9 @@ def test_quantizing_in_memory_gives_what_transformers_loads(sparse, kind):
     assert {n: type(m) for n, m in model.named_modules()} == {
         n: type(m) for n, m in loaded.named_modules()
     }
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # ours computes without that kernel
+            module.support_avx512bf16_for_cpu = False
     with torch.no_grad():
         assert torch.equal(model(WINDOWS % 64).logits, loaded(WINDOWS % 64).logits)
     on_disk = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
