@@ -562,7 +562,7 @@ def test_a_dense_model_has_no_masks(dense, tmp_path):
     assert module.masks is None
     assert "keep_zeros" not in module.record.recovery
     checkpoint = torch.load(tmp_path / "checkpoints" / "epoch=0.ckpt", weights_only=True)
-    assert checkpoint["prunelight"]["zeros"] == "not kept"
+    assert checkpoint["prunelight"]["zeros"] == "not_kept"
 
 
 def test_plans_are_read_in_the_order_they_were_carried_out_and_only_from_our_directories(tmp_path):
@@ -576,7 +576,7 @@ def test_plans_are_read_in_the_order_they_were_carried_out_and_only_from_our_dir
 
 class Vandal(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
-        matrix = pl_module._adapted.zeros.matrices[0]
+        matrix = pl_module.run.prepared.zeros.matrices[0]
         matrix.parameter.data[matrix.parameter == 0] = 1.0
 
 

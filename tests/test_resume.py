@@ -152,7 +152,7 @@ def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(
 def test_dropout_makes_losses_that_another_seed_would_not_give(name, tmp_path):
     """Without it the law above would say little about random numbers."""
     _, module = fit(name, tmp_path, short_gpt(), limit_train_batches=1, max_epochs=1)
-    assert module.resuming.seed == 3
+    assert module.run.seed == 3
     draws = []
     for position in ((3, 0, 0, 0), (3, 0, 0, 1), (3, 1, 0, 0), (4, 0, 0, 0), (3, 0, 0, 0)):
         seed_batch(*position)
