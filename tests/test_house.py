@@ -1,18 +1,16 @@
 """The house as drawn: which folder may import which, how full a folder is, who knows Lightning."""
 
-import ast
 import importlib
 import inspect
 from collections import Counter
 from functools import cache
-from pathlib import Path
 
 import pytest
+from source_tree import ROOT, imported
 
 import prunelight.callbacks
 from prunelight.callbacks import PruningCallback
 
-ROOT = Path(__file__).resolve().parent.parent
 # From the ground up: a folder imports from itself and from folders with a lower number.
 FLOORS = {
     "losses": 0,
@@ -55,16 +53,6 @@ MODULES = {module_of(path): path for path in FILES}
 def folder_of(module):
     """The top folder (or file) of a module: prunelight.pruning.slicing.basis -> pruning."""
     return module.split(".")[1]
-
-
-def imported(source):
-    """Dotted names of all imports, those inside functions too; `from a import b` gives a.b."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @cache

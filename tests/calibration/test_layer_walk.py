@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from test_scoring import hooks, lively_model, padded
+from scoring_models import hooks, lively_model, padded
 from tiny import FAMILIES, NUM_LAYERS, UNKNOWN_FAMILIES, tiny_model, token_windows
 from torch.nn.functional import silu
 from transformers.modeling_outputs import BaseModelOutputWithPast

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 from runs import make_data, make_module, make_trainer, write_model
-from test_slicing import WINDOWS, dense_model, logits
+from sliced_models import WINDOWS, dense_model, logits
 from tiny import tiny_model
 
 import prunelight

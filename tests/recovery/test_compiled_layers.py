@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import make_data, make_module, make_trainer, write_model
 from safetensors.torch import load_file
-from test_slicing import VARIED, sliced
+from sliced_models import VARIED, sliced
 from tiny import tiny_model, token_windows
 
 from prunelight.callbacks import DLP, ShortGPT

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 from runs import SEQ_LEN, make_module, make_trainer, write_model
-from test_slicing import CUT, sliced
-from test_windows import ALPACA, PAIR, make_tokenizer
+from sliced_models import CUT, sliced
+from text_tokenizers import ALPACA, PAIR, make_tokenizer
 from tiny import FAMILIES, UNKNOWN_FAMILIES, tiny_model, token_windows
 from torch.nn.functional import cross_entropy
 

@@ -5,7 +5,8 @@ import weakref
 import pytest
 import reference_sparsity as reference
 import torch
-from tiny import NUM_LAYERS, tiny_model, token_windows
+from scoring_models import hooks, lively_model, padded
+from tiny import NUM_LAYERS, token_windows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
@@ -24,16 +25,6 @@ SCORES = {
 every_score = pytest.mark.parametrize("score", SCORES.values(), ids=list(SCORES))
 
 
-def lively_model(family="llama", **changes):
-    """A tiny model whose layers change the hidden states much more than at initialisation."""
-    model = tiny_model(family, **changes)
-    with torch.no_grad():
-        for name, parameter in decoder_layers(model).named_parameters():
-            if parameter.ndim >= 2 and "A_log" not in name:
-                parameter.mul_(4)
-    return model
-
-
 @pytest.fixture(scope="module")
 def model():
     """Read-only: scoring changes nothing (tests/test_families.py)."""
@@ -42,14 +33,6 @@ def model():
 
 def random_states(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def padded(windows, *, left=False, padding=PADDING):
-    """Return windows with padding on one side, and the mask that says so."""
-    fill = torch.zeros(windows.shape[0], padding, dtype=torch.long)
-    parts = [(fill, fill), (windows, torch.ones_like(windows))]
-    ids, mask = (torch.cat(p, dim=1) for p in zip(*(parts if left else parts[::-1]), strict=True))
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def put_in_place(layer, function):
@@ -292,11 +275,6 @@ def test_the_layer_that_makes_nan_or_inf_is_named(score, value, name):
     message = rf"{name} in the hidden states after decoder layer 2 \(dtype torch.float32\); load"
     with pytest.raises(ValueError, match=message):
         score(model, WINDOWS)
-
-
-def hooks(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    return [len(getattr(module, kind)) for module in model.modules() for kind in kinds]
 
 
 @every_score

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_windows import make_tokenizer
+from text_tokenizers import make_tokenizer
 from tiny import tiny_model
 
 from prunelight.evaluation import speed

@@ -1,6 +1,6 @@
 """Run by torchrun in each of two processes: fits of the method table, one after another.
 
-    torchrun --nproc-per-node 2 tests/train_ranks.py NAME ROOT STRATEGY:RECOVERY:METHODS ...
+    torchrun --nproc-per-node 2 tests/support/train_ranks.py NAME ROOT STRATEGY:RECOVERY:METHODS ...
 
 METHODS are numbers of the table, with commas between, or nothing for all. Each fit leaves its run
 in ROOT/<strategy>-<recovery>-<number> with digests.json: what each rank's pruned weights were.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from methods_table import METHODS
 from runs import make_data, make_module, make_trainer, measure_speed_briefly
-from test_methods import METHODS
 
 from prunelight.models.families.layers import matrices
 

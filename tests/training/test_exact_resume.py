@@ -14,11 +14,11 @@ import pytest
 import runs
 import torch
 import yaml
-from kill_and_resume import write_config
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from runs import make_data, make_module, write_model
 from safetensors.torch import load_file
+from stopped_runs import Terminate, write_config
 from tiny import tiny_model
 from torch.utils.data import DistributedSampler
 
@@ -192,20 +192,6 @@ def test_a_finished_run_started_again_trains_nothing_and_leaves_the_same(stop, n
     assert spent[0] == pytest.approx(spent[1], abs=0.05)
 
 
-class Terminate(pl.Callback):
-    """Sends the signal to its own process at a hook of the third step, once in a directory."""
-
-    def __init__(self, hook="on_train_batch_start", rank=0):
-        setattr(self, hook, self.terminate)
-        self.rank = rank
-
-    def terminate(self, trainer, *arguments):
-        told = Path(trainer.default_root_dir, "told")
-        if trainer.global_step >= 2 and trainer.global_rank == self.rank and not told.exists():
-            told.touch()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.parametrize(
     "hook", ["on_train_batch_start", "on_validation_start", "on_validation_batch_start"]
 )
@@ -237,7 +223,7 @@ def test_two_processes_save_at_the_same_step_whichever_gets_the_signal(rank, tmp
     root, made = tmp_path / "run", tmp_path / "made"
     arguments = write_config(made, "shortgpt")
     config = yaml.safe_load((made / "config.yaml").read_text())
-    terminate = {"class_path": "test_resume.Terminate", "init_args": {"rank": rank}}
+    terminate = {"class_path": "stopped_runs.Terminate", "init_args": {"rank": rank}}
     often = {"class_path": "RecoveryCheckpoint", "init_args": {"every_n_train_steps": 100}}
     config["trainer"]["callbacks"] = [terminate, often]
     config["trainer"] |= {"devices": 2, "strategy": "ddp", "max_steps": 6}

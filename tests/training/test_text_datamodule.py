@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from test_windows import ALPACA, CHAT, CHATML, PAIR, make_tokenizer, sample
+from text_tokenizers import ALPACA, CHAT, CHATML, PAIR, make_tokenizer, sample
 
 from prunelight.data.token_windows import calibration_windows, tokenize_documents
 from prunelight.losses import IGNORED_LABEL

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import PNG, make_plan, make_record, make_sparse, markdown, table_rows
+from report_records import PNG, make_plan, make_record, make_sparse, markdown, table_rows
 
 from prunelight.evaluation.report.layer_plots import plot_layers
 from prunelight.evaluation.report.plan_facts import nominal, share_sliced

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_slicing import (
+from sliced_models import (
     CUT,
     EACH,
     FULL,
@@ -21,6 +21,7 @@ from test_slicing import (
     plan_of,
     sliced,
 )
+from source_tree import ROOT, imported
 from tiny import token_windows
 from transformers import AutoModelForCausalLM
 
@@ -162,8 +163,6 @@ def test_only_sliced_models_have_code_to_export(tmp_path, tiny_tokenizer):
 
 
 def test_the_exported_file_needs_only_torch_and_transformers():
-    from test_imports import ROOT, imported
-
     source = (ROOT / "prunelight" / "models" / "families" / "sliced.py").read_text()
     roots = {name.split(".")[0] for name in imported(source)}
     assert roots <= {"__future__", "sys", "typing", "torch", "transformers"}

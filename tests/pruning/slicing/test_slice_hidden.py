@@ -1,11 +1,25 @@
 """Slicing: rotations that change nothing, components that keep most, and what is refused."""
 
 import copy
-from functools import cache
 
 import pytest
 import torch
-from tiny import tiny_model, token_windows
+from sliced_models import (
+    BOTH,
+    CUT,
+    EACH,
+    FULL,
+    FULL_CUT_VARIED,
+    LAYERS,
+    WHOLE,
+    WINDOWS,
+    D,
+    dense_model,
+    logits,
+    plan_of,
+    sliced,
+)
+from tiny import tiny_model
 from torch.nn.functional import kl_div
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -15,58 +29,11 @@ from prunelight.callbacks import SliceGPT
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.sliced import FAMILIES, UnitNorm
 from prunelight.models.sizes import parameter_count
-from prunelight.planning.fingerprints import describe_model
-from prunelight.planning.plan import Plan
 from prunelight.planning.steps import SliceHidden
 from prunelight.pruning.slicing.basis import principal_components, random_rotation, signal_of
 from prunelight.pruning.slicing.shared_rotation import shared_parameters
 from prunelight.pruning.slicing.targets import allowed_widths, sliced_parameters
 from prunelight.pruning.slicing.trial import sliced_perplexity
-
-D, LAYERS = 32, 6
-WHOLE = (D,) * (2 * LAYERS + 1)
-FULL = (D, *[24] * (2 * LAYERS - 1), D)  # embeddings stay whole
-CUT = (*[24] * (2 * LAYERS), D)
-VARIED = (20, 24, 28, 24, 30, 16, 8, 24, 26, 28, 32, 32, D)
-WINDOWS = token_windows(8, 16)
-# Norms with weights (and biases), epsilons that matter, and layers that do something.
-SETTINGS = {family: {"rms_norm_eps": 1e-3} for family in FAMILIES} | {"opt": {}}
-
-
-@cache
-def dense_model(family="llama", tied=True):
-    model = tiny_model(family, tie_word_embeddings=tied, **SETTINGS[family])
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-            elif "layers" in name:
-                parameter.mul_(5)
-    return model
-
-
-def plan_of(model, dims, **options):
-    return Plan("by hand", {}, describe_model(model), (SliceHidden(tuple(dims), **options),))
-
-
-def sliced(family, tied, dims, windows=WINDOWS, **options):
-    model = copy.deepcopy(dense_model(family, tied))
-    return prunelight.apply(model, plan_of(model, dims, **options), windows)
-
-
-@torch.no_grad()
-def logits(model, windows=WINDOWS):
-    return model(windows).logits
-
-
-FULL_CUT_VARIED = pytest.mark.parametrize(
-    ("tied", "dims"),
-    [(True, FULL), (True, CUT), (False, VARIED)],
-    ids=["tied, full", "tied, cut", "untied, varied"],
-)
-BOTH = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-EACH = pytest.mark.parametrize("family", FAMILIES)
 
 
 @EACH
