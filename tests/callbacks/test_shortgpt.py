@@ -27,7 +27,7 @@ def shuffled_model():
 
 @pytest.fixture(scope="module")
 def model():
-    """Read-only: planning changes nothing (tests/test_families.py)."""
+    """Read-only: planning changes nothing (end_to_end/test_families.py)."""
     return shuffled_model()
 
 

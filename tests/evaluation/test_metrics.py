@@ -1,13 +1,13 @@
+"""Perplexity and accuracy over batches, and the training loss that agrees with them."""
+
 import math
 
 import pytest
 import torch
-from tiny import tiny_model
 from torchmetrics.text import Perplexity
 
 from prunelight.evaluation.metrics import TokenAccuracy, TokenPerplexity
 from prunelight.losses import IGNORED_LABEL, next_token_loss, next_token_sums
-from prunelight.models.sizes import parameter_bytes, parameter_count, zero_share
 
 
 def logits_and_labels(num_samples=5, seq_len=70, vocabulary=37, *, seed=0):
@@ -128,26 +128,6 @@ def test_the_training_loss_is_the_log_of_the_perplexity():
     assert math.exp(loss) == pytest.approx(perplexity(logits, labels, [5]), rel=1e-5)  # float32
 
 
-def test_parameters_and_bytes_count_tied_embeddings_once():
-    model, tied = (tiny_model(tie_word_embeddings=tie) for tie in (False, True))
-    embeddings = model.get_input_embeddings().weight.numel()
-    assert parameter_count(model) - parameter_count(tied) == embeddings
-    assert parameter_bytes(model) - parameter_bytes(tied) == 4 * embeddings
-
-
-def test_only_trainable_parameters_are_counted_if_asked():
-    model = tiny_model()
-    model.requires_grad_(False)
-    model.model.norm.weight.requires_grad_(True)
-    assert parameter_count(model, trainable=True) == 32
-    assert parameter_count(model) > 32
-
-
-def test_a_parameter_of_bfloat16_takes_two_bytes():
-    model = tiny_model(dtype=torch.bfloat16)
-    assert parameter_bytes(model) == 2 * parameter_count(model)
-
-
 def test_the_gradient_of_float16_logits_is_not_lost_before_the_loss_is_scaled():
     torch.manual_seed(0)
     logits = (torch.randn(1, 64, 20_000) * 2).half().requires_grad_()
@@ -165,46 +145,3 @@ def test_the_metric_keeps_counting_under_a_cast_of_the_module():
     for _ in range(2000):
         metric.update(torch.tensor(1500.3), torch.tensor(500))
     assert metric.compute().item() == pytest.approx(math.exp(1500.3 / 500), rel=1e-6)
-
-
-def test_the_share_of_zeros_is_that_of_all_weights_with_tied_ones_counted_once():
-    first, second = torch.ones(3, 4), torch.ones(8)
-    first[0, :3] = 0.0
-    second[0] = -0.0
-    assert zero_share([first, second]) == 4 / 20
-    assert zero_share([first, second, first]) == 4 / 20
-    assert zero_share(tensor.T for tensor in (first,)) == 3 / 12
-
-
-def test_tiny_weights_are_no_zeros():
-    smallest = torch.finfo(torch.bfloat16).tiny
-    assert zero_share([torch.full((4,), smallest, dtype=torch.bfloat16)]) == 0
-
-
-def test_without_weights_there_are_no_zeros():
-    assert zero_share([]) == 0
-    assert zero_share([torch.empty(0)]) == 0
-
-
-@pytest.mark.parametrize(
-    "packed",
-    [
-        torch.zeros(4, 1, dtype=torch.uint8),
-        torch.zeros(4, dtype=torch.int8),
-        torch.zeros(4, dtype=torch.float8_e4m3fn),
-        torch.zeros(4, device="meta"),
-    ],
-)
-def test_zeros_of_packed_or_absent_weights_are_not_counted(packed):
-    assert zero_share([torch.zeros(4), packed]) == 0
-
-
-def test_embeddings_that_are_tied_to_the_head_are_counted_once():
-    model, tied = (tiny_model(tie_word_embeddings=tie) for tie in (False, True))
-    for each in (model, tied):
-        each.requires_grad_(False)
-        each.get_input_embeddings().weight.zero_()
-    embeddings = model.get_input_embeddings().weight.numel()
-    for each in (model, tied):
-        expected = pytest.approx(embeddings / parameter_count(each), rel=1e-12)
-        assert zero_share(each.parameters()) == expected

@@ -1,17 +1,17 @@
+"""Plans and their steps: what is written, read again, and refused."""
+
 import json
 import re
 
 import pytest
 import torch
+from plans import make_plan, plan_for
 from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.callbacks import ShortGPT
 from prunelight.planning.fingerprints import (
     describe_model,
-    describe_windows,
-    fingerprint_of,
-    model_fingerprint,
 )
 from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import (
@@ -23,31 +23,6 @@ from prunelight.planning.steps import (
     renumbered,
     step_from_dict,
 )
-
-FACTS = {
-    "name": "org/tiny",
-    "model_type": "llama",
-    "num_hidden_layers": 6,
-    "hidden_size": 32,
-    "fingerprint": "0123456789abcdef",
-}
-
-
-def make_plan(**changes):
-    values = {
-        "method": "ShortGPT",
-        "arguments": {"ratio": 0.5, "num_layers": None, "protected": [0, -1]},
-        "model": FACTS,
-        "calibration": {"num_samples": 4, "seq_len": 16, "fingerprint": "fe"},
-        "scores": {"block_influence": [0.1, 0.25, 1 / 3]},
-        "versions": {"torch": "2.13"},
-        "steps": (RemoveLayers((3, 1)), RemoveLayers((4,))),
-    }
-    return Plan(**{**values, **changes})
-
-
-def plan_for(model, *layers, **changes):
-    return make_plan(model=describe_model(model), steps=(RemoveLayers(layers),), **changes)
 
 
 def written(directory, **changes):
@@ -253,44 +228,8 @@ def test_a_model_that_moved_to_another_directory_is_the_same_model():
     plan.check(model)
 
 
-def test_the_fingerprint_does_not_depend_on_the_precision():
-    model = tiny_model()
-    fingerprint = model_fingerprint(model)
-    assert len(fingerprint) == 16
-    assert model_fingerprint(tiny_model(dtype=torch.bfloat16)) == fingerprint
-    plan_for(model.to(torch.bfloat16), 2).check(tiny_model())
-
-
-def test_the_fingerprint_changes_with_any_weight_tensor():
-    model = tiny_model()
-    fingerprints = {model_fingerprint(model)}
-    parameters = list(model.parameters())
-    for parameter in parameters:
-        with torch.no_grad():
-            parameter.mul_(1.05)
-        fingerprints.add(model_fingerprint(model))
-    assert len(fingerprints) == len(parameters) + 1
-
-
-def test_the_fingerprint_of_windows_depends_on_ids_and_mask():
-    windows = token_windows(4, 16)
-    mask = torch.ones_like(windows)
-    mask[0, 10:] = 0
-    plain, masked = describe_windows(windows), describe_windows(windows, mask)
-    assert plain == describe_windows(windows.clone())
-    assert (plain["num_samples"], plain["seq_len"], plain["tokens"]) == (4, 16, 64)
-    assert masked["tokens"] == 64 - 6
-    other = describe_windows(token_windows(4, 16, seed=1))
-    assert len({plain["fingerprint"], masked["fingerprint"], other["fingerprint"]}) == 3
-
-
-def test_the_fingerprint_of_values_does_not_depend_on_the_order_of_keys():
-    assert fingerprint_of({"a": 1, "b": [2]}) == fingerprint_of({"b": [2], "a": 1})
-    assert fingerprint_of({"a": 1}) != fingerprint_of({"a": 2})
-    assert len(fingerprint_of(1)) == 16
-
-
 # --- shares of zeros --------------------------------------------------------------------------
+
 
 PATH = "model.layers"
 

@@ -1,20 +1,20 @@
+"""Block Influence, and what holds for it and the angular distance alike."""
+
 import copy
 import math
 import weakref
 
 import pytest
-import reference_sparsity as reference
 import torch
-from scoring_models import hooks, lively_model, padded
+from lively_models import hooks, lively_model, padded
 from tiny import NUM_LAYERS, token_windows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
 from prunelight.calibration.statistics import MeanCosine
-from prunelight.models.families.layers import decoder_layers, layer_matrices, matrices
-from prunelight.scoring.angular_distance import angular_distance, angular_distances
+from prunelight.models.families.layers import decoder_layers
+from prunelight.scoring.angular_distance import angular_distances
 from prunelight.scoring.block_influence import block_influence, block_influences
-from prunelight.scoring.weight_scores import weight_scores
 
 WINDOWS = token_windows(4, 16)
 PADDING = 4
@@ -27,7 +27,7 @@ every_score = pytest.mark.parametrize("score", SCORES.values(), ids=list(SCORES)
 
 @pytest.fixture(scope="module")
 def model():
-    """Read-only: scoring changes nothing (tests/test_families.py)."""
+    """Read-only: scoring changes nothing (end_to_end/test_families.py)."""
     return lively_model()
 
 
@@ -104,28 +104,6 @@ def test_massive_activations_do_not_overflow_a_half_precision_model():
 def test_a_mean_over_no_tokens_is_refused():
     with pytest.raises(ValueError, match="0 tokens were counted; ignore fewer tokens"):
         MeanCosine().result()
-
-
-# --- angles -----------------------------------------------------------------------------------
-
-
-def test_angles_are_a_share_of_pi():
-    x = torch.tensor([[1.0, 0.0]] * 4)
-    y = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [1.0, 1.0]])
-    assert angular_distance(x, y).tolist() == pytest.approx([0, 0.5, 1, 0.25], abs=1e-7)
-
-
-def test_equal_states_have_no_distance_and_opposite_ones_the_largest():
-    states = random_states(200, 64)
-    assert angular_distance(states, states).max() == 0
-    assert angular_distance(states, -states).min() == 1
-
-
-@pytest.mark.parametrize("angle", [1e-3, 1e-2, 0.1, 1.0, math.pi - 1e-3])
-def test_small_angles_are_exact(angle):
-    x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[math.cos(angle), math.sin(angle)]])
-    # The angle of float32 vectors is known to about 1e-7.
-    assert math.pi * angular_distance(x, y).item() == pytest.approx(angle, abs=5e-7)
 
 
 # --- scores of a model ------------------------------------------------------------------------
@@ -250,19 +228,6 @@ def test_a_bfloat16_model_scores_like_the_float32_one(model, score):
     assert score(half, WINDOWS) == pytest.approx(score(model, WINDOWS), abs=0.02)
 
 
-@pytest.mark.parametrize("size", [0, 1, 3, NUM_LAYERS])
-def test_every_window_of_layers_has_an_angle(model, size):
-    distances = angular_distances(model, WINDOWS, size)
-    assert len(distances) == NUM_LAYERS - size + 1
-    assert all(0 < d < 1 for d in distances) if size else distances == [0] * (NUM_LAYERS + 1)
-
-
-def test_angles_obey_the_triangle_inequality(model):
-    single = angular_distances(model, WINDOWS, 1)
-    (whole,) = angular_distances(model, WINDOWS, NUM_LAYERS)
-    assert max(single) < whole <= sum(single)
-
-
 # --- faults -----------------------------------------------------------------------------------
 
 
@@ -338,64 +303,3 @@ def test_the_head_is_not_run(score):
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     score(model, WINDOWS)
     assert calls == []
-
-
-# --- scores of the weights --------------------------------------------------------------------
-
-WEIGHT_SCORES = ["median", "mean", "outlier_ratio"]
-every_weight_score = pytest.mark.parametrize("kind", WEIGHT_SCORES)
-
-
-@every_weight_score
-@pytest.mark.parametrize("by_matrix", [False, True], ids=["layer", "matrix"])
-def test_weight_scores_equal_a_plain_computation(model, kind, by_matrix):
-    found = weight_scores(model, WINDOWS, kind, outlier_factor=2.5, by_matrix=by_matrix)
-    assert list(found) == list(matrices(model))
-    expected = reference.layer_scores(model, WINDOWS, outlier_factor=2.5, per_linear=by_matrix)[
-        kind
-    ]
-    # Ours are of the root mean square over tokens, theirs of the norm.
-    unit = 1 if kind == "outlier_ratio" else math.sqrt(WINDOWS.numel())
-    units = [[m.name for m in layer_matrices(model, index)] for index in range(NUM_LAYERS)]
-    units = [[name] for name in found] if by_matrix else units
-    for names, value in zip(units, expected, strict=True):
-        # Float32 against float64.
-        assert [unit * found[name] for name in names] == pytest.approx([value] * len(names), 1e-4)
-
-
-@every_weight_score
-def test_weight_scores_do_not_depend_on_how_often_windows_are_repeated(kind):
-    # One token: some experts see none.
-    for family, windows in (("llama", WINDOWS), ("mixtral", WINDOWS[:1, :1])):
-        model = lively_model(family)
-        repeated = weight_scores(model, torch.cat([windows] * 5), kind)
-        # Batches of other sizes are summed in another order.
-        assert repeated == pytest.approx(weight_scores(model, windows, kind), rel=1e-3)
-
-
-@every_weight_score
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_padding_changes_no_weight_score(model, kind, left):
-    found = weight_scores(model, padded(WINDOWS, left=left), kind, device=torch.device("cpu:0"))
-    assert found == pytest.approx(weight_scores(model, WINDOWS, kind, offload=True), rel=1e-3)
-
-
-def test_the_outlier_factor_says_what_an_outlier_is(model):
-    ratios = [
-        set(weight_scores(model, WINDOWS, "outlier_ratio", outlier_factor=m).values())
-        for m in (0.0, 1e6)
-    ]
-    assert ratios == [{1}, {0}]
-
-
-@every_weight_score
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_the_matrix_whose_inputs_are_nan_or_inf_is_named(kind, value):
-    model = lively_model().train()
-    with torch.no_grad():
-        decoder_layers(model)[2].post_attention_layernorm.weight[0] = value
-    message = r"model\.layers\.2\.mlp\.gate_proj: inputs are NaN or Inf; load the model in"
-    with pytest.raises(ValueError, match=message):
-        weight_scores(model, WINDOWS, kind)
-    assert model.training
-    assert hooks(model) == [0] * len(hooks(model))

@@ -7,7 +7,7 @@ import re
 import pytest
 import reference_sparsity as reference
 import torch
-from scoring_models import hooks, lively_model, padded
+from lively_models import hooks, lively_model, padded
 from tiny import NUM_LAYERS, tiny_model, token_windows
 from torch import nn
 
