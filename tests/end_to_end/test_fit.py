@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.strategies import ModelParallelStrategy
 from runs import make_data, make_module, make_trainer, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,7 +16,6 @@ import prunelight
 from prunelight.callbacks import ShortGPT
 from prunelight.evaluation.perplexity import evaluate
 from prunelight.recovery.lora import LoRA
-from prunelight.run.strategies import check_strategy
 from prunelight.training.recovery_module import RecoveryModule
 
 
@@ -304,25 +302,6 @@ def test_lora_targets_that_fit_nothing_are_refused_before_any_pruning(name, tmp_
     with pytest.raises(ValueError, match=r"lora.targets=\['q_porj'\] fit no module of llama"):
         make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(module, make_data(name, tmp_path))
     assert not list(tmp_path.glob("pruned-*"))
-
-
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
-def test_spawn_and_fork_strategies_are_refused(tmp_path, strategy):
-    trainer = make_trainer(tmp_path, ShortGPT(num_layers=2), strategy=strategy)
-    with pytest.raises(ValueError, match="spawn or fork.*use strategy=ddp"):
-        check_strategy(trainer)
-
-
-def test_ddp_without_anything_to_train_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, strategy="ddp")
-    with pytest.raises(ValueError, match="recovery=none trains nothing, and DDP takes no model"):
-        check_strategy(trainer, recovery="none")
-
-
-def test_lightnings_own_model_parallel_strategy_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, strategy=ModelParallelStrategy(tensor_parallel_size=2))
-    with pytest.raises(ValueError, match="may cut tensors up.*use strategy=fsdp2"):
-        check_strategy(trainer)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from runs import make_data, make_module, write_model
 from safetensors.torch import load_file
 from stopped_runs import Terminate, write_config
 from tiny import tiny_model
-from torch.utils.data import DistributedSampler
 
 from prunelight.callbacks import DLP, RecoveryCheckpoint, ShortGPT
 from prunelight.cli import main
@@ -30,7 +29,6 @@ from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.run.strategies import FSDP2Strategy
 from prunelight.runtime.processes import ProcessGroup
 from prunelight.training.exact_resume import AtomicCheckpointIO, seed_batch
-from prunelight.training.resumable_loader import ResumableLoader
 
 DROPOUT = {"lora": LoRA(dropout=0.2), "warmup_steps": 2}
 
@@ -259,31 +257,6 @@ def test_a_rank_saves_with_those_that_got_the_signal_first(name, tmp_path, monke
     assert saved["global_step"] == 3
 
 
-# --- the loader
-
-
-def make_loader(position, workers=0):
-    sampler = DistributedSampler(range(11), num_replicas=1, rank=0, seed=4)
-    return ResumableLoader(
-        list(range(11)), position=position, batch_size=2, sampler=sampler, num_workers=workers
-    )
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_a_resumed_epoch_is_the_tail_of_the_whole_one(workers, epoch):
-    whole, done = make_loader(lambda: 0), 4
-    whole.sampler.set_epoch(epoch)
-    loader = make_loader(lambda: done, workers)
-    iterator = iter(loader)
-    loader.sampler.set_epoch(epoch)  # Lightning tells the epoch after it took the iterator
-    rest = list(iterator)
-    assert all(torch.equal(a, b) for a, b in zip(rest, list(whole)[4:], strict=True))
-    assert len(loader) == 6
-    done = 6
-    assert list(loader) == []
-
-
 # --- writing
 
 
@@ -446,11 +419,3 @@ def test_a_checkpoint_between_accumulated_batches_is_told_of(name, tmp_path, cap
 def test_a_checkpoint_every_less_than_one_step_is_refused():
     with pytest.raises(ValueError, match="every_n_train_steps=0 must be at least 1"):
         RecoveryCheckpoint(0)
-
-
-@pytest.mark.slow
-def test_killed_processes_resume_without_a_difference():
-    script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, str(script), "--kills", "2", "--seed", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
-    assert "2 kills, 2 resumes, 0 differences, 0 corrupt files" in done.stdout, done.stderr
