@@ -1,4 +1,4 @@
-"""SlidingLayerMerging and SLEB: the same decisions as whole forwards, at a fraction of the cost."""
+"""SlidingLayerMerging: the same decisions as whole forwards, at a fraction of the cost."""
 
 import copy
 import math
@@ -6,6 +6,7 @@ import math
 import pytest
 import reference_sliding as reference
 import torch
+from lively_models import lively
 from tiny import FAMILIES, NUM_LAYERS, tiny_model, token_windows
 
 import prunelight
@@ -18,19 +19,6 @@ from prunelight.scoring.model_variants import Replay
 from prunelight.scoring.similarity import CRITERIA
 
 WINDOWS = token_windows(4, 16)
-
-
-def lively(model):
-    """Make layers matter, each in its own way: at the usual initialisation they hardly do."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for index, layer in enumerate(decoder_layers(model)):
-            for parameter in layer.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_((4, 1, 3, 2, 5, 2, 4, 1)[index])
-                else:
-                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -251,89 +239,6 @@ def test_every_family_can_be_merged_and_reloads(family, tmp_path):
     assert "cached generation" in verify(merged, tmp_path)
 
 
-# --- SLEB and Shortened LLaMA --------------------------------------------------------------------
-
-
-def nll_without(model, layers):
-    other = copy.deepcopy(model)
-    kept = [x for i, x in enumerate(other.model.layers) if i not in layers]
-    other.model.layers = torch.nn.ModuleList(kept)
-    other.config.num_hidden_layers = len(kept)
-    return math.log(prunelight.perplexity(other, WINDOWS))
-
-
-def test_sleb_removes_what_a_plain_greedy_search_removes(model):
-    removed = []
-    for _ in range(4):
-        free = [i for i in range(1, 7) if i not in removed]
-        removed.append(min(free, key=lambda i: nll_without(model, [*removed, i])))
-    plan = SLEB(num_layers=4).plan(model, WINDOWS)
-    assert plan.found["order"] == removed
-    dense = nll_without(model, [])
-    found = math.exp(dense - nll_without(model, removed))
-    assert plan.found["similarity"] == pytest.approx(found, abs=1e-5)
-
-
-def test_sleb_needs_fewer_layers_than_whole_forwards(model):
-    plan = SLEB(num_layers=3).plan(model, WINDOWS)
-    naive = 8 + 6 * 7 + 5 * 6 + 4 * 5  # the deeper the model, the nearer to half
-    assert 1.5 * plan.found["layer_forwards"] < naive
-
-
-def test_perplexity_scores_are_those_of_models_without_the_layer(model):
-    plan = ShortenedLlama(num_layers=3).plan(model, WINDOWS)
-    dense = nll_without(model, [])
-    expected = [nll_without(model, [i]) - dense for i in range(8)]
-    assert plan.scores["perplexity"] == pytest.approx(expected, abs=1e-5)
-    order = sorted(range(8), key=expected.__getitem__)
-    assert list(plan.steps[0].layers) == sorted(order[:3])
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_taylor_scores_are_those_of_one_plain_backward(model, masked):
-    other = copy.deepcopy(model)
-    labels, windows = WINDOWS.clone(), WINDOWS
-    if masked:
-        mask = torch.ones_like(WINDOWS)
-        mask[0, 9:] = 0
-        labels[mask == 0] = -100
-        windows = {"input_ids": WINDOWS, "attention_mask": mask}
-    logits = other(WINDOWS, attention_mask=windows["attention_mask"] if masked else None).logits
-    torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    ).backward()
-    expected = [
-        sum((p * p.grad).abs().sum().item() for p in layer.parameters())
-        for layer in other.model.layers
-    ]
-    plan = ShortenedLlama(num_layers=1, score="taylor", protected=[]).plan(model, windows)
-    assert plan.scores["taylor"] == pytest.approx(expected, rel=1e-4)
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-
-
-def test_taylor_gives_back_gradients_and_what_is_trained(model):
-    other = copy.deepcopy(model)
-    frozen, trained = other.model.embed_tokens.weight, other.model.norm.weight
-    frozen.requires_grad_(False)
-    trained.grad = torch.ones_like(trained)
-    layer = other.model.layers[0].mlp.up_proj.weight
-    layer.requires_grad_(False)
-    ShortenedLlama(num_layers=1, score="taylor", protected=[]).plan(other, WINDOWS)
-    assert not frozen.requires_grad
-    assert not layer.requires_grad
-    assert torch.equal(trained.grad, torch.ones_like(trained))
-
-
-def test_magnitude_needs_no_forward(model, monkeypatch):
-    monkeypatch.setattr(type(model), "forward", None)
-    plan = ShortenedLlama(num_layers=2, score="magnitude", protected=[0]).plan(model, WINDOWS)
-    expected = [sum(p.abs().sum().item() for p in x.parameters()) for x in model.model.layers]
-    assert plan.scores["magnitude"] == pytest.approx(expected, rel=1e-5)
-
-
-# --- plans, and bad input ------------------------------------------------------------------------
-
-
 def test_a_plan_says_what_it_was_made_from_and_what_was_found(model):
     callback = SlidingLayerMerging(ratio=0.25, criterion="cka", ignore_first_tokens=1)
     plan = callback.plan(model, WINDOWS)
@@ -503,13 +408,6 @@ def test_states_that_are_nan_are_named_by_their_layer(model, method):
         method.plan(broken, WINDOWS)
 
 
-def test_gradients_that_are_nan_are_named(model):
-    broken = copy.deepcopy(model)
-    broken.model.layers[3].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="the gradient of .* is NaN or Inf"):
-        ShortenedLlama(num_layers=1, score="taylor", protected=[]).plan(broken, WINDOWS)
-
-
 def test_a_variant_that_overflows_is_refused_and_the_search_goes_on():
     model = lively(tiny_model(num_hidden_layers=8))
     with torch.no_grad():
@@ -570,17 +468,6 @@ def test_layers_of_different_kinds_are_called_as_what_they_are():
     assert plan.found["similarity"] == pytest.approx(measured, rel=1e-4)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_sleb_follows_its_criterion(model, criterion):
-    scores = {}
-    for index in range(1, 7):
-        other = reference.merged_model(model, [(index, index + 1)], "top")
-        scores[index] = reference.similarity(model, other, WINDOWS, criterion)
-    plan = SLEB(num_layers=1, criterion=criterion).plan(model, WINDOWS)
-    assert plan.found["order"] == [max(scores, key=scores.get)]
-    assert plan.scores["similarity_without"][1:7] == pytest.approx(list(scores.values()), abs=2e-6)
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -601,13 +488,6 @@ def test_the_paper_is_the_default_where_a_threshold_is_given():
     assert SlidingLayerMerging(ratio=0.5).limit == "merge"
 
 
-def test_the_ends_are_spared_as_far_as_there_are_any(model):
-    plan = ShortenedLlama(num_layers=2, score="magnitude").plan(model, WINDOWS)
-    assert plan.steps[0].layers == (4, 5)
-    with pytest.raises(ValueError, match="only 0 of 3 are not protected"):
-        ShortenedLlama(num_layers=1, score="taylor").check(tiny_model(num_hidden_layers=3))
-
-
 @pytest.mark.parametrize(
     "method",
     [SLEB(num_layers=1), ShortenedLlama(num_layers=1), SlidingLayerMerging(num_layers=1)],
@@ -615,15 +495,3 @@ def test_the_ends_are_spared_as_far_as_there_are_any(model):
 def test_layers_that_depend_on_their_index_are_not_removed(method):
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx"):
         method.plan(tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True), WINDOWS)
-
-
-def test_a_layer_whose_removal_overflows_stays():
-    model = tiny_model(num_hidden_layers=8, mlp_bias=True)
-    for index, value in ((2, 60000), (3, -60000), (4, 60000), (5, -60000)):
-        model.model.layers[index].mlp.down_proj.bias.data[0] = value
-    model.half()
-    plan = SLEB(num_layers=1, protected=[0]).plan(model, WINDOWS)
-    assert plan.scores["similarity_without"][3] is None
-    assert plan.steps[0].layers != (3,)
-    with pytest.raises(ValueError, match="no 1. layer can be removed: .* NaN"):
-        SLEB(num_layers=1, protected=[0, 1, 2, 4, 5, 6, 7]).plan(model, WINDOWS)

@@ -1,8 +1,12 @@
 """Models whose layers matter, padded windows for them, and what their layers see and put out."""
 
+import copy
+import math
+
 import torch
 from tiny import tiny_model
 
+import prunelight
 from prunelight.models.families.layers import decoder_layers, first_tensor
 
 
@@ -13,6 +17,19 @@ def lively_model(family="llama", **changes):
         for name, parameter in decoder_layers(model).named_parameters():
             if parameter.ndim >= 2 and "A_log" not in name:
                 parameter.mul_(4)
+    return model
+
+
+def lively(model):
+    """Make layers matter, each in its own way: at the usual initialisation they hardly do."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for index, layer in enumerate(decoder_layers(model)):
+            for parameter in layer.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_((4, 1, 3, 2, 5, 2, 4, 1)[index])
+                else:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -56,3 +73,11 @@ def inputs_of(model, windows, path):
     for handle in handles:
         handle.remove()
     return found
+
+
+def nll_without(model, layers, windows):
+    other = copy.deepcopy(model)
+    kept = [x for i, x in enumerate(other.model.layers) if i not in layers]
+    other.model.layers = torch.nn.ModuleList(kept)
+    other.config.num_hidden_layers = len(kept)
+    return math.log(prunelight.perplexity(other, windows))

@@ -275,11 +275,6 @@ def test_a_run_without_plans_recovery_or_model_is_reported(tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.png"))
 
 
-def parts(made: tuple[dict, dict]) -> tuple[dict, dict, dict]:
-    plan, outcome = made
-    return plan, plan["steps"][0], outcome
-
-
 def test_an_infinite_reconstruction_error_is_reported(tmp_path: Path) -> None:
     plan, outcome = make_sparse([0.5, 0.0, 0.7, 0.999])
     outcome["reconstruction_error"] = [math.nan, math.inf, 0.1, -0.0]
