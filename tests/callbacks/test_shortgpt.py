@@ -1,3 +1,5 @@
+"""ShortGPT's decisions: which layers a plan removes, and what is refused."""
+
 from itertools import pairwise
 
 import pytest

@@ -1,3 +1,5 @@
+"""Loading models: from directories, the hub and GGUF files, and what is refused."""
+
 import importlib.util
 import json
 import logging

@@ -1,3 +1,5 @@
+"""Saving models: they reload bit for bit, and a faulty one is not left on the disk."""
+
 import json
 import os
 import subprocess

@@ -1,3 +1,5 @@
+"""LoRA: what is adapted and trained, and what merging leaves."""
+
 import pytest
 import torch
 from tiny import tiny_model, token_windows

@@ -1,3 +1,5 @@
+"""TextDataModule: windows, examples, masks and the order of training."""
+
 import json
 import logging
 

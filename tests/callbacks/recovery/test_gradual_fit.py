@@ -1,4 +1,4 @@
-"""Fits in which sparsity rises; laws of the schedule itself are in test_schedule.py."""
+"""Fits in which sparsity rises; for laws of the schedule see recovery/zeros/test_gradual_zeros.py."""
 
 import csv
 from itertools import pairwise
