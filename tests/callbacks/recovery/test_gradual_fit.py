@@ -1,4 +1,4 @@
-"""Fits in which sparsity rises. For the schedule itself see recovery/zeros/test_gradual_zeros.py."""
+"""Fits in which sparsity rises; recovery/zeros/test_gradual_zeros.py tests the schedule itself."""
 
 import csv
 from itertools import pairwise
