@@ -9,11 +9,11 @@ import pytest
 from prunelight.planning.sliding_search import (
     BudgetExceededError,
     SlidingPass,
-    most_removable,
+    max_removable_layers,
+    merge_windows,
     search_threshold,
     slide,
     swap_layers,
-    windows_of,
 )
 
 L = 12
@@ -37,7 +37,7 @@ def random_score(seed):
 def test_the_lowest_threshold_merges_all_that_may_be_merged():
     found = slide(random_score(0), L, -math.inf)
     assert found.groups == ((0, L - 1),)
-    assert len(found.gone) == L - 1 == most_removable(L, ())
+    assert len(found.removed_layers) == L - 1 == max_removable_layers(L, ())
 
 
 def test_a_threshold_that_nothing_meets_merges_nothing():
@@ -60,8 +60,10 @@ def test_windows_end_where_the_next_layer_costs_too_much():
 
 def test_a_threshold_is_met_by_what_equals_it():
     costs = [0.25] * L
-    assert len(slide(additive(costs), L, 0.5).gone) == 2
-    assert len(slide(additive(costs), L, 0.75, by_merge=True).gone) == 1  # 0.5 / 0.75 is less
+    assert len(slide(additive(costs), L, 0.5).removed_layers) == 2
+    assert (
+        len(slide(additive(costs), L, 0.75, by_merge=True).removed_layers) == 1
+    )  # 0.5 / 0.75 is less
 
 
 def test_no_set_of_windows_is_measured_twice_in_a_pass():
@@ -80,7 +82,7 @@ def test_protected_layers_are_in_no_window(protected):
     found = slide(additive([0.0] * L), L, 0.5, protected=protected)
     touched = {i for low, high in found.groups for i in range(low, high + 1)}
     assert not touched & set(protected)
-    assert len(found.gone) == most_removable(L, protected)
+    assert len(found.removed_layers) == max_removable_layers(L, protected)
     assert not set(found.trace) & set(protected)
 
 
@@ -104,7 +106,7 @@ def test_windows_are_disjoint_and_the_similarity_is_that_of_all_of_them(seed, by
     found = slide(score, L, random.Random(seed).random(), by_merge=by_merge)
     assert all(a[0] > b[1] for a, b in zip(found.groups[:-1], found.groups[1:], strict=True))
     assert found.similarity == (score(found.groups) if found.groups else 1.0)
-    assert len(found.margins) == len(found.gone)
+    assert len(found.margins) == len(found.removed_layers)
 
 
 def passes(score, target, by_merge, allowed=None):
@@ -126,8 +128,8 @@ def passes(score, target, by_merge, allowed=None):
 def test_a_search_always_lands_on_the_target(seed, target, by_merge):
     run, made = passes(random_score(seed), target, by_merge)  # as far from monotone as it can be
     found, threshold = search_threshold(run, target)
-    assert len(found.gone) == target
-    reached = [one for one in made if len(one.gone) == target]
+    assert len(found.removed_layers) == target
+    reached = [one for one in made if len(one.removed_layers) == target]
     assert found.similarity == max(one.similarity for one in reached)
     # The threshold that is told leads to the same windows again.
     assert slide(random_score(seed), L, threshold, by_merge=by_merge, target=target) == found
@@ -138,7 +140,8 @@ def test_where_removal_is_monotone_the_search_finds_the_highest_threshold():
     score, target = additive(costs), 4
     found, threshold = search_threshold(passes(score, target, False)[0], target)
     best = max(
-        (t / 1000 for t in range(1001) if len(slide(score, L, t / 1000).gone) >= target), default=0
+        (t / 1000 for t in range(1001) if len(slide(score, L, t / 1000).removed_layers) >= target),
+        default=0,
     )
     assert threshold == pytest.approx(best, abs=2e-3)
     assert found.groups == slide(score, L, threshold, target=target).groups
@@ -149,7 +152,7 @@ def test_a_search_that_may_measure_no_more_keeps_what_it_has(allowed):
     run, made = passes(random_score(3), 4, True, allowed)
     found, _ = search_threshold(run, 4)
     assert len(made) == allowed
-    assert len(found.gone) == 4
+    assert len(found.removed_layers) == 4
 
 
 def test_limit_by_merge_prefers_cheap_layers_that_come_late():
@@ -166,8 +169,8 @@ def test_limit_by_merge_prefers_cheap_layers_that_come_late():
 def test_windows_and_the_layers_that_are_gone_say_the_same(seed):
     groups = slide(random_score(seed), L, 0.4).groups
     gone = {i for low, high in groups for i in range(low, high)}
-    assert windows_of(gone) == groups
-    assert windows_of(()) == ()
+    assert merge_windows(gone) == groups
+    assert merge_windows(()) == ()
 
 
 def test_a_pass_that_can_no_longer_reach_its_target_stops():
@@ -177,7 +180,7 @@ def test_a_pass_that_can_no_longer_reach_its_target_stops():
         seen.append(groups)
         return 0.0
 
-    assert not slide(score, L, 0.5, target=4).gone
+    assert not slide(score, L, 0.5, target=4).removed_layers
     assert len(seen) == L - 1 - 3  # with 3 layers left, 4 cannot go
 
 
@@ -187,7 +190,7 @@ def test_an_exchange_keeps_the_number_of_layers_and_never_makes_it_worse(seed, t
     score = random_score(seed)
     start = slide(score, L, -math.inf, protected=[3], target=target)
     better = swap_layers(score, start, L, protected=[3])
-    assert len(better.gone) == target
+    assert len(better.removed_layers) == target
     assert not {i for low, high in better.groups for i in range(low, high + 1)} & {3}
     assert better.similarity == score(better.groups)
     assert better is start or better.similarity > start.similarity
@@ -214,5 +217,5 @@ def test_an_exchange_never_takes_what_cannot_be_measured():
         gone = {i for low, high in groups for i in range(low, high)}
         return -math.inf if 2 in gone else 0.5 + 0.01 * sum(gone)
 
-    start = SlidingPass(windows_of({0, 1}), score(windows_of({0, 1})))
-    assert swap_layers(score, start, L).groups == windows_of({9, 10})
+    start = SlidingPass(merge_windows({0, 1}), score(merge_windows({0, 1})))
+    assert swap_layers(score, start, L).groups == merge_windows({9, 10})
