@@ -26,7 +26,7 @@ from prunelight.recovery.distillation.language_head import LanguageHead
 from prunelight.recovery.distillation.objective import (
     Distillation,
     Objective,
-    hidden_loss,
+    hidden_state_loss,
     kept_layers,
 )
 from prunelight.recovery.distillation.teacher_cache import BLOCK, TeacherCache
@@ -266,7 +266,7 @@ def test_hidden_states_count_relative_to_the_teachers_and_without_padding():
     found = wanted * torch.tensor([1.0, 1.1, 9.0])[:, None]
     mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
     # (0 + 0.1^2) / 2 in one layer, 0 in the other
-    loss = hidden_loss([found, wanted], [wanted, wanted], mask)
+    loss = hidden_state_loss([found, wanted], [wanted, wanted], mask)
     assert loss.item() == pytest.approx(0.0025, rel=1e-4)
 
 
@@ -380,7 +380,7 @@ def test_a_quantized_teacher_says_nearly_the_same(held, tmp_path):
     quantized = TeacherSource(name, "auto", held, False).load(CPU)
     assert type(quantized.model.layers[0].mlp.up_proj).__name__.startswith("Linear")
     assert type(quantized.lm_head) is torch.nn.Linear
-    assert LanguageHead(quantized).runs_apart()
+    assert LanguageHead(quantized).is_separable()
     assert 0 < distance(quantized, dense, token_windows()) < 1e-2
 
 
