@@ -9,7 +9,7 @@ the allocation for N:M, and does not renormalise what it clips.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, Literal
@@ -37,6 +37,8 @@ from prunelight.pruning.sparsity.masks import Pattern
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.pruning.sparsity.sparsify import SOLVERS, amount_of, check_step
 from prunelight.recovery.zeros.gradual_zeros import Gradual, Schedule, weights_with_adapters
+from prunelight.run.method import PruningMethod
+from prunelight.run.run_state import Run
 from prunelight.run.strategies import group_of_run
 from prunelight.runtime.arguments import check_choice
 from prunelight.scoring.weight_scores import WeightScore, weight_scores
@@ -83,6 +85,7 @@ class DLP(PruningCallback):
     """
 
     follows_slicing = True
+    puts_zeros = True
 
     def __init__(
         self,
@@ -159,7 +162,7 @@ class DLP(PruningCallback):
             raise TypeError(f"{model.config.model_type} has no linear layers in its decoder layers")
         check_step(model, self._step(dict.fromkeys(found, self.target)))
 
-    def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
+    def check_run(self, run: Run, methods: Sequence[PruningMethod]) -> None:
         """Check that a schedule fits the training.
 
         Raises:
@@ -168,24 +171,25 @@ class DLP(PruningCallback):
         """
         if self.schedule is None:
             return
-        if trainer.state.fn != "fit":
+        if run.place.stage != "fit":
             raise ValueError(f"{self.schedule} prunes while the model trains; use fit, not prune")
-        if module.quantization != "none":
+        settings = run.settings
+        if settings.quantization != "none":
             raise ValueError(
-                f"a schedule puts zeros into weights, quantization={module.quantization} packs "
+                f"a schedule puts zeros into weights, quantization={settings.quantization} packs "
                 "them; prune at fit start (schedule=null), or set quantization=none"
             )
-        if module.recovery == "none" or not module.keep_zeros:
+        if settings.recovery == "none" or not settings.keep_zeros:
             raise ValueError(
                 f"a schedule prunes while the model trains and keeps the zeros: recovery="
-                f"{module.recovery!r} must be lora or full, keep_zeros={module.keep_zeros} True"
+                f"{settings.recovery!r} must be lora or full, keep_zeros={settings.keep_zeros} True"
             )
-        if module.compile_backend is not None:
+        if settings.compile_backend is not None:
             raise ValueError(
                 f"a schedule watches inputs inside the decoder layers, which compile_backend="
-                f"{module.compile_backend!r} does not show; set it to None"
+                f"{settings.compile_backend!r} does not show; set it to None"
             )
-        steps = trainer.estimated_stepping_batches
+        steps = run.place.optimizer_steps()
         if self.schedule.end_step > steps:
             raise ValueError(
                 f"schedule.end_step={self.schedule.end_step} must not come after the end of "
@@ -288,13 +292,6 @@ class DLP(PruningCallback):
         return told
 
     # --- gradual -----------------------------------------------------------------------------
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prune at fit start, or get ready to prune later; Lightning calls it."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.gradual:
-            assert isinstance(pl_module, RecoveryModule)  # or the base refused it
-            pl_module.gradual = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the matrices that zeros will be put into."""

@@ -35,7 +35,7 @@ class RecoverySettings:
     lora: LoRA = LoRA()  # noqa: RUF009 (frozen)
     keep_zeros: bool = True
     gradient_checkpointing: bool = False
-    growing: bool = False  # zeros are added while the model trains
+    gradual: bool = False  # zeros are added while the model trains
     quantization: str = "none"
     bitsandbytes: BitsAndBytes = BitsAndBytes()  # noqa: RUF009 (frozen)
     compile_backend: str | None = None
@@ -99,7 +99,7 @@ class PreparedModel:
             torch.manual_seed(settings.seed)
             self.model = make_trainable(model, settings.recovery, settings.lora)
         if self.zeros.planned and settings.keep_zeros and settings.recovery != "none":
-            self.zeros.keep(self.model, growing=settings.growing)
+            self.zeros.keep(self.model, gradual=settings.gradual)
         if settings.compile_backend is not None:
             compile_layers(model, settings.compile_backend)
         self.model.train()  # from_pretrained sets eval mode, and Lightning does not change it

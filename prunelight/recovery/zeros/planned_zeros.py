@@ -26,13 +26,13 @@ class PlannedZeros:
         matrices: matrices with planned zeros, without those that were quantized.
         sparsity: share of zeros in all matrices of the decoder layers before the recovery.
         masks: masks of full training, and of training that adds zeros; else None.
-        state: "not kept", "kept", or "growing" where zeros are added during training.
+        state: "not_kept", "kept", or "gradual" where zeros are added during training.
     """
 
     matrices: list[Matrix] = field(default_factory=list)
     sparsity: float = 0.0
     masks: WeightMasks | None = None
-    state: str = "not kept"
+    state: str = "not_kept"
     _record: ZeroRecord | None = None
     _packed: dict[str, Tensor] = field(default_factory=dict)  # masks (O, I) of quantized weights
 
@@ -71,21 +71,21 @@ class PlannedZeros:
         self._packed = {m.name: pack_mask(m.views()[0] != 0) for m in self.matrices if not m.fused}
         self.matrices = [matrix for matrix in self.matrices if matrix.fused]
 
-    def keep(self, model: PreTrainedModel | PeftModel, *, growing: bool) -> None:
+    def keep(self, model: PreTrainedModel | PeftModel, *, gradual: bool) -> None:
         """Keep the zeros from now on, in place.
 
         Args:
             model: the model in training, or peft's wrapper of the model.
-            growing: zeros will be added during training, by `masks.update`.
+            gradual: zeros will be added during training, by `masks.update`.
         """
         if isinstance(model, PeftModel):
             names = [matrix.name for matrix in self.matrices]
             mask_adapters(model, [*names, *self._packed], self._packed)
-        if growing or not isinstance(model, PeftModel):
+        if gradual or not isinstance(model, PeftModel):
             self.masks = WeightMasks(self.matrices)
         else:
             self._record = ZeroRecord(self.matrices)
-        self.state = "growing" if growing else "kept"
+        self.state = "gradual" if gradual else "kept"
 
     def check(self) -> None:
         """Check that all kept zeros are exactly zero.
