@@ -11,6 +11,7 @@ from prunelight.callbacks.shortgpt import ShortGPT
 from prunelight.callbacks.sleb import SLEB
 from prunelight.callbacks.slicegpt import SliceGPT, SlicingCallback
 from prunelight.callbacks.sliding_layer_merging import SlidingLayerMerging
+from prunelight.callbacks.weight_pruning import WeightPruning
 from prunelight.callbacks.width_pruning import WidthPruning
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "SlicingCallback",
     "SlidingLayerMerging",
     "TokenBudget",
+    "WeightPruning",
     "WidthPruning",
 ]

@@ -1,9 +1,8 @@
 """The steps of a plan: what can be done to a model, as data.
 
-A new kind of step is one frozen dataclass with `kind`, the layers that are gone after it, those
-that it names and `check`, added to `Step`; how it is carried out is in the
-folder `pruning`. Indices are
-sorted, so that equal decisions are equal plans.
+A new kind of step is one frozen dataclass here, listed in `STEPS`, and one entry of the table in
+`pruning/apply.py`, which says how the step is checked and carried out. Indices are sorted, so that
+equal decisions are equal plans.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any, ClassVar, TypeAlias, get_args
+from typing import Any, ClassVar
 
 from prunelight.runtime.arguments import check_choice
 
@@ -25,7 +24,38 @@ SLICE_OPTIONS = {
 
 
 @dataclass(frozen=True)
-class RemoveLayers:
+class Step:
+    """One thing that a plan does to a model; each kind of step is a subclass.
+
+    Layers are counted as in the dense model.
+
+    Attributes:
+        kind: name of the step in JSON.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Return the layers that are gone after the step."""
+        return ()
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Return the layers that the step names."""
+        return ()
+
+    @property
+    def dropped_sublayers(self) -> dict[str, tuple[int, ...]]:
+        """Return the layers that lose a part: {"attention" or "mlp": layers}."""
+        return {}
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError if the step is impossible for a model of this many decoder layers."""
+
+
+@dataclass(frozen=True)
+class RemoveLayers(Step):
     """Remove whole decoder layers."""
 
     kind: ClassVar[str] = "remove_layers"
@@ -54,7 +84,7 @@ class RemoveLayers:
 
 
 @dataclass(frozen=True)
-class Sparsify:
+class Sparsify(Step):
     """Put zeros into weights of decoder layers.
 
     Attributes:
@@ -65,8 +95,6 @@ class Sparsify:
     """
 
     kind: ClassVar[str] = "sparsify"
-    removed: ClassVar[tuple[int, ...]] = ()
-    named: ClassVar[tuple[int, ...]] = ()  # it names matrices
     sparsity: dict[str, float]
     solver: str
     pattern: str | None = None
@@ -84,7 +112,7 @@ class Sparsify:
 
 
 @dataclass(frozen=True)
-class MergeLayers:
+class MergeLayers(Step):
     """Merge windows of neighbouring decoder layers, each into one, which stands for the highest.
 
     Attributes:
@@ -125,11 +153,10 @@ class MergeLayers:
 
 
 @dataclass(frozen=True)
-class DropSublayers:
+class DropSublayers(Step):
     """Drop the attention or the MLP of these decoder layers, with the norm before it."""
 
     kind: ClassVar[str] = "drop_sublayers"
-    removed: ClassVar[tuple[int, ...]] = ()
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
 
@@ -137,6 +164,11 @@ class DropSublayers:
     def named(self) -> tuple[int, ...]:
         """Return the layers that the step names."""
         return tuple(sorted({*self.attention, *self.mlp}))
+
+    @property
+    def dropped_sublayers(self) -> dict[str, tuple[int, ...]]:
+        """Return the layers that lose their attention, and those that lose their MLP."""
+        return {"attention": self.attention, "mlp": self.mlp}
 
     def __post_init__(self) -> None:
         for name in ("attention", "mlp"):
@@ -149,7 +181,7 @@ class DropSublayers:
 
 
 @dataclass(frozen=True)
-class PruneWidth:
+class PruneWidth(Step):
     """Keep some attention heads and MLP neurons of each decoder layer, as many in all of them.
 
     Attributes:
@@ -160,7 +192,6 @@ class PruneWidth:
     """
 
     kind: ClassVar[str] = "prune_width"
-    removed: ClassVar[tuple[int, ...]] = ()
     heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     neurons: dict[str, tuple[int, ...]] = field(default_factory=dict)
     correction: bool = False
@@ -193,7 +224,7 @@ class PruneWidth:
 
 
 @dataclass(frozen=True)
-class SliceHidden:
+class SliceHidden(Step):
     """Rotate the hidden states and keep only their first principal components.
 
     Attributes:
@@ -209,8 +240,6 @@ class SliceHidden:
     """
 
     kind: ClassVar[str] = "slice_hidden"
-    removed: ClassVar[tuple[int, ...]] = ()
-    named: ClassVar[tuple[int, ...]] = ()  # it concerns all layers
     residual_dims: tuple[int, ...]
     signal: str = "residual"
     orientation: str = "pca"
@@ -232,9 +261,10 @@ class SliceHidden:
             raise ValueError("rotation='shared' needs the same width everywhere in residual_dims")
 
 
-Step: TypeAlias = RemoveLayers | MergeLayers | DropSublayers | PruneWidth | SliceHidden | Sparsify
-
-STEPS: dict[str, type[Step]] = {step.kind: step for step in get_args(Step)}
+STEPS: dict[str, type[Step]] = {
+    step.kind: step
+    for step in (RemoveLayers, MergeLayers, DropSublayers, PruneWidth, SliceHidden, Sparsify)
+}
 
 
 def _sorted_indices(name: str, indices: Iterable[Any]) -> tuple[int, ...]:

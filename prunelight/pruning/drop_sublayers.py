@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from prunelight.models.families.architectures import REGISTERED_PREFIX, is_sliced, sublayers_of
 from prunelight.models.families.dropped_sublayers import CLASSES, SUBLAYERS, dropped, take_out
 from prunelight.models.families.layers import layer_matrices
+from prunelight.planning.steps import DropSublayers
+from prunelight.pruning.step_kind import StepContext, StepKind
 
 
 def check_droppable(model: PreTrainedModel) -> None:
@@ -82,3 +84,14 @@ def drop_sublayers(
     model.__class__ = made
     take_out(model)
     return model
+
+
+def _check(model: PreTrainedModel, step: DropSublayers, context: StepContext) -> None:
+    check_droppable(model)
+
+
+def _carry_out(model: PreTrainedModel, step: DropSublayers, context: StepContext) -> None:
+    drop_sublayers(model, context.renumber(step.attention), context.renumber(step.mlp))
+
+
+DROP_SUBLAYERS = StepKind(_check, _carry_out)

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 
 from prunelight.models.families.config_fields import OTHER_LISTS
 from prunelight.models.families.layers import decoder_layers, layer_matrices, layers_path, matrices
+from prunelight.planning.steps import MergeLayers
 from prunelight.pruning.remove_layers import check_removable, remove_layers
+from prunelight.pruning.step_kind import StepContext, StepKind
 
 
 @torch.no_grad()
@@ -120,3 +122,16 @@ def _difference(model: PreTrainedModel, low: int, high: int) -> str:
         if one != other:
             return f"{name} is {one} and {other}"
     return ""
+
+
+def _check(model: PreTrainedModel, step: MergeLayers, context: StepContext) -> None:
+    if step.groups:
+        check_removable(model)
+    check_mergeable(model, step.merge, step.groups)
+
+
+def _carry_out(model: PreTrainedModel, step: MergeLayers, context: StepContext) -> None:
+    merge_layers(model, [context.renumber(group) for group in step.groups], step.merge)
+
+
+MERGE_LAYERS = StepKind(_check, _carry_out)

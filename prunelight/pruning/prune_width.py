@@ -23,7 +23,8 @@ from prunelight.calibration.statistics import Hessian
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.layers import decoder_layers
-from prunelight.planning.steps import PruneWidth, renumber
+from prunelight.planning.steps import DropSublayers, PruneWidth, renumber
+from prunelight.pruning.step_kind import StepContext, StepKind
 from prunelight.runtime.devices import float64_device
 from prunelight.scoring.width_scores import Widths, allowed_groups, projection_parts, widths_of
 
@@ -174,3 +175,23 @@ def _cut(linear: nn.Linear, kept: Tensor, dim: int) -> None:
     if dim == 0 and linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.data[kept], linear.bias.requires_grad)
     linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _check(model: PreTrainedModel, step: PruneWidth, context: StepContext) -> None:
+    if any(isinstance(earlier, DropSublayers | PruneWidth) for earlier in context.earlier):
+        raise ValueError("prune width once, and before sublayers are dropped")
+    check_width(model, step, context.windows, context.removed)
+
+
+def _carry_out(model: PreTrainedModel, step: PruneWidth, context: StepContext) -> None:
+    prune_width(
+        model,
+        step,
+        context.windows,
+        removed=context.removed,
+        device=context.device,
+        offload=context.offload,
+    )
+
+
+PRUNE_WIDTH = StepKind(_check, _carry_out, follows_slicing=True)

@@ -19,6 +19,7 @@ from prunelight.models.families.layers import INDEX_ATTRIBUTES, decoder_layers, 
 from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.drop_sublayers import check_leading
+from prunelight.pruning.step_kind import StepContext, StepKind
 
 # Config fields that make layers depend on each other or on their index: removal is refused.
 REFUSED_FIELDS = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
@@ -69,3 +70,15 @@ def check_removable(model: PreTrainedModel) -> None:
                 f"{name}={getattr(model.config, name)} of {model.config.model_type} makes layers "
                 "depend on each other or on their index; removing layers would change the others"
             )
+
+
+def _check(model: PreTrainedModel, step: RemoveLayers, context: StepContext) -> None:
+    if step.layers:
+        check_removable(model)
+
+
+def _carry_out(model: PreTrainedModel, step: RemoveLayers, context: StepContext) -> None:
+    remove_layers(model, context.renumber(step.layers))
+
+
+REMOVE_LAYERS = StepKind(_check, _carry_out)

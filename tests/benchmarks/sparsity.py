@@ -20,7 +20,7 @@ import prunelight
 from prunelight.calibration import layer_walk as walk
 from prunelight.calibration.statistics import Hessian, InputNorm
 from prunelight.calibration.windows import micro_batches
-from prunelight.callbacks import DLP
+from prunelight.callbacks import DLP, WeightPruning
 from prunelight.models.families.layers import decoder_layers, layer_matrices
 from prunelight.models.forward import evaluating
 from prunelight.models.sizes import parameter_bytes
@@ -47,7 +47,7 @@ def seconds(call):
 
 def sparse(model, windows, **arguments):
     pruned = copy.deepcopy(model)
-    method = DLP(**arguments)
+    method = WeightPruning(**arguments)
     return prunelight.apply(pruned, method.plan(pruned, windows), windows)
 
 

@@ -1,6 +1,7 @@
-"""DLP's decisions: which shares of zeros a plan holds, and what is refused before it is made."""
+"""WeightPruning and DLP: which shares of zeros a plan holds, and what is refused beforehand."""
 
 import json
+import warnings
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ from tiny import NUM_LAYERS, tiny_model, token_windows
 from torch import nn
 
 import prunelight
-from prunelight.callbacks import DLP
+from prunelight.callbacks import DLP, WeightPruning
 from prunelight.models.families.layers import decoder_layers, layer_matrices, matrices
 from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.planning.sparsity_shares import weighted_mean
@@ -66,7 +67,8 @@ def by_layer(model, step):
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])
 @pytest.mark.parametrize("allocation", ["dlp", "dlp_mean", "owl", "uniform"])
 def test_shares_are_those_of_a_plain_computation(model, allocation, sparsity, per_linear):
-    callback = DLP(sparsity, allocation=allocation, granularity="linear" if per_linear else "layer")
+    granularity = "linear" if per_linear else "layer"
+    callback = WeightPruning(sparsity, allocation=allocation, granularity=granularity)
     step = step_of(callback.plan(model, WINDOWS))
     expected = reference.allocate(model, WINDOWS, allocation, sparsity, per_linear=per_linear)
     assert (step.solver, step.pattern, step.options) == ("wanda", None, {})
@@ -76,7 +78,8 @@ def test_shares_are_those_of_a_plain_computation(model, allocation, sparsity, pe
 
 
 def test_outliers_are_counted_by_their_factor(model):
-    plan = DLP(0.5, allocation="owl", outlier_factor=2.0, alpha=0.2).plan(model, WINDOWS)
+    method = WeightPruning(0.5, allocation="owl", outlier_factor=2.0, alpha=0.2)
+    plan = method.plan(model, WINDOWS)
     ratios = reference.layer_scores(model, WINDOWS, outlier_factor=2.0)["outlier_ratio"]
     assert plan.scores["outlier_ratio"] == pytest.approx(ratios, abs=1e-6)
     expected = reference.owl(ratios, [1] * NUM_LAYERS, 0.5, alpha=0.2)
@@ -86,8 +89,8 @@ def test_outliers_are_counted_by_their_factor(model):
 @pytest.mark.parametrize("target", [{"sparsity": 0.6}, {"pattern": "2:4"}])
 @pytest.mark.parametrize("allocation", ["dlp", "owl"])
 def test_alpha_zero_is_uniform(model, allocation, target):
-    plan = DLP(**target, allocation=allocation, alpha=0.0).plan(model, WINDOWS)
-    uniform = DLP(**target, allocation="uniform").plan(model, WINDOWS)
+    plan = WeightPruning(**target, allocation=allocation, alpha=0.0).plan(model, WINDOWS)
+    uniform = WeightPruning(**target).plan(model, WINDOWS)
     assert plan.steps == uniform.steps
     assert plan.scores == uniform.scores
     assert set(step_of(plan).sparsity.values()) == {target.get("sparsity", 0.5)}
@@ -150,15 +153,15 @@ def test_strict_refuses_what_would_be_clipped_and_changes_nothing_else(model):
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ({}, "median"),
+        ({"allocation": "dlp"}, "median"),
         ({"allocation": "dlp_mean"}, "mean"),
         ({"allocation": "owl"}, "outlier_ratio"),
-        ({"allocation": "uniform"}, None),
-        ({"solver": "sparsegpt"}, "median"),
+        ({}, None),
+        ({"allocation": "dlp", "solver": "sparsegpt"}, "median"),
     ],
 )
 def test_scores_are_one_number_a_decoder_layer(model, arguments, name):
-    plan = DLP(0.5, **arguments).plan(model, WINDOWS)
+    plan = WeightPruning(0.5, **arguments).plan(model, WINDOWS)
     assert set(plan.scores) == {"sparsity"} | ({name} if name else set())
     assert plan.scores["sparsity"] == by_layer(model, step_of(plan))
     if name:
@@ -176,10 +179,10 @@ def test_scores_by_linear_are_lists_of_each_projection(model):
 
 
 EVERY_KIND = [
-    {"sparsity": 0.6},
+    {"sparsity": 0.6, "allocation": "dlp"},
     {"sparsity": 0.6, "allocation": "owl", "outlier_factor": 3.0, "solver": "magnitude"},
-    {"pattern": "2:4", "granularity": "linear"},
-    {"sparsity": 0.5, "allocation": "uniform", "solver": "wanda_variant", "strict": True},
+    {"pattern": "2:4", "granularity": "linear", "allocation": "dlp_mean"},
+    {"sparsity": 0.5, "solver": "wanda_variant", "strict": True},
 ]
 
 
@@ -187,7 +190,7 @@ EVERY_KIND = [
 def test_the_same_call_gives_the_same_plan_and_leaves_the_model_alone(arguments, tmp_path):
     model = shuffled_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    first, second = (DLP(**arguments).plan(model, WINDOWS) for _ in range(2))
+    first, second = (WeightPruning(**arguments).plan(model, WINDOWS) for _ in range(2))
     assert first == second
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(child._forward_pre_hooks for child in model.modules())
@@ -199,11 +202,11 @@ def test_the_same_call_gives_the_same_plan_and_leaves_the_model_alone(arguments,
 
 @pytest.mark.parametrize("arguments", EVERY_KIND)
 def test_the_arguments_in_a_plan_make_it_again(model, arguments):
-    plan = DLP(**arguments).plan(model, WINDOWS)
+    plan = WeightPruning(**arguments).plan(model, WINDOWS)
     told = json.loads(json.dumps(plan.arguments))
     assert told == plan.arguments
     nested = {"sparsegpt": SparseGPT(**told["sparsegpt"])}
-    assert DLP(**{**told, **nested}).plan(model, WINDOWS) == plan
+    assert WeightPruning(**{**told, **nested}).plan(model, WINDOWS) == plan
 
 
 def test_settings_of_solver_and_schedule_are_recorded_as_json(model):
@@ -250,6 +253,72 @@ def test_embeddings_and_a_tied_head_are_untouched():
     assert all(torch.equal(left[name], others[name]) for name in others)
     norms = (m.weight for m in pruned.modules() if "Norm" in type(m).__name__)
     assert not any((weight == 0).any() for weight in norms)
+
+
+# --- DLP is WeightPruning with its paper's allocation
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sparsity": 0.6},
+        {"sparsity": 0.6, "allocation": "dlp_mean", "solver": "sparsegpt"},
+        {"pattern": "2:4", "alpha": 0.3, "granularity": "linear"},
+    ],
+)
+def test_dlp_plans_what_weight_pruning_plans_with_its_allocation_and_alpha(model, arguments):
+    plan = DLP(**arguments).plan(model, WINDOWS)
+    other = WeightPruning(**{"allocation": "dlp", "alpha": 0.15, **arguments}).plan(model, WINDOWS)
+    assert (plan.method, other.method) == ("DLP", "WeightPruning")
+    assert (plan.steps, plan.scores, plan.arguments) == (other.steps, other.scores, other.arguments)
+
+
+def test_what_identifies_a_base_and_a_state_of_dlp_is_as_in_older_versions():
+    """Names, order and JSON values of the arguments: they are in fingerprints and checkpoints."""
+    method = DLP(0.5, None, "dlp", None, 5.0, "layer", "wanda", schedule=Schedule(1, 9))
+    settings = {"dampening": 0.01, "block_size": 128, "act_order": False, "bits": None}
+    expected = {
+        "sparsity": 0.5,
+        "pattern": None,
+        "allocation": "dlp",
+        "alpha": 0.15,
+        "outlier_factor": 5.0,
+        "granularity": "layer",
+        "solver": "wanda",
+        "sparsegpt": {**settings, "group_size": 128},
+        "schedule": {"start_step": 1, "end_step": 9, "every": 10, "curve": "cubic"},
+        "strict": False,
+    }
+    assert json.dumps(method.arguments()) == json.dumps(expected)
+    assert method.state_key == f"DLP{expected!r}"
+    assert (type(method).__name__, method.version) == ("DLP", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ({"sparsity": 0.6, "allocation": "uniform"}, "WeightPruning(sparsity=0.6)"),
+        (
+            {"pattern": "2:4", "allocation": "uniform", "solver": "sparsegpt"},
+            "WeightPruning(pattern='2:4', solver='sparsegpt')",
+        ),
+        (
+            {"sparsity": 0.6, "allocation": "owl", "alpha": 0.1, "outlier_factor": 3.0},
+            "WeightPruning(sparsity=0.6, allocation='owl', alpha=0.1, outlier_factor=3.0)",
+        ),
+    ],
+)
+def test_other_allocations_of_dlp_warn_and_plan_what_the_warning_says(model, arguments, written):
+    with pytest.warns(DeprecationWarning, match="is deprecated") as warned:
+        plan = DLP(**arguments).plan(model, WINDOWS)
+    assert f"write prunelight.callbacks.{written}, which plans the same" in str(warned[0].message)
+    assert warned[0].filename == __file__
+    other = eval(written).plan(model, WINDOWS)
+    assert (plan.steps, plan.scores) == (other.steps, other.scores)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DLP(0.6, allocation="dlp_mean")
+        WeightPruning(0.6, allocation="owl")
 
 
 # --- where it computes
@@ -300,7 +369,10 @@ def test_offloading_is_no_reason_to_prune_again(tmp_path):
         ({"pattern": 124}, "pattern=124 is what YAML makes of N:M; quote it"),
         ({"pattern": "0:4"}, "pattern=0:4 must keep at least 1 and at most 4 weights"),
         ({"pattern": "5:4"}, "pattern=5:4 must keep at least 1 and at most 4 weights"),
-        ({"sparsity": 0.5, "allocation": "magic"}, "allocation='magic' must be one of dlp, dlp_me"),
+        (
+            {"sparsity": 0.5, "allocation": "magic"},
+            "allocation='magic' must be one of uniform, owl",
+        ),
         ({"sparsity": 0.5, "solver": "magic"}, "solver='magic' must be one of magnitude, wanda"),
         ({"sparsity": 0.5, "granularity": "row"}, "granularity='row' must be one of layer, linear"),
         ({"sparsity": 0.5, "alpha": -0.1}, "alpha=-0.1 must be at least 0"),
@@ -313,7 +385,7 @@ def test_offloading_is_no_reason_to_prune_again(tmp_path):
             {"sparsity": 0.5, "allocation": "owl", "outlier_factor": 0.0},
             "outlier_factor=0.0 must be above 0",
         ),
-        ({"sparsity": 0.5, "outlier_factor": 3.0}, "=3.0 has no effect with allocation='dlp'"),
+        ({"sparsity": 0.5, "outlier_factor": 3.0}, "=3.0 has no effect with allocation='uniform'"),
         (
             {"sparsity": 0.5, "sparsegpt": SparseGPT(dampening=0.1)},
             r"SparseGPT\(dampening=0.1, .*\) has no effect with solver='wanda'",
@@ -330,6 +402,9 @@ def test_offloading_is_no_reason_to_prune_again(tmp_path):
 )
 def test_arguments_out_of_range_or_without_effect_are_refused_at_once(arguments, message):
     with pytest.raises(ValueError, match=message):
+        WeightPruning(**arguments)
+    own = {"allocation": "dlp"} if "allocation" not in arguments else {}
+    with pytest.raises(ValueError, match=message.replace("'uniform'", "'dlp'") if own else message):
         DLP(**arguments)
 
 

@@ -104,11 +104,11 @@ def test_prune_stops_after_the_pruned_directory(arguments, tmp_path, capsys):
     assert "pruned" in capsys.readouterr().out
 
 
-def with_dlp(arguments, **settings):
-    """Replace the method of the config by DLP."""
+def with_zeros(arguments, method, **settings):
+    """Replace the method of the config by one that puts in zeros."""
     path = Path(arguments[1])
     config = yaml.safe_load(path.read_text())
-    callback = {"class_path": "DLP", "init_args": settings}
+    callback = {"class_path": method, "init_args": settings}
     config["trainer"] |= {"callbacks": [callback], "max_steps": 4}
     path.write_text(yaml.safe_dump(config))
     return arguments
@@ -121,23 +121,43 @@ def share_of_zeros(directory):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("method", "settings"),
     [
-        {"pattern": "2:4", "allocation": "uniform", "solver": "magnitude"},
-        {"pattern": "2:4", "solver": "sparsegpt", "sparsegpt": {"dampening": 0.1}},
-        {"sparsity": 0.5, "schedule": {"start_step": 1, "end_step": 3, "every": 1}},
+        ("WeightPruning", {"pattern": "2:4", "solver": "magnitude"}),
+        ("DLP", {"pattern": "2:4", "solver": "sparsegpt", "sparsegpt": {"dampening": 0.1}}),
+        ("DLP", {"sparsity": 0.5, "schedule": {"start_step": 1, "end_step": 3, "every": 1}}),
     ],
     ids=["uniform", "sparsegpt", "gradual"],
 )
-def test_fit_by_dlp_leaves_the_zeros_that_the_config_asks_for(arguments, tmp_path, settings):
-    main(["fit", *with_dlp(arguments, **settings)])
+def test_fit_leaves_the_zeros_that_the_config_asks_for(arguments, tmp_path, method, settings):
+    main(["fit", *with_zeros(arguments, method, **settings)])
     assert share_of_zeros(tmp_path / "run" / "final") == pytest.approx(0.5, abs=1 / 32)
 
 
+def test_an_old_config_of_dlp_with_owl_works_and_is_told_what_to_write(arguments, tmp_path):
+    with_zeros(arguments, "prunelight.callbacks.DLP", sparsity=0.5, allocation="owl")
+    done = run("prune", *arguments)
+    assert done.returncode == 0, done.stderr
+    told = "write prunelight.callbacks.WeightPruning(sparsity=0.5, allocation='owl')"
+    assert done.stderr.count(told) == 1
+    (base,) = (tmp_path / "run").glob("pruned-*")
+    assert prunelight.Plan.load(base / "plan.json").method == "DLP"
+    assert share_of_zeros(base) == pytest.approx(0.5, abs=1 / 32)
+
+
 def test_prune_refuses_a_schedule_which_prunes_while_the_model_trains(arguments, tmp_path, capsys):
-    with_dlp(arguments, sparsity=0.5, schedule={"start_step": 0, "end_step": 4})
+    with_zeros(arguments, "DLP", sparsity=0.5, schedule={"start_step": 0, "end_step": 4})
     assert "prunes while the model trains; use fit" in fails(capsys, "prune", *arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_solver_names_the_argument_and_the_choices(arguments, capsys):
+    with_zeros(arguments, "WeightPruning", sparsity=0.5, solver="wnda")
+    with pytest.raises(SystemExit):
+        main(["fit", *arguments])
+    message = capsys.readouterr().err
+    assert "solver: " in message
+    assert "'sparsegpt'" in message
 
 
 @pytest.mark.parametrize(
@@ -152,7 +172,7 @@ def test_prune_refuses_a_schedule_which_prunes_while_the_model_trains(arguments,
     ],
 )
 def test_a_fault_of_dlp_is_one_line_too(arguments, capsys, tmp_path, settings, message):
-    assert message in fails(capsys, "fit", *with_dlp(arguments, **settings))
+    assert message in fails(capsys, "fit", *with_zeros(arguments, "DLP", **settings))
     assert not list((tmp_path / "run").glob("pruned-*"))
 
 

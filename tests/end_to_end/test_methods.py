@@ -22,6 +22,7 @@ from prunelight.callbacks import (
     DLP,
     ShortGPT,
     SlidingLayerMerging,
+    WeightPruning,
     WidthPruning,
 )
 from prunelight.models.families.layers import matrices
@@ -238,9 +239,9 @@ def test_depth_and_sparsity_combine_in_list_order(make, name, tmp_path):
 INSIDE_LAYERS = {
     "DLP then width": ("lora", lambda: [DLP(0.5), WidthPruning(neuron_ratio=0.25, multiple=8)]),
     "width then DLP": ("full", lambda: [WidthPruning(neuron_ratio=0.25, multiple=8), DLP(0.5)]),
-    "DLP then MLPs dropped": (
+    "zeros then MLPs dropped": (
         "full",
-        lambda: [DLP(0.5, allocation="uniform"), ShortGPT(num_layers=2, granularity="mlp")],
+        lambda: [WeightPruning(0.5), ShortGPT(num_layers=2, granularity="mlp")],
     ),
     "MLPs dropped then DLP": (
         "lora",
@@ -261,7 +262,7 @@ def test_width_sublayers_and_sparsity_combine_and_recovery_keeps_the_zeros(
     trainer.fit(make_module(name, recovery=recovery), make_data(name, tmp_path))
     (base,) = tmp_path.glob("pruned-*")
     before, after = (AutoModelForCausalLM.from_pretrained(d) for d in (base, tmp_path / "final"))
-    sparse = any(isinstance(callback, DLP) for callback in trainer.callbacks)
+    sparse = any(isinstance(callback, WeightPruning) for callback in trainer.callbacks)
     assert share_of_zeros(before) == pytest.approx(0.5 if sparse else 0, abs=0.05)
     trained = matrices(after)
     for path, matrix in matrices(before).items():
@@ -270,7 +271,7 @@ def test_width_sublayers_and_sparsity_combine_and_recovery_keeps_the_zeros(
 
 
 def test_zeros_of_an_earlier_run_are_kept_when_its_result_loses_layers(name, tmp_path):
-    sparse, data = DLP(0.5, allocation="uniform"), make_data(name, tmp_path)
+    sparse, data = WeightPruning(0.5), make_data(name, tmp_path)
     make_trainer(tmp_path, sparse).fit(make_module(name, recovery="none"), data)
     first = str(tmp_path / "final")
     trainer = make_trainer(tmp_path / "next", ShortGPT(num_layers=2))
@@ -278,7 +279,7 @@ def test_zeros_of_an_earlier_run_are_kept_when_its_result_loses_layers(name, tmp
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "next" / "final")
     assert share_of_zeros(final) == 0.5
     files = [tmp_path / "next" / "final" / file for file in ("plan.json", "plan-2.json")]
-    assert [prunelight.Plan.load(file).method for file in files] == ["DLP", "ShortGPT"]
+    assert [prunelight.Plan.load(file).method for file in files] == ["WeightPruning", "ShortGPT"]
 
 
 def test_two_methods_in_one_run_act_in_list_order(name, tmp_path):

@@ -13,7 +13,14 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import prunelight
-from prunelight.callbacks import DLP, DynamicSlicing, ShortGPT, SliceGPT, WidthPruning
+from prunelight.callbacks import (
+    DLP,
+    DynamicSlicing,
+    ShortGPT,
+    SliceGPT,
+    WeightPruning,
+    WidthPruning,
+)
 from prunelight.cli import main
 from prunelight.models.families.layers import matrices
 from prunelight.recovery.lora import LoRA
@@ -56,7 +63,7 @@ def kind(request):
 def run(kind, name, tmp_path_factory):
     """The directory of a run with 2:4 zeros, and its module."""
     root = tmp_path_factory.mktemp(kind)
-    return root, fit(name, root, DLP(pattern="2:4", allocation="uniform"), quantization=kind)
+    return root, fit(name, root, WeightPruning(pattern="2:4"), quantization=kind)
 
 
 def test_the_report_shows_the_quantized_base_before_its_recovery(run, kind):
@@ -110,7 +117,7 @@ def test_checkpoints_hold_adapters_only_and_name_base_and_quantization(run, kind
 
 def test_a_resumed_run_equals_an_uninterrupted_one(run, kind, name, tmp_path):
     root, _ = run
-    callback = DLP(pattern="2:4", allocation="uniform")
+    callback = WeightPruning(pattern="2:4")
     fit(name, tmp_path, callback, quantization=kind, ckpt_path=root / "checkpoints/epoch=0.ckpt")
     found, expected = weights_of(tmp_path), weights_of(root)
     assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prunelight
-from prunelight.callbacks import DLP, ShortGPT
+from prunelight.callbacks import DLP, ShortGPT, WeightPruning
 from prunelight.models.families.layers import decoder_layers, matrices
 from prunelight.models.forward import greedy_tokens
 from prunelight.pruning.remove_layers import remove_layers
@@ -108,7 +108,7 @@ def sparse_perplexities(smollm2, windows):
         ("uniform", "sparsegpt"),
         ("dlp", "wanda"),
     ):
-        method = DLP(sparsity=0.7, allocation=allocation, solver=solver)
+        method = WeightPruning(0.7, allocation=allocation, solver=solver)
         pruned = copy.deepcopy(model)
         plan = method.plan(pruned, windows[0])
         pruned = prunelight.apply(pruned, plan, windows[0])

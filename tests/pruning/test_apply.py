@@ -12,7 +12,8 @@ import prunelight
 from prunelight.models.families.layers import layers_path, matrices
 from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan, planned_sparsity
-from prunelight.planning.steps import RemoveLayers, Sparsify
+from prunelight.planning.steps import STEPS, RemoveLayers, Sparsify, Step
+from prunelight.pruning.apply import KINDS
 from prunelight.pruning.remove_layers import remove_layers
 from prunelight.pruning.sparsity.sparsify import sparsify
 
@@ -55,20 +56,22 @@ def test_a_plan_is_not_applied_twice():
         prunelight.apply(model, plan)
 
 
-def test_a_step_without_surgery_is_refused():
-    @dataclass(frozen=True)
-    class Melt:
-        kind: ClassVar[str] = "melt"
-        removed: tuple[int, ...] = ()
-        named: tuple[int, ...] = ()
+def test_every_step_of_a_plan_has_an_entry_in_the_table_of_apply():
+    assert [*KINDS] == [*STEPS.values()]
 
-        def check(self, num_layers):
-            pass
+
+def test_a_step_without_an_entry_is_refused_before_the_others_are_carried_out():
+    @dataclass(frozen=True)
+    class Melt(Step):
+        kind: ClassVar[str] = "melt"
 
     model = tiny_model()
-    plan = Plan(method="by hand", arguments={}, model=describe_model(model), steps=(Melt(),))
+    before = snapshot(model)
+    steps = (RemoveLayers((1,)), Melt())
+    plan = Plan(method="by hand", arguments={}, model=describe_model(model), steps=steps)
     with pytest.raises(TypeError, match="no surgery is known for the step .*Melt"):
         prunelight.apply(model, plan)
+    check_unchanged(model, before)
 
 
 # --- zeros and removals together --------------------------------------------------------------

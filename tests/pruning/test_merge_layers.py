@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model, token_windows
 
 import prunelight
-from prunelight.callbacks import DLP, SlidingLayerMerging
+from prunelight.callbacks import SlidingLayerMerging, WeightPruning
 from prunelight.models.families.layers import decoder_layers, matrices
 from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan, planned_sparsity
@@ -118,7 +118,7 @@ def test_steps_count_the_layers_of_the_dense_model():
 @pytest.mark.parametrize("merge", ["top", "released", "mean"])
 def test_planned_zeros_stay_known_where_merging_keeps_them(merge):
     model = tiny_model()
-    sparse = DLP(0.5, allocation="uniform").plan(model, WINDOWS)
+    sparse = WeightPruning(0.5).plan(model, WINDOWS)
     prunelight.apply(model, sparse, WINDOWS)
     merged = plan_of(model, MergeLayers(((1, 2, 3),), merge))
     prunelight.apply(model, merged)
@@ -161,7 +161,7 @@ def test_a_second_step_that_is_bad_leaves_the_first_undone():
     assert describe_model(model) == before
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
     before = describe_model(model)
-    sparse = DLP(0.5, allocation="uniform", solver="magnitude").plan(model, WINDOWS)
+    sparse = WeightPruning(0.5, solver="magnitude").plan(model, WINDOWS)
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx"):
         prunelight.apply(model, plan_of(model, *sparse.steps, RemoveLayers((0,))))
     assert describe_model(model) == before

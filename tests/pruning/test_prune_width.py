@@ -8,7 +8,7 @@ from lively_models import inputs_of
 from tiny import tiny_model, token_windows
 
 import prunelight
-from prunelight.callbacks import DLP, SlidingLayerMerging, WidthPruning
+from prunelight.callbacks import SlidingLayerMerging, WeightPruning, WidthPruning
 from prunelight.models.families.architectures import ARCHITECTURES
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.saving import verify
@@ -170,7 +170,7 @@ def test_half_precision_is_pruned_like_single(dtype, score):
 
 def test_the_correction_leaves_zeros_of_an_earlier_step_alone():
     model = tiny_model()
-    sparse = DLP(0.5, allocation="uniform").plan(model, WINDOWS)
+    sparse = WeightPruning(0.5).plan(model, WINDOWS)
     prunelight.apply(model, sparse, WINDOWS)
     narrow, plan = pruned(model, neuron_ratio=0.5)
     kept = list(plan.steps[0].neurons["0"])

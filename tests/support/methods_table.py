@@ -12,6 +12,7 @@ from prunelight.callbacks import (
     ShortGPT,
     SliceGPT,
     SlidingLayerMerging,
+    WeightPruning,
     WidthPruning,
 )
 from prunelight.recovery.zeros.gradual_zeros import Schedule
@@ -67,7 +68,11 @@ METHODS = {
     "DLP, SparseGPT": Method(lambda: DLP(0.5, solver="sparsegpt"), sparsity=0.5),
     "DLP by linear": Method(lambda: DLP(0.6, granularity="linear"), sparsity=0.6),
     "DLP, mixed 2:4": Method(lambda: DLP(pattern="2:4", alpha=0.3), sparsity=0.5),
-    "OWL, magnitude": Method(lambda: DLP(0.5, allocation="owl", solver="magnitude"), sparsity=0.5),
-    "2:4, Wanda": Method(lambda: DLP(pattern="2:4", allocation="uniform"), sparsity=0.5),
+    "Wanda": Method(lambda: WeightPruning(0.5), sparsity=0.5),
+    "magnitude": Method(lambda: WeightPruning(0.5, solver="magnitude"), sparsity=0.5),
+    "OWL, Wanda": Method(lambda: WeightPruning(0.5, allocation="owl"), sparsity=0.5),
+    "2:4, SparseGPT": Method(
+        lambda: WeightPruning(pattern="2:4", solver="sparsegpt"), sparsity=0.5
+    ),
     "DLP, gradual": Method(gradually, sparsity=0.5, gradual=True),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,15 @@ from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Hessian, InputNorm
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.architectures import is_sliced
-from prunelight.models.families.layers import Matrix, decoder_layers, layer_matrices, matrices
+from prunelight.models.families.layers import (
+    Matrix,
+    decoder_layers,
+    layer_matrices,
+    layers_path,
+    matrices,
+)
 from prunelight.models.sizes import zero_share
-from prunelight.planning.steps import Sparsify
+from prunelight.planning.steps import Sparsify, renumbered
 from prunelight.pruning.sparsity.masks import (
     Amount,
     Pattern,
@@ -34,6 +40,7 @@ from prunelight.pruning.sparsity.masks import (
     wanda_variant_mask,
 )
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT, sparsegpt_stacked
+from prunelight.pruning.step_kind import StepContext, StepKind
 from prunelight.runtime.arguments import check_choice
 
 log = logging.getLogger(__name__)
@@ -256,3 +263,22 @@ def check_step(model: PreTrainedModel, step: Sparsify) -> None:
         check_width(pattern, known[name].in_features, name)
         if abs(pattern.of * share - round(pattern.of * share)) > 1e-6:
             raise ValueError(f"sparsity={share} of {name} is no whole number of {pattern.of}ths")
+
+
+def _check(model: PreTrainedModel, step: Sparsify, context: StepContext) -> None:
+    check_step(model, step)
+    check_data(step, context.windows)
+
+
+def _carry_out(model: PreTrainedModel, step: Sparsify, context: StepContext) -> SparsifyOutcome:
+    sparsity = renumbered(step.sparsity, layers_path(model), context.removed)
+    return sparsify(
+        model,
+        replace(step, sparsity=sparsity),
+        context.windows,
+        device=context.device,
+        offload=context.offload,
+    )
+
+
+SPARSIFY = StepKind(_check, _carry_out, follows_slicing=True)

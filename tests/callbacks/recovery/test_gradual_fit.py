@@ -12,7 +12,7 @@ from runs import make_data, make_module, make_trainer, write_model
 from tiny import token_windows
 
 import prunelight
-from prunelight.callbacks import DLP
+from prunelight.callbacks import DLP, WeightPruning
 from prunelight.models.families.layers import matrices
 from prunelight.pruning.sparsity.masks import Pattern, magnitude_mask
 from prunelight.pruning.sparsity.sparsify import amount_of
@@ -20,9 +20,9 @@ from prunelight.recovery.zeros.gradual_zeros import Schedule, weights_with_adapt
 
 SCHEDULE = Schedule(1, 5, every=2)  # of six steps: due after 3 and 5
 CASES = {
-    "wanda": ("full", {"sparsity": 0.5}),
-    "magnitude": ("lora", {"sparsity": 0.7, "solver": "magnitude", "allocation": "uniform"}),
-    "mixed 4:8": ("lora", {"pattern": "4:8", "granularity": "linear", "alpha": 0.2}),
+    "wanda": ("full", DLP, {"sparsity": 0.5}),
+    "magnitude": ("lora", WeightPruning, {"sparsity": 0.7, "solver": "magnitude"}),
+    "mixed 4:8": ("lora", DLP, {"pattern": "4:8", "granularity": "linear", "alpha": 0.2}),
 }
 
 
@@ -56,8 +56,8 @@ def fit(name, root, callback, recovery="full", module_arguments=None, **argument
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def run(request, name, tmp_path_factory):
     """Return the directory of a run, what was recorded, and its plan."""
-    (recovery, arguments), root = request.param, tmp_path_factory.mktemp("run")
-    callback = DLP(**arguments, schedule=SCHEDULE)
+    (recovery, method, arguments), root = request.param, tmp_path_factory.mktemp("run")
+    callback = method(**arguments, schedule=SCHEDULE)
     logger = CSVLogger(root, name="logs", version=0)
     zeros, _, _ = fit(name, root, callback, recovery, logger=logger, log_every_n_steps=1)
     return root, zeros, prunelight.Plan.load(root / "final" / "plan.json").steps[0]
@@ -121,7 +121,7 @@ class Weights(pl.Callback):
 @pytest.mark.parametrize("recovery", ["full", "lora"])
 def test_zeros_are_chosen_by_the_weights_of_the_moment(recovery, name, tmp_path):
     weights, recorder = Weights(), Recorder()
-    callback = DLP(0.5, solver="magnitude", allocation="uniform", schedule=SCHEDULE)
+    callback = WeightPruning(0.5, solver="magnitude", schedule=SCHEDULE)
     trainer = make_trainer(tmp_path, weights, callback, recorder)
     trainer.fit(make_module(name, recovery=recovery), make_data(name, tmp_path))
     dense, _ = prunelight.load(name)
@@ -170,7 +170,7 @@ def test_gradient_checkpointing_leads_to_the_same_masks(name, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_adapters_of_other_layouts_follow_the_schedule_too(family, tmp_path):
     name = write_model(tmp_path / "tiny", family)
-    callback = DLP(0.5, solver="magnitude", allocation="uniform", schedule=SCHEDULE)
+    callback = WeightPruning(0.5, solver="magnitude", schedule=SCHEDULE)
     zeros, _, _ = fit(name, tmp_path, callback, "lora")
     for step, masks in zeros:
         done = 5 if step == 6 else step if SCHEDULE.due(step) else 3 if step > 3 else 0

@@ -1,0 +1,268 @@
+"""Weight pruning: zeros in the decoder layers, by an allocation and a solver.
+
+An allocation says how many zeros each layer gets: uniform, OWL (arXiv:2310.05175) or DLP
+(arXiv:2505.23807). A solver says which weights become zero: magnitude, Wanda (arXiv:2306.11695) or
+SparseGPT (arXiv:2301.00774). Any pair works, unstructured or N:M, at fit start or along a schedule.
+The released codes ignore the allocation for N:M and do not make up for what they clip.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from prunelight.calibration.windows import Windows, check_windows
+from prunelight.callbacks.recovery.gradual_zeros import GradualZeros
+from prunelight.models.families.layers import decoder_layers, layers_path, matrices
+from prunelight.planning.plan import Plan
+from prunelight.planning.sparsity_shares import (
+    clipping_excess,
+    dlp,
+    fit_to_target,
+    owl,
+    round_to_patterns,
+    uniform,
+    weighted_mean,
+)
+from prunelight.planning.steps import Sparsify
+from prunelight.pruning.sparsity.masks import Pattern
+from prunelight.pruning.sparsity.sparsegpt import SparseGPT
+from prunelight.pruning.sparsity.sparsify import SOLVERS, check_step
+from prunelight.recovery.zeros.gradual_zeros import Schedule
+from prunelight.runtime.arguments import check_choice
+from prunelight.scoring.weight_scores import WeightScore, weight_scores
+
+log = logging.getLogger(__name__)
+
+# The score that each allocation reads.
+ALLOCATIONS: dict[str, WeightScore | None] = {
+    "uniform": None,
+    "owl": "outlier_ratio",
+    "dlp": "median",
+    "dlp_mean": "mean",
+}
+
+ALPHAS = {"uniform": 0.0, "owl": 0.08, "dlp": 0.15, "dlp_mean": 0.15}  # of the papers
+
+GRANULARITIES = ("layer", "linear")
+
+
+class WeightPruning(GradualZeros):
+    """Put zeros into the weights of decoder linears: Wanda, SparseGPT or magnitude, also N:M.
+
+    Args:
+        sparsity: share of the weights of decoder linears that become zero, in [0, 1). The papers
+            take 0.5 to 0.7. Embeddings and head stay as they are.
+        pattern: "N:M" keeps N of M consecutive inputs (2:4), instead of `sparsity`. With an
+            allocation other than uniform each layer gets an N of its own, N:M on average; hardware
+            that computes 2:4 needs allocation="uniform".
+        solver: "wanda", "sparsegpt", "magnitude", or "wanda_variant" (shares differ by row).
+        allocation: "uniform", "owl", "dlp" (the median, its paper) or "dlp_mean" (DLP's released
+            code).
+        alpha: half the spread of the shares; None takes the paper's, 0.08 for OWL and 0.15 for DLP.
+        outlier_factor: OWL's M: a score above M times the mean is an outlier.
+        granularity: one share a decoder "layer" (the papers), or one a "linear".
+        sparsegpt: settings of SparseGPT.
+        schedule: prune gradually while the model trains, by "wanda" or "magnitude"; None prunes at
+            fit start.
+        strict: refuse an alpha that pushes a layer out of [0, 1), instead of clipping its share.
+        offload_activations: keep the calibration states on the CPU.
+
+    Raises:
+        ValueError: if an argument is out of its range or has no effect.
+    """
+
+    puts_zeros = True
+    follows_slicing = True
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: str | int | None = None,
+        solver: Literal["wanda", "sparsegpt", "magnitude", "wanda_variant"] = "wanda",
+        allocation: Literal["uniform", "owl", "dlp", "dlp_mean"] = "uniform",
+        alpha: float | None = None,
+        outlier_factor: float = 5.0,
+        granularity: Literal["layer", "linear"] = "layer",
+        sparsegpt: SparseGPT = SparseGPT(),  # noqa: B008 (frozen)
+        schedule: Schedule | None = None,
+        strict: bool = False,
+        offload_activations: bool = False,
+    ) -> None:
+        if isinstance(pattern, int):  # YAML 1.1 counts in sixties
+            raise ValueError(f'pattern={pattern} is what YAML makes of N:M; quote it: "2:4"')
+        self.pattern = None if pattern is None else Pattern.parse(pattern)
+        self.target = _target(sparsity, self.pattern)
+        check_choice("allocation", allocation, ALLOCATIONS)
+        check_choice("granularity", granularity, GRANULARITIES)
+        check_choice("solver", solver, SOLVERS)
+        if alpha is not None and not alpha >= 0:
+            raise ValueError(f"alpha={alpha} must be at least 0")
+        if alpha and allocation == "uniform":
+            raise ValueError(f"alpha={alpha} has no effect with allocation='uniform'")
+        if not outlier_factor > 0:
+            raise ValueError(f"outlier_factor={outlier_factor} must be above 0")
+        if outlier_factor != 5 and allocation != "owl":
+            raise ValueError(f"{outlier_factor=} has no effect with {allocation=}")
+        if solver != "sparsegpt" and sparsegpt != SparseGPT():
+            raise ValueError(f"{sparsegpt} has no effect with solver={solver!r}")
+        if self.pattern is not None and solver == "wanda_variant":
+            raise ValueError(f"solver='wanda_variant' chooses by rows and knows no {pattern=}")
+        super().__init__(solver, schedule)
+        self.sparsity = sparsity
+        self.allocation = allocation
+        self.alpha = ALPHAS[allocation] if alpha is None else alpha
+        self.outlier_factor = outlier_factor
+        self.granularity = granularity
+        self.sparsegpt = sparsegpt
+        self.strict = strict
+        self.offload_activations = offload_activations
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments that decide the result, as JSON values."""
+        return {
+            **super().arguments(),
+            "pattern": None if self.pattern is None else str(self.pattern),
+            "sparsegpt": asdict(self.sparsegpt),
+            "schedule": None if self.schedule is None else asdict(self.schedule),
+        }
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Check that the model has matrices to sparsify, and that the pattern fits their widths.
+
+        Raises:
+            ValueError: if the pattern does not divide a width; names the matrix.
+            TypeError: if the weights are quantized or nothing can be sparsified.
+        """
+        names = matrices(model)
+        if not names:
+            raise TypeError(f"{model.config.model_type} has no linear layers in its decoder layers")
+        check_step(model, self.sparsify_step(dict.fromkeys(names, self.target)))
+
+    @torch.no_grad()
+    def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
+        """Decide how many zeros each matrix gets; the model is unchanged.
+
+        Args:
+            model: the dense model.
+            windows: calibration windows, token ids (N, T), or a mapping with attention_mask.
+
+        Raises:
+            ValueError: if arguments or windows do not fit the model, activations are NaN or Inf,
+                or a layer would be clipped and `strict` is set.
+        """
+        self.check(model)
+        check_windows(model, windows)
+        sizes = {name: matrix.parameter.numel() for name, matrix in matrices(model).items()}
+        layers = _names_by_layer(model, list(sizes))
+        by_layer = self.granularity == "layer"
+        # A unit is a group of matrices that get the same share.
+        units = [layer for layer in layers if layer] if by_layer else [[name] for name in sizes]
+        scores = self._scores(model, windows)
+        shares = self._allocate(
+            [scores[unit[0]] for unit in units] if scores else [],
+            [sum(sizes[name] for name in unit) for unit in units],
+        )
+        share_of = {n: share for unit, share in zip(units, shares, strict=True) for n in unit}
+        return self.make_plan(
+            model,
+            windows,
+            self.sparsify_step({name: share_of[name] for name in sizes}),
+            scores=self._scores_by_layer(layers_path(model), layers, scores, share_of, sizes),
+        )
+
+    def sparsify_step(self, sparsity: dict[str, float]) -> Sparsify:
+        """Return the plan's step for these shares of zeros, {name of a matrix: share}."""
+        options = asdict(self.sparsegpt) if self.solver == "sparsegpt" else {}
+        pattern = None if self.pattern is None else str(self.pattern)
+        return Sparsify(sparsity, self.solver, pattern, options)
+
+    def _scores(self, model: PreTrainedModel, windows: Windows) -> dict[str, float]:
+        """Return the scores that the allocation reads, {name of a matrix: score}; {} if none."""
+        kind = ALLOCATIONS[self.allocation]
+        if kind is None or self.alpha == 0:
+            return {}
+        return weight_scores(
+            model,
+            windows,
+            kind,
+            outlier_factor=self.outlier_factor,
+            by_matrix=self.granularity == "linear",
+            device=self.device,
+            offload=self.offload_activations,
+        )
+
+    def _allocate(self, scores: list[float], sizes: list[int]) -> list[float]:
+        """Return the share of zeros of each unit: its score decides, its size weighs."""
+        if not scores:
+            return uniform(sizes, self.target)
+        spread = owl if self.allocation == "owl" else dlp
+        shares = spread(scores, sizes, self.target, self.alpha)
+        excess = clipping_excess(shares, self.target)
+        if excess > 0:
+            text = (
+                f"alpha={self.alpha} pushes shares of zeros to [{min(shares):.3f}, "
+                f"{max(shares):.3f}], {excess:.3f} out of [0, 1)"
+            )
+            if self.strict:
+                raise ValueError(f"{text}; take a smaller alpha, or strict=False to clip")
+            log.warning("%s: clipped, and the others adjusted to sparsity=%s", text, self.target)
+        shares = fit_to_target(shares, sizes, self.target)
+        if self.pattern is None:
+            return shares
+        if self.pattern.kept == 1:
+            log.warning("pattern=%s is uniform: no layer can keep fewer than 1", self.pattern)
+        weights_kept = round_to_patterns(shares, sizes, (self.pattern.kept, self.pattern.of))
+        return [1 - kept / self.pattern.of for kept in weights_kept]
+
+    def _scores_by_layer(
+        self,
+        path: str,
+        layers: list[list[str]],
+        scores: dict[str, float],
+        share_of: dict[str, float],
+        sizes: dict[str, int],
+    ) -> dict[str, list[float]]:
+        """Return the plan's scores: lists of one number a decoder layer.
+
+        With granularity "linear" each projection has a list of its own.
+        """
+        lists: dict[str, list[float]] = {}
+        kind = str(ALLOCATIONS[self.allocation])
+        for layer in layers if scores else []:
+            for name in layer if self.granularity == "linear" else layer[:1]:
+                projection = name.removeprefix(f"{path}.").partition(".")[2]
+                suffix = f"_{projection}" if self.granularity == "linear" else ""
+                lists.setdefault(kind + suffix, []).append(scores[name])
+        lists["sparsity"] = [
+            weighted_mean([share_of[n] for n in layer], [sizes[n] for n in layer]) if layer else 0.0
+            for layer in layers
+        ]
+        return lists
+
+
+def _names_by_layer(model: PreTrainedModel, names: list[str]) -> list[list[str]]:
+    prefixes = [f"{layers_path(model)}.{i}." for i in range(len(decoder_layers(model)))]
+    return [[name for name in names if name.startswith(prefix)] for prefix in prefixes]
+
+
+def _target(sparsity: float | None, pattern: Pattern | None) -> float:
+    """Return the share of zeros that the arguments ask for.
+
+    Raises:
+        ValueError: unless exactly one of the two is given, and the share lies in [0, 1).
+    """
+    if (sparsity is None) == (pattern is None):
+        raise ValueError(
+            f"sparsity={sparsity} and pattern={pattern}: give exactly one of the two (a pattern "
+            "N:M says its sparsity, 1 - N / M)"
+        )
+    target = pattern.sparsity if pattern is not None else sparsity
+    assert target is not None
+    if not 0 <= target < 1:
+        raise ValueError(f"sparsity={sparsity} must lie in [0, 1); 0.7 makes 70 % of them zero")
+    return target
