@@ -1,1 +1,1 @@
-"""Bringing a pruned model back: adapters, precision, sharding, zeros, distillation."""
+"""Recovery of a pruned model: adapters, precision, sharding, zeros, distillation."""

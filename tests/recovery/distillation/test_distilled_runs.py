@@ -129,7 +129,7 @@ def test_a_quantized_teacher_says_nearly_the_same(held, tmp_path):
     quantized = TeacherSource(name, "auto", held, False).load(CPU)
     assert type(quantized.model.layers[0].mlp.up_proj).__name__.startswith("Linear")
     assert type(quantized.lm_head) is torch.nn.Linear
-    assert LanguageHead(quantized).runs_apart()
+    assert LanguageHead(quantized).is_separable()
     assert 0 < distance(quantized, dense, token_windows()) < 1e-2
 
 
