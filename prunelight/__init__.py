@@ -16,7 +16,6 @@ if TYPE_CHECKING:  # the same names as in _HOMES
     from prunelight.evaluation.perplexity import evaluate as evaluate
     from prunelight.evaluation.perplexity import perplexity as perplexity
     from prunelight.evaluation.speed import LatencyProtocol as LatencyProtocol
-    from prunelight.lightning_cli import Trainer as Trainer
     from prunelight.models.loading import load as load
     from prunelight.models.loading import load_tokenizer as load_tokenizer
     from prunelight.models.saving import save as save
@@ -35,6 +34,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES
     from prunelight.scoring.analysis import analyze as analyze
     from prunelight.training.recovery_module import RecoveryModule as RecoveryModule
     from prunelight.training.text_datamodule import TextDataModule as TextDataModule
+    from prunelight.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -64,7 +64,7 @@ _HOMES = {
     "SliceHidden": "planning.steps",
     "Sparsify": "planning.steps",
     "TextDataModule": "training.text_datamodule",
-    "Trainer": "lightning_cli",
+    "Trainer": "training.trainer",
     "analyze": "scoring.analysis",
     "apply": "pruning.apply",
     "calibration_windows": "data.token_windows",
