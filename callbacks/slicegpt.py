@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
 from prunelight.callbacks.base import PruningCallback
-from prunelight.moved import serve_old_names
 from prunelight.planning.plan import Plan
 from prunelight.planning.slice_widths import uniform_width
 from prunelight.planning.steps import SliceHidden, Sparsify
@@ -35,7 +34,6 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run, plan_files
 
 log = logging.getLogger(__name__)
-serve_old_names(__name__)
 
 
 class SlicingCallback(PruningCallback):

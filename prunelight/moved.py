@@ -30,8 +30,8 @@ MOVED: dict[str, dict[str, str]] = {
             "check_depth_target layers_to_remove lowest=lowest_scores lowest_window resolve_indices"
         ),
         "planning.sparsity_shares": (
-            "MOST clipped_by=clipping_excess dlp fit_to_target mixed_kept=round_to_patterns "
-            "owl uniform weighted_mean"
+            "MOST=MAX_SHARE clipped_by=clipping_excess dlp fit_to_target "
+            "mixed_kept=round_to_patterns owl uniform weighted_mean"
         ),
         "planning.slice_widths": "redundancies slicing_ratios slicing_widths uniform_width",
     },
@@ -62,6 +62,14 @@ MOVED: dict[str, dict[str, str]] = {
             "watching_layers"
         ),
     },
+    "callbacks.base": {
+        "training.trainer": "pruning_callbacks=pruning_methods",
+        "run.checkpoints": "MEASURED",
+    },
+    "callbacks.dlp": {
+        "callbacks.weight_pruning": "ALLOCATIONS ALPHAS GRANULARITIES",
+        "callbacks.recovery.gradual_zeros": "GRADUAL_SOLVERS",
+    },
     "callbacks.recovery_checkpoint": {
         "callbacks.recovery.checkpoint": "RecoveryCheckpoint",
     },
@@ -77,14 +85,16 @@ MOVED: dict[str, dict[str, str]] = {
     "checkpoint": {
         "run.checkpoints": (
             "FORMAT KEY check_format check_same_parameters check_same_run check_same_settings "
-            "facts_of=read_metadata reading"
+            "facts_of=read_metadata"
         ),
+        "runtime.atomic_files": "reading=explaining_damage",
     },
     "choices": {
         "runtime.arguments": "check_choice",
     },
     "cli": {
-        "lightning_cli": "CLI Parser Trainer disk_error find_configs our_error parse_error",
+        "lightning_cli": "CLI Parser disk_error find_configs our_error parse_error",
+        "training.trainer": "Trainer",
     },
     "components": {
         "pruning.slicing.basis": (
@@ -101,13 +111,11 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "distributed": {
         "run.strategies": (
-            "FSDP2Strategy check_quantized_strategy check_strategy on_rank_zero "
-            "ranks_of_run=group_of_run share_of_tokens"
+            "FSDP2Strategy check_quantized_strategy check_strategy ranks_of_run=group_of_run "
+            "share_of_tokens=loss_weight"
         ),
     },
-    "ending": {
-        "run.finish": "end_fit",
-    },
+    "ending": {},
     "evaluation": {
         "evaluation.perplexity": "Evaluation evaluate perplexity",
         "evaluation.speed": (
@@ -129,8 +137,8 @@ MOVED: dict[str, dict[str, str]] = {
         "recovery.zeros.gradual_zeros": "CURVES Gradual RunningNorm Schedule weights_with_adapters",
     },
     "handover": {
-        "run.run_state": "check_output plan_files",
-        "run.finish": "hand_over=save_result save_adapter",
+        "run.preflight": "check_output",
+        "run.run_state": "plan_files",
     },
     "head": {
         "recovery.distillation.language_head": "Head=LanguageHead plain=without_adapters",
@@ -206,9 +214,7 @@ MOVED: dict[str, dict[str, str]] = {
         "models.sizes": "stored_bytes",
     },
     "recording": {
-        "run.measurements": (
-            "describe_evaluation evaluation_windows stage_of_run=measure_run_stage start_record"
-        ),
+        "run.measurements": "describe_evaluation stage_of_run=measure_run_stage start_record",
     },
     "recovery": {
         "recovery.lora": (
@@ -288,7 +294,8 @@ MOVED: dict[str, dict[str, str]] = {
     "sliding": {
         "planning.sliding_search": (
             "Groups Slide=SlidingPass SpentError=BudgetExceededError exchange=swap_layers "
-            "most_removable search=search_threshold slide windows_of"
+            "most_removable=max_removable_layers search=search_threshold slide "
+            "windows_of=merge_windows"
         ),
     },
     "sparsify": {
@@ -367,6 +374,17 @@ MOVED: dict[str, dict[str, str]] = {
     },
 }
 
+# Old names that are gone, as their parameters were others -> what does their work now.
+REPLACED = {
+    "prunelight.callbacks.base.prune_base": "prunelight.run.start.start",
+    "prunelight.cli.CALLBACKS": "prunelight.lightning_cli.PACKAGES",
+    "prunelight.cli.PACKAGE": "prunelight.lightning_cli.PACKAGES",
+    "prunelight.distributed.on_rank_zero": "prunelight.runtime.processes.ProcessGroup.on_zero",
+    "prunelight.ending.end_fit": "prunelight.run.finish.finish",
+    "prunelight.handover.hand_over": "prunelight.run.finish.finish",
+    "prunelight.handover.save_adapter": "prunelight.run.finish.finish",
+    "prunelight.recording.evaluation_windows": "prunelight.run.measurements.held_out_windows",
+}
 
 HOMES: dict[str, dict[str, tuple[str, str]]] = {
     f"prunelight.{old}": {
@@ -384,7 +402,9 @@ class ModuleWithOldNames(ModuleType):
     def __getattr__(self, name: str) -> Any:
         """Return what an old name stands for now; Python asks only for names that are not here."""
         if name not in HOMES[self.__name__]:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+            work = REPLACED.get(f"{self.__name__}.{name}")
+            told = f"; {work} does the work of what had this name" if work else ""
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}{told}")
         module, new_name = HOMES[self.__name__][name]
         if module == f"{self.__name__}.{name}":
             return import_module(module)  # a callable module
@@ -428,9 +448,10 @@ class MovedFinder(MetaPathFinder, Loader):
 
 
 def serve_old_names(module: str) -> None:
-    """Let a module that exists look up the names that it held before."""
-    if module in HOMES:  # `python -m` runs a module under the name __main__
-        sys.modules[module].__class__ = ModuleWithOldNames
+    """Let a module that exists look up the names that it held before; its loaded submodules too."""
+    for old in HOMES:
+        if old == module or (old.startswith(f"{module}.") and old in sys.modules):
+            sys.modules[old].__class__ = ModuleWithOldNames
 
 
 def find_moved_modules() -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import pickle
+import pkgutil
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.callbacks import TokenBudget
-from prunelight.moved import HOMES, MOVED, CallableModule
+from prunelight.moved import HOMES, MOVED, REPLACED, CallableModule
 from prunelight.recovery.lora import LoRA
 from prunelight.scoring.angular_distance import angular_distance
 from prunelight.scoring.block_influence import block_influence
@@ -24,8 +25,6 @@ from prunelight.training.recovery_module import RecoveryModule
 
 TESTS = next(folder for folder in Path(__file__).parents if (folder / "fixtures").is_dir())
 OLD_NAMES = json.loads((TESTS / "fixtures" / "format_1" / "public_names.json").read_text())
-# Not served: constants of the command line that nothing else can use.
-GONE = {"prunelight.cli": {"PACKAGE", "CALLBACKS"}}
 pytestmark = pytest.mark.filterwarnings("default:.*the old path goes:DeprecationWarning")
 
 
@@ -39,8 +38,9 @@ def asked(module, name):
 @pytest.mark.parametrize("old", OLD_NAMES)
 def test_each_old_name_is_the_object_of_its_new_path_and_warns(old):
     module = importlib.import_module(old)
-    kinds = OLD_NAMES[old]
-    for name in {name for names in kinds.values() for name in names} - GONE.get(old, set()):
+    for name in {name for names in OLD_NAMES[old].values() for name in names}:
+        if f"{old}.{name}" in REPLACED:
+            continue
         value, caught = asked(module, name)
         home = HOMES.get(old, {}).get(name)
         if home is None or name in vars(module):
@@ -56,10 +56,20 @@ def test_each_old_name_is_the_object_of_its_new_path_and_warns(old):
         assert warning.filename == __file__, "it points at who asks"
 
 
-@pytest.mark.parametrize("old", MOVED)
-def test_each_new_path_of_the_table_exists(old):
-    for new_module, new_name in HOMES[f"prunelight.{old}"].values():
-        assert hasattr(importlib.import_module(new_module), new_name), f"{new_module}.{new_name}"
+def test_the_table_holds_old_public_names_alone():
+    for old, homes in HOMES.items():
+        assert set(homes) <= {name for names in OLD_NAMES[old].values() for name in names}
+    assert len(MOVED) == len(HOMES)
+
+
+@pytest.mark.parametrize("old", REPLACED)
+def test_a_name_that_is_gone_tells_what_does_its_work(old):
+    module, _, name = old.rpartition(".")
+    with pytest.raises(
+        AttributeError, match=f"{REPLACED[old]} does the work of what had this name"
+    ):
+        getattr(importlib.import_module(module), name)
+    assert pkgutil.resolve_name(REPLACED[old]) is not None
 
 
 def test_an_import_statement_warns_at_its_own_line():
@@ -123,7 +133,7 @@ def test_a_config_may_name_old_class_paths():
     for new in ("RecoveryModule", "lora.LoRA", "callbacks.recovery.token_budget.TokenBudget"):
         assert any(new in str(warning.message) for warning in told)
     assert type(made.model) is RecoveryModule
-    assert made.model.lora == LoRA(r=4)
+    assert made.model.run.settings.lora == LoRA(r=4)
     assert type(made.callbacks[0]) is TokenBudget
 
 
