@@ -6,16 +6,13 @@ with the same settings, as runs of their own in sub directories; the table goes 
 
 from __future__ import annotations
 
-import inspect
 import logging
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from prunelight.callbacks.base import pruning_callbacks
 from prunelight.evaluation.orthogonality import ROWS, Cell, orthogonality_section
 from prunelight.evaluation.perplexity import evaluate
 from prunelight.evaluation.report.record import RunRecord
@@ -23,21 +20,13 @@ from prunelight.evaluation.report.report import write_report
 from prunelight.models.placement import to_device
 from prunelight.models.sizes import stored_bytes
 from prunelight.recovery.quantization import BitsAndBytes
-from prunelight.run.measurements import evaluation_windows
+from prunelight.run.measurements import held_out_windows
 from prunelight.training.recovery_module import RecoveryModule
+from prunelight.training.trainer import pruning_methods
 
 log = logging.getLogger(__name__)
 
 TITLE = "Are pruning and quantization orthogonal?"
-
-# Arguments of a RecoveryModule that it keeps under other names.
-_KEPT_AS = {
-    "dtype": "dtype_name",
-    "lr_scheduler": "lr_scheduler_name",
-    "loss": "objective.kind",
-    "distillation": "objective.settings",
-    "chunked_loss": "objective.chunked",
-}
 
 _TRAINER_SETTINGS = (
     *("accelerator", "precision", "max_steps", "max_epochs", "limit_train_batches"),
@@ -63,13 +52,15 @@ class Orthogonality(Callback):
         """
         if stage != "fit":
             return
-        settings = {name: getattr(pl_module, name, None) for name in ("quantization", "recovery")}
-        pruned = bool(pruning_callbacks(trainer))
-        if not pruned or settings["quantization"] == "none" or settings["recovery"] != "lora":
+        run = getattr(pl_module, "run", None)
+        quantization = run.settings.quantization if run else None
+        recovery = run.settings.recovery if run else None
+        pruned = bool(pruning_methods(trainer))
+        if not pruned or quantization in (None, "none") or recovery != "lora":
             raise ValueError(
                 f"Orthogonality compares pruning and quantization: pruning callback {pruned}, "
-                f"model.quantization={settings['quantization']} and model.recovery="
-                f"{settings['recovery']} must be there, nf4, fp4 or int8, and lora"
+                f"model.quantization={quantization} and model.recovery="
+                f"{recovery} must be there, nf4, fp4 or int8, and lora"
             )
         if trainer.world_size > 1:
             raise ValueError(
@@ -128,8 +119,7 @@ class Orthogonality(Callback):
             enable_model_summary=False,
             default_root_dir=root,
         )
-        like = _arguments_of(module)
-        sibling = RecoveryModule(**{**like, **changes})
+        sibling = module.sibling(**changes)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         other.fit(sibling, datamodule=datamodule)
         assert sibling.record is not None
@@ -144,16 +134,13 @@ class _AdaptedCell(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, if the base is quantized; callbacks come before the module merges."""
-        module: Any = pl_module
-        if module.quantization != "none":
-            model = to_device(module.model, trainer.strategy.root_device)
-            found = evaluate(model, evaluation_windows(trainer))
-            self.cell = Cell(found.perplexity, found.accuracy, stored_bytes(model))
-
-
-def _arguments_of(module: RecoveryModule) -> dict[str, Any]:
-    names = inspect.signature(RecoveryModule).parameters
-    return {name: attrgetter(_KEPT_AS.get(name, name))(module) for name in names}
+        assert isinstance(pl_module, RecoveryModule)
+        run = pl_module.run
+        if run.settings.quantization != "none":
+            model: Any = pl_module.model
+            model = to_device(model, run.place.device)
+            quality = evaluate(model, held_out_windows(run))
+            self.cell = Cell(quality.perplexity, quality.accuracy, stored_bytes(model))
 
 
 def _cells(record: RunRecord) -> dict[str, Cell]:

@@ -85,6 +85,7 @@ class ShortGPT(PruningCallback):
             )
         self.ratio, self.num_layers, self.score = ratio, num_layers, score
         self.ignore_first_tokens, self.granularity = ignore_first_tokens, granularity
+        self.drops_sublayers = granularity != "layer"
         self.protected = list(protected or [])
 
     def check(self, model: PreTrainedModel) -> None:

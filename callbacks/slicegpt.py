@@ -7,15 +7,15 @@ wrong, and where the embeddings of tied models go, is in prunelight/pruning/slic
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import PruningCallback, pruning_callbacks
+from prunelight.callbacks.base import PruningCallback
 from prunelight.planning.plan import Plan
 from prunelight.planning.slice_widths import uniform_width
 from prunelight.planning.steps import SliceHidden, Sparsify
@@ -30,8 +30,8 @@ from prunelight.pruning.slicing.targets import (
     residual_dims,
     sliced_parameters,
 )
-from prunelight.run.run_state import plan_files
-from prunelight.training.recovery_module import RecoveryModule
+from prunelight.run.method import PruningMethod
+from prunelight.run.run_state import Run, plan_files
 
 log = logging.getLogger(__name__)
 
@@ -47,36 +47,35 @@ class SlicingCallback(PruningCallback):
         """Return what all widths are multiples of."""
         return {"round_to": self.round_to}
 
-    def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
+    def check_run(self, run: Run, methods: Sequence[PruningMethod]) -> None:
         """Check that no pruning comes before a slicing, or after it, that does not work there.
 
         Raises:
             ValueError: if zeros or dropped sublayers come before, or what cannot prune a sliced
                 model after; names it.
         """
-        callbacks, own = pruning_callbacks(trainer), type(self).__name__
-        at = callbacks.index(self)
-        for other in callbacks[:at]:
+        position, own = methods.index(self), type(self).__name__
+        for other in methods[:position]:
             name = type(other).__name__
-            if hasattr(other, "sparsity"):
+            if other.puts_zeros:
                 raise ValueError(
                     f"{name} comes before {own}, whose rotations fill its zeros; slice first"
                 )
-            if getattr(other, "granularity", "layer") in ("attention", "mlp", "sublayer"):
+            if other.drops_sublayers:
                 raise ValueError(
                     f"{name} drops sublayers before {own}, which cannot slice what is left; drop "
                     "whole layers (granularity='layer')"
                 )
-        for other in callbacks[at + 1 :] if self.rotation == "per_layer" else ():
+        for other in methods[position + 1 :] if self.rotation == "per_layer" else ():
             if not other.follows_slicing:
                 raise ValueError(
                     f"{type(other).__name__} comes after {own}, and cannot prune a sliced model; "
                     "put it before"
                 )
-        for file in plan_files(Path(module.name).expanduser()):
+        for file in plan_files(Path(run.name).expanduser()):
             if any(isinstance(step, Sparsify) for step in Plan.load(file).steps):
                 raise ValueError(
-                    f"{file} put zeros into {module.name}, which the rotations of {own} would "
+                    f"{file} put zeros into {run.name}, which the rotations of {own} would "
                     "fill; slice the dense model first"
                 )
 

@@ -25,7 +25,7 @@ from prunelight.planning.plan import Plan
 from prunelight.planning.sliding_search import (
     BudgetExceededError,
     SlidingPass,
-    most_removable,
+    max_removable_layers,
     search_threshold,
     slide,
     swap_layers,
@@ -103,7 +103,7 @@ class SlidingLayerMerging(PruningCallback):
         """Raise ValueError if the target is out of reach, TypeError if layers cannot be merged."""
         total = len(decoder_layers(model))
         protected = resolve_indices(self.protected, total)
-        most, target = most_removable(total, protected), self._target(total)
+        most, target = max_removable_layers(total, protected), self._target(total)
         if target is not None and target > most:
             raise ValueError(
                 f"{target} of {total} layers to remove, but windows that spare protected="
@@ -188,7 +188,7 @@ class SlidingLayerMerging(PruningCallback):
         """Exchange layers for the better until nothing is gained or the loop's cost is spent."""
         protected = resolve_indices(self.protected, total)
         # The loop that runs the whole model for each window, until it has merged these.
-        score.budget = total + (total - 2) * (total - 1) - sum(best.gone)
+        score.budget = total + (total - 2) * (total - 1) - sum(best.removed_layers)
         try:
             while True:
                 score.rebase(best.groups)
@@ -218,7 +218,7 @@ class SlidingLayerMerging(PruningCallback):
 
 def _difference(before: SlidingPass, after: SlidingPass) -> dict[str, list[int]]:
     """Say which layers changed places; nothing if none did."""
-    old, new = before.gone, after.gone
+    old, new = before.removed_layers, after.removed_layers
     if old == new:
         return {}
     return {"restored": sorted(old - new), "merged_instead": sorted(new - old)}

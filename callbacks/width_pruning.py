@@ -8,21 +8,22 @@ the scores mean is in prunelight/scoring/width_scores.py.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
-from prunelight.callbacks.base import PruningCallback, pruning_callbacks
+from prunelight.callbacks.base import PruningCallback
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import PruneWidth
 from prunelight.pruning.prune_width import check_width
+from prunelight.run.method import PruningMethod
+from prunelight.run.run_state import Run
 from prunelight.runtime.arguments import check_choice
 from prunelight.scoring.width_scores import SCORES, allowed_groups, width_scores, widths_of
-from prunelight.training.recovery_module import RecoveryModule
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +106,10 @@ class WidthPruning(PruningCallback):
         }
         return {inputs[k][0]: count * inputs[k][1] for k, count in self._targets(model).items()}
 
-    def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
-        """Raise ValueError if an earlier callback drops sublayers."""
-        callbacks = pruning_callbacks(trainer)
-        for other in callbacks[: callbacks.index(self)]:
-            if getattr(other, "granularity", "layer") != "layer":
+    def check_run(self, run: Run, methods: Sequence[PruningMethod]) -> None:
+        """Raise ValueError if an earlier method drops sublayers."""
+        for other in methods[: methods.index(self)]:
+            if other.drops_sublayers:
                 raise ValueError(
                     f"{type(other).__name__} drops sublayers before WidthPruning; put "
                     "WidthPruning before it"

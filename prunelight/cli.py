@@ -17,10 +17,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -30,95 +29,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from rich.console import Console
 
 import prunelight.callbacks
-from prunelight.callbacks.base import prune_base, pruning_callbacks
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
-from prunelight.evaluation.report.analysis_report import write_analysis
-from prunelight.evaluation.report.report import summary_table, write_report
-from prunelight.models.placement import to_device
+from prunelight.evaluation.report.report import summary_table
 from prunelight.run.strategies import check_strategy
 from prunelight.runtime.atomic_files import check_writable
-from prunelight.scoring.analysis import analyze
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
+from prunelight.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 PACKAGES = [Path(__file__).resolve().parent, Path(prunelight.callbacks.__file__).resolve().parent]
-
-
-class Trainer(pl.Trainer):
-    """Lightning's Trainer, which resumes by itself, with the verbs prune and analyze."""
-
-    def fit(  # type: ignore[override]  # no weights_only: it is always True
-        self,
-        model: pl.LightningModule,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
-        datamodule: pl.LightningDataModule | None = None,
-        ckpt_path: str | Path | None = "last",
-    ) -> None:
-        """Prune, recover, evaluate and save; see Lightning's own for the first four arguments.
-
-        Args:
-            model: the module.
-            train_dataloaders: data, if there is no datamodule.
-            val_dataloaders: data, if there is no datamodule.
-            datamodule: the data.
-            ckpt_path: "last" goes on where an earlier start of the same run was interrupted, if
-                there was one; a file goes on from that; null starts anew.
-        """
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
-
-    def prune(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> None:
-        """Score, plan, apply and save the pruned model with its report, then stop.
-
-        Raises:
-            ValueError: if no pruning callback is configured.
-        """
-        callbacks = pruning_callbacks(self)
-        if not callbacks:
-            raise ValueError("trainer.callbacks has no pruning callback; add one, such as ShortGPT")
-        if not self._connect_alone(model, datamodule):
-            return
-        model.check_output()
-        prune_base(self, model, callbacks)
-        assert model.record is not None
-        write_report(Path(self.default_root_dir), model.record)
-
-    def analyze(
-        self,
-        model: RecoveryModule,
-        datamodule: pl.LightningDataModule,
-        kernel: Literal["linear", "rbf"] = "linear",
-        ignore_first_tokens: int = 1,
-    ) -> None:
-        """Write analysis.md with pictures of the model's hidden states; nothing is pruned.
-
-        Args:
-            model: names the model.
-            datamodule: its calibration windows are looked at.
-            kernel: of CKA: linear, or rbf with the median distance.
-            ignore_first_tokens: tokens at the start of each window that do not count in CKA and
-                Block Influence; attention sinks are there.
-        """
-        if not self._connect_alone(model, datamodule):
-            return
-        windows: Any = datamodule
-        found = analyze(
-            to_device(model.load_model(), self.strategy.root_device),
-            windows.calibration_windows(),
-            kernel=kernel,
-            ignore_first_tokens=ignore_first_tokens,
-        )
-        for file in write_analysis(Path(self.default_root_dir), asdict(found)):
-            log.info("wrote %s", file)
-
-    def _connect_alone(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> bool:
-        """Connect model and data; False on ranks that only would write the same as rank 0."""
-        self.strategy.connect(model)
-        model.trainer = self
-        self.datamodule = datamodule
-        return self.is_global_zero
 
 
 class Parser(LightningArgumentParser):
@@ -174,7 +95,8 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse a strategy, a directory or a checkpoint before any process is started."""
-        check_strategy(self.trainer, self.model.quantization, self.model.recovery)
+        settings = self.model.run.settings
+        check_strategy(self.trainer, settings.quantization, settings.recovery)
         check_writable(Path(self.trainer.default_root_dir))
         path = self._get(self.config_init, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry") and not Path(path).exists():

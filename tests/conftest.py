@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def tiny_tokenizer():
-    """Whole words <-> the ids of tests/tiny.py: <pad> 0, <s> 1, </s> 2, <unk> 3, w4 ... w127."""
+    """Whole words <-> the ids of support/tiny.py: <pad> 0, <s> 1, </s> 2, <unk> 3, w4 ... w127."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, VOCABULARY))]
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

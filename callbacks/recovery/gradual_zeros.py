@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,6 +21,8 @@ from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.sparsity.sparsify import amount_of
 from prunelight.recovery.zeros.gradual_zeros import Gradual, Schedule, weights_with_adapters
+from prunelight.run.method import PruningMethod
+from prunelight.run.run_state import Run
 from prunelight.run.strategies import group_of_run
 from prunelight.training.recovery_module import RecoveryModule
 
@@ -58,7 +60,7 @@ class GradualZeros(PruningCallback):
     def sparsify_step(self, sparsity: dict[str, float]) -> Sparsify:
         """Return the plan's step for these shares of zeros, {name of a matrix: share}."""
 
-    def check_run(self, trainer: Trainer, module: RecoveryModule) -> None:
+    def check_run(self, run: Run, methods: Sequence[PruningMethod]) -> None:
         """Check that the schedule fits the training.
 
         Raises:
@@ -67,36 +69,30 @@ class GradualZeros(PruningCallback):
         """
         if self.schedule is None:
             return
-        if trainer.state.fn != "fit":
+        if run.place.stage != "fit":
             raise ValueError(f"{self.schedule} prunes while the model trains; use fit, not prune")
-        if module.quantization != "none":
+        settings = run.settings
+        if settings.quantization != "none":
             raise ValueError(
-                f"a schedule puts zeros into weights, quantization={module.quantization} packs "
+                f"a schedule puts zeros into weights, quantization={settings.quantization} packs "
                 "them; prune at fit start (schedule=null), or set quantization=none"
             )
-        if module.recovery == "none" or not module.keep_zeros:
+        if settings.recovery == "none" or not settings.keep_zeros:
             raise ValueError(
                 f"a schedule prunes while the model trains and keeps the zeros: recovery="
-                f"{module.recovery!r} must be lora or full, keep_zeros={module.keep_zeros} True"
+                f"{settings.recovery!r} must be lora or full, keep_zeros={settings.keep_zeros} True"
             )
-        if module.compile_backend is not None:
+        if settings.compile_backend is not None:
             raise ValueError(
                 f"a schedule watches inputs inside the decoder layers, which compile_backend="
-                f"{module.compile_backend!r} does not show; set it to None"
+                f"{settings.compile_backend!r} does not show; set it to None"
             )
-        steps = trainer.estimated_stepping_batches
+        steps = run.place.optimizer_steps()
         if self.schedule.end_step > steps:
             raise ValueError(
                 f"schedule.end_step={self.schedule.end_step} must not come after the end of "
                 f"training, {steps:.0f} optimizer steps; raise trainer.max_steps or lower it"
             )
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prune at fit start, or prepare the module for zeros that come later."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.gradual:
-            assert isinstance(pl_module, RecoveryModule)  # or the base refused it
-            pl_module.gradual = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the matrices that get zeros, and how many each gets."""

@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, accuracy, speed, and the report of a run."""
+"""Measurements of a model: perplexity, accuracy, speed, and the report of a run."""

@@ -1,8 +1,8 @@
-"""What is measured: perplexity and next-token accuracy as torchmetrics, and sizes of a model.
+"""Perplexity and next-token accuracy as torchmetrics.
 
-Perplexity comes from summed cross-entropy over all tokens, so it is exact over batches of any size
-and over processes. `torchmetrics.text.Perplexity` takes a softmax of the full logits instead: twice
-the memory, and it underflows in bfloat16.
+Perplexity comes from the cross-entropy summed over all tokens. So it is exact over batches of any
+size and over processes. `torchmetrics.text.Perplexity` takes a softmax of the full logits instead.
+That softmax needs twice the memory and underflows in bfloat16.
 """
 
 # B sequences, T tokens, V vocabulary
@@ -16,11 +16,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class _OverTokens(Metric):
-    """A sum over tokens, in micronats or hits, and how many they are.
+class _TokenSum(Metric):
+    """A sum over tokens, in micronats or correct predictions, and the number of tokens.
 
-    In whole numbers: a Trainer with precision bf16-true casts every floating-point state, in which
-    a sum of thousands of batches no longer grows.
+    Both states are integers. A Trainer with precision bf16-true casts floating-point states to
+    bfloat16, in which a sum over thousands of batches stops growing.
     """
 
     is_differentiable = False
@@ -34,18 +34,18 @@ class _OverTokens(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, tokens: Tensor) -> None:
-        """Add a sum and its number of tokens."""
+        """Add the sum of a batch and its number of tokens."""
         self.total += total.to(self.total.device)
         self.tokens += tokens.to(self.tokens.device)
 
 
-class TokenPerplexity(_OverTokens):
+class TokenPerplexity(_TokenSum):
     """Token-weighted perplexity: exp of the mean negative log-likelihood over all tokens."""
 
     higher_is_better = False
 
     def update(self, nll: Tensor, tokens: Tensor) -> None:
-        """Add a summed negative log-likelihood in nats and its number of tokens."""
+        """Add the summed negative log-likelihood of a batch, in nats, and its number of tokens."""
         super().update((nll.cpu().double() * 1e6).round().long(), tokens)
 
     def compute(self) -> Tensor:
@@ -53,7 +53,7 @@ class TokenPerplexity(_OverTokens):
         return torch.exp(self.total.cpu().double() / 1e6 / self.tokens.cpu())
 
 
-class TokenAccuracy(_OverTokens):
+class TokenAccuracy(_TokenSum):
     """Share of tokens that greedy decoding would predict, in [0, 1]."""
 
     higher_is_better = True

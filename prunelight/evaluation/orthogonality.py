@@ -1,7 +1,8 @@
 """Whether pruning and quantization are orthogonal: do their harms to a model add up?
 
-Harm is the rise of log-perplexity over the dense model, in nats a token. If it is pruning's plus
-quantization's where both are done, the two can be chosen apart; the rest is their interaction.
+Harm is the rise of log-perplexity over the dense model, in nats per token. If the harm of both
+together is the sum of the two harms, each can be chosen without regard to the other. The difference
+from the sum is their interaction.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import dataclass
 
 ROWS = ("dense", "pruned", "quantized", "pruned + quantized")
 
-LIMIT = 0.1  # of the sum: below it we call the two orthogonal
+LIMIT = 0.1  # up to this share of the sum of harms we call the two orthogonal
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One state of the model: quality on the held-out windows, and bytes of its weights."""
+    """One state of the model: its quality on the held-out windows, and the bytes of its weights."""
 
     perplexity: float
     accuracy: float
@@ -26,12 +27,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Interaction:
-    """Rises of log-perplexity over the dense model, in nats a token.
+    """Rises of log-perplexity over the dense model, in nats per token.
 
     Attributes:
-        pruning: of the pruned model.
-        quantization: of the quantized one.
-        both: of the model that is pruned and quantized.
+        pruning: rise of the pruned model.
+        quantization: rise of the quantized model.
+        both: rise of the model that is pruned and quantized.
     """
 
     pruning: float
@@ -40,9 +41,9 @@ class Interaction:
 
     @classmethod
     def of(cls, cells: Mapping[str, Cell]) -> Interaction:
-        """Return what four cells, by `ROWS`, say."""
-        dense, *others = (math.log(cells[row].perplexity) for row in ROWS)
-        return cls(*(value - dense for value in others))
+        """Return the interaction that the cells of the four `ROWS` show."""
+        dense, *compressed = (math.log(cells[row].perplexity) for row in ROWS)
+        return cls(*(value - dense for value in compressed))
 
     @property
     def beyond_sum(self) -> float:
@@ -51,29 +52,34 @@ class Interaction:
 
     @property
     def share(self) -> float:
-        """Return `beyond_sum` as a share of that sum; NaN where nothing was harmed."""
+        """Return `beyond_sum` divided by the sum of harms; NaN where the sum is not positive."""
         total = self.pruning + self.quantization
         return self.beyond_sum / total if total > 0 else math.nan
 
     def sentence(self) -> str:
-        """Return what the numbers say."""
-        told = (
+        """Return the interaction as a sentence of a report."""
+        effects = (
             f"pruning raises log-perplexity by {self.pruning:.4f} nats, quantization by "
             f"{self.quantization:.4f}, both by {self.both:.4f}: {self.beyond_sum:+.4f} beyond the "
             f"sum (quantization costs {self.both - self.pruning:.4f} on the pruned model)"
         )
         if math.isnan(self.share):
-            return f"{told}. Nothing was harmed in total, so that orthogonality means nothing here."
+            return (
+                f"{effects}. Nothing was harmed in total, so that orthogonality means nothing here."
+            )
         verdict = "are orthogonal here" if abs(self.share) <= LIMIT else "are not orthogonal here"
-        return f"{told}. The interaction is {100 * self.share:+.1f} % of the sum: they {verdict}."
+        return (
+            f"{effects}. The interaction is {100 * self.share:+.1f} % of the sum: they {verdict}."
+        )
 
 
 def orthogonality_section(before: Mapping[str, Cell], after: Mapping[str, Cell]) -> str:
-    """Return the table and what it says as Markdown, from cells by `ROWS`.
+    """Return a Markdown table of the cells and the two interactions that it shows.
 
     Args:
-        before: without recovery.
-        after: with it; quantized models in their bits, with unmerged adapters.
+        before: row of `ROWS` -> cell without recovery.
+        after: row of `ROWS` -> cell after recovery. Quantized models stay in 4 or 8 bits, with
+            unmerged adapters.
     """
     head = [
         "",

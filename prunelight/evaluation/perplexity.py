@@ -12,13 +12,13 @@ from prunelight.calibration.windows import Windows, micro_batches, next_token_la
 from prunelight.losses import next_token_sums
 from prunelight.models.forward import evaluating
 
-# Logits are the largest tensor of an evaluation: (tokens, vocabulary) in the model's dtype.
+# Tokens of a micro-batch. Its logits (tokens, vocabulary) are the largest tensor of an evaluation.
 _EVALUATION_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality on held-out windows: perplexity, next-token accuracy in [0, 1], predicted tokens."""
+    """Quality on windows: perplexity, next-token accuracy in [0, 1], number of predicted tokens."""
 
     perplexity: float
     accuracy: float
@@ -26,7 +26,7 @@ class Evaluation:
 
 
 def perplexity(model: PreTrainedModel, windows: Windows) -> float:
-    """Return the token-weighted perplexity of windows (N, T), each predicted on its own.
+    """Return the token-weighted perplexity of windows (N, T); no window sees another one.
 
     Raises:
         ValueError: if windows are not token ids.
@@ -35,7 +35,12 @@ def perplexity(model: PreTrainedModel, windows: Windows) -> float:
 
 
 def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
-    """Evaluate a model on windows (N, T), or a mapping with attention_mask and labels beside them.
+    """Evaluate a model on windows (N, T).
+
+    Args:
+        model: in any mode and dtype.
+        windows: token ids (N, T), or a mapping of input_ids and, where needed, attention_mask and
+            labels of the same shape.
 
     Raises:
         ValueError: if windows are not token ids, or nothing is predicted.
@@ -45,9 +50,9 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
     sums, start = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):
         for batch in micro_batches(model, windows, tokens=_EVALUATION_TOKENS, label="evaluation"):
-            wanted = labels[start : start + len(batch["input_ids"])]
-            start += len(wanted)
-            sums += torch.stack(next_token_sums(model(**batch).logits, wanted)).double()
+            batch_labels = labels[start : start + len(batch["input_ids"])]
+            start += len(batch_labels)
+            sums += torch.stack(next_token_sums(model(**batch).logits, batch_labels)).double()
     nll, correct, tokens = group_of(windows).sum(sums)
     if tokens == 0:
         raise ValueError(

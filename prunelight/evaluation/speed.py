@@ -1,6 +1,6 @@
-"""How fast a model in memory runs: prefill, decoding, generation, and F.
+"""Speed of a model in memory: prefill, decoding, generation, and F.
 
-Speeds are tokens per second of this machine: compare them within one run only.
+Speeds are tokens per second on this machine: compare them within one run only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Speed:
 def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:
     """Measure prefill of 256 tokens (or as many as the model allows) and decoding of 24.
 
-    The fastest of `repeats`, after a warm-up: other work on the machine only ever adds time.
+    Returns the fastest of `repeats` measurements after a warm-up: other work on the machine only
+    adds time.
     """
     tokens = min(_PREFILL_TOKENS, maximum_length(model.config) or _PREFILL_TOKENS)
     ids = torch.arange(3, 3 + tokens, device=model.device)[None] % vocabulary_size(model)
@@ -47,25 +48,26 @@ def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:
         lambda: generate_tokens(model, ids[:, :16], 1 + _DECODE_TOKENS),
     )
     with evaluating(model):
-        prefill, one, many = (
+        prefill, first_token, all_tokens = (
             min([_seconds(model, call) for _ in range(repeats + 1)][1:]) for call in calls
         )
-    # The first generated token pays for the prompt: take its time off.
-    return Speed(tokens / prefill, _DECODE_TOKENS / max(many - one, 1e-9))
+    # The time of the first generated token includes the prompt: subtract it.
+    decode_seconds = max(all_tokens - first_token, 1e-9)
+    return Speed(tokens / prefill, _DECODE_TOKENS / decode_seconds)
 
 
 @dataclass(frozen=True)
 class LatencyProtocol:
     """How the depth-pruning papers time generation (arXiv:2402.02834, arXiv:2502.19159).
 
-    They sample; here decoding is greedy, which costs the same and is repeatable.
+    The papers sample tokens. Here decoding is greedy, which costs the same and is repeatable.
 
     Attributes:
         prompt: fixed text.
-        num_tokens: generated each time, whatever they are.
-        batch_size: copies of the prompt.
-        num_warmup: generations that do not count, first.
-        num_runs: generations that count.
+        num_tokens: tokens of each generation; an end-of-text token does not stop it.
+        batch_size: copies of the prompt in a batch.
+        num_warmup: generations before the timed ones.
+        num_runs: timed generations.
 
     Raises:
         ValueError: if a number is out of range or the prompt is empty.
@@ -83,14 +85,16 @@ class LatencyProtocol:
             if getattr(self, name) < least:
                 raise ValueError(f"latency.{name}={getattr(self, name)} must be at least {least}")
         if self.num_runs < 2:
-            raise ValueError(f"latency.num_runs={self.num_runs} must be at least 2: a deviation")
+            raise ValueError(
+                f"latency.num_runs={self.num_runs} must be at least 2, for a standard deviation"
+            )
         if not self.prompt.strip():
             raise ValueError("latency.prompt='' must hold text")
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one generation, mean and standard deviation, and generated tokens per second."""
+    """Mean and standard deviation of seconds per generation, and generated tokens per second."""
 
     latency_seconds: float
     latency_deviation: float
@@ -100,7 +104,7 @@ class Latency:
 def measure_latency(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: LatencyProtocol
 ) -> Latency:
-    """Time generation by a protocol.
+    """Time the generation of text as a protocol says.
 
     Raises:
         ValueError: if prompt and tokens are longer than the model allows.
@@ -129,7 +133,8 @@ def _seconds(model: PreTrainedModel, call: Callable[[], object]) -> float:
 def forward_seconds(model: PreTrainedModel, windows: Windows) -> float:
     """Estimate F: seconds of one forward of the windows through the whole model.
 
-    Times up to two micro-batches after a warm-up and scales to all windows, of all ranks too.
+    Times up to two micro-batches after a warm-up. Scales their time to all windows, those of other
+    processes included.
     """
     ids, _ = split_windows(windows)
     sizes, seconds = [], []

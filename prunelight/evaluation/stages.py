@@ -1,4 +1,4 @@
-"""Measuring one state of a model for the report, and starting the record of a run."""
+"""Measure one state of a model for the report, and start the record of a run."""
 
 from __future__ import annotations
 
@@ -28,10 +28,16 @@ def measure_stage(
 ) -> Stage:
     """Measure one state of a model for the report: sizes, zeros, quality on windows, and speed.
 
-    Ranks that share the windows evaluate together; the first alone takes the time.
+    Processes that share the windows evaluate them together. Only rank 0 measures speed.
+
+    Args:
+        name: of the stage in the report.
+        model: the state to measure.
+        windows: held-out windows.
+        latency_of: measures the latency of generation; None leaves the latency out.
     """
     group = group_of(windows)
-    # Before anything that takes long: it may find its text too long.
+    # Latency comes first: it fails early if its text is too long for the model.
     latency = None if latency_of is None else group.on_zero(partial(latency_of, model))
     quality, speed = evaluate(model, windows), group.on_zero(partial(measure_speed, model))
     return Stage(

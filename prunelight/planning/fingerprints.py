@@ -1,4 +1,4 @@
-"""By what models, windows and libraries are recognised: short facts and hexadecimal digests."""
+"""Facts and hexadecimal digests that identify models, windows and libraries."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Elements of each tensor that enter a model's fingerprint.
+# About so many evenly spaced elements of each tensor enter a model's fingerprint.
 _SAMPLED = 512
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the facts by which a plan recognises its model."""
+    """Return the name, shape facts and fingerprint by which a plan recognises its model."""
     name = model.config._name_or_path
     return {"name": name, **shape_facts(model), "fingerprint": model_fingerprint(model)}
 
 
 def shape_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the facts that a fine-tuned copy of the model shares with it."""
+    """Return the shape facts of a model, which a fine-tuned copy of the model shares."""
     keys = ("model_type", "num_hidden_layers", "hidden_size")
     return {key: getattr(model.config, key, None) for key in keys}
 
 
 def describe_windows(windows: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
-    """Return shape, number of tokens that are not padding, and fingerprint of windows (N, T)."""
+    """Return shape, number of tokens without padding, and fingerprint of windows (N, T)."""
     tokens = windows.numel() if attention_mask is None else int(attention_mask.sum())
     digest = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
     if attention_mask is not None:
@@ -45,8 +45,8 @@ def describe_windows(windows: Tensor, attention_mask: Tensor | None = None) -> d
 def model_fingerprint(model: PreTrainedModel) -> str:
     """Return 16 hex digits from names, shapes and evenly spaced values of all weights.
 
-    Values enter rounded to bfloat16, so that a plan made on a bfloat16 copy fits the float32
-    model. Milliseconds per tensor; a change of very few single weights can go unnoticed.
+    Values are rounded to bfloat16 first, so that a plan made on a bfloat16 copy fits the float32
+    model. Reading takes milliseconds per tensor. A change of very few weights can go unnoticed.
     """
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, parameter in model.named_parameters():

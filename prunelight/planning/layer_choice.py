@@ -1,6 +1,7 @@
-"""From scores and a target to the decoder layers that go; numbers in, numbers out.
+"""Choose the decoder layers to remove from scores and a target; numbers in, numbers out.
 
-Ties are broken by the lower index, so that a choice is reproducible. Nothing here knows a model.
+Of equal scores the lower index is chosen, so that a choice is reproducible. Nothing here knows a
+model.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def layers_to_remove(ratio: float | None, num_layers: int | None, total: int) ->
 
 
 def check_depth_target(ratio: float | None, num_layers: int | None) -> None:
-    """Check a depth target before any model is at hand.
+    """Check a depth target before any model is loaded.
 
     Raises:
         ValueError: unless exactly one of ratio in [0, 1) and num_layers >= 0 is given.
@@ -56,13 +57,13 @@ def lowest_scores(
         ValueError: if a protected index does not exist or too few unprotected ones are left.
     """
     protected = resolve_indices(protected, len(scores))
-    free = [i for i in range(len(scores)) if i not in protected]
-    if count > len(free):
+    unprotected = [i for i in range(len(scores)) if i not in protected]
+    if count > len(unprotected):
         raise ValueError(
-            f"{count} layers to remove, but only {len(free)} of {len(scores)} are not protected "
-            f"(protected={sorted(protected)}); remove fewer or protect fewer"
+            f"{count} layers to remove, but only {len(unprotected)} of {len(scores)} are not "
+            f"protected (protected={sorted(protected)}); remove fewer or protect fewer"
         )
-    return sorted(sorted(free, key=lambda i: (scores[i], i))[:count])
+    return sorted(sorted(unprotected, key=lambda i: (scores[i], i))[:count])
 
 
 def lowest_window(scores: Sequence[float], size: int, protected: Collection[int] = ()) -> list[int]:

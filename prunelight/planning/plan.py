@@ -1,8 +1,7 @@
 """The plan: what will be done to which layer, and why; JSON that holds decisions, no tensors.
 
 A plan can be read, edited, diffed and applied later. All layer indices are those of the model that
-the plan was made for. What can be done to a model is in `steps.py`; the
-folder `pruning` carries it out.
+the plan was made for. `steps.py` defines the steps; the folder `pruning` carries them out.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ class Plan:
     """Decisions of one pruning method for one model.
 
     Attributes:
-        method: name of the callback that made it.
-        arguments: its arguments, JSON values.
+        method: name of the callback that made the plan.
+        arguments: arguments of that callback, JSON values.
         model: name, model_type, num_hidden_layers, hidden_size and fingerprint of the dense model.
         calibration: num_samples, seq_len and fingerprint of the windows; empty without data.
         scores: score name -> one number a layer (or a window of layers); None where a layer was
             not scored.
-        found: what else the method found out, such as a threshold; JSON values.
-        steps: what to do, in order.
-        versions: of the libraries that took part.
+        found: other results of the method, such as a threshold; JSON values.
+        steps: the steps to carry out, in order.
+        versions: library name -> version that made the plan.
     """
 
     method: str
@@ -58,7 +57,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        # By way of JSON: lists where there are tuples.
+        # The round trip through JSON turns tuples into lists.
         steps = [{"kind": x.kind, **json.loads(json.dumps(asdict(x)))} for x in self.steps]
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "steps"}
         return {"format": FORMAT, **values, "steps": steps}
@@ -92,7 +91,7 @@ class Plan:
         return cls(steps=tuple(steps), **keys)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan as JSON; an interrupted write leaves no partial file."""
         with replacing(Path(path)) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
@@ -117,7 +116,7 @@ class Plan:
                 model of the same shape.
 
         Raises:
-            ValueError: naming the fact that differs, or the step and its fault.
+            ValueError: naming the fact that differs, or the step that does not fit and why.
         """
         facts = describe_model(model) if strict else shape_facts(model)
         for key, value in facts.items():
@@ -129,13 +128,13 @@ class Plan:
                 )
         removed: tuple[int, ...] = ()
         for position, step in enumerate(self.steps):
-            gone = sorted({*step.named} & {*removed})
+            already_removed = sorted({*step.named} & {*removed})
             removed += step.removed
             try:
                 step.check(model.config.num_hidden_layers)
                 RemoveLayers(removed).check(model.config.num_hidden_layers)
-                if gone:
-                    raise ValueError(f"layers={gone} are gone after an earlier step")
+                if already_removed:
+                    raise ValueError(f"layers={already_removed} are gone after an earlier step")
             except ValueError as error:
                 raise ValueError(f"steps[{position}] ({step.kind}): {error}") from error
 
@@ -147,17 +146,17 @@ def planned_sparsity(plans: Sequence[Plan], layers_path: str) -> dict[str, float
         plans: in the order in which they were carried out.
         layers_path: dotted path of the model's decoder layers, `architecture.layers_path`.
     """
-    found: dict[str, float] = {}
+    sparsity: dict[str, float] = {}
     for plan in plans:
         for step in plan.steps:
             if isinstance(step, Sparsify):
-                found |= step.sparsity
+                sparsity |= step.sparsity
             elif isinstance(step, MergeLayers) and step.merge in ("difference_sum", "mean"):
-                # A mix of zeros and others is no zero.
-                mixed = {n for n in found if layer_of(n, layers_path) in step.named}
-                found = {name: share for name, share in found.items() if name not in mixed}
-            elif isinstance(step, SliceHidden):  # nor is a rotated zero
-                found = {}
+                # A sum or mean of zeros and other weights is not zero.
+                mixed = {n for n in sparsity if layer_of(n, layers_path) in step.named}
+                sparsity = {name: share for name, share in sparsity.items() if name not in mixed}
+            elif isinstance(step, SliceHidden):  # rotations fill zeros
+                sparsity = {}
         removed = {i for step in plan.steps for i in step.removed}
-        found = renumbered(found, layers_path, removed)
-    return found
+        sparsity = renumbered(sparsity, layers_path, removed)
+    return sparsity

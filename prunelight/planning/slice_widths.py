@@ -1,6 +1,6 @@
-"""From layer redundancies to the width that each decoder layer keeps (DynamicSlicing, SliceGPT).
+"""Choose the width of each decoder layer from layer redundancies (DynamicSlicing, SliceGPT).
 
-Formulas of arXiv:2411.03513 and arXiv:2401.15024. Nothing here knows a model.
+The formulas are those of arXiv:2411.03513 and arXiv:2401.15024. Nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ def slicing_ratios(redundancy: Sequence[float], mean: float, base: float) -> lis
 
     Args:
         redundancy: v of each layer, in [0, 1].
-        mean: over all layers, in [0, 1).
-        base: that of a layer without redundancy, in [0, mean].
+        mean: mean share over all layers, in [0, 1).
+        base: share that a layer without redundancy loses, in [0, mean].
 
     Returns:
-        Shares with this mean; those that leave [0, 1) are clipped, and the others make up for it.
+        Shares with this mean. Shares outside [0, 1) are clipped, and the other layers lose more or
+        less instead.
     """
     scale = (mean - base) / (math.fsum(redundancy) / len(redundancy))
     shares = [v * scale + base for v in redundancy]
@@ -37,9 +38,9 @@ def slicing_ratios(redundancy: Sequence[float], mean: float, base: float) -> lis
 
 
 def slicing_widths(ratios: Sequence[float], hidden_size: int, round_to: int) -> list[int]:
-    """Round (1 - ratio) * hidden_size to multiples of `round_to`, with the sum kept to half of one.
+    """Round (1 - ratio) * hidden_size to multiples of `round_to` by largest remainder.
 
-    By largest remainder, so that the mean ratio survives the rounding.
+    The sum of the widths changes by at most half of `round_to`, so that the mean ratio survives.
 
     Raises:
         ValueError: if nothing is left.
@@ -55,14 +56,14 @@ def slicing_widths(ratios: Sequence[float], hidden_size: int, round_to: int) -> 
     missing = min(total, most * len(units)) - sum(units)
     while missing:
         step = 1 if missing > 0 else -1
-        free = [i for i, n in enumerate(units) if 1 <= n + step <= most]
-        units[max(free, key=lambda i: (step * (exact[i] - units[i]), -i))] += step
+        adjustable = [i for i, n in enumerate(units) if 1 <= n + step <= most]
+        units[max(adjustable, key=lambda i: (step * (exact[i] - units[i]), -i))] += step
         missing -= step
     return [n * round_to for n in units]
 
 
 def uniform_width(ratio: float, hidden_size: int, round_to: int) -> int:
-    """Return SliceGPT's width: (1 - ratio) * hidden_size, down to a multiple of `round_to`.
+    """Return SliceGPT's width: (1 - ratio) * hidden_size, rounded down to a multiple of `round_to`.
 
     Raises:
         ValueError: if nothing is left.

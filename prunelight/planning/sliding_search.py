@@ -1,9 +1,9 @@
 """The sliding loop of SLM (arXiv:2502.19159), and the search for a number of layers; no model here.
 
-A window of decoder layers grows downwards while the similarity that is left stays at or above a
-threshold, then is merged, and the next one starts where it stopped. The released loop loses a
-window that still passes at the bottom and measures each merged model a second time; this one
-commits the first and spares the second. The loop never takes a merge back: `swap_layers` does.
+A window of decoder layers grows downwards while the merged model's similarity stays at or above a
+threshold. Then the window is merged, and the next window starts where it stopped. The released loop
+drops a window that still passes at the lowest layer, and measures each merged model twice. This
+loop merges that window and measures once. It never takes a merge back: `swap_layers` does.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 Groups: TypeAlias = tuple[tuple[int, int], ...]  # windows (lowest, highest), from the top down
 
-_STEPS = 24  # of a bisection; more no longer part similarities
+_STEPS = 24  # of the bisection; more steps no longer separate two similarities
 
 
 class BudgetExceededError(Exception):
-    """The search may measure no more."""
+    """The search has measured as many models as it may."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class SlidingPass:
 
     Attributes:
         groups: windows to merge, from the top down.
-        similarity: of the merged model.
-        margins: what was held against the threshold for each layer that was accepted.
-        refused: the largest that was refused; -inf if none was.
-        trace: layer -> similarity when the window had grown down to it.
+        similarity: of the merged model to the dense model.
+        margins: value that was compared with the threshold, for each accepted layer.
+        refused: the largest value below the threshold; -inf if none was.
+        trace: layer -> similarity when the window had grown down to this layer.
     """
 
     groups: Groups = ()
@@ -45,7 +45,7 @@ class SlidingPass:
     trace: dict[int, float] = field(default_factory=dict)
 
     @property
-    def gone(self) -> set[int]:
+    def removed_layers(self) -> set[int]:
         """Return the layers that are merged into others."""
         return {layer for low, high in self.groups for layer in range(low, high)}
 
@@ -62,29 +62,29 @@ def slide(
     """Pass once over the layers, from the top down.
 
     Args:
-        score: similarity to the dense model once these windows are merged.
-        num_layers: of the dense model.
-        threshold: lowest similarity that is accepted (the paper); with `by_merge` the lowest share
-            of its similarity that one more layer may leave the model.
-        by_merge: hold the threshold against s / s_before instead of s.
+        score: returns the similarity to the dense model once these windows are merged.
+        num_layers: number of decoder layers of the dense model.
+        threshold: lowest similarity s that is accepted (the paper). With `by_merge`: lowest ratio
+            of the similarities after and before one more layer is merged.
+        by_merge: compare the threshold with s / s_before instead of s.
         protected: layers that no window may contain.
-        target: stop as soon as so many layers are gone, or can no longer be.
+        target: stop once so many layers are removed, or can no longer be reached.
     """
     groups: Groups = ()
-    before, refused = 1.0, -math.inf
+    accepted_similarity, refused = 1.0, -math.inf
     margins: list[float] = []
     trace: dict[int, float] = {}
     high, low = num_layers - 1, num_layers - 2  # the window is low .. high; low + 1 .. high passed
     while low >= 0 and len(margins) != target:
         if target is not None and low + 1 < target - len(margins):
-            break  # the lowest layers cost most to measure
+            break  # the target is out of reach, and the lowest layers cost most to measure
         similarity = -math.inf
         if high not in protected and low not in protected:
             similarity = trace[low] = score((*groups, (low, high)))
-        margin = similarity / max(before, 1e-6) if by_merge else similarity
+        margin = similarity / max(accepted_similarity, 1e-6) if by_merge else similarity
         if margin >= threshold and similarity > -math.inf:
             margins.append(margin)
-            before = similarity
+            accepted_similarity = similarity
             low -= 1
             continue
         refused = max(refused, margin)
@@ -93,13 +93,13 @@ def slide(
         high, low = low, low - 1
     if low + 1 < high:
         groups = (*groups, (low + 1, high))
-    return SlidingPass(groups, before, tuple(margins), refused, trace)
+    return SlidingPass(groups, accepted_similarity, tuple(margins), refused, trace)
 
 
-def windows_of(gone: Collection[int]) -> Groups:
-    """Return the windows, from the top down, whose merging takes these layers out of the model."""
+def merge_windows(removed_layers: Collection[int]) -> Groups:
+    """Return the windows, from the top down, whose merging removes these layers."""
     groups: list[tuple[int, int]] = []
-    for layer in sorted(gone, reverse=True):
+    for layer in sorted(removed_layers, reverse=True):
         if groups and groups[-1][0] == layer + 1:
             groups[-1] = (layer, groups[-1][1])
         else:
@@ -113,20 +113,23 @@ def swap_layers(
     num_layers: int,
     protected: Collection[int] = (),
 ) -> SlidingPass:
-    """Let merged layers change places with others; returns the better model, or `start` itself.
+    """Swap removed layers with kept ones; returns the more similar model, or `start` itself.
 
-    Each merged layer is restored once, each other one merged once. Pairs then change places, best
-    first, as long as the product of what both leave promises a gain; each such model is measured.
-    For the arguments see `slide`; `score` may raise `BudgetExceededError`.
+    Restores each removed layer once and removes each kept layer once, and measures these models.
+    Then swaps the best pairs one after another, while the product of their two similarities
+    promises a gain. Each model on the way is measured. For the arguments see `slide`; `score` may
+    raise `BudgetExceededError`.
     """
-    gone = start.gone
-    others = [
+    removed = start.removed_layers
+    candidates = [
         layer
         for layer in range(num_layers - 2, -1, -1)
-        if layer not in gone and not {layer, layer + 1} & {*protected}
+        if layer not in removed and not {layer, layer + 1} & {*protected}
     ]
-    restored = {layer: score(windows_of(gone - {layer})) for layer in sorted(gone, reverse=True)}
-    merged = {layer: score(windows_of(gone | {layer})) for layer in others}
+    restored = {
+        layer: score(merge_windows(removed - {layer})) for layer in sorted(removed, reverse=True)
+    }
+    merged = {layer: score(merge_windows(removed | {layer})) for layer in candidates}
     best = start
     for back, out in zip(
         sorted(restored, key=restored.__getitem__, reverse=True),
@@ -135,39 +138,39 @@ def swap_layers(
     ):
         if merged[out] <= 0 or restored[back] * merged[out] <= start.similarity**2:
             break
-        gone = (gone - {back}) | {out}
-        similarity = score(windows_of(gone))
+        removed = (removed - {back}) | {out}
+        similarity = score(merge_windows(removed))
         if similarity > best.similarity:
-            best = replace(start, groups=windows_of(gone), similarity=similarity)
+            best = replace(start, groups=merge_windows(removed), similarity=similarity)
     return best
 
 
-def most_removable(num_layers: int, protected: Collection[int]) -> int:
+def max_removable_layers(num_layers: int, protected: Collection[int]) -> int:
     """Return how many layers the loop can remove at most: all but one of each unprotected run."""
-    free = [i not in protected for i in range(num_layers)]
-    return sum(low and high for low, high in pairwise(free))
+    mergeable = [i not in protected for i in range(num_layers)]
+    return sum(low and high for low, high in pairwise(mergeable))
 
 
 def search_threshold(run: Callable[[float], SlidingPass], target: int) -> tuple[SlidingPass, float]:
     """Find the pass that removes exactly `target` layers and leaves the most similar model.
 
-    How many layers a threshold removes is no monotone function of it. So a pass stops once the
-    target is reached: every threshold low enough leads to it, and the lowest always does. Bisection
-    goes for the highest such threshold; of all passes that reached the target the best one counts.
+    The number of removed layers is not a monotone function of the threshold. So a pass stops once
+    the target is reached: every threshold low enough reaches the target. Bisection looks for the
+    highest such threshold. Of all passes that reach the target, the most similar model is returned.
 
     Args:
-        run: makes one pass with a threshold, and stops at the target. Except in the first pass it
-            raises `BudgetExceededError` once no more may be measured.
-        target: layers to remove; the lowest threshold must reach it.
+        run: makes one pass with a threshold, and stops at the target. Raises `BudgetExceededError`
+            once it may measure no more, but not in the first pass.
+        target: number of layers to remove; a threshold of -inf must reach it.
 
     Returns:
-        The pass, and its threshold: the lowest margin that it accepted.
+        The pass, and its threshold: the lowest margin that the pass accepted.
 
     Raises:
-        ValueError: if similarities cannot be measured, so that the lowest threshold falls short.
+        ValueError: if similarities cannot be measured, so that no threshold reaches the target.
     """
     best = run(-math.inf)
-    if len(best.gone) < target:
+    if len(best.removed_layers) < target:
         raise ValueError(
             f"{target} layers cannot be merged: what some of them leave has NaN states; load the "
             "model in bfloat16 or float32, or take merge='top'"
@@ -178,13 +181,13 @@ def search_threshold(run: Callable[[float], SlidingPass], target: int) -> tuple[
             break
         middle = (low + high) / 2
         try:
-            found = run(middle)
+            trial = run(middle)
         except BudgetExceededError:
             break
-        if len(found.gone) == target:
-            low = max(middle, min(found.margins))
-            best = max(best, found, key=lambda slide: slide.similarity)
+        if len(trial.removed_layers) == target:
+            low = max(middle, min(trial.margins))
+            best = max(best, trial, key=lambda sliding_pass: sliding_pass.similarity)
         else:
-            high = min(middle, max(found.refused, low))
+            high = min(middle, max(trial.refused, low))
         log.debug("threshold in [%.4f, %.4f], similarity %.4f", low, high, best.similarity)
     return best, min(best.margins)

@@ -1,34 +1,133 @@
-"""Whether a checkpoint fits the run that loads it: same base, same training, same parameters."""
+"""What an earlier start of a run left on disk, and whether it fits this one.
+
+The pruned base has a record of what was measured; its fingerprint names the directory. A checkpoint
+says on which base it was trained, in which way, and which parameters it holds.
+"""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1  # of what a RecoveryModule keeps in a checkpoint
+from transformers import PreTrainedModel
 
-KEY = "prunelight"  # of a checkpoint, under which a RecoveryModule keeps what it says of itself
+from prunelight.calibration.windows import Windows, split_windows
+from prunelight.evaluation.report import record as reports
+from prunelight.evaluation.report.record import RunRecord
+from prunelight.planning.fingerprints import describe_windows, fingerprint_of, model_fingerprint
+from prunelight.recovery.quantization import FOUR_BIT, BitsAndBytes
+from prunelight.run.method import PruningMethod
+from prunelight.runtime.atomic_files import explaining, replacing
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2  # of what a recovery keeps in a checkpoint
+KEY = "prunelight"  # of a checkpoint: what the module that wrote it said of its training
+MEASURED = "measured.json"  # beside the pruned base: the record of the run so far
+# What format 1 said in words.
+_ZEROS_OF_FORMAT_1 = {"not kept": "not_kept", "growing": "gradual"}
+_QUANTIZATION_OF_FORMAT_1 = re.compile(r"(\w+) \((\w+) quantization, compute dtype (\w+)\)")
+# Arguments that entered the fingerprint of a base of format 1, whatever their values.
+_ARGUMENTS_OF_FORMAT_1 = {
+    "DLP": "sparsity pattern allocation alpha outlier_factor granularity solver sparsegpt schedule "
+    "strict",
+    "DynamicSlicing": "slice_ratio base_ratio parameter_ratio round_to embedding signal "
+    "orientation seed export_remote_code",
+    "SLEB": "ratio num_layers criterion protected",
+    "ShortGPT": "ratio num_layers score ignore_first_tokens protected granularity",
+    "ShortenedLlama": "ratio num_layers score protected",
+    "SliceGPT": "slice_ratio parameter_ratio round_to embedding signal orientation rotation seed "
+    "export_remote_code",
+    "SlidingLayerMerging": "num_layers ratio threshold merge criterion limit ignore_first_tokens "
+    "protected",
+    "WidthPruning": "neuron_ratio head_ratio intermediate_size num_key_value_heads score multiple "
+    "correction",
+}
 
 
-@contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Say what can be done where a checkpoint cannot be read.
+# --- the pruned base -------------------------------------------------------------------------
+
+
+def base_fingerprints(
+    model: PreTrainedModel, methods: Sequence[PruningMethod], windows: Windows
+) -> tuple[str, str | None]:
+    """Return what identifies a pruned base, and what identified the same base in format 1.
+
+    Arguments at their default do not enter the first: a method may get further ones. The second is
+    None if an argument that format 1 did not have has another value.
+    """
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version"):  # not what the model computes
+        config.pop(name, None)
+    facts = (model_fingerprint(model), str(model.dtype), config)
+    data = describe_windows(*split_windows(windows))
+    given = [[type(method).__name__, method.version, _given(method)] for method in methods]
+    fingerprint = fingerprint_of(*facts, given, data, "format 2")
+    complete = [_arguments_of_format_1(method) for method in methods]
+    if None in complete:
+        return fingerprint, None
+    names = [(type(method).__name__, method.version) for method in methods]
+    earlier = [[*name, values] for name, values in zip(names, complete, strict=True)]
+    return fingerprint, fingerprint_of(*facts, earlier, data)
+
+
+def _given(method: PruningMethod) -> dict[str, Any]:
+    """Return the arguments of a method that differ from their defaults."""
+    parameters = inspect.signature(type(method)).parameters
+    return {
+        name: value
+        for name, value in method.arguments().items()
+        if name not in parameters or value != _as_json(parameters[name].default)
+    }
+
+
+def _as_json(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _arguments_of_format_1(method: PruningMethod) -> dict[str, Any] | None:
+    """Return the arguments that entered a fingerprint of format 1; None if others are set."""
+    arguments = method.arguments()
+    known = _ARGUMENTS_OF_FORMAT_1.get(type(method).__name__)
+    if known is None:  # a method of the user's own
+        return arguments
+    if set(_given(method)) - set(known.split()):
+        return None
+    return {name: value for name, value in arguments.items() if name in known.split()}
+
+
+def read_measured(directory: Path) -> RunRecord | None:
+    """Return the record of a base on disk; None if there is no whole one of this version.
 
     Raises:
-        ValueError: if the file is damaged or holds other objects.
+        ValueError: if a newer version wrote it.
     """
     try:
-        yield
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(
-            f"checkpoint {path} is damaged, or holds other objects than tensors and plain data "
-            f"({reason}); delete it to start the recovery anew from the pruned base, or give "
-            "another one as ckpt_path"
-        ) from error
+        data = json.loads((directory / MEASURED).read_text())
+        newer = data["format"] > reports.FORMAT
+        record = None if newer else RunRecord.from_dict(data)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        log.warning("%s is damaged or of another version (%s): pruning anew", directory, error)
+        return None
+    check_format(str(directory / MEASURED), data["format"], reports.FORMAT)
+    return record
+
+
+def write_measured(directory: Path, record: RunRecord) -> None:
+    """Write the record of a base beside it, whole or not at all."""
+    with explaining(directory / MEASURED), replacing(directory / MEASURED) as temporary:
+        temporary.write_text(json.dumps(record.to_dict(), indent=1))
+
+
+# --- checkpoints -----------------------------------------------------------------------------
 
 
 def read_metadata(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,9 +138,28 @@ def read_metadata(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """
     if KEY not in checkpoint:
         raise ValueError(f"the checkpoint has no key {KEY!r}: it is not from this module")
-    check_format("the checkpoint", checkpoint[KEY].get("format", FORMAT), FORMAT)
+    saved = checkpoint[KEY]
+    check_format("the checkpoint", saved.get("format", 1), FORMAT)
     earlier = {"zeros": "not kept", "masks": None, "quantization": "none"}  # before version 0.2
-    return {**earlier, **checkpoint[KEY]}
+    metadata = {**earlier, **saved}
+    if saved.get("format", 1) == 1:
+        metadata["zeros"] = _ZEROS_OF_FORMAT_1.get(metadata["zeros"], metadata["zeros"])
+        metadata["quantization"] = quantization_of_format_1(metadata["quantization"])
+    return metadata
+
+
+def quantization_keys(kind: str, options: BitsAndBytes) -> dict[str, Any]:
+    """Return a quantization by stable keys, as checkpoints hold and compare it."""
+    return {"kind": kind, **(asdict(options) if kind in FOUR_BIT else {})}
+
+
+def quantization_of_format_1(words: str) -> dict[str, Any]:
+    """Return by stable keys what format 1 said in words: "nf4 (double quantization, ...)"."""
+    match = _QUANTIZATION_OF_FORMAT_1.fullmatch(words)
+    if match is None:
+        return {"kind": words}
+    kind, scales, compute_dtype = match.groups()
+    return quantization_keys(kind, BitsAndBytes(scales == "double", compute_dtype))
 
 
 def check_format(what: str, found: Any, known: int) -> None:
@@ -89,9 +207,12 @@ def check_same_settings(
 
 
 def _describe(run: Mapping[str, Any]) -> str:
+    kind, *options = run["quantization"].items()
+    details = ", ".join(f"{name}={value}" for name, value in options)
+    quantization = f"{kind[1]} ({details})" if details else kind[1]
     return (
-        f"{run['recovery']} with quantization {run['quantization']} on base {run['fingerprint']} "
-        f"({run['base']}) with zeros {run['zeros']}"
+        f"{run['recovery']} with quantization {quantization} on base {run['fingerprint']} "
+        f"({run['base']}) with zeros {run['zeros'].replace('_', ' ')}"
     )
 
 

@@ -1,13 +1,184 @@
-"""The state of one run: its directory, and the plans before it."""
+"""The state of one run: which model, where it can be read again, and what is known of it so far.
+
+A `Run` is what everything from the first check to the report works on. It knows no LightningModule:
+the module that trains only holds the model, and says how it recovers by `RecoverySettings`.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
-from prunelight.models.saving import MARKER, check_replaceable
-from prunelight.runtime.atomic_files import check_writable
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunelight.evaluation.report.record import RunRecord
+from prunelight.evaluation.speed import LatencyProtocol
+from prunelight.models.loading import load
+from prunelight.models.saving import MARKER
+from prunelight.planning.plan import Plan
+from prunelight.recovery.distillation.objective import Objective
+from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
+from prunelight.recovery.zeros.weight_masks import WeightMasks
+from prunelight.run.strategies import Place
+from prunelight.runtime.measuring import Measurement
+
+log = logging.getLogger(__name__)
 
 FINAL, ADAPTER = "final", "adapter"  # directories of a run
+
+
+class ModelHolder(Protocol):
+    """Whatever has the model of a run as an attribute: the LightningModule that trains it."""
+
+    model: Any
+
+
+class Run:
+    """One run, from its first check to its report.
+
+    Attributes:
+        holder: has the model that is pruned and trained.
+        name: of the dense model, what `prunelight.load` takes.
+        dtype: of the weights: auto, float32, bfloat16 or float16.
+        trust_remote_code: run Python code that comes with the model.
+        settings: how the model is recovered.
+        objective: what the recovery learns from.
+        latency: protocol by which generation is timed for the report; None: not at all.
+        tokenizer: of the model, once it is loaded.
+        source: where `model` can be read again; "" for a model that exists only in memory.
+        base: directory of the pruned base; None before the pruning.
+        record: of the run so far, for the report; None where nothing is measured.
+        gradual: a method prunes while the model trains.
+        prepared: the model in training; None before `start.prepare`.
+        training_cost: of the training over all its starts; None before it.
+        place: where the run takes place; set by `attach`.
+        describe_recovery: returns how far the recovery is, for report and checkpoints.
+        checked: the preflight of this fit is done.
+        precision_losses: what dtype, precision and recovery lose together, one sentence each.
+    """
+
+    place: Place
+
+    def __init__(
+        self,
+        holder: ModelHolder,
+        name: str,
+        *,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        settings: RecoverySettings = RecoverySettings(),  # noqa: B008 (frozen)
+        objective: Objective | None = None,
+        latency: LatencyProtocol | None = None,
+        describe_recovery: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self.holder, self.name, self.dtype = holder, name, dtype
+        self.trust_remote_code, self.settings = trust_remote_code, settings
+        self.objective, self.latency = objective, latency
+        self.describe_recovery = describe_recovery
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.source: str | Path = ""
+        self.base: Path | None = None
+        self.record: RunRecord | None = None
+        self.gradual = False
+        self.prepared: PreparedModel | None = None
+        self.training_cost: Measurement | None = None
+        self.checked = False
+        self.precision_losses: list[str] = []
+        self._seed: int | None = None
+
+    def attach(self, place: Place) -> None:
+        """Say where the run takes place, at the start of each verb of a Trainer."""
+        if getattr(self, "place", None) != place:
+            self.checked = False
+        self.place = place
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run: torch's seed when this is first asked for."""
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+        return self._seed
+
+    # --- which model -------------------------------------------------------------------------
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel | None:
+        """The model as it is now; None while there is none in memory."""
+        model: PreTrainedModel | PeftModel | None = self.holder.model
+        return model
+
+    def load_model(self) -> PreTrainedModel:
+        """Return the model without adapters, and load it by name if there is none yet."""
+        if self.model is None:
+            return self._read(self.name)
+        assert isinstance(self.model, PreTrainedModel)
+        return self.model
+
+    def read_again(self) -> PreTrainedModel:
+        """Read the model from its source again; afterwards `model` is that."""
+        return self._read(self.source)
+
+    def _read(self, source: str | Path) -> PreTrainedModel:
+        self.source = source
+        model, self.tokenizer = load(
+            source, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+        self.holder.model = model
+        return model
+
+    def forget_model(self) -> None:
+        """Drop the model, so that its memory is free for the next one."""
+        self.holder.model = self.prepared = None
+
+    def use_base(self, directory: Path, record: RunRecord | None) -> None:
+        """Load a pruned base, which later loads and checkpoints then name."""
+        self.use_result(directory)
+        self.base, self.record = directory, record
+
+    def use_result(self, directory: Path) -> None:
+        """Load the merged result of the run; the base stays what training began with."""
+        self.forget_model()
+        self._read(directory)
+
+    @property
+    def in_training(self) -> bool:
+        """Whether the model is prepared for its training, and not merged yet."""
+        return self.prepared is not None and self.prepared.in_training
+
+    @property
+    def masks(self) -> WeightMasks | None:
+        """Masks of sparsified weights in training; None if there is nothing that needs them."""
+        return self.prepared.zeros.masks if self.prepared is not None else None
+
+    def checked_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of the loaded model.
+
+        Raises:
+            ValueError: if a model was given without one.
+        """
+        if self.tokenizer is None:
+            raise ValueError("module.tokenizer=None: set it together with module.model")
+        return self.tokenizer
+
+    # --- what is known of it -----------------------------------------------------------------
+
+    def plan_files(self) -> list[Path]:
+        """Return the plans that led to the base, or to the directory that is recovered."""
+        return plan_files(self.base or Path(self.name).expanduser())
+
+    def plans(self) -> list[Plan]:
+        """Return the plans of `plan_files`."""
+        return [Plan.load(file) for file in self.plan_files()]
+
+    def warn(self, text: str) -> None:
+        """Warn now and in the report."""
+        log.warning(text)
+        if self.record is not None:
+            self.record.warnings.append(text)
 
 
 def plan_files(directory: Path) -> list[Path]:
@@ -16,21 +187,3 @@ def plan_files(directory: Path) -> list[Path]:
         return []
     # plan.json, plan-2.json, ..., plan-10.json
     return sorted(directory.glob("plan*.json"), key=lambda file: (len(file.name), file.name))
-
-
-def check_output(root: Path) -> None:
-    """Check that a run may write its result and report.
-
-    Raises:
-        FileExistsError: if there is a final/, adapter/ or report.md that prunelight did not write.
-        OSError: if nothing can be written there.
-    """
-    check_writable(root)
-    check_replaceable(root / FINAL)
-    check_replaceable(root / ADAPTER)
-    report = root / "report.md"
-    if report.exists() and not report.with_name("report.json").exists():
-        raise FileExistsError(
-            f"{report} exists and has no report.json of prunelight beside it; set "
-            "trainer.default_root_dir to a directory of its own"
-        )

@@ -1,14 +1,18 @@
-"""One process or many: which strategies are allowed, and which ranks share the work of a run.
+"""Where a run takes place: its Trainer, its processes, and the strategies that it may use.
 
 `strategy: fsdp2` is Lightning's ModelParallelStrategy with all processes in one group that shards
-data and weights, and whole checkpoints in one file, as any other strategy writes them.
+data and weights. It writes whole checkpoints in one file, as the other strategies do. All that this
+package needs of a Trainer outside the folder `training` goes through `Place`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -25,10 +29,96 @@ from torch import Tensor
 
 from prunelight.losses import IGNORED_LABEL
 from prunelight.recovery.sharded_weights import gather_trained
-from prunelight.run.checkpoints import reading
+from prunelight.runtime.atomic_files import explaining_damage
 from prunelight.runtime.processes import ProcessGroup
 
-Result = TypeVar("Result")
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run takes place: its Trainer, in the words of this package.
+
+    Attributes:
+        trainer: whose processes, devices and data the run uses.
+    """
+
+    trainer: Trainer
+
+    @cached_property
+    def root(self) -> Path:
+        """Directory of the run."""
+        return Path(self.trainer.default_root_dir)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process."""
+        return self.trainer.strategy.root_device
+
+    @cached_property
+    def group(self) -> ProcessGroup:
+        """Processes of the run; one alone where the Trainer started no others."""
+        return group_of_run(self.trainer)
+
+    @property
+    def data(self) -> Any:
+        """What gives the run its batches: a LightningDataModule, the module itself, or loaders."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return self._loaders if datamodule is None else datamodule
+
+    @property
+    def _loaders(self) -> Loaders | None:
+        """The dataloaders that `Trainer.fit` was given, or those of the module."""
+        # Private names of Lightning 2.5 and 2.6; a test says if they are gone.
+        fit_loop = self.trainer.fit_loop
+        sources = fit_loop._data_source, fit_loop.epoch_loop.val_loop._data_source
+        return Loaders(*sources) if all(source.is_defined() for source in sources) else None
+
+    @property
+    def stage(self) -> str:
+        """Which verb runs: "fit", "validate" or "test"; "prune" outside of the three."""
+        stage = self.trainer.state.fn
+        return "prune" if stage is None else stage.value
+
+    @property
+    def precision(self) -> str:
+        """Precision of the Trainer, such as "bf16-mixed"."""
+        return str(self.trainer.precision)
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the strategy cuts weights into shards."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def optimizer_steps(self) -> float:
+        """Return how many optimizer steps the training has; all processes must call this."""
+        return self.trainer.estimated_stepping_batches
+
+    def in_precision(self) -> AbstractContextManager[None]:
+        """Return a context in which models compute as the Trainer's precision says."""
+        return self.trainer.precision_plugin.forward_context()
+
+    def check_strategy(self, quantization: str, recovery: str) -> None:
+        """Check that the strategy leaves the right model in the right process.
+
+        Raises:
+            ValueError: if it does not; see `check_strategy`.
+        """
+        check_strategy(self.trainer, quantization, recovery)
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The dataloaders of a fit without a datamodule."""
+
+    train: Any
+    validation: Any
+
+    def train_dataloader(self) -> Any:
+        """Return the training batches."""
+        return self.train.dataloader()
+
+    def val_dataloader(self) -> Any:
+        """Return the validation batches."""
+        return self.validation.dataloader()
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -45,7 +135,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Load weights and optimizer into their shards, after the module has checked the file."""
         module: Any = self.lightning_module
-        with reading(checkpoint_path):
+        with explaining_damage(checkpoint_path):
             file = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
         module.check_checkpoint(file)
         return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
@@ -121,28 +211,19 @@ def check_quantized_strategy(trainer: Trainer, quantization: str) -> None:
         )
 
 
-def on_rank_zero(trainer: Trainer, call: Callable[[], Result]) -> Result:
-    """Run `call` on rank 0 while the other ranks wait, and return its result on all of them.
-
-    Raises:
-        RuntimeError: on the other ranks, if rank 0 failed; there its own error.
-    """
-    return group_of_run(trainer).on_zero(call)
-
-
 def group_of_run(trainer: Trainer) -> ProcessGroup:
-    """Return the ranks of a run, one alone where the trainer started no others."""
+    """Return the processes of a run, one alone where the Trainer started no others."""
     return ProcessGroup.of_default_group() if trainer.world_size > 1 else ProcessGroup()
 
 
-def share_of_tokens(trainer: Trainer, labels: Tensor) -> Tensor | float:
-    """Return what a rank's mean loss counts: its tokens, as a multiple of those of a mean rank.
+def loss_weight(trainer: Trainer, labels: Tensor) -> Tensor | float:
+    """Loss weight of this process: its token count divided by the mean count over processes.
 
-    Ranks average gradients; with this factor the average is that over all tokens of all ranks.
+    Processes average their gradients. With this weight the average is that over all tokens.
 
     Args:
         trainer: of the run.
-        labels: (B, T) of this rank's batch, -100 where a token does not count.
+        labels: (B, T) of this process's batch, -100 where a token does not count.
     """
     if trainer.world_size == 1:
         return 1.0

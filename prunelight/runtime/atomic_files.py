@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -96,3 +97,21 @@ def check_writable(directory: Path) -> None:
             flush(probe)
         finally:
             probe.unlink(missing_ok=True)
+
+
+@contextmanager
+def explaining_damage(path: str | Path) -> Iterator[None]:
+    """Say what can be done where a checkpoint cannot be read.
+
+    Raises:
+        ValueError: if the file is damaged or holds other objects.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(
+            f"checkpoint {path} is damaged, or holds other objects than tensors and plain data "
+            f"({reason}); delete it to start the recovery anew from the pruned base, or give "
+            "another one as ckpt_path"
+        ) from error

@@ -19,9 +19,17 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from prunelight.run.checkpoints import check_same_settings, reading
+from prunelight.run.checkpoints import (
+    FORMAT,
+    check_format,
+    check_same_settings,
+    quantization_keys,
+    quantization_of_format_1,
+)
+from prunelight.run.run_state import Run
 from prunelight.runtime.atomic_files import (
     explaining,
+    explaining_damage,
     newest_checkpoint,
     remove_temporaries,
     replacing,
@@ -64,7 +72,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: if the file is damaged or holds other objects.
         """
-        with reading(path):
+        with explaining_damage(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
 
 
@@ -72,29 +80,15 @@ class ExactResume(Callback):
     """What a RecoveryModule adds to its trainer: whole checkpoints, seeds, settings, time spent.
 
     Args:
-        recovery: gives the settings of the recovery.
+        run: whose training is resumed; its `training_cost` is measured here.
         make_optimizer: called with parameters.
-
-    Attributes:
-        measurement: of the training over all its starts; None before it.
     """
 
-    def __init__(
-        self, recovery: Callable[[], dict[str, Any]], make_optimizer: Callable[..., Any]
-    ) -> None:
-        self.recovery, self.make_optimizer = recovery, make_optimizer
-        self.measurement: Measurement | None = None
+    def __init__(self, run: Run, make_optimizer: Callable[..., Any]) -> None:
+        self.run, self.make_optimizer = run, make_optimizer
         self._phase: Any = None
-        self._seed: int | None = None
         self._settings: dict[str, Any] | None = None
         self._finished = False
-
-    @property
-    def seed(self) -> int:
-        """Return the seed of the run: that of torch when it was first asked for."""
-        if self._seed is None:
-            self._seed = torch.initial_seed()
-        return self._seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let checkpoints be written whole or not at all."""
@@ -104,30 +98,31 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to measure the training, or go on with it."""
-        self._phase = measuring(trainer.strategy.root_device, self.measurement)
-        self.measurement = self._phase.__enter__()
+        self._phase = measuring(trainer.strategy.root_device, self.run.training_cost)
+        self.run.training_cost = self._phase.__enter__()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Draw random numbers that depend on seed, process, epoch and batch alone."""
-        seed_batch(self.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
+        seed_batch(self.run.seed, trainer.global_rank, trainer.current_epoch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop to measure the training."""
         self._phase.__exit__(None, None, None)
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.run.seed)
         self._finished = True
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what a resumed run needs, and what it is compared by."""
-        spent = self.measurement.so_far(trainer.strategy.root_device) if self.measurement else {}
+        cost = self.run.training_cost
         checkpoint[KEY] = {
+            "format": FORMAT,
             "settings": self._describe(trainer),
             "finished": self._finished,
-            "spent": spent,
+            "spent": cost.so_far(trainer.strategy.root_device) if cost else {},
             "accumulating": trainer.fit_loop._should_accumulate(),
         }
 
@@ -142,8 +137,8 @@ class ExactResume(Callback):
         saved = checkpoint.get(KEY)
         if saved is None or trainer.state.fn != "fit":
             return
-        check_same_settings(saved["settings"], self._describe(trainer), trainer.ckpt_path)
-        self.measurement = Measurement(**saved["spent"])
+        check_same_settings(read_settings(saved), self._describe(trainer), trainer.ckpt_path)
+        self.run.training_cost = Measurement(**saved["spent"])
         trainer.should_stop |= saved["finished"]
         if saved["accumulating"]:
             log.warning(
@@ -154,8 +149,20 @@ class ExactResume(Callback):
 
     def _describe(self, trainer: Trainer) -> dict[str, Any]:
         if self._settings is None:  # reads all training data
-            self._settings = describe_run(trainer, self.recovery(), self.make_optimizer, self.seed)
+            settings = self.run.settings
+            keys = quantization_keys(settings.quantization, settings.bitsandbytes)
+            recovery = {**self.run.describe_recovery(), "quantization": keys}
+            self._settings = describe_run(trainer, recovery, self.make_optimizer, self.run.seed)
         return self._settings
+
+
+def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a checkpoint, those of format 1 in the words of this one."""
+    settings = dict(saved["settings"])
+    check_format("the checkpoint", saved.get("format", 1), FORMAT)
+    if saved.get("format", 1) == 1:
+        settings["quantization"] = quantization_of_format_1(settings["quantization"])
+    return settings
 
 
 def write_atomically(trainer: Trainer) -> None:

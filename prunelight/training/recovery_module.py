@@ -9,7 +9,7 @@ primitives and tensors only and load with `weights_only=True`.
 
 from __future__ import annotations
 
-import logging
+import inspect
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,19 +23,17 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunelight.calibration.windows import check_length
 from prunelight.evaluation.metrics import TokenAccuracy, TokenPerplexity
 from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.speed import LatencyProtocol
 from prunelight.losses import next_token_sums
-from prunelight.models.loading import load, resolve_dtype
-from prunelight.planning.plan import Plan
+from prunelight.models.loading import resolve_dtype
 from prunelight.recovery.compiled_layers import check_backend
 from prunelight.recovery.distillation.objective import Distillation, Objective
 from prunelight.recovery.lora import LoRA
 from prunelight.recovery.packed_rows import model_inputs
-from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
-from prunelight.recovery.quantization import BitsAndBytes, check_kind, check_quantizable
+from prunelight.recovery.prepared_model import RecoverySettings
+from prunelight.recovery.quantization import BitsAndBytes, check_kind
 from prunelight.recovery.schedules import check_settings, make_schedule
 from prunelight.recovery.sharded_weights import shard, trained_parameters
 from prunelight.recovery.zeros.weight_masks import WeightMasks
@@ -44,17 +42,16 @@ from prunelight.run.checkpoints import (
     KEY,
     check_same_parameters,
     check_same_run,
+    quantization_keys,
     read_metadata,
 )
-from prunelight.run.finish import end_fit
-from prunelight.run.measurements import add_quantized, measure_run_stage, start_record
-from prunelight.run.run_state import check_output, plan_files
-from prunelight.run.strategies import check_strategy, on_rank_zero, share_of_tokens
-from prunelight.run.teacher import prepare_teacher
+from prunelight.run.finish import finish
+from prunelight.run.preflight import preflight
+from prunelight.run.run_state import Run
+from prunelight.run.start import prepare, start_recovery
+from prunelight.run.strategies import Place, loss_weight
 from prunelight.training.exact_resume import ExactResume
 from prunelight.training.recovery_watch import WatchedModule
-
-log = logging.getLogger(__name__)
 
 
 class RecoveryModule(WatchedModule):
@@ -94,8 +91,7 @@ class RecoveryModule(WatchedModule):
     planned if the plans of the pruning callbacks name them, or those in the directory `name`.
 
     Attributes:
-        gradual: set before `configure_model` by a callback that prunes during training:
-            `masks` then exist in every recovery, and start by keeping all weights.
+        run: the state of the run: source, base, tokenizer, record, and the model in training.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -124,7 +120,9 @@ class RecoveryModule(WatchedModule):
         latency: LatencyProtocol | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        arguments = {key: value for key, value in locals().items() if key in _ARGUMENTS}
         super().__init__()
+        self._arguments = arguments
         check_settings(
             recovery,
             learning_rate=learning_rate,
@@ -135,140 +133,102 @@ class RecoveryModule(WatchedModule):
         check_kind(quantization, bitsandbytes, recovery)
         resolve_dtype(dtype)
         check_backend(compile_backend, watched=distillation.hidden_weight > 0)
-        self.name = name
-        self.dtype_name = dtype
-        self.recovery = recovery
-        self.lora = lora
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.lr_scheduler_name, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs or {}
         self.optimizer = optimizer
-        self.gradient_checkpointing = gradient_checkpointing
-        self.compile_backend, self.restore_best = compile_backend, restore_best
-        self.keep_zeros = keep_zeros
+        self.restore_best = restore_best
         self.objective = Objective(loss, distillation, chunked=chunked_loss, recovery=recovery)
-        self.quantization, self.bitsandbytes = quantization, bitsandbytes
-        self.latency = latency
-        self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | PeftModel | None = None
-        self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.base: Path | None = None  # the pruned base on disk
-        self.record: RunRecord | None = None
-        self.gradual = False
+        self.run = Run(
+            self,
+            name,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            settings=RecoverySettings(
+                recovery=recovery,
+                lora=lora,
+                keep_zeros=keep_zeros,
+                gradient_checkpointing=gradient_checkpointing,
+                quantization=quantization,
+                bitsandbytes=bitsandbytes,
+                compile_backend=compile_backend,
+            ),
+            objective=self.objective,
+            latency=latency,
+            describe_recovery=self.describe_recovery,
+        )
         self.val_perplexity = TokenPerplexity()
         self.val_accuracy = TokenAccuracy()
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
-        self._adapted: PreparedModel | None = None
-        self._source: str | Path = ""  # from where `model` can be read again
-        self.resuming = ExactResume(self.describe_recovery, self._make_optimizer)
+        self.resuming = ExactResume(self.run, self._make_optimizer)
 
-    # --- which model -------------------------------------------------------------------------
+    def sibling(self, **changes: Any) -> RecoveryModule:
+        """Return a new module with the same arguments, but for these."""
+        return RecoveryModule(**{**self._arguments, **changes})
 
-    def load_model(self) -> PreTrainedModel:
-        """Return the model, loading it by name if there is none yet; not for adapted models."""
-        if self.model is None:
-            self._read(self.name)
-        assert isinstance(self.model, PreTrainedModel)
-        return self.model
-
-    def _read(self, source: str | Path) -> PreTrainedModel:
-        self._source, code = source, self.trust_remote_code
-        self.model, self.tokenizer = load(source, dtype=self.dtype_name, trust_remote_code=code)
-        return self.model
-
-    def forget_model(self) -> None:
-        """Drop the model, so that its memory is free for the next one."""
-        self.model = self._adapted = None
+    # --- the state of the run ----------------------------------------------------------------
 
     @property
-    def _in_training(self) -> bool:
-        """Return whether the model is made ready for training, and not merged yet."""
-        return self._adapted is not None and self._adapted.in_training
+    def name(self) -> str:
+        """Name of the dense model, what `prunelight.load` takes."""
+        return self.run.name
+
+    @property
+    def recovery(self) -> str:
+        """How the model is recovered: "none", "lora" or "full"."""
+        return self.run.settings.recovery
+
+    @property
+    def base(self) -> Path | None:
+        """Directory of the pruned base; None before the pruning."""
+        return self.run.base
+
+    @property
+    def record(self) -> RunRecord | None:
+        """Record of the run so far; None where nothing is measured."""
+        return self.run.record
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Tokenizer of the model; set it together with `model`."""
+        return self.run.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.run.tokenizer = tokenizer
 
     @property
     def masks(self) -> WeightMasks | None:
-        """Return the masks of sparsified weights; None if there is nothing that needs them."""
-        return self._adapted.zeros.masks if self._adapted is not None else None
+        """Masks of sparsified weights; None if there is nothing that needs them."""
+        return self.run.masks
 
-    def use_base(self, directory: Path, record: RunRecord | None) -> None:
-        """Load the pruned base that the callbacks saved; later loads and checkpoints name it."""
-        self.use_result(directory)
-        self.base, self.record = directory, record
-
-    def use_result(self, directory: Path) -> None:
-        """Load the merged result of the run; the base stays what training began with."""
-        self.forget_model()
-        self._read(directory)
+    # --- the start ---------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check strategy and output; load the model if no callback did. Lightning calls it."""
-        check_strategy(self.trainer, self.quantization, self.recovery)
-        if self._in_training:
-            return
-        if stage == "fit":
-            prepare_teacher(self)
-        model = self.load_model()
-        check_quantizable(model, self.quantization, self._source)
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
-        check_length(model, getattr(datamodule, "seq_len", 0))
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._source:
-            raise ValueError(
-                "a model in memory cannot be sharded and merged again; save it (prunelight.save) "
-                "and give its directory as name"
-            )
-        if stage != "fit":
-            return
-        self.check_output()
-        if self.record is None and hasattr(datamodule, "validation_windows"):
-            self.record = on_rank_zero(self.trainer, partial(start_record, self, model))
-        if self.recovery == "none":
-            self.trainer.limit_train_batches = 0
-
-    def check_output(self) -> None:
-        """Check on rank 0, which writes them, that the run may write its result and report."""
-        root = Path(self.trainer.default_root_dir)
-        on_rank_zero(self.trainer, partial(check_output, root))
+        """Check the run, and load the model if no callback did. Lightning calls it."""
+        self.run.attach(Place(self.trainer))
+        if self.run.in_training:
+            self.run.place.check_strategy(self.run.settings.quantization, self.recovery)
+        elif stage != "fit":
+            preflight(self.run)
+        else:
+            start_recovery(self.run)
+            if self.recovery == "none":
+                self.trainer.limit_train_batches = 0
 
     def configure_model(self) -> None:
         """Make the model trainable, before the optimizer exists. Lightning calls it."""
-        if self._trainer is None or self._in_training:  # the first in load_from_checkpoint
+        if self._trainer is None or self.run.in_training:  # the first in load_from_checkpoint
             return
         if self.trainer.state.fn == "fit":
-            self._adapt()
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            prepare(self.run)
+        if self.run.place.shards_weights:
             assert self.device_mesh is not None
             mesh, same = self.device_mesh["data_parallel"], self.trainer.strategy.broadcast
-            if self._adapted is not None:
-                self._adapted.shard(mesh, same)
+            if self.run.prepared is not None:
+                self.run.prepared.shard(mesh, same)
             else:
-                shard(self.load_model(), mesh, same)
-
-    def _adapt(self) -> None:
-        measure = partial(measure_run_stage, self, "quantized")
-        device = self.trainer.strategy.root_device if self._trainer else self.device
-        seen = partial(add_quantized, self.record, measure, device=device)
-        self._adapted = PreparedModel(
-            self.load_model(), self.plans(), self._settings(), seen, device
-        )
-        self.model = self._adapted.model
-
-    def _settings(self) -> RecoverySettings:
-        return RecoverySettings(
-            recovery=self.recovery,
-            lora=self.lora,
-            keep_zeros=self.keep_zeros,
-            gradient_checkpointing=self.gradient_checkpointing,
-            growing=self.gradual,
-            quantization=self.quantization,
-            bitsandbytes=self.bitsandbytes,
-            seed=self.resuming.seed,
-            compile_backend=self.compile_backend,
-        )
-
-    def warn(self, text: str) -> None:
-        """Warn now and in the report."""
-        log.warning(text)
-        if self.record is not None:
-            self.record.warnings.append(text)
+                shard(self.run.load_model(), mesh, same)
 
     # --- training ----------------------------------------------------------------------------
 
@@ -287,7 +247,7 @@ class RecoveryModule(WatchedModule):
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         self.tokens_seen += tokens * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True)
-        return loss * share_of_tokens(self.trainer, batch["labels"])
+        return loss * loss_weight(self.trainer, batch["labels"])
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch to perplexity and next-token accuracy."""
@@ -344,14 +304,15 @@ class RecoveryModule(WatchedModule):
         Raises:
             RuntimeError: if a weight that must be zero is not.
         """
-        assert self._adapted is not None
-        self._adapted.zeros.check()
+        prepared = self.run.prepared
+        assert prepared is not None
+        prepared.zeros.check()
         trained, state = trained_parameters(self), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
         checkpoint[KEY] = {
             "format": FORMAT,
             **self._describe_training(),
-            "config": self._adapted.config,
+            "config": prepared.config,
             "tokens_seen": self.tokens_seen,
             "masks": self.masks and self.masks.state_dict(),
         }
@@ -363,7 +324,7 @@ class RecoveryModule(WatchedModule):
             ValueError: if it was trained on another base or in another way; names both.
         """
         saved = read_metadata(checkpoint)
-        if not self._in_training:
+        if not self.run.in_training:
             self._rebuild(saved)
         if "state_dict" in checkpoint:  # else the strategy has loaded it, after it was checked
             self.check_checkpoint(checkpoint)
@@ -380,14 +341,16 @@ class RecoveryModule(WatchedModule):
         check_same_run(read_metadata(checkpoint), self._describe_training())
         check_same_parameters(checkpoint["state_dict"], trained_parameters(self))
 
-    def _describe_training(self) -> dict[str, str]:
-        assert self._adapted is not None
+    def _describe_training(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the training, by stable keys."""
+        prepared, settings = self.run.prepared, self.run.settings
+        assert prepared is not None
         return {
             "base": str(self.base.resolve() if self.base else self.name),
-            "fingerprint": self._adapted.fingerprint,
+            "fingerprint": prepared.fingerprint,
             "recovery": self.recovery,
-            "zeros": self._adapted.zeros.state,
-            "quantization": self._settings().base_precision,
+            "zeros": prepared.zeros.state,
+            "quantization": quantization_keys(settings.quantization, settings.bitsandbytes),
         }
 
     def _rebuild(self, saved: dict[str, Any]) -> None:
@@ -398,11 +361,11 @@ class RecoveryModule(WatchedModule):
                 "or set trainer.strategy=auto"
             )
         if (Path(saved["base"]) / "config.json").is_file():
-            self.use_base(Path(saved["base"]), self.record)
+            self.run.use_base(Path(saved["base"]), self.record)
         else:
-            self.forget_model()
-        self.gradual = saved["zeros"] == "growing"
-        self._adapt()
+            self.run.forget_model()
+        self.run.gradual = saved["zeros"] == "gradual"
+        prepare(self.run)
 
     # --- the end -----------------------------------------------------------------------------
 
@@ -412,39 +375,17 @@ class RecoveryModule(WatchedModule):
         Raises:
             RuntimeError: if a weight that must be zero is not.
         """
-        assert self._adapted is not None
-        end_fit(self, self._adapted)
-
-    def read_base(self) -> PreTrainedModel:
-        """Read the model that training began with again; afterwards `model` is that."""
-        return self._read(self._source)
-
-    def checked_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the tokenizer of the loaded model.
-
-        Raises:
-            ValueError: if a model was given without one.
-        """
-        if self.tokenizer is None:
-            raise ValueError("module.tokenizer=None: set it together with module.model")
-        return self.tokenizer
-
-    def plan_files(self) -> list[Path]:
-        """Return the plans that led to the base, or to the directory that is recovered."""
-        return plan_files(self.base or Path(self.name).expanduser())
-
-    def plans(self) -> list[Plan]:
-        """Return the plans of `plan_files`."""
-        return [Plan.load(file) for file in self.plan_files()]
+        finish(self.run)
 
     def describe_recovery(self) -> dict[str, Any]:
         """Return the settings of the recovery and how far it is, for report and checkpoints."""
-        lora = asdict(self.lora) if self.recovery == "lora" else {}
+        settings = self.run.settings
+        lora = asdict(settings.lora) if self.recovery == "lora" else {}
         return {
             "mode": self.recovery,
             **lora,
             **self.objective.describe(),
-            "quantization": self._settings().base_precision,
+            "quantization": settings.base_precision,
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
             "lr_scheduler": self.lr_scheduler_name,
@@ -454,3 +395,6 @@ class RecoveryModule(WatchedModule):
             "tokens_seen": self.tokens_seen,
             "precision": str(self.trainer.precision),
         }
+
+
+_ARGUMENTS = frozenset(inspect.signature(RecoveryModule.__init__).parameters) - {"self"}

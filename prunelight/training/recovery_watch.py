@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from peft import PeftModel
 from torch import Tensor
 
 from prunelight.models.sizes import parameter_count
@@ -18,8 +17,6 @@ from prunelight.recovery.overfitting import (
     overfit_risk,
     overfitting,
 )
-from prunelight.recovery.packed_rows import check_packed
-from prunelight.recovery.precision import precision_faults
 
 log = logging.getLogger(__name__)
 
@@ -56,26 +53,12 @@ class RecoveryWatch(Callback):
         self.history: list[ValidationPoint] = []
         self._loss: Tensor | float = 0.0  # summed since the last validation, on its device
         self._batches = 0
-        self._faults: list[str] = []
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Check what model, data and Trainer make of each other, before weights are cast.
-
-        Raises:
-            ValueError: if they do not fit.
-        """
-        data: Any = getattr(trainer, "datamodule", None)
-        if stage != "fit" or isinstance(pl_module.model, PeftModel):
-            return
-        model = pl_module.load_model()
-        if pl_module.base is None:  # else pruning asked it of the dense model
-            check_packed(model, data)
-        self._faults = precision_faults(model.dtype, trainer.precision, pl_module.recovery)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Warn before anything is trained, of lost precision and of too little text."""
-        for fault in self._faults:
-            pl_module.warn(fault)
+        run = pl_module.run
+        for loss in run.precision_losses:
+            run.warn(loss)
         text = training_text(trainer)
         if text is not None and pl_module.recovery != "none":
             trained = parameter_count(pl_module, trainable=True)
@@ -83,7 +66,7 @@ class RecoveryWatch(Callback):
                 pl_module.recovery, text, trainer.estimated_stepping_batches, trained
             )
             if risk is not None:
-                pl_module.warn(risk)
+                run.warn(risk)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
@@ -101,9 +84,9 @@ class RecoveryWatch(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Warn of overfitting in the log and the report."""
-        found = overfitting(self.history)
-        if found is not None:
-            pl_module.warn(found)
+        sentence = overfitting(self.history)
+        if sentence is not None:
+            pl_module.run.warn(sentence)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Take over the best weights, on every rank, before they are merged and saved."""

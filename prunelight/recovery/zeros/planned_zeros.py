@@ -26,13 +26,13 @@ class PlannedZeros:
         matrices: that have planned zeros, without those that were quantized.
         sparsity: share of zeros in all matrices of the decoder layers before the recovery.
         masks: in full training, and where zeros are added during training; else None.
-        state: "not kept", "kept", or "growing" where zeros are added during training.
+        state: "not_kept", "kept", or "gradual" where zeros are added during training.
     """
 
     matrices: list[Matrix] = field(default_factory=list)
     sparsity: float = 0.0
     masks: WeightMasks | None = None
-    state: str = "not kept"
+    state: str = "not_kept"
     _record: ZeroRecord | None = None
     _packed: dict[str, Tensor] = field(default_factory=dict)  # masks (O, I) of quantized weights
 
@@ -80,7 +80,7 @@ class PlannedZeros:
             self.masks = WeightMasks(self.matrices)
         else:
             self._record = ZeroRecord(self.matrices)
-        self.state = "growing" if growing else "kept"
+        self.state = "gradual" if growing else "kept"
 
     def check(self) -> None:
         """Check that all zeros that are kept are exactly zero.

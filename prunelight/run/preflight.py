@@ -1,0 +1,210 @@
+"""All checks of a run in one list, in the order of their cost, each called once a fit.
+
+First come the checks that need settings only, then those that need the model, then those that need
+text. A check is a small function of `Facts` that ends the run with one error. The model is loaded,
+and the text read, when the first check asks for it. Nothing is computed before all have passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TypeAlias
+
+from transformers import PreTrainedModel
+
+from prunelight.calibration.data_windows import calibration_windows_of, check_data
+from prunelight.calibration.shared_windows import share_windows
+from prunelight.calibration.windows import Windows, check_length, check_windows
+from prunelight.models.saving import check_replaceable
+from prunelight.recovery.lora import check_targets
+from prunelight.recovery.packed_rows import check_packed
+from prunelight.recovery.precision import precision_faults
+from prunelight.recovery.quantization import check_quantizable, check_widths
+from prunelight.run.measurements import held_out_windows
+from prunelight.run.method import PruningMethod
+from prunelight.run.run_state import ADAPTER, FINAL, Run
+from prunelight.run.teacher import check_teacher
+from prunelight.runtime.atomic_files import check_writable
+
+
+class Facts:
+    """What the checks of a run look at.
+
+    Attributes:
+        run: that is about to start.
+        methods: that will prune, in order; none where a model is recovered as it is.
+    """
+
+    def __init__(self, run: Run, methods: Sequence[PruningMethod] = ()) -> None:
+        self.run, self.methods = run, methods
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The dense model, loaded when it is first asked for."""
+        return self.run.load_model()
+
+    @cached_property
+    def windows(self) -> Windows:
+        """The calibration windows, of which each process feeds its share."""
+        return share_windows(calibration_windows_of(self.run.place.data), self.run.place.group)
+
+    @cached_property
+    def held_out(self) -> Windows:
+        """The held-out windows, of which each process evaluates its share."""
+        return share_windows(held_out_windows(self.run), self.run.place.group)
+
+
+Check: TypeAlias = Callable[[Facts], None]
+
+
+def preflight(run: Run, methods: Sequence[PruningMethod] = ()) -> Facts:
+    """Check a run before anything is computed; return the facts that were gathered for it.
+
+    Raises:
+        ValueError, TypeError, OSError: naming the value, the rule and the remedy.
+        RuntimeError: on the other processes, if one failed.
+    """
+    facts = Facts(run, methods)
+    if run.place.stage in ("validate", "test"):
+        checks = EVALUATION
+    else:
+        checks = PRUNING if methods else RECOVERY
+    for check in checks:
+        # Lightning counts the steps on all processes together: none may wait elsewhere meanwhile.
+        alone = check in (strategy, methods_in_this_run)
+        with nullcontext() if alone else run.place.group.together():
+            check(facts)
+    run.checked = True
+    return facts
+
+
+# --- settings --------------------------------------------------------------------------------
+
+
+def strategy(facts: Facts) -> None:
+    """The strategy leaves the right model in the right process."""
+    settings = facts.run.settings
+    facts.run.place.check_strategy(settings.quantization, settings.recovery)
+
+
+def methods_in_this_run(facts: Facts) -> None:
+    """Each method can do its work in this run, and beside the other methods."""
+    for method in facts.methods:
+        method.check_run(facts.run, facts.methods)
+
+
+def output(facts: Facts) -> None:
+    """The run may write its result and its report."""
+    facts.run.place.group.on_zero(partial(check_output, facts.run.place.root))
+
+
+def check_output(root: Path) -> None:
+    """Check that a run may write its result and report.
+
+    Raises:
+        FileExistsError: if there is a final/, adapter/ or report.md that prunelight did not write.
+        OSError: if nothing can be written there.
+    """
+    check_writable(root)
+    check_replaceable(root / FINAL)
+    check_replaceable(root / ADAPTER)
+    report = root / "report.md"
+    if report.exists() and not report.with_name("report.json").exists():
+        raise FileExistsError(
+            f"{report} exists and has no report.json of prunelight beside it; set "
+            "trainer.default_root_dir to a directory of its own"
+        )
+
+
+def data(facts: Facts) -> None:
+    """The data can give the windows that pruning needs."""
+    check_data(facts.run.place.data)
+
+
+# --- the model -------------------------------------------------------------------------------
+
+
+def quantizable(facts: Facts) -> None:
+    """The weights can be quantized as asked."""
+    run = facts.run
+    # A pruned base can always be read again; a model that is recovered as it is needs a source.
+    source = None if facts.methods else run.source
+    check_quantizable(facts.model, run.settings.quantization, source)
+
+
+def shardable(facts: Facts) -> None:
+    """A model that is cut into shards can be read again, to be merged."""
+    if facts.run.place.shards_weights and not facts.run.source:
+        raise ValueError(
+            "a model in memory cannot be sharded and merged again; save it (prunelight.save) "
+            "and give its directory as name"
+        )
+
+
+def methods_on_this_model(facts: Facts) -> None:
+    """Each method fits the model, and leaves widths that can be quantized."""
+    for method in facts.methods:
+        method.check(facts.model)
+        check_widths(method.widths(facts.model), facts.run.settings.quantization)
+
+
+def adapter_targets(facts: Facts) -> None:
+    """Each module that LoRA shall adapt is there."""
+    check_targets(facts.model, facts.run.settings.lora)
+
+
+def teacher(facts: Facts) -> None:
+    """The teacher fits the model."""
+    slices = any(method.slices for method in facts.methods)
+    check_teacher(facts.run, facts.model, sliced=slices)
+
+
+def packing(facts: Facts) -> None:
+    """The model keeps the documents of a packed row apart."""
+    check_packed(facts.model, facts.run.place.data)
+
+
+def precision(facts: Facts) -> None:
+    """Dtype, precision and recovery go together; what they lose is told when training starts."""
+    run = facts.run
+    run.precision_losses = precision_faults(
+        facts.model.dtype, run.place.precision, run.settings.recovery
+    )
+
+
+def training_length(facts: Facts) -> None:
+    """The model reads sequences as long as those of the data."""
+    check_length(facts.model, getattr(facts.run.place.data, "seq_len", 0))
+
+
+# --- the text --------------------------------------------------------------------------------
+
+
+def calibration(facts: Facts) -> None:
+    """The calibration windows fit the model, and suffice for each method."""
+    windows = facts.windows
+    for method in facts.methods:
+        method.check_calibration(facts.model, windows)
+
+
+def held_out(facts: Facts) -> None:
+    """The held-out windows fit the model."""
+    check_windows(facts.model, facts.held_out)
+
+
+SETTINGS: tuple[Check, ...] = (strategy, methods_in_this_run, output)
+MODEL: tuple[Check, ...] = (quantizable, adapter_targets, teacher, packing, precision)
+PRUNING = (
+    *SETTINGS,
+    data,
+    methods_on_this_model,
+    *MODEL,
+    training_length,
+    calibration,
+    held_out,
+)
+RECOVERY = (*SETTINGS, *MODEL, shardable, training_length)
+EVALUATION: tuple[Check, ...] = (strategy, quantizable, training_length)

@@ -1,0 +1,211 @@
+"""The start of a fit: load, preflight, score, plan, apply, save, prepare.
+
+`start` prunes before the optimizer exists: layers removed later would stay in it as dead tensors.
+All processes score, plan, apply and evaluate together on their shares of the windows. Rank 0 saves
+the pruned base as a verified directory, and every process loads the same bytes. A directory with
+the same fingerprint is reused: a resume never scores again. `prepare` makes the model trainable.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from prunelight.calibration.windows import split_windows
+from prunelight.evaluation.report.record import RunRecord
+from prunelight.evaluation.report.report import write_report
+from prunelight.evaluation.speed import forward_seconds
+from prunelight.evaluation.stages import new_record
+from prunelight.models.placement import device_with_room, move_if_it_fits, to_device
+from prunelight.models.saving import Saved, check_replaceable, save
+from prunelight.planning.fingerprints import describe_windows, fingerprint_of
+from prunelight.planning.plan import Plan
+from prunelight.recovery.prepared_model import PreparedModel
+from prunelight.run.checkpoints import base_fingerprints, read_measured, write_measured
+from prunelight.run.measurements import (
+    add_cost,
+    add_quantized,
+    describe_evaluation,
+    measure_run_stage,
+    start_record,
+)
+from prunelight.run.method import PruningMethod
+from prunelight.run.preflight import Facts, preflight
+from prunelight.run.run_state import Run, plan_files
+from prunelight.run.teacher import prepare_teacher
+from prunelight.runtime.atomic_files import explaining
+from prunelight.runtime.devices import device_name
+from prunelight.runtime.measuring import measuring
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pruned base, made already or not: its directory and its fingerprint."""
+
+    directory: Path
+    fingerprint: str
+
+
+def start(run: Run, methods: list[PruningMethod]) -> None:
+    """Make, or find, the pruned base of a run and load it on every process.
+
+    Raises:
+        ValueError, TypeError: for arguments or data that do not fit, before the first forward.
+        RuntimeError: on the other processes, if one failed.
+    """
+    facts = preflight(run, methods)
+    run.gradual = any(method.gradual for method in methods)
+    with run.place.group.together():
+        base, record = _find_base(facts)
+        if record is None:
+            _make_base(facts, base)
+        else:
+            _reuse_base(facts, base, record)
+        run.forget_model()
+        record = read_measured(base.directory)
+        if record is None:
+            raise FileNotFoundError(
+                f"this process does not see {base.directory}, which rank 0 wrote; trainer."
+                "default_root_dir must be on a disk that all nodes share"
+            )
+        run.use_base(base.directory, record)
+
+
+def prune_only(run: Run, methods: list[PruningMethod]) -> None:
+    """Make, or find, the pruned base of a run, and write the report of it."""
+    start(run, methods)
+    assert run.record is not None
+    write_report(run.place.root, run.record)
+
+
+def start_recovery(run: Run) -> None:
+    """Get ready to recover the model as it is: the pruned base, or one that nothing pruned."""
+    if not run.checked:
+        preflight(run)
+    prepare_teacher(run)
+    data = run.place.data
+    measurable = hasattr(data, "validation_windows") or hasattr(data, "val_dataloader")
+    if run.record is None and measurable:
+        record = partial(start_record, run, run.load_model())
+        run.record = run.place.group.on_zero(record)
+
+
+def prepare(run: Run) -> PreparedModel:
+    """Make the model trainable, in place, before the optimizer exists: in bits, with adapters."""
+    settings = replace(run.settings, growing=run.gradual, seed=run.seed)
+    run.prepared = PreparedModel(
+        run.load_model(), run.plans(), settings, partial(add_quantized, run), run.place.device
+    )
+    run.holder.model = run.prepared.model
+    return run.prepared
+
+
+# --- the pruned base -------------------------------------------------------------------------
+
+
+def _find_base(facts: Facts) -> tuple[Base, RunRecord | None]:
+    """Return where the pruned base is or will be, and its record if it is there."""
+    run, group = facts.run, facts.run.place.group
+    fingerprint, earlier = base_fingerprints(facts.model, facts.methods, facts.windows)
+    evaluation = fingerprint_of(describe_windows(*split_windows(facts.held_out)))
+    both = f"{fingerprint} {evaluation}"
+    group.check_same("the fingerprint of model, arguments and windows", both)
+    root = Path(group.on_zero(lambda: str(run.place.root)))
+    for known in (fingerprint, earlier):
+        base = Base(root / f"pruned-{known}", known or "")
+        record = group.on_zero(partial(read_measured, base.directory)) if known else None
+        if record is not None:
+            return base, record
+    base = Base(root / f"pruned-{fingerprint}", fingerprint)
+    group.on_zero(partial(check_replaceable, base.directory))
+    return base, None
+
+
+def _reuse_base(facts: Facts, base: Base, record: RunRecord) -> None:
+    """Keep the decision; measure again if text, timing or device of the evaluation are others."""
+    run, group = facts.run, facts.run.place.group
+    log.info("reusing %s: same model, arguments and calibration", base.directory)
+    record.costs = [replace(cost, reused=True) for cost in record.costs]
+    described = describe_evaluation(run)
+    same = all(record.evaluation.get(k) == described.get(k) for k in ("fingerprint", "latency"))
+    place = device_with_room(facts.model, run.place.device)
+    device = group.on_zero(lambda: device_name(place))
+    if not same or record.device != device:
+        dense = to_device(facts.model, place)
+        stages = [measure_run_stage(run, "dense", dense, facts.held_out)]
+        if len(record.stages) > 1:
+            run.use_result(base.directory)
+            pruned = move_if_it_fits(run.load_model(), run.place.device)
+            stages.append(measure_run_stage(run, "pruned", pruned, facts.held_out))
+        record.device, record.stages, record.evaluation = device, stages, described
+    group.on_zero(lambda: write_measured(base.directory, record))
+
+
+def _make_base(facts: Facts, base: Base) -> None:
+    """Measure, score, plan, apply and save, all processes together."""
+    run, group = facts.run, facts.run.place.group
+    model = move_if_it_fits(facts.model, run.place.device)
+    record = new_record(run.name, model, base.fingerprint, describe_evaluation(run))
+    _measure(facts, record, "dense", model)
+    model, plans = _prune(facts, record, model)
+    if not all(method.gradual for method in facts.methods):
+        _measure(facts, record, "pruned", model)
+    with measuring(model.device) as phase, explaining(base.directory):
+        saved = group.on_zero(partial(_save_base, facts, base.directory, model, plans))
+    add_cost(record, "save and verify pruned", phase)
+    record.verification[base.directory.name] = saved.verification
+    record.stages[-1] = replace(record.stages[-1], size_bytes=saved.size_bytes)
+    group.on_zero(lambda: write_measured(base.directory, record))
+
+
+def _measure(facts: Facts, record: RunRecord, name: str, model: PreTrainedModel) -> None:
+    """Add one state of the model to the record; the first one also gives F."""
+    with measuring(model.device) as phase:
+        record.stages.append(measure_run_stage(facts.run, name, model, facts.held_out))
+    if name == "dense":
+        record.forward_seconds = forward_seconds(model, facts.windows)
+    add_cost(record, f"evaluate {name}", phase)
+
+
+def _prune(
+    facts: Facts, record: RunRecord, model: PreTrainedModel
+) -> tuple[PreTrainedModel, list[Plan]]:
+    """Score, plan and apply each method in turn; gradual ones apply while the model trains."""
+    plans: list[Plan] = []
+    for method in facts.methods:
+        method.device = facts.run.place.device
+        with measuring(model.device) as phase:
+            plan = method.plan(model, facts.windows)
+        plans.append(plan)
+        add_cost(record, f"score and plan ({plan.method})", phase)
+        if method.gradual:
+            continue
+        with measuring(model.device) as phase:
+            model = method.apply(model, plan, facts.windows, record.outcomes)
+        add_cost(record, f"apply ({plan.method})", phase)
+    record.plans = [plan.to_dict() for plan in plans]
+    return model, plans
+
+
+def _save_base(facts: Facts, directory: Path, model: PreTrainedModel, plans: list[Plan]) -> Saved:
+    """Save the pruned model with all plans that led to it."""
+    run = facts.run
+    # What was done to the model before this run still holds: its zeros stay planned zeros.
+    texts = [file.read_text(encoding="utf-8") for file in plan_files(Path(run.name).expanduser())]
+    texts += [json.dumps(plan.to_dict(), indent=1) + "\n" for plan in plans]
+    names = ["plan.json", *(f"plan-{number}.json" for number in range(2, len(texts) + 1))]
+    return save(
+        model,
+        run.checked_tokenizer(),
+        directory,
+        extra_files=dict(zip(names, texts, strict=True)),
+        trust_remote_code=run.trust_remote_code,
+        export_remote_code=any(method.export_remote_code for method in facts.methods),
+    )

@@ -1,0 +1,97 @@
+"""Perplexity and accuracy of a model on windows."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_model, token_windows
+
+import prunelight
+from prunelight.evaluation.perplexity import evaluate
+from prunelight.evaluation.speed import (
+    forward_seconds,
+)
+from prunelight.evaluation.stages import measure_stage
+from prunelight.losses import IGNORED_LABEL
+from prunelight.models.forward import greedy_tokens
+
+
+@torch.no_grad()
+def losses(model, ids):
+    """Negative log-likelihood of every token but the first of each row, in float64."""
+    log_probabilities = model(ids).logits[:, :-1].double().log_softmax(-1)
+    return -log_probabilities.gather(-1, ids[:, 1:, None])[..., 0]
+
+
+def padded(ids, count, side):
+    pad, ones = ids.new_zeros(len(ids), count), torch.ones_like(ids)
+    parts = [(ids, ones), (pad, pad)] if side == "right" else [(pad, pad), (ids, ones)]
+    keys = ("input_ids", "attention_mask")
+    return {
+        key: torch.cat(tensors, dim=1)
+        for key, tensors in zip(keys, zip(*parts, strict=True), strict=True)
+    }
+
+
+def test_perplexity_is_exp_of_the_mean_loss_over_all_windows():
+    model, ids = tiny_model(), token_windows(5, 16)
+    expected = math.exp(losses(model, ids).mean().item())
+    assert prunelight.perplexity(model, ids) == pytest.approx(expected, rel=1e-6)  # float32 losses
+
+
+def test_micro_batches_have_no_influence():
+    model, ids = tiny_model(), token_windows(24, 100)  # three micro-batches of 1,024 tokens
+    expected = math.exp(losses(model, ids).mean().item())
+    assert prunelight.perplexity(model, ids) == pytest.approx(expected, rel=1e-6)  # float32 losses
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_has_no_influence(side):
+    model, ids = tiny_model(), token_windows()
+    plain, found = evaluate(model, ids), evaluate(model, padded(ids, 5, side))
+    assert found.tokens == plain.tokens == 4 * 15
+    # Another length, other kernels: float32 rounding through 6 layers.
+    assert found.perplexity == pytest.approx(plain.perplexity, rel=1e-5)
+
+
+def test_labels_are_used_where_they_are_given():
+    model, ids = tiny_model(), token_windows()
+    labels = ids.masked_fill(torch.arange(16) < 10, IGNORED_LABEL)
+    found = evaluate(model, {"input_ids": ids, "labels": labels})
+    assert found.tokens == 4 * 6
+    expected = math.exp(losses(model, ids)[:, 9:].mean().item())
+    assert found.perplexity == pytest.approx(expected, rel=1e-6)  # float32 losses
+
+
+def test_accuracy_of_a_models_own_greedy_text_is_one():
+    model = tiny_model()
+    ids = greedy_tokens(model, token_windows(1, 4), 8)
+    labels = ids.masked_fill(torch.arange(12) < 4, IGNORED_LABEL)
+    assert evaluate(model, {"input_ids": ids, "labels": labels}).accuracy == 1
+
+
+@pytest.mark.parametrize("windows", [torch.rand(2, 4), torch.ones(4, dtype=torch.long)])
+def test_windows_that_are_no_token_ids_are_refused(windows):
+    for function in (prunelight.perplexity, evaluate, forward_seconds):
+        with pytest.raises(ValueError, match="must be token ids of shape"):
+            function(tiny_model(), windows)
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    model, ids = tiny_model().train(), token_windows()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.config.use_cache = True
+    measure_stage("dense", model, ids)
+    forward_seconds(model, ids)
+    assert model.training
+    assert model.config.use_cache is True
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.real
+def test_a_real_model_predicts_real_text_better_than_chance(smollm2):
+    model, tokenizer = smollm2
+    text = "The capital of France is Paris. Water boils at one hundred degrees Celsius."
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert 1 < prunelight.perplexity(model, ids) < 100

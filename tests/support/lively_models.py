@@ -1,0 +1,83 @@
+"""Models whose layers matter, padded windows for them, and what their layers see and put out."""
+
+import copy
+import math
+
+import torch
+from tiny import tiny_model
+
+import prunelight
+from prunelight.models.families.layers import decoder_layers, first_tensor
+
+
+def lively_model(family="llama", **changes):
+    """A tiny model whose layers change the hidden states much more than at initialisation."""
+    model = tiny_model(family, **changes)
+    with torch.no_grad():
+        for name, parameter in decoder_layers(model).named_parameters():
+            if parameter.ndim >= 2 and "A_log" not in name:
+                parameter.mul_(4)
+    return model
+
+
+def lively(model):
+    """Make layers matter, each in its own way: at the usual initialisation they hardly do."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for index, layer in enumerate(decoder_layers(model)):
+            for parameter in layer.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_((4, 1, 3, 2, 5, 2, 4, 1)[index])
+                else:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def padded(windows, *, left=False, padding=4):
+    """Return windows with padding on one side, and the mask that says so."""
+    fill = torch.zeros(windows.shape[0], padding, dtype=torch.long)
+    parts = [(fill, fill), (windows, torch.ones_like(windows))]
+    ids, mask = (torch.cat(p, dim=1) for p in zip(*(parts if left else parts[::-1]), strict=True))
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def hooks(model):
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    return [len(getattr(module, kind)) for module in model.modules() for kind in kinds]
+
+
+@torch.no_grad()
+def raw_output(model, windows):
+    """What the last decoder layer puts out in the model's own forward."""
+    found = []
+    handle = decoder_layers(model)[-1].register_forward_hook(
+        lambda _, args, output: found.append(first_tensor(output))
+    )
+    batch = windows if isinstance(windows, dict) else {"input_ids": windows}
+    model(**batch, use_cache=False)
+    handle.remove()
+    return found[0]
+
+
+@torch.no_grad()
+def inputs_of(model, windows, path):
+    """What the projections at a path get to see, (tokens, I) of each layer, in float64."""
+    found = []
+    handles = [
+        layer.get_submodule(path).register_forward_pre_hook(
+            lambda m, args: found.append(args[0].flatten(0, 1).double())
+        )
+        for layer in decoder_layers(model)
+    ]
+    model(windows, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def nll_without(model, layers, windows):
+    other = copy.deepcopy(model)
+    kept = [x for i, x in enumerate(other.model.layers) if i not in layers]
+    other.model.layers = torch.nn.ModuleList(kept)
+    other.config.num_hidden_layers = len(kept)
+    return math.log(prunelight.perplexity(other, windows))

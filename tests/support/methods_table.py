@@ -1,0 +1,78 @@
+"""One table of methods: each must plan, apply, train, resume, save, reload and generate."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prunelight.callbacks import (
+    DLP,
+    SLEB,
+    DynamicSlicing,
+    PruningCallback,
+    ShortenedLlama,
+    ShortGPT,
+    SliceGPT,
+    SlidingLayerMerging,
+    WeightPruning,
+    WidthPruning,
+)
+from prunelight.recovery.zeros.gradual_zeros import Schedule
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to make a method, and what is left: decoder layers, zeros in their matrices, widths."""
+
+    make: Callable[[], PruningCallback]
+    layers: int = 6
+    sparsity: float | None = None
+    gradual: bool = False
+    slices: bool = False
+
+
+def gradually() -> DLP:
+    """Two rounds of zeros in the six steps of a run, one before and one after a resume."""
+    return DLP(0.5, schedule=Schedule(1, 5, every=2))
+
+
+METHODS = {
+    "ShortGPT by number": Method(lambda: ShortGPT(num_layers=2), layers=4),
+    "ShortGPT by ratio": Method(lambda: ShortGPT(ratio=0.5), layers=3),
+    "ShortGPT, sinks ignored, ends protected": Method(
+        lambda: ShortGPT(num_layers=1, ignore_first_tokens=4, protected=[0, -1]), layers=5
+    ),
+    "ShortGPT, angular": Method(lambda: ShortGPT(num_layers=2, score="angular"), layers=4),
+    "SLM, highest layers": Method(lambda: SlidingLayerMerging(num_layers=2), layers=4),
+    "SLM, the paper's sum of differences": Method(
+        lambda: SlidingLayerMerging(ratio=0.34, merge="difference_sum", criterion="cosine"),
+        layers=4,
+    ),
+    "SLM by threshold": Method(
+        lambda: SlidingLayerMerging(threshold=-1.0, merge="mean", criterion="cka"), layers=2
+    ),
+    "SLEB": Method(lambda: SLEB(num_layers=2), layers=4),
+    "Shortened LLaMA, Taylor": Method(
+        lambda: ShortenedLlama(num_layers=2, score="taylor", protected=[0]), layers=4
+    ),
+    "attention dropped": Method(lambda: ShortGPT(num_layers=2, granularity="attention")),
+    "sublayers dropped": Method(lambda: ShortGPT(ratio=0.5, granularity="sublayer")),
+    "width": Method(lambda: WidthPruning(neuron_ratio=0.25, head_ratio=0.5, multiple=8)),
+    "SliceGPT": Method(lambda: SliceGPT(0.25, embedding="full"), slices=True),
+    # The text has too few different words for wider ones.
+    "SliceGPT, sliced embeddings": Method(lambda: SliceGPT(0.5), slices=True),
+    "SliceGPT, one rotation": Method(lambda: SliceGPT(0.25, rotation="shared"), slices=True),
+    "DynamicSlicing, sweep": Method(
+        lambda: DynamicSlicing(0.7, round_to=2, embedding="full"), slices=True
+    ),
+    "DLP, Wanda": Method(lambda: DLP(0.5), sparsity=0.5),
+    "DLP, Wanda's variant": Method(lambda: DLP(0.5, solver="wanda_variant"), sparsity=0.5),
+    "DLP, SparseGPT": Method(lambda: DLP(0.5, solver="sparsegpt"), sparsity=0.5),
+    "DLP by linear": Method(lambda: DLP(0.6, granularity="linear"), sparsity=0.6),
+    "DLP, mixed 2:4": Method(lambda: DLP(pattern="2:4", alpha=0.3), sparsity=0.5),
+    "Wanda": Method(lambda: WeightPruning(0.5), sparsity=0.5),
+    "magnitude": Method(lambda: WeightPruning(0.5, solver="magnitude"), sparsity=0.5),
+    "OWL, Wanda": Method(lambda: WeightPruning(0.5, allocation="owl"), sparsity=0.5),
+    "2:4, SparseGPT": Method(
+        lambda: WeightPruning(pattern="2:4", solver="sparsegpt"), sparsity=0.5
+    ),
+    "DLP, gradual": Method(gradually, sparsity=0.5, gradual=True),
+}

@@ -1,0 +1,235 @@
+"""What each of three processes does with windows that all of them share.
+
+All three have uneven shares; two of them then go through the table of methods, and through a fit.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from methods_table import METHODS
+from runs import make_data, make_module, make_trainer, measure_speed_briefly
+from safetensors.torch import save_file
+from tiny import tiny_model, token_windows
+
+import prunelight
+from prunelight.calibration.cka import CKA
+from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.shared_windows import (
+    MICRO_BATCH_TOKENS,
+    group_of,
+    own_windows,
+    share_windows,
+)
+from prunelight.calibration.statistics import (
+    Gram,
+    Hessian,
+    InputNorm,
+    InputVariance,
+    MeanCosine,
+    exact_median,
+)
+from prunelight.callbacks import (
+    DLP,
+    SLEB,
+    DynamicSlicing,
+    ShortenedLlama,
+    ShortGPT,
+    SlidingLayerMerging,
+    WidthPruning,
+)
+from prunelight.evaluation.perplexity import evaluate
+from prunelight.models.families.layers import Matrix
+from prunelight.runtime.processes import ProcessGroup
+from prunelight.scoring.analysis import analyze
+
+# What the table of methods leaves out.
+MORE = {
+    "SLM by KL": lambda: SlidingLayerMerging(num_layers=2, criterion="kl"),
+    "Shortened LLaMA, perplexity": lambda: ShortenedLlama(num_layers=2),
+    "width, Taylor": lambda: WidthPruning(neuron_ratio=0.25, score="taylor", multiple=8),
+    "width, fluctuation": lambda: WidthPruning(
+        neuron_ratio=0.25, score="fluctuation", multiple=8, correction=False
+    ),
+}
+MAKERS = {**{name: method.make for name, method in METHODS.items()}, **MORE}
+UNEVEN = {
+    "ShortGPT": lambda: ShortGPT(num_layers=2, ignore_first_tokens=2),
+    "SparseGPT": lambda: DLP(0.5, solver="sparsegpt"),
+    "sweep": lambda: DynamicSlicing(0.25, round_to=2, embedding="full"),
+}
+BY_CKA = {
+    "SLEB": lambda: SLEB(num_layers=1, criterion="cka"),
+    "SLM": lambda: SlidingLayerMerging(num_layers=1, criterion="cka"),
+}
+
+
+def padded():
+    """Return seven windows of different lengths: of two, two and three ranks' shares."""
+    ids = token_windows(7, 40)
+    lengths = torch.tensor([40, 33, 40, 21, 40, 7, 2])
+    return {"input_ids": ids, "attention_mask": (torch.arange(40) < lengths[:, None]).long()}
+
+
+def long():
+    """Return windows that fill three micro-batches, so that each rank gets whole ones."""
+    windows = token_windows(40, 128)
+    assert windows.numel() > 2 * MICRO_BATCH_TOKENS
+    return windows
+
+
+def prune(make, model, windows):
+    """Return the plan of a method, what its steps did, and the weights that are left."""
+    plan, outcomes = make().plan(model, windows), []
+    model = prunelight.apply(model, plan, windows, outcomes=outcomes)
+    return plan, outcomes, {name: w.clone() for name, w in model.state_dict().items()}
+
+
+PARTS = [slice(0, 20), slice(20, 35), slice(35, 35)]  # of the tokens, a rank
+
+
+def statistics(parts, group):
+    """Return what accumulators say that saw some parts of the tokens, pooled over ranks."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 35, 6, generator=generator) + 3
+    pairs = [tokens[:, part] for part in parts]
+    kinds = (InputNorm, InputVariance, Hessian, Gram)
+    made = [kind(6) for kind in kinds]
+    norm, variance, hessian, gram = made
+    cosine, cka = MeanCosine(), CKA(2)
+    experts = [Matrix(name, torch.nn.Linear(6, 2)) for name in ("first", "second")]
+    seen = InputStatistics(experts, Hessian)
+    for x, y in pairs:
+        cka.update((x, y))
+        if len(x):
+            cosine.update(x[None], y[None], None, None)
+            for one in made:
+                one.update(x)
+            with seen.watching():
+                experts[1].owner(x)
+                if len(x) == 20:  # so that only one rank knows the first expert
+                    experts[0].owner(y)
+    for one in (*made, cosine, cka, seen):
+        one.pool(group)
+    median = exact_median(lambda: [x.abs() for x, _ in pairs], group)
+    return {
+        "norms": norm.norms(),
+        "mean": variance.mean,
+        "variance": variance.variance(),
+        "hessian": hessian.result(),
+        "gram": gram.result(),
+        "cka": cka.result(),
+        "experts": torch.stack([seen.of(expert)[0].result() for expert in experts]),
+        "numbers": torch.tensor([cosine.result(), cosine.first_result(), median, norm.tokens]),
+    }
+
+
+# --- what the processes do
+
+
+def work(rank, root, name):
+    """Do all that one of three processes does."""
+    measure_speed_briefly()
+    torch.set_num_threads(1)
+    root = Path(root)
+    meet(rank, 3, root)
+    group = ProcessGroup.of_default_group()
+    assert ProcessGroup.of_default_group()._waiting is group._waiting, (
+        "groups are never closed: one"
+    )
+    uneven(rank, root, group)
+    save_file(statistics([PARTS[rank]], group), root / f"statistics-{rank}.safetensors")
+    write(root / f"failures-{rank}.json", failures(rank, group))
+    dist.destroy_process_group()
+    if rank < 2:
+        meet(rank, 2, root)
+        windows = share_windows(make_data(name, root / "text").calibration_windows())
+        for title, make in MAKERS.items():
+            keep(root / f"2 {title}", rank, prune(make, prunelight.load(name)[0], windows))
+        shared = share_windows(long(), windows.group)
+        for title, make in BY_CKA.items():
+            keep(root / f"2 {title} by CKA", rank, prune(make, tiny_model(), shared))
+        fit(rank, root, name)
+
+
+def meet(rank, size, root):
+    file = f"file://{root}/meeting-{size}"  # no port may be taken
+    dist.init_process_group("gloo", init_method=file, rank=rank, world_size=size)
+
+
+def write(file, value):
+    file.write_text(json.dumps(value))
+
+
+def keep(place, rank, found):
+    plan, outcomes, weights = found
+    place.mkdir(exist_ok=True)
+    write(place / f"{rank}.json", {"plan": plan.to_dict(), "outcomes": outcomes})
+    save_file(weights, place / f"{rank}.safetensors")
+
+
+def uneven(rank, root, group):
+    shared, model = share_windows(padded(), group), tiny_model()
+    for title, make in UNEVEN.items():
+        keep(root / f"3 {title}", rank, prune(make, tiny_model(), shared))
+    rows = own_windows(shared)["input_ids"].tolist()
+    quality, seen = vars(evaluate(model, shared)), vars(analyze(model, shared))
+    write(root / f"measured-{rank}.json", {"rows": rows, "quality": quality, "analysis": seen})
+
+
+class Failing(ShortGPT):
+    """Fails on one rank while the others go on to a sum."""
+
+    def plan(self, model, windows):
+        if group_of(windows).rank == 1:
+            raise ValueError("the disk of this rank is gone")
+        return super().plan(model, windows)
+
+
+def said(call):
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        call()
+    return f"{caught.type.__name__}: {caught.value}"
+
+
+def failures(rank, group):
+    """Return what each failure raises on this rank."""
+
+    def one_fails():
+        failing = ProcessGroup.of_default_group()
+        with failing.together(), failing.together():
+            Failing(num_layers=1).plan(tiny_model(), share_windows(padded(), failing))
+
+    return {
+        "one": said(one_fails),
+        "first": said(lambda: ProcessGroup.of_default_group().on_zero(lambda: int("x"))),
+        "differ": said(lambda: group.check_same("the fingerprint", "b" if rank == 2 else "a")),
+        "few": said(lambda: share_windows(token_windows(2), group)),
+    }
+
+
+def fit(rank, root, name):
+    """Let Lightning prune in the group that is there already."""
+    os.environ["LOCAL_RANK"] = str(rank)
+
+    def run(callback, **arguments):
+        settings = {"devices": 2, "strategy": "ddp", "max_epochs": 1, "limit_train_batches": 1}
+        module, data = make_module(name), make_data(name, root / "text", **arguments)
+        make_trainer(root / "fit", callback, **settings).fit(module, data)
+
+    run(DLP(0.5, solver="sparsegpt"))
+    made = (root / "fit" / "report.json").read_text()
+    run(DLP(0.5, solver="sparsegpt"), num_validation=2)
+    again = (root / "fit" / "report.json").read_text()
+    few = said(lambda: run(ShortGPT(num_layers=1), num_calibration=1))
+    failed = said(lambda: run(Failing(num_layers=1)))
+    alone, data = make_module(name), make_data(name, root / "text")
+    settings = {"devices": 2, "strategy": "ddp", "max_epochs": 1, "limit_train_batches": 1}
+    make_trainer(root / "plain", **settings).fit(alone, data)
+    # Else the second fit of a module starts one on some ranks only, who then wait for the others.
+    assert alone.record is not None
+    told = {"made": json.loads(made), "again": json.loads(again), "few": few, "failed": failed}
+    write(root / f"fit-{rank}.json", told)
