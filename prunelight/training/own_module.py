@@ -46,7 +46,7 @@ def prune_after_setup(
         run = run_of(module, trainer)
         if run.base is None:  # a second fit goes on with the pruned model
             start(run, methods)
-            module.model.train()  # from_pretrained leaves eval mode, and so does Lightning
+            run.load_model().train()  # from_pretrained leaves eval mode, and so does Lightning
         if not any(isinstance(callback, OwnModuleRecovery) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.callbacks.append(OwnModuleRecovery(run))  # type: ignore[attr-defined]
 
@@ -70,7 +70,7 @@ def run_of(module: LightningModule, trainer: Trainer) -> Run:
     if run is None:
         model = _checked_model(module)
         run = Run(
-            module,  # type: ignore[arg-type]  # it has a model: checked above
+            module,
             model.name_or_path or name,
             trust_remote_code=getattr(module, "trust_remote_code", False),
             settings=RecoverySettings(recovery="own"),
@@ -128,7 +128,7 @@ class OwnModuleRecovery(Callback):
         model = self.run.model
         assert model is not None
         if self._zeros.planned:
-            self._zeros.keep(model, growing=False)
+            self._zeros.keep(model, gradual=False)
         if self._zeros.masks is not None:
             for optimizer in trainer.optimizers:
                 self._zeros.masks.watch(optimizer)
