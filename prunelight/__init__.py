@@ -7,36 +7,9 @@ sliced models, and models without some attentions or MLPs, by plain `from_pretra
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # the same names as in _HOMES
-    from prunelight.calibration.shared_windows import share_windows as share_windows
-    from prunelight.data.sources import read_documents as read_documents
-    from prunelight.data.token_windows import calibration_windows as calibration_windows
-    from prunelight.evaluation.perplexity import evaluate as evaluate
-    from prunelight.evaluation.perplexity import perplexity as perplexity
-    from prunelight.evaluation.speed import LatencyProtocol as LatencyProtocol
-    from prunelight.models.loading import load as load
-    from prunelight.models.loading import load_tokenizer as load_tokenizer
-    from prunelight.models.saving import save as save
-    from prunelight.planning.plan import Plan as Plan
-    from prunelight.planning.steps import DropSublayers as DropSublayers
-    from prunelight.planning.steps import MergeLayers as MergeLayers
-    from prunelight.planning.steps import PruneWidth as PruneWidth
-    from prunelight.planning.steps import RemoveLayers as RemoveLayers
-    from prunelight.planning.steps import SliceHidden as SliceHidden
-    from prunelight.planning.steps import Sparsify as Sparsify
-    from prunelight.pruning.apply import apply as apply
-    from prunelight.recovery.distillation.objective import Distillation as Distillation
-    from prunelight.recovery.lora import LoRA as LoRA
-    from prunelight.recovery.quantization import BitsAndBytes as BitsAndBytes
-    from prunelight.recovery.zeros.gradual_zeros import Schedule as Schedule
-    from prunelight.scoring.analysis import analyze as analyze
-    from prunelight.training.recovery_module import RecoveryModule as RecoveryModule
-    from prunelight.training.text_datamodule import TextDataModule as TextDataModule
-    from prunelight.training.trainer import Trainer as Trainer
-
-__version__ = "0.1.0"
+from prunelight.version import __version__ as __version__
 
 # A source checkout keeps `callbacks/` and `configs/` beside this folder. Without the next lines,
 # anything started from the repository root after a wheel install would not find them.
@@ -78,17 +51,16 @@ _HOMES = {
 }
 __all__ = sorted(_HOMES)
 
-if not TYPE_CHECKING:  # else mypy would take any name
 
-    def __getattr__(name: str) -> Any:
-        """Import a name at its first use; modules that were imported here before, too."""
-        path = f"{__name__}.{name}"
-        if name in _HOMES:
-            globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-            return globals()[name]
-        if path in _moved.HOMES:
-            return import_module(path)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    """Import a name at its first use; modules that were imported here before, too."""
+    path = f"{__name__}.{name}"
+    if name in _HOMES:
+        globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return globals()[name]
+    if path in _moved.HOMES:
+        return import_module(path)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from shutil import get_terminal_size
 from textwrap import fill
 
-from prunelight import __version__
 from prunelight.moved import serve_old_names
+from prunelight.version import __version__
 
 DESCRIPTION = "Prune causal language models, recover them, and save models that others can load."
 VERBS = {

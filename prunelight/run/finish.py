@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from prunelight.evaluation.report.report import write_report
 from prunelight.models.placement import move_if_it_fits
-from prunelight.models.saving import MARKER, Saved, check_replaceable, save
+from prunelight.models.saving import MARKER, Saved, save
 from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
@@ -40,12 +40,12 @@ def finish(run: Run) -> None:
     prepared, group = run.prepared, run.place.group
     assert prepared is not None
     run.checked = False  # a later fit is another one
-    if prepared.sharded or prepared.quantized:
+    if prepared.merges_in_place:
+        group.on_zero(partial(_keep_adapters, run, prepared))
+        model = run.holder.model = prepared.merged()
+        group.on_zero(partial(_save_and_report, run, prepared, model))
+    else:
         _finish_on_base(run, prepared)
-        return
-    group.on_zero(partial(_keep_adapters, run, prepared))
-    model = run.holder.model = prepared.merged()
-    group.on_zero(partial(_save_and_report, run, prepared, model))
 
 
 def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
@@ -54,7 +54,8 @@ def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
     run.holder.model = None
 
     def merge() -> None:
-        rebuilt = prepared.rebuild_on(run.read_again(), run.plans(), trained)
+        base, plans = run.read_again(), run.plans()
+        rebuilt = prepared.rebuild_on(base, plans, trained)
         _keep_adapters(run, rebuilt)
         _save_and_report(run, rebuilt, rebuilt.merged())
 
@@ -130,7 +131,6 @@ def _keep_adapters(run: Run, prepared: PreparedModel) -> None:
     if not (prepared.fills_zeros and isinstance(model, PeftModel)):
         return
     directory, temporary = run.place.root / ADAPTER, run.place.root / f".{ADAPTER}.tmp"
-    check_replaceable(directory)
     shutil.rmtree(temporary, ignore_errors=True)
     # Embeddings are not adapted; "auto" would ask the hub whether they are.
     model.save_pretrained(str(temporary), save_embedding_layers=False)
