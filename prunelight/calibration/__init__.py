@@ -1,1 +1,1 @@
-"""Calibration windows, the walk over decoder layers, and statistics on the way."""
+"""Calibration windows, the walk over decoder layers, and the statistics taken on it."""

@@ -1,1 +1,1 @@
-"""Text and instructions into token windows and training rows; no model."""
+"""Texts and instructions become token windows and training rows; nothing here needs a model."""

@@ -1,1 +1,1 @@
-"""Scores of layers, sublayers, weights and whole variants of a model; nothing is changed."""
+"""Scores of layers, sublayers, weights and whole variants of a model; no model is changed."""
