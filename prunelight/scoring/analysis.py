@@ -91,7 +91,7 @@ def analyze(
     if is_sliced(model):
         raise TypeError(
             "this model is sliced: each of its layers has hidden states in a basis of its own, "
-            "which cannot be compared; analyze the dense model"
+            "which cannot be compared; analyze the dense one"
         )
     check_windows(model, windows)
     ids, _ = split_windows(windows)

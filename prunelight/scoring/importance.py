@@ -72,12 +72,13 @@ def saliencies(
         for parameter, (required, gradient) in flags.items():
             parameter.requires_grad_(required)
             parameter.grad = gradient
-    for name, saliency in sums.items():
+    ordered = {name: sums[name] for name in parameters}
+    for name, saliency in ordered.items():
         if not bool(saliency.isfinite().all()):
             raise ValueError(
                 f"the gradient of {name} is NaN or Inf; load the model in bfloat16 or float32"
             )
-    return {name: sums[name] for name in parameters}
+    return ordered
 
 
 def taylor_scores(model: PreTrainedModel, windows: Windows) -> list[float]:
