@@ -1,4 +1,4 @@
-"""Calibration windows, the walk over decoder layers, and statistics on the way."""
+"""Calibration windows, the walk over decoder layers, and the statistics taken on it."""
 
 from prunelight.moved import serve_old_names
 

@@ -1,4 +1,4 @@
-"""Text and instructions into token windows and training rows; no model."""
+"""Texts and instructions become token windows and training rows; nothing here needs a model."""
 
 from prunelight.moved import serve_old_names
 

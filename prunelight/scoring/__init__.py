@@ -1,4 +1,4 @@
-"""Scores of layers, sublayers, weights and whole variants of a model; nothing is changed."""
+"""Scores of layers, sublayers, weights and whole variants of a model; no model is changed."""
 
 from prunelight.moved import serve_old_names
 

@@ -137,7 +137,7 @@ def work(rank, root, name):
     root = Path(root)
     meet(rank, 3, root)
     group = ProcessGroup.of_default_group()
-    assert ProcessGroup.of_default_group()._waiting is group._waiting, (
+    assert ProcessGroup.of_default_group()._cpu_group is group._cpu_group, (
         "groups are never closed: one"
     )
     uneven(rank, root, group)
