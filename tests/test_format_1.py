@@ -6,14 +6,12 @@ old code saved load, resume and keep their logits; the same arguments still give
 """
 
 import csv
-import importlib
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -38,7 +36,6 @@ def read_json(path):
 
 EXPECTED = read_json(FORMAT_1 / "expected.json")
 METHODS = read_json(FORMAT_1 / "methods.json")
-NAMES = read_json(FORMAT_1 / "public_names.json")
 LOGITS = load_file(FORMAT_1 / "logits.safetensors")
 
 
@@ -329,16 +326,3 @@ def test_a_saved_directory_can_be_recovered(name, tmp_path, monkeypatch):
     if name == "saved_sparse":
         assert all(torch.equal(before[key] == 0, after[key] == 0) for key in before)
     AutoModelForCausalLM.from_pretrained(final)
-
-
-# --- names
-
-
-@pytest.mark.parametrize("module", NAMES)
-def test_every_public_name_of_before_can_still_be_imported(module):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        found = importlib.import_module(module)
-        names = {name for names in NAMES[module].values() for name in names}
-        missing = sorted(name for name in names if not hasattr(found, name))
-    assert not missing

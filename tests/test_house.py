@@ -26,9 +26,10 @@ FLOORS = {
     "run": 8,
     "training": 9,
     "callbacks": 10,
-    "cli": 11,
+    "lightning_cli": 11,
+    "cli": 12,
 }
-WITH_LIGHTNING = {"training", "callbacks", "cli"}
+WITH_LIGHTNING = {"training", "callbacks", "lightning_cli"}
 # Parts of the run that speak with a Trainer.
 RUN_WITH_LIGHTNING = {"measurements.py", "strategies.py"}
 MOST_FILES = 9  # of a folder, beside __init__.py

@@ -63,8 +63,13 @@ def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
 
 
 def _save_and_report(run: Run, prepared: PreparedModel, model: PreTrainedModel) -> None:
-    """Save the result in final/ and write the report, on rank 0."""
+    """Note how the model was recovered, then save it and write the report, on rank 0."""
     _note_recovery(run, prepared, model)
+    save_and_report(run, model)
+
+
+def save_and_report(run: Run, model: PreTrainedModel) -> None:
+    """Save a trained model in final/ and write the report; only rank 0 calls this."""
     model = move_if_it_fits(model, run.place.device)
     checkpoint = newest_checkpoint(run.place.root / "checkpoints")
     with measuring(model.device) as saving, explaining(run.place.root / FINAL, checkpoint):
