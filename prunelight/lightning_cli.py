@@ -21,6 +21,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -160,7 +161,6 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
         description: shown by help, as the texts of the verbs are.
         verbs: each verb with a sentence.
     """
-    sys.argv[1:] = find_configs(arguments)
     logging.basicConfig(format="%(message)s")
     # The first start of a run has no checkpoint to go on from.
     warnings.filterwarnings("ignore", ".*there is no last checkpoint available")
@@ -170,6 +170,7 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
         logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.ERROR
     )
     try:
+        sys.argv[1:] = find_configs(arguments)
         CLI(
             RecoveryModule,
             TextDataModule,
@@ -236,20 +237,33 @@ def parse_error(message: str) -> str:
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
-    """Replace config names that are no file here by the installed config of that name."""
-    found = list(arguments)
-    for position, argument in enumerate(found):
+    """Replace each config name by the path of the installed config, unless a file here has it.
+
+    Raises:
+        FileNotFoundError: if a name is neither a file here nor an installed config.
+    """
+    paths = list(arguments)
+    for position, argument in enumerate(paths):
         option, separator, value = argument.partition("=")
         if option in ("--config", "-c") and separator:
-            found[position] = f"{option}={_installed(value)}"
-        elif position and found[position - 1] in ("--config", "-c"):
-            found[position] = _installed(argument)
-    return found
+            paths[position] = f"{option}={_config_path(value)}"
+        elif position and paths[position - 1] in ("--config", "-c"):
+            paths[position] = _config_path(argument)
+    return paths
 
 
-def _installed(name: str) -> str:
-    candidate = files("prunelight.configs") / name
-    return str(candidate) if not Path(name).exists() and candidate.is_file() else name
+def _config_path(name: str) -> str:
+    if Path(name).exists() or set(name) & set(":{[\n"):  # or the text of a config
+        return name
+    root = Path(str(files("prunelight.configs")))
+    installed = {path.name: path for path in sorted(root.rglob("*.yaml"))}
+    path = installed.get(name, root / name)  # papers/dlp_wanda_70.yaml too
+    if path.is_file():
+        return str(path)
+    near = get_close_matches(Path(name).name, installed) or installed
+    raise FileNotFoundError(
+        f"config {name!r} is neither a file here nor installed; installed are: {', '.join(near)}"
+    )
 
 
 def our_error(error: BaseException | None) -> BaseException | None:

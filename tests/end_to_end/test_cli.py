@@ -27,7 +27,7 @@ from prunelight.models.families.layers import matrices
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
 
-CONFIGS = sorted(Path(str(files("prunelight.configs"))).glob("*.yaml"))
+CONFIGS = sorted(Path(str(files("prunelight.configs"))).rglob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -361,14 +361,43 @@ def test_the_console_script_prints_the_whole_config_with_the_linked_tokenizer(ar
     assert config["trainer"]["callbacks"][0]["class_path"] == "prunelight.callbacks.ShortGPT"
 
 
-def test_an_installed_config_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_an_installed_config_is_found_by_its_name_from_anywhere(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for given in (["--config", "quickstart.yaml"], ["--config=quickstart.yaml"]):
-        found = find_configs(["fit", *given])[-1].removeprefix("--config=")
-        assert Path(found).is_file()
-    (tmp_path / "quickstart.yaml").write_text("model: {}\n")
-    assert find_configs(["fit", "-c", "quickstart.yaml"])[-1] == "quickstart.yaml"
-    assert find_configs(["fit", "-c", "absent.yaml"])[-1] == "absent.yaml"
+    for name in (config.name, f"{config.parent.name}/{config.name}"):
+        assert find_configs(["fit", "--config", name])[-1] == str(config)
+        assert find_configs(["fit", f"--config={name}"])[-1] == f"--config={config}"
+    (tmp_path / config.name).write_text("model: {}\n")
+    assert find_configs(["fit", "-c", config.name])[-1] == config.name, "a file here comes first"
+
+
+def test_two_configs_have_no_name_in_common():
+    assert len(CONFIGS) == len({config.name for config in CONFIGS}) > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("quikstart.yaml", ": quickstart.yaml"),
+        ("quickstart", ": quickstart.yaml"),
+        ("papers/dlp_wanda_50.yaml", ": dlp_wanda_70.yaml, wanda_50.yaml"),
+        ("/nowhere/else.json", "shortgpt_paper.yaml"),
+    ],
+)
+def test_an_unknown_config_is_one_line_with_names_that_are_near(capsys, name, near):
+    message = fails(capsys, "fit", "--config", name)
+    assert f"config {name!r} is neither a file here nor installed" in message
+    assert near in message
+
+
+def test_a_config_that_gives_a_figure_says_which_model_the_alias_is():
+    sentence = (
+        "# smollm2-135m is SmolLM2-135M-Instruct, read from a 4-bit GGUF (Q4_1) and de-quantized"
+    )
+    texts = [config.read_text(encoding="utf-8") for config in CONFIGS]
+    figures = [text.count("Measured") for text in texts]
+    assert [text.count(sentence) for text in texts] == figures
+    assert set(figures) == {0, 1}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""The picture of a plan, its panels above each other over the same decoder layers.
+"""The picture of a plan: panels above each other, over the same decoder layers.
 
-The panels: the scores that decided; for sparsity also the share of zeros of each layer, of each
-projection, and what the zeros changed; for slicing the widths, and the variance that they explain.
-It needs neither torch nor lightning, and matplotlib only once something is drawn.
+One panel shows the scores that decided. Sparsity adds the share of zeros of each layer and of each
+projection, and the reconstruction error. Slicing adds the widths and the variance that they
+explain. This module needs neither torch nor lightning, and matplotlib only for drawing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    Drawing = tuple[float, Callable[[Axes], None]]  # height in inches, what draws into a panel
+    Drawing = tuple[float, Callable[[Axes], None]]  # height in inches, function that draws a panel
 
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -43,9 +43,9 @@ _LABELS = {
 def plot_layers(plan: PlanFacts, outcome: Json | None = None) -> Figure:
     """Draw the scores of a plan over the decoder layers, its zeros and its widths.
 
-    Each list of scores of layers has a panel (the angular distance has one entry a window, at the
-    window's first layer), those of projections share one. The scale is logarithmic if all are
-    positive and span more than a factor of 20. Removed layers are shaded.
+    Each list of scores of layers has a panel of its own; lists of projections share one. The
+    angular distance has one entry a window, at the window's first layer. A scale is logarithmic if
+    all values are positive and span more than a factor of 20. Removed layers are shaded.
 
     Args:
         plan: what decided.
@@ -83,7 +83,7 @@ def plot_layers(plan: PlanFacts, outcome: Json | None = None) -> Figure:
 
 
 def draw_panels(drawings: Sequence[Drawing], title: str, width: float) -> Figure:
-    """Draw panels above each other over the same layers; `width` is that of the figure, inches."""
+    """Draw panels above each other over the same layers; `width` of the figure in inches."""
     from matplotlib.figure import Figure  # the object API: no pyplot, no global state
 
     heights = [height for height, _ in drawings]
@@ -137,7 +137,7 @@ def _width_drawings(
     widths: dict[str, list[int]], explained: dict[str, list[float]], hidden: int
 ) -> list[Drawing]:
     def draw_widths(axes: Axes) -> None:
-        """Two bars a layer, before its attention and its MLP."""
+        """Draw two bars a layer: the widths before its attention and before its MLP."""
         for (name, row), color, side in zip(
             widths.items(), (GREEN, ORANGE), (-0.2, 0.2), strict=True
         ):
@@ -160,13 +160,14 @@ def _width_drawings(
 def draw_bars(
     axes: Axes, *, values: list[float], label: str, color: str, shaded: Iterable[int] = ()
 ) -> None:
-    """Draw one bar a layer, on a log scale where the values want one; shade some layers."""
+    """Draw one bar a layer, on a log scale if `_is_wide`; shade some layers."""
     _shade(axes, shaded)
-    drawn = [x if math.isfinite(x) else math.nan for x in values]  # inf breaks axes
-    axes.bar(range(len(values)), drawn, color=color)
+    heights = [x if math.isfinite(x) else math.nan for x in values]  # inf breaks axes
+    axes.bar(range(len(values)), heights, color=color)
     if _is_wide(values):
         axes.set_yscale("log")
-        axes.set_ylim(bottom=min(x for x in values if math.isfinite(x)) / 2)  # the shortest is seen
+        lowest = min(x for x in values if math.isfinite(x))
+        axes.set_ylim(bottom=lowest / 2)  # or the shortest bar would have no height
         label += " (log scale)"
     axes.set_ylabel(label)
 
@@ -177,13 +178,13 @@ def _shade(axes: Axes, layers: Iterable[int]) -> None:
 
 
 def _rows_drawing(rows: dict[str, list[float]], label: str, margin: float = 0) -> Drawing:
-    """A heat map, one row a projection; `margin` widens the range of its colours."""
+    """Return a heat map with one row a projection; `margin` widens the range of its colours."""
 
     def draw(axes: Axes) -> None:
-        every = [x for row in rows.values() for x in row if math.isfinite(x)]
-        norm = "log" if not margin and _is_wide(every) else None
+        values = [x for row in rows.values() for x in row if math.isfinite(x)]
+        norm = "log" if not margin and _is_wide(values) else None
         image = axes.imshow(list(rows.values()), aspect="auto", interpolation="nearest", norm=norm)
-        image.set_clim(min(every) - margin, max(every) + margin)
+        image.set_clim(min(values) - margin, max(values) + margin)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
         axes.tick_params(axis="y", length=0)
         axes.spines[:].set_visible(False)
@@ -193,6 +194,6 @@ def _rows_drawing(rows: dict[str, list[float]], label: str, margin: float = 0) -
 
 
 def _is_wide(values: list[float]) -> bool:
-    """Return whether values want a log scale: all positive, and they differ enough."""
+    """Return whether values need a log scale: all are positive, and span more than 20 to 1."""
     finite = [value for value in values if math.isfinite(value)]
     return bool(finite) and min(finite) > 0 and max(finite) > 20 * min(finite)

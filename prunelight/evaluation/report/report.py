@@ -1,10 +1,9 @@
 """Turns the record of one run into report.json, report.md, pictures and a console table.
 
-What is reported is what travels between machines: changes against the dense model, time in units
-of F (one forward of the calibration set through the dense model), memory in units of the
-checkpoint and of one decoder layer. Measuring is not done here (see stages.py), nor drawing
-(layer_plots.py): this module needs neither torch nor lightning and can render a report.json that
-another machine wrote.
+The report gives what travels between machines: changes against the dense model, time in F (one
+forward of the calibration set through the dense model), memory in checkpoints and in decoder
+layers. Other files measure (evaluation/stages.py) and draw (layer_plots.py). This module needs
+neither torch nor lightning, so it renders a report.json on any machine.
 """
 
 from __future__ import annotations
@@ -45,11 +44,14 @@ def summary_table(record: RunRecord) -> Table:
 
 
 def write_report(directory: Path, record: RunRecord) -> list[Path]:
-    """Write report.json, layers.png (layers-2.png, ...) and report.md; returns their paths.
+    """Write report.json, layers.png (layers-2.png, ...) and report.md; return their paths.
 
-    Each file appears by a rename. The record is safe before anything is drawn, and report.md comes
-    last, so it never names a picture that is not there. Paths in `record.verification` are
-    relative to `directory`, which is created if needed.
+    Each file appears by a rename. report.json comes first, so the record is safe before anything is
+    drawn. report.md comes last, so every picture that it names is there.
+
+    Args:
+        directory: is created if needed; paths in `record.verification` are relative to it.
+        record: of the run.
     """
     directory.mkdir(parents=True, exist_ok=True)
     names, sections, outcomes = ["report.json"], [], iter(record.outcomes)
@@ -93,7 +95,7 @@ def _plan_section(plan: PlanFacts, outcomes: list[Json]) -> list[str]:
             parts += _slice_section(plan, step, outcome)
         else:
             parts.append(f"Step `{step.kind}`:\n{bullets(step.facts)}")
-    # Settings within settings are told with their step.
+    # Settings within settings stand with their step.
     arguments = {k: v for k, v in plan.arguments.items() if not isinstance(v, dict)}
     calibration = {f"calibration {k}": v for k, v in plan.calibration.items()}
     parts.append(f"Decided with:\n{bullets({**arguments, **calibration})}")
@@ -240,7 +242,7 @@ def _decimal(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:.4g}"
 
 
-# Label, field of Stage, how a number is shown. Shares of zeros: once something is sparsified.
+# Label, field of Stage, how a number is shown. Shares of zeros are shown if a plan sparsifies.
 _FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("layers", "num_layers", str),
     ("parameters", "parameters", _count),
