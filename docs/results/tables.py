@@ -127,14 +127,18 @@ def main() -> int:
     """Write or check all tables; return the exit status."""
     parser = argparse.ArgumentParser(description="Write the tables of README and docs.")
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--record", nargs=2, metavar=("REPORT", "NAME"), help="take a run's figures")
+    parser.add_argument(
+        "--record", nargs=2, metavar=("REPORT", "NAME"), help="take a run's figures"
+    )
     options = parser.parse_args()
     if options.record:
         record(Path(options.record[0]), options.record[1])
-    stale = [page for page in pages() if written(page.read_text("utf-8")) != page.read_text("utf-8")]
+    stale = [
+        page for page in pages() if written(page.read_text("utf-8")) != page.read_text("utf-8")
+    ]
     for page in stale:
         if options.check:
-            print(f"{page.relative_to(ROOT)}: its tables are not those of the JSON files")
+            sys.stderr.write(f"{page.relative_to(ROOT)}: a table is not what its JSON file gives\n")
         else:
             page.write_text(written(page.read_text("utf-8")), encoding="utf-8")
     return 1 if options.check and stale else 0
