@@ -22,7 +22,7 @@ def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 def device_with_room(model: PreTrainedModel, device: torch.device) -> torch.device:
     """Return `device` if it has memory for the model, else the model's present device."""
-    if device.type == "cuda" and free_memory(device) < 1.2 * parameter_bytes(model):
+    if device.type == "cuda" and 1.2 * parameter_bytes(model) > free_memory(device):
         log.warning("the model does not fit on %s; it runs on the CPU instead", device)
         return model.device
     return device

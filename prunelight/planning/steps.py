@@ -7,10 +7,12 @@ equal decisions are equal plans.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from prunelight.runtime.arguments import check_choice
 
@@ -23,17 +25,28 @@ SLICE_OPTIONS = {
 }
 
 
+class PlanLike(Protocol):
+    """What a step reads of its plan to tell how much it prunes."""
+
+    model: dict[str, Any]
+    arguments: dict[str, Any]
+    found: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Step:
     """One thing that a plan does to a model; each kind of step is a subclass.
 
-    Layers are counted as in the dense model.
+    Layers are counted as in the dense model. A step says here all that plans, `apply` and reports
+    ask of it; what a kind does not override holds for it.
 
     Attributes:
         kind: name of the step in JSON.
+        has_outcome: carrying the step out tells something, which a run records.
     """
 
     kind: ClassVar[str]
+    has_outcome: ClassVar[bool] = False
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -46,9 +59,29 @@ class Step:
         return ()
 
     @property
+    def merged_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Return the windows of layers that become one layer each, the highest of them."""
+        return ()
+
+    @property
     def dropped_sublayers(self) -> dict[str, tuple[int, ...]]:
         """Return the layers that lose a part: {"attention" or "mlp": layers}."""
         return {}
+
+    @property
+    def leaves_own_class(self) -> bool:
+        """Return whether the model becomes one of a class that transformers does not have."""
+        return False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what a report lists of the step: its fields that are not empty."""
+        fields = json.loads(json.dumps(asdict(self)))  # lists where there are tuples
+        return {name: value for name, value in fields.items() if value != []}
+
+    def nominal(self, plan: PlanLike) -> list[str]:
+        """Return the ratios of the step in its own terms, beside layers removed or dropped."""
+        return []
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if the step is impossible for a model of this many decoder layers."""
@@ -95,6 +128,7 @@ class Sparsify(Step):
     """
 
     kind: ClassVar[str] = "sparsify"
+    has_outcome: ClassVar[bool] = True
     sparsity: dict[str, float]
     solver: str
     pattern: str | None = None
@@ -103,6 +137,26 @@ class Sparsify(Step):
     def __post_init__(self) -> None:
         if not (isinstance(self.sparsity, dict) and isinstance(self.options, dict)):
             raise ValueError("sparsity and options must be objects, {name: value}")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return the solver and the number of matrices; the share of each is too much to list."""
+        return {"solver": self.solver, "matrices": len(self.sparsity)}
+
+    def nominal(self, plan: PlanLike) -> list[str]:
+        """Return the share of zeros and the pattern."""
+        mixed = " on average" if len(set(self.sparsity.values())) > 1 else ""
+        pattern = f" ({self.pattern} pattern{mixed})" if self.pattern else ""
+        share = self.planned_share(plan)
+        return [f"{100 * share:.2f} % of the weights of decoder linears{pattern}"]
+
+    def planned_share(self, plan: PlanLike) -> float:
+        """Return the share of zeros that the step aims at in all decoder linears together."""
+        if self.pattern:
+            kept, _, group = self.pattern.partition(":")
+            return 1 - int(kept) / int(group)
+        asked: float | None = plan.arguments.get("sparsity")
+        return _mean(self.sparsity.values()) if asked is None else asked
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if a share is not in [0, 1); see `sparsify.check_step` for the rest."""
@@ -130,6 +184,11 @@ class MergeLayers(Step):
     def removed(self) -> tuple[int, ...]:
         """Return the layers that are gone after the step: all but the highest of each window."""
         return tuple(sorted(i for group in self.groups for i in group[:-1]))
+
+    @property
+    def merged_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Return the windows."""
+        return self.groups
 
     @property
     def named(self) -> tuple[int, ...]:
@@ -170,6 +229,11 @@ class DropSublayers(Step):
         """Return the layers that lose their attention, and those that lose their MLP."""
         return {"attention": self.attention, "mlp": self.mlp}
 
+    @property
+    def leaves_own_class(self) -> bool:
+        """Return True: stock classes have both parts in every layer."""
+        return True
+
     def __post_init__(self) -> None:
         for name in ("attention", "mlp"):
             object.__setattr__(self, name, _sorted_indices(name, getattr(self, name)))
@@ -209,6 +273,24 @@ class PruneWidth(Step):
             found = {str(int(key)): _sorted_indices(name, value) for key, value in kept.items()}
             object.__setattr__(self, name, dict(sorted(found.items(), key=lambda x: int(x[0]))))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return the correction; the indices that are kept are too many to list."""
+        return {"correction": self.correction}
+
+    def nominal(self, plan: PlanLike) -> list[str]:
+        """Return how many groups and neurons are kept, of how many."""
+        ratios = []
+        for kept, text, config_field in (
+            (self.heads, "key-value groups", "num_key_value_heads"),
+            (self.neurons, "neurons", "intermediate_size"),
+        ):
+            if kept:
+                before = plan.found.get(f"{config_field}_before", "all")
+                count = len(next(iter(kept.values())))
+                ratios.append(f"{count} of {before} {text} kept in every layer")
+        return ratios
+
     def check(self, num_layers: int) -> None:
         """Raise ValueError if layers keep different numbers, or none; see `width.check_width`."""
         if not self.named:
@@ -240,11 +322,39 @@ class SliceHidden(Step):
     """
 
     kind: ClassVar[str] = "slice_hidden"
+    has_outcome: ClassVar[bool] = True
     residual_dims: tuple[int, ...]
     signal: str = "residual"
     orientation: str = "pca"
     rotation: str = "per_layer"
     seed: int = 0
+
+    @property
+    def leaves_own_class(self) -> bool:
+        """Return whether rotations differ, which shortcuts of a sliced class make up for."""
+        return self.rotation == "per_layer"
+
+    def nominal(self, plan: PlanLike) -> list[str]:
+        """Return the share of the hidden width that is sliced, and its range."""
+        hidden = plan.model["hidden_size"]
+        widths = [self.residual_dims[site] for site in self.sliced_sites(hidden)]
+        how = f" (widths {min(widths)} to {max(widths)})" if len(set(widths)) > 1 else ""
+        how += " (one rotation)" if self.rotation == "shared" else ""
+        return [f"{100 * self.share_removed(hidden):.2f} % of the hidden width sliced{how}"]
+
+    def sliced_sites(self, hidden_size: int) -> range:
+        """Return the sites before attentions and MLPs, less that of embeddings left whole."""
+        first, *others, _ = self.residual_dims
+        whole = first == hidden_size and min(others) < hidden_size
+        return range(int(whole), 1 + len(others))
+
+    def share_removed(self, hidden_size: int) -> float:
+        """Return the share of the hidden width that is removed, mean over the MLPs.
+
+        At attentions the share is the same, but for the first one where the embeddings are left
+        whole.
+        """
+        return 1 - _mean(self.residual_dims[1::2]) / hidden_size
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError for other than 2 L + 1 widths, or options; see `slicing.check_slice`."""
@@ -265,6 +375,10 @@ STEPS: dict[str, type[Step]] = {
     step.kind: step
     for step in (RemoveLayers, MergeLayers, DropSublayers, PruneWidth, SliceHidden, Sparsify)
 }
+
+
+def _mean(values: Collection[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def _sorted_indices(name: str, indices: Iterable[Any]) -> tuple[int, ...]:

@@ -1,10 +1,13 @@
 """torch.compile layer by layer: one graph serves all decoder layers of the same shape.
 
-Compiled in place, so names in the state dict and hooks of Lightning stay as they are. What differs
-between layers, and training from evaluation, compiles again: the limit of torch is for one function
-and would leave layers of many widths uncompiled, so it grows with their number. The backends eager
-and aot_eager gave the bits of the uncompiled model, also after steps of Adam; others may add up in
-another order, and Adam makes such rounding as large as a step where gradients are near zero.
+Layers are compiled in place, so that names in the state dict and Lightning's hooks stay the same.
+Layers of another width, and evaluation beside training, need graphs of their own. torch limits the
+graphs of one function; this file raises that limit with the number of layers. The backends eager
+and aot_eager gave the same bits as the uncompiled model, also after steps of Adam. Other backends
+may sum in another order. Where gradients are near zero, Adam turns such rounding into whole steps.
+
+Private names of torch used here: `torch._dynamo.config` and `Module._compiled_call_impl`. Tested
+with torch 2.13; tests/recovery/test_private_apis.py checks that these names exist.
 """
 
 from __future__ import annotations
@@ -14,18 +17,19 @@ from transformers import PreTrainedModel
 
 from prunelight.models.families.layers import decoder_layers
 
-_GRAPHS = 8  # torch's own limit: training, evaluation, fixed and dynamic shapes, ...
+_GRAPHS = 8  # per layer, as torch allows a function: training, evaluation, dynamic shapes, ...
 
 
 def check_backend(backend: str | None, *, watched: bool = False) -> None:
     """Check that torch.compile knows a backend.
 
     Args:
-        backend: its name; None passes.
-        watched: hooks will look at the layers during training; compiled ones ignore them.
+        backend: name of the backend; None passes.
+        watched: hooks will read the layers' outputs during training, which compiled layers prevent.
 
     Raises:
-        ValueError: if not, naming those for users; or if the layers are watched.
+        ValueError: if torch does not know the backend, naming the backends meant for users; or if
+            the layers are watched.
     """
     if backend is not None and watched:
         raise ValueError(
@@ -40,7 +44,7 @@ def check_backend(backend: str | None, *, watched: bool = False) -> None:
 
 
 def compile_layers(model: PreTrainedModel, backend: str) -> None:
-    """Compile every decoder layer at its first forward, in place; later hooks have no effect."""
+    """Compile each decoder layer at its first forward, in place; later hooks have no effect."""
     layers, config = decoder_layers(model), torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _GRAPHS * len(layers))
     config.accumulated_recompile_limit = max(

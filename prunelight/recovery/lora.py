@@ -1,8 +1,8 @@
-"""Making a pruned model trainable again: LoRA by peft, or all weights.
+"""Make a pruned model trainable again: LoRA by peft, or all weights.
 
-LoRA (arXiv:2106.09685) adapts all attention and MLP projections, with the settings that the depth
-pruning papers recover with (r 8, alpha 16, dropout 0.05). Adapters are float32 over a base of any
-dtype, as peft does it: a learning rate of 1e-4 is lost in bfloat16 weights.
+LoRA (arXiv:2106.09685) adapts all attention and MLP projections. Its defaults are those of the
+depth pruning papers (r 8, alpha 16, dropout 0.05). As in peft, adapters are float32 over a base of
+any dtype: bfloat16 weights would round the updates of a learning rate of 1e-4 away.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LoRA:
         r: rank of the adapters.
         alpha: the update is scaled by alpha / r.
         dropout: probability of dropout before an adapter, in [0, 1).
-        targets: names of modules to adapt; None takes all projections of the family.
+        targets: names of the modules to adapt; None takes all projections of the family.
 
     Raises:
         ValueError: if a value is out of range.
@@ -55,23 +55,26 @@ class LoRA:
 def make_trainable(
     model: PreTrainedModel, recovery: str, settings: LoRA
 ) -> PreTrainedModel | PeftModel:
-    """Prepare a model for its recovery, in place; returns peft's wrapper for "lora".
+    """Prepare a model for its recovery "none", "lora" or "full", in place.
+
+    Returns:
+        The model itself, or peft's wrapper of the model for "lora".
 
     Raises:
         ValueError: if no module has one of LoRA's target names.
     """
-    adapted: PreTrainedModel | PeftModel = model
+    trainable: PreTrainedModel | PeftModel = model
     if recovery == "lora":
-        adapted = attach_lora(model, settings)
+        trainable = attach_lora(model, settings)
     else:
         (train_all if recovery == "full" else freeze)(model)
     log.info(
         "%s recovery: %.2fM of %.1fM parameters are trained",
         recovery,
-        parameter_count(adapted, trainable=True) / 1e6,
-        parameter_count(adapted) / 1e6,
+        parameter_count(trainable, trainable=True) / 1e6,
+        parameter_count(trainable) / 1e6,
     )
-    return adapted
+    return trainable
 
 
 def attach_lora(model: PreTrainedModel, settings: LoRA) -> PeftModel:
@@ -105,14 +108,14 @@ def attach_lora(model: PreTrainedModel, settings: LoRA) -> PeftModel:
 
 
 def check_targets(model: PreTrainedModel, settings: LoRA) -> None:
-    """Check, without attaching anything, that every target names a module.
+    """Check that every LoRA target names a module; attaches nothing.
 
     Raises:
-        ValueError: for a target that is the name of no module.
+        ValueError: naming the targets that fit no module.
     """
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     paths = {name for name, _ in model.named_modules()}
-    missing = [t for t in settings.targets or [] if t not in names | paths]
+    missing = [target for target in settings.targets or [] if target not in names | paths]
     if missing:
         raise ValueError(
             f"lora.targets={missing} fit no module of {model.config.model_type}; its projections "

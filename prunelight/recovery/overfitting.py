@@ -1,10 +1,10 @@
 """Whether a recovery is likely to overfit, and whether it did.
 
-A model that has room for its whole training text learns it by heart: GPT-style models hold about
-3.6 bits a parameter (Morris et al., arXiv:2505.24832), text has about as many a token. So full
-training on fewer tokens than parameters, more than once, is warned of before it starts; and so is
-any text read more than four times, from where repeating it no longer helps like new text
-(Muennighoff et al., arXiv:2305.16264). Afterwards validation tells.
+GPT-style models store about 3.6 bits per parameter (Morris et al., arXiv:2505.24832), and a token
+of text holds about as many. So a model with more parameters than training tokens can learn its text
+by heart. `overfit_risk` warns of full training that reads so little text more than once. It also
+warns of text read more than four times: up to there repetition helps about as much as new text
+(Muennighoff et al., arXiv:2305.16264). `overfitting` judges by the validations of a training.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ METRIC = "val/perplexity"
 
 _MAX_EPOCHS = 4.0  # arXiv:2305.16264
 
-_RISES = 3  # evaluations in a row that a passing bump does not give
+_RISES = 3  # so many rises of perplexity in a row are more than a passing bump
 
 
 @dataclass(frozen=True)
 class TrainingText:
-    """The text of a training: its tokens, those of a full optimizer step, and steps of an epoch."""
+    """Size of a training text.
+
+    Attributes:
+        tokens: tokens of an epoch.
+        tokens_per_step: tokens of a full optimizer step, for examples of the mean length.
+        steps: optimizer steps of an epoch; the last step may be smaller.
+    """
 
     tokens: int
-    tokens_per_step: float  # of examples of the mean length
-    steps: int  # the last of them may be small
+    tokens_per_step: float
+    steps: int
 
     @classmethod
     def of(cls, data: Any, batches_per_step: int) -> TrainingText | None:
-        """Return that of a data module; None if it is no TextDataModule.
+        """Return the size of a data module's training text; None if it is no TextDataModule.
 
         Args:
-            data: of the Trainer.
+            data: data module of the Trainer.
             batches_per_step: batches of an optimizer step, over all processes.
         """
         if not hasattr(data, "examples"):
@@ -46,23 +52,23 @@ class TrainingText:
         return cls(tokens, tokens * rows / len(examples), steps)
 
     def epochs(self, steps: float) -> float:
-        """Return how often the text is read in that many optimizer steps."""
+        """Return how often the text is read in `steps` optimizer steps."""
         return steps / self.steps
 
     def steps_for(self, tokens: int) -> int:
-        """Return the fewest optimizer steps that train on so many tokens."""
+        """Return the smallest number of optimizer steps that trains on at least `tokens` tokens."""
         epochs, rest = divmod(tokens, self.tokens)
         return epochs * self.steps + min(math.ceil(rest / self.tokens_per_step), self.steps)
 
 
 def overfit_risk(recovery: str, text: TrainingText, steps: float, parameters: int) -> str | None:
-    """Return why a training is likely to overfit, None if nothing speaks for it.
+    """Return why a training is likely to overfit, as a warning; None if nothing suggests it.
 
     Args:
-        recovery: lora or full; adapters hold too little to be told by their number.
-        text: that is trained on.
-        steps: optimizer steps that are planned.
-        parameters: that are trained.
+        recovery: "lora" or "full"; adapters store too little for a comparison with the tokens.
+        text: size of the training text.
+        steps: planned number of optimizer steps.
+        parameters: number of trained parameters.
     """
     epochs, tokens = text.epochs(steps), text.tokens
     if recovery == "full" and epochs > 1 and tokens < parameters:
@@ -89,10 +95,10 @@ class ValidationPoint:
 
 
 def overfitting(history: list[ValidationPoint]) -> str | None:
-    """Return that validation became worse while training improved; None if it did not.
+    """Return a warning if validation became worse while training improved; else None.
 
-    It did if the last three validations each were worse than the one before, and the training loss
-    ended below that before the best of them.
+    Validation became worse if perplexity rose in each of the last three validations. Training
+    improved if its loss fell over the same validations.
     """
     last = history[-_RISES - 1 :]
     rises = len(last) > _RISES and all(a.perplexity < b.perplexity for a, b in pairwise(last))

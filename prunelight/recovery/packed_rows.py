@@ -1,8 +1,8 @@
-"""Whether a model keeps the documents of a packed row apart, and how it is called with one.
+"""Whether a model keeps the documents of a packed row apart, and how it is called with such a row.
 
-From positions that start over transformers makes a block-diagonal mask, with windows of sliding
-attention too, and variable-length flash attention. Which models really do so is probed, not listed.
-Deliberately not done: masks of our own for families whose code leaves positions out of the mask.
+Where position ids start over, transformers builds a block-diagonal mask (also for sliding windows),
+or calls variable-length flash attention. Whether a model does so is probed, not listed.
+Deliberately not done: masks of our own for families that ignore position ids in the mask.
 """
 
 # T tokens
@@ -22,14 +22,14 @@ from prunelight.models.forward import evaluating
 
 _PROBE = (5, 3)  # tokens of the two documents in the probe
 
-_LEAK = 0.1  # far above what rounding gives in bfloat16, and far below a leak
+_LEAK = 0.1  # far above rounding in bfloat16, and far below documents that see each other
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return what a model is called with for a training batch, packed or not.
+    """Return the arguments of a model's forward for a training batch, packed or not.
 
-    With positions there is no mask: a mask would take their place in telling documents apart.
-    Without padding there is none either, which lets attention take its causal fast path.
+    With position ids there is no mask: a mask would override the document boundaries that they set.
+    Without padding there is no mask either, so that attention takes its causal fast path.
     """
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
     if "position_ids" in batch:
@@ -39,24 +39,24 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def check_packed(model: PreTrainedModel, data: Any) -> None:
-    """Check a model against a data module if its rows hold several documents; see `check_packing`.
+    """Run `check_packing` if the rows of a data module hold several documents.
 
     Raises:
-        ValueError: if the model does not keep them apart.
+        ValueError: if the model does not keep the documents apart.
     """
     if getattr(data, "packing", "stream") == "documents":
         check_packing(model, data.batch_size)
 
 
 def check_packing(model: PreTrainedModel, batch_size: int) -> None:
-    """Check, by a few tokens, that the model keeps packed documents apart.
+    """Check on a few tokens that the model keeps packed documents apart.
 
     Args:
-        model: as it will be trained.
-        batch_size: rows of a batch: flash attention keeps documents apart only in a single row.
+        model: the model as it will be trained.
+        batch_size: rows of a batch; flash attention keeps documents apart only in a single row.
 
     Raises:
-        ValueError: if a document's logits are not those that it gets alone.
+        ValueError: if the logits of a document change when another document shares its row.
     """
     attention = str(getattr(model.config, "_attn_implementation", None))
     flash = "flash" in attention
@@ -65,7 +65,9 @@ def check_packing(model: PreTrainedModel, batch_size: int) -> None:
             f"packing='documents' with {attention} needs batch_size=1, not {batch_size}: only in a "
             "single row it keeps documents apart; accumulate gradients, or set packing=stream"
         )
-    if flash and model.device.type == "cpu":  # cannot run before it has moved
+    if (
+        flash and model.device.type == "cpu"
+    ):  # flash attention needs the GPU that the model moves to later
         return
     leak = cross_document_attention(model)
     if not leak <= _LEAK:  # NaN too
@@ -77,10 +79,10 @@ def check_packing(model: PreTrainedModel, batch_size: int) -> None:
 
 
 def cross_document_attention(model: PreTrainedModel) -> float:
-    """Return how much packed documents see of each other: 0 nothing, 1 as if they were one.
+    """Return how much packed documents see of each other: 0 for nothing, 1 as if they were one.
 
-    It is the mean difference of their logits from those that they get alone, relative to that of
-    rows without positions. Models without `position_ids` have 1.
+    The value is the mean difference between logits of packed and of single documents, divided by
+    the same difference without position ids. Models without `position_ids` have 1.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return 1.0
@@ -88,6 +90,6 @@ def cross_document_attention(model: PreTrainedModel) -> float:
     positions = torch.cat([torch.arange(n, device=model.device) for n in _PROBE])[None]
     with evaluating(model):
         alone = torch.cat([model(part).logits for part in ids.split(_PROBE, dim=1)], dim=1)
-        packed, mixed = model(ids, position_ids=positions).logits, model(ids).logits
-    errors = [(logits.float() - alone.float()).abs().mean() for logits in (packed, mixed)]
+        packed, joined = model(ids, position_ids=positions).logits, model(ids).logits
+    errors = [(logits.float() - alone.float()).abs().mean() for logits in (packed, joined)]
     return float(errors[0] / errors[1])

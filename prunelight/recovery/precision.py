@@ -1,24 +1,25 @@
 """What a Trainer's precision does to the weights of a recovery.
 
-bf16-true and 16-true cast the base, bf16-mixed and 16-mixed only what is computed. Adapters are
-float32 in all of them. What a combination of dtype, precision and recovery loses is told before it
-trains: a learning rate of 1e-4 vanishes in bfloat16 weights, small gradients do in float16.
+bf16-true and 16-true cast the base; bf16-mixed and 16-mixed cast only the computation. Adapters are
+float32 with every precision. Before the training, `precision_faults` names what a combination of
+dtype, precision and recovery loses. Updates of a learning rate of 1e-4 vanish in bfloat16 weights,
+and small gradients become zero in float16.
 """
 
 from __future__ import annotations
 
 import torch
 
-_TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # cast every weight
+_TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # these cast every weight
 
 
 def precision_faults(dtype: torch.dtype, precision: str, recovery: str) -> list[str]:
-    """Return what a combination loses, one line each; most combinations lose nothing.
+    """Return a warning for each thing that a combination loses; most combinations lose nothing.
 
     Args:
-        dtype: of the model's weights.
-        precision: of the Trainer.
-        recovery: lora or full; none trains nothing, and loses nothing by it.
+        dtype: dtype of the model's weights.
+        precision: precision of the Trainer.
+        recovery: "lora", "full" or "none", which trains nothing.
 
     Raises:
         ValueError: for a combination that cannot be trained.

@@ -1,7 +1,7 @@
-"""A pruned model made ready for its recovery, and the plain model that comes out of it.
+"""A pruned model made ready for its recovery, and the plain model that comes out of the recovery.
 
-Between the two lie what training adds: adapters, masks, gradient checkpointing, and RWKV's scale,
-which must not move meanwhile. All of it works in place and is taken off again by `merged`.
+`PreparedModel` adds in place what training needs: adapters, masks, gradient checkpointing. It also
+holds RWKV's weight scale fixed meanwhile. `merged` takes all of these off again.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from prunelight.recovery.zeros.planned_zeros import PlannedZeros
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """How a model is recovered; see `RecoveryModule` for what each means."""
+    """How a model is recovered; `RecoveryModule` documents each argument."""
 
     recovery: str = "lora"
     lora: LoRA = LoRA()  # noqa: RUF009 (frozen)
     keep_zeros: bool = True
     gradient_checkpointing: bool = False
-    growing: bool = False  # zeros are added while the model trains
+    gradual: bool = False  # zeros are added while the model trains
     quantization: str = "none"
     bitsandbytes: BitsAndBytes = BitsAndBytes()  # noqa: RUF009 (frozen)
     compile_backend: str | None = None
-    seed: int = 0  # of the adapters' first weights
+    seed: int = 0  # for the initial weights of the adapters
 
     @property
     def base_precision(self) -> str:
-        """Return how the base is quantized, in words; "none" if it is not."""
+        """Return how the base is quantized, in words; "none" for a base in full precision."""
         return describe_kind(self.quantization, self.bitsandbytes)
 
 
@@ -51,24 +51,24 @@ class PreparedModel:
     """A model in training; `model` is the module to train, in train mode.
 
     Attributes:
-        model: the model itself, or peft's wrapper of it.
-        fingerprint: of the weights before.
-        config: the model's config before, as JSON values.
-        zeros: that plans put into the weights.
-        in_training: until `merged` is called.
-        sharded: over ranks.
+        model: the model itself, or peft's wrapper of the model.
+        fingerprint: of the weights before the recovery.
+        config: the model's config before the recovery, as JSON values.
+        zeros: the zeros that plans put into the weights.
+        in_training: True until `merged` is called.
+        sharded: True once the weights are sharded over processes.
 
     Args:
-        model: adapted in place.
-        plans: that led to it, in order.
-        settings: of the recovery.
-        see_quantized: called with a model in 4 or 8 bits before it gets adapters.
-        device: where to a model that is quantized goes; None: where it is.
+        model: the pruned model; changed in place.
+        plans: plans that led to the model, in order.
+        settings: settings of the recovery.
+        on_quantized: called with the model in 4 or 8 bits, before adapters are attached.
+        device: device that a quantized model moves to; None leaves the weights where they are.
 
     Raises:
-        TypeError: if the model is quantized already, and shall be.
+        TypeError: if the settings quantize a model that is quantized already.
         ValueError: if widths do not suit 4 bits, LoRA's targets fit no module, or the plans name
-            matrices that are not there.
+            matrices that the model does not have.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class PreparedModel:
         model: PreTrainedModel,
         plans: Sequence[Plan],
         settings: RecoverySettings,
-        see_quantized: Callable[[PreTrainedModel], None] | None = None,
+        on_quantized: Callable[[PreTrainedModel], None] | None = None,
         device: torch.device | None = None,
     ) -> None:
         restore_rwkv_scale(model)
         self.settings, self.in_training, self.sharded = settings, True, False
         self.fingerprint = model_fingerprint(model)
         self.config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
-        # RWKV halves its weights in eval mode: not while they are trained and checkpointed.
+        # RWKV halves its weights in eval mode. Trained and checkpointed weights must not change so.
         if hasattr(model.config, "rescale_every"):
             model.config.rescale_every = 0
         if settings.gradient_checkpointing:
@@ -92,17 +92,17 @@ class PreparedModel:
         if self.quantized:
             self.zeros.pack()
             quantize(model, settings.quantization, settings.bitsandbytes, device)
-            if see_quantized is not None:
-                see_quantized(model)
+            if on_quantized is not None:
+                on_quantized(model)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
-            # Of its own: a resumed run has drawn other random numbers up to here.
+            # A seed of their own: a resumed run has drawn other random numbers up to here.
             torch.manual_seed(settings.seed)
             self.model = make_trainable(model, settings.recovery, settings.lora)
         if self.zeros.planned and settings.keep_zeros and settings.recovery != "none":
-            self.zeros.keep(self.model, growing=settings.growing)
+            self.zeros.keep(self.model, gradual=settings.gradual)
         if settings.compile_backend is not None:
             compile_layers(model, settings.compile_backend)
-        self.model.train()  # from_pretrained leaves eval mode, and Lightning leaves that alone
+        self.model.train()  # from_pretrained sets eval mode, and Lightning does not change it
 
     @property
     def quantized(self) -> bool:
@@ -110,13 +110,18 @@ class PreparedModel:
         return self.settings.quantization != "none"
 
     @property
+    def merges_in_place(self) -> bool:
+        """Whether `merged` works here: neither shards nor packed weights can be merged."""
+        return not (self.sharded or self.quantized)
+
+    @property
     def fills_zeros(self) -> bool:
         """Return whether the recovery may fill zeros that a plan made."""
-        kept = self.settings.keep_zeros or self.settings.recovery == "none"
-        return self.zeros.planned and not kept
+        zeros_stay = self.settings.keep_zeros or self.settings.recovery == "none"
+        return self.zeros.planned and not zeros_stay
 
     def shard(self, mesh: DeviceMesh, same: Callable[[Any], Any]) -> None:
-        """Shard the model over ranks, in place, see `shard`; `rebuild_on` merges it."""
+        """Shard the model over processes, in place; `rebuild_on` gives one that can be merged."""
         shard(self.model, mesh, same)
         if self.zeros.masks is not None:
             self.zeros.masks.shard()
@@ -125,36 +130,36 @@ class PreparedModel:
     def rebuild_on(
         self, base: PreTrainedModel, plans: Sequence[Plan], trained: Mapping[str, Tensor]
     ) -> PreparedModel:
-        """Return another copy of the base with what was trained, for models not to be merged.
+        """Return a new `PreparedModel` of the base that holds the trained parameters.
 
-        Those are sharded or quantized ones.
+        Sharded and quantized models cannot merge their adapters; the new one can.
 
         Args:
-            base: the weights that training began with, in full precision; adapted in place.
-            plans: that led to it.
-            trained: the trained parameters by their name in `model`, whole.
+            base: the weights that training began with, in full precision; changed in place.
+            plans: plans that led to the base, in order.
+            trained: name in `model` -> trained parameter, unsharded.
 
         Raises:
-            ValueError: if the base is another one.
+            ValueError: if training began with another base.
         """
         settings = replace(
             self.settings, gradient_checkpointing=False, compile_backend=None, quantization="none"
         )
-        other = PreparedModel(base, plans, settings)
-        if other.fingerprint != self.fingerprint:
+        rebuilt = type(self)(base, plans, settings)
+        if rebuilt.fingerprint != self.fingerprint:
             raise ValueError(
-                f"the base {base.config._name_or_path!r} has fingerprint {other.fingerprint}, "
+                f"the base {base.config._name_or_path!r} has fingerprint {rebuilt.fingerprint}, "
                 f"training began with {self.fingerprint}: it was changed meanwhile; train again"
             )
-        other.model.load_state_dict(trained, strict=False)
-        if other.zeros.masks is not None and self.zeros.masks is not None:
-            other.zeros.masks.load_state_dict(self.zeros.masks.state_dict())
-        return other
+        rebuilt.model.load_state_dict(trained, strict=False)
+        if rebuilt.zeros.masks is not None and self.zeros.masks is not None:
+            rebuilt.zeros.masks.load_state_dict(self.zeros.masks.state_dict())
+        return rebuilt
 
     def merged(self) -> PreTrainedModel:
         """Return the trained model as a plain transformers model in eval mode, in place.
 
-        Sharded and quantized ones cannot be merged where they are: see `rebuild_on`.
+        Sharded and quantized models cannot be merged in place: see `rebuild_on`.
 
         Raises:
             RuntimeError: if a weight that must be zero is not.

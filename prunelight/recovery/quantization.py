@@ -1,9 +1,13 @@
 """Recovery in 4 or 8 bits: QLoRA (arXiv:2305.14314) and LLM.int8() (arXiv:2208.07339).
 
 The projections of the decoder layers become layers of bitsandbytes, in memory, from the
-full-precision base: hub ids, directories and GGUF files take the same way, and training sees the
-very base that adapters are merged onto at the end. Embeddings, head, norms, shortcuts of sliced
-models and fused expert weights stay in full precision. Nothing quantized is written to disk.
+full-precision base. So hub ids, directories and GGUF files are treated alike, and adapters are
+merged onto the very base that was quantized. Embeddings, head, norms, shortcuts of sliced models
+and fused expert weights stay in full precision. Nothing quantized is written to disk.
+
+Private names of bitsandbytes used here: `CB` and `SCB` of `Int8Params` and of a layer's `state`,
+`Linear4bit.support_avx512bf16_for_cpu`, and the logger of its autograd functions. Tested with
+bitsandbytes 0.50; tests/recovery/test_private_apis.py checks that these names exist.
 """
 
 from __future__ import annotations
@@ -28,8 +32,8 @@ QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 
 FOUR_BIT = ("nf4", "fp4")
 
-# bitsandbytes quantizes 4-bit weights in blocks of 64 inputs. Its kernel for CPUs with AVX512-BF16
-# fails where rows are no whole blocks, and its CUDA kernels give way to dequantization.
+# bitsandbytes quantizes 4-bit weights in blocks of 64 inputs. For rows that are no multiple of 64,
+# its kernel for CPUs with AVX512-BF16 fails, and its CUDA kernels fall back to dequantization.
 BLOCK = 64
 
 _REMEDIES = {
@@ -44,9 +48,9 @@ class BitsAndBytes:
     """Settings of quantization, in the words of bitsandbytes.
 
     Attributes:
-        use_double_quant: quantize the scales of 4-bit blocks too, which saves 0.37 bits a weight.
-        compute_dtype: dtype of the products with 4-bit weights: auto (that of the activations),
-            float32, bfloat16 or float16.
+        use_double_quant: quantize the scales of 4-bit blocks too, which saves 0.37 bits per weight.
+        compute_dtype: dtype of the products with 4-bit weights: auto (the dtype of the
+            activations), float32, bfloat16 or float16.
 
     Raises:
         ValueError: if the dtype is unknown.
@@ -85,7 +89,7 @@ def check_kind(kind: str, options: BitsAndBytes, recovery: str) -> None:
 
 
 def describe_kind(kind: str, options: BitsAndBytes) -> str:
-    """Return kind and options in words, by which a checkpoint knows its quantization."""
+    """Return kind and options in words, by which a checkpoint identifies its quantization."""
     if kind not in FOUR_BIT:
         return kind
     double = "double" if options.use_double_quant else "single"
@@ -96,12 +100,13 @@ def check_quantizable(model: PreTrainedModel, kind: str, source: str | Path | No
     """Check that the projections of a model can be quantized.
 
     Args:
-        model: in full precision.
-        kind: of quantization; "none" passes.
-        source: from where it can be read again, to merge adapters; "": from nowhere.
+        model: the model in full precision.
+        kind: one of `QUANTIZATIONS`; "none" passes.
+        source: where the model is read again to merge adapters onto it; "" for a model that exists
+            only in memory, None for no such check.
 
     Raises:
-        TypeError: if it is quantized already.
+        TypeError: if the model is quantized already.
         ValueError: if the width of an input does not suit 4 bits, or the model exists only in
             memory.
     """
@@ -115,19 +120,23 @@ def check_quantizable(model: PreTrainedModel, kind: str, source: str | Path | No
     if getattr(model.config, "quantization_config", None) is not None:
         raise TypeError(
             f"model {model.config._name_or_path!r} is quantized already; give the one in full "
-            f"precision: quantization={kind} quantizes it, and adapters are merged onto it"
+            f"precision: quantization={kind} quantizes that one, and merges adapters onto it"
         )
     sliced = getattr(model.config, "residual_dims", None) or []
     dims = {f"residual_dims[{i}]": width for i, width in enumerate(sliced)}
-    found = quantized_matrices(model)
-    check_widths({**dims, **{f"in_features of {m.name}": m.in_features for m in found}}, kind)
+    inputs = {f"in_features of {m.name}": m.in_features for m in quantized_matrices(model)}
+    check_widths({**dims, **inputs}, kind)
 
 
 def check_widths(widths: Mapping[str, int], kind: str) -> None:
-    """Check widths of inputs, by where they come from, against the blocks of 4-bit weights.
+    """Check widths of inputs against the blocks of 4-bit weights.
+
+    Args:
+        widths: name of an argument or matrix -> width of inputs that it sets.
+        kind: one of `QUANTIZATIONS`; only 4-bit kinds restrict widths.
 
     Raises:
-        ValueError: naming the first that does not fit.
+        ValueError: naming the first width that is no multiple of `BLOCK`.
     """
     for name, width in widths.items():
         if kind in FOUR_BIT and width % BLOCK:
@@ -139,16 +148,16 @@ def check_widths(widths: Mapping[str, int], kind: str) -> None:
 
 
 def quantized_matrices(model: PreTrainedModel) -> list[Matrix]:
-    """Return the weights that are quantized: projections, but neither fused experts nor a Mamba's.
+    """Return the weights to quantize: projections, but no fused experts and none of a Mamba.
 
-    Those of `Architecture.not_adapted` are read by fused kernels, not by their module.
+    Weights that `Architecture.not_adapted` names are read by fused kernels, not by their module.
     """
     known = architecture_of(model)
-    spared = () if known is None else known.not_adapted
+    excluded = () if known is None else known.not_adapted
     return [
         matrix
         for matrix in matrices(model).values()
-        if not matrix.fused and matrix.name.rpartition(".")[2] not in spared
+        if not matrix.fused and matrix.name.rpartition(".")[2] not in excluded
     ]
 
 
@@ -159,36 +168,39 @@ def quantize(
     """Quantize the projections of a model in full precision, in place.
 
     Args:
-        model: as loaded or pruned, without adapters.
+        model: the model as loaded or pruned, without adapters.
         kind: "nf4", "fp4" or "int8".
-        options: of 4-bit weights.
-        device: where to, one matrix after the other; None: where they are.
+        options: settings of 4-bit weights.
+        device: device that matrices move to, one after another; None leaves them where they are.
 
     Raises:
         TypeError, ValueError: see `check_quantizable`.
     """
     check_quantizable(model, kind)
     for matrix in quantized_matrices(model):
-        made = _quantized(matrix, kind, options, device or matrix.parameter.device)
-        model.set_submodule(matrix.name, made)
-    flags: Any = model  # by which peft chooses its layers, as transformers sets them
+        layer = _quantized_layer(matrix, kind, options, device or matrix.parameter.device)
+        model.set_submodule(matrix.name, layer)
+    flags: Any = model  # transformers sets these flags, and peft chooses its layers by them
     flags.is_loaded_in_4bit, flags.is_loaded_in_8bit = kind in FOUR_BIT, kind == "int8"
-    if kind == "int8":  # one line a product: activations are cast to float16
+    if kind == "int8":  # it logs a line per product that activations are cast to float16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def _quantized(matrix: Matrix, kind: str, options: BitsAndBytes, device: torch.device) -> nn.Module:
-    """Return the layer of bitsandbytes with a weight in 4 or 8 bits, which is (out, in) there."""
-    from bitsandbytes import nn as layers  # optional
+def _quantized_layer(
+    matrix: Matrix, kind: str, options: BitsAndBytes, device: torch.device
+) -> nn.Module:
+    """Return a layer of bitsandbytes that holds the matrix (out, in) in 4 or 8 bits."""
+    from bitsandbytes import nn as layers  # an optional package
 
     W, bias = matrix.views()[0].contiguous(), getattr(matrix.owner, "bias", None)
-    made: Any
+    layer: Any
     with torch.device("meta"):
         if kind == "int8":
             shape = (W.shape[1], W.shape[0], bias is not None)
-            made = layers.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0)  # the paper's
+            # The threshold of outliers is the paper's.
+            layer = layers.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0)
         else:
-            made = layers.Linear4bit(
+            layer = layers.Linear4bit(
                 W.shape[1],
                 W.shape[0],
                 bias is not None,
@@ -197,27 +209,27 @@ def _quantized(matrix: Matrix, kind: str, options: BitsAndBytes, device: torch.d
                 quant_type=kind,
             )
     if kind == "int8":
-        # On its way from the CPU only: a weight on CUDA it would take as it is.
-        made.weight = layers.Int8Params(W.cpu(), requires_grad=False, has_fp16_weights=False)
-        made.register_forward_pre_hook(_bring_scales)
+        # From the CPU: a weight that is on CUDA already would not be quantized.
+        layer.weight = layers.Int8Params(W.cpu(), requires_grad=False, has_fp16_weights=False)
+        layer.register_forward_pre_hook(_move_int8_state)
     else:
-        made.weight = layers.Params4bit(
+        layer.weight = layers.Params4bit(
             W,
             requires_grad=False,
             compress_statistics=options.use_double_quant,
             quant_type=kind,
-            module=made,
+            module=layer,
         )
-        # Evaluation on CPUs with AVX512-BF16 would repack the weight for a kernel that computes in
-        # bfloat16 and has no backward: the training after it would lose gradients.
-        made.support_avx512bf16_for_cpu = False
-    made.weight = made.weight.to(device)  # quantizes
-    made.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-    return made.train(matrix.owner.training)
+        # On CPUs with AVX512-BF16, evaluation would repack the weight for a kernel that computes in
+        # bfloat16 and has no backward. A training after that evaluation would lose gradients.
+        layer.support_avx512bf16_for_cpu = False
+    layer.weight = layer.weight.to(device)  # quantizes
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return layer.train(matrix.owner.training)
 
 
-def _bring_scales(layer: Any, _: Any) -> None:
-    """Take 8-bit weights and scales to where a parent module moved the parameter without them."""
+def _move_int8_state(layer: Any, _: Any) -> None:
+    """Move 8-bit codes and scales to the parameter's device; moving a parent module skips them."""
     weight = layer.weight
     for holder in (weight, layer.state):
         if holder.CB is not None and holder.CB.device != weight.device:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules of a recovery, and the checks of its arguments."""
+"""Learning-rate schedules of a recovery, and the checks of the recovery's arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_settings(
     """Check the arguments of a recovery.
 
     Raises:
-        ValueError: if one is out of its range.
+        ValueError: if an argument is out of its range.
     """
     check_choice("recovery", recovery, RECOVERIES)
     if learning_rate <= 0 or warmup_steps < 0:
@@ -37,9 +37,9 @@ def check_settings(
             "at least 0"
         )
     check_choice("lr_scheduler", lr_scheduler, [kind.value for kind in SchedulerType])
-    trial = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    trial_optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
-        make_schedule(lr_scheduler, trial, 0, 100, lr_scheduler_kwargs)
+        make_schedule(lr_scheduler, trial_optimizer, 0, 100, lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"lr_scheduler_kwargs={lr_scheduler_kwargs} do not fit {lr_scheduler}: {error}"
@@ -55,11 +55,11 @@ def make_schedule(
 ) -> LRScheduler:
     """Return a learning-rate schedule of transformers.get_scheduler over `steps` steps.
 
-    The decay of warmup_stable_decay takes a tenth of the steps unless `arguments` say otherwise:
-    with that MiniCPM (arXiv:2404.06395, 4.2) reaches what a longer decay does.
+    The decay of warmup_stable_decay takes a tenth of the steps unless `arguments` say otherwise.
+    MiniCPM (arXiv:2404.06395, section 4.2) reaches with such a decay what a longer one reaches.
 
     Raises:
-        ValueError: if the number of steps is not known.
+        ValueError: if `steps` is infinite.
     """
     if steps == float("inf"):
         raise ValueError(
@@ -68,5 +68,7 @@ def make_schedule(
         )
     if warmup_steps >= steps:
         log.warning("warmup_steps=%d reaches past the %d steps", warmup_steps, steps)
-    own = {"num_decay_steps": max(int(steps) // 10, 1)} if name == "warmup_stable_decay" else {}
-    return get_scheduler(name, optimizer, warmup_steps, int(steps), {**own, **(arguments or {})})
+    wsd = name == "warmup_stable_decay"
+    defaults = {"num_decay_steps": max(int(steps) // 10, 1)} if wsd else {}
+    settings = {**defaults, **(arguments or {})}
+    return get_scheduler(name, optimizer, warmup_steps, int(steps), settings)

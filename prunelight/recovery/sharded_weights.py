@@ -1,7 +1,8 @@
-"""Weights that FSDP2 holds in shards: sharding by decoder layer, and what a rank has of a tensor.
+"""Weights in shards of FSDP2: sharding by decoder layer, and the shard that a process holds.
 
-Each decoder layer is a group of its own, gathered while it runs; embeddings, last norm and head
-are those of the root. Without sharding the functions on tensors return what they are given.
+FSDP2 gathers the weights of one decoder layer while that layer runs. Embeddings, last norm and head
+form the root group, gathered for the whole forward. The functions on tensors return unsharded
+tensors unchanged.
 """
 
 from __future__ import annotations
@@ -25,34 +26,34 @@ def shard(model: PreTrainedModel | PeftModel, mesh: DeviceMesh, same: Callable[[
     """Shard a model over a mesh of one dimension, in place, layer by layer.
 
     Args:
-        model: the same on all ranks but for the adapters, which start from random numbers.
-        mesh: of the ranks that train.
-        same: returns on all ranks what rank 0 gives it.
+        model: has the same weights on all processes, except adapters, which start at random.
+        mesh: device mesh of the processes that train.
+        same: returns rank 0's argument on all processes.
     """
     plain: Any = model
     if isinstance(model, PeftModel):
         plain = model.get_base_model()
         trained = trained_parameters(model)
-        first = same({name: p.detach().cpu() for name, p in trained.items()})
+        rank_zero = same({name: p.detach().cpu() for name, p in trained.items()})
         for name, parameter in trained.items():
-            parameter.data.copy_(first[name])
+            parameter.data.copy_(rank_zero[name])
     for layer in decoder_layers(plain):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return the whole trained parameters on the CPU: of a sharded model on rank 0 only."""
+    """Return the trained parameters on the CPU, unsharded; of a sharded model on rank 0 only."""
     trained = trained_parameters(model)
     if not any(isinstance(parameter, DTensor) for parameter in trained.values()):
         return {name: parameter.detach().cpu() for name, parameter in trained.items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    found: dict[str, Any] = get_model_state_dict(model, options=options)
-    return {name: value for name, value in found.items() if name in trained}
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return {name: value for name, value in state.items() if name in trained}
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return what this rank has of a tensor; shares its memory."""
+    """Return this process' shard of a tensor, which shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -62,9 +63,10 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def sum_over_shards(value: Tensor, like: Tensor) -> Tensor:
-    """Add up what each rank computed from its part of `like`, in place; a whole one has one part.
+    """Sum a value over the processes that share `like`, in place; they all must call this.
 
-    All ranks that share `like` must call it.
+    Each process computed `value` from its shard of `like`. If `like` is not sharded, the value
+    stays the same.
     """
     if isinstance(like, DTensor):
         all_reduce(value, group=like.device_mesh.get_group())
@@ -72,12 +74,12 @@ def sum_over_shards(value: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole tensor; all ranks must call it."""
+    """Return the unsharded tensor; all processes that share the tensor must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(values: Tensor, like: Tensor) -> Tensor:
-    """Return of a whole tensor the part that this rank has of `like`, which has the same shape."""
+    """Return the part of unsharded `values` that matches this process' shard of `like`."""
     if not isinstance(like, DTensor):
         return values
     placed = distribute_tensor(

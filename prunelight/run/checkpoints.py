@@ -77,6 +77,18 @@ def base_fingerprints(
     return fingerprint, fingerprint_of(*facts, earlier, data)
 
 
+def state_arguments(method: PruningMethod) -> dict[str, Any]:
+    """Return the arguments by which a checkpoint knows the state of a method.
+
+    An argument that the method gets later does not enter while it has its default: the state of an
+    older checkpoint is still found.
+    """
+    if type(method).__name__ in _ARGUMENTS_OF_FORMAT_1:
+        earlier = _arguments_of_format_1(method)
+        return method.arguments() if earlier is None else earlier
+    return _given(method)
+
+
 def _given(method: PruningMethod) -> dict[str, Any]:
     """Return the arguments of a method that differ from their defaults."""
     parameters = inspect.signature(type(method)).parameters

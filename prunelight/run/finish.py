@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from prunelight.evaluation.report.report import write_report
 from prunelight.models.placement import move_if_it_fits
-from prunelight.models.saving import MARKER, Saved, check_replaceable, save
+from prunelight.models.saving import MARKER, Saved, save
 from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
@@ -40,12 +40,12 @@ def finish(run: Run) -> None:
     prepared, group = run.prepared, run.place.group
     assert prepared is not None
     run.checked = False  # a later fit is another one
-    if prepared.sharded or prepared.quantized:
+    if prepared.merges_in_place:
+        group.on_zero(partial(_keep_adapters, run, prepared))
+        model = run.holder.model = prepared.merged()
+        group.on_zero(partial(_save_and_report, run, prepared, model))
+    else:
         _finish_on_base(run, prepared)
-        return
-    group.on_zero(partial(_keep_adapters, run, prepared))
-    model = run.holder.model = prepared.merged()
-    group.on_zero(partial(_save_and_report, run, prepared, model))
 
 
 def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
@@ -54,7 +54,8 @@ def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
     run.holder.model = None
 
     def merge() -> None:
-        rebuilt = prepared.rebuild_on(run.read_again(), run.plans(), trained)
+        base, plans = run.read_again(), run.plans()
+        rebuilt = prepared.rebuild_on(base, plans, trained)
         _keep_adapters(run, rebuilt)
         _save_and_report(run, rebuilt, rebuilt.merged())
 
@@ -63,8 +64,13 @@ def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
 
 
 def _save_and_report(run: Run, prepared: PreparedModel, model: PreTrainedModel) -> None:
-    """Save the result in final/ and write the report, on rank 0."""
+    """Note how the model was recovered, then save it and write the report, on rank 0."""
     _note_recovery(run, prepared, model)
+    save_and_report(run, model)
+
+
+def save_and_report(run: Run, model: PreTrainedModel) -> None:
+    """Save a trained model in final/ and write the report; only rank 0 calls this."""
     model = move_if_it_fits(model, run.place.device)
     checkpoint = newest_checkpoint(run.place.root / "checkpoints")
     with measuring(model.device) as saving, explaining(run.place.root / FINAL, checkpoint):
@@ -125,7 +131,6 @@ def _keep_adapters(run: Run, prepared: PreparedModel) -> None:
     if not (prepared.fills_zeros and isinstance(model, PeftModel)):
         return
     directory, temporary = run.place.root / ADAPTER, run.place.root / f".{ADAPTER}.tmp"
-    check_replaceable(directory)
     shutil.rmtree(temporary, ignore_errors=True)
     # Embeddings are not adapted; "auto" would ask the hub whether they are.
     model.save_pretrained(str(temporary), save_embedding_layers=False)

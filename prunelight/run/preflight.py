@@ -129,15 +129,17 @@ def data(facts: Facts) -> None:
 
 def quantizable(facts: Facts) -> None:
     """The weights can be quantized as asked."""
-    run = facts.run
+    run, model = facts.run, facts.model
     # A pruned base can always be read again; a model that is recovered as it is needs a source.
     source = None if facts.methods else run.source
-    check_quantizable(facts.model, run.settings.quantization, source)
+    check_quantizable(model, run.settings.quantization, source)
 
 
 def shardable(facts: Facts) -> None:
     """A model that is cut into shards can be read again, to be merged."""
-    if facts.run.place.shards_weights and not facts.run.source:
+    run = facts.run
+    run.load_model()  # which tells its source
+    if run.place.shards_weights and not run.source:
         raise ValueError(
             "a model in memory cannot be sharded and merged again; save it (prunelight.save) "
             "and give its directory as name"

@@ -99,9 +99,9 @@ def start_recovery(run: Run) -> None:
 
 def prepare(run: Run) -> PreparedModel:
     """Make the model trainable, in place, before the optimizer exists: in bits, with adapters."""
-    settings = replace(run.settings, growing=run.gradual, seed=run.seed)
+    settings = replace(run.settings, gradual=run.gradual, seed=run.seed)
     run.prepared = PreparedModel(
-        run.load_model(), run.plans(), settings, partial(add_quantized, run), run.place.device
+        run.load_model(), run.plans(), settings, partial(add_quantized, run), run.device
     )
     run.holder.model = run.prepared.model
     return run.prepared

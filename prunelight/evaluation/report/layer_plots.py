@@ -15,16 +15,11 @@ from typing import TYPE_CHECKING
 from prunelight.evaluation.report.plan_facts import (
     Json,
     LayerZeros,
+    PlanFacts,
     by_sublayer,
     explained_variance,
-    layer_outcomes,
-    layer_zeros,
-    nominal,
-    planned_share,
-    removed_layers,
-    score_lists,
-    steps_of,
 )
+from prunelight.planning.steps import SliceHidden, Sparsify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +40,7 @@ _LABELS = {
 }
 
 
-def plot_layers(plan: Json, outcome: Json | None = None) -> Figure:
+def plot_layers(plan: PlanFacts, outcome: Json | None = None) -> Figure:
     """Draw the scores of a plan over the decoder layers, its zeros and its widths.
 
     Each list of scores of layers has a panel (the angular distance has one entry a window, at the
@@ -53,35 +48,37 @@ def plot_layers(plan: Json, outcome: Json | None = None) -> Figure:
     positive and span more than a factor of 20. Removed layers are shaded.
 
     Args:
-        plan: `Plan.to_dict()`.
-        outcome: of its last sparsify and slice steps together, see `surgery.apply`; None shows
+        plan: what decided.
+        outcome: of its last sparsify and slice steps together, see `prunelight.apply`; None shows
             what was planned.
 
     Raises:
         ValueError: if there is no list of scores and no sparsify or slice step.
     """
-    num_layers, told = plan["model"]["num_hidden_layers"], outcome or {}
+    outcome = outcome or {}
     drawings = _score_drawings(plan)
-    for step in steps_of(plan, "sparsify")[-1:]:
-        drawings += _zeros_drawings(layer_zeros(plan, step, told), planned_share(plan, step))
-    for step in steps_of(plan, "slice_hidden"):
+    for zeros in plan.steps_of(Sparsify)[-1:]:
+        layer_zeros = plan.layer_zeros(zeros, outcome)
+        drawings += _zeros_drawings(layer_zeros, zeros.planned_share(plan))
+    for step in plan.steps_of(SliceHidden):
         drawings += _width_drawings(
-            by_sublayer(step["residual_dims"]),
-            explained_variance(step, told),
-            plan["model"]["hidden_size"],
+            by_sublayer(step.residual_dims),
+            explained_variance(step, outcome),
+            plan.model["hidden_size"],
         )
     if not drawings:
         raise ValueError(
-            f"scores={plan['scores']} of the {plan['method']} plan must hold a list of numbers to "
+            f"scores={plan.scores} of the {plan.method} plan must hold a list of numbers to "
             "be drawn; skip the picture for this plan"
         )
-    title = f"{plan['method']}: {plan['model']['name'][-60:]}\n{nominal(plan)}"
-    figure = draw_panels(drawings, title, min(max(7.0, 2.5 + 0.16 * num_layers), 13.0))
+    title = f"{plan.title}\n{plan.nominal()}"
+    figure = draw_panels(drawings, title, min(max(7.0, 2.5 + 0.16 * plan.num_layers), 13.0))
     panels = figure.axes[: len(drawings)]
     for axes in panels:
-        _shade(axes, removed_layers(plan))
-    panels[-1].set_xlabel(f"decoder layer{' (shaded: gone)' if layer_outcomes(plan) else ''}")
-    panels[-1].set_xlim(-0.8, num_layers - 0.2)
+        _shade(axes, plan.removed_layers)
+    shaded = " (shaded: gone)" if plan.layer_outcomes() else ""
+    panels[-1].set_xlabel(f"decoder layer{shaded}")
+    panels[-1].set_xlim(-0.8, plan.num_layers - 0.2)
     return figure
 
 
@@ -100,21 +97,21 @@ def draw_panels(drawings: Sequence[Drawing], title: str, width: float) -> Figure
     return figure
 
 
-def _score_drawings(plan: Json) -> list[Drawing]:
-    lists = {n: x for n, x in score_lists(plan).items() if not n.endswith("_first_token")}
+def _score_drawings(plan: PlanFacts) -> list[Drawing]:
+    lists = {n: x for n, x in plan.score_lists().items() if not n.endswith("_first_token")}
     if "layer_redundancy" in lists:  # which is 1 - influence, stretched
         lists.pop("block_influence", None)
     kind = next((kind for kind in _LABELS if any(name.startswith(kind) for name in lists)), "")
-    if len(lists) > 1 and steps_of(plan, "sparsify"):
+    if len(lists) > 1 and plan.steps_of(Sparsify):
         rows = {name.removeprefix(f"{kind}_"): row for name, row in lists.items()}
         return [_rows_drawing(rows, _LABELS.get(kind, kind))]
     drawings: list[Drawing] = []
     for name, scores in lists.items():
         label = _LABELS.get(kind, name.replace("_", " "))
-        if len(scores) < plan["model"]["num_hidden_layers"]:
+        if len(scores) < plan.num_layers:
             label += " from here"  # of the window that starts there
         sublayer = name.removesuffix("_influence")
-        dropped = {i for step in plan["steps"] for i in step.get(sublayer, ())}
+        dropped = {i for step in plan.steps for i in step.dropped_sublayers.get(sublayer, ())}
         draw = partial(draw_bars, values=scores, label=label, color=BLUE, shaded=dropped)
         drawings.append((3.0 if len(lists) == 1 else 2.2, draw))
     return drawings

@@ -1,1 +1,1 @@
-"""Learning from the dense model."""
+"""Distillation: a pruned model learns from the dense model."""

@@ -1,8 +1,9 @@
-"""What a recovery learns from: the next tokens, or what the dense model says of them.
+"""The loss of a recovery: cross-entropy of the next tokens, or distillation from the dense model.
 
-The dense model is the best teacher that there is for its own pruned copy (Minitron,
-arXiv:2407.14679). It can stay in memory beside the student, whole or in 4 or 8 bits, or be asked
-once, before the training (teacher_cache.py). It is part of no state dict, optimizer or sharding.
+The dense model is a good teacher for its own pruned copy (Minitron, arXiv:2407.14679). The teacher
+can stay in memory beside the student, in full precision or in 4 or 8 bits. Or it runs once before
+the training, and its probabilities are cached (teacher_cache.py). The teacher belongs to no state
+dict, optimizer or sharding.
 """
 
 # B sequences, T tokens, D hidden size, V vocabulary
@@ -43,7 +44,7 @@ LOSSES = ("lm", "kd", "kd_topk")
 
 TEACHERS = ("memory", "nf4", "fp4", "int8")
 
-# Settings that say nothing where the loss is another.
+# Settings that have an effect with one loss only.
 _ONLY_FOR = {"k": "kd_topk", "cache": "kd_topk", "hidden_weight": "kd"}
 
 
@@ -56,14 +57,14 @@ class Distillation:
         lm_weight: share of the plain loss on the next tokens, in [0, 1]; README compares the
             default with 1, the plain loss alone.
         k: for kd_topk: how many of the teacher's most likely tokens are kept.
-        hidden_weight: for kd: weight of the relative squared error of the kept layers' outputs
-            that is added; 0 leaves it out.
-        teacher: how the teacher is held while it is needed: "memory" in the run's dtype, or in
-            bitsandbytes' "nf4", "fp4" or "int8".
-        name: the teacher, what `prunelight.load` takes, such as the dense model after a recovery on
-            this text ("teacher correction", arXiv:2408.11796); None: the dense model itself.
-        cache: for kd_topk: directory of the teacher's probabilities, read if it is there and
-            written if not; None: teacher-<fingerprint> in the run's directory.
+        hidden_weight: for kd: weight of an added loss, the relative squared error of the kept
+            layers' outputs; 0 leaves it out.
+        teacher: how the teacher is held in memory: "memory" in the run's dtype, or "nf4", "fp4" or
+            "int8" of bitsandbytes.
+        name: the teacher, a name that `prunelight.load` takes, such as the dense model after a
+            recovery on this text ("teacher correction", arXiv:2408.11796); None: the dense model.
+        cache: for kd_topk: directory of the teacher's probabilities, read if it exists, else
+            written; None: teacher-<fingerprint> in the run's directory.
 
     Raises:
         ValueError: if a value is out of range.
@@ -95,14 +96,14 @@ class Objective:
 
     Attributes:
         kind: "lm", "kd" or "kd_topk".
-        settings: of distillation.
-        chunked: never hold all logits, where the model's head runs apart (see language_head.py).
+        settings: settings of distillation.
+        chunked: never hold all logits, where the model's head is separable (see language_head.py).
         teacher: for kd, set before the training.
         cache: for kd_topk, set before the training.
-        kept: for hidden states: layer of the teacher that each layer of the student stands for.
+        teacher_layers: for hidden states: the teacher's layer that matches each student's layer.
 
     Raises:
-        ValueError: if loss, settings and recovery do not go together.
+        ValueError: if loss, settings and recovery contradict each other.
     """
 
     def __init__(
@@ -112,16 +113,16 @@ class Objective:
         self.kind, self.settings, self.chunked = kind, settings, chunked
         self.teacher: LanguageHead | None = None
         self.cache: TeacherCache | None = None
-        self.kept: list[int] = []
-        self._teacher_apart = self._apart = False
+        self.teacher_layers: list[int] = []
+        self._teacher_is_separable = self._is_separable = False
         self._head: LanguageHead | None = None
 
     def check(self, model: PreTrainedModel, *, sliced: bool = False) -> None:
         """Check the settings against the model, before anything is computed.
 
         Args:
-            model: dense or pruned.
-            sliced: it will be sliced.
+            model: the dense or the pruned model.
+            sliced: the model will be sliced.
 
         Raises:
             ValueError: if k is larger than the vocabulary, or the hidden states of teacher and
@@ -138,16 +139,16 @@ class Objective:
                 "but slicing rotates and narrows them; set it to 0"
             )
 
-    def use_teacher(self, model: PreTrainedModel, kept: Sequence[int]) -> None:
-        """Learn from a model in memory whose layers `kept` the student's stand for."""
-        self.teacher, self.kept = LanguageHead(model), list(kept)
-        self._teacher_apart = self.teacher.runs_apart()
+    def use_teacher(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
+        """Learn from a model in memory; `layers` of it match the student's layers, in order."""
+        self.teacher, self.teacher_layers = LanguageHead(model), list(layers)
+        self._teacher_is_separable = self.teacher.is_separable()
 
     def start(self, model: Any) -> None:
-        """See how the loss of this model can be taken, on all ranks."""
+        """Find out whether this model's loss can be computed in chunks, on all processes."""
         self._head = LanguageHead(model)
-        self._apart = self.chunked and self._head.runs_apart()
-        if self.chunked and not self._apart:
+        self._is_separable = self.chunked and self._head.is_separable()
+        if self.chunked and not self._is_separable:
             log.warning(
                 "chunked_loss=True has no effect: the logits of %s are not those of its head up to "
                 "a scale or cap that is known; all are held at once",
@@ -155,25 +156,29 @@ class Objective:
             )
 
     def finish(self) -> None:
-        """Let go of the teacher."""
+        """Drop the teacher from memory."""
         self.teacher = self._head = None
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean loss over the tokens whose label counts, a scalar in float32."""
         inputs, (tokens, targets) = model_inputs(batch), counted_targets(batch["labels"])
-        wanted: list[Tensor] = []
-        with _recording(self.teacher and self.teacher.model, self.kept, wanted):
+        teacher_outputs: list[Tensor] = []
+        with _collecting_outputs(
+            self.teacher and self.teacher.model, self.teacher_layers, teacher_outputs
+        ):
             loss = self._token_loss(batch, inputs, tokens, targets)
-        found: list[Tensor] = []
-        with _recording(without_adapters(model), range(len(self.kept)), found):
-            if self._apart and self._head is not None:
+        outputs: list[Tensor] = []
+        layers = range(len(self.teacher_layers))
+        with _collecting_outputs(without_adapters(model), layers, outputs):
+            if self._is_separable and self._head is not None:
                 total = self._head.loss(inputs, loss, tokens)
             else:
                 total = logits_loss(model(**inputs).logits.flatten(0, 1), loss, tokens)
-        if not self.kept:
+        if not self.teacher_layers:
             return total
         mask = batch.get("attention_mask")
-        return total + self.settings.hidden_weight * hidden_loss(found, wanted, mask)
+        hidden = hidden_state_loss(outputs, teacher_outputs, mask)
+        return total + self.settings.hidden_weight * hidden
 
     def _token_loss(
         self, batch: Mapping[str, Tensor], inputs: dict[str, Any], tokens: Tensor, targets: Tensor
@@ -182,38 +187,39 @@ class Objective:
         if self.kind == "lm":
             return plain_loss
         if self.kind == "kd":
-            loss = distillation_loss(self._ask(inputs, tokens), settings.temperature)
+            teacher_logits = self._run_teacher(inputs, tokens)
+            loss = distillation_loss(teacher_logits, settings.temperature)
         else:
             assert self.cache is not None
             loss = top_k_loss(*self.cache.targets(batch), settings.temperature)
         return mixed_loss(loss, plain_loss, settings.lm_weight) if settings.lm_weight else loss
 
     @torch.no_grad()
-    def _ask(self, inputs: dict[str, Any], tokens: Tensor) -> Callable[[slice], Tensor]:
-        """Run the teacher, and return what gives its logits of some of the tokens."""
+    def _run_teacher(self, inputs: dict[str, Any], tokens: Tensor) -> Callable[[slice], Tensor]:
+        """Run the teacher, and return a function: slice of `tokens` -> the teacher's logits."""
         teacher = self.teacher
         assert teacher is not None
-        if not self._teacher_apart:
+        if not self._teacher_is_separable:
             logits = teacher.model(**inputs).logits.flatten(0, 1)
             return lambda rows: logits[tokens[rows]]
         states = teacher.hidden_states(inputs).flatten(0, 1)
         return torch.no_grad()(lambda rows: teacher.logits(states[tokens[rows]]))
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of it."""
-        told: dict[str, Any] = {"loss": self.kind}
+        """Return the loss and the settings that have an effect, for the report."""
+        facts: dict[str, Any] = {"loss": self.kind}
         if self.kind != "lm":
             unused = {name for name, kind in _ONLY_FOR.items() if kind != self.kind}
             settings = {n: v for n, v in asdict(self.settings).items() if n not in unused}
-            told |= {f"distillation.{n}": v for n, v in settings.items() if v is not None}
-        return told
+            facts |= {f"distillation.{n}": v for n, v in settings.items() if v is not None}
+        return facts
 
 
 def check_objective(kind: str, settings: Distillation, recovery: str) -> None:
     """Check that loss, settings and recovery go together; warns of settings without effect.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: if they contradict each other.
     """
     check_choice("loss", kind, LOSSES)
     if kind != "lm" and recovery == "none":
@@ -229,18 +235,24 @@ def check_objective(kind: str, settings: Distillation, recovery: str) -> None:
             log.warning("distillation.%s has no effect: it needs loss=%s", field.name, needed)
 
 
-def hidden_loss(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    """Mean over layers and tokens of the squared error relative to the teacher's squared norm.
+def hidden_state_loss(
+    student_outputs: Sequence[Tensor], teacher_outputs: Sequence[Tensor], mask: Tensor | None
+) -> Tensor:
+    """Return the squared error relative to the teacher's squared norm, mean over layers and tokens.
 
-    Relative, because the norm of the hidden states grows from layer to layer by orders.
+    The error is relative, because the norm of hidden states grows by orders of magnitude over the
+    layers.
 
     Args:
-        found: outputs (B, T, D) of the student's layers.
-        wanted: those of the teacher's layers that they stand for.
-        mask: (B, T), 0 on padding; None where there is none.
+        student_outputs: outputs (B, T, D) of the student's layers.
+        teacher_outputs: outputs of the matching layers of the teacher, same shapes.
+        mask: (B, T), 0 on padding; None where there is no padding.
+
+    Returns:
+        Scalar in [0, inf), dimensionless, in float32.
     """
     errors = []
-    for student, teacher in zip(found, wanted, strict=True):
+    for student, teacher in zip(student_outputs, teacher_outputs, strict=True):
         target = teacher.float()
         error = (student.float() - target).square().sum(-1) / target.square().sum(-1)
         errors.append(error.mean() if mask is None else error[mask.bool()].mean())
@@ -248,31 +260,31 @@ def hidden_loss(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor 
 
 
 def kept_layers(plans: Sequence[Plan], num_layers: int) -> list[int]:
-    """Return which layer of the dense model each layer stands for after plans, in order.
+    """Return the dense model's layer that matches each layer of the pruned model, in order.
 
-    A merged layer stands for the highest of its window, whose output it takes over.
+    A merged layer matches the highest layer of its window, whose output it replaces.
 
     Args:
-        plans: that led from the dense model to the pruned one, in order.
-        num_layers: of the dense model.
+        plans: plans that led from the dense model to the pruned one, in order.
+        num_layers: number of layers of the dense model.
     """
-    kept = list(range(num_layers))
+    layers = list(range(num_layers))
     for plan in plans:
         removed = {index for step in plan.steps for index in step.removed}
-        kept = [layer for index, layer in enumerate(kept) if index not in removed]
-    return kept
+        layers = [layer for index, layer in enumerate(layers) if index not in removed]
+    return layers
 
 
 @contextmanager
-def _recording(model: Any, layers: Sequence[int], found: list[Tensor]) -> Iterator[None]:
-    """Append the outputs of some decoder layers to `found`, in the order of the layers."""
+def _collecting_outputs(model: Any, layers: Sequence[int], outputs: list[Tensor]) -> Iterator[None]:
+    """Append the outputs of some decoder layers to `outputs`, in the order of the layers."""
     if not layers:
         yield
         return
 
     def visit(index: int, _: Tensor, output: Tensor) -> None:
         if index in layers:
-            found.append(output)
+            outputs.append(output)
 
     with watching_layers(model, visit):
         yield

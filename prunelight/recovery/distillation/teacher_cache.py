@@ -1,11 +1,11 @@
-"""What the dense model says of the training set, on disk: its k most likely next tokens.
+"""The teacher's k most likely next tokens for the training set, on disk.
 
-Written once per data set before the training, so that teacher and student are never in memory
-together. A directory holds teacher.json, which says what it was made from, and a safetensors file
-for every `BLOCK` training examples, with ids (M, k) and float16 log-probabilities (M, k + 1) of the
-M tokens in them that count. A file appears by a rename: what is there is whole, what is not there
-is made, by several processes if there are. Rows are found by their tokens, whatever the order, the
-padding and the number of processes of the loader.
+The cache is written once per data set before the training, so that teacher and student are never
+in memory together. Its directory holds teacher.json, which describes teacher and data. Each `BLOCK`
+training examples have a safetensors file with ids (M, k) and float16 log-probabilities (M, k + 1)
+of the M tokens that count. A rename puts each file in place, so that a file is complete or absent.
+Processes share the writing of absent files. A row of a batch is looked up by its tokens, whatever
+the order, the padding and the number of processes of the loader.
 """
 
 # B sequences, T tokens, M tokens that count, k most likely ones
@@ -43,24 +43,24 @@ DESCRIPTION = "teacher.json"
 
 BLOCK = 64  # examples in a file
 
-_CHUNK_TOKENS = 128  # whose logits are held at a time; fewer would read the head too often
+_CHUNK_TOKENS = 128  # tokens whose logits are held at a time; fewer read the head too often
 
-# Called with places of training examples, returns them as one batch.
+# Indices of training examples -> one batch of these examples.
 Batches: TypeAlias = Callable[[Sequence[int]], dict[str, Tensor]]
 
 
 class TeacherCache:
-    """The cache for one training set, whether it is there already or not.
+    """The cache for one training set, whether its files exist already or not.
 
     Args:
-        directory: where it is or will be; None: beside `root`, under a name with its fingerprint.
+        directory: directory of the cache; None: teacher-<fingerprint> in `root`.
         root: directory of the run.
-        batches: gives the training examples.
-        num_examples: how many there are.
-        teacher: what identifies the teacher, JSON values.
-        k: how many tokens are kept.
-        temperature: at which probabilities are taken.
-        vocabulary: number of ids.
+        batches: returns training examples as one batch.
+        num_examples: number of training examples.
+        teacher: facts that identify the teacher, JSON values.
+        k: number of most likely tokens that are kept.
+        temperature: temperature of the probabilities.
+        vocabulary: number of token ids.
     """
 
     def __init__(
@@ -77,28 +77,28 @@ class TeacherCache:
     ) -> None:
         self.batches, self.k, self.temperature = batches, k, temperature
         self.vocabulary = vocabulary
-        self._place: dict[bytes, int] = {}  # key of an example's tokens -> its place
+        self._index: dict[bytes, int] = {}  # key of an example's tokens -> index of the example
         self.lengths: list[int] = []  # tokens of each example
-        counts: list[int] = []  # of them that count
+        counts: list[int] = []  # tokens that count, of each example
         digest = hashlib.sha256()
-        for place in range(num_examples):
-            ((key, length, count),) = _rows(batches([place]))
+        for index in range(num_examples):
+            ((key, length, count),) = _rows(batches([index]))
             digest.update(key)
-            self._place.setdefault(key, place)
+            self._index.setdefault(key, index)
             self.lengths.append(length)
             counts.append(count)
         self.ends = list(accumulate(counts))
-        made_from = {
+        sources = {
             "teacher": dict(teacher),
             "data": digest.hexdigest()[:16],
             "k": k,
             "temperature": temperature,
         }
-        self.fingerprint = fingerprint_of(FORMAT, made_from)
+        self.fingerprint = fingerprint_of(FORMAT, sources)
         self.description = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
-            **made_from,
+            **sources,
             "examples": num_examples,
             "tokens": self.ends[-1],
             "versions": library_versions(),
@@ -107,15 +107,15 @@ class TeacherCache:
 
     @property
     def num_blocks(self) -> int:
-        """Return how many files there are when it is complete."""
+        """Return the number of safetensors files of a complete cache."""
         return -(-len(self.lengths) // BLOCK)
 
     def open(self) -> None:
-        """Make the directory, or check that what is there was made from the same.
+        """Create the directory, or check that its files are for this teacher and data.
 
         Raises:
-            ValueError: if it was not, naming both fingerprints, if its format is newer, a file is
-                damaged, or the disk is too small for what is missing.
+            ValueError: if the files are for another teacher or data (names both fingerprints), the
+                format is newer, a file is damaged, or the disk is too small for missing files.
         """
         file = self.directory / DESCRIPTION
         if file.exists():
@@ -128,11 +128,11 @@ class TeacherCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         size = self._bytes() * len(missing) / self.num_blocks
         free = shutil.disk_usage(self.directory).free
-        told = f"{size / 1e6:.1f} MB for {self.ends[-1]} tokens, {free / 1e6:.1f} MB are free"
-        log.info("teacher cache %s: %d files, %s", self.directory, len(missing), told)
+        space = f"{size / 1e6:.1f} MB for {self.ends[-1]} tokens, {free / 1e6:.1f} MB are free"
+        log.info("teacher cache %s: %d files, %s", self.directory, len(missing), space)
         if size > free:
             raise ValueError(
-                f"the teacher cache {self.directory} needs {told}; lower "
+                f"the teacher cache {self.directory} needs {space}; lower "
                 f"distillation.k={self.k}, or set distillation.cache to another disk"
             )
         with replacing(file) as temporary:
@@ -140,8 +140,8 @@ class TeacherCache:
 
     def _check(self, file: Path) -> None:
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            version, fingerprint = found["format"], found["fingerprint"]
+            description = json.loads(file.read_text(encoding="utf-8"))
+            version, fingerprint = description["format"], description["fingerprint"]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file} is damaged ({error}); delete {self.directory}") from error
         if version != FORMAT:
@@ -151,7 +151,7 @@ class TeacherCache:
             )
         if fingerprint != self.fingerprint:
             names = ("teacher", "data", "k", "temperature")
-            odd = [name for name in names if found.get(name) != self.description[name]]
+            odd = [name for name in names if description.get(name) != self.description[name]]
             raise ValueError(
                 f"the teacher cache {self.directory} has fingerprint {fingerprint}, this run needs "
                 f"{self.fingerprint}: it differs in {', '.join(odd)} (data are the tokens of the "
@@ -159,10 +159,10 @@ class TeacherCache:
             )
 
     def missing(self) -> list[int]:
-        """Return which files are not there.
+        """Return the indices of the files that do not exist yet.
 
         Raises:
-            ValueError: if one is damaged; names it.
+            ValueError: if a file is damaged; names the file.
         """
         missing = []
         for block in range(self.num_blocks):
@@ -171,92 +171,93 @@ class TeacherCache:
                 missing.append(block)
                 continue
             tokens = self._end(block) - self._start(block)
-            with _opened(file) as tensors:
+            with _open_tensors(file) as tensors:
                 shape = tensors.get_slice("ids").get_shape()
-                made_for = (tensors.metadata() or {}).get("fingerprint")
-            if shape != [tokens, self.k] or made_for != self.fingerprint:
+                fingerprint = (tensors.metadata() or {}).get("fingerprint")
+            if shape != [tokens, self.k] or fingerprint != self.fingerprint:
                 raise ValueError(
-                    f"{file} holds ids of shape {shape} for {made_for}, not {[tokens, self.k]} for "
-                    f"{self.fingerprint}; delete it, and the next run makes it again"
+                    f"{file} holds ids of shape {shape} for {fingerprint}, not {[tokens, self.k]} "
+                    f"for {self.fingerprint}; delete it, and the next run makes it again"
                 )
         return missing
 
     @torch.no_grad()
     def write(self, teacher: Any, blocks: Sequence[int], *, progress: bool) -> None:
-        """Write files.
+        """Run the teacher on training examples and write its probabilities.
 
         Args:
             teacher: the model, in eval mode.
-            blocks: which ones.
-            progress: show a bar.
+            blocks: indices of the files to write.
+            progress: show a progress bar.
         """
         head = LanguageHead(teacher)
-        apart = head.runs_apart()
+        separable = head.is_separable()
         with evaluating(without_adapters(teacher)):
             for block in tqdm(blocks, desc="teacher cache", disable=None if progress else True):
                 parts = [
-                    self._look_up(head, apart, self.batches(places))
-                    for places in self._micro_batches(block)
+                    self._top_k(head, separable, self.batches(indices))
+                    for indices in self._micro_batches(block)
                 ]
                 ids, log_probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
-                made = {"ids": ids.to(self._ids_dtype), "log_probabilities": log_probabilities}
+                tensors = {"ids": ids.to(self._ids_dtype), "log_probabilities": log_probabilities}
                 with replacing(self._file(block)) as temporary:
-                    # One entry: several would be written in any order.
-                    save_file(made, temporary, metadata={"fingerprint": self.fingerprint})
+                    # One entry of metadata: safetensors writes several in no fixed order.
+                    save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint})
 
     def _micro_batches(self, block: int) -> Iterator[range]:
         first, last = block * BLOCK, min((block + 1) * BLOCK, len(self.lengths))
         size = max(1, MICRO_BATCH_TOKENS // max(self.lengths[first:last]))
         return (range(i, min(i + size, last)) for i in range(first, last, size))
 
-    def _look_up(
-        self, head: LanguageHead, apart: bool, batch: dict[str, Tensor]
+    def _top_k(
+        self, head: LanguageHead, separable: bool, batch: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Run the teacher on a batch; returns ids (M, k) and log-probabilities, on the CPU."""
         batch = {name: value.to(head.model.device) for name, value in batch.items()}
         inputs, (tokens, _) = model_inputs(batch), counted_targets(batch["labels"])
-        states = head.hidden_states(inputs) if apart else head.model(**inputs).logits
-        found = []
+        states = head.hidden_states(inputs) if separable else head.model(**inputs).logits
+        chunks = []
         for part in tokens.split(_CHUNK_TOKENS):
-            chunk = states.flatten(0, 1)[part]
-            logits = head.logits(chunk) if apart else chunk
+            selected = states.flatten(0, 1)[part]
+            logits = head.logits(selected) if separable else selected
             ids, log_probabilities = top_k(logits, self.k, self.temperature)
-            found.append((ids.to(torch.int32).cpu(), log_probabilities.half().cpu()))
-        ids, log_probabilities = (torch.cat(part) for part in zip(*found, strict=True))
+            chunks.append((ids.to(torch.int32).cpu(), log_probabilities.half().cpu()))
+        ids, log_probabilities = (torch.cat(part) for part in zip(*chunks, strict=True))
         return ids, log_probabilities
 
     def targets(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return ids (M, k) and log-probabilities (M, k + 1) for the tokens of a batch that count.
 
         Raises:
-            ValueError: if a row of the batch is no training example, or a file is damaged.
+            ValueError: if a row of the batch is not among the training examples, or a file is
+                damaged.
         """
         parts = []
         for key, _, count in _rows(batch):
-            if key not in self._place:
+            if key not in self._index:
                 raise ValueError(
                     f"a row of the batch is not among the {len(self.lengths)} training examples "
                     f"of the teacher cache {self.directory}; data that changes from epoch to epoch "
                     "needs loss=kd"
                 )
-            place = self._place[key]
-            block = place // BLOCK
-            first = self.ends[place] - count - self._start(block)
-            with _opened(self._file(block)) as tensors:
+            index = self._index[key]
+            block = index // BLOCK
+            first = self.ends[index] - count - self._start(block)
+            with _open_tensors(self._file(block)) as tensors:
                 names = ("ids", "log_probabilities")
                 parts.append([tensors.get_slice(n)[first : first + count] for n in names])
         device = batch["labels"].device
         ids, log_probabilities = zip(*parts, strict=True)
-        # Not every operation knows unsigned 16-bit whole numbers.
-        joined = torch.cat([part.to(torch.int32) for part in ids])
-        return joined.to(device), torch.cat(log_probabilities).to(device)
+        # Not every operation of torch supports uint16.
+        all_ids = torch.cat([part.to(torch.int32) for part in ids])
+        return all_ids.to(device), torch.cat(log_probabilities).to(device)
 
     @property
     def _ids_dtype(self) -> torch.dtype:
         return torch.uint16 if self.vocabulary <= 2**16 else torch.int32
 
     def _bytes(self) -> int:
-        """Return the bytes of all files but their headers."""
+        """Return the bytes of all files without their headers."""
         return self.ends[-1] * (self.k * self._ids_dtype.itemsize + 2 * (self.k + 1))
 
     def _file(self, block: int) -> Path:
@@ -270,21 +271,21 @@ class TeacherCache:
 
 
 def _rows(batch: Mapping[str, Tensor]) -> Iterator[tuple[bytes, int, int]]:
-    """Yield for each row what identifies its tokens, how many they are, and how many count."""
+    """Yield for each row: a key of its tokens and labels, number of tokens, number that count."""
     ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     mask = batch.get("attention_mask")
     kept = torch.ones_like(ids) if mask is None or mask.ndim != 2 else mask.cpu()
-    for row, wanted, keep in zip(ids, labels, kept.bool(), strict=True):
-        row, wanted = row[keep], wanted[keep]
-        key = hashlib.sha256(row.numpy().tobytes() + wanted.numpy().tobytes()).digest()[:16]
-        yield key, len(row), len(counted_targets(wanted[None])[0])
+    for row, row_labels, keep in zip(ids, labels, kept.bool(), strict=True):
+        row, row_labels = row[keep], row_labels[keep]
+        key = hashlib.sha256(row.numpy().tobytes() + row_labels.numpy().tobytes()).digest()[:16]
+        yield key, len(row), len(counted_targets(row_labels[None])[0])
 
 
-def _opened(file: Path) -> Any:
+def _open_tensors(file: Path) -> Any:
     """Open a file of the cache, memory-mapped.
 
     Raises:
-        ValueError: if it is damaged; names it.
+        ValueError: if the file is damaged; names the file.
     """
     try:
         return safe_open(file, framework="pt")

@@ -1,8 +1,8 @@
-"""Gradual sparsity: zeros that become more while the model trains.
+"""Gradual sparsity: the share of zeros rises while the model trains.
 
-The share of zeros rises along a cubic (Zhu & Gupta, arXiv:1710.01878) or linear curve. Scores are
-those of the solver on the weights of the moment and on running norms of the training inputs, so
-that the choice follows what training does. A weight once pruned stays pruned.
+The share rises along a cubic (Zhu & Gupta, arXiv:1710.01878) or linear curve. The solver scores the
+current weights with running norms of the training inputs, so that its choice follows the training.
+A pruned weight stays pruned.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from prunelight.scoring.weight_scores import wanda_scores
 
 CURVES = ("cubic", "linear")
 
-_DECAY = 0.9  # of the running norms, a training batch
+_DECAY = 0.9  # of the running norms, per training batch
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Schedule:
     """When sparsity rises: from 0 after `start_step` optimizer steps to the target at `end_step`.
 
     Attributes:
-        start_step: optimizer step after which the first zeros are made.
-        end_step: optimizer step after which all are made; the masks then stay.
-        every: steps between two changes.
-        curve: "cubic" is fast at first and slow at the end, "linear" even.
+        start_step: optimizer step from which sparsity rises; there are no zeros yet.
+        end_step: optimizer step after which all zeros are there; the masks then stay.
+        every: optimizer steps between two changes.
+        curve: "cubic" rises fast at first and slowly at the end, "linear" evenly.
 
     Raises:
         ValueError: if a value is out of range.
@@ -67,13 +67,13 @@ class Schedule:
 
     def progress(self, step: int) -> float:
         """Return the share of the planned zeros after a step, in [0, 1]."""
-        left = 1 - (step - self.start_step) / (self.end_step - self.start_step)
-        left = min(max(left, 0.0), 1.0)
-        return 1 - (left**3 if self.curve == "cubic" else left)
+        remaining = 1 - (step - self.start_step) / (self.end_step - self.start_step)
+        remaining = min(max(remaining, 0.0), 1.0)
+        return 1 - (remaining**3 if self.curve == "cubic" else remaining)
 
 
 class RunningNorm(InputNorm):
-    """Squared norms of input features that forget older batches."""
+    """Squared norms of input features, in which older batches count less and less."""
 
     def update(self, x: Tensor) -> None:
         """Add tokens (T, I) of a batch."""
@@ -82,30 +82,34 @@ class RunningNorm(InputNorm):
 
 
 class Gradual:
-    """The running norms of a training and the masks that follow from them.
+    """The running input norms of a training, and the masks that follow from these norms.
 
     Args:
-        found: the matrices, each with its planned amount of zeros.
-        schedule: when.
+        amounts: matrix name -> matrix and its planned amount of zeros.
+        schedule: optimizer steps after which zeros are added.
         solver: "wanda" or "magnitude".
-        group: that train together; all must make the same calls.
+        group: processes that train together; all must make the same calls.
     """
 
     def __init__(
         self,
-        found: Mapping[str, tuple[Matrix, Amount]],
+        amounts: Mapping[str, tuple[Matrix, Amount]],
         schedule: Schedule,
         solver: str,
         group: ProcessGroup,
     ) -> None:
-        self.found, self.schedule, self.solver = dict(found), schedule, solver
+        self.amounts, self.schedule, self.solver = dict(amounts), schedule, solver
         self.group = group
-        scored = [matrix for matrix, _ in found.values() if solver == "wanda"]
-        self._seen = InputStatistics(scored, RunningNorm)
+        watched = [matrix for matrix, _ in amounts.values() if solver == "wanda"]
+        self._input_norms = InputStatistics(watched, RunningNorm)
 
     def watching(self, mask: Tensor | None) -> AbstractContextManager[None]:
-        """Add the inputs of the forwards inside to the running norms."""
-        return self._seen.watching(mask)
+        """Add the inputs of all forwards within this context to the running norms.
+
+        Args:
+            mask: bool (B, T), True on tokens that count; None counts all tokens.
+        """
+        return self._input_norms.watching(mask)
 
     @torch.no_grad()
     def masks(
@@ -114,27 +118,27 @@ class Gradual:
         kept: Callable[[str], Tensor],
         weight: Callable[[Matrix], Tensor],
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield each matrix' name and which of its weights are kept after an optimizer step.
+        """Yield the name of each matrix and its new mask (True on kept weights) after a step.
 
         Args:
-            step: optimizer steps done.
-            kept: gives the mask of a matrix so far, shaped as its parameter.
-            weight: gives the weight of the moment, adapters included, shaped as the parameter.
+            step: number of optimizer steps done.
+            kept: returns the present mask of a matrix, shaped as its parameter.
+            weight: returns the present weight, adapters included, shaped as the parameter.
         """
         progress = self.schedule.progress(step)
         self._average()
-        for name, (matrix, amount) in self.found.items():
-            old, now = kept(name), weight(matrix)
-            new = torch.empty_like(old)
-            views = zip(matrix.views(now), matrix.views(old), matrix.views(new), strict=True)
-            for place, (view, before, target) in enumerate(views):
-                scores = view.abs().float()
+        for name, (matrix, amount) in self.amounts.items():
+            old_mask, current = kept(name), weight(matrix)
+            new_mask = torch.empty_like(old_mask)
+            views = (matrix.views(tensor) for tensor in (current, old_mask, new_mask))
+            for index, (W, old, new) in enumerate(zip(*views, strict=True)):
+                scores = W.abs().float()
                 if self.solver == "wanda":
-                    norms = self._seen.of(matrix)[place].norms()
-                    scores = wanda_scores(view, norms.to(view.device))
-                scores = scores.masked_fill(~before, -1)  # once pruned, always pruned
-                target.copy_(~self._choose(scores, amount, progress))
-            yield name, new
+                    norms = self._input_norms.of(matrix)[index].norms()
+                    scores = wanda_scores(W, norms.to(W.device))
+                scores = scores.masked_fill(~old, -1)  # once pruned, always pruned
+                new.copy_(~self._choose(scores, amount, progress))
+            yield name, new_mask
 
     def _choose(self, scores: Tensor, amount: Amount, progress: float) -> Tensor:
         if isinstance(amount, Pattern):
@@ -146,22 +150,22 @@ class Gradual:
         return matrix_mask(scores, int(scores.numel() * share + 1e-6))
 
     def _average(self) -> None:
-        self._seen.reduce(lambda squares: self.group.sum(squares) / self.group.size)
+        self._input_norms.reduce(lambda squares: self.group.sum(squares) / self.group.size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the running norms, averaged: all ranks go on from those that rank 0 writes."""
+        """Return the running norms, averaged: all processes go on from those that rank 0 writes."""
         self._average()
-        return self._seen.state_dict()
+        return self._input_norms.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the running norms of an earlier run, if there are any."""
+        """Take over the running norms of an earlier run; an empty state changes nothing."""
         if state:
-            self._seen.load_state_dict(state)
+            self._input_norms.load_state_dict(state)
 
 
 @torch.no_grad()
 def weights_with_adapters(model: nn.Module) -> Callable[[Matrix], Tensor]:
-    """Return a function that gives the weight of a matrix as merging would leave it, zeros kept."""
+    """Return a function: matrix -> its weight as merging would leave it, with zeros kept."""
     adapters: dict[tuple[nn.Module, str], Any] = {
         (layer.get_base_layer(), getattr(layer, "parameter_name", "weight")): layer
         for layer in model.modules()

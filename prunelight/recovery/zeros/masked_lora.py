@@ -1,8 +1,12 @@
 """LoRA that keeps zeros: it adapts W + m * (s B A).
 
-LoRA (arXiv:2106.09685) multiplies its update by the mask m = (W != 0) of the frozen weight, so that
-merging keeps every zero and every N:M group. That costs a dense product more per matrix and step:
-with a mask, the update has no low rank.
+The update of LoRA (arXiv:2106.09685) is multiplied by the mask m = (W != 0) of the frozen weight.
+So merging keeps every zero and every N:M group. A masked update has no low rank, which costs one
+more dense product per matrix and step.
+
+Private names of peft used here: the methods of `LoraVariant`, `LoraLayer.lora_variant`, and of
+`ParamWrapper` `_activate_lora`, `_remove_parametrizations`, `get_delta_factors` and `get_param`.
+Tested with peft 0.21; tests/recovery/test_private_apis.py checks that these names exist.
 """
 
 from __future__ import annotations
@@ -28,35 +32,36 @@ def mask_adapters(
 ) -> None:
     """Make LoRA adapters keep the zeros of their weights, in place: W + m * (s B A).
 
-    The mask is derived from the weight in every step: zeros that are added later count too.
+    Each step derives the mask from the weight, so that zeros added later count too.
 
     Args:
-        model: adapted by `attach_lora`.
-        names: of matrices; those without an adapter are frozen and keep their zeros as it is.
-        quantized: masks (O, I) of quantized weights, packed, by name of their matrix: rounding
-            makes further weights zero, which are none in the base that adapters are merged onto.
+        model: a model with adapters of `attach_lora`.
+        names: names of matrices. Those without an adapter are frozen and keep their zeros anyway.
+        quantized: name of a quantized matrix -> packed mask (O, I) of its full-precision weight.
+            Rounding to 4 or 8 bits makes further weights zero, which the mask must not hold.
     """
     base = model.get_base_model()
     for name in names:
         owner, _, parameter_name = name.rpartition(".")
         layer: Any = base.get_submodule(owner)
-        while isinstance(layer, ParamWrapper):  # one inside the other, one per fused weight
+        while isinstance(layer, ParamWrapper):  # nested, one wrapper per fused weight
             if layer.parameter_name == parameter_name:
-                # peft allows no variants here and offers no other hook; the wrapper keeps its
-                # adapters and only looks up two methods elsewhere.
+                # peft offers no variants or hooks for fused weights. Another class replaces two
+                # methods of the wrapper, which keeps its adapters.
                 layer.__class__ = MaskedParamWrapper
             layer = layer.base_layer
         layer = getattr(layer, parameter_name, None)
         if isinstance(layer, Linear) or (name in quantized and isinstance(layer, LoraLayer)):
             for adapter in layer.lora_A:
-                masked = QuantizedMaskedLora(quantized[name]) if name in quantized else MaskedLora()
-                layer.lora_variant[adapter] = masked
+                packed = quantized.get(name)
+                variant = MaskedLora() if packed is None else QuantizedMaskedLora(packed)
+                layer.lora_variant[adapter] = variant
 
 
 class MaskedLora(LoraVariant):
     """LoRA of a `Linear` or `Conv1D` whose update is masked: y = x W^T + dropout(x) (m * s B A)^T.
 
-    What peft calls a variant; the base class says what each method is for.
+    A variant in peft's terms; peft's base class documents each method.
     """
 
     def supports_lora_conversion(self) -> bool:
@@ -69,8 +74,8 @@ class MaskedLora(LoraVariant):
     ) -> Tensor:
         """Return `result` plus the masked update of x (..., I)."""
         W = module.get_base_layer().weight
-        # peft hands over x in the adapter's float32. The update is a dense product here: it is
-        # computed in the dtype of the base's own product, half precision or that of autocast.
+        # peft passes x in float32, the adapter's dtype. The masked update is a dense product, so it
+        # is computed in the dtype of the base's product: half precision, or autocast's dtype.
         dropout = module.lora_dropout[active_adapter]
         joined = not (module.training and getattr(dropout, "p", 0))
         return MaskedUpdate.apply(
@@ -85,7 +90,7 @@ class MaskedLora(LoraVariant):
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Return the merged weight; a kept one that rounds to zero takes the smallest number."""
+        """Return the merged weight; kept weights that round to zero become the smallest number."""
         W = orig_weight
         merged = W + MaskedLora._delta(module, active_adapter, W)
         return merged.where((merged != 0) | (W == 0), W.sign() * torch.finfo(W.dtype).tiny)
@@ -106,20 +111,20 @@ class MaskedLora(LoraVariant):
 
 
 class QuantizedMaskedLora(LoraVariant):
-    """The masked update of a quantized weight; for training, not for merging.
+    """LoRA of a quantized weight whose update is masked; for training, not for merging.
 
     Args:
         kept: packed mask (O, I) of the weight in full precision.
     """
 
     def __init__(self, kept: Tensor) -> None:
-        self._kept = kept  # no buffer: DDP would broadcast it in every step
+        self._kept = kept  # not a buffer: DDP would broadcast a buffer in every step
 
     def supports_lora_conversion(self) -> bool:
         """Return False: the masked update has no low rank."""
         return False
 
-    def forward(  # type: ignore[override]  # a method here, static in peft
+    def forward(  # type: ignore[override]  # peft's is a static method
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
     ) -> Tensor:
         """Return `result` plus the masked update of x (..., I)."""
@@ -145,7 +150,7 @@ class MaskedParamWrapper(ParamWrapper):
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        """Replace the weight by the masked sum; peft folds the factors into a dense one."""
+        """Replace the weight by the masked sum while the experts run."""
         adapters = [adapter for adapter in active_adapters if adapter in self.lora_A]
         if not adapters:
             yield
@@ -163,7 +168,7 @@ class MaskedParamWrapper(ParamWrapper):
 
 
 class _MaskedSumProxy(nn.Module):
-    """What stands in for the frozen weight while the experts run."""
+    """Parametrization that gives m * (W + s L R) in place of the frozen weight W."""
 
     def __init__(self, lhs: Tensor, rhs: Tensor, scaling: float) -> None:
         super().__init__()
@@ -176,12 +181,13 @@ class _MaskedSumProxy(nn.Module):
 class MaskedUpdate(torch.autograd.Function):
     """y + x (m * s B A)^T for y (..., O), x (..., I), W (O, I), A (r, I), B (O, r); W is frozen.
 
-    In place of W, packed bits of m will do where y is not joined.
+    Packed bits of m may stand in place of W where `joined` is False.
 
-    Autograd would keep mask and update, (O, I), of every matrix until the backward: they are
-    computed again there, in the dtype of x as the large products are. `joined` says that y is
-    x W^T of the very same x, cut off from the graph: its part of the gradient of x is added here,
-    which saves a product.
+    Autograd would keep mask and update (O, I) of every matrix until the backward. Here the backward
+    computes both again, in the dtype of x, like the large products.
+
+    With `joined`, y is x W^T of the same x, detached from the graph. The backward then adds the
+    gradient through y to the gradient of x, which saves a product.
     """
 
     @staticmethod
@@ -206,19 +212,19 @@ class MaskedUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, y, A and B."""
-        x, W, A, B = ctx.saved_tensors  # once: gradient checkpointing allows no more
+        x, W, A, B = ctx.saved_tensors  # read once: gradient checkpointing allows no second read
         dtype = A.dtype
         with torch.autocast(x.device.type, enabled=False):
             A, B = A.to(x.dtype), (ctx.scaling * B).to(x.dtype)
             delta = B @ A
-            mask, of_x = _mask(W, delta), None
+            mask, grad_x = _mask(W, delta), None
             if ctx.needs_input_grad[0]:
                 delta.mul_(mask)
-                of_x = gradient @ (delta.add_(W) if ctx.joined else delta)
-            of_delta = (_token_rows(gradient).T @ _token_rows(x)).mul_(mask)  # (O, I)
-            of_A, of_B = B.T @ of_delta, ctx.scaling * (of_delta @ A.T)
-            of_y = None if ctx.joined else gradient
-            return of_x, of_y, None, of_A.to(dtype), of_B.to(dtype), None, None
+                grad_x = gradient @ (delta.add_(W) if ctx.joined else delta)
+            grad_delta = (_token_rows(gradient).T @ _token_rows(x)).mul_(mask)  # (O, I)
+            grad_A, grad_B = B.T @ grad_delta, ctx.scaling * (grad_delta @ A.T)
+            grad_y = None if ctx.joined else gradient
+            return grad_x, grad_y, None, grad_A.to(dtype), grad_B.to(dtype), None, None
 
 
 def _token_rows(x: Tensor) -> Tensor:
@@ -226,7 +232,7 @@ def _token_rows(x: Tensor) -> Tensor:
 
 
 def _mask(W: Tensor, delta: Tensor) -> Tensor:
-    """Return m as numbers 0 and 1: on a CPU ten times faster to apply than a bool mask."""
+    """Return m as numbers 0 and 1; on a CPU ten times as fast to apply as a bool mask."""
     if W.dtype == torch.uint8:
         return unpack_mask(W, delta).to(delta.dtype)
     return W.sign().abs_().to(delta.dtype)
@@ -235,7 +241,7 @@ def _mask(W: Tensor, delta: Tensor) -> Tensor:
 class MaskedSum(torch.autograd.Function):
     """m * (W + s L R) for W (E, O, I), L (E, O, r), R (E, r, I); W is frozen.
 
-    It equals W + m * s L R, since W is zero where m is. The mask is computed again in the backward.
+    This equals W + m * s L R, since W is zero where m is. The backward computes the mask again.
     """
 
     @staticmethod
@@ -252,5 +258,5 @@ class MaskedSum(torch.autograd.Function):
         """Return the gradients of the factors."""
         W, lhs, rhs = ctx.saved_tensors
         with torch.autocast(W.device.type, enabled=False):
-            of_delta = gradient.masked_fill(W == 0, 0).mul_(ctx.scaling)
-            return None, of_delta @ rhs.mT, lhs.mT @ of_delta, None
+            grad_product = gradient.masked_fill(W == 0, 0).mul_(ctx.scaling)
+            return None, grad_product @ rhs.mT, lhs.mT @ grad_product, None

@@ -1,4 +1,4 @@
-"""The zeros that plans put into a model, during its recovery."""
+"""The zeros that plans put into a model, and how a recovery keeps them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class PlannedZeros:
     """The zeros that plans put into a model, during its recovery; by default none.
 
     Attributes:
-        matrices: that have planned zeros, without those that were quantized.
+        matrices: matrices with planned zeros, without those that were quantized.
         sparsity: share of zeros in all matrices of the decoder layers before the recovery.
-        masks: in full training, and where zeros are added during training; else None.
+        masks: masks of full training, and of training that adds zeros; else None.
         state: "not_kept", "kept", or "gradual" where zeros are added during training.
     """
 
@@ -41,8 +41,8 @@ class PlannedZeros:
         """Return the zeros that plans put into a model, which has no adapters yet.
 
         Args:
-            model: as it is after all plans.
-            plans: that led to it, in order.
+            model: the model after all plans.
+            plans: plans that led to the model, in order.
 
         Raises:
             ValueError: if the plans name a matrix that the model does not have.
@@ -50,40 +50,45 @@ class PlannedZeros:
         names = planned_sparsity(plans, layers_path(model)) if plans else {}
         if not names:
             return cls()
-        found, path = matrices(model), layers_path(model)
-        without = dropped(model, "attention") | dropped(model, "mlp")
-        names = {n: s for n, s in names.items() if n in found or layer_of(n, path) not in without}
-        missing = set(names) - set(found)
+        available, path = matrices(model), layers_path(model)
+        cut_layers = dropped(model, "attention") | dropped(model, "mlp")
+        missing = {n for n in set(names) - set(available) if layer_of(n, path) not in cut_layers}
         if missing:
             raise ValueError(
                 f"the plans put zeros into {len(missing)} matrices that the model does not have, "
                 f"e.g. {min(missing)}; the plans beside a model must be those that led to it"
             )
-        return cls([found[name] for name in names], zero_share(m.parameter for m in found.values()))
+        sparsity = zero_share(matrix.parameter for matrix in available.values())
+        return cls([available[name] for name in names if name in available], sparsity)
 
     @property
     def planned(self) -> bool:
-        """Return whether there are any."""
+        """Return whether there are planned zeros."""
         return bool(self.matrices or self._packed)
 
     def pack(self) -> None:
-        """Take the masks from weights that are about to be quantized, and let go of these."""
+        """Keep the masks of weights that are about to be quantized, and drop these weights."""
         self._packed = {m.name: pack_mask(m.views()[0] != 0) for m in self.matrices if not m.fused}
         self.matrices = [matrix for matrix in self.matrices if matrix.fused]
 
-    def keep(self, model: PreTrainedModel | PeftModel, *, growing: bool) -> None:
-        """Keep the zeros from now on, in place; `growing`: those that `masks` will be told of."""
+    def keep(self, model: PreTrainedModel | PeftModel, *, gradual: bool) -> None:
+        """Keep the zeros from now on, in place.
+
+        Args:
+            model: the model in training, or peft's wrapper of the model.
+            gradual: zeros will be added during training, by `masks.update`.
+        """
         if isinstance(model, PeftModel):
             names = [matrix.name for matrix in self.matrices]
             mask_adapters(model, [*names, *self._packed], self._packed)
-        if growing or not isinstance(model, PeftModel):
+        if gradual or not isinstance(model, PeftModel):
             self.masks = WeightMasks(self.matrices)
         else:
             self._record = ZeroRecord(self.matrices)
-        self.state = "gradual" if growing else "kept"
+        self.state = "gradual" if gradual else "kept"
 
     def check(self) -> None:
-        """Check that all zeros that are kept are exactly zero.
+        """Check that all kept zeros are exactly zero.
 
         Raises:
             RuntimeError: naming the matrix, and how many of its zeros are filled.
@@ -93,9 +98,9 @@ class PlannedZeros:
             keeper.check()
 
     def describe_loss(self, model: PreTrainedModel) -> str:
-        """Return how much of the sparsity a recovery that did not keep zeros has left."""
-        left = zero_share(matrix.parameter for matrix in matrices(model).values())
+        """Return a warning: the sparsity before and after a recovery that did not keep zeros."""
+        sparsity = zero_share(matrix.parameter for matrix in matrices(model).values())
         return (
             "keep_zeros=False filled zeros: the sparsity of the decoder layers' matrices went from "
-            f"{self.sparsity:.4f} to {left:.4f}"
+            f"{self.sparsity:.4f} to {sparsity:.4f}"
         )

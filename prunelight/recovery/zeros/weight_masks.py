@@ -1,6 +1,6 @@
-"""Masks that keep zeros while all weights are trained, and records that check them.
+"""Masks that keep zeros while all weights are trained, and records that check zeros.
 
-Full training takes the gradient of m * W, and after every optimizer step sets masked weights and
+Full training takes the gradient of m * W. After every optimizer step it sets masked weights and
 their optimizer state to exactly zero.
 """
 
@@ -21,7 +21,7 @@ from prunelight.recovery.sharded_weights import local_shard, shard_like, sum_ove
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Return a bool tensor as bits on the CPU: uint8, (ceil(n / 8),)."""
+    """Return a bool tensor of n elements as bits on the CPU: uint8, (ceil(n / 8),)."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy()))
 
 
@@ -33,18 +33,17 @@ def unpack_mask(bits: Tensor, like: Tensor) -> Tensor:
     """
     if bits.numel() != (like.numel() + 7) // 8:
         raise ValueError(f"{8 * bits.numel()} packed bits do not fit shape {tuple(like.shape)}")
-    bits_of = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # (256, 8)
-    table = torch.from_numpy(bits_of).bool().to(like.device)
+    bits_of_byte = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # (256, 8)
+    table = torch.from_numpy(bits_of_byte).bool().to(like.device)
     return table[bits.to(like.device).int()].view(-1)[: like.numel()].view(like.shape)
 
 
 def _check_zero(matrix: Matrix, pruned: Tensor) -> None:
-    """Check a matrix by the part of it that this rank has, on all ranks that share it."""
+    """Check this process' shard of a matrix; all processes must call this together."""
     weight = matrix.parameter
     filled = ((local_shard(weight) != 0) & pruned).sum()  # NaN counts as filled
-    if sum_over_shards(
-        filled, weight
-    ):  # on all: a rank that failed alone would leave the others waiting
+    # The sum makes all processes fail together: if one failed alone, the others would wait for it.
+    if sum_over_shards(filled, weight):
         raise RuntimeError(
             f"{filled} weights of {matrix.name} are pruned and no longer zero; train with "
             "keep_zeros=True, and let nothing else write to the weights"
@@ -52,7 +51,7 @@ def _check_zero(matrix: Matrix, pruned: Tensor) -> None:
 
 
 class ZeroRecord:
-    """Where weights are zero now, as bits on the CPU, to check later that they still are."""
+    """Which weights are zero now, as bits on the CPU, to check later that they still are."""
 
     def __init__(self, matrices: Iterable[Matrix]) -> None:
         """Record the zeros of the matrices."""
@@ -72,30 +71,30 @@ class ZeroRecord:
 class WeightMasks:
     """Masks that keep pruned weights at exactly zero while all weights are trained.
 
-    One byte per weight that this rank has, in the shape in which it is stored (a `Conv1D` holds
-    (I, O)) and on its device; once weights are sharded, beside one bit per weight on the CPU.
+    A mask has one byte per weight that this process holds, in the weight's stored shape (a `Conv1D`
+    stores (I, O)) and on its device. Sharded weights take one more bit per weight on the CPU.
 
     Attributes:
         matrices: name -> matrix.
 
     Args:
-        matrices: whose weights are kept where they are not zero.
+        matrices: matrices whose present zeros are kept.
     """
 
     def __init__(self, matrices: Iterable[Matrix]) -> None:
         self.matrices = {matrix.name: matrix for matrix in matrices}
         self._pruned = {name: m.parameter.detach() == 0 for name, m in self.matrices.items()}
-        self._bits: dict[str, Tensor] = {}  # of the whole masks, where weights are sharded
+        self._bits: dict[str, Tensor] = {}  # the whole masks, where weights are sharded
         self._hooks: list[Any] = []
 
     def shard(self) -> None:
-        """Keep of each mask what this rank has of its weight, after the weights were sharded."""
+        """Cut each mask to this process' shard of its weight; call this after sharding."""
         for name, pruned in self._pruned.items():
             self._bits[name] = pack_mask(pruned)
             self._pruned[name] = shard_like(pruned, self.matrices[name].parameter)
 
     def pruned(self, name: str) -> Tensor:
-        """Return the whole mask of a matrix, True where it is pruned, on the weight's device."""
+        """Return the whole mask of a matrix, True on pruned weights, on the weight's device."""
         if self._bits:
             return unpack_mask(self._bits[name], self.matrices[name].parameter)
         return self._local(name)
@@ -111,13 +110,13 @@ class WeightMasks:
         return zeros / sum(matrix.parameter.numel() for matrix in self.matrices.values())
 
     def update(self, name: str, kept: Tensor) -> None:
-        """Prune more of a matrix, in place: what is not in `kept` becomes zero, for good.
+        """Prune more weights of a matrix, in place and for good.
 
-        Optimizer state follows with the next step, or at once with `apply(optimizer)`.
+        The optimizer's state follows with the next step, or at once with `apply(optimizer)`.
 
         Args:
-            name: of the matrix.
-            kept: bool, True where weights stay, in the shape in which the whole weight is stored.
+            name: name of the matrix.
+            kept: bool, False on weights to prune, in the stored shape of the unsharded weight.
         """
         pruned = self.pruned(name)
         self._set(name, pruned.logical_or_(~kept.to(pruned.device)))
@@ -136,25 +135,25 @@ class WeightMasks:
     @torch.no_grad()
     def _zero(self, name: str, optimizer: Optimizer | None) -> None:
         weight, pruned = self.matrices[name].parameter, self._local(name)
-        local_shard(weight).masked_fill_(pruned, 0)  # a product with 0 would leave -0.0 and NaN
+        local_shard(weight).masked_fill_(pruned, 0)  # multiplying by 0 would leave -0.0 and NaN
         state = optimizer.state.get(weight, {}) if optimizer is not None else {}
         for value in state.values():
-            # The codes of an 8-bit optimizer have the same shape, but their 0 is not the value 0.
-            entries = isinstance(value, Tensor) and value.shape == weight.shape
-            if entries and value.is_floating_point():
+            # Codes of an 8-bit optimizer have the weight's shape too, but code 0 is no value 0.
+            has_entries = isinstance(value, Tensor) and value.shape == weight.shape
+            if has_entries and value.is_floating_point():
                 local_shard(value).masked_fill_(pruned.to(value.device), 0)
 
     def watch(self, optimizer: Optimizer) -> None:
-        """Mask gradients from now on, and weights and state after every step of the optimizer.
+        """Mask gradients from now on, and weights and optimizer state after every optimizer step.
 
-        Without the gradients' mask, pruned weights would enter the norm that gradients are clipped
-        by, and the update of kept weights in optimizers that mix the entries of a matrix. Sharded
-        weights get theirs from FSDP2, which calls no hooks: call `mask_gradients` before each step.
+        Unmasked gradients of pruned weights would enter the norm for gradient clipping. They would
+        also change kept weights in optimizers that mix the entries of a matrix. FSDP2 calls no
+        hooks for gradients of sharded weights: call `mask_gradients` before each step there.
         """
         for name, matrix in self.matrices.items():
             if matrix.parameter.requires_grad and not self._bits:
-                # As a hook of the tensor it acts before DDP averages and before anything clips.
-                self._hooks.append(matrix.parameter.register_hook(self._masker(name)))
+                # A hook on the tensor runs before DDP averages gradients and before clipping.
+                self._hooks.append(matrix.parameter.register_hook(self._gradient_mask(name)))
         step = optimizer.register_step_post_hook(lambda stepped, *_: self.apply(stepped))
         self._hooks.append(step)
 
@@ -165,11 +164,11 @@ class WeightMasks:
             if matrix.parameter.grad is not None:
                 local_shard(matrix.parameter.grad).masked_fill_(self._local(name), 0)
 
-    def _masker(self, name: str) -> Callable[[Tensor], Tensor]:
+    def _gradient_mask(self, name: str) -> Callable[[Tensor], Tensor]:
         return lambda gradient: gradient.masked_fill(self._local(name), 0)
 
     def unwatch(self) -> None:
-        """Undo `watch`."""
+        """Remove the hooks of `watch`."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -177,24 +176,26 @@ class WeightMasks:
         """Check that all pruned weights are exactly zero.
 
         Raises:
-            RuntimeError: naming the matrix, and how many of its pruned weights are not.
+            RuntimeError: naming the matrix, and how many of its pruned weights are not zero.
         """
         for name, matrix in self.matrices.items():
             _check_zero(matrix, self._local(name))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the kept weights as bits: matrix name -> uint8, 1/8 byte per weight."""
+        """Return which weights are kept, as bits: matrix name -> uint8, 1/8 byte per weight."""
         return {name: pack_mask(~self.pruned(name)) for name in self.matrices}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the masks from `state_dict` and set pruned weights to zero, in place.
+        """Take over the masks of a `state_dict` and set pruned weights to zero, in place.
 
         Raises:
-            ValueError: if the state is that of other matrices.
+            ValueError: if the state has masks of other matrices.
         """
-        odd = set(state) ^ set(self.matrices)
-        if odd:
-            raise ValueError(f"masks of {len(odd)} matrices are only on one side, e.g. {min(odd)}")
+        unmatched = set(state) ^ set(self.matrices)
+        if unmatched:
+            raise ValueError(
+                f"masks of {len(unmatched)} matrices are only on one side, e.g. {min(unmatched)}"
+            )
         for name, bits in state.items():
             self._set(name, ~unpack_mask(bits, self.matrices[name].parameter))
         self.apply()

@@ -117,7 +117,7 @@ def test_without_pruning_a_run_learns_from_a_teacher_that_is_named(name, tmp_pat
     (file,) = tmp_path.glob("teacher-*/block-*")
     told = json.loads((file.parent / "teacher.json").read_text())["teacher"]
     assert told["dtype"] == module.record.dtype, "a run that prunes would make the same cache"
-    _release(module)
+    _release(module.run)
     assert module.model is not None, "what was trained cannot be read again"
 
 
@@ -129,7 +129,7 @@ def test_a_quantized_teacher_says_nearly_the_same(held, tmp_path):
     quantized = TeacherSource(name, "auto", held, False).load(CPU)
     assert type(quantized.model.layers[0].mlp.up_proj).__name__.startswith("Linear")
     assert type(quantized.lm_head) is torch.nn.Linear
-    assert LanguageHead(quantized).runs_apart()
+    assert LanguageHead(quantized).is_separable()
     assert 0 < distance(quantized, dense, token_windows()) < 1e-2
 
 

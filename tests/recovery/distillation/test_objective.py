@@ -11,7 +11,7 @@ from prunelight.planning.steps import MergeLayers, RemoveLayers
 from prunelight.recovery.distillation.objective import (
     Distillation,
     Objective,
-    hidden_loss,
+    hidden_state_loss,
     kept_layers,
 )
 
@@ -53,7 +53,7 @@ def test_hidden_states_count_relative_to_the_teachers_and_without_padding():
     found = wanted * torch.tensor([1.0, 1.1, 9.0])[:, None]
     mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
     # (0 + 0.1^2) / 2 in one layer, 0 in the other
-    loss = hidden_loss([found, wanted], [wanted, wanted], mask)
+    loss = hidden_state_loss([found, wanted], [wanted, wanted], mask)
     assert loss.item() == pytest.approx(0.0025, rel=1e-4)
 
 

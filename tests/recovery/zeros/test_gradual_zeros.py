@@ -95,7 +95,7 @@ def test_masks_of_one_batch_are_those_of_the_solver_and_those_before_shrink(fami
             parts = zip(matrix.views(), matrix.views(whole[name]), strict=True)
             for index, (view, kept) in enumerate(parts):
                 if solver == "wanda":
-                    norms = masks.gradual._seen.of(matrix)[index].norms()
+                    norms = masks.gradual._input_norms.of(matrix)[index].norms()
                     expected = wanda_mask(view, norms, amount)
                 else:
                     expected = magnitude_mask(view, amount)
@@ -181,11 +181,11 @@ def test_experts_seen_by_one_process_only_are_pruned_alike_on_both():
         masks.see(model, ids)
     sums = [[], []]
     for masks, mine in zip(group, sums, strict=True):
-        masks.gradual._seen.reduce(lambda x, mine=mine: mine.append(x) or x)
+        masks.gradual._input_norms.reduce(lambda x, mine=mine: mine.append(x) or x)
     means = [(a + b) / 2 for a, b in zip(*sums, strict=True)]
     for masks in group:
         rest = iter(means)
-        masks.gradual._seen.reduce(lambda _, rest=rest: next(rest))
+        masks.gradual._input_norms.reduce(lambda _, rest=rest: next(rest))
     first, second = (masks.after(1) for masks in group)
     unseen = [[bool((x == 0).all()) for x in mine] for mine in sums]
     assert unseen[0] != unseen[1]  # or the test would prove nothing
