@@ -141,7 +141,7 @@ def _narrow(
     for kind, layers in kept.items():
         for member in members[kind]:
             # The rows or columns of the groups or neurons, in order.
-            places = member.places[layers[index]].flatten().sort().values
+            places = member.indices[layers[index]].flatten().sort().values
             linear: Any = member.matrix.owner
             if seen is not None and member.dim == 1:
                 _fit(linear.weight.data, places, seen.of(member.matrix)[0].result())

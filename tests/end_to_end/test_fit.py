@@ -326,9 +326,7 @@ def test_an_open_ended_schedule_is_refused(name, tmp_path):
 
 
 def test_pruning_a_lightning_module_without_a_model_is_refused(tmp_path):
-    with pytest.raises(
-        TypeError, match="BoringModel.model is missing; .* a transformers"
-    ):
+    with pytest.raises(TypeError, match="BoringModel.model is missing; .* a transformers"):
         make_trainer(tmp_path, ShortGPT(num_layers=1)).fit(BoringModel())
 
 
