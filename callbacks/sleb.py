@@ -26,7 +26,7 @@ from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
-from prunelight.scoring.model_variants import Replay
+from prunelight.scoring.model_variants import VariantReplay
 from prunelight.scoring.similarity import CRITERIA
 
 
@@ -84,13 +84,13 @@ class SLEB(PruningCallback):
         removed: list[int] = []
         first: dict[int, float] = {}  # similarity without each layer, of the first round
         similarity = 1.0
-        with Replay(
+        with VariantReplay(
             model, windows, self.criterion, device=self.device, offload=self.offload_activations
         ) as replay:
             for _ in range(count):
                 scores = {
-                    place: replay.score(place, replay.units[place + 1 :])
-                    for place, unit in enumerate(replay.units)
+                    place: replay.score(place, replay.layers[place + 1 :])
+                    for place, unit in enumerate(replay.layers)
                     if unit.index not in protected
                 }
                 best, similarity = max(scores.items(), key=itemgetter(1))
@@ -100,8 +100,8 @@ class SLEB(PruningCallback):
                         "states; load the model in bfloat16 or float32"
                     )
                 first = first or {i: s for i, s in scores.items() if math.isfinite(s)}
-                removed.append(replay.units[best].index)
-                replay.replace(best, replay.units[best + 1 :])
+                removed.append(replay.layers[best].index)
+                replay.replace(best, replay.layers[best + 1 :])
             forwards = replay.layer_forwards
         return self.make_plan(
             model,

@@ -34,7 +34,7 @@ from prunelight.planning.steps import MERGES, MergeLayers
 from prunelight.pruning.merge_layers import check_mergeable, merged_layer
 from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
-from prunelight.scoring.model_variants import MergedVariants, Replay
+from prunelight.scoring.model_variants import MergedVariants, VariantReplay
 from prunelight.scoring.similarity import CRITERIA
 
 log = logging.getLogger(__name__)
@@ -124,12 +124,12 @@ class SlidingLayerMerging(PruningCallback):
         check_windows(model, windows)
         places: dict[str, Any] = {"device": self.device, "offload": self.offload_activations}
         ignored = self.ignore_first_tokens
-        with Replay(
+        with VariantReplay(
             model, windows, self.criterion, ignore_first_tokens=ignored, **places
         ) as replay:
             cka = self._cka(replay)
             merge = partial(merged_layer, model, merge=self.merge)
-            score, total = MergedVariants(replay, merge), len(replay.units)
+            score, total = MergedVariants(replay, merge), len(replay.layers)
             found, threshold = self._find(score, total)
             best = found
             if self.threshold is None and self.limit == "merge" and found.groups:
@@ -199,7 +199,7 @@ class SlidingLayerMerging(PruningCallback):
         except BudgetExceededError:
             return best
 
-    def _cka(self, replay: Replay) -> dict[str, list[list[float]]]:
+    def _cka(self, replay: VariantReplay) -> dict[str, list[list[float]]]:
         """Return "cka" of all L + 1 hidden states for the picture; nothing if it cannot be had.
 
         Without the first token: where it is a sink, the linear kernel sees little else.

@@ -48,7 +48,7 @@ MOVED: dict[str, dict[str, str]] = {
             "matrices"
         ),
         "models.families.config_fields": (
-            "accepts head_dim logits_finish maximum_length vocabulary_size"
+            "accepts=config_accepts head_dim logits_finish maximum_length vocabulary_size"
         ),
         "models.families.rwkv": "restore_rwkv_scale",
     },
@@ -58,8 +58,8 @@ MOVED: dict[str, dict[str, str]] = {
             "micro_batches next_token_labels split_windows"
         ),
         "models.forward": (
-            "Visit evaluating hidden_name replaced_forward run_layers=forward_without_head "
-            "watching_layers"
+            "Visit evaluating hidden_name=hidden_states_argument replaced_forward "
+            "run_layers=forward_without_head watching_layers"
         ),
     },
     "callbacks.base": {
@@ -87,7 +87,7 @@ MOVED: dict[str, dict[str, str]] = {
             "FORMAT KEY check_format check_same_parameters check_same_run check_same_settings "
             "facts_of=read_metadata"
         ),
-        "runtime.atomic_files": "reading=explaining_damage",
+        "runtime.atomic_files": "reading=explaining_read_errors",
     },
     "choices": {
         "runtime.arguments": "check_choice",
@@ -130,7 +130,8 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "files": {
         "runtime.atomic_files": (
-            "check_writable explaining flush newest_checkpoint remove_temporaries replacing"
+            "check_writable explaining=explaining_write_errors flush newest_checkpoint "
+            "remove_temporaries replacing=atomic_replacement"
         ),
     },
     "gradual": {
@@ -163,7 +164,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "merging": {
         "pruning.merge_layers": "check_mergeable merged_layer merged_weights projection_names",
-        "models.families.config_fields": "OTHER_LISTS",
+        "models.families.config_fields": "OTHER_LISTS=LISTS_NOT_PER_LAYER",
     },
     "metrics": {
         "evaluation.metrics": "TokenAccuracy TokenPerplexity",
@@ -173,7 +174,7 @@ MOVED: dict[str, dict[str, str]] = {
     "models": {
         "models.loading": (
             "BUNDLED DTYPES Source find_source load load_config load_tokenizer "
-            "quiet_transformers reach resolve_dtype"
+            "quiet_transformers reach=check_hub resolve_dtype"
         ),
     },
     "module": {
@@ -227,7 +228,7 @@ MOVED: dict[str, dict[str, str]] = {
         "recovery.compiled_layers": "check_backend compile_layers uncompile_layers",
     },
     "replay": {
-        "scoring.model_variants": "Replay Unit=VariantLayer",
+        "scoring.model_variants": "Replay=VariantReplay Unit=VariantLayer",
     },
     "report": {
         "evaluation.report.record": "Cost FORMAT RunRecord Stage",
@@ -251,7 +252,9 @@ MOVED: dict[str, dict[str, str]] = {
         ),
     },
     "saving": {
-        "models.saving": "MARKER Saved check_replaceable name_code save verify",
+        "models.saving": (
+            "MARKER Saved=SavedModel check_replaceable name_code=name_remote_code save verify"
+        ),
     },
     "scoring": {
         "scoring.block_influence": (
@@ -379,7 +382,9 @@ REPLACED = {
     "prunelight.callbacks.base.prune_base": "prunelight.run.start.start",
     "prunelight.cli.CALLBACKS": "prunelight.lightning_cli.PACKAGES",
     "prunelight.cli.PACKAGE": "prunelight.lightning_cli.PACKAGES",
-    "prunelight.distributed.on_rank_zero": "prunelight.runtime.processes.ProcessGroup.on_zero",
+    "prunelight.distributed.on_rank_zero": (
+        "prunelight.runtime.processes.ProcessGroup.run_on_rank_zero"
+    ),
     "prunelight.ending.end_fit": "prunelight.run.finish.finish",
     "prunelight.handover.hand_over": "prunelight.run.finish.finish",
     "prunelight.handover.save_adapter": "prunelight.run.finish.finish",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replacement(path: Path) -> Iterator[Path]:
     """Yield a temporary path; rename it to `path` on success, remove it on an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -46,7 +46,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 @contextmanager
-def explaining(path: Path, checkpoint: Path | None = None) -> Iterator[None]:
+def explaining_write_errors(path: Path, checkpoint: Path | None = None) -> Iterator[None]:
     """Turn an error of the file system into one line that says how to continue the run.
 
     Args:
@@ -94,7 +94,7 @@ def check_writable(directory: Path) -> None:
     while not existing.exists():
         existing = existing.parent
     probe = existing / f".writable.{os.getpid()}.tmp"
-    with explaining(directory):
+    with explaining_write_errors(directory):
         try:
             probe.write_bytes(b"\0")
             flush(probe)
@@ -103,7 +103,7 @@ def check_writable(directory: Path) -> None:
 
 
 @contextmanager
-def explaining_damage(path: str | Path) -> Iterator[None]:
+def explaining_read_errors(path: str | Path) -> Iterator[None]:
     """Turn an error of reading a checkpoint into one line that names the remedy.
 
     Raises:
