@@ -106,7 +106,8 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "distillation": {
         "recovery.distillation.objective": (
-            "Distillation LOSSES Objective TEACHERS check_objective hidden_loss kept_layers"
+            "Distillation LOSSES Objective TEACHERS check_objective kept_layers "
+            "hidden_loss=hidden_state_loss"
         ),
     },
     "distributed": {
@@ -196,11 +197,7 @@ MOVED: dict[str, dict[str, str]] = {
         ),
     },
     "plots": {
-        "evaluation.report.plan_facts": (
-            "Json LayerZeros by_sublayer explained_variance fates=layer_outcomes "
-            "has_own_class layer_zeros merged_groups nominal percent removed_layers "
-            "score_lists share_sliced sliced_sites steps_of"
-        ),
+        "evaluation.report.plan_facts": ("Json LayerZeros by_sublayer explained_variance percent"),
         "evaluation.report.layer_plots": "draw_bars draw_panels plot_layers",
     },
     "precision": {
@@ -377,28 +374,38 @@ MOVED: dict[str, dict[str, str]] = {
     },
 }
 
-# Old names that are gone, as their parameters were others -> what does their work now.
-REPLACED = {
-    "prunelight.callbacks.base.prune_base": "prunelight.run.start.start",
-    "prunelight.cli.CALLBACKS": "prunelight.lightning_cli.PACKAGES",
-    "prunelight.cli.PACKAGE": "prunelight.lightning_cli.PACKAGES",
-    "prunelight.distributed.on_rank_zero": (
-        "prunelight.runtime.processes.ProcessGroup.run_on_rank_zero"
-    ),
-    "prunelight.ending.end_fit": "prunelight.run.finish.finish",
-    "prunelight.handover.hand_over": "prunelight.run.finish.finish",
-    "prunelight.handover.save_adapter": "prunelight.run.finish.finish",
-    "prunelight.recording.evaluation_windows": "prunelight.run.measurements.held_out_windows",
+# The same for names that are gone, as their parameters were others: what does their work now.
+REPLACED: dict[str, dict[str, str]] = {
+    "callbacks.base": {"run.start": "prune_base=start"},
+    "cli": {"lightning_cli": "CALLBACKS=PACKAGES PACKAGE=PACKAGES"},
+    "distributed": {"runtime.processes.ProcessGroup": "on_rank_zero=run_on_rank_zero"},
+    "ending": {"run.finish": "end_fit=finish"},
+    "handover": {"run.finish": "hand_over=finish save_adapter=finish"},
+    "plots": {
+        "evaluation.report.plan_facts.PlanFacts": (
+            "fates=layer_outcomes has_own_class layer_zeros merged_groups nominal "
+            "removed_layers score_lists steps_of"
+        ),
+        "planning.steps.SliceHidden": "share_sliced=share_removed sliced_sites",
+    },
+    "recording": {"run.measurements": "evaluation_windows=held_out_windows"},
 }
 
-HOMES: dict[str, dict[str, tuple[str, str]]] = {
-    f"prunelight.{old}": {
-        entry.partition("=")[0]: (f"prunelight.{new}", entry.rpartition("=")[2])
-        for new, names in homes.items()
-        for entry in names.split()
+
+def _by_name(table: dict[str, dict[str, str]]) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return old module -> old name -> new module, new name; all with the package's name."""
+    return {
+        f"prunelight.{old}": {
+            entry.partition("=")[0]: (f"prunelight.{new}", entry.rpartition("=")[2])
+            for new, names in homes.items()
+            for entry in names.split()
+        }
+        for old, homes in table.items()
     }
-    for old, homes in MOVED.items()
-}  # old module -> old name -> new module, new name
+
+
+HOMES = _by_name(MOVED)
+SUCCESSORS = _by_name(REPLACED)
 
 
 class ModuleWithOldNames(ModuleType):
@@ -407,8 +414,8 @@ class ModuleWithOldNames(ModuleType):
     def __getattr__(self, name: str) -> Any:
         """Return what an old name stands for now; Python asks only for names that are not here."""
         if name not in HOMES[self.__name__]:
-            work = REPLACED.get(f"{self.__name__}.{name}")
-            told = f"; {work} does the work of what had this name" if work else ""
+            place, successor = SUCCESSORS.get(self.__name__, {}).get(name, ("", ""))
+            told = f"; {place}.{successor} does its work now" if successor else ""
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}{told}")
         module, new_name = HOMES[self.__name__][name]
         if module == f"{self.__name__}.{name}":
