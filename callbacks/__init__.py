@@ -13,6 +13,7 @@ from prunelight.callbacks.slicegpt import SliceGPT, SlicingCallback
 from prunelight.callbacks.sliding_layer_merging import SlidingLayerMerging
 from prunelight.callbacks.weight_pruning import WeightPruning
 from prunelight.callbacks.width_pruning import WidthPruning
+from prunelight.moved import serve_old_names
 
 __all__ = [
     "DLP",
@@ -30,3 +31,5 @@ __all__ = [
     "WeightPruning",
     "WidthPruning",
 ]
+
+serve_old_names(__name__)

@@ -25,6 +25,7 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.run.start import start
 from prunelight.run.strategies import Place
+from prunelight.training.own_module import prune_after_setup
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.trainer import pruning_methods
 
@@ -69,7 +70,7 @@ class PruningCallback(Callback, ABC):
             found=found or {},
             steps=steps,
         )
-        return group_of(windows).on_zero(lambda: plan)
+        return group_of(windows).run_on_rank_zero(lambda: plan)
 
     @abstractmethod
     def check(self, model: PreTrainedModel) -> None:
@@ -110,10 +111,8 @@ class PruningCallback(Callback, ABC):
         if stage != "fit" or self is not methods[0]:
             return
         if not isinstance(pl_module, RecoveryModule):
-            raise TypeError(
-                f"{type(self).__name__} prunes a prunelight RecoveryModule, not a "
-                f"{type(pl_module).__name__}; elsewhere call plan and prunelight.apply yourself"
-            )
+            prune_after_setup(trainer, pl_module, methods)
+            return
         run = pl_module.run
         run.attach(Place(trainer))
         run.gradual = any(method.gradual for method in methods)

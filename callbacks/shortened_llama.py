@@ -22,7 +22,7 @@ from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
 from prunelight.scoring.importance import magnitude_scores, taylor_scores
-from prunelight.scoring.model_variants import Replay
+from prunelight.scoring.model_variants import VariantReplay
 
 SCORES = ("perplexity", "taylor", "magnitude")
 
@@ -79,11 +79,11 @@ class ShortenedLlama(PruningCallback):
         elif self.score == "magnitude":
             scores = magnitude_scores(model)
         else:
-            with Replay(
+            with VariantReplay(
                 model, windows, "nll", device=self.device, offload=self.offload_activations
             ) as replay:
-                units = replay.units
-                similarities = [replay.score(i, units[i + 1 :]) for i in range(len(units))]
+                layers = replay.layers
+                similarities = [replay.score(i, layers[i + 1 :]) for i in range(len(layers))]
             # A similarity that underflows to 0 has no logarithm.
             scores = [-math.log(max(similarity, 1e-300)) for similarity in similarities]
         step = RemoveLayers(tuple(self._choose(scores)))

@@ -26,7 +26,7 @@ from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
-from prunelight.scoring.model_variants import Replay
+from prunelight.scoring.model_variants import VariantReplay
 from prunelight.scoring.similarity import CRITERIA
 
 
@@ -84,14 +84,14 @@ class SLEB(PruningCallback):
         removed: list[int] = []
         first_round: dict[int, float] = {}  # layer -> similarity without the layer, in round one
         similarity = 1.0
-        with Replay(
+        with VariantReplay(
             model, windows, self.criterion, device=self.device, offload=self.offload_activations
         ) as replay:
             for _ in range(count):
                 scores = {
-                    position: replay.score(position, replay.units[position + 1 :])
-                    for position, unit in enumerate(replay.units)
-                    if unit.index not in protected
+                    position: replay.score(position, replay.layers[position + 1 :])
+                    for position, layer in enumerate(replay.layers)
+                    if layer.index not in protected
                 }
                 best, similarity = max(scores.items(), key=itemgetter(1))
                 if not math.isfinite(similarity):
@@ -102,8 +102,8 @@ class SLEB(PruningCallback):
                 first_round = first_round or {
                     i: score for i, score in scores.items() if math.isfinite(score)
                 }
-                removed.append(replay.units[best].index)
-                replay.replace(best, replay.units[best + 1 :])
+                removed.append(replay.layers[best].index)
+                replay.replace(best, replay.layers[best + 1 :])
             forwards = replay.layer_forwards
         without = [first_round.get(i) for i in range(total)]
         return self.make_plan(

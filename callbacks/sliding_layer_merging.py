@@ -34,7 +34,7 @@ from prunelight.planning.steps import MERGES, MergeLayers
 from prunelight.pruning.merge_layers import check_mergeable, merged_layer
 from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
-from prunelight.scoring.model_variants import MergedVariants, Replay
+from prunelight.scoring.model_variants import MergedVariants, VariantReplay
 from prunelight.scoring.similarity import CRITERIA
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class SlidingLayerMerging(PruningCallback):
         """
         self.check(model)
         check_windows(model, windows)
-        with Replay(
+        with VariantReplay(
             model,
             windows,
             self.criterion,
@@ -133,7 +133,7 @@ class SlidingLayerMerging(PruningCallback):
         ) as replay:
             cka = self._cka(replay)
             merge = partial(merged_layer, model, merge=self.merge)
-            score, total = MergedVariants(replay, merge), len(replay.units)
+            score, total = MergedVariants(replay, merge), len(replay.layers)
             searched, threshold = self._best_pass(score, total)
             best = searched
             if self.threshold is None and self.limit == "merge" and searched.groups:
@@ -205,7 +205,7 @@ class SlidingLayerMerging(PruningCallback):
         except BudgetExceededError:
             return best
 
-    def _cka(self, replay: Replay) -> dict[str, list[list[float]]]:
+    def _cka(self, replay: VariantReplay) -> dict[str, list[list[float]]]:
         """Return {"cka": matrix of all L + 1 hidden states} for the picture, {} if CKA fails.
 
         The first token is left out: where it is an attention sink, it dominates the linear kernel.

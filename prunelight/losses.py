@@ -1,13 +1,13 @@
-"""Losses over the vocabulary, a chunk of tokens a time: cross-entropy and distillation.
+"""Losses over the vocabulary, one chunk of tokens at a time: cross-entropy and distillation.
 
-The logits of a large vocabulary are most of a training step's memory: those of 2048 tokens and
-131072 ids are 1 GB in float32, and their gradient as much. `linear_loss` never holds them whole:
-it makes logits, loss and all gradients of one chunk in the forward before it goes on to the next
-(the idea of Liger-Kernel, arXiv:2410.10989). A `TokenLoss` is a function of one chunk's logits that
-also gives their gradient, which saves the copies that autograd would keep.
+The logits of a large vocabulary take most of a training step's memory. For 2048 tokens and 131072
+ids the logits are 1 GB in float32, and their gradient is as large. `linear_loss` never holds all
+logits: its forward computes logits, loss and all gradients of one chunk before the next chunk (the
+idea of Liger-Kernel, arXiv:2410.10989). A `TokenLoss` takes the logits of one chunk and returns
+their gradient too, which saves the copies that autograd would keep.
 """
 
-# N tokens, M of them count, n of these in a chunk, D hidden size, V vocabulary, k of a top-k
+# N tokens, M tokens that count, n of these in a chunk, D hidden size, V vocabulary, k of a top-k
 
 from __future__ import annotations
 
@@ -24,45 +24,47 @@ IGNORED_LABEL = -100  # the label that torch's cross-entropy skips
 
 Finish: TypeAlias = Callable[[Tensor], Tensor]
 
-# Five copies of a chunk's logits live at a time at most: below a tenth of all logits.
+# At most five copies of a chunk's logits exist at a time: together below a tenth of all logits.
 _CHUNKS = 64
 
-_SMALLEST_CHUNK = 32  # tokens; with fewer, reading the head's weights takes longer than the rest
+# Tokens; in a smaller chunk, reading the head's weights would take most of the time.
+_SMALLEST_CHUNK = 32
 
 
 class TokenLoss(Protocol):
     """A loss summed over tokens."""
 
     def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the sum, a scalar, and its gradient for the logits.
+        """Return the summed loss, a scalar, and its gradient with respect to the logits, (n, V).
 
         Args:
-            logits: (n, V), float32 or float64; left as they are.
-            rows: which of the M tokens these are.
+            logits: (n, V), float32 or float64; unchanged.
+            rows: which of the M tokens the logits belong to.
         """
 
 
 def language_loss(targets: Tensor) -> TokenLoss:
-    """Cross-entropy of the next tokens (M,), in nats."""
+    """Return the cross-entropy with the next tokens, `targets` (M,), in nats."""
 
     def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        wanted = targets[rows, None]
+        target = targets[rows, None]
         student = logits.log_softmax(-1)
-        total = -student.gather(1, wanted).sum()
+        total = -student.gather(1, target).sum()
         gradient = student.exp_()
-        return total, gradient.scatter_add_(1, wanted, gradient.new_full(wanted.shape, -1.0))
+        return total, gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
 
     return loss
 
 
 def distillation_loss(teacher: Callable[[slice], Tensor], temperature: float) -> TokenLoss:
-    """Forward KL divergence from the teacher's distribution at a temperature, times its square.
+    """Return the forward KL divergence from the teacher's distribution at a temperature, times T^2.
 
-    T^2 KL(softmax(t / T) || softmax(z / T)). The square makes up for a gradient that falls with
-    1 / T^2 (Hinton et al., arXiv:1503.02531): rate and mix need not follow the temperature.
+    T^2 KL(softmax(t / T) || softmax(z / T)), with the teacher's logits t and the student's z. The
+    gradient of the divergence falls with 1 / T^2 (Hinton et al., arXiv:1503.02531). The factor T^2
+    keeps it, so that learning rate and mixing weight need not follow the temperature.
 
     Args:
-        teacher: gives the teacher's logits (n, V) of some of the M tokens.
+        teacher: returns the teacher's logits (n, V) for a slice of the M tokens.
         temperature: T, above 0.
     """
 
@@ -78,45 +80,46 @@ def distillation_loss(teacher: Callable[[slice], Tensor], temperature: float) ->
 
 
 def top_k_loss(ids: Tensor, log_probabilities: Tensor, temperature: float) -> TokenLoss:
-    """The same from the teacher's k most likely tokens and one bucket for all others together.
+    """Return `distillation_loss` from the teacher's k most likely tokens and one bucket.
 
-    Without the bucket k probabilities are no distribution. Taken as they are, or scaled to sum to
-    1, they teach that the tail is empty, and the student becomes more certain than its teacher
-    (arXiv:2503.16870). With it this is the divergence of two coarser distributions: at most that
-    of the whole ones, 0 where the student agrees, and the same for k = V.
+    The bucket holds all other tokens together. Without the bucket the k probabilities are no
+    distribution. As they are, or scaled to sum to 1, they teach that all other tokens are
+    impossible, and the student becomes more certain than its teacher (arXiv:2503.16870). With the
+    bucket the loss is the divergence of two coarser distributions: at most that of the full
+    distributions, 0 where the student agrees, and equal to it for k = V.
 
     Args:
-        ids: (M, k) of the teacher's most likely tokens.
-        log_probabilities: (M, k + 1) of these and, last, of all others; (M, V) if k = V. They are
-            normalized here, after they were rounded.
-        temperature: T, above 0, at which they were taken.
+        ids: ids of the teacher's most likely tokens, (M, k).
+        log_probabilities: of these tokens and, in the last column, of all others, (M, k + 1); or
+            (M, V) if k = V. Rounded values are normalized again here.
+        temperature: T, above 0, of the log-probabilities.
     """
-    bucket = log_probabilities.shape[1] > ids.shape[1]
+    has_bucket = log_probabilities.shape[1] > ids.shape[1]
 
     def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         top = ids[rows].long()
-        wanted = log_probabilities[rows].to(logits.dtype).log_softmax(-1)
+        target = log_probabilities[rows].to(logits.dtype).log_softmax(-1)
         student = (logits / temperature).log_softmax(-1)
-        found = student.gather(1, top)
+        student_top = student.gather(1, top)
         gradient = student.exp_().scatter_(1, top, 0.0)
-        if bucket:  # summed over its tokens: 1 - sum of the others loses a small tail to rounding
+        if has_bucket:  # a sum over its tokens: 1 - sum of the top k would round away a small tail
             tail = gradient.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
-            found = torch.cat([found, tail.log()], dim=1)
-            gradient *= 1 - wanted[:, -1:].exp() / tail
-        total = (wanted.exp() * (wanted - found)).sum()
-        gradient.scatter_(1, top, (found.exp() - wanted.exp())[:, : top.shape[1]])
+            student_top = torch.cat([student_top, tail.log()], dim=1)
+            gradient *= 1 - target[:, -1:].exp() / tail
+        total = (target.exp() * (target - student_top)).sum()
+        gradient.scatter_(1, top, (student_top.exp() - target.exp())[:, : top.shape[1]])
         return temperature**2 * total, gradient.mul_(temperature)
 
     return loss
 
 
 def mixed_loss(first: TokenLoss, second: TokenLoss, weight: float) -> TokenLoss:
-    """(1 - weight) * first + weight * second, of the same logits."""
+    """Return the loss (1 - weight) * first + weight * second."""
 
     def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         total, gradient = first(logits, rows)
-        other, others = second(logits, rows)
-        return total.lerp(other, weight), gradient.lerp_(others, weight)
+        second_total, second_gradient = second(logits, rows)
+        return total.lerp(second_total, weight), gradient.lerp_(second_gradient, weight)
 
     return loss
 
@@ -126,34 +129,34 @@ def top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: (n, V), of any floating type.
-        k: how many ids, in [1, V]; for k = V there is no column for all others.
+        k: number of ids, in [1, V]; for k = V there is no column for all others.
         temperature: T, above 0.
     """
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
-    found, ids = scaled.topk(k)
-    found = found - found[:, :1]
-    # Without a log_softmax of all, which takes as long as the search for the k largest.
+    top, ids = scaled.topk(k)
+    top = top - top[:, :1]
+    # Not by log_softmax of all logits, which takes as long as the search for the k largest.
     rest = (scaled - scaled.gather(1, ids[:, :1])).exp_().scatter_(1, ids, 0.0)
     tail = rest.sum(-1, keepdim=True)
-    total = (found.exp().sum(-1, keepdim=True) + tail).log()
+    log_total = (top.exp().sum(-1, keepdim=True) + tail).log()
     if k == logits.shape[-1]:
-        return ids, found - total
+        return ids, top - log_total
     tail = tail.clamp(min=torch.finfo(torch.float32).tiny)
-    return ids, torch.cat([found, tail.log()], dim=1) - total
+    return ids, torch.cat([top, tail.log()], dim=1) - log_total
 
 
 def chunk_size(num_tokens: int) -> int:
-    """Return how many tokens a chunk holds."""
+    """Return how many of `num_tokens` tokens a chunk holds."""
     return max(_SMALLEST_CHUNK, -(-num_tokens // _CHUNKS))
 
 
 def logits_loss(logits: Tensor, loss: TokenLoss, tokens: Tensor) -> Tensor:
-    """Mean loss of logits that are there already; their gradient is made in the forward.
+    """Return the mean loss of given logits; the forward computes their gradient too.
 
     Args:
-        logits: (N, V) of any floating type.
-        loss: of the M tokens that count.
-        tokens: (M,), which of the N count.
+        logits: (N, V), of any floating type.
+        loss: loss of the M tokens that count.
+        tokens: indices, among the N tokens, of those that count, (M,).
 
     Returns:
         Scalar in float32 (float64 for float64 logits); 0 if no token counts.
@@ -169,18 +172,18 @@ def linear_loss(
     tokens: Tensor,
     finish: Finish | None = None,
 ) -> Tensor:
-    """Mean loss of the logits of a linear head, which are never held whole.
+    """Return the mean loss of a linear head's logits, without ever holding all logits.
 
-    Under autocast products are in its dtype. The loss is in float32, and so is the sum of the
-    weight's gradients over the chunks.
+    Under autocast the products have autocast's dtype. The loss is in float32, and so is the sum of
+    the weight's gradients over the chunks.
 
     Args:
-        hidden_states: (N, D), what the head gets.
-        weight: (V, D) of the head; gets a gradient if it requires one.
-        bias: (V,) of the head.
-        loss: of the M tokens that count.
-        tokens: (M,), which of the N count.
-        finish: what the model does to its head's logits: scales or caps them.
+        hidden_states: inputs of the head, (N, D).
+        weight: weight of the head, (V, D); it gets a gradient if it requires one.
+        bias: bias of the head, (V,).
+        loss: loss of the M tokens that count.
+        tokens: indices, among the N tokens, of those that count, (M,).
+        finish: function by which the model scales or caps its head's logits.
 
     Returns:
         Scalar in float32 (float64 for float64 states); 0 if no token counts.
@@ -195,22 +198,26 @@ def module_loss(
     tokens: Tensor,
     finish: Finish | None = None,
 ) -> Tensor:
-    """The same for a head of any kind, such as one with LoRA; its logits are made twice."""
+    """Return `linear_loss` for a head of any kind, such as a head with LoRA.
 
-    def part(states: Tensor, rows: slice) -> Tensor:
+    The logits are computed twice: the backward computes them again, chunk by chunk.
+    """
+
+    def chunk_loss(states: Tensor, rows: slice) -> Tensor:
         logits = head(states)
-        every = torch.arange(len(logits), device=logits.device)
-        shifted = _from(rows.start, loss)
-        return _summed(finish(logits) if finish else logits, None, None, shifted, every, None)
+        all_rows = torch.arange(len(logits), device=logits.device)
+        shifted = _shifted(loss, rows.start)
+        return _summed(finish(logits) if finish else logits, None, None, shifted, all_rows, None)
 
     total = hidden_states[:0].sum().to(_at_least_float32(hidden_states))
     for rows in _chunks(len(tokens)):
-        total = total + checkpoint(part, hidden_states[tokens[rows]], rows, use_reentrant=False)
+        states = hidden_states[tokens[rows]]
+        total = total + checkpoint(chunk_loss, states, rows, use_reentrant=False)
     return total / max(1, len(tokens))
 
 
-def _from(first: int, loss: TokenLoss) -> TokenLoss:
-    """Return the loss of the tokens from `first` on, which are numbered from 0."""
+def _shifted(loss: TokenLoss, first: int) -> TokenLoss:
+    """Return the loss of the tokens from `first` on, whose rows are then counted from 0."""
     return lambda logits, rows: loss(logits, slice(first + rows.start, first + rows.stop))
 
 
@@ -225,10 +232,10 @@ def _summed(*arguments: Any) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The summed loss of logits, or of a head's logits, whose gradients are made in the forward.
+    """The summed loss of logits, or of a linear head's logits; the forward computes all gradients.
 
-    They are those of the sum: divided by the number of tokens, most of their entries would be too
-    small for float16.
+    The gradients are those of the sum, not of the mean: divided by the number of tokens, most of
+    their entries would be too small for float16.
     """
 
     @staticmethod
@@ -241,48 +248,48 @@ class _ChunkedLoss(torch.autograd.Function):
         tokens: Tensor,
         finish: Finish | None,
     ) -> Tensor:
-        """Return the sum; without a weight `states` are the logits themselves."""
-        needed = ctx.needs_input_grad
-        of_states = torch.zeros_like(states) if needed[0] else None
-        of_weight = _zeros_to_sum(weight) if weight is not None and needed[1] else None
-        of_bias = _zeros_to_sum(bias) if bias is not None and needed[2] else None
+        """Return the summed loss; if `weight` is None, `states` are the logits themselves."""
+        needs_grad = ctx.needs_input_grad
+        states_grad = torch.zeros_like(states) if needs_grad[0] else None
+        weight_grad = _zeros_to_sum(weight) if weight is not None and needs_grad[1] else None
+        bias_grad = _zeros_to_sum(bias) if bias is not None and needs_grad[2] else None
         dtype = _product_dtype(states)
-        head = None if weight is None else weight.to(dtype)
-        offset = None if bias is None else bias.to(dtype)
+        head_weight = None if weight is None else weight.to(dtype)
+        head_bias = None if bias is None else bias.to(dtype)
         total = states.new_zeros((), dtype=_at_least_float32(states))
         for rows in _chunks(len(tokens)):
             inputs = states[tokens[rows]]
-            if head is not None:
+            if head_weight is not None:
                 inputs = inputs.to(dtype)
-            logits = inputs if head is None else linear(inputs, head, offset)
-            part, gradient = _finished(logits.to(total.dtype), rows, loss, finish)
-            total += part
-            if of_bias is not None:
-                of_bias += gradient.sum(0)
-            if head is not None:
+            logits = inputs if head_weight is None else linear(inputs, head_weight, head_bias)
+            chunk_total, gradient = _finished_loss(logits.to(total.dtype), rows, loss, finish)
+            total += chunk_total
+            if bias_grad is not None:
+                bias_grad += gradient.sum(0)
+            if head_weight is not None:
                 gradient = gradient.to(dtype)
-            if of_weight is not None:
-                _add_product(of_weight, gradient.T, inputs)
-            if of_states is not None:
-                gradient = gradient if head is None else gradient @ head
-                of_states[tokens[rows]] = gradient.to(of_states.dtype)
-        ctx.save_for_backward(of_states, of_weight, of_bias)
+            if weight_grad is not None:
+                _add_product(weight_grad, gradient.T, inputs)
+            if states_grad is not None:
+                gradient = gradient if head_weight is None else gradient @ head_weight
+                states_grad[tokens[rows]] = gradient.to(states_grad.dtype)
+        ctx.save_for_backward(states_grad, weight_grad, bias_grad)
         ctx.dtypes = [None if value is None else value.dtype for value in (states, weight, bias)]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients, which are used up."""
-        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        found = (None if g is None else g.mul_(upstream).to(dtype) for g, dtype in made)
-        return (*found, None, None, None)
+        """Return the gradients of states, weight and bias; the saved ones are scaled in place."""
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        gradients = (None if g is None else g.mul_(upstream).to(dtype) for g, dtype in saved)
+        return (*gradients, None, None, None)
 
 
-def _finished(
+def _finished_loss(
     logits: Tensor, rows: slice, loss: TokenLoss, finish: Finish | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of logits that the model goes on to scale or cap, and their gradient."""
+    """Return the loss of `finish(logits)`, and its gradient with respect to `logits`."""
     if finish is None:
         return loss(logits, rows)
     with torch.enable_grad():
@@ -313,36 +320,37 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-_LOGIT_TOKENS = 256
+_LOGIT_TOKENS = 256  # tokens whose logits are copied to float32 at a time
 
 
 @torch.no_grad()
 def next_token_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum cross-entropy and hits over all predicted tokens, in float32 whatever the logits' dtype.
+    """Sum cross-entropy and correct predictions over all predicted tokens, computed in float32.
 
     Args:
         logits: (B, T, V); position t predicts the label at t + 1.
         labels: (B, T), -100 where a token does not count.
 
     Returns:
-        Scalars: summed negative log-likelihood in nats (float64), correct predictions, tokens.
+        Scalars: summed negative log-likelihood in nats (float64), number of correct predictions,
+        number of predicted tokens.
     """
-    flat, target = logits.flatten(0, 1), next_token_targets(labels.to(logits.device))
+    flat, targets = logits.flatten(0, 1), next_token_targets(labels.to(logits.device))
     nll = torch.zeros((), dtype=torch.float64)
     correct = torch.zeros((), dtype=torch.long, device=logits.device)
-    for part, wanted in zip(flat.split(_LOGIT_TOKENS), target.split(_LOGIT_TOKENS), strict=True):
-        # In chunks: a float32 copy of all logits is the largest tensor of an evaluation.
-        loss = cross_entropy(part.float(), wanted, ignore_index=IGNORED_LABEL, reduction="sum")
+    # In chunks: a float32 copy of all logits would be the largest tensor of an evaluation.
+    for part, target in zip(flat.split(_LOGIT_TOKENS), targets.split(_LOGIT_TOKENS), strict=True):
+        loss = cross_entropy(part.float(), target, ignore_index=IGNORED_LABEL, reduction="sum")
         nll += loss.cpu().double()  # not every device has float64
-        correct += (part.argmax(-1) == wanted).sum()
-    return nll, correct.cpu(), (target != IGNORED_LABEL).sum().cpu()
+        correct += (part.argmax(-1) == target).sum()
+    return nll, correct.cpu(), (targets != IGNORED_LABEL).sum().cpu()
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over all predicted tokens, computed in float32 chunk by chunk.
+    """Return the mean cross-entropy over all predicted tokens, computed in float32 by chunks.
 
-    The value and gradient of `cross_entropy(logits.float(), ...)`, without float32 copies of all
-    logits: for a large vocabulary those are most of a training step's memory.
+    Value and gradient are those of `cross_entropy(logits.float(), ...)`. No float32 copy of all
+    logits is made, which for a large vocabulary would take most of a training step's memory.
 
     Args:
         logits: (B, T, V); position t predicts the label at t + 1.
@@ -356,12 +364,12 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def counted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which positions of (B * T,) predict a token that counts, and what they predict."""
+    """Return the positions in (B * T,) that predict a token that counts, and these tokens; (M,)."""
     targets = next_token_targets(labels)
     tokens = (targets != IGNORED_LABEL).nonzero()[:, 0]
     return tokens, targets[tokens]
 
 
 def next_token_targets(labels: Tensor) -> Tensor:
-    """Return what each position predicts, (B, T) -> (B * T,); nothing at the last one."""
+    """Return the label that each position predicts, (B, T) -> (B * T,); -100 at the last one."""
     return pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()

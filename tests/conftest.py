@@ -16,12 +16,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 measure_speed_briefly()
-LONGEST = ("test_methods.py", "test_real.py")
+LONGEST = (
+    "test_methods.py",
+    "test_real.py",
+    "test_processes.py",
+    "test_exact_resume.py",
+    "test_kill_and_resume.py",
+    "test_quantized_recovery.py",
+    "test_families.py",
+)
 
 
 def pytest_collection_modifyitems(items):
     """Start with the longest files: each process takes whole ones."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture

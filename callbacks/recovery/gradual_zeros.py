@@ -21,6 +21,7 @@ from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.sparsity.sparsify import amount_of
 from prunelight.recovery.zeros.gradual_zeros import GradualMasks, Schedule, weights_with_adapters
+from prunelight.run.checkpoints import state_arguments
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.run.strategies import group_of_run
@@ -77,7 +78,7 @@ class GradualZeros(PruningCallback):
                 f"a schedule puts zeros into weights, quantization={settings.quantization} packs "
                 "them; prune at fit start (schedule=null), or set quantization=none"
             )
-        if settings.recovery == "none" or not settings.keep_zeros:
+        if settings.recovery not in ("lora", "full") or not settings.keep_zeros:
             raise ValueError(
                 f"a schedule prunes while the model trains and keeps the zeros: recovery="
                 f"{settings.recovery!r} must be lora or full, keep_zeros={settings.keep_zeros} True"
@@ -170,7 +171,7 @@ class GradualZeros(PruningCallback):
     @property
     def state_key(self) -> str:
         """Return a key of its own for each set of arguments: a run may hold several methods."""
-        return self._generate_state_key(**self.arguments())
+        return self._generate_state_key(**state_arguments(self))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running norms, for a checkpoint."""

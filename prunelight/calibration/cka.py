@@ -16,17 +16,17 @@ from prunelight.runtime.processes import ProcessGroup
 class CKA:
     """Centred kernel alignment of every pair of M representations of the same tokens.
 
-    Debiased: HSIC by its unbiased estimator, whose kernels have zero diagonals (Song et al. 2012,
-    Eq. 5), summed over chunks of tokens (Nguyen et al., arXiv:2010.15327, Eq. 3). Rows are tokens.
-    The biased estimator, which SLM's released code comes close to, gives almost 1 for independent
-    features once there are more features than rows. In float32, sums in float64.
+    The estimate is debiased: HSIC is estimated without bias from kernels with zero diagonals (Song
+    et al. 2012, Eq. 5), and summed over chunks of tokens (Nguyen et al., arXiv:2010.15327, Eq. 3).
+    The biased estimator, which SLM's released code approximates, gives almost 1 for independent
+    features once there are more features than tokens. Kernels are in float32, sums in float64.
 
     Args:
         count: M.
-        kernel: "linear", or "rbf" with the median distance of the chunk times `bandwidth`.
+        kernel: "linear", or "rbf", whose width is the chunk's median distance times `bandwidth`.
         bandwidth: factor of the median distance; without effect for "linear".
-        chunk: fewest tokens in a kernel; the kernels of a micro-batch, of which there are M, have
-            together up to twice as many numbers a token.
+        chunk: fewest tokens in a kernel. The kernels of one representation hold `chunk` to twice
+            `chunk` numbers a token.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class CKA:
         self.sums = torch.zeros(count, count, dtype=torch.float64)
 
     def kernels(self, states: Tensor) -> Tensor:
-        """Return the kernels of one representation (tokens, D), (chunks, n, n), diagonals zero.
+        """Return the kernels of one representation (tokens, D): (chunks, n, n), diagonals zero.
 
         Neighbouring tokens, which depend on each other, go to different chunks.
         """
         chunks = max(1, len(states) // self.chunk)
         size = len(states) // chunks
-        if size < 4:  # too few for an estimate
+        if size < 4:  # the unbiased estimate divides by n - 3
             return states.new_zeros(0, 0, 0)
         x = states[: size * chunks].float()
         x = x.view(size, chunks, -1).transpose(0, 1)  # (chunks, n, D)
@@ -58,12 +58,12 @@ class CKA:
         return kernels
 
     def add(self, kernels: Sequence[Tensor]) -> None:
-        """Add the kernels of all M representations of one micro-batch."""
+        """Add one micro-batch, given the kernels of each of its M representations."""
         for chunk in zip(*kernels, strict=True):
             self.sums += _hsic(torch.stack([kernel.cpu().double() for kernel in chunk]))
 
     def update(self, states: Iterable[Tensor]) -> None:
-        """Add all M representations of one micro-batch, each (tokens, D)."""
+        """Add one micro-batch, given its M representations, each (tokens, D)."""
         self.add([self.kernels(state) for state in states])
 
     def pool(self, group: ProcessGroup) -> None:
@@ -76,14 +76,14 @@ class CKA:
         Raises:
             ValueError: if a representation is constant, NaN or Inf, or too few tokens were added.
         """
-        own = self.sums.diagonal()
-        if not bool((own > 0).all()):  # not if NaN
+        norms = self.sums.diagonal()  # HSIC of each representation with itself
+        if not bool((norms > 0).all()):  # written so that NaN fails
             raise ValueError(
                 "CKA needs states that are finite and differ from token to token, on 4 tokens or "
                 "more; use more text, or load the model in bfloat16 or float32"
             )
-        sums = (self.sums + self.sums.T) / 2  # products of matrices are symmetric but for rounding
-        return sums / torch.sqrt(own[:, None] * own)
+        sums = (self.sums + self.sums.T) / 2  # rounding makes the sums slightly asymmetric
+        return sums / torch.sqrt(norms[:, None] * norms)
 
 
 def _hsic(kernels: Tensor) -> Tensor:

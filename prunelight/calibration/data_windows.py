@@ -1,8 +1,8 @@
-"""The windows that a run takes from its data: from methods made for it, or from the dataloaders.
+"""The windows that a run takes from its data module.
 
-A TextDataModule has `calibration_windows()` and `validation_windows()`. Any other data module has
-dataloaders: the first training batches then give the calibration windows, and the validation
-batches those held out.
+A TextDataModule gives windows by `calibration_windows()` and `validation_windows()`. Any other data
+module has dataloaders. The first training batches then become the calibration windows, and the
+validation batches become the held-out windows.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from torch.nn.functional import pad
 from prunelight.calibration.windows import Windows
 from prunelight.losses import IGNORED_LABEL
 
-NUM_CALIBRATION = 128  # windows, of SparseGPT, Wanda and DLP
-# What fills a row that is shorter than the longest of all batches.
+NUM_CALIBRATION = 128  # windows that SparseGPT, Wanda and DLP use
+
+# Values that pad a row to the length of the longest row.
 _FILL = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED_LABEL}
 
 
 def check_data(data: Any) -> None:
-    """Check that data can give calibration and held-out windows.
+    """Check that a data module can give calibration windows and held-out windows.
 
     Raises:
-        ValueError: if it has neither the methods nor the dataloaders; names what is missing.
+        ValueError: if the data module has neither the method nor the dataloader for one of them.
     """
     for method, loader in (
         ("calibration_windows", "train_dataloader"),
@@ -40,11 +41,11 @@ def check_data(data: Any) -> None:
 
 
 def calibration_windows_of(data: Any) -> Windows:
-    """Return the windows that pruning looks at.
+    """Return the windows on which pruning decides.
 
     Args:
-        data: with `calibration_windows()`, or with `train_dataloader()`, of which the first
-            `num_calibration` rows are taken (an attribute of the data; 128 without it).
+        data: a data module with `calibration_windows()`, or with `train_dataloader()`. From the
+            dataloader the first `data.num_calibration` rows are taken, 128 without this attribute.
 
     Raises:
         ValueError: if a batch has no token ids.
@@ -52,9 +53,9 @@ def calibration_windows_of(data: Any) -> Windows:
     if hasattr(data, "calibration_windows"):
         windows: Windows = data.calibration_windows()
         return windows
-    most = getattr(data, "num_calibration", NUM_CALIBRATION)
-    windows = _windows_of(data.train_dataloader(), "train_dataloader", most)
-    if isinstance(windows, dict):  # which tokens the loss counts is nothing to the scores
+    num_rows = getattr(data, "num_calibration", NUM_CALIBRATION)
+    windows = _windows_of(data.train_dataloader(), "train_dataloader", num_rows)
+    if isinstance(windows, dict):  # scores count all tokens, with a label or without
         del windows["labels"]
     return windows
 
@@ -63,7 +64,8 @@ def validation_windows_of(data: Any) -> Windows:
     """Return the held-out windows, on which dense, pruned and recovered model are compared.
 
     Args:
-        data: with `validation_windows()`, or with `val_dataloader()`, of which all rows are taken.
+        data: a data module with `validation_windows()`, or with `val_dataloader()`, whose rows are
+            all taken.
 
     Raises:
         ValueError: if a batch has no token ids.
@@ -74,8 +76,8 @@ def validation_windows_of(data: Any) -> Windows:
     return _windows_of(data.val_dataloader(), "val_dataloader", None)
 
 
-def _windows_of(loader: Iterable[Any], name: str, most: int | None) -> Windows:
-    """Return the first rows of a dataloader as windows, padded on the right to one length."""
+def _windows_of(loader: Iterable[Any], name: str, num_rows: int | None) -> Windows:
+    """Return the first rows of a dataloader, or all, as windows padded on the right."""
     rows: dict[str, list[Tensor]] = {key: [] for key in _FILL}
     for batch in loader:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
@@ -89,15 +91,17 @@ def _windows_of(loader: Iterable[Any], name: str, most: int | None) -> Windows:
         labels = batch.get("labels", ids.masked_fill(mask == 0, IGNORED_LABEL))
         for key, values in (("input_ids", ids), ("attention_mask", mask), ("labels", labels)):
             rows[key].extend(values)
-        if most is not None and len(rows["input_ids"]) >= most:
+        if num_rows is not None and len(rows["input_ids"]) >= num_rows:
             break
     if not rows["input_ids"]:
         raise ValueError(f"{name}() gives no batch; pruning needs at least one window")
-    width = max(len(row) for row in rows["input_ids"][:most])
+    width = max(len(row) for row in rows["input_ids"][:num_rows])
     windows = {
-        key: torch.stack([pad(row, (0, width - len(row)), value=fill) for row in rows[key][:most]])
+        key: torch.stack(
+            [pad(row, (0, width - len(row)), value=fill) for row in rows[key][:num_rows]]
+        )
         for key, fill in _FILL.items()
     }
-    whole = bool(windows["attention_mask"].all())
-    plain = whole and torch.equal(windows["labels"], windows["input_ids"])
-    return windows["input_ids"] if plain else windows
+    unpadded = bool(windows["attention_mask"].all())
+    only_ids = unpadded and torch.equal(windows["labels"], windows["input_ids"])
+    return windows["input_ids"] if only_ids else windows

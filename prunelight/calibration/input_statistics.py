@@ -1,4 +1,4 @@
-"""What the matrices of one decoder layer get to see, as statistics of their inputs."""
+"""Statistics of the inputs of a decoder layer's weight matrices."""
 
 # B sequences, T tokens, I in_features
 
@@ -21,28 +21,29 @@ Statistic = TypeVar("Statistic", bound=InputNorm)
 
 
 class InputStatistics(Generic[Statistic]):
-    """Statistics of what the matrices of one decoder layer get to see; one for each shared input.
+    """Statistics of the inputs of weight matrices, one statistic for each different input.
 
-    Q, k and v see the same tensor, and so do gate and up: they share a statistic. Each expert of a
-    fused stack has its own.
+    The projections q, k and v have the same input tensor, and so have gate and up: they share a
+    statistic. Each expert of a fused stack has a statistic of its own.
 
     Args:
-        matrices: of the layer.
-        make: called with the width of an input.
+        matrices: the weight matrices, such as those of one decoder layer.
+        make: returns a new statistic; called with the number of input features.
     """
 
     def __init__(self, matrices: Sequence[Matrix], make: Callable[[int], Statistic]) -> None:
         self.matrices, self.make = matrices, make
+        # Name of each matrix -> name of the first matrix with the same input, its leader.
         self._leader: dict[str, str] = {}
-        self._found: dict[str, list[Statistic]] = {}
-        self._inputs: list[tuple[Tensor, str]] = []  # of the forward at hand
+        self._statistics: dict[str, list[Statistic]] = {}  # by leader, one for each of its views
+        self._inputs: list[tuple[Tensor, str]] = []  # of this forward, each with a matrix' name
 
     @contextmanager
     def watching(self, mask: Tensor | None = None) -> Iterator[None]:
-        """Add the inputs of the forwards inside; `mask` (B, T) says which tokens are real."""
+        """Add the inputs of all forwards inside; `mask`, bool (B, T), is False on padding."""
         handles = [
-            owner.register_forward_pre_hook(partial(self._see, found, mask), with_kwargs=True)
-            for owner, found in self._by_owner().items()
+            owner.register_forward_pre_hook(partial(self._add, members, mask), with_kwargs=True)
+            for owner, members in self._by_owner().items()
         ]
         try:
             yield
@@ -52,10 +53,10 @@ class InputStatistics(Generic[Statistic]):
                 handle.remove()
 
     def of(self, matrix: Matrix) -> list[Statistic]:
-        """Return a matrix' statistics, one for each of its views.
+        """Return the statistics of a matrix, one for each of its views.
 
         Raises:
-            ValueError: if its module was never called.
+            ValueError: if the module of the matrix was never called.
         """
         leader = self._leader.get(matrix.name)
         if leader is None:
@@ -63,10 +64,10 @@ class InputStatistics(Generic[Statistic]):
                 f"{matrix.name} was never called in a forward, so nothing is known of its inputs; "
                 "leave it out, or turn off the fused kernel that reads its weight"
             )
-        return self._found[leader]
+        return self._statistics[leader]
 
     def groups(self) -> list[list[Matrix]]:
-        """Return the matrices that share an input, together."""
+        """Return the matrices in groups that share an input."""
         groups: dict[str, list[Matrix]] = {}
         for matrix in self.matrices:
             self.of(matrix)
@@ -74,36 +75,39 @@ class InputStatistics(Generic[Statistic]):
         return list(groups.values())
 
     def reduce(self, call: Callable[[Tensor], Tensor]) -> None:
-        """Replace the sums of squares by what `call` makes of them, over processes say."""
-        for found in self._found.values():
-            for one in found:
-                one.squares = call(one.squares)
+        """Replace each sum of squares by the result of `call`, such as a sum over processes."""
+        for statistics in self._statistics.values():
+            for statistic in statistics:
+                statistic.squares = call(statistic.squares)
 
     def pool(self, group: ProcessGroup) -> None:
-        """Add up the sums of all ranks, in place; some experts only others' tokens may reach."""
+        """Add up the sums of all ranks, in place."""
+        # A module may have been called on another rank alone, with an expert's tokens say.
         for leaders in group.gather(self._leader):
             self._leader = {**leaders, **self._leader}
         for matrix in self.matrices:
             if self._leader.get(matrix.name) == matrix.name:
-                made = [self.make(matrix.in_features) for _ in matrix.views()]
-                for one in self._found.setdefault(matrix.name, made):
-                    one.pool(group)
+                for statistic in self._statistics.setdefault(matrix.name, self._empty(matrix)):
+                    statistic.pool(group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all sums, for a checkpoint."""
         sums = {
-            name: [(one.tokens, one.squares) for one in found]
-            for name, found in self._found.items()
+            name: [(statistic.tokens, statistic.squares) for statistic in statistics]
+            for name, statistics in self._statistics.items()
         }
         return {"leader": dict(self._leader), "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the sums of a checkpoint."""
+        """Replace all sums by those of a checkpoint."""
         self._leader = dict(state["leader"])
         for name, sums in state["sums"].items():
-            self._found[name] = [self.make(len(squares)) for _, squares in sums]
-            for one, (tokens, squares) in zip(self._found[name], sums, strict=True):
-                one.tokens, one.squares = tokens, squares
+            self._statistics[name] = [self.make(len(squares)) for _, squares in sums]
+            for statistic, (tokens, squares) in zip(self._statistics[name], sums, strict=True):
+                statistic.tokens, statistic.squares = tokens, squares
+
+    def _empty(self, matrix: Matrix) -> list[Statistic]:
+        return [self.make(matrix.in_features) for _ in matrix.views()]
 
     def _by_owner(self) -> dict[nn.Module, list[Matrix]]:
         owners: dict[nn.Module, list[Matrix]] = {}
@@ -112,7 +116,7 @@ class InputStatistics(Generic[Statistic]):
         return owners
 
     @torch.no_grad()
-    def _see(
+    def _add(
         self,
         matrices: list[Matrix],
         mask: Tensor | None,
@@ -121,20 +125,20 @@ class InputStatistics(Generic[Statistic]):
         kwargs: dict[str, Any],
     ) -> None:
         if matrices[0].fused:
-            self._see_experts(matrices, mask, owner, *args, **kwargs)
+            self._add_experts(matrices, mask, owner, *args, **kwargs)
             return
         x = args[0] if args else next(iter(kwargs.values()))
         name = matrices[0].name
         if name not in self._leader:
-            twin = next((other for seen, other in self._inputs if seen is x), name)
-            self._leader[name] = twin
+            leader = next((first for tensor, first in self._inputs if tensor is x), name)
+            self._leader[name] = leader
             self._inputs.append((x, name))
-            if twin == name:
-                self._found[name] = [self.make(x.shape[-1])]
+            if leader == name:
+                self._statistics[name] = [self.make(x.shape[-1])]
         if self._leader[name] == name:
-            self._found[name][0].update(_tokens(x, mask))
+            self._statistics[name][0].update(_tokens(x, mask))
 
-    def _see_experts(
+    def _add_experts(
         self,
         matrices: list[Matrix],
         mask: Tensor | None,
@@ -143,23 +147,22 @@ class InputStatistics(Generic[Statistic]):
         top_k_index: Tensor,
         top_k_weights: Tensor,
     ) -> None:
-        """Add the inputs of each expert's first and second weight: the second is computed here."""
+        """Add the inputs of each expert's two weights; the input of the second is computed here."""
         for matrix in matrices:
             self._leader[matrix.name] = matrix.name
-            if matrix.name not in self._found:
-                made = [self.make(matrix.in_features) for _ in matrix.views()]
-                self._found[matrix.name] = made
-        chosen = top_k_index if mask is None else top_k_index.masked_fill(~mask.view(-1, 1), -1)
+            if matrix.name not in self._statistics:
+                self._statistics[matrix.name] = self._empty(matrix)
+        experts = top_k_index if mask is None else top_k_index.masked_fill(~mask.view(-1, 1), -1)
         for expert, weight in enumerate(owner.gate_up_proj):
-            x = hidden_states[(chosen == expert).any(-1)]
+            x = hidden_states[(experts == expert).any(-1)]
             if len(x):
                 gate, up = linear(x, weight).chunk(2, dim=-1)
                 inputs = {"gate_up_proj": x, "down_proj": owner.act_fn(gate) * up}
                 for matrix in matrices:
-                    self._found[matrix.name][expert].update(inputs[matrix.parameter_name])
+                    self._statistics[matrix.name][expert].update(inputs[matrix.parameter_name])
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the inputs of the tokens that count, (B, T, I) or (B * T, I) -> (tokens, I)."""
+    """Return the inputs of tokens that are no padding, (B, T, I) or (B * T, I) -> (tokens, I)."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if mask is None else flat[mask.flatten()]

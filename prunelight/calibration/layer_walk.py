@@ -1,8 +1,8 @@
-"""The walk: all windows through one decoder layer after another.
+"""The walk: all calibration windows through one decoder layer after another.
 
-A method that prunes layer by layer lets each layer see what the pruned layers before it put out.
-Layers are replayed with the very arguments the model calls them with (recorded, never rebuilt), one
-layer at a time on the compute device; the states wait there or, offloaded, on the CPU.
+A method that prunes layer by layer gives each layer the outputs of the pruned layers before it.
+Layers are called with the arguments that the model itself passes: recorded, never rebuilt. One
+layer at a time is on the compute device. The hidden states stay there or, offloaded, on the CPU.
 """
 
 # B sequences, T tokens, D hidden
@@ -26,17 +26,18 @@ from prunelight.models.families.rwkv import without_rescaling
 from prunelight.models.forward import (
     evaluating,
     forward_without_head,
-    hidden_name,
+    hidden_states_argument,
     replaced_forward,
 )
 
 _PROBE_TOKENS = 8
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a layer besides the hidden states
+# Arguments of a layer besides the hidden states: positional and keyword.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LayerWalk:
-    """All windows at the entrance of one decoder layer after another; a context manager.
+    """The hidden states of all windows, before one decoder layer after another; a context manager.
 
         with LayerWalk(model, windows) as walk:
             for index, layer in walk.layers():  # the layer is on the compute device
@@ -46,14 +47,14 @@ class LayerWalk:
     Attributes:
         states: hidden states (B, T, D) of each micro-batch before the current layer.
         masks: attention mask (B, T) of each micro-batch, bool, or None without padding.
-        group: that share the windows; states and masks are those of this one's rows.
+        group: the processes that share the windows; states and masks are of this rank's windows.
 
     Args:
-        model: in any place; its mode, cache setting and device are restored on exit.
-        windows: token ids (N, T), or with an attention_mask.
-        device: where the layers compute; None takes the model's own.
+        model: on any device; its mode, cache setting and device are restored on exit.
+        windows: token ids (N, T), or a mapping of these and an attention_mask.
+        device: device on which the layers compute; None takes the model's device.
         offload: keep the states on the CPU.
-        label: of the progress bar.
+        label: name of the progress bar.
 
     Raises:
         TypeError: on entry, if replaying the layers does not give what the model computes.
@@ -76,22 +77,22 @@ class LayerWalk:
         self.states: list[Tensor] = []
         self.masks: list[Tensor | None] = []
         self._calls: list[list[Call]] = []  # of each micro-batch, for each layer
-        self._rests: list[tuple[Any, ...] | None] = []  # what layers put out beside the states
+        self._rests: list[tuple[Any, ...] | None] = []  # of each layer, outputs beside the states
         self._layer: nn.Module
         self._index = 0
         self._stack = ExitStack()
 
     def __enter__(self) -> LayerWalk:
-        """Record how the model calls its layers, and the states before the first one."""
+        """Record how the model calls its layers, and the states before the first layer."""
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(without_rescaling(self.model))
             self._rests = self._check_replay()
             for batch in micro_batches(self.model, self.windows):
                 mask = batch.get("attention_mask")
-                state, calls = _record(self.model, batch, self._rests)
+                state, calls = _record_calls(self.model, batch, self._rests)
                 first = self._calls[0] if self._calls else calls
-                self._calls.append([_shared(c, f) for c, f in zip(calls, first, strict=True)])
+                self._calls.append([_reuse_equal(c, f) for c, f in zip(calls, first, strict=True)])
                 self.states.append(state.to(self.store))
                 self.masks.append(None if mask is None else mask.bool().to(self.device))
             if not self.counted():
@@ -105,7 +106,7 @@ class LayerWalk:
         self.states.clear()
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """Yield the decoder layers in order, each on the compute device meanwhile."""
+        """Yield index and module of each decoder layer in order; the layer is on the device."""
         layers = decoder_layers(self.model)
         quiet = self.group.rank > 0 or None
         for index, layer in enumerate(tqdm(layers, desc=self.label, disable=quiet, leave=False)):
@@ -115,7 +116,7 @@ class LayerWalk:
 
     @contextmanager
     def placed(self, layer: nn.Module) -> Iterator[None]:
-        """Keep a layer on the compute device."""
+        """Keep a layer on the compute device inside; move it back on exit."""
         home = self.model.device
         try:
             if home != self.device:
@@ -126,26 +127,27 @@ class LayerWalk:
                 layer.to(home)
 
     def forward(self, batch: int) -> Tensor:
-        """Return what the current layer makes of a micro-batch, (B, T, D) on the device."""
+        """Return the current layer's output for a micro-batch, (B, T, D) on the compute device."""
         return self.call(self._layer, self._index, batch, self.states[batch])
 
     def call(self, layer: Callable[..., Any], index: int, batch: int, state: Tensor) -> Tensor:
-        """Return what a layer makes of a state (B, T, D), called as the model calls layer `index`.
+        """Return the output (B, T, D) of a layer that is called as the model calls layer `index`.
 
         Args:
-            layer: on the compute device.
-            index: of the decoder layer whose positions and masks it gets.
-            batch: micro-batch that the state belongs to.
-            state: hidden states, anywhere.
+            layer: the layer to call, on the compute device.
+            index: index of the decoder layer whose positions and masks `layer` gets.
+            batch: index of the micro-batch that the state belongs to.
+            state: hidden states (B, T, D), on any device.
         """
-        args, kwargs = _to(self._calls[batch][index], self.device)
+        args, kwargs = _move_to(self._calls[batch][index], self.device)
         return first_tensor(layer(state.to(self.device), *args, **kwargs))
 
     def finish(self, state: Tensor, *, head: bool = False) -> Tensor:
-        """Return what the model makes of a state (B, T, D) that its last layer puts out.
+        """Run what follows the last layer on that layer's output (B, T, D).
 
-        Those are the final hidden states after the last norm (B, T, D), or with `head` logits
-        (B, T, V); computed where the model is.
+        Returns:
+            Hidden states after the final norm (B, T, D), or with `head` logits (B, T, V), on the
+            model's device.
         """
         state = state.to(self.model.device)
         ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
@@ -153,17 +155,20 @@ class LayerWalk:
         def stand_in(rest: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
             return state if rest is None else (state, *rest)
 
-        with _replaced(self.model, [partial(stand_in, rest) for rest in self._rests]):
+        with _replaced_layers(self.model, [partial(stand_in, rest) for rest in self._rests]):
             output = self.model(input_ids=ids) if head else self.model.base_model(input_ids=ids)
         return output[0]
 
     def advance(self) -> None:
-        """Replace the states by what the current layer makes of them."""
+        """Replace the states by the current layer's outputs."""
         for batch in range(len(self.states)):
             self.states[batch] = self.forward(batch).to(self.store)
 
     def positions(self, ignore_first_tokens: int = 0) -> list[Tensor]:
-        """Return which tokens count, bool (B, T) on the device: no padding, not the first few."""
+        """Return which tokens of each micro-batch count, bool (B, T) on the compute device.
+
+        Padding does not count, nor do the first `ignore_first_tokens` tokens of a sequence.
+        """
         masks = [
             torch.ones(state.shape[:2], dtype=torch.bool, device=self.device)
             if mask is None
@@ -173,38 +178,43 @@ class LayerWalk:
         return [mask & (mask.cumsum(1) > ignore_first_tokens) for mask in masks]
 
     def counted(self) -> int:
-        """Return how many tokens of all windows are no padding."""
+        """Return how many tokens of all ranks' windows are no padding."""
         return int(self.group.totals(sum(int(mask.sum()) for mask in self.positions()))[0])
 
     def _check_replay(self) -> list[tuple[Any, ...] | None]:
-        """Return what each layer puts out beside the states; compare a short replay with the model.
+        """Compare a replay of a few tokens, layer by layer, with the model's own forward.
+
+        Returns:
+            For each layer its outputs beside the hidden states; None if it returns a tensor.
 
         Raises:
-            TypeError: if they differ.
+            TypeError: if replay and forward differ.
         """
         batch = next(micro_batches(self.model, self.windows))
         batch = {"input_ids": batch["input_ids"][:1, :_PROBE_TOKENS]}
         outputs, rests = [], []
 
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
             outputs.append(first_tensor(output))
             rests.append(tuple(output[1:]) if isinstance(output, (tuple, list)) else None)
 
         layers = decoder_layers(self.model)
-        handles = [layer.register_forward_hook(keep) for layer in layers]
+        handles = [layer.register_forward_hook(record) for layer in layers]
         try:
-            # The rests are those of another text: layers that depend on them give themselves away.
+            # The rests come from the reversed text. A layer that depends on the rest of the layer
+            # before it then differs in the replay, and is refused.
             forward_without_head(self.model, {"input_ids": batch["input_ids"].flip(1)})
             forward_without_head(self.model, batch)
         finally:
             for handle in handles:
                 handle.remove()
         rests, outputs = rests[: len(layers)], outputs[len(layers) :]
-        state, calls = _record(self.model, batch, rests)
+        state, calls = _record_calls(self.model, batch, rests)
         for index, (layer, (args, kwargs)) in enumerate(zip(layers, calls, strict=True)):
             state = first_tensor(layer(state, *args, **kwargs))
             difference = (state.float() - outputs[index].float()).norm(dim=-1)
-            if bool((difference > 1e-2 * outputs[index].float().norm(dim=-1)).any()):  # not if NaN
+            # NaN passes here; the statistics report it.
+            if bool((difference > 1e-2 * outputs[index].float().norm(dim=-1)).any()):
                 raise TypeError(
                     f"decoder layer {index} of {self.model.config.model_type} cannot be run on its "
                     "own: the model does more between its layers than hand on hidden states; "
@@ -213,10 +223,13 @@ class LayerWalk:
         return rests
 
 
-def _record(
+def _record_calls(
     model: PreTrainedModel, batch: Mapping[str, Tensor], rests: Sequence[tuple[Any, ...] | None]
 ) -> tuple[Tensor, list[Call]]:
-    """Return the states before the first layer and how the model calls each; no layer is run."""
+    """Return the states before the first layer, and the arguments of each layer; no layer is run.
+
+    A stand-in for each layer returns its input and the layer's member of `rests`.
+    """
     calls: list[Call] = []
     states: list[Tensor] = []
 
@@ -226,38 +239,44 @@ def _record(
         calls.append((args[1:], kwargs))
         return state if rest is None else (state, *rest)
 
-    names = [hidden_name(layer) for layer in decoder_layers(model)]
-    with _replaced(model, [partial(stand_in, *x) for x in zip(names, rests, strict=True)]):
+    names = [hidden_states_argument(layer) for layer in decoder_layers(model)]
+    with _replaced_layers(model, [partial(stand_in, *x) for x in zip(names, rests, strict=True)]):
         forward_without_head(model, batch)
     return states[0], calls
 
 
 @contextmanager
-def _replaced(model: PreTrainedModel, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Let other functions stand in for the forwards of the decoder layers."""
+def _replaced_layers(
+    model: PreTrainedModel, forwards: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Replace the forward of each decoder layer by one of `forwards`; restore all on exit."""
     with ExitStack() as stack:
         for layer, forward in zip(decoder_layers(model), forwards, strict=True):
             stack.enter_context(replaced_forward(layer, forward))
         yield
 
 
-def _shared(new: Any, first: Any) -> Any:
-    """Return `first` wherever it holds the same: most arguments do not depend on the text."""
+def _reuse_equal(new: Any, first: Any) -> Any:
+    """Return `new` with each tensor that equals its counterpart in `first` replaced by that one.
+
+    This saves memory: most arguments of a layer are the same for all micro-batches.
+    """
     if isinstance(new, Tensor):
-        same = isinstance(first, Tensor) and new.shape == first.shape
-        return first if same and torch.equal(new, first) else new
+        same_shape = isinstance(first, Tensor) and new.shape == first.shape
+        return first if same_shape and torch.equal(new, first) else new
     if isinstance(new, tuple) and type(new) is type(first) and len(new) == len(first):
-        return tuple(_shared(a, b) for a, b in zip(new, first, strict=True))
+        return tuple(_reuse_equal(a, b) for a, b in zip(new, first, strict=True))
     if isinstance(new, dict) and isinstance(first, dict):
-        return {key: _shared(value, first.get(key)) for key, value in new.items()}
+        return {key: _reuse_equal(value, first.get(key)) for key, value in new.items()}
     return new
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def _move_to(value: Any, device: torch.device) -> Any:
+    """Return `value` with each tensor in it on the device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if type(value) in (tuple, list):
-        return type(value)(_to(part, device) for part in value)
+        return type(value)(_move_to(part, device) for part in value)
     if type(value) is dict:
-        return {key: _to(part, device) for key, part in value.items()}
+        return {key: _move_to(part, device) for key, part in value.items()}
     return value

@@ -1,18 +1,21 @@
-"""Calibration windows shared out over processes: each rank feeds its rows, sums are those of all.
+"""Calibration windows shared by processes: each rank feeds its rows, sums cover all ranks.
 
     torch.distributed.init_process_group()  # under torchrun; every rank holds model and windows
     windows = prunelight.share_windows(windows)
     plan = ShortGPT(0.2).plan(model, windows)  # the same call on every rank, and the same plan
     model = prunelight.apply(model, plan, windows)
 
-Whatever takes windows takes these; what is no sum over windows (shape, fingerprint, vocabulary) is
-that of all. All ranks must make the same calls. A share consists of micro-batches that one process
-would feed, and sums keep their dtype, so that all statistics are those of one process up to the
-order of additions. With fewer micro-batches than ranks they are split: that changes CKA, whose
-kernels are made of tokens of one micro-batch, into another sample of the same estimate. Every rank
-gets rank 0's bytes of a sum, and its plan: no rounding can part their ways. Work on weights (masks,
-rotations) every rank does for its own copy, which gives equal bytes on equal hardware; in a fit all
-load what rank 0 saved.
+Every function that takes windows takes shared windows. Checks of shape and vocabulary and the
+fingerprint look at the windows of all ranks. All ranks must make the same calls.
+
+A rank's rows form the same micro-batches that one process alone would feed, and sums keep their
+dtype. So all statistics equal those of one process, up to the order of additions. Micro-batches are
+split only where there are fewer of them than ranks. That changes CKA, whose kernels take their
+tokens from one micro-batch, into another sample of the same estimate.
+
+Every rank gets the bytes of rank 0's sums and of its plan, so that no rounding lets ranks diverge.
+Work on weights (masks, rotations) is done by every rank on its own copy of the model, which gives
+equal bytes on equal hardware. In a fit all ranks load the model that rank 0 saved.
 """
 
 # N windows, T tokens
@@ -29,21 +32,21 @@ MICRO_BATCH_TOKENS = 2048
 
 
 class SharedWindows(Mapping[str, Tensor]):
-    """Windows of which each rank feeds its rows.
+    """A mapping of the windows of all ranks, with the rows that this rank feeds.
 
-    A mapping of what all ranks hold: input_ids (N, T), and what else was given.
+    Its keys are "input_ids" (N, T) and the other keys of the given windows.
 
     Attributes:
-        group: that share them.
-        rows: of this rank.
+        group: the processes that share the windows.
+        rows: the windows that this rank feeds.
 
     Raises:
         ValueError: if there are fewer windows than ranks.
     """
 
     def __init__(self, windows: Tensor | Mapping[str, Tensor], group: ProcessGroup) -> None:
-        given = {"input_ids": windows} if isinstance(windows, Tensor) else dict(windows)
-        count, seq_len = len(given["input_ids"]), given["input_ids"].shape[-1]
+        self._all = {"input_ids": windows} if isinstance(windows, Tensor) else dict(windows)
+        count, seq_len = len(self._all["input_ids"]), self._all["input_ids"].shape[-1]
         if count < group.size:
             raise ValueError(
                 f"{count} windows cannot be shared by {group.size} ranks, each needs one; give "
@@ -51,7 +54,6 @@ class SharedWindows(Mapping[str, Tensor]):
             )
         self.group = group
         self.rows = group.rows(count, max(1, MICRO_BATCH_TOKENS // max(1, seq_len)))
-        self._all = given
 
     def __getitem__(self, name: str) -> Tensor:
         return self._all[name]
@@ -66,17 +68,19 @@ class SharedWindows(Mapping[str, Tensor]):
 def share_windows(
     windows: Tensor | Mapping[str, Tensor], group: ProcessGroup | None = None
 ) -> Tensor | Mapping[str, Tensor]:
-    """Share windows out over the ranks of the default process group; see the module's docstring.
+    """Share windows between the ranks of the default process group; see the module's docstring.
 
-    A rank that fails raises its own error and leaves the others waiting, which torchrun ends; to
-    end them with that error, run all that uses the windows inside `group.together()`.
+    A rank that fails raises its own error; the other ranks wait until torchrun ends them. Run all
+    code that uses the windows inside `group.failing_together()` to raise that error on all ranks.
 
     Args:
-        windows: token ids (N, T), or a mapping with an attention_mask; the same on every rank.
-        group: of `ProcessGroup.of_default_group()`, to share several windows; None makes one.
+        windows: token ids (N, T), or a mapping of these and an attention_mask; the same windows on
+            every rank.
+        group: result of `ProcessGroup.of_default_group()`; give it to share several sets of
+            windows. None makes a new one.
 
     Returns:
-        `SharedWindows`; for one rank alone the windows themselves.
+        `SharedWindows`; for a process alone the windows themselves.
 
     Raises:
         ValueError: if there are fewer windows than ranks.
@@ -86,17 +90,17 @@ def share_windows(
 
 
 def group_of(windows: Tensor | Mapping[str, Tensor]) -> ProcessGroup:
-    """Return the ranks that share windows: one alone for windows that are not shared."""
+    """Return the processes that share windows; a group of this process alone if none do."""
     return windows.group if isinstance(windows, SharedWindows) else ProcessGroup()
 
 
 def own_windows(windows: Tensor | Mapping[str, Tensor]) -> Tensor | Mapping[str, Tensor]:
-    """Return the rows of shared windows that this rank feeds; others as they are."""
+    """Return the windows that this rank feeds: its rows of shared windows, else all windows."""
     if not isinstance(windows, SharedWindows):
         return windows
     return {name: value[windows.rows] for name, value in windows.items()}
 
 
 def first_own_window(windows: Tensor | Mapping[str, Tensor]) -> int:
-    """Return which of all windows is the first of `own_windows`."""
+    """Return the index, among the windows of all ranks, of the first that this rank feeds."""
     return windows.rows.start if isinstance(windows, SharedWindows) else 0

@@ -1,8 +1,8 @@
-"""Streaming accumulators: `update` with the tokens of one micro-batch, `result` at the end.
+"""Streaming statistics: `update` with the tokens of each micro-batch, `result` at the end.
 
-They hold running sums, never a list of states, so memory does not grow with the calibration set.
-Padding is masked by the caller. `pool` replaces the sums by those of all ranks that share the
-windows; it comes once, after the last update.
+A statistic holds running sums, never a list of states, so memory does not grow with the calibration
+set. The caller leaves out padding. `pool` adds up the sums of all ranks that share the windows; it
+is called once, after the last update.
 """
 
 # B sequences, T tokens, D hidden, I in_features
@@ -36,21 +36,22 @@ class MeanCosine:
             x: hidden states, (B, T, D).
             y: the other hidden states, same shape.
             mask: tokens that count, bool (B, T); None counts all.
-            first: the first token of each sequence, bool (B, T), summed apart because
-                attention sinks live there; None takes position 0.
+            first: the first token of each sequence, bool (B, T); None takes position 0. These
+                tokens are also summed apart, because attention sinks live there.
         """
         cosine = token_cosine(x, y)  # (B, T)
-        heads = cosine[:, 0] if first is None else cosine[first]
-        counted = cosine if mask is None else cosine[mask]
-        self.total += counted.cpu().double().sum().item()
-        self.count += counted.numel()
-        self.first_total += heads.cpu().double().sum().item()
-        self.first_count += heads.numel()
+        first_cosine = cosine[:, 0] if first is None else cosine[first]
+        counted_cosine = cosine if mask is None else cosine[mask]
+        self.total += counted_cosine.cpu().double().sum().item()
+        self.count += counted_cosine.numel()
+        self.first_total += first_cosine.cpu().double().sum().item()
+        self.first_count += first_cosine.numel()
 
     def pool(self, group: ProcessGroup) -> MeanCosine:
-        """Add up the sums of all ranks, in place."""
-        mine = (self.total, self.count, self.first_total, self.first_count)
-        self.total, count, self.first_total, first_count = group.totals(*mine)
+        """Add up the sums of all ranks, in place, and return the statistic."""
+        self.total, count, self.first_total, first_count = group.totals(
+            self.total, self.count, self.first_total, self.first_count
+        )
         self.count, self.first_count = int(count), int(first_count)
         return self
 
@@ -65,27 +66,27 @@ class MeanCosine:
         return self.total / self.count
 
     def first_result(self) -> float:
-        """Return the mean cosine of the first tokens alone."""
+        """Return the mean cosine of the first tokens of all sequences, in [-1, 1]."""
         return self.first_total / max(1, self.first_count)
 
 
 def token_cosine(x: Tensor, y: Tensor) -> Tensor:
     """Return the cosine similarity of each token's two states, (B, T, D) x 2 -> (B, T).
 
-    In float32 whatever the input: float16 overflows on massive activations. Not by the (T, T)
-    product of which the released ShortGPT code takes the diagonal. One sequence at a time, so
-    that the float32 copies stay small.
+    Computed in float32 for every dtype: float16 overflows on massive activations. The released
+    ShortGPT code computes all (T, T) products and takes their diagonal; we compute the diagonal
+    alone, one sequence at a time to keep the float32 copies small.
     """
     rows = [cosine_similarity(a.float(), b.float(), dim=-1) for a, b in zip(x, y, strict=True)]
     return torch.stack(rows)
 
 
 class InputNorm:
-    """Squared norms of the input features of a weight, over tokens; float32 on the inputs' device.
+    """Squared norms of a weight's input features over tokens; float32, on the inputs' device.
 
     Attributes:
-        tokens: how many were seen.
-        squares: sum of x_j^2, (I,); a tensor of zeros on the CPU before the first token.
+        tokens: number of tokens added.
+        squares: sum of x_j^2 over tokens, (I,); zeros on the CPU before the first token.
     """
 
     def __init__(self, in_features: int) -> None:
@@ -103,7 +104,7 @@ class InputNorm:
         self.squares = group.sum(self.squares)
 
     def norms(self) -> Tensor:
-        """Return ||X_j||_2 over all tokens, (I,); ones if all are zero, which ranks by |W|.
+        """Return ||X_j||_2 over all tokens, (I,); ones if all are zero, so that |W| alone decides.
 
         Raises:
             ValueError: if an input was NaN or Inf.
@@ -112,15 +113,16 @@ class InputNorm:
             raise ValueError(
                 "inputs are NaN or Inf; load the model in bfloat16 or float32, or check its weights"
             )
-        seen = bool(self.squares.any())  # in another process perhaps, so not self.tokens
-        return self.squares.sqrt() if seen else torch.ones_like(self.squares)
+        # Not self.tokens, which counts this rank alone after `InputStatistics.reduce`.
+        nonzero = bool(self.squares.any())
+        return self.squares.sqrt() if nonzero else torch.ones_like(self.squares)
 
 
 class InputVariance(InputNorm):
-    """Variance of the input features of a weight over tokens, beside their squared norms.
+    """Variance of a weight's input features over tokens, and their squared norms.
 
-    Chunks are joined by their own means and squared deviations (Chan et al.), which unlike a
-    difference of two large sums loses no digits.
+    Micro-batches are joined by their means and squared deviations (Chan et al.). Unlike the
+    difference of two large sums, this loses no digits.
     """
 
     def __init__(self, in_features: int) -> None:
@@ -132,21 +134,22 @@ class InputVariance(InputNorm):
         """Add tokens (T, I)."""
         if not len(x):
             return
-        before = self.tokens
+        tokens_before = self.tokens
         super().update(x)
         x = x.float()
         mean = x.mean(0)
         shift = mean - self.mean.to(x.device)
         self.mean = self.mean.to(x.device) + shift * (len(x) / self.tokens)
         self.deviations = self.deviations.to(x.device) + (x - mean).square().sum(0)
-        self.deviations += shift.square() * (before * len(x) / self.tokens)
+        self.deviations += shift.square() * (tokens_before * len(x) / self.tokens)
 
     def pool(self, group: ProcessGroup) -> None:
         """Join the means and squared deviations of all ranks, in place."""
-        own, mean = self.tokens, self.mean
+        rank_tokens, rank_mean = self.tokens, self.mean
         super().pool(group)
-        self.mean = group.sum(mean * (own / max(1, self.tokens)))
-        self.deviations = group.sum(self.deviations + own * (mean - self.mean).square())
+        self.mean = group.sum(rank_mean * (rank_tokens / max(1, self.tokens)))
+        shift = rank_mean - self.mean
+        self.deviations = group.sum(self.deviations + rank_tokens * shift.square())
 
     def variance(self) -> Tensor:
         """Return the variance of each feature, (I,)."""
@@ -154,9 +157,9 @@ class InputVariance(InputNorm):
 
 
 class Hessian(InputNorm):
-    """X^T X of the inputs of a weight, beside their squared norms; float32 on the inputs' device.
+    """X^T X of a weight's inputs, and their squared norms; float32, on the inputs' device.
 
-    Only blocks on and above the diagonal are computed: the product is symmetric.
+    Only blocks on and above the diagonal are computed, since the product is symmetric.
     """
 
     _BLOCK = 512
@@ -181,18 +184,18 @@ class Hessian(InputNorm):
         """Add up the products of all ranks, in place."""
         self.tokens = int(group.totals(self.tokens)[0])
         if self.tokens:
-            if self.product is None:  # tokens of other ranks alone reached this expert
+            if self.product is None:  # only tokens of other ranks reached this expert
                 self.product = torch.zeros(*self.squares.shape * 2, dtype=self._DTYPE)
             self.product = group.sum(self.product)
             self.squares = self.product.diagonal()
 
     def result(self) -> Tensor:
-        """Return X^T X, (I, I); the identity if no token was seen, which ranks by |W|.
+        """Return X^T X, (I, I); the identity without any token, so that |W| alone decides.
 
         Raises:
             ValueError: if an input was NaN or Inf.
         """
-        self.norms()  # checks
+        self.norms()  # raises if an input was NaN or Inf
         if self.product is None:
             return torch.eye(len(self.squares))
         upper = self.product.triu()
@@ -200,19 +203,20 @@ class Hessian(InputNorm):
 
 
 class Gram(Hessian):
-    """X^T X in float64, whose eigenvectors float32 would not give (SliceGPT, Tables 4 and 5)."""
+    """X^T X in float64; float32 is too coarse for its eigenvectors (SliceGPT, Tables 4 and 5)."""
 
     _DTYPE = torch.float64
 
 
 def exact_median(parts: Callable[[], Iterable[Tensor]], group: ProcessGroup | None = None) -> float:
-    """Return the lower median over parts without joining them, as torch.median of all would.
+    """Return the lower median over all parts, as torch.median of the joined parts would.
 
-    Two histograms of 16 bits each: non-negative floats are ordered as their bit patterns are.
+    Non-negative floats have the order of their bit patterns. So two histograms, one of the upper
+    and one of the lower 16 bits, find the median without joining the parts.
 
     Args:
-        parts: gives the same non-negative float32 tensors each time it is called.
-        group: whose parts count; None means that this one has them all.
+        parts: returns the same non-negative float32 tensors at each call.
+        group: the processes over whose parts the median is taken; None takes this process alone.
     """
     group = group or ProcessGroup()
 
@@ -233,25 +237,33 @@ def _bits(values: Tensor) -> Tensor:
 def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:
     """Return the bin that holds the element of a rank (from 0), and its rank within that bin."""
     cumulative = histogram.cumsum(0)
-    found = int((cumulative <= rank).sum())
-    return found, rank - (int(cumulative[found - 1]) if found else 0)
+    index = int((cumulative <= rank).sum())
+    return index, rank - (int(cumulative[index - 1]) if index else 0)
 
 
 def check_finite(index: int, statistic: float, outputs: Tensor) -> None:
-    """Raise ValueError, naming the layer, if a statistic of its outputs is NaN or Inf."""
+    """Check that a statistic of a decoder layer's outputs is finite.
+
+    Raises:
+        ValueError: if the statistic is NaN or Inf; names the layer.
+    """
     if not math.isfinite(statistic):
-        what = "NaN" if bool(outputs.isnan().any()) else "Inf"
+        fault = "NaN" if bool(outputs.isnan().any()) else "Inf"
         raise ValueError(
-            f"{what} in the hidden states after decoder layer {index} (dtype {outputs.dtype}); "
+            f"{fault} in the hidden states after decoder layer {index} (dtype {outputs.dtype}); "
             "load the model in bfloat16 or float32, or check its weights"
         )
 
 
 def finite_values(values: Tensor, what: str = "weight") -> Tensor:
-    """Return values in float32 (float64 stays).
+    """Return values in float32; float64 stays float64.
+
+    Args:
+        values: any tensor.
+        what: name of the tensor in the error.
 
     Raises:
-        ValueError: if one is NaN or Inf.
+        ValueError: if a value is NaN or Inf.
     """
     values = values if values.dtype == torch.float64 else values.float()
     if not bool(values.isfinite().all()):

@@ -1,4 +1,4 @@
-"""Calibration windows: their checks, their micro-batches, and which of their tokens count."""
+"""Calibration windows: checks, micro-batches, and the tokens in them that count."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS, group_of, 
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.families.config_fields import maximum_length, vocabulary_size
 
-# Token ids (N, T), or those with an attention_mask of the same shape (0 = padding).
+# Token ids (N, T), or a mapping of input_ids (N, T) and attention_mask (N, T) with 0 on padding.
 Windows: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 def split_windows(windows: Windows) -> tuple[Tensor, Tensor | None]:
-    """Return (input_ids (N, T), attention_mask (N, T) or None where nothing is padding).
+    """Return (input_ids (N, T), attention_mask (N, T)); the mask is None without padding.
 
     Raises:
-        ValueError: if windows are not two-dimensional whole numbers, or the mask does not fit.
+        ValueError: if the ids are not whole numbers of shape (N, T), or the mask has another shape.
     """
     ids, mask = (
         (windows, None)
@@ -46,15 +46,15 @@ def check_windows(model: PreTrainedModel, windows: Windows) -> None:
     """Check that the model can read the windows.
 
     Raises:
-        ValueError: if they are longer than the model allows or hold ids that it does not have.
+        ValueError: if windows are longer than the model allows, or a token id has no embedding.
     """
     ids, _ = split_windows(windows)
     check_length(model, ids.shape[1])
-    rows = vocabulary_size(model)
+    size = vocabulary_size(model)
     worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
-    if not 0 <= worst < rows:
+    if not 0 <= worst < size:
         raise ValueError(
-            f"token id {worst} must lie in [0, {rows - 1}], the model's vocabulary; use the "
+            f"token id {worst} must lie in [0, {size - 1}], the model's vocabulary; use the "
             "model's own tokenizer"
         )
 
@@ -63,7 +63,7 @@ def check_length(model: PreTrainedModel, seq_len: int) -> None:
     """Check that the model allows sequences of `seq_len` tokens.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if `seq_len` is longer than the model allows.
     """
     limit = maximum_length(model.config)
     if limit is not None and seq_len > limit:
@@ -73,10 +73,10 @@ def check_length(model: PreTrainedModel, seq_len: int) -> None:
 def micro_batches(
     model: PreTrainedModel, windows: Windows, *, tokens: int = MICRO_BATCH_TOKENS, label: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Yield keyword arguments for the model: `tokens` tokens a time, on the model's device.
+    """Yield keyword arguments of the model for micro-batches of `tokens` tokens, on its device.
 
-    Of shared windows those of this rank: what is summed over micro-batches must be pooled. Shows a
-    progress bar named `label` on a terminal.
+    Of shared windows only this rank's rows are yielded, so sums over micro-batches must be pooled.
+    A progress bar named `label` is shown on a terminal.
     """
     ids, mask = split_windows(own_windows(windows))
     size = max(1, tokens // ids.shape[1])
@@ -90,12 +90,18 @@ def micro_batches(
 
 
 def first_positions(mask: Tensor | None) -> Tensor | None:
-    """Return which tokens are the first of their sequence, bool (B, T); None means column 0."""
+    """Return which tokens are the first of their sequence, bool (B, T).
+
+    None, for a mask that is None, means the tokens of column 0.
+    """
     return None if mask is None else (mask.cumsum(dim=1) == 1) & mask.bool()
 
 
 def counted_positions(mask: Tensor | None, shape: torch.Size, ignore_first: int) -> Tensor | None:
-    """Return which tokens count: no padding, not the first `ignore_first`; None counts all."""
+    """Return which tokens count, bool (B, T); None, if all count.
+
+    Padding does not count, nor do the first `ignore_first` tokens of a sequence.
+    """
     if mask is None and ignore_first == 0:
         return None
     mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
@@ -103,19 +109,22 @@ def counted_positions(mask: Tensor | None, shape: torch.Size, ignore_first: int)
 
 
 def next_token_labels(windows: Windows) -> Tensor:
-    """Return the labels (N, T); without any, the ids themselves, padding left out."""
+    """Return the labels (N, T) of windows; windows without labels predict all their real tokens.
+
+    Those labels are the ids, with -100 on padding and, in windows with padding, on first tokens.
+    """
     ids, mask = split_windows(windows)
     if isinstance(windows, Mapping) and windows.get("labels") is not None:
         return windows["labels"]
     if mask is None:
         return ids
-    # Left padding must not predict the first token of its sequence: only from the second on.
-    second_on = mask.bool() & (mask.cumsum(dim=1) > 1)
-    return ids.masked_fill(~second_on, IGNORED_LABEL)
+    # A left padding token must not predict the first token of its sequence.
+    predicted = mask.bool() & (mask.cumsum(dim=1) > 1)
+    return ids.masked_fill(~predicted, IGNORED_LABEL)
 
 
 def last_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return (rows, columns) of the last token of each sequence that is not all padding."""
+    """Return (rows, columns) of the last real token of each sequence; all padding is left out."""
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids))
     positions = torch.arange(ids.shape[1], device=ids.device)
@@ -124,7 +133,7 @@ def last_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def first_windows(windows: Windows, count: int) -> Windows:
-    """Return the first windows, with their mask if they have one."""
+    """Return the first `count` windows, with all their fields."""
     if isinstance(windows, torch.Tensor):
         return windows[:count]
     return {name: value[:count] for name, value in windows.items()}

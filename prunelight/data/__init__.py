@@ -1,1 +1,5 @@
-"""Text and instructions into token windows and training rows; no model."""
+"""Texts and instructions become token windows and training rows; nothing here needs a model."""
+
+from prunelight.moved import serve_old_names
+
+serve_old_names(__name__)

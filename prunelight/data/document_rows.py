@@ -1,7 +1,7 @@
 """Several documents in one training row, filled by best fit (Ding et al., arXiv:2404.10830).
 
-The longest document comes first. Positions start over with each document; recovery/packed_rows.py
-checks that a model then keeps the documents apart.
+The longest document is placed first. Positions restart at 0 with each document. The check that a
+model then keeps the documents of a row apart is in `prunelight/recovery/packed_rows.py`.
 """
 
 # T tokens
@@ -24,29 +24,30 @@ def cut_document(
 ) -> list[Tensor]:
     """Cut one document into pieces of at most `seq_len` tokens, LongTensors (T,).
 
-    With `bos_token_id` each piece starts with it. A piece that would predict nothing is left out.
+    Each piece starts with `bos_token_id`, if one is given. A piece of one token, which predicts
+    nothing, is left out.
     """
-    start = [] if bos_token_id is None else [bos_token_id]
-    width = seq_len - len(start)
-    pieces = ([*start, *tokens[at : at + width]] for at in range(0, len(tokens), width))
+    bos = [] if bos_token_id is None else [bos_token_id]
+    width = seq_len - len(bos)
+    pieces = ([*bos, *tokens[start : start + width]] for start in range(0, len(tokens), width))
     return [torch.tensor(piece) for piece in pieces if len(piece) > 1]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Fill rows: longest first, each into the fullest row that still has room.
+    """Assign documents to rows: the longest first, each to the fullest row that has room for it.
 
     Args:
-        lengths: of the documents in tokens, each at most `capacity`.
-        capacity: tokens of a row.
+        lengths: length of each document in tokens, at most `capacity`.
+        capacity: tokens that fit in a row.
 
     Returns:
-        The indices of the documents in each row; the same lengths always give the same rows.
+        For each row the indices of its documents. The same lengths always give the same rows.
     """
     rows: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # room left and index of a row, in order
+    spaces: list[tuple[int, int]] = []  # free tokens and index of each row, the fullest row first
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect_left(spaces, (lengths[index], 0))
-        space, row = spaces.pop(at) if at < len(spaces) else (capacity, len(rows))
+        best = bisect_left(spaces, (lengths[index], 0))
+        space, row = spaces.pop(best) if best < len(spaces) else (capacity, len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(index)
@@ -57,15 +58,16 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack_documents(
     documents: Sequence[tuple[Tensor, Tensor]], seq_len: int
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Put documents into rows of at most `seq_len` tokens.
+    """Pack documents into rows of at most `seq_len` tokens.
 
     Args:
-        documents: token ids and labels of each, LongTensors (T,).
+        documents: token ids and labels of each document, LongTensors (T,).
         seq_len: the most tokens of a row.
 
     Returns:
-        Of each row: token ids, labels (-100 on the first token of a document: the one before must
-        not predict it) and positions, which start at 0 with each document. LongTensors (T,).
+        Token ids, labels and positions of each row, LongTensors (T,). The label of a document's
+        first token is -100: the token before it, of another document, must not predict it.
+        Positions start at 0 with each document.
     """
     rows = []
     for row in best_fit([len(ids) for ids, _ in documents], seq_len):

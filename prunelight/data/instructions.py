@@ -1,6 +1,6 @@
-"""Instruction rows into tokens and labels, with the loss on the response only.
+"""Instruction rows become tokens and labels; only the tokens of the response have labels.
 
-Deliberately not done: loss on more than the last reply of a conversation.
+Deliberately not done: labels on earlier replies of a conversation than the last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Messages = list[dict[str, str]]
 
 INSTRUCTION_FIELDS = (("messages",), ("prompt", "response"), ("instruction", "output"))
 
-# The Alpaca template as alpaca-lora writes it: a new line after "### Response:", unlike Stanford.
+# Alpaca's template as alpaca-lora writes it: unlike Stanford's, with a new line after "Response:".
 ALPACA_TEMPLATE = (
     "Below is an instruction that describes a task{context}. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
@@ -28,26 +28,29 @@ ALPACA_CONTEXT = ", paired with an input that provides further context"
 
 
 def is_instruction_row(row: Mapping[str, Any]) -> bool:
-    """Whether a row has the fields of `instruction_example`; they win over a text field."""
+    """Return whether a row has the fields of an instruction; a text field beside them is ignored.
+
+    `INSTRUCTION_FIELDS` lists the fields.
+    """
     return any(all(field in row for field in fields) for fields in INSTRUCTION_FIELDS)
 
 
 def instruction_example(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, seq_len: int, bos: Bos = "auto"
 ) -> tuple[list[int], list[int]] | None:
-    """Tokens and labels of one instruction row, with the loss on the response only.
+    """Return tokens and labels of one instruction row; only the response has labels.
 
     Args:
-        row: `messages` (role, content; the last reply is the response), or `prompt` and `response`,
-            or `instruction`, `output` and possibly `input`.
-        tokenizer: its chat template is used if it has one; else instruction rows get the Alpaca
-            template and other rows are plain prompt and response.
+        row: fields `messages` (each with role and content; the last reply is the response), or
+            `prompt` and `response`, or `instruction`, `output` and possibly `input`.
+        tokenizer: the model's tokenizer. Its chat template renders the row. Without a chat template
+            a row with `instruction` gets Alpaca's template, other rows stay prompt and response.
         seq_len: longer examples are cut to this many tokens.
-        bos: see `calibration_windows`; a BOS token that the template already gave is not repeated.
+        bos: see `calibration_windows`; a BOS token that the template already wrote is not repeated.
 
     Returns:
-        input_ids and labels of the same length (labels are -100 on the prompt), or None if there is
-        no response, or none of it fits in `seq_len`.
+        input_ids and labels, lists of the same length; labels are -100 on the prompt. None if the
+        row has no response, or if the prompt fills `seq_len`.
 
     Raises:
         ValueError: if the messages are malformed or the chat template refuses them.
@@ -59,7 +62,7 @@ def instruction_example(
     if tokenizer.chat_template:
         prompt, response = _render_chat(tokenizer, messages)
     prompt_ids, whole_ids, response_ids = tokenize(tokenizer, [prompt, prompt + response, response])
-    if whole_ids[: len(prompt_ids)] == prompt_ids:  # else a token spans the joint
+    if whole_ids[: len(prompt_ids)] == prompt_ids:  # else one token spans prompt and response
         response_ids = whole_ids[len(prompt_ids) :]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in response_ids:
         response_ids = [*response_ids, tokenizer.eos_token_id]
@@ -73,7 +76,7 @@ def instruction_example(
 
 
 def _conversation(row: Mapping[str, Any]) -> tuple[Messages, str]:
-    """The messages of a row, and its prompt for tokenizers without a chat template."""
+    """Return the messages of a row, and its prompt for tokenizers without a chat template."""
     if "messages" in row:
         messages = row["messages"] or []
         for message in messages:
@@ -84,22 +87,23 @@ def _conversation(row: Mapping[str, Any]) -> tuple[Messages, str]:
         user, reply = row["prompt"], row["response"]
         prompt = user
     else:
-        user, reply, given = row["instruction"], row["output"], row.get("input")
-        context, section = (ALPACA_CONTEXT, f"### Input:\n{given}\n\n") if given else ("", "")
+        user, reply, extra = row["instruction"], row["output"], row.get("input")
+        context, section = (ALPACA_CONTEXT, f"### Input:\n{extra}\n\n") if extra else ("", "")
         prompt = ALPACA_TEMPLATE.format(context=context, instruction=user, input=section)
-        user = f"{user}\n\n{given}" if given else user
-    pair = (("user", user), ("assistant", reply or ""))
-    return [{"role": role, "content": content} for role, content in pair], prompt
+        user = f"{user}\n\n{extra}" if extra else user
+    turns = (("user", user), ("assistant", reply or ""))
+    return [{"role": role, "content": content} for role, content in turns], prompt
 
 
 def _render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, str]:
-    """Prompt and response as the chat template writes them."""
+    """Return prompt and response as the chat template writes them."""
     write = tokenizer.apply_chat_template
     try:
         prompt = str(write(messages[:-1], tokenize=False, add_generation_prompt=True))
         whole = str(write(messages, tokenize=False))
     except TemplateError as error:
-        rule = f"the tokenizer's chat template refuses {messages!r:.80} ({error})"
-        raise ValueError(f"{rule}; change the rows or set tokenizer.chat_template=None") from error
-    # Reasoning models open the reply with a tag that their template drops from a finished one.
+        refusal = f"the tokenizer's chat template refuses {messages!r:.80} ({error})"
+        remedy = "change the rows or set tokenizer.chat_template=None"
+        raise ValueError(f"{refusal}; {remedy}") from error
+    # A reasoning model's template ends the prompt with a tag that it leaves out of a full chat.
     return prompt, whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"]

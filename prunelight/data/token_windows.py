@@ -1,8 +1,8 @@
-"""Text into token windows that never overlap.
+"""Texts become token windows that never overlap.
 
-Documents are tokenised whole (chunks give other tokens at their joints) and joined by eos.
-Perplexity of the Gemma family explodes without BOS, so `bos="auto"` starts each of its windows with
-it; other families are left as the pruning papers measure them.
+Each document is tokenised whole, since chunks would give other tokens at their ends. The EOS token
+joins the documents. Perplexity of the Gemma family explodes without a BOS token, so `bos="auto"`
+starts each window of that family with BOS. Other families get no BOS, as in the pruning papers.
 """
 
 # N windows, T seq_len, S tokens of a stream
@@ -34,10 +34,10 @@ def calibration_windows(
 
     Args:
         tokenizer: the model's tokenizer.
-        text: one document, or several, which are joined by the eos token.
-        num_samples: windows to draw; 128 of 2048 tokens is what SparseGPT, Wanda and DLP use.
-        seq_len: tokens of a window, with its BOS token where there is one.
-        seed: of a private generator; the global random state is neither read nor changed.
+        text: one document, or several documents, which the EOS token joins.
+        num_samples: windows to draw; SparseGPT, Wanda and DLP use 128 windows of 2048 tokens.
+        seq_len: tokens of a window; a BOS token counts.
+        seed: seed of a private generator; the global random state is neither read nor changed.
         bos: "always" starts every window with the BOS token, "never" adds none, "auto" is "always"
             for tokenizers of the Gemma family (BOS token `<bos>`) and "never" for others.
 
@@ -45,8 +45,8 @@ def calibration_windows(
         LongTensor (num_samples, seq_len).
 
     Raises:
-        ValueError: if a number is out of range, the text holds fewer windows than asked for, or
-            `bos="always"` meets a tokenizer that has no BOS token.
+        ValueError: if a number is out of range, the text holds fewer windows than `num_samples`, or
+            `bos` is "always" and the tokenizer has no BOS token.
     """
     stream = tokenize_documents(tokenizer, [text] if isinstance(text, str) else text)
     windows = pack_windows(stream, seq_len, bos_token_id=bos_token_id(tokenizer, bos))  # (N, T)
@@ -54,27 +54,27 @@ def calibration_windows(
 
 
 def bos_token_id(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
-    """The token that must start every window, or None.
+    """Return the token that must start every window, or None.
 
     Raises:
-        ValueError: if `bos` is not a known choice, or is "always" without a BOS token.
+        ValueError: if `bos` is no known choice, or is "always" and the tokenizer has no BOS token.
     """
     if bos not in ("auto", "always", "never"):
         raise ValueError(f"bos={bos!r} must be 'auto', 'always' or 'never'")
     if bos == "always" and tokenizer.bos_token_id is None:
         raise ValueError("bos='always' needs a tokenizer with a BOS token; set bos='auto'")
-    wanted = bos == "always" or (bos == "auto" and tokenizer.bos_token == "<bos>")
-    return tokenizer.bos_token_id if wanted else None
+    starts_with_bos = bos == "always" or (bos == "auto" and tokenizer.bos_token == "<bos>")
+    return tokenizer.bos_token_id if starts_with_bos else None
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens and without the warning about long texts."""
+    """Return the token ids of each text, without special tokens or a warning about long texts."""
     encode = partial(tokenizer.__call__, add_special_tokens=False, verbose=False)
     return encode([*texts])["input_ids"] if texts else []
 
 
 def tokenize_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
-    """One token stream, (S,): the documents in order, eos between them, blank ones skipped."""
+    """Return one token stream, (S,): the documents that are not blank, joined by EOS."""
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     documents = tokenize(tokenizer, [text for text in texts if text.strip()])
     stream = [token for document in documents for token in (*document, *eos)]
@@ -84,8 +84,8 @@ def tokenize_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str])
 def pack_windows(tokens: Sequence[int], seq_len: int, *, bos_token_id: int | None = None) -> Tensor:
     """Cut a token stream, (S,), into consecutive windows, LongTensor (N, seq_len).
 
-    With `bos_token_id` each window is that token and seq_len - 1 tokens of the stream. The tail
-    that does not fill a window is left out.
+    With `bos_token_id` each window is that token and seq_len - 1 tokens of the stream. Tokens at
+    the end of the stream that do not fill a window are left out.
 
     Raises:
         ValueError: if `seq_len` is below 2.

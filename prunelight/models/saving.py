@@ -1,8 +1,8 @@
-"""Saving a model so that it certainly loads again: write aside, verify by loading, rename.
+"""Saving a model so that it certainly loads again: write a temporary directory, verify, rename.
 
-The check is the one a user would make: plain `AutoModelForCausalLM.from_pretrained` on the written
-directory, all weights equal bit for bit, equal logits, equal greedy generation with the cache.
-Where a second copy does not fit in memory, config, shapes and every tensor on disk are compared.
+`verify` loads the written directory with plain `AutoModelForCausalLM.from_pretrained`. Weights must
+be equal bit for bit, logits and greedy generation with the cache up to rounding. Where a second
+copy does not fit in memory, config, shapes and every tensor on disk are compared instead.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from prunelight.runtime.devices import free_memory
 
 log = logging.getLogger(__name__)
 
-MARKER = "prunelight.json"  # a directory that holds it is ours, and may be replaced
+MARKER = "prunelight.json"  # `save` may replace a directory that holds this file
 
 _NEW_TOKENS = 8
 
@@ -45,8 +45,8 @@ _LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What `save` wrote: the directory, bytes of its weights, and how it was verified."""
+class SavedModel:
+    """What `save` wrote: the directory, the bytes of its weights, and how they were verified."""
 
     directory: str
     size_bytes: int
@@ -62,28 +62,28 @@ def save(
     extra_files: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     export_remote_code: bool = False,
-) -> Saved:
+) -> SavedModel:
     """Write a verified transformers directory: all of it, or nothing.
 
     Args:
-        model: the model in memory; it is unchanged afterwards.
-        tokenizer: written beside it.
+        model: the model in memory; its weights are unchanged afterwards.
+        tokenizer: written beside the model.
         directory: new, empty, or written by prunelight before (then replaced).
         plan: written as plan.json.
         extra_files: file name -> text, written beside the weights.
-        trust_remote_code: for a model whose code came with it: verifying runs that code.
-        export_remote_code: put the code of a sliced model beside it, so that it loads without
-            prunelight under trust_remote_code; later saves of the model do so too.
+        trust_remote_code: let the verification run code that came with the model.
+        export_remote_code: write the code of a sliced model beside it. The directory then loads
+            without prunelight under trust_remote_code. Later saves of the model write the code too.
 
     Raises:
-        FileExistsError: if the directory exists and is not ours.
-        TypeError: if there is no code to export.
-        RuntimeError: if the written model differs from the one in memory; says in what.
+        FileExistsError: if the directory exists and was not written by prunelight.
+        TypeError: if the model has no code to export.
+        RuntimeError: if the written model differs from the model in memory; names the difference.
     """
     directory = Path(directory).expanduser()
     check_replaceable(directory)
     if export_remote_code:
-        name_code(model)
+        name_remote_code(model)
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def save(
         if plan is not None:
             plan.save(temporary / "plan.json")
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
-        saved = Saved(str(directory), size, verify(model, temporary, trust_remote_code))
+        saved = SavedModel(str(directory), size, verify(model, temporary, trust_remote_code))
         versions = {"fingerprint": model_fingerprint(model), "versions": library_versions()}
         marker = json.dumps({**asdict(saved), **versions}, indent=1) + "\n"
         (temporary / MARKER).write_text(marker, encoding="utf-8")
@@ -110,20 +110,20 @@ def save(
     return saved
 
 
-def name_code(model: PreTrainedModel) -> None:
-    """Let the model's config name the code that `save` puts beside it.
+def name_remote_code(model: PreTrainedModel) -> None:
+    """Name, in the model's config, the code that `save` writes beside the model; in place.
 
     Raises:
-        TypeError: if the model is not a sliced one, whose code is one file.
+        TypeError: if the model is not sliced: only a sliced model has its code in one file.
     """
     if not is_sliced(model):
         raise TypeError(
             f"export_remote_code=True: {type(model).__name__} is no sliced model, there is no code "
-            "of its own to export; leave it out"
+            "of its own to export; leave export_remote_code out"
         )
     file, config = Path(sliced.__file__).stem, model.config
     classes = {"AutoConfig": type(config), "AutoModelForCausalLM": type(model)}
-    config.auto_map = {name: f"{file}.{made.__name__}" for name, made in classes.items()}
+    config.auto_map = {auto: f"{file}.{cls.__name__}" for auto, cls in classes.items()}
 
 
 def check_replaceable(directory: Path) -> None:
@@ -132,8 +132,9 @@ def check_replaceable(directory: Path) -> None:
     Raises:
         FileExistsError: if it exists, is not empty, and was not written by prunelight.
     """
-    ours = (directory / MARKER).is_file()
-    if directory.exists() and not ours and (not directory.is_dir() or any(directory.iterdir())):
+    if not directory.exists() or (directory / MARKER).is_file():
+        return
+    if not directory.is_dir() or any(directory.iterdir()):
         raise FileExistsError(
             f"{directory} exists and was not written by prunelight (it has no {MARKER}); choose "
             "another directory or remove it"
@@ -141,13 +142,13 @@ def check_replaceable(directory: Path) -> None:
 
 
 def verify(model: PreTrainedModel, directory: Path, trust_remote_code: bool = False) -> str:
-    """Compare a saved directory with the model in memory; return how it was done.
+    """Compare a saved directory with the model in memory; return what was compared.
 
     Raises:
-        RuntimeError: if anything differs or the directory does not load; says what.
+        RuntimeError: if anything differs or the directory does not load; names the difference.
     """
     try:
-        # Loading happens on the CPU and may hold the weights twice while it converts them.
+        # from_pretrained works on the CPU and may hold the weights twice while it converts them.
         size = parameter_bytes(model)
         if free_memory(torch.device("cpu")) < 2 * size or free_memory(model.device) < 1.2 * size:
             _compare_files(model, directory, trust_remote_code)
@@ -156,12 +157,12 @@ def verify(model: PreTrainedModel, directory: Path, trust_remote_code: bool = Fa
             loaded = AutoModelForCausalLM.from_pretrained(
                 directory,
                 trust_remote_code=trust_remote_code,
-                ignore_mismatched_sizes=True,  # the comparison says which and how
+                ignore_mismatched_sizes=True,  # _compare_weights names the weight and its shapes
             )
         reloaded = to_device(loaded, model.device)
         _compare_weights(model.state_dict(), reloaded.state_dict())
         _compare_behaviour(model, reloaded)
-    except Exception as error:  # whatever a wrong config makes the model's own code raise
+    except Exception as error:  # a wrong config can make the model's code raise anything
         raise RuntimeError(
             f"the saved model failed its verification: {error}. Nothing was kept on disk"
         ) from error
@@ -170,8 +171,11 @@ def verify(model: PreTrainedModel, directory: Path, trust_remote_code: bool = Fa
 
 def _compare_weights(memory: Mapping[str, Tensor], disk: Mapping[str, Tensor]) -> None:
     if set(memory) != set(disk):
-        odd = sorted(set(memory) ^ set(disk))
-        raise RuntimeError(f"{len(odd)} tensors are only on one side, the first is {odd[0]}")
+        unmatched = sorted(set(memory) ^ set(disk))
+        raise RuntimeError(
+            f"{len(unmatched)} tensors are only on one side, in memory or on disk, e.g. "
+            f"{unmatched[0]}"
+        )
     for name, tensor in memory.items():
         _compare_tensor(name, tensor, disk[name])
 
@@ -193,33 +197,36 @@ def _compare_behaviour(model: PreTrainedModel, reloaded: PreTrainedModel) -> Non
     length = min(16, (maximum_length(model.config) or 64) - _NEW_TOKENS)
     ids = torch.randint(vocabulary_size(model), (2, length), generator=generator).to(model.device)
     with evaluating(model), evaluating(reloaded):
-        expected, found = model(ids).logits, reloaded(ids).logits
-    worst = (expected.float() - found.float()).abs().max().item()
-    allowed = _LOGIT_TOLERANCE.get(expected.dtype, 1e-4) * expected.float().abs().max().item()
-    if not worst <= allowed:  # written so that NaN fails
-        raise RuntimeError(f"logits differ by {worst:.3g}, allowed is {allowed:.3g}")
+        logits, reloaded_logits = model(ids).logits, reloaded(ids).logits
+    difference = (logits.float() - reloaded_logits.float()).abs().max().item()
+    allowed = _LOGIT_TOLERANCE.get(logits.dtype, 1e-4) * logits.float().abs().max().item()
+    if not difference <= allowed:  # written so that NaN fails
+        raise RuntimeError(f"logits differ by {difference:.3g}, allowed is {allowed:.3g}")
     if not model.can_generate():
         return
     try:
-        expected = greedy_tokens(model, ids, _NEW_TOKENS)
+        tokens = greedy_tokens(model, ids, _NEW_TOKENS)
     except (LookupError, RuntimeError) as error:
         raise RuntimeError(
             f"the model in memory cannot generate with the cache ({error}); check "
             "that its layers are numbered 0, 1, 2, ... (layer_idx)"
         ) from error
-    found = greedy_tokens(reloaded, ids, _NEW_TOKENS)
-    if not torch.equal(expected, found) and not _is_tie(model, expected, found, allowed):
+    reloaded_tokens = greedy_tokens(reloaded, ids, _NEW_TOKENS)
+    equal = torch.equal(tokens, reloaded_tokens)
+    if not equal and not _is_tie(model, tokens, reloaded_tokens, allowed):
         raise RuntimeError("greedy generation with the cache gives other tokens than in memory")
 
 
-def _is_tie(model: PreTrainedModel, expected: Tensor, found: Tensor, allowed: float) -> bool:
+def _is_tie(
+    model: PreTrainedModel, tokens: Tensor, reloaded_tokens: Tensor, allowed: float
+) -> bool:
     """Return whether each row's first difference is between tokens of nearly equal logits.
 
     Kernels on a GPU may add in another order from run to run, which decides such ties.
     """
     with evaluating(model):
-        logits = model(expected).logits.float()
-    for a, b, scores in zip(expected, found, logits, strict=True):
+        logits = model(tokens).logits.float()
+    for a, b, scores in zip(tokens, reloaded_tokens, logits, strict=True):
         for first in (a != b).nonzero().flatten().tolist()[:1]:
             if (scores[first - 1, a[first]] - scores[first - 1, b[first]]).abs() > allowed:
                 return False
@@ -227,7 +234,7 @@ def _is_tie(model: PreTrainedModel, expected: Tensor, found: Tensor, allowed: fl
 
 
 def _compare_files(model: PreTrainedModel, directory: Path, trust_remote_code: bool) -> None:
-    """Compare config, names, shapes and values with the files, one tensor in memory at a time."""
+    """Compare the model with the saved config and files; read one tensor of the files at a time."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -235,23 +242,24 @@ def _compare_files(model: PreTrainedModel, directory: Path, trust_remote_code: b
     shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in memory.items()}:
         raise RuntimeError("config.json describes other weights than the model in memory has")
-    # Some families are stored under other names, and experts one by one, than they are held.
+    # On disk some families have other names for weights, and experts are stored one by one.
     memory = revert_weight_conversion(model, memory)
-    found: set[str] = set()
+    names_on_disk: set[str] = set()
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 if name not in memory:
                     raise RuntimeError(f"{name} is on disk and not in memory")
                 _compare_tensor(name, memory[name], tensors.get_tensor(name))
-                found.add(name)
-    missing = set(memory) - found - set(getattr(model, "all_tied_weights_keys", None) or {})
+                names_on_disk.add(name)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = set(memory) - names_on_disk - tied
     if missing:
         raise RuntimeError(f"{len(missing)} tensors are not on disk, e.g. {min(missing)}")
 
 
 def _replace(temporary: Path, directory: Path) -> None:
-    """Rename, keeping the old directory until the new one stands."""
+    """Rename `temporary` to `directory`; keep an old directory until the new one is in place."""
     for file in (*temporary.rglob("*"), temporary):
         flush(file)
     old = directory.with_name(f".{directory.name}.old")

@@ -1,4 +1,4 @@
-"""Sizes of a model: parameters, bytes, and shares of zeros."""
+"""Sizes of a model: number of parameters, bytes, and share of zeros."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prunelight.models.families.layers import matrices
 
 
 def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:
-    """Return the number of parameters, tied ones once; only the trainable ones if asked."""
+    """Return the number of parameters, tied ones once; with `trainable` only of trainable ones."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
@@ -25,29 +25,30 @@ def parameter_bytes(model: torch.nn.Module) -> int:
 def zero_share(parameters: Iterable[Tensor]) -> float:
     """Return the share of exact zeros among all weights, tied ones once, in [0, 1].
 
-    0 without any, and where zeros cannot be seen: in packed 4-bit or 8-bit weights.
+    The share is 0 without weights, and for packed 4-bit or 8-bit weights, whose zeros do not show.
     """
-    found = list({id(parameter): parameter for parameter in parameters}.values())
-    if any(not p.is_floating_point() or p.element_size() == 1 or p.is_meta for p in found):
+    weights = list({id(parameter): parameter for parameter in parameters}.values())
+    if any(not w.is_floating_point() or w.element_size() == 1 or w.is_meta for w in weights):
         return 0.0
-    total = sum(parameter.numel() for parameter in found)
-    filled = sum(int(torch.count_nonzero(parameter)) for parameter in found)
-    return (total - filled) / total if total else 0.0
+    total = sum(weight.numel() for weight in weights)
+    nonzero = sum(int(torch.count_nonzero(weight)) for weight in weights)
+    return (total - nonzero) / total if total else 0.0
 
 
 def linear_sparsity(model: PreTrainedModel) -> float:
-    """Return the share of zeros in all `architecture.matrices`, in [0, 1].
+    """Return the share of zeros in the weight matrices of all decoder layers, in [0, 1].
 
-    0 for a model in which none are found, or whose weights are quantized.
+    `matrices` says which weights these are. The share is 0 for a family whose layers cannot be
+    found, and for quantized weights.
     """
     try:
-        found = matrices(model)
+        parameters = [matrix.parameter for matrix in matrices(model).values()]
     except TypeError:
         return 0.0
-    return zero_share(matrix.parameter for matrix in found.values())
+    return zero_share(parameters)
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Return the bytes of all weights with the scales of quantized ones, tied ones once."""
+    """Return the bytes of all weights, tied ones once; scales of quantized weights count too."""
     tensors: dict[int, Tensor] = {t.data_ptr(): t for t in model.state_dict().values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

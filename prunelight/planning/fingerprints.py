@@ -11,6 +11,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunelight.version import __version__
+
 # About so many evenly spaced elements of each tensor enter a model's fingerprint.
 _SAMPLED = 512
 
@@ -65,8 +67,6 @@ def fingerprint_of(*parts: Any) -> str:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of prunelight, torch and transformers."""
-    from prunelight import __version__  # the package imports this module
-
     return {
         "prunelight": __version__,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""The steps of a plan: what can be done to a model, as data.
+"""The steps of a plan: what can be done to a model, as data; no torch.
 
 A new kind of step is one frozen dataclass here, listed in `STEPS`, and one entry of the table in
 `pruning/apply.py`, which says how the step is checked and carried out. Indices are sorted, so that
@@ -7,10 +7,12 @@ equal decisions are equal plans.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from prunelight.runtime.arguments import check_choice
 
@@ -23,17 +25,28 @@ SLICE_OPTIONS = {
 }
 
 
+class PlanLike(Protocol):
+    """What a step reads of its plan to tell how much it prunes."""
+
+    model: dict[str, Any]
+    arguments: dict[str, Any]
+    found: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Step:
     """One thing that a plan does to a model; each kind of step is a subclass.
 
-    Layers are counted as in the dense model.
+    Layers are counted as in the dense model. A step says here all that plans, `apply` and reports
+    ask of it; what a kind does not override holds for it.
 
     Attributes:
         kind: name of the step in JSON.
+        has_outcome: carrying the step out tells something, which a run records.
     """
 
     kind: ClassVar[str]
+    has_outcome: ClassVar[bool] = False
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -46,9 +59,29 @@ class Step:
         return ()
 
     @property
+    def merged_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Return the windows of layers that become one layer each, the highest of them."""
+        return ()
+
+    @property
     def dropped_sublayers(self) -> dict[str, tuple[int, ...]]:
         """Return the layers that lose a part: {"attention" or "mlp": layers}."""
         return {}
+
+    @property
+    def leaves_own_class(self) -> bool:
+        """Return whether the model becomes one of a class that transformers does not have."""
+        return False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what a report lists of the step: its fields that are not empty."""
+        fields = json.loads(json.dumps(asdict(self)))  # lists where there are tuples
+        return {name: value for name, value in fields.items() if value != []}
+
+    def nominal(self, plan: PlanLike) -> list[str]:
+        """Return the ratios of the step in its own terms, beside layers removed or dropped."""
+        return []
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if the step is impossible for a model of this many decoder layers."""
@@ -88,13 +121,14 @@ class Sparsify(Step):
     """Put zeros into weights of decoder layers.
 
     Attributes:
-        sparsity: name of a matrix (see `architecture.Matrix`) -> share of zeros, in [0, 1).
+        sparsity: name of a matrix (see `models/families/layers.py`) -> share of zeros, in [0, 1).
         solver: "magnitude", "wanda", "wanda_variant" or "sparsegpt".
         pattern: "N:M" keeps N of M consecutive inputs; a matrix' own N is M * (1 - sparsity).
         options: the solver's own options.
     """
 
     kind: ClassVar[str] = "sparsify"
+    has_outcome: ClassVar[bool] = True
     sparsity: dict[str, float]
     solver: str
     pattern: str | None = None
@@ -104,8 +138,28 @@ class Sparsify(Step):
         if not (isinstance(self.sparsity, dict) and isinstance(self.options, dict)):
             raise ValueError("sparsity and options must be objects, {name: value}")
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return the solver and the number of matrices; the share of each is too much to list."""
+        return {"solver": self.solver, "matrices": len(self.sparsity)}
+
+    def nominal(self, plan: PlanLike) -> list[str]:
+        """Return the share of zeros and the pattern."""
+        mixed = " on average" if len(set(self.sparsity.values())) > 1 else ""
+        pattern = f" ({self.pattern} pattern{mixed})" if self.pattern else ""
+        share = self.planned_share(plan)
+        return [f"{100 * share:.2f} % of the weights of decoder linears{pattern}"]
+
+    def planned_share(self, plan: PlanLike) -> float:
+        """Return the share of zeros that the step aims at in all decoder linears together."""
+        if self.pattern:
+            kept, _, group = self.pattern.partition(":")
+            return 1 - int(kept) / int(group)
+        asked: float | None = plan.arguments.get("sparsity")
+        return _mean(self.sparsity.values()) if asked is None else asked
+
     def check(self, num_layers: int) -> None:
-        """Raise ValueError if a share is not in [0, 1); see `sparsify.check_step` for the rest."""
+        """Raise ValueError if a share is not in [0, 1); `sparsify.check_step` checks the rest."""
         for name, share in self.sparsity.items():
             if not isinstance(share, (int, float)) or not 0 <= share < 1:
                 raise ValueError(f"sparsity={share} of {name} must lie in [0, 1)")
@@ -113,13 +167,14 @@ class Sparsify(Step):
 
 @dataclass(frozen=True)
 class MergeLayers(Step):
-    """Merge windows of neighbouring decoder layers, each into one, which stands for the highest.
+    """Merge windows of neighbouring decoder layers, each window into its highest layer.
 
     Attributes:
-        groups: the layers of each window, neighbours in ascending order, two or more.
-        merge: "top" keeps the highest layer whole, "difference_sum" adds what the layers differ
-            from the lowest, "released" takes the projections of the highest and all else of the
-            lowest, "mean" is the mean of all weights; see `pruning/merge_layers.py`.
+        groups: the layers of each window: two or more neighbours in ascending order.
+        merge: how weights are mixed, see `pruning/merge_layers.py`. "top" keeps the highest layer
+            whole. "difference_sum" adds to the lowest layer all differences from it. "released"
+            takes the projections of the highest layer and all else of the lowest. "mean" is the
+            mean of all weights.
     """
 
     kind: ClassVar[str] = "merge_layers"
@@ -130,6 +185,11 @@ class MergeLayers(Step):
     def removed(self) -> tuple[int, ...]:
         """Return the layers that are gone after the step: all but the highest of each window."""
         return tuple(sorted(i for group in self.groups for i in group[:-1]))
+
+    @property
+    def merged_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Return the windows."""
+        return self.groups
 
     @property
     def named(self) -> tuple[int, ...]:
@@ -154,7 +214,7 @@ class MergeLayers(Step):
 
 @dataclass(frozen=True)
 class DropSublayers(Step):
-    """Drop the attention or the MLP of these decoder layers, with the norm before it."""
+    """Drop the attention or the MLP of decoder layers, each with the norm before it."""
 
     kind: ClassVar[str] = "drop_sublayers"
     attention: tuple[int, ...] = ()
@@ -169,6 +229,11 @@ class DropSublayers(Step):
     def dropped_sublayers(self) -> dict[str, tuple[int, ...]]:
         """Return the layers that lose their attention, and those that lose their MLP."""
         return {"attention": self.attention, "mlp": self.mlp}
+
+    @property
+    def leaves_own_class(self) -> bool:
+        """Return True: stock classes have both parts in every layer."""
+        return True
 
     def __post_init__(self) -> None:
         for name in ("attention", "mlp"):
@@ -187,8 +252,8 @@ class PruneWidth(Step):
     Attributes:
         heads: layer, as text -> key-value groups that are kept; empty leaves attention as it is.
         neurons: layer, as text -> MLP neurons that are kept; empty leaves the MLPs as they are.
-        correction: fit the output projections to what they gave with all inputs, on calibration
-            windows, by least squares.
+        correction: fit the output projections by least squares on calibration windows, to their
+            outputs with all inputs.
     """
 
     kind: ClassVar[str] = "prune_width"
@@ -206,11 +271,32 @@ class PruneWidth(Step):
             kept = getattr(self, name)
             if not isinstance(kept, dict) or not all(str(key).isdigit() for key in kept):
                 raise ValueError(f"{name} must be an object, {{layer: [indices that are kept]}}")
-            found = {str(int(key)): _sorted_indices(name, value) for key, value in kept.items()}
-            object.__setattr__(self, name, dict(sorted(found.items(), key=lambda x: int(x[0]))))
+            by_layer = {int(key): _sorted_indices(name, value) for key, value in kept.items()}
+            object.__setattr__(self, name, {str(i): by_layer[i] for i in sorted(by_layer)})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return the correction; the indices that are kept are too many to list."""
+        return {"correction": self.correction}
+
+    def nominal(self, plan: PlanLike) -> list[str]:
+        """Return how many groups and neurons are kept, of how many."""
+        ratios = []
+        for kept, text, config_field in (
+            (self.heads, "key-value groups", "num_key_value_heads"),
+            (self.neurons, "neurons", "intermediate_size"),
+        ):
+            if kept:
+                before = plan.found.get(f"{config_field}_before", "all")
+                count = len(next(iter(kept.values())))
+                ratios.append(f"{count} of {before} {text} kept in every layer")
+        return ratios
 
     def check(self, num_layers: int) -> None:
-        """Raise ValueError if layers keep different numbers, or none; see `width.check_width`."""
+        """Raise ValueError if layers keep different numbers, or none.
+
+        `prune_width.check_width` checks the rest.
+        """
         if not self.named:
             raise ValueError("heads and neurons are both empty; name what is kept of one of them")
         for name, kept in (("heads", self.heads), ("neurons", self.neurons)):
@@ -228,26 +314,57 @@ class SliceHidden(Step):
     """Rotate the hidden states and keep only their first principal components.
 
     Attributes:
-        residual_dims: widths before the attention and the MLP of each decoder layer, and after the
-            last one, 2 L + 1. The first is that of the embeddings: at full width they stay as they
-            are, and tied embeddings stay tied.
-        signal: what the components are those of: the "residual" (SliceGPT's released code), or the
-            residual after its norm, "normalized" (Eq. 8 of the paper).
-        orientation: "pca", or "random" to turn the components among each other, which spreads their
-            energy for quantization.
-        rotation: "per_layer", or "shared": one for all layers, which gives a stock model.
+        residual_dims: 2 L + 1 widths: before the attention and the MLP of each decoder layer, and
+            after the last layer. The first is the width of the embeddings. At full width
+            embeddings stay as they are, and tied embeddings stay tied.
+        signal: the components are those of the "residual" (SliceGPT's released code), or of the
+            "normalized" residual, after its norm (Eq. 8 of the paper).
+        orientation: "pca", or "random", which rotates the components among each other and so
+            spreads their energy for quantization.
+        rotation: "per_layer", or "shared", one for all layers, which gives a stock model.
         seed: of the random orientation.
     """
 
     kind: ClassVar[str] = "slice_hidden"
+    has_outcome: ClassVar[bool] = True
     residual_dims: tuple[int, ...]
     signal: str = "residual"
     orientation: str = "pca"
     rotation: str = "per_layer"
     seed: int = 0
 
+    @property
+    def leaves_own_class(self) -> bool:
+        """Return whether rotations differ, which shortcuts of a sliced class make up for."""
+        return self.rotation == "per_layer"
+
+    def nominal(self, plan: PlanLike) -> list[str]:
+        """Return the share of the hidden width that is sliced, and its range."""
+        hidden = plan.model["hidden_size"]
+        widths = [self.residual_dims[site] for site in self.sliced_sites(hidden)]
+        how = f" (widths {min(widths)} to {max(widths)})" if len(set(widths)) > 1 else ""
+        how += " (one rotation)" if self.rotation == "shared" else ""
+        return [f"{100 * self.share_removed(hidden):.2f} % of the hidden width sliced{how}"]
+
+    def sliced_sites(self, hidden_size: int) -> range:
+        """Return the sites before attentions and MLPs, less that of embeddings left whole."""
+        first, *others, _ = self.residual_dims
+        whole = first == hidden_size and min(others) < hidden_size
+        return range(int(whole), 1 + len(others))
+
+    def share_removed(self, hidden_size: int) -> float:
+        """Return the share of the hidden width that is removed, mean over the MLPs.
+
+        At attentions the share is the same, but for the first one where the embeddings are left
+        whole.
+        """
+        return 1 - _mean(self.residual_dims[1::2]) / hidden_size
+
     def check(self, num_layers: int) -> None:
-        """Raise ValueError for other than 2 L + 1 widths, or options; see `slicing.check_slice`."""
+        """Raise ValueError for other than 2 L + 1 widths, or an unknown option.
+
+        `slice_hidden.check_slice` checks the rest.
+        """
         for name, known in SLICE_OPTIONS.items():
             check_choice(name, getattr(self, name), known)
         if len(self.residual_dims) != 2 * num_layers + 1:
@@ -265,6 +382,10 @@ STEPS: dict[str, type[Step]] = {
     step.kind: step
     for step in (RemoveLayers, MergeLayers, DropSublayers, PruneWidth, SliceHidden, Sparsify)
 }
+
+
+def _mean(values: Collection[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def _sorted_indices(name: str, indices: Iterable[Any]) -> tuple[int, ...]:
@@ -285,39 +406,45 @@ def step_from_dict(value: Mapping[str, Any]) -> Step:
     """Build a step from its JSON form.
 
     Raises:
-        ValueError: if the kind is unknown or the keys are not the step's own.
+        ValueError: if the kind is unknown or the keys are not those of its fields.
     """
     keys = dict(value)
     kind = keys.pop("kind", None)
     if kind not in STEPS:
         raise ValueError(f"kind={kind!r} is not a known kind of step: {', '.join(sorted(STEPS))}")
-    make: Any = STEPS[kind]
-    expected = signature(make).parameters
+    step_class: Any = STEPS[kind]
+    expected = signature(step_class).parameters
     needed = {name for name, p in expected.items() if p.default is p.empty}
     if not needed <= set(keys) <= set(expected):
         raise ValueError(f"step {kind!r} has keys {sorted(keys)}, it must have {sorted(expected)}")
-    step: Step = make(**{k: tuple(v) if isinstance(v, list) else v for k, v in keys.items()})
+    step: Step = step_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in keys.items()})
     return step
 
 
 def layer_of(name: str, layers_path: str) -> int:
-    """Return the index of the decoder layer that a module or parameter is in, by its name."""
+    """Return the index of the decoder layer of a module or parameter, from its name."""
     return int(name.removeprefix(f"{layers_path}.").partition(".")[0])
 
 
 def renumbered(
     shares: Mapping[str, float], layers_path: str, removed: Collection[int]
 ) -> dict[str, float]:
-    """Name the shares of matrices as after some layers are removed; theirs are left out."""
-    found = {}
+    """Return the shares under the names that matrices have after some layers are removed.
+
+    Args:
+        shares: name of a matrix -> its share of zeros.
+        layers_path: dotted path of the model's decoder layers.
+        removed: layers that are gone, whose shares are left out.
+    """
+    renamed = {}
     for name, share in shares.items():
         index = layer_of(name, layers_path)
         if index not in removed:
             rest = name.removeprefix(f"{layers_path}.{index}.")
-            found[f"{layers_path}.{renumber(index, removed)}.{rest}"] = share
-    return found
+            renamed[f"{layers_path}.{renumber(index, removed)}.{rest}"] = share
+    return renamed
 
 
 def renumber(index: int, removed: Collection[int]) -> int:
-    """Return what a layer's index becomes when others are removed."""
+    """Return a layer's index after other layers are removed."""
     return index - sum(other < index for other in removed)

@@ -1,1 +1,1 @@
-"""Carrying out plans, one file a kind of step."""
+"""Carries out plans: `apply`, and one file for each kind of step."""

@@ -1,4 +1,7 @@
-"""Carrying out a plan: `apply(model, plan, windows)`."""
+"""Carries out a plan: `apply(model, plan, windows)`.
+
+`KINDS` is the table of what can be done: each kind of step, with its check and its function.
+"""
 
 from __future__ import annotations
 
@@ -57,12 +60,12 @@ def apply(
     Args:
         model: the model that the plan was made for.
         plan: from a callback's `plan`, or `Plan.load`.
-        windows: calibration windows, for steps that need data (slice; sparsify, unless by
-            magnitude).
+        windows: calibration windows, for steps that need data: slice, corrected width, and
+            sparsify unless by magnitude.
         strict: require the very weights that the plan was made for, see `Plan.check`.
         device: where the layers compute, one at a time, for a model that is elsewhere.
         offload: keep the calibration states on the CPU.
-        outcomes: gets what each sparsify or slice step did, see `SparsifyOutcome` and
+        outcomes: this list gets what each sparsify or slice step did, see `SparsifyOutcome` and
             `SliceOutcome`.
 
     Raises:

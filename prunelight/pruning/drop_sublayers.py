@@ -1,7 +1,7 @@
-"""Dropping the attention or the MLP of decoder layers (LLM-Drop, arXiv:2406.15786), in place.
+"""Drops the attention or the MLP of decoder layers, in place (LLM-Drop, arXiv:2406.15786).
 
-The first attention of each kind of layer must stay: transformers counts the tokens of the cache
-there.
+The first attention of each kind of layer must stay: transformers counts the tokens of the cache in
+that layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from prunelight.pruning.step_kind import StepContext, StepKind
 
 
 def check_droppable(model: PreTrainedModel) -> None:
-    """Raise TypeError if the family has no registered class, or weights are quantized or sliced."""
+    """Check that sublayers of the model can be dropped.
+
+    Raises:
+        TypeError: if the family has no registered class, the model is sliced, or weights are
+            quantized.
+    """
     if is_sliced(model):
         raise TypeError("this model is sliced: its sublayers cannot be dropped; drop, or slice")
     if not sublayers_of(model).droppable:
@@ -34,15 +39,18 @@ def check_droppable(model: PreTrainedModel) -> None:
 def check_leading(
     model: PreTrainedModel, removed: Collection[int] = (), attention: Collection[int] = ()
 ) -> None:
-    """Raise ValueError unless the first attention of each kind of layer stays: it leads the cache.
+    """Check that the first attention of each kind of layer stays; the cache counts tokens there.
 
     Args:
-        model: as it is now.
+        model: before the removal.
         removed: layers that are removed.
         attention: layers that lose their attention, beside those that have none.
+
+    Raises:
+        ValueError: if one of them would go; names the layers.
     """
-    gone = dropped(model, "attention") | set(attention)
-    if leading := sorted(leading_attentions(model, removed) & gone):
+    without_attention = dropped(model, "attention") | set(attention)
+    if leading := sorted(leading_attentions(model, removed) & without_attention):
         raise ValueError(
             f"attention={leading} must stay: it is the first that is left of its kind, and the "
             "cache counts its tokens there"
@@ -50,15 +58,18 @@ def check_leading(
 
 
 def leading_attentions(model: PreTrainedModel, removed: Collection[int] = ()) -> set[int]:
-    """Return the layers whose attention leads the cache: the first that is left of each kind."""
-    total = model.config.num_hidden_layers
-    kinds = getattr(model.config, "layer_types", None) or ["all"] * total
-    left = [i for i in range(total) if i not in removed]
+    """Return the layers whose attention leads the cache: of each kind the first one left."""
+    num_layers = model.config.num_hidden_layers
+    kinds = getattr(model.config, "layer_types", None) or ["all"] * num_layers
+    left = [i for i in range(num_layers) if i not in removed]
     return {next(i for i in left if kinds[i] == kinds[other]) for other in left}
 
 
 def fixed_sublayers(model: PreTrainedModel, name: str) -> set[int]:
-    """Return the layers whose "attention" or "mlp" cannot be dropped: gone, or leads the cache."""
+    """Return the layers whose "attention" or "mlp" cannot be dropped.
+
+    Either the layer has none any more, or its attention leads the cache.
+    """
     return dropped(model, name) | (leading_attentions(model) if name == "attention" else set())
 
 
@@ -66,9 +77,13 @@ def fixed_sublayers(model: PreTrainedModel, name: str) -> set[int]:
 def drop_sublayers(
     model: PreTrainedModel, attention: Collection[int], mlp: Collection[int]
 ) -> PreTrainedModel:
-    """Drop sublayers in place; the model and its config become those of the registered class.
+    """Drop sublayers in place; model and config take the family's registered class.
 
-    Without layers the model stays what it is. Raises what `check_droppable` and `check_leading` do.
+    Without layers nothing changes.
+
+    Raises:
+        TypeError: see `check_droppable`.
+        ValueError: see `check_leading`.
     """
     check_droppable(model)
     check_leading(model, attention=attention)
@@ -76,12 +91,13 @@ def drop_sublayers(
         return model
     config: Any = model.config
     for name, layers in zip(SUBLAYERS, (attention, mlp), strict=True):
-        gone = dropped(model, name) | set(layers)
-        setattr(config, f"drop_{name}", [i in gone for i in range(config.num_hidden_layers)])
-    made: Any = CLASSES[config.model_type.removeprefix(REGISTERED_PREFIX)]
-    config.__class__, config.model_type = made.config_class, made.config_class.model_type
-    config.architectures = [made.__name__]
-    model.__class__ = made
+        without = dropped(model, name) | set(layers)
+        setattr(config, f"drop_{name}", [i in without for i in range(config.num_hidden_layers)])
+    registered: Any = CLASSES[config.model_type.removeprefix(REGISTERED_PREFIX)]
+    config.__class__ = registered.config_class
+    config.model_type = registered.config_class.model_type
+    config.architectures = [registered.__name__]
+    model.__class__ = registered
     take_out(model)
     return model
 

@@ -1,10 +1,13 @@
-"""Merging neighbouring decoder layers into one: the rules of SLM (arXiv:2502.19159), and a mean.
+"""Merges neighbouring decoder layers into one: the rules of SLM (arXiv:2502.19159), and a mean.
 
-The paper's rule is theta_l + sum_k (theta_k - theta_l) over the layers k of a window above its
-lowest l. The released code adds the difference to a running copy, which telescopes to the highest
-layer's projections under the lowest layer's norms and biases ("released"). "top" keeps the highest
-layer whole. Rules that mix weights need layers of one kind; experts of different layers are not
-aligned, so they are never mixed.
+- "difference_sum", the paper: theta_l + sum_k (theta_k - theta_l), over the layers k of a window
+  above its lowest layer l.
+- "released", the released code: it adds each difference to a running copy. The sum telescopes to
+  the highest layer's projections under the lowest layer's norms and biases.
+- "top" keeps the highest layer whole; "mean" is the mean of all weights.
+
+Rules that mix weights need layers of one kind. Experts of different layers are not aligned, so
+experts are never mixed.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunelight.models.families.config_fields import OTHER_LISTS
+from prunelight.models.families.config_fields import LISTS_NOT_PER_LAYER
 from prunelight.models.families.layers import decoder_layers, layer_matrices, layers_path, matrices
 from prunelight.planning.steps import MergeLayers
 from prunelight.pruning.remove_layers import check_removable, remove_layers
@@ -28,9 +31,16 @@ from prunelight.pruning.step_kind import StepContext, StepKind
 def merge_layers(
     model: PreTrainedModel, groups: Sequence[Sequence[int]], merge: str = "top"
 ) -> None:
-    """Merge windows of decoder layers in place, each into its highest layer; see above.
+    """Merge windows of decoder layers in place, each into its highest layer.
 
-    Raises what `check_mergeable` and `remove_layers` do.
+    Args:
+        model: whose layers are merged.
+        groups: the layers of each window, neighbours in ascending order.
+        merge: a rule, see the top of this file.
+
+    Raises:
+        TypeError: see `check_mergeable`.
+        ValueError: see `remove_layers`.
     """
     check_mergeable(model, merge, groups)
     check_removable(model)
@@ -51,16 +61,17 @@ def merged_weights(
         merge: "difference_sum", "mean", "released", or "top".
         projections: names of the parameters that "released" takes from the highest layer.
     """
-    found: list[dict[str, Tensor]] = [dict(layer.named_parameters()) for layer in layers]
+    parameters: list[dict[str, Tensor]] = [dict(layer.named_parameters()) for layer in layers]
     if merge == "top":
-        return found[-1]
+        return parameters[-1]
     if merge == "released":
-        return {n: found[-1][n] if n in projections else p for n, p in found[0].items()}
-    weights, count = {}, len(found)
-    for name, lowest in found[0].items():
+        highest = parameters[-1]
+        return {n: highest[n] if n in projections else p for n, p in parameters[0].items()}
+    weights, count = {}, len(parameters)
+    for name, lowest in parameters[0].items():
         total = torch.zeros_like(lowest, dtype=torch.float32)
-        for own in found:
-            total += own[name]
+        for of_layer in parameters:
+            total += of_layer[name]
         mixed = total / count if merge == "mean" else total - (count - 1) * lowest.float()
         weights[name] = mixed.to(lowest.dtype)
     return weights
@@ -68,7 +79,7 @@ def merged_weights(
 
 @torch.no_grad()
 def merged_layer(model: PreTrainedModel, group: Sequence[int], merge: str) -> nn.Module:
-    """Return the layer that stands for a window: the highest itself for "top", else a new one."""
+    """Return the layer that stands for a window: for "top" the highest itself, else a new one."""
     layers = [decoder_layers(model)[index] for index in group]
     if merge == "top":
         return layers[-1]
@@ -80,16 +91,21 @@ def merged_layer(model: PreTrainedModel, group: Sequence[int], merge: str) -> nn
 
 
 def projection_names(model: PreTrainedModel, index: int) -> list[str]:
-    """Return the names, in its decoder layer, of the weights that can be sparsified."""
+    """Return the names, within a decoder layer, of its weights that can be sparsified."""
     prefix = f"{layers_path(model)}.{index}."
-    found = layer_matrices(model, index)
-    return [f"{m.name.removeprefix(prefix)}.{m.parameter_name}" for m in found if not m.fused]
+    projections = [matrix for matrix in layer_matrices(model, index) if not matrix.fused]
+    return [f"{m.name.removeprefix(prefix)}.{m.parameter_name}" for m in projections]
 
 
 def check_mergeable(
     model: PreTrainedModel, merge: str, groups: Sequence[Sequence[int]] | None = None
 ) -> None:
-    """Check that layers can be merged by a rule, in these windows or in any of neighbours.
+    """Check that a rule can merge layers.
+
+    Args:
+        model: whose layers are merged.
+        merge: the rule.
+        groups: the windows; None checks any window of neighbours.
 
     Raises:
         TypeError: if weights are quantized, or experts or layers of different kinds would be mixed;
@@ -108,11 +124,11 @@ def check_mergeable(
 
 
 def _difference(model: PreTrainedModel, low: int, high: int) -> str:
-    """Say why two layers cannot be mixed; empty if they can."""
+    """Return why two layers cannot be mixed; "" if they can."""
     layers = decoder_layers(model)
     for name, kinds in model.config.to_dict().items():
         one_a_layer = isinstance(kinds, (list, tuple)) and len(kinds) == len(layers)
-        if one_a_layer and name not in OTHER_LISTS and kinds[low] != kinds[high]:
+        if one_a_layer and name not in LISTS_NOT_PER_LAYER and kinds[low] != kinds[high]:
             return f"{name} is {kinds[low]!r} and {kinds[high]!r}"
     shapes = [{n: tuple(p.shape) for n, p in layers[i].named_parameters()} for i in (low, high)]
     for name in sorted({*shapes[0], *shapes[1]}):

@@ -1,8 +1,8 @@
-"""Pruning attention heads (whole key-value groups) and MLP neurons, as many in all layers.
+"""Prunes attention heads (whole key-value groups) and MLP neurons, as many in all layers.
 
-Uniform widths make a stock model of smaller `num_key_value_heads` and `intermediate_size`. FLAP
-(arXiv:2312.11983) makes up for what is gone by a bias, which no stock model has; here the output
-projection is fitted anew.
+The result is a stock model of smaller `num_key_value_heads` and `intermediate_size`. FLAP
+(arXiv:2312.11983) makes up for the inputs that are gone by a bias, which stock models lack. Here
+the output projection is fitted anew.
 """
 
 # O out_features, I in_features
@@ -37,7 +37,13 @@ def check_width(
     windows: Windows | None = None,
     removed: Collection[int] = (),
 ) -> None:
-    """Check a width step against a model, in its numbering; `removed` layers go before the step.
+    """Check a width step against a model.
+
+    Args:
+        model: with all layers that the step's plan counts.
+        step: which groups and neurons are kept.
+        windows: calibration windows; a correction needs them.
+        removed: layers that earlier steps of the plan remove.
 
     Raises:
         ValueError: if an index does not exist, a layer that is left is not named, the config class
@@ -66,8 +72,8 @@ def check_width(
         ("neurons", step.neurons, widths.neurons),
     ):
         if kept and set(kept) != left:
-            odd = sorted(set(kept) ^ left, key=int)
-            raise ValueError(f"{kind} must name each layer that is left; see layers {odd}")
+            differing = sorted(set(kept) ^ left, key=int)
+            raise ValueError(f"{kind} must name each layer that is left; see layers {differing}")
         for layer, indices in kept.items():
             if not 0 <= indices[0] <= indices[-1] < total or len(set(indices)) < len(indices):
                 raise ValueError(
@@ -87,13 +93,18 @@ def prune_width(
 ) -> None:
     """Carry out a width step that `check_width` passed, in place.
 
-    The step counts the layers of the dense model, of which `removed` are gone. For the correction
-    the layers compute on `device`; `offload` keeps the calibration states on the CPU.
+    Args:
+        model: after the earlier steps of the plan.
+        step: counts the layers of the dense model.
+        windows: calibration windows, for the correction.
+        removed: layers of the dense model that are gone.
+        device: where the layers compute during the correction.
+        offload: keep the calibration states on the CPU.
 
     Raises:
         ValueError: if activations are NaN or Inf during a correction; some layers are cut by then.
     """
-    old, total = widths_of(model), len(decoder_layers(model))
+    old, num_layers = widths_of(model), len(decoder_layers(model))
     kept = {
         kind: {renumber(int(i), removed): torch.tensor(x) for i, x in layers.items()}
         for kind, layers in (("heads", step.heads), ("neurons", step.neurons))
@@ -103,27 +114,29 @@ def prune_width(
     groups, neurons = counts.get("heads", old.groups), counts.get("neurons", old.neurons)
     new = replace(old, groups=groups, neurons=neurons)
     if not step.correction:
-        for index in range(total):
+        for index in range(num_layers):
             _narrow(model, index, old, new, kept)
         _describe(model.config, new)
         return
     assert windows is not None  # check_width
     with LayerWalk(model, windows, device=device, offload=offload, label="width") as walk:
         for index, _ in walk.layers():
-            members = projection_parts(model, index, old)
-            seen = InputStatistics([members[kind][-1].matrix for kind in kept], Hessian)
+            parts = projection_parts(model, index, old)
+            # The last part of a kind is the output projection.
+            inputs = InputStatistics([parts[kind][-1].matrix for kind in kept], Hessian)
             for batch, mask in enumerate(walk.masks):
-                with seen.watching(mask):
+                with inputs.watching(mask):
                     walk.forward(batch)
-            seen.pool(walk.group)
-            _narrow(model, index, old, new, kept, seen)
+            inputs.pool(walk.group)
+            _narrow(model, index, old, new, kept, inputs)
             _describe(model.config, new)  # some layers ask the config when they run
-            if index + 1 < total:
+            if index + 1 < num_layers:
                 walk.advance()
                 _describe(model.config, old)
 
 
 def _describe(config: Any, widths: Widths) -> None:
+    """Write widths into a config."""
     for name, value in widths.fields.items():
         setattr(config, name, value)
 
@@ -134,37 +147,42 @@ def _narrow(
     old: Widths,
     new: Widths,
     kept: Mapping[str, Mapping[int, Tensor]],
-    seen: InputStatistics[Hessian] | None = None,
+    inputs: InputStatistics[Hessian] | None = None,
 ) -> None:
-    """Cut one layer to the groups and neurons that are kept; fit where inputs were seen."""
-    members = projection_parts(model, index, old)
+    """Cut one layer to the groups and neurons that are kept; with inputs, fit its outputs."""
+    parts = projection_parts(model, index, old)
     for kind, layers in kept.items():
-        for member in members[kind]:
+        for part in parts[kind]:
             # The rows or columns of the groups or neurons, in order.
-            places = member.places[layers[index]].flatten().sort().values
-            linear: Any = member.matrix.owner
-            if seen is not None and member.dim == 1:
-                _fit(linear.weight.data, places, seen.of(member.matrix)[0].result())
-            _cut(linear, places, member.dim)
+            places = part.indices[layers[index]].flatten().sort().values
+            linear: Any = part.matrix.owner
+            if inputs is not None and part.dim == 1:
+                _fit(linear.weight.data, places, inputs.of(part.matrix)[0].result())
+            _cut(linear, places, part.dim)
     for module in decoder_layers(model)[index].modules():
-        for name, value in new.fields.items():  # some modules keep copies
+        for name, value in new.fields.items():  # some modules copy fields of the config
             if isinstance(vars(module).get(name), int):
                 setattr(module, name, value)
 
 
 def _fit(weight: Tensor, kept: Tensor, product: Tensor) -> None:
-    """Fit the columns (O, I) that are kept to what all gave, in place, by X^T X (I, I).
+    """Fit the columns that are kept to the output of all columns, in place.
 
     Least squares of X_kept W'^T = X W^T, damped towards the old weights: W' = W_kept +
-    (W G[:, kept] - W_kept G[kept, kept]) (G[kept, kept] + damping)^-1. Zeros that an earlier step
-    put there stay.
+    (W G[:, kept] - W_kept G[kept, kept]) (G[kept, kept] + damping)^-1, with G = X^T X. Zeros of an
+    earlier step stay zero.
+
+    Args:
+        weight: W, (O, I).
+        kept: indices of the columns that are kept.
+        product: G, (I, I).
     """
     place = float64_device(weight.device)
     gram, wide, kept = product.to(place).double(), weight.to(place).double(), kept.to(place)
-    own, old = gram[kept][:, kept], wide[:, kept]
-    missing = wide @ gram[:, kept] - old @ own
-    own.diagonal().add_(_DAMPENING * own.diagonal().mean().clamp(min=1e-30))
-    change = torch.cholesky_solve(missing.T, torch.linalg.cholesky(own)).T
+    gram_kept, old = gram[kept][:, kept], wide[:, kept]
+    missing = wide @ gram[:, kept] - old @ gram_kept
+    gram_kept.diagonal().add_(_DAMPENING * gram_kept.diagonal().mean().clamp(min=1e-30))
+    change = torch.cholesky_solve(missing.T, torch.linalg.cholesky(gram_kept)).T
     weight[:, kept.to(weight.device)] = (old + change * (old != 0)).to(weight)
 
 

@@ -110,6 +110,11 @@ class PreparedModel:
         return self.settings.quantization != "none"
 
     @property
+    def merges_in_place(self) -> bool:
+        """Whether `merged` works here: neither shards nor packed weights can be merged."""
+        return not (self.sharded or self.quantized)
+
+    @property
     def fills_zeros(self) -> bool:
         """Return whether the recovery may fill zeros that a plan made."""
         zeros_stay = self.settings.keep_zeros or self.settings.recovery == "none"
@@ -140,7 +145,7 @@ class PreparedModel:
         settings = replace(
             self.settings, gradient_checkpointing=False, compile_backend=None, quantization="none"
         )
-        rebuilt = PreparedModel(base, plans, settings)
+        rebuilt = type(self)(base, plans, settings)
         if rebuilt.fingerprint != self.fingerprint:
             raise ValueError(
                 f"the base {base.config._name_or_path!r} has fingerprint {rebuilt.fingerprint}, "

@@ -23,7 +23,7 @@ from prunelight.evaluation.report.record import RunRecord
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of, model_fingerprint
 from prunelight.recovery.quantization import FOUR_BIT, BitsAndBytes
 from prunelight.run.method import PruningMethod
-from prunelight.runtime.atomic_files import explaining, replacing
+from prunelight.runtime.atomic_files import atomic_replacement, explaining_write_errors
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,18 @@ def base_fingerprints(
     return fingerprint, fingerprint_of(*facts, earlier, data)
 
 
+def state_arguments(method: PruningMethod) -> dict[str, Any]:
+    """Return the arguments by which a checkpoint knows the state of a method.
+
+    An argument that the method gets later does not enter while it has its default: the state of an
+    older checkpoint is still found.
+    """
+    if type(method).__name__ in _ARGUMENTS_OF_FORMAT_1:
+        earlier = _arguments_of_format_1(method)
+        return method.arguments() if earlier is None else earlier
+    return _given(method)
+
+
 def _given(method: PruningMethod) -> dict[str, Any]:
     """Return the arguments of a method that differ from their defaults."""
     parameters = inspect.signature(type(method)).parameters
@@ -123,7 +135,10 @@ def read_measured(directory: Path) -> RunRecord | None:
 
 def write_measured(directory: Path, record: RunRecord) -> None:
     """Write the record of a base beside it, whole or not at all."""
-    with explaining(directory / MEASURED), replacing(directory / MEASURED) as temporary:
+    with (
+        explaining_write_errors(directory / MEASURED),
+        atomic_replacement(directory / MEASURED) as temporary,
+    ):
         temporary.write_text(json.dumps(record.to_dict(), indent=1))
 
 

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from prunelight.evaluation.report.report import write_report
 from prunelight.models.placement import move_if_it_fits
-from prunelight.models.saving import MARKER, Saved, check_replaceable, save
+from prunelight.models.saving import MARKER, SavedModel, save
 from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
 from prunelight.run.measurements import add_cost, measure_run_stage
 from prunelight.run.run_state import ADAPTER, FINAL, Run
-from prunelight.runtime.atomic_files import explaining, newest_checkpoint
+from prunelight.runtime.atomic_files import explaining_write_errors, newest_checkpoint
 from prunelight.runtime.measuring import measuring
 
 log = logging.getLogger(__name__)
@@ -40,12 +40,12 @@ def finish(run: Run) -> None:
     prepared, group = run.prepared, run.place.group
     assert prepared is not None
     run.checked = False  # a later fit is another one
-    if prepared.sharded or prepared.quantized:
+    if prepared.merges_in_place:
+        group.run_on_rank_zero(partial(_keep_adapters, run, prepared))
+        model = run.holder.model = prepared.merged()
+        group.run_on_rank_zero(partial(_save_and_report, run, prepared, model))
+    else:
         _finish_on_base(run, prepared)
-        return
-    group.on_zero(partial(_keep_adapters, run, prepared))
-    model = run.holder.model = prepared.merged()
-    group.on_zero(partial(_save_and_report, run, prepared, model))
 
 
 def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
@@ -54,20 +54,29 @@ def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
     run.holder.model = None
 
     def merge() -> None:
-        rebuilt = prepared.rebuild_on(run.read_again(), run.plans(), trained)
+        base, plans = run.read_again(), run.plans()
+        rebuilt = prepared.rebuild_on(base, plans, trained)
         _keep_adapters(run, rebuilt)
         _save_and_report(run, rebuilt, rebuilt.merged())
 
-    run.place.group.on_zero(merge)
+    run.place.group.run_on_rank_zero(merge)
     run.use_result(run.place.root / FINAL)
 
 
 def _save_and_report(run: Run, prepared: PreparedModel, model: PreTrainedModel) -> None:
-    """Save the result in final/ and write the report, on rank 0."""
+    """Note how the model was recovered, then save it and write the report, on rank 0."""
     _note_recovery(run, prepared, model)
+    save_and_report(run, model)
+
+
+def save_and_report(run: Run, model: PreTrainedModel) -> None:
+    """Save a trained model in final/ and write the report; only rank 0 calls this."""
     model = move_if_it_fits(model, run.place.device)
     checkpoint = newest_checkpoint(run.place.root / "checkpoints")
-    with measuring(model.device) as saving, explaining(run.place.root / FINAL, checkpoint):
+    with (
+        measuring(model.device) as saving,
+        explaining_write_errors(run.place.root / FINAL, checkpoint),
+    ):
         saved = _save_final(run, model)
     if (record := run.record) is None:
         return
@@ -77,12 +86,12 @@ def _save_and_report(run: Run, prepared: PreparedModel, model: PreTrainedModel) 
     record.verification[Path(saved.directory).name] = saved.verification
     if run.settings.recovery != "none":
         _measure_result(run, model, saved)
-    with explaining(run.place.root / "report.md", checkpoint):
+    with explaining_write_errors(run.place.root / "report.md", checkpoint):
         for file in write_report(run.place.root, record):
             log.info("wrote %s", file)
 
 
-def _save_final(run: Run, model: PreTrainedModel) -> Saved:
+def _save_final(run: Run, model: PreTrainedModel) -> SavedModel:
     """Save the result with the plans that led to it."""
     plans = {file.name: file.read_text(encoding="utf-8") for file in run.plan_files()}
     return save(
@@ -105,7 +114,7 @@ def _note_recovery(run: Run, prepared: PreparedModel, model: PreTrainedModel) ->
         run.record.recovery = {**run.describe_recovery(), **zeros}
 
 
-def _measure_result(run: Run, model: PreTrainedModel, saved: Saved) -> None:
+def _measure_result(run: Run, model: PreTrainedModel, saved: SavedModel) -> None:
     """Add the recovered model to the record, and warn if the recovery made it worse."""
     assert run.record is not None
     before = run.record.stages[-1].perplexity
@@ -125,7 +134,6 @@ def _keep_adapters(run: Run, prepared: PreparedModel) -> None:
     if not (prepared.fills_zeros and isinstance(model, PeftModel)):
         return
     directory, temporary = run.place.root / ADAPTER, run.place.root / f".{ADAPTER}.tmp"
-    check_replaceable(directory)
     shutil.rmtree(temporary, ignore_errors=True)
     # Embeddings are not adapted; "auto" would ask the hub whether they are.
     model.save_pretrained(str(temporary), save_embedding_layers=False)

@@ -75,7 +75,7 @@ def preflight(run: Run, methods: Sequence[PruningMethod] = ()) -> Facts:
     for check in checks:
         # Lightning counts the steps on all processes together: none may wait elsewhere meanwhile.
         alone = check in (strategy, methods_in_this_run)
-        with nullcontext() if alone else run.place.group.together():
+        with nullcontext() if alone else run.place.group.failing_together():
             check(facts)
     run.checked = True
     return facts
@@ -98,7 +98,7 @@ def methods_in_this_run(facts: Facts) -> None:
 
 def output(facts: Facts) -> None:
     """The run may write its result and its report."""
-    facts.run.place.group.on_zero(partial(check_output, facts.run.place.root))
+    facts.run.place.group.run_on_rank_zero(partial(check_output, facts.run.place.root))
 
 
 def check_output(root: Path) -> None:
@@ -129,15 +129,17 @@ def data(facts: Facts) -> None:
 
 def quantizable(facts: Facts) -> None:
     """The weights can be quantized as asked."""
-    run = facts.run
+    run, model = facts.run, facts.model
     # A pruned base can always be read again; a model that is recovered as it is needs a source.
     source = None if facts.methods else run.source
-    check_quantizable(facts.model, run.settings.quantization, source)
+    check_quantizable(model, run.settings.quantization, source)
 
 
 def shardable(facts: Facts) -> None:
     """A model that is cut into shards can be read again, to be merged."""
-    if facts.run.place.shards_weights and not facts.run.source:
+    run = facts.run
+    run.load_model()  # which tells its source
+    if run.place.shards_weights and not run.source:
         raise ValueError(
             "a model in memory cannot be sharded and merged again; save it (prunelight.save) "
             "and give its directory as name"

@@ -97,6 +97,12 @@ class Run:
         self.place = place
 
     @property
+    def device(self) -> torch.device:
+        """Device of this process; the CPU for a checkpoint that is loaded without a Trainer."""
+        place = getattr(self, "place", None)
+        return torch.device("cpu") if place is None else place.device
+
+    @property
     def seed(self) -> int:
         """Seed of the run: torch's seed when this is first asked for."""
         if self._seed is None:

@@ -1,1 +1,1 @@
-"""What every folder above may use: processes, devices, measuring, files, arguments."""
+"""What every other folder may use: processes, devices, measuring, files, arguments."""

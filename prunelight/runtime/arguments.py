@@ -1,4 +1,4 @@
-"""One answer to a value that is none of those that are known."""
+"""The check of an argument that must be one of several known values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def check_choice(name: str, value: object, known: Iterable[object]) -> None:
     """Check that the argument `name` has one of its known values.
 
     Raises:
-        ValueError: if it has not; names them all.
+        ValueError: if `value` is not in `known`; the error lists the known values.
     """
     choices = [*known]
     if value not in choices:

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and saying in one line why it could not be written."""
+"""Writing files whole or not at all, and errors of one line when writing or reading fails."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place on success and is gone on an error."""
+def atomic_replacement(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; rename it to `path` on success, remove it on an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on disk: a rename may not come before."""
+    """Wait until a file, or a directory's list of names, is on disk; needed before a rename."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -41,57 +41,60 @@ def remove_temporaries(directories: Iterable[Path]) -> None:
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """Return the checkpoint of a directory that was written last; None if there is none."""
+    """Return the checkpoint in a directory that was written last, or None without checkpoints."""
     return max(directory.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
 @contextmanager
-def explaining(path: Path, checkpoint: Path | None = None) -> Iterator[None]:
-    """Turn a failure to write into one line.
+def explaining_write_errors(path: Path, checkpoint: Path | None = None) -> Iterator[None]:
+    """Turn an error of the file system into one line that says how to continue the run.
 
     Args:
-        path: what is written, whole or not at all.
-        checkpoint: the last one of the run, from which it can go on.
+        path: the file or directory that is written, whole or not at all.
+        checkpoint: the run's last checkpoint, from which the run can continue.
 
     Raises:
-        OSError: instead of errors of the file system, those that libraries wrap in theirs too.
+        OSError: instead of every error that the file system caused, wrapped by a library or not.
     """
     try:
         yield
     except Exception as error:
-        reason = _reason(error)
+        reason = _system_reason(error)
         if reason is None:
             raise
-        kept = f"checkpoint {checkpoint} is" if checkpoint else "what was there before is"
+        intact = f"checkpoint {checkpoint}" if checkpoint else "what was there before"
         raise OSError(
-            f"cannot write {path}: {reason}; {kept} intact. Free or choose another place "
-            "(trainer.default_root_dir), then start the same command again: it goes on from there"
+            f"cannot write {path}: {reason}; {intact} is intact. Free space, or choose another "
+            "directory (trainer.default_root_dir), then start the same command again: it goes on "
+            "from there"
         ) from error
 
 
-def _reason(error: BaseException | None) -> str | None:
-    """Return what the operating system said, if an error comes from there."""
+def _system_reason(error: BaseException | None) -> str | None:
+    """Return the operating system's reason for an error, None if the error has another origin."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return os.strerror(error.errno)
-        told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
-        if told:
-            return os.strerror(int(told[1]))
+        error_number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors writes it
+        if error_number:
+            return os.strerror(int(error_number[1]))
         error = error.__cause__ or error.__context__
     return None
 
 
 def check_writable(directory: Path) -> None:
-    """Check, by writing, that files can be made in a directory, or in the one it would be made in.
+    """Check, by writing a file, that a directory is writable.
+
+    For a directory that does not exist yet, its nearest existing parent is checked.
 
     Raises:
-        OSError: if not; names the directory and the reason.
+        OSError: if the file cannot be written; the error names the directory and the reason.
     """
-    place = directory.absolute()
-    while not place.exists():
-        place = place.parent
-    probe = place / f".writable.{os.getpid()}.tmp"
-    with explaining(directory):
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    probe = existing / f".writable.{os.getpid()}.tmp"
+    with explaining_write_errors(directory):
         try:
             probe.write_bytes(b"\0")
             flush(probe)
@@ -100,11 +103,11 @@ def check_writable(directory: Path) -> None:
 
 
 @contextmanager
-def explaining_damage(path: str | Path) -> Iterator[None]:
-    """Say what can be done where a checkpoint cannot be read.
+def explaining_read_errors(path: str | Path) -> Iterator[None]:
+    """Turn an error of reading a checkpoint into one line that names the remedy.
 
     Raises:
-        ValueError: if the file is damaged or holds other objects.
+        ValueError: if the file is damaged, or holds objects other than tensors and plain data.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Facts about a device: its name, its free memory, and what torch can do there."""
+"""Facts about a device: its name, its free memory, and the operations that torch has for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 def allowing_nondeterministic_ties() -> Iterator[None]:
     """Allow kthvalue, median and cumsum, which torch's deterministic mode refuses on CUDA.
 
-    What may differ there is which one of equal elements an index names, and no index is used.
+    Only the index that they return for equal elements may differ, and our callers use no index.
     """
     mode = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("default")
@@ -24,12 +24,12 @@ def allowing_nondeterministic_ties() -> Iterator[None]:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Return the device, or the CPU instead of MPS, which has no float64."""
+    """Return a device that has float64: the given one, or the CPU instead of MPS."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device; does nothing on the CPU."""
+    """Wait until a device has done its work; the CPU needs no waiting."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -37,7 +37,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return a device's name for reports: that of the card, or cpu."""
+    """Return a device's name for reports: the name of the graphics card, else the device type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -1,4 +1,4 @@
-"""Measuring one phase: its wall time, and the peak of its memory."""
+"""Measuring one phase of a run: wall time and peak memory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Measurement:
 
     seconds: float = 0.0
     peak_bytes: int = 0
-    started: float | None = None  # while the phase goes on
+    started: float | None = None  # time.perf_counter() at the start; None outside the phase
 
     def so_far(self, device: torch.device) -> dict[str, Any]:
-        """Return seconds and peak at this moment, for a phase that a later run continues."""
+        """Return seconds and peak bytes up to now, for a phase that a later run continues."""
         if self.started is None:
             return {"seconds": self.seconds, "peak_bytes": self.peak_bytes}
         seconds = self.seconds + time.perf_counter() - self.started
@@ -38,7 +38,7 @@ def measuring(
 ) -> Iterator[Measurement]:
     """Measure a phase: wall seconds, and the peak of allocated CUDA memory or of process memory.
 
-    `measurement` is that of the phase's part before an interruption, which is continued.
+    A `measurement` from before an interruption is continued: seconds add up, the larger peak stays.
     """
     measurement = measurement or Measurement()
     _reset_peak(device)
@@ -48,8 +48,8 @@ def measuring(
         yield measurement
     finally:
         synchronize(device)
-        spent = measurement.so_far(device)
-        measurement.seconds, measurement.peak_bytes = spent["seconds"], spent["peak_bytes"]
+        totals = measurement.so_far(device)
+        measurement.seconds, measurement.peak_bytes = totals["seconds"], totals["peak_bytes"]
         measurement.started = None
 
 
@@ -60,11 +60,11 @@ def _reset_peak(device: torch.device) -> None:
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
         except OSError:
-            return  # a sandbox without it: the peak is then that of the whole process
+            return  # a sandbox may forbid the reset: the peak is then the whole process's
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak bytes since the last reset: allocated on CUDA, resident on the CPU."""
+    """Return the peak bytes since the last reset: allocated memory on CUDA, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":

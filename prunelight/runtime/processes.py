@@ -1,6 +1,7 @@
-"""The processes that share the work of a run, and how they talk: sums, meetings, errors.
+"""The processes that share the work of a run, and how they exchange sums, results and errors.
 
-Processes meet on the CPU before every collective. A rank that failed can then tell the others why.
+All ranks wait for each other on the CPU before every collective. A rank that failed can then tell
+the other ranks why.
 """
 
 from __future__ import annotations
@@ -16,162 +17,164 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# How long ranks wait for each other: longer than any evaluation or save of one rank alone takes.
+# How long ranks wait for each other; no evaluation or save on rank 0 alone takes longer.
 WAIT = timedelta(hours=6)
 
 Result = TypeVar("Result")
 
 
 class ProcessGroup:
-    """The processes that share windows; by default one alone, which needs no group.
+    """The processes that share windows; by default this process alone, without torch.distributed.
 
-    Ranks meet on the CPU before every collective, with a long timeout of their own. So those of the
-    default group (NCCL's is 10 minutes) start together, and a rank that failed can say so.
+    Before every collective all ranks wait for each other on the CPU, up to `WAIT`. All ranks then
+    enter the collective at once, within NCCL's timeout of 10 minutes; a failed rank can say why.
 
     Attributes:
-        rank: of this process.
-        size: how many there are.
+        rank: rank of this process.
+        size: number of processes.
     """
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
-        self._waiting: Any = None  # a group that only meets
+        self._cpu_group: Any = None  # gloo group of the same ranks, for barriers and objects
         self._failed = False
 
     @classmethod
     def of_default_group(cls) -> ProcessGroup:
-        """Return the ranks of the default process group, or one alone if there is none.
+        """Return the ranks of torch's default process group, or this process alone without one.
 
-        To be called on all of them.
+        Every rank must call it.
         """
         group = cls()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             group.rank, group.size = dist.get_rank(), dist.get_world_size()
-            group._waiting = _meeting_group(dist.group.WORLD)
+            group._cpu_group = _gloo_group(dist.group.WORLD)
         return group
 
     def rows(self, count: int, unit: int = 1) -> slice:
-        """Return which of `count` windows are this rank's: neighbours, whole units if they suffice.
+        """Return which of `count` windows this rank feeds: consecutive ones, in whole units.
 
-        As many units as another rank's, or one more or less.
+        A unit holds `unit` windows, or one window where whole units would leave a rank without any.
+        The ranks' numbers of units differ by at most one.
         """
         unit = unit if count > unit * (self.size - 1) else 1
-        units = math.ceil(count / unit)
-        start, stop = (units * rank // self.size for rank in (self.rank, self.rank + 1))
+        num_units = math.ceil(count / unit)
+        start, stop = (num_units * rank // self.size for rank in (self.rank, self.rank + 1))
         return slice(start * unit, min(stop * unit, count))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over ranks, with its dtype and device; alone itself.
+        """Return the sum of a tensor over all ranks, with the tensor's dtype and device.
 
         Raises:
             RuntimeError: if another rank failed.
         """
         if self.size == 1:
             return values
-        self.meet()
-        # NCCL takes only what is on a GPU, gloo reduces only what is on the CPU.
+        self.barrier()
+        # NCCL takes only tensors on a GPU, gloo reduces only tensors on the CPU.
         kind = {"nccl": "cuda", "gloo": "cpu"}.get(dist.get_backend(), values.device.type)
         total = values.detach().clone(memory_format=torch.contiguous_format)
         total = total if total.device.type == kind else total.to(kind)
-        # Not all_reduce, which does not promise the same last bit everywhere.
+        # Not all_reduce, which does not promise the same last bit on every rank.
         dist.reduce(total, 0)
         dist.broadcast(total, 0)
         return total.to(values.device)
 
     def totals(self, *numbers: float) -> list[float]:
-        """Return the sums of numbers over ranks, added in float64; alone themselves."""
+        """Return the sum of each number over all ranks, added in float64."""
         if self.size == 1:
             return [*numbers]
         return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
-    def on_zero(self, call: Callable[[], Result]) -> Result:
-        """Run `call` on rank 0 while the others wait, and return its result on all of them.
+    def run_on_rank_zero(self, call: Callable[[], Result]) -> Result:
+        """Run `call` on rank 0 while the other ranks wait; return its result on all ranks.
 
         Raises:
-            RuntimeError: on the other ranks, if rank 0 failed; there its own error.
+            RuntimeError: on the other ranks, if `call` failed. Rank 0 raises the error of `call`.
         """
-        told: list[Any] = [None]
+        results: list[Any] = [None]
         if self.rank == 0:
             try:
-                told = [call()]
+                results = [call()]
             except Exception as error:
-                self.meet(error)
+                self.barrier(error)
                 raise
         if self.size > 1:
-            self.meet()
-            dist.broadcast_object_list(told, 0, group=self._waiting)
-        result: Result = told[0]
+            self.barrier()
+            dist.broadcast_object_list(results, 0, group=self._cpu_group)
+        result: Result = results[0]
         return result
 
     def any(self, flag: bool) -> bool:
-        """Return whether a flag is set on any rank; they wait for each other on the CPU."""
+        """Return whether `flag` is set on any rank; the ranks wait for each other on the CPU."""
         if self.size == 1:
             return flag
-        told = torch.tensor(int(flag))
-        dist.all_reduce(told, group=self._waiting)
-        return bool(told)
+        num_flags = torch.tensor(int(flag))
+        dist.all_reduce(num_flags, group=self._cpu_group)
+        return bool(num_flags)
 
     def gather(self, value: Result) -> list[Result]:
-        """Return the values of all ranks, in their order.
+        """Return the values of all ranks, ordered by rank.
 
         Raises:
             RuntimeError: if another rank failed.
         """
         if self.size == 1:
             return [value]
-        self.meet()
+        self.barrier()
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._waiting)
+        dist.all_gather_object(values, value, group=self._cpu_group)
         return values
 
     def check_same(self, what: str, value: str) -> None:
-        """Check that a value is the same on all ranks.
+        """Check that `value` is the same on all ranks.
 
         Raises:
-            ValueError: on all ranks, if it is not; names both.
+            ValueError: on all ranks, if a rank's value differs from rank 0's; names both values.
         """
         values = self.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
+        for rank, rank_value in enumerate(values):
+            if rank_value != values[0]:
                 raise ValueError(
-                    f"{what} is {values[0]} on rank 0 and {other} on rank {rank}; give all ranks "
-                    "the same model and data"
+                    f"{what} is {values[0]} on rank 0 and {rank_value} on rank {rank}; give all "
+                    "ranks the same model and data"
                 )
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """End the work inside on all ranks if it fails on one, and wait for all at its end.
+    def failing_together(self) -> Iterator[None]:
+        """Let the work inside fail on all ranks if it fails on one; wait for all ranks at its end.
 
         Raises:
-            RuntimeError: on the other ranks, naming the first that failed; there its own error.
+            RuntimeError: on the ranks that did not fail; it names the first rank that failed. A
+                failed rank raises its own error.
         """
         try:
             yield
         except Exception as error:
-            self.meet(error)
+            self.barrier(error)
             raise
-        self.meet()
+        self.barrier()
 
-    def meet(self, error: Exception | None = None) -> None:
-        """Wait for all ranks; with an error, tell them why this one goes no further.
+    def barrier(self, error: Exception | None = None) -> None:
+        """Wait for all ranks; an `error` tells the other ranks why this rank stops.
 
         Raises:
-            RuntimeError: if another rank failed and this one did not.
+            RuntimeError: if another rank failed and this rank did not.
         """
-        if self.size == 1 or self._failed:  # those who know of a failure meet no more
+        if self.size == 1 or self._failed:  # after a failure that all know, no rank waits again
             return
         if not self.any(error is not None):
             return
         self._failed = True
         reasons: list[Any] = [None] * self.size
-        own = None if error is None else str(error) or type(error).__name__
-        dist.all_gather_object(reasons, own, group=self._waiting)
+        reason = None if error is None else str(error) or type(error).__name__
+        dist.all_gather_object(reasons, reason, group=self._cpu_group)
         if error is None:
             first = next(rank for rank, reason in enumerate(reasons) if reason is not None)
             raise RuntimeError(f"rank {first} failed: {reasons[first]}")
 
 
 @lru_cache(maxsize=1)
-def _meeting_group(default_group: object) -> Any:
-    """Return the group in which the ranks of a default group meet, made once."""
+def _gloo_group(default_group: object) -> Any:
+    """Return a gloo group of the ranks of a default group; it is made once."""
     return dist.new_group(backend="gloo", timeout=WAIT)

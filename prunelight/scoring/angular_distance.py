@@ -1,6 +1,6 @@
-"""Angular distance over windows of decoder layers (Gromov et al., arXiv:2403.17887).
+"""Angular distance over consecutive decoder layers (Gromov et al., arXiv:2403.17887).
 
-We take the raw output of the last layer; the released code takes the one after the final norm.
+We take the raw output of the last layer; the released code takes the output of the final norm.
 """
 
 # B sequences, T tokens, D hidden, L layers
@@ -22,27 +22,31 @@ from prunelight.models.forward import evaluating, forward_without_head, watching
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Angle between paired vectors (B, D) as a share of pi, in [0, 1] (arXiv:2403.17887)."""
+    """Return the angle between paired vectors (..., D) as a share of pi, (...) (arXiv:2403.17887).
+
+    Each angle is in [0, 1], dimensionless, computed in float32.
+    """
     u, v = normalize(x.float(), dim=-1), normalize(y.float(), dim=-1)
-    # Not arccos of the cosine: near 1 it is off by 1e-4 in float32, and NaN beyond.
+    # Not arccos of the cosine: for a cosine near 1 it is off by 1e-4 in float32, above 1 it is NaN.
     return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)) / math.pi
 
 
 def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> list[float]:
-    """Score every contiguous window of `size` decoder layers by angular distance.
+    """Score every run of `size` consecutive decoder layers by angular distance.
 
-    The distance is taken between the window's input and output at each sequence's last token that
-    is not padding, and averaged over sequences (arXiv:2403.17887).
+    The distance is between the input of the first and the output of the last layer, at the last
+    real token of each sequence, averaged over sequences (arXiv:2403.17887). The model is unchanged.
 
     Returns:
-        Score of the window that starts at layer i, for i = 0 .. L - size; the model is unchanged.
+        Scores in [0, 1]; entry i is that of the layers i .. i + size - 1, for i = 0 .. L - size.
 
     Raises:
-        ValueError: if a layer's output holds NaN or Inf (named), or all is padding.
+        ValueError: if the output of a layer, which is named, holds NaN or Inf, or all is padding.
     """
     totals = torch.zeros(len(decoder_layers(model)) - size + 1, dtype=torch.float64)
     num_samples = 0
-    states: list[Tensor] = []  # the last token's, before layer 0 and after each layer, (B, D)
+    # Hidden states (B, D) of the last real tokens, before layer 0 and after each layer.
+    states: list[Tensor] = []
 
     def visit(index: int, inputs: Tensor, outputs: Tensor) -> None:
         states.extend(state[last] for state in (inputs, outputs)[index > 0 :])

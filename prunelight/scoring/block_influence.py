@@ -1,8 +1,8 @@
 """Block Influence of decoder layers and sublayers (ShortGPT, arXiv:2403.03853).
 
 It costs one forward without the head. Unlike the released code we take the raw output of the last
-layer (theirs is after the final norm), leave padding out, and compute in float32 whatever the
-model's dtype.
+layer (the released code takes the final norm's), leave padding out, and compute in float32 for
+every dtype of the model.
 """
 
 # B sequences, T tokens, D hidden, L layers
@@ -34,9 +34,9 @@ from prunelight.models.forward import evaluating, forward_without_head, watching
 class BlockInfluence:
     """Block Influence of every decoder layer, in [0, 2]; 0 means the layer only rescales."""
 
-    mean: list[float]  # over all counted tokens, length L
-    # Of the first token of each sequence alone, length L. Attention sinks live there: a layer can
-    # look harmless in the mean and still create the sink.
+    mean: list[float]  # over all tokens that count, length L
+    # Over the first tokens of all sequences alone, length L. Attention sinks live there: a layer
+    # that looks harmless in the mean may create the sink.
     first_token: list[float]
 
 
@@ -68,32 +68,40 @@ def block_influences(
     The first `ignore_first_tokens` tokens of each sequence do not count.
 
     Raises:
-        ValueError: if a layer's output holds NaN or Inf (named), or no token counts.
+        ValueError: if the output of a layer, which is named, holds NaN or Inf, or no token counts.
     """
-    found = _influences(model, windows, ignore_first_tokens, ["layer"], lambda x, y: [(x, y)])
-    return found["layer"]
+    names = ["layer"]
+    return _influences(model, windows, ignore_first_tokens, names, lambda x, y: [(x, y)])["layer"]
 
 
 def sublayer_influences(
     model: PreTrainedModel, windows: Windows, *, ignore_first_tokens: int = 0
 ) -> dict[str, BlockInfluence]:
-    """Score every "attention" and "mlp" by 1 - cosine of the hidden states before and after it.
+    """Score attention and MLP of every decoder layer by Block Influence; the model is unchanged.
 
     A sublayer is f in x + f(norm(x)), the norm included (LLM-Drop, arXiv:2406.15786, Section 3.1).
-    As `block_influences`; a TypeError says that the sublayers of the family are not known.
-    """
-    name = sublayers_of(model).mlp_norm
-    between: list[Tensor] = []  # what the attention of the layer at hand left
+    Its score is 1 - mean cosine similarity of the hidden states before and after it. The first
+    `ignore_first_tokens` tokens of each sequence do not count.
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        between[:] = args[:1]
+    Returns:
+        "attention" and "mlp" -> scores of every layer.
+
+    Raises:
+        ValueError: if the output of a layer, which is named, holds NaN or Inf, or no token counts.
+        TypeError: if attention and MLP of the family are not known.
+    """
+    mlp_norm = sublayers_of(model).mlp_norm
+    after_attention: list[Tensor] = []  # hidden states between attention and MLP of one layer
+
+    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        after_attention[:] = args[:1]
 
     def pairs(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return [(x, between[0]), (between[0], y)]
+        return [(x, after_attention[0]), (after_attention[0], y)]
 
     with ExitStack() as hooks:
         for layer in decoder_layers(model):
-            hooks.enter_context(layer.get_submodule(name).register_forward_pre_hook(keep))
+            hooks.enter_context(layer.get_submodule(mlp_norm).register_forward_pre_hook(record))
         return _influences(model, windows, ignore_first_tokens, ["attention", "mlp"], pairs)
 
 
@@ -104,14 +112,20 @@ def _influences(
     names: Sequence[str],
     pairs: Callable[[Tensor, Tensor], Sequence[tuple[Tensor, Tensor]]],
 ) -> dict[str, BlockInfluence]:
-    """Compare pairs of hidden states of every decoder layer, one pair a name, in one forward.
+    """Return the Block Influence of each name's pair of hidden states, from one forward.
 
-    `pairs` is called with a layer's input and output when it has run.
+    Args:
+        model: unchanged.
+        windows: calibration windows.
+        ignore_first_tokens: tokens at the start of each sequence that do not count.
+        names: name of each pair that `pairs` returns.
+        pairs: called after each layer with the layer's input and output, (B, T, D) each; returns
+            the pairs of hidden states to compare.
     """
-    sums = {name: [MeanCosine() for _ in decoder_layers(model)] for name in names}
+    cosines = {name: [MeanCosine() for _ in decoder_layers(model)] for name in names}
 
     def visit(index: int, inputs: Tensor, outputs: Tensor) -> None:
-        for layers, (x, y) in zip(sums.values(), pairs(inputs, outputs), strict=True):
+        for layers, (x, y) in zip(cosines.values(), pairs(inputs, outputs), strict=True):
             layers[index].update(x, y, counted, first)
             check_finite(index, layers[index].total + layers[index].first_total, outputs)
 
@@ -122,9 +136,9 @@ def _influences(
             counted = None if counted is None else counted.to(model.device)
             first = first_positions(mask)
             forward_without_head(model, batch)
-    found, group = {}, group_of(windows)
-    for name, layers in sums.items():
-        pooled = [layer.pool(group) for layer in layers]
-        means = [1 - layer.result() for layer in pooled]
-        found[name] = BlockInfluence(means, [1 - layer.first_result() for layer in pooled])
-    return found
+    influences, group = {}, group_of(windows)
+    for name, layers in cosines.items():
+        pooled = [cosine.pool(group) for cosine in layers]
+        means = [1 - cosine.result() for cosine in pooled]
+        influences[name] = BlockInfluence(means, [1 - cosine.first_result() for cosine in pooled])
+    return influences

@@ -1,7 +1,8 @@
 """Importance of weights, and of whole decoder layers, by magnitude or first-order Taylor terms.
 
-As in Shortened LLaMA (arXiv:2402.02834, Section 2.3). Taylor needs the gradients of the calibration
-loss; they are summed in float32, whatever the model's dtype, and freed as soon as they are added.
+Both follow Shortened LLaMA (arXiv:2402.02834, Section 2.3). Taylor terms need the gradients of the
+calibration loss. Gradients are summed in float32 for every dtype of the model, and each gradient is
+freed as soon as it is added.
 """
 
 from __future__ import annotations
@@ -25,20 +26,21 @@ _TRAINING_TOKENS = 1024  # of a micro-batch with gradients
 def saliencies(
     model: PreTrainedModel, windows: Windows, parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Return |W * dL/dW| of parameters, L the mean next-token loss over all windows; float32.
+    """Return |W * dL/dW| of each parameter, float32; L is the mean next-token loss of all windows.
 
-    The gradient is summed over all windows before the absolute value is taken. The model is
-    unchanged, its gradients included.
+    The gradient is summed over all windows before the absolute value is taken. The model and its
+    gradients are unchanged.
 
     Raises:
-        ValueError: if a gradient is NaN or Inf; names the parameter.
+        ValueError: if a gradient is NaN or Inf (the parameter is named), or windows predict no
+            token.
     """
-    wanted = {id(parameter): name for name, parameter in parameters.items()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     sums: dict[str, Tensor] = {}
 
     def add(parameter: Tensor) -> None:
-        name = wanted[id(parameter)]
+        name = names[id(parameter)]
         assert parameter.grad is not None
         gradient = parameter.grad.float()
         sums[name] = gradient if name not in sums else sums[name].add_(gradient)
@@ -49,7 +51,7 @@ def saliencies(
         with evaluating(model), ExitStack() as hooks:
             for parameter in flags:
                 parameter.grad = None
-                parameter.requires_grad_(id(parameter) in wanted)
+                parameter.requires_grad_(id(parameter) in names)
             for parameter in parameters.values():
                 hooks.enter_context(parameter.register_post_accumulate_grad_hook(add))
             for batch in micro_batches(model, windows, tokens=_TRAINING_TOKENS, label="gradients"):
@@ -63,24 +65,24 @@ def saliencies(
             if count == 0:
                 raise ValueError("windows predict 0 tokens; each needs two that are no padding")
             for name, p in parameters.items():
-                if name not in sums:  # of an expert that no token of this rank reached
+                if name not in sums:  # no token of this rank reached this expert
                     sums[name] = torch.zeros_like(p, dtype=torch.float32)
                 sums[name] = group.sum(sums[name]).mul_(p).abs_().div_(count)
     finally:
         for parameter, (required, gradient) in flags.items():
             parameter.requires_grad_(required)
             parameter.grad = gradient
-    found = {name: sums[name] for name in parameters}
-    for name, saliency in found.items():
+    ordered = {name: sums[name] for name in parameters}
+    for name, saliency in ordered.items():
         if not bool(saliency.isfinite().all()):
             raise ValueError(
                 f"the gradient of {name} is NaN or Inf; load the model in bfloat16 or float32"
             )
-    return found
+    return ordered
 
 
 def taylor_scores(model: PreTrainedModel, windows: Windows) -> list[float]:
-    """Return sum |W * dL/dW| over all parameters of each decoder layer, norms included."""
+    """Return sum |W * dL/dW| over all parameters of each decoder layer, including its norms."""
     layers = decoder_layers(model)
     scores = [0.0] * len(layers)
     for name, saliency in saliencies(model, windows, dict(layers.named_parameters())).items():
@@ -90,7 +92,7 @@ def taylor_scores(model: PreTrainedModel, windows: Windows) -> list[float]:
 
 @torch.no_grad()
 def magnitude_scores(model: PreTrainedModel) -> list[float]:
-    """Return sum |W| over all parameters of each decoder layer; no data, no forward."""
+    """Return sum |W| over all parameters of each decoder layer; needs no data."""
     return [
         sum(p.float().abs().sum(dtype=torch.float32).item() for p in layer.parameters())
         for layer in decoder_layers(model)

@@ -1,7 +1,8 @@
-"""Comparing many variants of a model that share its first layers, without running those again.
+"""Comparing many variants of a model with it, without running again the layers that they share.
 
-The input of every decoder layer is kept once, (L + 1) N T D numbers; a variant then runs only its
-own layers and those above them. No copy of the model, and no head unless the criterion needs it.
+The input of every decoder layer is kept, (L + 1) N T D numbers in all. A variant then runs only
+from its first changed layer on. No copy of the model is made, and the head runs only if the
+criterion needs it.
 """
 
 # N windows, T tokens, D hidden, L layers
@@ -28,28 +29,33 @@ from prunelight.scoring.similarity import Similarity, similarity_to
 
 @dataclass(frozen=True, eq=False)
 class VariantLayer:
-    """A layer of a variant, and the decoder layer of the model as which it is called."""
+    """A layer of a variant.
+
+    Attributes:
+        layer: the layer.
+        index: index of the model's decoder layer whose positions and masks the layer gets.
+    """
 
     layer: nn.Module
     index: int
 
 
-class Replay:
-    """Similarities of variants to a model, which is unchanged; a context manager.
+class VariantReplay:
+    """Similarity of variants to a model, which is unchanged; a context manager.
 
-    For the arguments see `LayerWalk` and `similarity.similarity_to`.
+    `LayerWalk` and `similarity_to` describe the arguments.
 
     Attributes:
-        walk: over the model.
-        units: layers of the present variant, at first those of the model.
-        inputs: what each of them gets, and at the end what the last puts out: one list of
-            micro-batches (B, T, D) each.
+        walk: the walk over the model.
+        layers: layers of the present variant; at first the model's layers.
+        inputs: hidden states (B, T, D) of each micro-batch: one list for the input of each layer
+            of the present variant, and a last list for the output of its last layer.
         layer_forwards: how often the calibration windows have gone through a layer so far.
-        measurements: how often two models have been compared.
+        measurements: how often a variant was compared with the model.
 
     Raises:
         ValueError: on entry, if the criterion is unknown, no token counts, or a hidden state of the
-            model is NaN or Inf (names the layer).
+            model is NaN or Inf (the layer is named).
         TypeError: on entry, if the layers cannot be run one by one.
     """
 
@@ -65,17 +71,17 @@ class Replay:
     ) -> None:
         self.walk = LayerWalk(model, windows, device=device, offload=offload)
         self.criterion, self.ignore_first_tokens = criterion, ignore_first_tokens
-        self.units = [VariantLayer(layer, i) for i, layer in enumerate(decoder_layers(model))]
+        self.layers = [VariantLayer(layer, i) for i, layer in enumerate(decoder_layers(model))]
         self.inputs: list[list[Tensor]] = []
         self.layer_forwards, self.measurements = 0, 0
         self._stack = ExitStack()
 
-    def __enter__(self) -> Replay:
-        """Run the model once, layer by layer, and keep what each layer gets."""
+    def __enter__(self) -> VariantReplay:
+        """Run the model once, layer by layer, and keep the input of each layer."""
         with ExitStack() as stack:
             stack.enter_context(self.walk)
             self.inputs = [list(self.walk.states)]
-            self._embeddings, self._first = self.inputs[0], self.units[0].layer
+            self._embeddings, self._first = self.inputs[0], self.layers[0].layer
             self._extend()
             ignored = self.ignore_first_tokens
             self._similarity: Similarity = similarity_to(
@@ -92,102 +98,118 @@ class Replay:
         self._stack.close()
         self.inputs.clear()
 
-    def score(self, start: int, units: Sequence[VariantLayer]) -> float:
-        """Return the similarity of the variant whose layers from place `start` on are `units`.
+    def score(self, start: int, layers: Sequence[VariantLayer]) -> float:
+        """Return the similarity of the present variant with its layers from `start` on replaced.
 
-        -inf if it cannot be measured: the variant's states are NaN, say.
+        The similarity is -inf if it cannot be measured, such as for states that are NaN.
+
+        Args:
+            start: position of the first replaced layer in the present variant.
+            layers: the layers from that position on.
         """
-        states = self._entering(start, units)
-        for unit in units:
-            states = self._run(unit, states)
+        states = self._inputs_at(start, layers)
+        for layer in layers:
+            states = self._run(layer, states)
         self.measurements += 1
         self._bar.update()
         similarity = self._similarity(states)
         return -math.inf if math.isnan(similarity) else similarity
 
-    def replace(self, start: int, units: Sequence[VariantLayer]) -> None:
-        """Go on with the variant whose layers from place `start` on are `units`."""
+    def replace(self, start: int, layers: Sequence[VariantLayer]) -> None:
+        """Replace the present variant's layers from position `start` on by `layers`."""
         del self.inputs[start + 1 :]
-        self.inputs[start] = self._entering(start, units)
-        self.units[start:] = units
+        self.inputs[start] = self._inputs_at(start, layers)
+        self.layers[start:] = layers
         self._extend()
 
-    def _entering(self, start: int, units: Sequence[VariantLayer]) -> list[Tensor]:
-        """Return what the layer at a place gets; an RWKV's first block has a norm that moves on."""
+    def _inputs_at(self, start: int, layers: Sequence[VariantLayer]) -> list[Tensor]:
+        """Return the inputs of the layer at position `start`, when `layers` follow from there.
+
+        RWKV's first block holds the norm of the embeddings. Without that block, the norm is applied
+        here.
+        """
         norm = getattr(self._first, "pre_ln", None)
         if start or norm is None:
             return self.inputs[start]
-        if not units or units[0].layer is self._first:
+        if not layers or layers[0].layer is self._first:
             return self._embeddings
         return [norm(state.to(self.walk.model.device)) for state in self._embeddings]
 
     def _extend(self) -> None:
-        for unit in self.units[len(self.inputs) - 1 :]:
-            states = self._run(unit, self.inputs[-1])
+        """Run the present variant's layers from the last known input on, and keep their outputs."""
+        for layer in self.layers[len(self.inputs) - 1 :]:
+            states = self._run(layer, self.inputs[-1])
             for state in states:
-                check_finite(unit.index, state.abs().max().item(), state)
+                check_finite(layer.index, state.abs().max().item(), state)
             self.inputs.append([state.to(self.walk.store) for state in states])
 
-    def _run(self, unit: VariantLayer, states: Sequence[Tensor]) -> list[Tensor]:
+    def _run(self, variant_layer: VariantLayer, states: Sequence[Tensor]) -> list[Tensor]:
         self.layer_forwards += 1
-        with self.walk.placed(unit.layer):
+        layer, index = variant_layer.layer, variant_layer.index
+        with self.walk.placed(layer):
             return [
-                self.walk.call(unit.layer, unit.index, batch, state)
-                for batch, state in enumerate(states)
+                self.walk.call(layer, index, batch, state) for batch, state in enumerate(states)
             ]
 
 
 class MergedVariants:
-    """Similarity of the model with some windows merged; call it with the windows, top down.
+    """Similarity of the model with some groups of layers merged; a function of the groups.
+
+    A group is (lowest, highest) layer index, both included. Groups are given from the top down.
 
     Attributes:
-        budget: layer forwards of the replay that may not be exceeded.
+        budget: the most layer forwards that `replay` may count.
 
     Args:
-        replay: over the dense model, entered.
-        merged_layer: returns the layer that stands for a window of decoder layers.
+        replay: entered, over the dense model.
+        merged_layer: returns the layer that replaces the decoder layers of a group.
 
     Raises:
-        SpentError: on a call, if the variant would exceed the budget.
+        BudgetExceededError: on a call, if the variant would exceed the budget.
     """
 
-    def __init__(self, replay: Replay, merged_layer: Callable[[Sequence[int]], nn.Module]) -> None:
+    def __init__(
+        self, replay: VariantReplay, merged_layer: Callable[[Sequence[int]], nn.Module]
+    ) -> None:
         self.budget = math.inf
         self._replay, self._merged_layer = replay, merged_layer
-        self._dense = list(replay.units)
+        self._dense = list(replay.layers)
         self._known: dict[Groups, float] = {(): 1.0}
-        self._base: Groups = ()
-        self._made: dict[tuple[int, int], VariantLayer] = {}
+        self._base: Groups = ()  # groups of the replay's present variant
+        self._merged: dict[tuple[int, int], VariantLayer] = {}
 
     def __call__(self, groups: Groups) -> float:
-        """Return the similarity once these windows are merged."""
+        """Return the similarity of the model with these groups merged."""
         if groups not in self._known:
-            place, units = self._variant(groups)
-            self._known[groups] = self._replay.score(place, units)
+            start, layers = self._changed_layers(groups)
+            self._known[groups] = self._replay.score(start, layers)
         return self._known[groups]
 
     def rebase(self, groups: Groups) -> None:
-        """Let the replay hold the model with these windows merged: what is close to it is cheap."""
-        place, units = self._variant(groups)
-        self._replay.replace(place, units)
+        """Make the model with these groups merged the replay's present variant.
+
+        Variants that differ from the present variant in few upper layers cost least.
+        """
+        start, layers = self._changed_layers(groups)
+        self._replay.replace(start, layers)
         self._base = groups
 
-    def _variant(self, groups: Groups) -> tuple[int, list[VariantLayer]]:
-        """Return the first place that differs from the replay's model, and the layers from there.
+    def _changed_layers(self, groups: Groups) -> tuple[int, list[VariantLayer]]:
+        """Return the first position that differs from the present variant, and the layers from it.
 
-        There are no more copies of layers than windows of that model and of this variant.
+        Only the merged layers of these groups and of the present variant are kept in memory.
         """
-        for window in {*self._made} - {*groups} - {*self._base}:
-            del self._made[window]
+        for group in {*self._merged} - {*groups} - {*self._base}:
+            del self._merged[group]
         for low, high in groups:
-            if (low, high) not in self._made:
+            if (low, high) not in self._merged:
                 layer = self._merged_layer(range(low, high + 1))
-                self._made[low, high] = VariantLayer(layer, high)
-        units = list(self._dense)
-        for low, high in groups:  # from the top down: the places below stay what they are
-            units[low : high + 1] = [self._made[low, high]]
-        pairs = zip(units, self._replay.units, strict=False)
-        place = next(i for i, (one, other) in enumerate(pairs) if one.layer is not other.layer)
-        if self._replay.layer_forwards + len(units) - place > self.budget:
+                self._merged[low, high] = VariantLayer(layer, high)
+        layers = list(self._dense)
+        for low, high in groups:  # from the top down: positions below a group do not move
+            layers[low : high + 1] = [self._merged[low, high]]
+        pairs = zip(layers, self._replay.layers, strict=False)
+        start = next(i for i, (new, old) in enumerate(pairs) if new.layer is not old.layer)
+        if self._replay.layer_forwards + len(layers) - start > self.budget:
             raise BudgetExceededError
-        return place, units[place:]
+        return start, layers[start:]

@@ -1,4 +1,4 @@
-"""How the products |W_ij| * ||X_j|| of a decoder layer are distributed (DLP, OWL, Wanda)."""
+"""Scores of decoder layers, summaries of |W_ij| * ||X_j|| over their weights (DLP, OWL, Wanda)."""
 
 # O out_features, I in_features
 
@@ -19,7 +19,7 @@ from prunelight.calibration.statistics import InputNorm, exact_median, finite_va
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.layers import Matrix, layer_matrices
 
-# How the Wanda scores of a layer's weights are summed up: DLP's paper, DLP's released code, OWL.
+# Summary of the Wanda scores of a layer's weights: DLP's paper, DLP's released code, OWL.
 WeightScore: TypeAlias = Literal["median", "mean", "outlier_ratio"]
 
 
@@ -34,23 +34,24 @@ def weight_scores(
     device: torch.device | None = None,
     offload: bool = False,
 ) -> dict[str, float]:
-    """Sum up A_ij = |W_ij| * ||X_j|| over the matrices of each decoder layer of the dense model.
+    """Score each decoder layer, or matrix, of the dense model by A_ij = |W_ij| * ||X_j||.
 
-    The norm is the root mean square over tokens, so that a score does not depend on how many there
-    were. "median" is DLP's paper (arXiv:2505.23807), "mean" its released code, "outlier_ratio" the
-    share of A above `outlier_factor` times its mean (OWL, arXiv:2310.05175).
+    The norm is the root mean square over tokens, so that a score does not depend on the number of
+    tokens. "median" is that of A as in DLP's paper (arXiv:2505.23807), "mean" follows DLP's
+    released code, and "outlier_ratio" is the share of A above `outlier_factor` times the mean of A
+    (OWL, arXiv:2310.05175).
 
     Args:
         model: unchanged.
-        windows: for the norms.
-        score: how A is summed up.
+        windows: calibration windows, which give the norms.
+        score: the summary of A: "median", "mean" or "outlier_ratio".
         outlier_factor: OWL's M.
-        by_matrix: one score for each matrix instead of each layer.
-        device: of a `LayerWalk`.
-        offload: of a `LayerWalk`.
+        by_matrix: return one score for each matrix instead of each layer.
+        device: see `LayerWalk`.
+        offload: see `LayerWalk`.
 
     Returns:
-        Name of each matrix -> score; without `by_matrix` those of a layer have one score.
+        Name of each matrix -> score; without `by_matrix` all matrices of a layer have one score.
 
     Raises:
         ValueError: if an activation is NaN or Inf; names the matrix.
@@ -60,45 +61,45 @@ def weight_scores(
     with LayerWalk(model, windows, device=device, offload=offload, label=f"{score} score") as walk:
         tokens = walk.counted()
         for index, _ in walk.layers():
-            found = layer_matrices(model, index)
-            seen = InputStatistics(found, InputNorm)
+            matrices = layer_matrices(model, index)
+            statistics = InputStatistics(matrices, InputNorm)
             for batch, mask in enumerate(walk.masks):
-                with seen.watching(mask):
+                with statistics.watching(mask):
                     walk.states[batch] = walk.forward(batch).to(walk.store)
-            seen.pool(walk.group)
-            for group in [[matrix] for matrix in found] if by_matrix else [found]:
-                parts = partial(_wanda_parts, group, seen, tokens)
-                scores |= dict.fromkeys(
-                    (matrix.name for matrix in group), _summed_up(parts, score, outlier_factor)
-                )
+            statistics.pool(walk.group)
+            for group in [[matrix] for matrix in matrices] if by_matrix else [matrices]:
+                parts = partial(_wanda_parts, group, statistics, tokens)
+                names = [matrix.name for matrix in group]
+                scores |= dict.fromkeys(names, _summary(parts, score, outlier_factor))
     return scores
 
 
 def _wanda_parts(
-    group: list[Matrix], seen: InputStatistics[InputNorm], tokens: int
+    group: list[Matrix], statistics: InputStatistics[InputNorm], tokens: int
 ) -> Iterator[Tensor]:
-    """Yield A of each matrix (or expert), computed anew at each call: all of them may not fit."""
+    """Yield A of each matrix, or expert, of a group; all of them may not fit in memory at once."""
     for matrix in group:
-        for view, statistic in zip(matrix.views(), seen.of(matrix), strict=True):
+        for view, statistic in zip(matrix.views(), statistics.of(matrix), strict=True):
             try:
-                statistic.norms()  # checks
-                mean_squares = statistic.squares.to(view.device) / tokens  # 0 if none was seen
+                statistic.norms()  # raises if an input was NaN or Inf
+                mean_squares = statistic.squares.to(view.device) / tokens  # 0 without any token
                 yield wanda_scores(view, mean_squares.sqrt())
             except ValueError as error:
                 raise ValueError(f"{matrix.name}: {error}") from error
 
 
-def _summed_up(
+def _summary(
     parts: Callable[[], Iterable[Tensor]], score: WeightScore, outlier_factor: float
 ) -> float:
+    """Return the median, mean or outlier ratio of all numbers in the parts."""
     if score == "median":
         return exact_median(parts)
     sums = [(part.sum().item(), part.numel()) for part in parts()]
-    total = sum(count for _, count in sums)
-    mean = math.fsum(value for value, _ in sums) / total
+    num_weights = sum(count for _, count in sums)
+    mean = math.fsum(part_sum for part_sum, _ in sums) / num_weights
     if score == "mean":
         return mean
-    return sum(int((part > outlier_factor * mean).sum()) for part in parts()) / total
+    return sum(int((part > outlier_factor * mean).sum()) for part in parts()) / num_weights
 
 
 def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:

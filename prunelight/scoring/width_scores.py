@@ -1,8 +1,11 @@
 """Scores of attention heads (whole key-value groups) and MLP neurons.
 
-A group or neuron is scored by |W * dL/dW| over all its weights (LLM-Pruner, arXiv:2305.11627,
-Eq. 4), by |W| ||X|| over its columns of the output projection (Wanda, arXiv:2306.11695, as a
-structured sum), or by the variance of its inputs times ||W||^2 (FLAP, arXiv:2312.11983, Eq. 5).
+Three scores of a group or neuron are possible:
+    taylor       sum of |W * dL/dW| over all its weights (LLM-Pruner, arXiv:2305.11627, Eq. 4)
+    wanda        sum of |W| ||X|| over its columns of the output projection (Wanda,
+                 arXiv:2306.11695, as a structured sum)
+    fluctuation  sum over its columns of the output projection of ||W||^2 times the variance of the
+                 input (FLAP, arXiv:2312.11983, Eq. 5)
 """
 
 # I in_features, O out_features, G key-value groups, F neurons
@@ -22,7 +25,7 @@ from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import InputVariance
 from prunelight.calibration.windows import Windows, micro_batches
 from prunelight.models.families.architectures import sublayers_of
-from prunelight.models.families.config_fields import accepts, head_dim
+from prunelight.models.families.config_fields import config_accepts, head_dim
 from prunelight.models.families.dropped_sublayers import dropped
 from prunelight.models.families.layers import Matrix, decoder_layers, layer_matrices
 from prunelight.models.forward import evaluating, forward_without_head
@@ -36,16 +39,16 @@ SCORES = ("taylor", "wanda", "fluctuation")
 
 @dataclass(frozen=True)
 class Widths:
-    """Widths of a decoder layer: key-value groups, query heads in each, their width, neurons."""
+    """Widths of a decoder layer."""
 
-    groups: int
-    heads: int
-    head_dim: int
-    neurons: int
+    groups: int  # key-value groups
+    heads: int  # query heads in each group
+    head_dim: int  # width of a head
+    neurons: int  # of the MLP
 
     @property
     def fields(self) -> dict[str, int]:
-        """Return the config fields that say so; modules may keep copies of them."""
+        """Return the config fields of these widths; modules may keep copies of the fields."""
         return {
             "num_key_value_heads": self.groups,
             "num_attention_heads": self.groups * self.heads,
@@ -56,16 +59,23 @@ class Widths:
 
 @dataclass(frozen=True)
 class ProjectionPart:
-    """The part of groups or neurons that one projection holds."""
+    """The rows or columns of one projection that belong to each group or neuron."""
 
     matrix: Matrix
-    dim: int  # 0 if they are rows of its weight (O, I), 1 if columns
-    places: Tensor  # rows or columns of each group or neuron, (G or F, ...)
+    dim: int  # 0 if rows of the weight (O, I) belong to a group or neuron, 1 if columns do
+    indices: Tensor  # indices of the rows or columns of each group or neuron, (G or F, ...)
 
     def sums(self, weights: Tensor) -> Tensor:
-        """Sum numbers like the weight (O, I), or like its rows or columns, (G,) or (F,)."""
-        line = weights if weights.ndim == 1 else weights.sum(1 - self.dim)
-        return line.cpu()[self.places].sum(1)
+        """Sum the scores of weights for each group or neuron.
+
+        Args:
+            weights: score of each weight (O, I), or of each row (O,) or column (I,).
+
+        Returns:
+            Sums, (G,) or (F,), on the CPU.
+        """
+        line_scores = weights if weights.ndim == 1 else weights.sum(1 - self.dim)
+        return line_scores.cpu()[self.indices].sum(1)
 
 
 def widths_of(model: PreTrainedModel) -> Widths:
@@ -74,7 +84,7 @@ def widths_of(model: PreTrainedModel) -> Widths:
     Raises:
         TypeError: if attention and MLP of the family are not known, or sublayers were dropped.
     """
-    sublayers_of(model)
+    sublayers_of(model)  # raises for a family without known sublayers
     config: Any = model.config
     if dropped(model, "attention") | dropped(model, "mlp"):
         raise TypeError("sublayers of this model were dropped; prune its width first, then drop")
@@ -86,36 +96,41 @@ def widths_of(model: PreTrainedModel) -> Widths:
 def allowed_groups(model: PreTrainedModel) -> list[int]:
     """Return the numbers of key-value groups that the model's config class accepts.
 
-    Llama wants `hidden_size` to be a multiple of the number of query heads.
+    Llama's config class demands that `hidden_size` is a multiple of the number of query heads.
     """
     widths = widths_of(model)
     fewer = [replace(widths, groups=groups) for groups in range(1, widths.groups + 1)]
-    return [w.groups for w in fewer if accepts(model.config, **w.fields)]
+    return [w.groups for w in fewer if config_accepts(model.config, **w.fields)]
 
 
 def projection_parts(
     model: PreTrainedModel, index: int, widths: Widths
 ) -> dict[str, list[ProjectionPart]]:
-    """Return what a decoder layer's groups and neurons consist of; no neurons for experts."""
+    """Return the parts of a decoder layer's projections that make up its groups and neurons.
+
+    Returns:
+        "heads" -> parts of the attention's projections, "neurons" -> parts of the MLP's
+        projections; no neurons for experts.
+    """
     names = sublayers_of(model)
-    found = {tuple(m.name.rsplit(".", 2)[1:]): m for m in layer_matrices(model, index)}
+    matrices = {tuple(m.name.rsplit(".", 2)[1:]): m for m in layer_matrices(model, index)}
     query = torch.arange(widths.groups * widths.heads * widths.head_dim).view(widths.groups, -1)
-    shared = torch.arange(widths.groups * widths.head_dim).view(widths.groups, -1)
-    rows = [query, shared, shared]
-    if len(names.heads) == 1:  # one below the other
-        starts = (0, query.numel(), query.numel() + shared.numel())
+    key_or_value = torch.arange(widths.groups * widths.head_dim).view(widths.groups, -1)
+    rows = [query, key_or_value, key_or_value]
+    if len(names.heads) == 1:  # one projection holds the rows of query, key and value in turn
+        starts = (0, query.numel(), query.numel() + key_or_value.numel())
         rows = [torch.cat([part + s for part, s in zip(rows, starts, strict=True)], 1)]
     heads = [
-        ProjectionPart(found[names.attention, name], 0, places)
-        for name, places in zip(names.heads, rows, strict=True)
+        ProjectionPart(matrices[names.attention, name], 0, indices)
+        for name, indices in zip(names.heads, rows, strict=True)
     ]
-    heads.append(ProjectionPart(found[names.attention, names.head_output], 1, query))
+    heads.append(ProjectionPart(matrices[names.attention, names.head_output], 1, query))
     neurons = []
     for name in (*names.neurons, names.neuron_output) if names.neurons else ():
-        matrix, dim = found[names.mlp, name], int(name == names.neuron_output)
-        # In runs where one projection holds gate and up, say.
-        places = torch.arange(matrix.parameter.shape[dim]).view(-1, widths.neurons).T
-        neurons.append(ProjectionPart(matrix, dim, places))
+        matrix, dim = matrices[names.mlp, name], int(name == names.neuron_output)
+        # A projection that holds both gate and up has the rows of all neurons twice, in turn.
+        indices = torch.arange(matrix.parameter.shape[dim]).view(-1, widths.neurons).T
+        neurons.append(ProjectionPart(matrix, dim, indices))
     return {"heads": heads, "neurons": neurons}
 
 
@@ -125,8 +140,15 @@ def width_scores(
 ) -> dict[str, list[Tensor]]:
     """Score the key-value groups and the neurons of every decoder layer; the model is unchanged.
 
+    Args:
+        model: of a family whose attention and MLP are known.
+        windows: calibration windows.
+        score: "taylor", "wanda" or "fluctuation".
+        kinds: "heads", "neurons" or both.
+
     Returns:
-        "heads", one (G,) a layer, and "neurons", one (F,); float32 on the CPU; none for experts.
+        Kind -> scores of each layer, (G,) for "heads" and (F,) for "neurons", float32 on the CPU.
+        Layers of experts have no neurons and are left out there.
 
     Raises:
         ValueError: if activations or gradients are NaN or Inf.
@@ -134,35 +156,35 @@ def width_scores(
     """
     widths = widths_of(model)
     layers = [projection_parts(model, i, widths) for i in range(len(decoder_layers(model)))]
-    members = [member for layer in layers for kind in kinds for member in layer[kind]]
+    parts = [part for layer in layers for kind in kinds for part in layer[kind]]
     if score == "taylor":
-        known: dict[str, Any] = {m.matrix.name: m.matrix.parameter for m in members}
-        found = saliencies(model, windows, known)
+        parameters: dict[str, Any] = {part.matrix.name: part.matrix.parameter for part in parts}
+        scores = saliencies(model, windows, parameters)
     else:
-        outputs = [member.matrix for member in members if member.dim == 1]
-        found = dict(_column_scores(model, windows, outputs, score))
+        outputs = [part.matrix for part in parts if part.dim == 1]
+        scores = dict(_column_scores(model, windows, outputs, score))
 
-    def told(members: list[ProjectionPart]) -> Tensor:
-        parts = [m.sums(found[m.matrix.name]) for m in members if m.matrix.name in found]
-        return torch.stack(parts).sum(0)
+    def summed(parts: list[ProjectionPart]) -> Tensor:
+        sums = [part.sums(scores[part.matrix.name]) for part in parts if part.matrix.name in scores]
+        return torch.stack(sums).sum(0)
 
-    return {kind: [told(layer[kind]) for layer in layers if layer[kind]] for kind in kinds}
+    return {kind: [summed(layer[kind]) for layer in layers if layer[kind]] for kind in kinds}
 
 
 def _column_scores(
     model: PreTrainedModel, windows: Windows, outputs: list[Matrix], score: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the score of each column of the output projections (I,), from one forward."""
-    seen = InputStatistics(outputs, InputVariance)
+    """Yield name and column scores (I,) of each output projection, from one forward."""
+    statistics = InputStatistics(outputs, InputVariance)
     with evaluating(model):
         for batch in micro_batches(model, windows, label=score):
             mask = batch.get("attention_mask")
-            with seen.watching(None if mask is None else mask.bool()):
+            with statistics.watching(None if mask is None else mask.bool()):
                 forward_without_head(model, batch)
-    seen.pool(group_of(windows))
+    statistics.pool(group_of(windows))
     for matrix in outputs:
-        (statistic,), weight = seen.of(matrix), matrix.parameter
-        norms = statistic.norms()  # checks
+        (statistic,), weight = statistics.of(matrix), matrix.parameter
+        norms = statistic.norms()  # raises if an input was NaN or Inf
         if score == "wanda":
             yield matrix.name, wanda_scores(weight, norms).sum(0)
         else:

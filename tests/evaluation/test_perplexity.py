@@ -87,11 +87,3 @@ def test_measuring_leaves_the_model_as_it_was():
     assert model.config.use_cache is True
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-@pytest.mark.real
-def test_a_real_model_predicts_real_text_better_than_chance(smollm2):
-    model, tokenizer = smollm2
-    text = "The capital of France is Paris. Water boils at one hundred degrees Celsius."
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    assert 1 < prunelight.perplexity(model, ids) < 100

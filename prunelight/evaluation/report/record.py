@@ -1,6 +1,6 @@
 """The record of one run: all that its report says, as plain data.
 
-It needs neither torch nor lightning, so that it can read a report.json that another machine wrote.
+This module needs neither torch nor lightning, so it reads a report.json on any machine.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Cost:
 class RunRecord:
     """All that a report says about one run.
 
-    `plans` holds `Plan.to_dict()` of each callback, `outcomes` what `surgery.apply` told of each of
-    their sparsify and slice steps, in order.
+    `plans` holds `Plan.to_dict()` of each callback. `outcomes` holds what each of their sparsify
+    and slice steps did, in order, as `prunelight.apply` gives it.
     """
 
     model: str
@@ -79,16 +79,21 @@ class RunRecord:
     sections: dict[str, str] = field(default_factory=dict)  # title -> Markdown, of studies
 
     def to_dict(self) -> Json:
-        """Strict JSON data: NaN and infinities become "NaN", "Infinity" and "-Infinity".
+        """Return strict JSON data: NaN and infinities become "NaN", "Infinity" and "-Infinity".
 
-        JSON has no such numbers and null would hide which it was; `float()` reads these strings.
+        JSON has no such numbers, and null would not say which number it was. `float()` reads these
+        strings.
         """
         text = json.dumps({"format": FORMAT, **asdict(self)}, default=str)
         return json.loads(text, parse_constant=str)
 
     @classmethod
     def from_dict(cls, data: Json) -> RunRecord:
-        """The inverse of `to_dict`; raises ValueError for a record of another format."""
+        """Return the record of what `to_dict` gave.
+
+        Raises:
+            ValueError: for a record of another format.
+        """
         if data.get("format") != FORMAT:
             raise ValueError(
                 f"report format={data.get('format')!r} must be {FORMAT}; read it with the version "

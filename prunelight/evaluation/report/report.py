@@ -1,10 +1,9 @@
 """Turns the record of one run into report.json, report.md, pictures and a console table.
 
-What is reported is what travels between machines: changes against the dense model, time in units
-of F (one forward of the calibration set through the dense model), memory in units of the
-checkpoint and of one decoder layer. Measuring is not done here (see stages.py), nor drawing
-(layer_plots.py): this module needs neither torch nor lightning and can render a report.json that
-another machine wrote.
+The report gives what travels between machines: changes against the dense model, time in F (one
+forward of the calibration set through the dense model), memory in checkpoints and in decoder
+layers. Other files measure (evaluation/stages.py) and draw (layer_plots.py). This module needs
+neither torch nor lightning, so it renders a report.json on any machine.
 """
 
 from __future__ import annotations
@@ -22,25 +21,18 @@ from prunelight.evaluation.report.heat_maps import plot_cka
 from prunelight.evaluation.report.layer_plots import plot_layers
 from prunelight.evaluation.report.plan_facts import (
     Json,
+    PlanFacts,
     by_sublayer,
     explained_variance,
-    has_own_class,
-    layer_outcomes,
-    layer_zeros,
-    merged_groups,
-    nominal,
     percent,
-    score_lists,
-    share_sliced,
-    sliced_sites,
-    steps_of,
 )
 from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.report.writing import bullets, markdown_table, write_whole
+from prunelight.planning.steps import SliceHidden, Sparsify
 
 
 def summary_table(record: RunRecord) -> Table:
-    """The before and after table for a console: one column a stage, costs in the caption."""
+    """Return the table for a console: one column a stage, costs in the caption."""
     costs = ["{}: {} F, peak {} checkpoints".format(*row) for row in _cost_rows(record)]
     title, caption = escape(f"{_methods(record)}: {record.model}"), escape("\n".join(costs))
     table = Table(title=title, caption=caption, caption_justify="left")
@@ -52,83 +44,89 @@ def summary_table(record: RunRecord) -> Table:
 
 
 def write_report(directory: Path, record: RunRecord) -> list[Path]:
-    """Write report.json, layers.png (layers-2.png, ...) and report.md; returns their paths.
+    """Write report.json, layers.png (layers-2.png, ...) and report.md; return their paths.
 
-    Each file appears by a rename. The record is safe before anything is drawn, and report.md comes
-    last, so it never names a picture that is not there. Paths in `record.verification` are
-    relative to `directory`, which is created if needed.
+    Each file appears by a rename. report.json comes first, so the record is safe before anything is
+    drawn. report.md comes last, so every picture that it names is there.
+
+    Args:
+        directory: is created if needed; paths in `record.verification` are relative to it.
+        record: of the run.
     """
     directory.mkdir(parents=True, exist_ok=True)
     names, sections, outcomes = ["report.json"], [], iter(record.outcomes)
     text = json.dumps(record.to_dict(), indent=2, allow_nan=False)
     write_whole(directory / names[0], text + "\n")
-    for plan in record.plans:
-        gradual = plan["arguments"].get("schedule")  # zeros that came later have no outcome
-        kinds = ("slice_hidden",) if gradual else ("slice_hidden", "sparsify")
-        told = [next(outcomes, {}) if x["kind"] in kinds else {} for x in plan["steps"]]
-        # Of the last step of each kind; no two kinds tell the same.
-        last = {x["kind"]: outcome for x, outcome in zip(plan["steps"], told, strict=True)}
+    for plan in _plans(record):
+        step_outcomes: list[Json] = []
+        for step in plan.steps:
+            # Zeros that a schedule adds later have no outcome.
+            later = plan.schedule and isinstance(step, Sparsify)
+            step_outcomes.append(next(outcomes, {}) if step.has_outcome and not later else {})
+        # Of the last step of each kind; no two kinds have an outcome of the same name.
+        last = {x.kind: outcome for x, outcome in zip(plan.steps, step_outcomes, strict=True)}
         together = {name: value for outcome in last.values() for name, value in outcome.items()}
-        sections += _plan_section(plan, told) + _layer_table(plan, together)
-        if score_lists(plan) or {"sparsify", "slice_hidden"} & last.keys():
+        sections += _plan_section(plan, step_outcomes) + _layer_table(plan, together)
+        if plan.score_lists() or any(step.has_outcome for step in plan.steps):
             names.append(f"layers-{len(names)}.png" if len(names) > 1 else "layers.png")
-            what = "widths" if "slice_hidden" in last else "scores"
+            what = "widths" if plan.steps_of(SliceHidden) else "scores"
             sections.append(f"![{what} of the decoder layers]({names[-1]})")
             write_whole(directory / names[-1], plot_layers(plan, together))
-        if "cka" in plan.get("found", {}):
+        if "cka" in plan.found:
             names.append(f"cka-{len(names)}.png")
             sections.append(f"![CKA of the hidden states, merged windows outlined]({names[-1]})")
-            title = f"{plan['method']}: {plan['model']['name'][-60:]}"
-            figure = plot_cka(plan["found"]["cka"], title, merged_groups(plan))
+            figure = plot_cka(plan.found["cka"], plan.title, plan.merged_groups)
             write_whole(directory / names[-1], figure)
     write_whole(directory / "report.md", _markdown(record, sections))
     return [directory / name for name in (*names, "report.md")]
 
 
-def _plan_section(plan: Json, outcomes: list[Json]) -> list[str]:
-    """What one plan did and why."""
-    parts = [f"## {plan['method']}: {nominal(plan)}"]
-    for step, outcome in zip(plan["steps"], outcomes, strict=True):
-        if step["kind"] == "sparsify":
+def _plans(record: RunRecord) -> list[PlanFacts]:
+    return [PlanFacts(plan) for plan in record.plans]
+
+
+def _plan_section(plan: PlanFacts, outcomes: list[Json]) -> list[str]:
+    """Return the section of one plan: what was done and why."""
+    parts = [f"## {plan.method}: {plan.nominal()}"]
+    for step, outcome in zip(plan.steps, outcomes, strict=True):
+        if isinstance(step, Sparsify):
             parts += _sparsify_section(plan, step, outcome)
-        elif step["kind"] == "slice_hidden":
+        elif isinstance(step, SliceHidden):
             parts += _slice_section(plan, step, outcome)
-        else:  # neither empty lists nor the long ones of a width step
-            hidden = ("kind", "heads", "neurons")
-            facts = {k: v for k, v in step.items() if k not in hidden and v != []}
-            parts.append(f"Step `{step['kind']}`:\n{bullets(facts)}")
-    # Settings within settings are told with their step.
-    arguments = {k: v for k, v in plan["arguments"].items() if not isinstance(v, dict)}
-    calibration = {f"calibration {k}": v for k, v in (plan["calibration"] or {}).items()}
+        else:
+            parts.append(f"Step `{step.kind}`:\n{bullets(step.facts)}")
+    # Settings within settings stand with their step.
+    arguments = {k: v for k, v in plan.arguments.items() if not isinstance(v, dict)}
+    calibration = {f"calibration {k}": v for k, v in plan.calibration.items()}
     parts.append(f"Decided with:\n{bullets({**arguments, **calibration})}")
-    if found := {k: _found(k, v) for k, v in plan.get("found", {}).items() if k != "cka"}:
-        parts.append(f"Found:\n{bullets(found)}")
+    if findings := {k: _finding(k, v) for k, v in plan.found.items() if k != "cka"}:
+        parts.append(f"Found:\n{bullets(findings)}")
     return parts
 
 
-def _found(name: str, value: Any) -> Any:
-    """How a finding is shown."""
+def _finding(name: str, value: Any) -> Any:
+    """Return a finding as a report shows it."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_found(key, x)}" for key, x in value.items())
+        return ", ".join(f"{key}: {_finding(key, x)}" for key, x in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
     return _count(value) if name.startswith("parameters") else value
 
 
-def _sparsify_section(plan: Json, step: Json, outcome: Json) -> list[str]:
-    """What a sparsify step did, in totals; the share of each matrix is left to report.json."""
-    shares = [share for share in layer_zeros(plan, step, outcome).layers if math.isfinite(share)]
-    facts = {"solver": step["solver"], "matrices": len(step["sparsity"])}
+def _sparsify_section(plan: PlanFacts, step: Sparsify, outcome: Json) -> list[str]:
+    """Return what a sparsify step did, in totals; report.json has the share of each matrix."""
+    shares = [share for share in plan.layer_zeros(step, outcome).layers if math.isfinite(share)]
+    facts = step.facts
     if shares:
         facts["sparsity of decoder layers"] = f"{percent(min(shares))} to {percent(max(shares))}"
     notes = "".join(f"\n- {note}" for note in outcome.get("notes", ()))
-    kind = f"{step['pattern']} zeros" if step["pattern"] else "Unstructured zeros"
+    kind = f"{step.pattern} zeros" if step.pattern else "Unstructured zeros"
     parts = [
-        f"Step `sparsify`:\n{bullets({**facts, **step['options']})}{notes}",
+        f"Step `sparsify`:\n{bullets({**facts, **step.options})}{notes}",
         f"{kind} are stored like any other weight and do not by themselves make inference faster "
         "or the files smaller: speed comes from depth, width and slicing.",
     ]
-    if schedule := plan["arguments"].get("schedule"):
+    if schedule := plan.schedule:
         parts.append(
             "Sparsity rises from step {start_step} to step {end_step} every {every} steps along a "
             "{curve} curve.".format_map(schedule)
@@ -136,15 +134,15 @@ def _sparsify_section(plan: Json, step: Json, outcome: Json) -> list[str]:
     return parts
 
 
-def _slice_section(plan: Json, step: Json, outcome: Json) -> list[str]:
-    """What a slice step did, in totals; each width is left to the table of layers."""
-    sites, dims = sliced_sites(plan, step), step["residual_dims"]
-    shared, hidden = step["rotation"] == "shared", plan["model"]["hidden_size"]
+def _slice_section(plan: PlanFacts, step: SliceHidden, outcome: Json) -> list[str]:
+    """Return what a slice step did, in totals; the table of layers has each width."""
+    shared, hidden = step.rotation == "shared", plan.model["hidden_size"]
+    sites, dims = step.sliced_sites(hidden), step.residual_dims
     facts = {
         "widths at attentions and MLPs": f"{_span([dims[i] for i in sites], str)} of {hidden}",
-        "mean share removed": percent(share_sliced(plan, step)),
+        "mean share removed": percent(step.share_removed(hidden)),
         "width of the embeddings": dims[0],
-        **{name: step[name] for name in ("signal", "orientation", "rotation")},
+        **{name: getattr(step, name) for name in ("signal", "orientation", "rotation")},
     }
     if explained := outcome.get("explained_variance"):
         measured = explained if shared else [explained[i] for i in sites]
@@ -158,37 +156,36 @@ def _slice_section(plan: Json, step: Json, outcome: Json) -> list[str]:
         "code was exported; shortcuts between the rotations, and a head that was untied, are "
         "counted in the parameters.",
     ]
-    found = plan.get("found", {})
-    if found.get("parameters", 0) >= found.get("parameters_before", math.inf):
+    if plan.found.get("parameters", 0) >= plan.found.get("parameters_before", math.inf):
         added = "An untied head adds" if shared else "Shortcuts (and a head that was untied) add"
         parts.append(f"{added} more parameters than this slice removes.")
     return parts
 
 
 def _span(values: Sequence[float], show: Callable[[Any], str]) -> str:
-    """The lowest to the highest of some values, or the one that all are."""
+    """Return the lowest to the highest of some values, or the one value that all have."""
     return " to ".join(dict.fromkeys(map(show, (min(values), max(values)))))
 
 
-def _layer_table(plan: Json, outcome: Json) -> list[str]:
-    """One row a decoder layer: scores, widths, zeros of the last step, removed or kept."""
-    num_layers = plan["model"]["num_hidden_layers"]
+def _layer_table(plan: PlanFacts, outcome: Json) -> list[str]:
+    """Return one row a decoder layer: scores, widths, zeros of the last step, removed or kept."""
+    num_layers = plan.num_layers
     columns = {"layer": [str(layer) for layer in range(num_layers)]}
-    for name, scores in score_lists(plan).items():
+    for name, scores in plan.score_lists().items():
         missing = num_layers - len(scores)
         title = name.replace("_", " ") + (" from here" if missing else "")
         columns[title] = _cells(scores) + [""] * missing
-    for step in steps_of(plan, "slice_hidden"):
-        widths, explained = by_sublayer(step["residual_dims"]), explained_variance(step, outcome)
+    for step in plan.steps_of(SliceHidden):
+        widths, explained = by_sublayer(step.residual_dims), explained_variance(step, outcome)
         columns |= {f"width at {name}": [*map(str, x)] for name, x in widths.items()}
         columns |= {f"explained variance at {name}": _cells(x) for name, x in explained.items()}
-    for step in steps_of(plan, "sparsify")[-1:]:
-        zeros = layer_zeros(plan, step, outcome)
+    for sparsify in plan.steps_of(Sparsify)[-1:]:
+        zeros = plan.layer_zeros(sparsify, outcome)
         columns["sparsity"] = [percent(x) if math.isfinite(x) else "" for x in zeros.layers]
         if zeros.errors:
             columns["reconstruction error"] = [f"{error:.4g}" for error in zeros.errors]
-    if fate := layer_outcomes(plan):
-        columns["fate"] = [fate.get(i, "kept") for i in range(num_layers)]
+    if layer_outcomes := plan.layer_outcomes():
+        columns["fate"] = [layer_outcomes.get(i, "kept") for i in range(num_layers)]
     table = markdown_table(list(columns), list(zip(*columns.values(), strict=True)))
     title = f"<details><summary>All {num_layers} decoder layers</summary>"
     return [title, table, "</details>"]
@@ -225,7 +222,8 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
         parts += [f"## {title}", bullets(values) or otherwise]
     if record.verification:
         name = json.dumps(list(record.verification)[-1])
-        ours = "import prunelight  # its class\n" if any(map(has_own_class, record.plans)) else ""
+        own_class = any(plan.has_own_class for plan in _plans(record))
+        ours = "import prunelight  # its class\n" if own_class else ""
         parts += [
             "## How to load the result\n\nIn the directory of this report:\n\n```python\n"
             f"{ours}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -244,7 +242,7 @@ def _decimal(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:.4g}"
 
 
-# Label, field of Stage, how a number is shown. Shares of zeros: once something is sparsified.
+# Label, field of Stage, how a number is shown. Shares of zeros are shown if a plan sparsifies.
 _FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("layers", "num_layers", str),
     ("parameters", "parameters", _count),
@@ -265,25 +263,25 @@ _HEADLINE = ("layers", "parameters", "zeros in decoder linears", "perplexity", "
 
 
 def _result(record: RunRecord) -> str:
-    """The run in one sentence, and the true share removed beside the nominal ratios."""
+    """Return the run in one sentence, and the true share removed beside the nominal ratios."""
     dense, last = record.stages[0], record.stages[-1]
-    told = [row for row in _stage_rows(record) if row[0] in _HEADLINE]
-    arrows = ", ".join(f"{row[0]} {row[1]} -> {row[-1]}" for row in told)
+    rows = [row for row in _stage_rows(record) if row[0] in _HEADLINE]
+    arrows = ", ".join(f"{row[0]} {row[1]} -> {row[-1]}" for row in rows)
     true = percent(1 - last.parameters / dense.parameters)
     if _sparsified(record):
         true += f"; zeros among all parameters: {percent(last.sparsity)}"
-    told_ratios = " + ".join(nominal(plan) for plan in record.plans) or "nothing pruned"
+    ratios = " + ".join(plan.nominal() for plan in _plans(record)) or "nothing pruned"
     return (
         f"{_methods(record)}, {dense.name} -> {last.name}: {arrows}.\n\n"
-        f"- Nominal ratio: {told_ratios}\n- True share of all parameters removed: {true}"
+        f"- Nominal ratio: {ratios}\n- True share of all parameters removed: {true}"
     )
 
 
 def _stage_rows(record: RunRecord) -> list[list[str]]:
-    """One row a figure, one cell a stage, with the change against the dense stage."""
-    dense, rows = record.stages[0], []
+    """Return one row a figure, one cell a stage, with the change against the dense stage."""
+    dense, rows, sparsified = record.stages[0], [], _sparsified(record)
     for label, name, show in _FIGURES:
-        if show is percent and not _sparsified(record):
+        if show is percent and not sparsified:
             continue
         if all(getattr(stage, name) is None for stage in record.stages):
             continue
@@ -322,7 +320,7 @@ def _cost_rows(record: RunRecord) -> list[list[str]]:
 
 
 def _sparsified(record: RunRecord) -> bool:
-    return any(steps_of(plan, "sparsify") for plan in record.plans)
+    return any(plan.steps_of(Sparsify) for plan in _plans(record))
 
 
 def _methods(record: RunRecord) -> str:

@@ -1,1 +1,1 @@
-"""All knowledge of model families."""
+"""All knowledge of model families: names, config fields, and our own model classes."""

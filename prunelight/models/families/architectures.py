@@ -1,8 +1,8 @@
-"""The table of model families: where the decoder layers are, and what is inside them.
+"""The table of model families: where a family has its decoder layers, and what is inside them.
 
-One entry a family, keyed by `config.model_type`. Depth pruning also works on families that are not
-in the table, if exactly one `ModuleList` of the model has `num_hidden_layers` members. Everything
-outside this folder asks its functions, and never looks at a class name or a path.
+The table has one entry a family, keyed by `config.model_type`. Depth pruning also works on families
+outside the table, if exactly one `ModuleList` of the model has `num_hidden_layers` members. Code
+outside this folder calls this folder's functions, and never looks at a class name or a path.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from transformers import PreTrainedModel
 from prunelight.models.families.sliced import PREFIX as SLICED_PREFIX
 from prunelight.models.families.sliced import SHORTCUTS
 
-# model_type of our own classes: this, or that of sliced.py, and the family whose modules they have.
+# model_type of our own classes: this prefix or that of sliced.py, then the family of their modules.
 REGISTERED_PREFIX = "prunelight_"
 
 
 @dataclass(frozen=True)
 class Sublayers:
-    """Names inside the decoder layers of a family whose sublayers add to the hidden states in turn.
+    """Names inside the decoder layers of a family: first attention, then MLP, each with a residual.
 
     Attributes:
         attention: module of the attention.
         mlp: module of the MLP.
         attention_norm: norm before the attention.
-        mlp_norm: norm before the MLP: what it gets is what the attention left.
+        mlp_norm: norm before the MLP; its input is the hidden states after the attention.
         heads: projections whose rows are heads: query, key and value, or one that holds all three.
         head_output: projection whose columns are query heads.
-        neurons: projections whose rows are neurons, apart or in one; none for experts.
+        neurons: projections whose rows are neurons: gate and up, or one that holds both; empty for
+            experts.
         neuron_output: projection whose columns are neurons.
-        droppable: x + f(norm(x)), with nothing after f; so x is what is left without f.
+        droppable: whether sublayers can be dropped. A droppable sublayer f computes x + f(norm(x))
+            and nothing else, so that x remains without f.
     """
 
     attention: str = "self_attn"
@@ -52,9 +54,9 @@ class Architecture:
     Attributes:
         layers: dotted path from the causal language model to its `ModuleList` of decoder layers.
         projections: names of the linear projections of attention (or mixer) and MLP.
-        experts: names of fused expert weights (3-D parameters), relative to a decoder layer.
-        not_adapted: names of further projections, which can be sparsified but not adapted by LoRA.
-        sublayers: what is known of attention and MLP; None: they cannot be dropped or narrowed.
+        experts: paths of fused expert weights (3-D parameters), relative to a decoder layer.
+        not_adapted: names of further projections, which can be sparsified but get no LoRA.
+        sublayers: names of attention and MLP; None if they cannot be dropped or narrowed.
     """
 
     layers: str
@@ -72,7 +74,8 @@ _PROJECTIONS = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 _LLAMA = Architecture("model.layers", _PROJECTIONS, sublayers=Sublayers())
 
-_GEMMA2 = Sublayers(mlp_norm="pre_feedforward_layernorm", droppable=False)  # norms after f
+# Gemma 2 and 3 have a second norm after each sublayer, so that dropping is more than leaving f out.
+_GEMMA2 = Sublayers(mlp_norm="pre_feedforward_layernorm", droppable=False)
 
 _OTHER = Architecture("model.layers", _PROJECTIONS)
 
@@ -119,39 +122,39 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture | None:
-    """Return the table entry of the model's family, or None for an unknown family."""
+    """Return the table entry of a model's family, or None for an unknown family."""
     name = model.config.model_type.removeprefix(SLICED_PREFIX)
     return ARCHITECTURES.get(name.removeprefix(REGISTERED_PREFIX))
 
 
 def is_sliced(model: PreTrainedModel) -> bool:
-    """Return whether the hidden states of the model were sliced, see sliced.py."""
+    """Return whether the hidden states of a model were sliced, see sliced.py."""
     return model.config.model_type.startswith(SLICED_PREFIX)
 
 
 def sublayers_of(model: PreTrainedModel) -> Sublayers:
-    """Return the names inside the decoder layers of the model's family.
+    """Return the names of attention and MLP inside the decoder layers of a model's family.
 
     Raises:
-        TypeError: if they are not known; lists the families whose are.
+        TypeError: if the table has no such names for the family; lists the families that have them.
     """
-    known = architecture_of(model)
-    if known is None or known.sublayers is None:
+    architecture = architecture_of(model)
+    if architecture is None or architecture.sublayers is None:
         families = sorted(name for name, entry in ARCHITECTURES.items() if entry.sublayers)
         raise TypeError(
             f"attention and MLP of {model.config.model_type} cannot be pruned apart; families that "
             f"can: {', '.join(families)}. Remove or merge whole layers instead"
         )
-    return known.sublayers
+    return architecture.sublayers
 
 
 def lora_targets(model: PreTrainedModel) -> tuple[list[str] | str, list[str]]:
-    """Return what LoRA adapts: (names of projections, names of fused expert parameters).
+    """Return what LoRA adapts: (names of projections, paths of fused expert parameters).
 
-    An unknown family gives peft's own "all-linear", which leaves out the head.
+    For an unknown family the first is peft's "all-linear": all linear modules except the head.
     """
-    known = architecture_of(model)
-    if known is None:
+    architecture = architecture_of(model)
+    if architecture is None:
         return "all-linear", []
     shortcuts = SHORTCUTS if is_sliced(model) else ()
-    return [*known.projections, *shortcuts], list(known.experts)
+    return [*architecture.projections, *shortcuts], list(architecture.experts)

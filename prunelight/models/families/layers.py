@@ -1,4 +1,4 @@
-"""The decoder layers of a model, and the weights in them that can be sparsified."""
+"""The decoder layers of a model, and their weight matrices, which can be sparsified."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunelight.models.families.architectures import ARCHITECTURES, architecture_of
 
-# Attributes in which transformers keeps a layer's own index (it selects the cache slot).
+# Attributes in which transformers keeps the index of a layer; the index selects the cache slot.
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id")
 
 
@@ -21,9 +21,9 @@ class Matrix:
 
     Attributes:
         name: dotted path of the module, or of the parameter for fused experts.
-        owner: the module whose forward gets the input; the experts module for fused experts.
+        owner: the module whose forward gets the input; for fused experts the experts module.
         parameter_name: name of the weight inside `owner`.
-        transposed: stored (in, out), as a `Conv1D` does.
+        transposed: whether the weight is stored (in, out), as in a `Conv1D`.
     """
 
     name: str
@@ -33,17 +33,21 @@ class Matrix:
 
     @property
     def parameter(self) -> Tensor:
-        """Return the weight as it is stored."""
+        """Return the weight in its stored shape."""
         parameter: Tensor = getattr(self.owner, self.parameter_name)
         return parameter
 
     @property
     def fused(self) -> bool:
-        """Return whether it is a stack of experts' weights, (experts, out, in)."""
+        """Return whether the weight is a stack of experts' weights, (experts, out, in)."""
         return self.parameter.ndim == 3
 
     def views(self, stored: Tensor | None = None) -> list[Tensor]:
-        """Return views (out, in) of the weight, or of a tensor like it: one, or one an expert."""
+        """Return views (out, in) of the weight: one view, or one view an expert.
+
+        Args:
+            stored: a tensor of the weight's stored shape, to view instead of the weight.
+        """
         data = self.parameter.data if stored is None else stored
         if data.ndim == 3:
             return list(data)
@@ -51,7 +55,7 @@ class Matrix:
 
     @property
     def in_features(self) -> int:
-        """Return the width of the input."""
+        """Return the number of input features."""
         return int(self.parameter.shape[0 if self.transposed else -1])
 
 
@@ -59,11 +63,11 @@ def layers_path(model: PreTrainedModel) -> str:
     """Return the dotted path of the `ModuleList` of decoder layers.
 
     Raises:
-        TypeError: if the family is unknown and the structure does not tell which list it is.
+        TypeError: if the family is unknown, and not exactly one `ModuleList` has a member a layer.
     """
-    known = architecture_of(model)
-    if known is not None:
-        return known.layers
+    architecture = architecture_of(model)
+    if architecture is not None:
+        return architecture.layers
     count = getattr(model.config, "num_hidden_layers", None)
     paths = [
         path
@@ -84,7 +88,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the model's decoder layers (Mamba mixers and RWKV blocks included).
 
     Raises:
-        TypeError: if they cannot be found, see `layers_path`.
+        TypeError: if the layers cannot be found, see `layers_path`.
     """
     layers = model.get_submodule(layers_path(model))
     assert isinstance(layers, nn.ModuleList)
@@ -94,18 +98,18 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def layer_matrices(model: PreTrainedModel, index: int) -> list[Matrix]:
     """Return the weights of one decoder layer that can be sparsified, in the order of its modules.
 
-    Projections of attention, mixer and MLP, and fused experts; never routers, norms, embeddings or
-    the head. In a family that is not in the table: every `Linear` and `Conv1D` of the layer.
+    These are the projections of attention, mixer and MLP, and fused experts; never routers, norms,
+    embeddings or the head. In a family outside the table: every `Linear` and `Conv1D` of the layer.
 
     Raises:
-        TypeError: if a projection is quantized: it has no weight matrix to put zeros into.
+        TypeError: if a projection is quantized: packed weights cannot be set to zero one by one.
     """
-    known, layer = architecture_of(model), decoder_layers(model)[index]
+    family, layer = architecture_of(model), decoder_layers(model)[index]
     prefix = f"{layers_path(model)}.{index}"
-    found = []
+    layer_weights = []
     for path, module in layer.named_modules():
         name = path.rpartition(".")[2]
-        if known is not None and name not in known.projections + known.not_adapted:
+        if family is not None and name not in family.projections + family.not_adapted:
             continue
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
@@ -114,20 +118,21 @@ def layer_matrices(model: PreTrainedModel, index: int) -> list[Matrix]:
                 f"{prefix}.{path} is a quantized {type(module).__name__} ({module.weight.dtype}): "
                 "prune first, save, and load the result in 4 or 8 bits"
             )
-        found.append(Matrix(f"{prefix}.{path}", module, transposed=isinstance(module, Conv1D)))
-    for path in known.experts if known is not None else ():
+        transposed = isinstance(module, Conv1D)
+        layer_weights.append(Matrix(f"{prefix}.{path}", module, transposed=transposed))
+    for path in family.experts if family is not None else ():
         owner, _, parameter = path.rpartition(".")
         if hasattr(layer.get_submodule(owner.partition(".")[0]), "experts"):
-            found.append(Matrix(f"{prefix}.{path}", layer.get_submodule(owner), parameter))
-    return found
+            layer_weights.append(Matrix(f"{prefix}.{path}", layer.get_submodule(owner), parameter))
+    return layer_weights
 
 
 def matrices(model: PreTrainedModel) -> dict[str, Matrix]:
-    """Return all weights of the decoder layers that can be sparsified, by name; see `Matrix`."""
+    """Return all weights of the decoder layers that can be sparsified, by name."""
     layers = range(len(decoder_layers(model)))
     return {m.name: m for index in layers for m in layer_matrices(model, index)}
 
 
 def first_tensor(value: Any) -> Tensor:
-    """Return the hidden states of a layer's output, which is a tensor or a tuple that starts so."""
+    """Return the hidden states of a layer's output: the output itself, or its first member."""
     return value[0] if isinstance(value, (tuple, list)) else value

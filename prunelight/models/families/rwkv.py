@@ -1,4 +1,4 @@
-"""RWKV halves weights and states between its layers in eval mode; here that is undone."""
+"""Undo or prevent the halving of weights and states with which RWKV runs in eval mode."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def restore_rwkv_scale(model: PreTrainedModel) -> None:
-    """Undo, in place, the halving that an RWKV of transformers applies to its weights in eval mode.
+    """Undo, in place, the halving that transformers' RWKV applies to its weights in eval mode.
 
-    Its first eval forward divides the output weights of layer i by 2^(i // rescale_every). Saving,
-    removing layers or taking a fingerprint then would mix two scales. Exact: powers of two.
+    The first forward in eval mode divides the output weights of layer i by 2^(i // rescale_every).
+    Saving, removing layers or taking a fingerprint would then mix two scales. The undoing is exact,
+    because the divisors are powers of two. Other models are left as they are.
     """
     modules: Iterator[Any] = model.modules()
     for module in modules:
@@ -28,14 +29,17 @@ def restore_rwkv_scale(model: PreTrainedModel) -> None:
 
 @contextmanager
 def without_rescaling(model: PreTrainedModel) -> Iterator[None]:
-    """Keep an RWKV from halving weights and states between its layers, which no layer shows."""
-    scale = getattr(model.config, "rescale_every", None)
+    """Keep an RWKV from halving weights and states; other models are left as they are.
+
+    The states are halved between layers, where a replay of single layers would miss the halving.
+    """
+    rescale_every = getattr(model.config, "rescale_every", None)
     restore_rwkv_scale(model)
-    if scale is not None:
+    if rescale_every is not None:
         model.config.rescale_every = 0
     try:
         yield
     finally:
-        restore_rwkv_scale(model)  # nothing was halved: only the flag that says so is cleared
-        if scale is not None:
-            model.config.rescale_every = scale
+        restore_rwkv_scale(model)  # clears RWKV's flag; with rescale_every=0 nothing was halved
+        if rescale_every is not None:
+            model.config.rescale_every = rescale_every

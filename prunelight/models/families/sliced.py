@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -267,3 +268,8 @@ _MADE = {family: _make(family) for family in FAMILIES}
 LAYERS: dict[str, Any] = {family: layer for family, (layer, _) in _MADE.items()}
 
 MODELS: dict[str, Any] = {family: model for family, (_, model) in _MADE.items()}
+
+if __name__.startswith("prunelight."):  # an exported copy must not register classes of these names
+    for _model in MODELS.values():
+        AutoConfig.register(_model.config_class.model_type, _model.config_class)
+        AutoModelForCausalLM.register(_model.config_class, _model)

@@ -1,1 +1,1 @@
-"""Slicing the hidden states (SliceGPT)."""
+"""Cuts the hidden states to their principal components (SliceGPT)."""

@@ -1,7 +1,7 @@
 """Principal components of hidden states, and weights that read and write in them.
 
-The linear algebra of SliceGPT (arXiv:2401.15024), all of it in float64: with eigenvectors in
-float32 its models lose several tenths of a point of perplexity (Tables 4 and 5 there).
+The linear algebra of SliceGPT (arXiv:2401.15024), all in float64. With eigenvectors in float32
+SliceGPT's models lose several tenths of a point of perplexity (Tables 4 and 5 there).
 """
 
 # T tokens, D hidden, d sliced, O out_features, I in_features
@@ -27,11 +27,11 @@ def principal_components(gram: Tensor, width: int) -> tuple[Tensor, float]:
 
     Returns:
         Orthonormal columns (D, d), the largest first, each with its largest entry positive; and
-        the share of the energy that they have, in [0, 1].
+        their share of the energy, in [0, 1].
 
     Raises:
-        ValueError: if the matrix holds NaN or Inf, or its rank is below the width and something
-            is cut.
+        ValueError: if the matrix holds NaN or Inf, or if components are cut and its rank is below
+            the width.
     """
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
@@ -41,16 +41,16 @@ def principal_components(gram: Tensor, width: int) -> tuple[Tensor, float]:
             f"the calibration states span only {rank} directions of the {width} to keep; give "
             "more, or more varied, text"
         )
-    kept = vectors[:, :width]
-    largest = kept.gather(0, kept.abs().argmax(0, keepdim=True))
+    components = vectors[:, :width]
+    largest = components.gather(0, components.abs().argmax(0, keepdim=True))
     explained = values[:width].sum() / values.sum().clamp(min=1e-300)
-    return kept * largest.sign(), explained.item()
+    return components * largest.sign(), explained.item()
 
 
 def signal_of(states: Tensor, signal: str, *, centered: bool) -> Tensor:
-    """Return states (tokens, D) in float64, less their mean before a LayerNorm.
+    """Return states (tokens, D) in float64; `centered` subtracts the mean of each token.
 
-    "normalized" gives each token the same norm, as the norms of the model do but for epsilon.
+    The signal "normalized" gives each token the same norm, as the model's norms do but for epsilon.
     """
     x = states.double()
     if centered:
@@ -67,21 +67,22 @@ def random_rotation(width: int, generator: torch.Generator) -> Tensor:
 
 
 def read_basis(module: Any, norm: Any, basis: Tensor | None, *, offset: float = 0.0) -> None:
-    """Let a linear or embedding read a basis instead of what a norm gave, in place.
+    """Let a linear or an embedding read states in a basis, in place, and absorb the norm before.
 
-    W <- W diag(g) Q and b <- b + W beta, by blocks of rows: in float64 a head is large.
+    W <- W diag(g) Q and b <- b + W beta. Blocks of rows save memory: in float64 a head is large.
 
     Args:
-        module: whose weight is (O, D).
-        norm: the norm before it, with weight g and perhaps bias beta; None has neither.
-        basis: Q, (D, d) float64, on the device to compute on; None leaves the dense one.
+        module: has a weight W of shape (O, D).
+        norm: the norm before the module, with weight g and perhaps bias beta; None has neither.
+        basis: Q, (D, d) float64, on the device that computes; None leaves the dense basis.
         offset: what the norm adds to its weight.
     """
     weight, biased = module.weight.detach(), getattr(norm, "bias", None) is not None
     place = torch.device("cpu") if basis is None else basis.device
     gain = getattr(norm, "weight", None)
     gain = None if gain is None else gain.detach().to(place).double() + offset
-    made = weight.new_empty(len(weight), weight.shape[1] if basis is None else basis.shape[1])
+    width = weight.shape[1] if basis is None else basis.shape[1]
+    new_weight = weight.new_empty(len(weight), width)
     for start in range(0, len(weight), _ROWS):
         block = slice(start, start + _ROWS)
         rows = weight[block].to(place).double()
@@ -90,15 +91,15 @@ def read_basis(module: Any, norm: Any, basis: Tensor | None, *, offset: float = 
             bias = module.bias.data[block]
             module.bias.data[block] = (bias.to(shift) + shift).to(bias)
         rows = rows if gain is None else rows * gain
-        made[block] = (rows if basis is None else rows @ basis).to(made)
-    set_weight(module, made)
+        new_weight[block] = (rows if basis is None else rows @ basis).to(new_weight)
+    set_weight(module, new_weight)
 
 
 def write_basis(linear: Any, basis: Tensor) -> None:
-    """Let a linear write in a basis: W <- Q^T W, b <- b Q."""
+    """Let a linear write its output in a basis, in place: W <- Q^T W, b <- b Q."""
     if linear.bias is not None:
-        turned = (linear.bias.detach().to(basis) @ basis).to(linear.bias)
-        linear.bias = nn.Parameter(turned, linear.bias.requires_grad)
+        bias = (linear.bias.detach().to(basis) @ basis).to(linear.bias)
+        linear.bias = nn.Parameter(bias, linear.bias.requires_grad)
     set_weight(linear, basis.T @ linear.weight.detach().to(basis))
 
 

@@ -1,9 +1,8 @@
 """One rotation for the whole model: slicing that leaves a stock model of smaller hidden size.
 
 The residual stream keeps one basis, so no shortcut is needed and plain transformers loads the
-result.
-It costs accuracy: the principal components are those of all sites together. Not in SliceGPT's paper
-(arXiv:2401.15024), whose rotation differs from site to site.
+result. One basis costs accuracy: the principal components are those of all sites together. In
+SliceGPT's paper (arXiv:2401.15024) the rotation differs from site to site.
 """
 
 # B sequences, T tokens, D hidden, d sliced
@@ -71,15 +70,15 @@ def check_shared(model: PreTrainedModel, step: SliceHidden) -> None:
 def shared_parameters(model: PreTrainedModel, width: int) -> int:
     """Return how many parameters the model will have with this width; the head is never tied."""
     stack, config = stack_of(model), model.config
-    across = sum(  # how often the width counts
+    per_width = sum(  # weights and biases of the projections, for one unit of width
         linear.out_features if reads else linear.in_features + (linear.bias is not None)
         for layer in stack.layers
         for linear, _, reads in _linears(model, layer)
     )
-    norms, rows = 2 * len(stack.layers) + 1, len(stack.embed_tokens.weight)
+    norms, tokens = 2 * len(stack.layers) + 1, len(stack.embed_tokens.weight)
     total = parameter_count(model)
-    total += rows * config.hidden_size if config.tie_word_embeddings else 0
-    return total - (config.hidden_size - width) * (across + norms + 2 * rows)
+    total += tokens * config.hidden_size if config.tie_word_embeddings else 0
+    return total - (config.hidden_size - width) * (per_width + norms + 2 * tokens)
 
 
 @torch.no_grad()
@@ -118,8 +117,8 @@ def share_rotation(
     if config.tie_word_embeddings:
         untie(model)
     stack: Any = stack_of(model)
-    # Norms take the mean over d, not D. What enters the residual is made smaller by as much, so
-    # that their epsilon keeps its effect, and what reads them larger.
+    # Norms take the mean over d instead of D. So all that writes into the residual is divided by
+    # the gain, which keeps the effect of their epsilon; all that reads from it is multiplied.
     gain = math.sqrt(hidden / width)
     offset = LAYERS[config.model_type].norm_offset
     for layer in stack.layers:
@@ -131,7 +130,8 @@ def share_rotation(
     norm = getattr(stack, last_norm(model))
     read_basis(model.lm_head, norm, gain * basis, offset=offset)
     for embedding in embeddings_of(model):
-        if scaled := hasattr(embedding, "scalar_embed_scale"):  # Gemma's: sqrt(hidden_size)
+        # Gemma scales its embeddings by sqrt(hidden_size).
+        if scaled := hasattr(embedding, "scalar_embed_scale"):
             embedding.scalar_embed_scale = math.sqrt(width)
             embedding.embed_scale.fill_(embedding.scalar_embed_scale)
         read_basis(embedding, None, basis / (1 if scaled else gain))
@@ -141,20 +141,20 @@ def share_rotation(
 
 
 def _residuals(walk: LayerWalk) -> Iterator[Tensor]:
-    """Yield the states (tokens, D) at each site of the dense model, padding left out."""
+    """Yield the states (tokens, D) at each site of the dense model, without padding."""
     place = float64_device(walk.device)
     counted = walk.positions()
     name = LAYERS[walk.model.config.model_type].mlp_norm
-    between: list[Tensor] = []
+    before_mlp: list[Tensor] = []
     for _, layer in walk.layers():
         hook = layer.get_submodule(name).register_forward_pre_hook(
-            lambda module, args: between.append(args[0])
+            lambda module, args: before_mlp.append(args[0])
         )
         try:
             for batch, mask in enumerate(counted):
                 yield walk.states[batch].to(mask.device)[mask].to(place)
                 walk.states[batch] = walk.forward(batch).to(walk.store)
-                yield between.pop()[mask].to(place)
+                yield before_mlp.pop()[mask].to(place)
         finally:
             hook.remove()
     for state, mask in zip(walk.states, counted, strict=True):
@@ -174,7 +174,7 @@ def _linears(model: PreTrainedModel, layer: Any) -> Iterator[tuple[Any, Any, boo
 
 
 def _resize_norms(model: PreTrainedModel, width: int) -> None:
-    """Give the norms of the residual another width, and weights that change nothing."""
+    """Give the norms of the residual another width, with weights that multiply by one."""
     config: Any = model.config
     stack = stack_of(model)
     names = LAYERS[config.model_type]

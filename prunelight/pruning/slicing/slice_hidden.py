@@ -1,12 +1,13 @@
 """Slicing: rotate the hidden states to their principal components and keep the first ones.
 
-SliceGPT (arXiv:2401.15024). A norm without weight commutes with rotations, so the weights of the
-norms go into the projections behind them and each site of the residual stream may have its own
-rotation Q; shortcuts Q_before^T Q_after carry the residual from one to the next. Layers are sliced
-in order, each PCA sees what the sliced layers before put out. Decompositions and products of
-rotations in float64, cast once. Unlike the released code the last site keeps the dense basis (it is
-not sliced, so nothing needs to be turned there), embeddings lose their mean only before LayerNorms,
-and a layer runs once.
+SliceGPT (arXiv:2401.15024). A norm without weight commutes with rotations. So the weights of the
+norms go into the projections behind them, and each site of the residual stream has a rotation Q of
+its own. Shortcuts Q_before^T Q_after carry the residual from one site to the next. Layers are
+sliced in order: each PCA reads the output of the sliced layers before it. Decompositions and
+products of rotations are computed in float64 and cast once.
+
+Three differences from the released code: the last site keeps the dense basis, since nothing is
+sliced there; embeddings lose their mean only before LayerNorms; a layer runs once.
 """
 
 # B sequences, T tokens, D hidden, d sliced, O out_features, I in_features
@@ -56,8 +57,8 @@ class SliceOutcome:
     """What a slice step did.
 
     Attributes:
-        explained_variance: at each of the 2 L + 1 sites (one for a shared rotation), the share of
-            the signal's energy that the components kept have.
+        explained_variance: share of the signal's energy in the components that are kept, at each
+            of the 2 L + 1 sites (a shared rotation has one value).
     """
 
     explained_variance: list[float] = field(default_factory=list)
@@ -123,11 +124,11 @@ def check_tokens(model: PreTrainedModel, windows: Windows, entry: int | None = N
     Args:
         model: to be sliced.
         windows: calibration windows (N, T), or with an attention_mask.
-        entry: width of the embeddings afterwards, if known; as many different tokens are needed
-            unless they stay whole, or positions are added to them.
+        entry: width of the embeddings afterwards, if known. Sliced embeddings need as many
+            different tokens, unless positions are added to them.
 
     Raises:
-        ValueError: if they hold fewer.
+        ValueError: if the windows hold fewer.
     """
     ids, mask = split_windows(windows)
     counted, needed = ids if mask is None else ids[mask.bool()], model.config.hidden_size
@@ -156,7 +157,7 @@ def slice_hidden(
 ) -> SliceOutcome:
     """Carry out a slice step that `check_slice` passed, in place, with a rotation a site.
 
-    The model and its config become those of the sliced class of the family.
+    Model and config take the sliced class of the family.
 
     Args:
         model: the dense model.
@@ -166,8 +167,8 @@ def slice_hidden(
         offload: keep the calibration states on the CPU.
 
     Raises:
-        ValueError: if states are NaN or Inf, or have fewer components than are kept (named); the
-            layers before are sliced by then.
+        ValueError: if states are NaN or Inf, or have fewer components than are kept (named).
+            Earlier layers are sliced by then.
     """
     config: Any = model.config
     family, training = config.model_type, model.training
@@ -185,9 +186,9 @@ def slice_hidden(
         strip_last_norm(model)
         dense = slicer.dense_basis() if slicer.centered else None
         read_basis(model.lm_head, norm, dense, offset=LAYERS[family].norm_offset)
-    made = MODELS[family]
-    _describe(config, made, step)
-    model.__class__ = made
+    sliced_class = MODELS[family]
+    _describe(config, sliced_class, step)
+    model.__class__ = sliced_class
     model._no_split_modules = {LAYERS[family].__name__}
     model.train(training)
     return SliceOutcome(slicer.explained)
@@ -198,29 +199,31 @@ def untie(model: PreTrainedModel) -> None:
     head: Any = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
     model.config.tie_word_embeddings = False
-    loose: Any = model
-    loose.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    untyped: Any = model
+    untyped.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _describe(config: Any, made: Any, step: SliceHidden) -> None:
+def _describe(config: Any, sliced_class: Any, step: SliceHidden) -> None:
+    """Make a config that of a sliced model."""
     config.head_dim = head_dim(config)  # explicit, for readers that divide widths
     config.residual_dims = list(step.residual_dims)
-    config.architectures = [made.__name__]
-    config.__class__, config.model_type = made.config_class, made.config_class.model_type
+    config.architectures = [sliced_class.__name__]
+    config.__class__ = sliced_class.config_class
+    config.model_type = sliced_class.config_class.model_type
 
 
 class Slicer:
-    """Slices one decoder layer after another of a walk; the model itself is left alone.
+    """Slices one decoder layer after another of a walk; the model itself does not change.
 
     Attributes:
         entry: basis of the embeddings, (D, d) float64.
-        explained: share of the energy kept, of the sites so far.
+        explained: share of the energy that is kept, one number for each site so far.
 
     Args:
         walk: at the entrance of the first layer.
-        step: what to keep.
-        counted: which tokens the components are those of, bool (B, T) of each micro-batch; None
-            takes all that are no padding.
+        step: how wide each site becomes.
+        counted: tokens whose states give the components, bool (B, T) for each micro-batch; None
+            takes all but padding.
     """
 
     def __init__(
@@ -234,18 +237,21 @@ class Slicer:
         )
         self.explained: list[float] = []
         self._generator = torch.Generator().manual_seed(step.seed)
-        whole = step.residual_dims[0] == self.config.hidden_size
-        self._tied = whole and self.config.tie_word_embeddings
-        if whole:
+        whole_embeddings = step.residual_dims[0] == self.config.hidden_size
+        self._tied = whole_embeddings and self.config.tie_word_embeddings
+        if whole_embeddings:
             self.entry = self.dense_basis()
             self.explained.append(1.0)
         else:
             self.entry = self._principal()
         if not self._tied:
-            self._each(lambda batch, state: self._turned(state, self.entry))
+            self._map_states(lambda batch, state: self._rotate(state, self.entry))
 
     def dense_basis(self) -> Tensor:
-        """Return the basis of the dense model, (D, D): identity, less the mean for LayerNorms."""
+        """Return the basis of the dense model, (D, D): the identity, less the mean for LayerNorms.
+
+        LayerNorms subtract the mean of a state, so the basis leaves it out.
+        """
         return self._without_mean(
             torch.eye(self.config.hidden_size, dtype=torch.float64, device=self.place)
         )
@@ -268,7 +274,7 @@ class Slicer:
                 linear = layer.get_submodule(name)
                 read_basis(linear, attention_norm, basis, offset=norms.norm_offset)
             layer.attn_shortcut = self._shortcut(dense, basis, None)
-            self._each(partial(self.walk.call, layer.attend, index))
+            self._map_states(partial(self.walk.call, layer.attend, index))
             inside = self._next_basis()
             write_basis(layer.get_submodule(layer.attention_output), inside)
             layer.attn_shortcut = self._shortcut(dense, basis, inside)
@@ -277,23 +283,24 @@ class Slicer:
                 linear = layer.get_submodule(name)
                 read_basis(linear, mlp_norm, inside, offset=norms.norm_offset)
             layer.mlp_shortcut = self._shortcut(dense, inside, None)
-            self._each(partial(self._fed, layer))
+            self._map_states(partial(self._feed, layer))
             basis = self._next_basis()
             write_basis(layer.get_submodule(layer.mlp_output), basis)
             layer.mlp_shortcut = self._shortcut(dense, inside, basis)
             yield index, layer.train(dense.training)
 
     def _next_basis(self) -> Tensor:
-        """Return the basis of the site that the states, in the dense basis, are at; turn them."""
+        """Return the basis of the next site and rotate the states, which have the dense basis."""
         last = len(self.explained) == len(self.step.residual_dims) - 1
         basis = self.dense_basis() if last else self._principal()
         if last:
             self.explained.append(1.0)
         if not last or self.centered:
-            self._each(lambda batch, state: self._turned(state, basis))
+            self._map_states(lambda batch, state: self._rotate(state, basis))
         return basis
 
     def _principal(self) -> Tensor:
+        """Return the first principal components of the states at the next site, (D, d)."""
         site = len(self.explained)
         gram = Gram(self.config.hidden_size)
         for state, counted in zip(self.walk.states, self.counted, strict=True):
@@ -313,23 +320,25 @@ class Slicer:
     def _without_mean(self, basis: Tensor) -> Tensor:
         return basis - basis.mean(0) if self.centered else basis
 
-    def _fed(self, layer: Any, batch: int, state: Tensor) -> Tensor:
-        fed: Tensor = layer.feed(state.to(self.walk.device))
-        return fed
+    def _feed(self, layer: Any, batch: int, state: Tensor) -> Tensor:
+        """Return the states after the MLP of a layer."""
+        output: Tensor = layer.feed(state.to(self.walk.device))
+        return output
 
-    def _turned(self, state: Tensor, basis: Tensor) -> Tensor:
+    def _rotate(self, state: Tensor, basis: Tensor) -> Tensor:
         state = state.to(self.walk.device)
         return (state.float() @ basis.to(state.device, torch.float32)).to(state.dtype)
 
-    def _each(self, call: Callable[[int, Tensor], Tensor]) -> None:
+    def _map_states(self, call: Callable[[int, Tensor], Tensor]) -> None:
+        """Replace the states of each micro-batch by call(number of the micro-batch, states)."""
         for batch, state in enumerate(self.walk.states):
             self.walk.states[batch] = call(batch, state).to(self.walk.store)
 
     def _shortcut(self, dense: nn.Module, before: Tensor, after: Tensor | None) -> Shortcut:
-        """Return the shortcut from one basis to another; None is the dense one."""
+        """Return the shortcut from one basis to another; None is the dense basis."""
         like = next(dense.parameters())
         weight = before if after is None else after.T @ before  # (out, in)
-        wide, narrow = weight.shape
-        made = Shortcut(narrow, wide, bias=False, device="meta")
-        made.weight = nn.Parameter(weight.to(like))
-        return made
+        out_features, in_features = weight.shape
+        shortcut = Shortcut(in_features, out_features, bias=False, device="meta")
+        shortcut.weight = nn.Parameter(weight.to(like))
+        return shortcut

@@ -1,4 +1,4 @@
-"""How wide a sliced model is: options, widths of all sites, and the parameters they leave."""
+"""How wide a sliced model becomes: options, the widths of all sites, and the parameters left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunelight.models.families.config_fields import accepts, head_dim
+from prunelight.models.families.config_fields import config_accepts, head_dim
 from prunelight.models.families.sliced import LAYERS, embeddings_of, last_norm, stack_of
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.steps import SLICE_OPTIONS
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def sliced_parameters(model: PreTrainedModel, residual_dims: Sequence[int]) -> int:
-    """Return how many parameters the model will have with these widths, a rotation a site.
+    """Return how many parameters the model will have with these widths and a rotation a site.
 
-    Shortcuts and the head are counted: sliced embeddings that were tied to it no longer are.
+    Shortcuts count. The head counts too where the embeddings are sliced, since both are untied.
     """
     config: Any = model.config
     hidden, stack = config.hidden_size, stack_of(model)
@@ -33,30 +33,30 @@ def sliced_parameters(model: PreTrainedModel, residual_dims: Sequence[int]) -> i
         for norm in (names.attention_norm, names.mlp_norm):
             total -= parameter_count(getattr(layer, norm))
         for inputs, width in ((names.attention_inputs, before), (names.mlp_inputs, inside)):
-            rows = sum(len(layer.get_submodule(name).weight) for name in inputs)
-            total -= (hidden - width) * rows
+            outputs = sum(len(layer.get_submodule(name).weight) for name in inputs)
+            total -= (hidden - width) * outputs
         for output, width in ((names.attention_output, inside), (names.mlp_output, after)):
             linear = layer.get_submodule(output)
             total -= (hidden - width) * (linear.in_features + (linear.bias is not None))
         total += before * inside + inside * after
-    entries = [len(embedding.weight) for embedding in embeddings_of(model)]
-    total -= (hidden - residual_dims[0]) * sum(entries)
+    rows = [len(embedding.weight) for embedding in embeddings_of(model)]
+    total -= (hidden - residual_dims[0]) * sum(rows)
     tied = config.tie_word_embeddings
     if tied and residual_dims[0] == hidden:
         return total
     norm = getattr(stack, last_norm(model))
     total -= parameter_count(norm)
-    return total + entries[0] * (tied * hidden + isinstance(norm, nn.LayerNorm))
+    return total + rows[0] * (tied * hidden + isinstance(norm, nn.LayerNorm))
 
 
 def allowed_widths(model: PreTrainedModel, multiple: int) -> list[int]:
     """Return the multiples of a number that the config class accepts as hidden_size, ascending.
 
-    Llama wants it to be a multiple of the number of query heads.
+    A Llama's hidden_size must be a multiple of its number of query heads.
     """
     config, accepted = model.config, []
     for width in range(multiple, config.hidden_size + 1, multiple):
-        if accepts(config, hidden_size=width, head_dim=head_dim(config)):
+        if config_accepts(config, hidden_size=width, head_dim=head_dim(config)):
             accepted.append(width)
     return accepted
 
@@ -67,7 +67,7 @@ EMBEDDINGS = ("auto", "full", "sliced")
 def check_slice_target(
     slice_ratio: float | None, parameter_ratio: float | None, round_to: int
 ) -> None:
-    """Check how much shall be sliced, before any model is at hand.
+    """Check how much shall be sliced; no model is needed.
 
     Raises:
         ValueError: unless exactly one ratio in [0, 1) is given.
@@ -95,7 +95,7 @@ def check_slice_options(**options: str) -> None:
 
 
 def residual_dims(model: PreTrainedModel, widths: Sequence[int], embedding: str) -> tuple[int, ...]:
-    """Return the 2 L + 1 widths: each layer's own before attention and MLP, the last site whole."""
+    """Return the 2 L + 1 widths: a layer's own before its attention and MLP, whole at the end."""
     full = model.config.tie_word_embeddings if embedding == "auto" else embedding == "full"
     hidden = model.config.hidden_size
     dims = [width for width in widths for _ in range(2)] + [hidden]
@@ -137,7 +137,7 @@ def meet_parameters(
 def report_parameters(
     model: PreTrainedModel, parameters: int, slice_ratio: float | None
 ) -> dict[str, Any]:
-    """Return the true parameters, shortcuts and head included; warn if they became more."""
+    """Return the parameters before and after a slicing; warn if slicing adds parameters."""
     dense = parameter_count(model)
     if slice_ratio and parameters >= dense:
         log.warning(

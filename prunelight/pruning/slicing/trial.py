@@ -1,4 +1,4 @@
-"""Trying a slicing without keeping it: its perplexity, for the cost of one slicing."""
+"""Tries a slicing: its perplexity for the cost of one slicing; the model does not change."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def sliced_perplexity(
     device: torch.device | None = None,
     offload: bool = False,
 ) -> float:
-    """Return the perplexity of the model after a slice step, on windows it is not fitted to.
+    """Return the perplexity of the model after a slice step, on windows held out from the fit.
 
     Args:
-        model: unchanged; at any time one of its layers exists twice.
+        model: unchanged; one of its layers at a time exists twice.
         windows: calibration windows (N, T), or with an attention_mask.
         step: with rotation "per_layer".
-        held_out: how many of the last windows judge, while the others give the components.
+        held_out: number of windows at the end that judge; the others give the components.
         device: where the layers compute, one at a time.
         offload: keep the calibration states on the CPU.
 
     Raises:
-        ValueError: if the windows that are left hold too few tokens, those held out none to
-            predict, or states or logits are NaN or Inf.
+        ValueError: if the other windows hold too few tokens, the held-out windows none to predict,
+            or states or logits are NaN or Inf.
     """
     fitted = len(split_windows(windows)[0]) - held_out
     check_tokens(model, first_windows(windows, fitted), step.residual_dims[0])
     labels = next_token_labels(own_windows(windows))
     total, tokens, start = torch.zeros((), dtype=torch.float64), 0, 0
     with LayerWalk(model, windows, device=device, offload=offload, label="try") as walk:
-        fitted -= first_own_window(windows)  # of this rank's rows, perhaps none or all
+        fitted -= first_own_window(windows)  # of this process's rows: none, some or all
         counted = walk.positions()
         for positions in counted:
             rows = torch.arange(start, start + len(positions), device=positions.device)
@@ -61,10 +61,10 @@ def sliced_perplexity(
                 nll, _, predicted = next_token_sums(logits, wanted)
                 total, tokens = total + nll, tokens + int(predicted)
             start += len(state)
-    loss, seen = walk.group.totals(total.item(), tokens)
-    if not (seen and math.isfinite(loss)):
+    loss, predicted_tokens = walk.group.totals(total.item(), tokens)
+    if not (predicted_tokens and math.isfinite(loss)):
         raise ValueError(
-            f"the {held_out} windows held out cannot judge a slicing: {seen:.0f} tokens to "
-            f"predict, loss {loss}; give other calibration text, or one base_ratio"
+            f"the {held_out} windows held out cannot judge a slicing: {predicted_tokens:.0f} "
+            f"tokens to predict, loss {loss}; give other calibration text, or one base_ratio"
         )
-    return math.exp(min(loss / seen, 700.0))
+    return math.exp(min(loss / predicted_tokens, 700.0))

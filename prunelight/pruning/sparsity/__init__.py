@@ -1,1 +1,1 @@
-"""Putting zeros into weights (magnitude, Wanda, SparseGPT)."""
+"""Puts zeros into weights (magnitude, Wanda, SparseGPT)."""

@@ -1,8 +1,8 @@
 """Which weights of one matrix become zero: by magnitude, Wanda, any share or N:M.
 
 Pure functions of a weight (O, I) and the norms of its input. Magnitude compares within the whole
-matrix, Wanda (arXiv:2306.11695) within each output row. Counts are exact and ties go to the lower
-index; the released codes prune one weight too many, and all that tie with it.
+matrix, Wanda (arXiv:2306.11695) within each output row. Counts are exact, and the lower index goes
+first among equal scores. The released codes prune one weight too many, and all that equal it.
 """
 
 # O out_features, I in_features
@@ -23,9 +23,9 @@ from prunelight.scoring.weight_scores import wanda_scores
 
 @dataclass(frozen=True)
 class Pattern:
-    """N:M sparsity: of every `of` consecutive inputs of a row, `kept` stay (N is the number kept).
+    """N:M sparsity: of every `of` (M) consecutive inputs of a row, `kept` (N) stay.
 
-    The convention of NVIDIA and torch; the research codes count the zeros.
+    NVIDIA and torch count so; the research codes count the zeros.
 
     Raises:
         ValueError: unless 0 < kept <= of.
@@ -40,7 +40,7 @@ class Pattern:
             raise ValueError(f"pattern={self} must keep at least 1 and at most {self.of} weights")
 
     def __str__(self) -> str:
-        """Return it as "N:M"."""
+        """Return "N:M"."""
         return f"{self.kept}:{self.of}"
 
     @classmethod
@@ -48,7 +48,7 @@ class Pattern:
         """Read "N:M".
 
         Raises:
-            ValueError: if it is none.
+            ValueError: if the text is no N:M.
         """
         kept, separator, of = text.partition(":")
         if not (text.isascii() and separator and kept.isdecimal() and of.isdecimal()):
@@ -79,7 +79,7 @@ def check_width(pattern: Pattern, width: int, name: str = "the weight") -> None:
     """Check that N:M groups tile a row.
 
     Raises:
-        ValueError: if they do not; names the weight.
+        ValueError: if they do not; the error names the weight.
     """
     if width % pattern.of:
         raise ValueError(
@@ -89,7 +89,10 @@ def check_width(pattern: Pattern, width: int, name: str = "the weight") -> None:
 
 
 def lowest_mask(scores: Tensor, count: int) -> Tensor:
-    """Return True at the `count` lowest scores along the last dimension; ties by lower index."""
+    """Return True at the `count` lowest scores along the last dimension.
+
+    Among equal scores the lower index goes first.
+    """
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     with allowing_nondeterministic_ties():
@@ -108,7 +111,7 @@ def row_mask(scores: Tensor, amount: Amount) -> Tensor:
         return lowest_mask(scores, count_zeros(scores.shape[-1], amount))
     check_width(amount, scores.shape[-1])
     groups = scores.reshape(len(scores), -1, amount.of)
-    # By ranks: kthvalue and sums over millions of tiny groups are far slower.
+    # Ranks by argsort: kthvalue and sums over millions of tiny groups are far slower.
     order = groups.argsort(dim=-1, stable=True)
     pruned = torch.zeros_like(groups, dtype=torch.bool)
     pruned.scatter_(-1, order[..., : amount.of - amount.kept], True)
@@ -116,7 +119,7 @@ def row_mask(scores: Tensor, amount: Amount) -> Tensor:
 
 
 def matrix_mask(scores: Tensor, target: Pattern | int) -> Tensor:
-    """Return True at the lowest scores of a whole matrix (O, K): a number of them, or by N:M."""
+    """Return True at the lowest scores of a matrix (O, K): a number of them, or by N:M."""
     if isinstance(target, Pattern):
         return row_mask(scores, target)
     return lowest_mask(scores.flatten(), target).view(scores.shape)
@@ -143,15 +146,16 @@ def wanda_mask(weight: Tensor, norms: Tensor, amount: Amount) -> Tensor:
 
 
 def wanda_variant_mask(weight: Tensor, norms: Tensor, sparsity: float) -> Tensor:
-    """Return True where a weight is pruned, with a share that differs from row to row.
+    """Return True where a weight is pruned; the share of zeros differs from row to row.
 
-    A row loses its lowest scores as long as their sum stays below alpha times the row's sum, with
-    one alpha for all rows (released code of Wanda, `use_variant`). That code searches alpha until
-    the sparsity is right to 1e-3; here floor(O * I * sparsity) weights are pruned.
+    A row loses its lowest scores as long as their sum stays below alpha times the row's sum. Alpha
+    is the same for all rows (released code of Wanda, `use_variant`). That code searches alpha until
+    the sparsity is right to 1e-3; here exactly floor(O * I * sparsity) weights are pruned.
     """
     scores = wanda_scores(weight, norms)
     values, order = scores.sort(dim=-1, stable=True)
-    # Shares of the row's sum rise along the sorted row: the lowest of all rows are alpha's.
+    # Shares of the row's sum rise along a sorted row. So the lowest shares of the whole matrix are
+    # those below one alpha.
     with allowing_nondeterministic_ties():
         sums = values.cumsum(-1)
     share = sums / values.sum(-1, keepdim=True).clamp(min=1e-30)

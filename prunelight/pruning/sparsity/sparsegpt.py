@@ -1,7 +1,7 @@
-"""SparseGPT (arXiv:2301.00774): prunes a weight, and corrects the weights that stay.
+"""SparseGPT (arXiv:2301.00774): prunes a weight, and corrects the entries that stay.
 
 A pure function of a weight (O, I) and the Hessian of its input. Zeros are chosen within blocks of
-columns, to exact counts.
+columns, in exact numbers.
 """
 
 # O out_features (rows of several matrices may be stacked), I in_features, K columns of one block
@@ -17,7 +17,7 @@ from torch import Tensor
 from prunelight.calibration.statistics import finite_values
 from prunelight.pruning.sparsity.masks import Amount, Pattern, check_width, count_zeros, matrix_mask
 
-_LAZY = 32  # columns that are corrected one by one; those beyond in one product
+_LAZY = 32  # columns that are corrected one by one; later columns are corrected in one product
 
 _DAMPINGS = (1.0, 10.0, 100.0, 1000.0)  # factors tried in turn until the Hessian is definite
 
@@ -30,8 +30,8 @@ class SparseGPT:
         dampening: added to the Hessian's diagonal, as a share of its mean.
         block_size: columns solved together; zeros are chosen within them.
         act_order: solve the columns with the largest inputs first.
-        bits: also round the weights that stay to this many bits (4 or 8) inside the same loop, so
-            that later columns make up for both errors; they are stored dequantized.
+        bits: also round the weights that stay to 4 or 8 bits. The same loop rounds and prunes, so
+            later columns make up for both errors. Weights are stored dequantized.
         group_size: columns that share one scale and zero point, with bits.
 
     Raises:
@@ -64,20 +64,20 @@ class SparseGPT:
 def sparsegpt(
     weight: Tensor, hessian: Tensor, amount: Amount, settings: SparseGPT | None = None
 ) -> Tensor:
-    """Prune and correct a weight so that its outputs change least (arXiv:2301.00774, Algorithm 1).
+    """Prune a weight and correct the rest, so that outputs change least (Algorithm 1).
 
     Args:
         weight: (O, I).
         hessian: X^T X summed over tokens, (I, I), in any unit.
-        amount: share of zeros, exact in total and (to one weight) in each block; or N:M.
+        amount: share of zeros, exact in total and within one weight in each block; or N:M.
         settings: see `SparseGPT`.
 
     Returns:
-        The new weight, (O, I), float32, exactly zero where pruned. The inputs are unchanged.
+        The new weight, (O, I), float32, exactly zero where pruned. The arguments are unchanged.
 
     Raises:
-        ValueError: if M does not divide I, act_order meets a pattern, or a number is NaN or Inf,
-            in the Hessian too.
+        ValueError: if M does not divide I, act_order meets a pattern, or the weight or the Hessian
+            holds NaN or Inf.
     """
     return sparsegpt_stacked([weight], hessian, [amount], settings or SparseGPT())[0]
 
@@ -86,7 +86,7 @@ def sparsegpt(
 def sparsegpt_stacked(
     weights: Sequence[Tensor], hessian: Tensor, amounts: Sequence[Amount], settings: SparseGPT
 ) -> list[Tensor]:
-    """Solve weights that share an input in one go; each one as `sparsegpt` alone would.
+    """Solve weights that share an input together; each result is that of `sparsegpt` alone.
 
     Args:
         weights: each (O_k, I).
@@ -134,7 +134,7 @@ def _check_pattern(amount: Amount, width: int, settings: SparseGPT) -> None:
 
 
 def _target(amount: Amount, rows: int, block: slice) -> Pattern | int:
-    """Return the zeros to place in a block of columns so that the running total stays exact."""
+    """Return the number of zeros in a block of columns that keeps the running total exact."""
     if isinstance(amount, Pattern):
         return amount
     return count_zeros(block.stop * rows, amount) - count_zeros(block.start * rows, amount)
@@ -148,14 +148,14 @@ def _solve_block(
     targets: Sequence[Pattern | int],
     settings: SparseGPT,
 ) -> Tensor:
-    """Prune one block (K, O) in place; return the errors (K, O) that the later columns make up for.
+    """Prune one block (K, O) in place; return its errors (K, O), which later columns make up for.
 
     Args:
         columns: columns of the weights, corrected for all earlier blocks.
         factor: the block's own part of the factor of the inverse Hessian, (K, K) upper.
-        dead: inputs that are always zero, (K,): their weights are the first to go.
+        dead: True at inputs that are always zero, (K,); their weights go first.
         rows: rows of each weight.
-        targets: of each weight, the zeros to place in this block, or its pattern.
+        targets: for each weight its number of zeros in this block, or its pattern.
         settings: for the quantization.
     """
     diagonal = factor.diagonal()
@@ -165,7 +165,7 @@ def _solve_block(
     grid = settings.group_size if settings.bits else len(columns)
     scale = zero = None
     final = columns
-    if settings.bits:  # the grid must hold what the weights grow to when they make up for others
+    if settings.bits:  # the grid must hold the weights as corrected, which are larger
         final = columns.clone()
         _solve_block(final, factor, dead, rows, targets, replace(settings, bits=None))
     done = 0  # columns whose errors have reached the whole block
@@ -173,8 +173,8 @@ def _solve_block(
         if i % step == 0:
             group = slice(i, i + step)
             scores = _saliency(columns[group], diagonal[group], dead[group]).split(rows, dim=1)
-            chosen = zip(scores, targets, strict=True)
-            pruned = torch.cat([matrix_mask(part.T, of) for part, of in chosen]).T.contiguous()
+            parts = zip(scores, targets, strict=True)
+            pruned = torch.cat([matrix_mask(part.T, of) for part, of in parts]).T.contiguous()
         if settings.bits and i % grid == 0:
             scale, zero = _grid(final[i : i + grid], settings.bits)
         kept = columns[i].masked_fill(pruned[i % step], 0)
@@ -182,7 +182,7 @@ def _solve_block(
             kept = _round(kept, scale, zero, settings.bits)
         torch.sub(columns[i], kept, out=errors[i]).div_(diagonal[i])
         columns[i] = kept
-        # Errors reach the next few columns at once, those beyond in one product: fewer passes.
+        # The next few columns are corrected at once, all later ones by one product: fewer passes.
         end = min(done + _LAZY, len(columns))
         columns[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i], alpha=-1)
         if i + 1 == end or (i + 1) % step == 0 or (i + 1) % grid == 0:
@@ -193,9 +193,9 @@ def _solve_block(
 
 
 def _saliency(columns: Tensor, diagonal: Tensor, dead: Tensor) -> Tensor:
-    """Return w^2 / [H^-1]_jj of the columns (K, O), by which the error rises (OBS).
+    """Return w^2 / [H^-1]_jj of columns (K, O): the rise of the error without a weight (OBS).
 
-    Columns of dead inputs come below all others, ordered by |w|.
+    Weights of dead inputs score below all others, in the order of |w|.
     """
     scores = (columns / diagonal[:, None]).square_()
     if bool(dead.any()):
@@ -206,11 +206,11 @@ def _saliency(columns: Tensor, diagonal: Tensor, dead: Tensor) -> Tensor:
 def inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
     """Return the upper U with U^T U = (H + dampening * mean(diag H) * I)^-1, (I, I).
 
-    A dead input (zero diagonal) gets the mean of the others. Where rounding leaves the matrix
-    indefinite, the damping is raised tenfold, up to 1000 times.
+    A dead input (zero diagonal) gets the mean diagonal of the others. If rounding leaves the matrix
+    indefinite, the damping rises tenfold, up to 1000 times.
 
     Raises:
-        ValueError: if that does not help either.
+        ValueError: if the matrix is still indefinite then.
     """
     damped = hessian.clone()
     diagonal = damped.diagonal()
@@ -232,14 +232,14 @@ def inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
 
 
 def _grid(columns: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point (O,) of an asymmetric grid over a group of columns (K, O)."""
+    """Return scale and zero point, each (O,), of an asymmetric grid over columns (K, O)."""
     low, high = columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
     return scale, (-low / scale).round()
 
 
 def _round(column: Tensor, scale: Tensor | None, zero: Tensor | None, bits: int) -> Tensor:
-    """Return a column (O,) rounded to its grid, dequantized; zeros stay exactly zero."""
+    """Return a column (O,) rounded to its grid and dequantized; zeros stay exactly zero."""
     assert scale is not None
     assert zero is not None
     return ((column / scale).round().add_(zero).clamp_(0, 2**bits - 1).sub_(zero)).mul_(scale)

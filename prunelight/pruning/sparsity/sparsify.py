@@ -1,8 +1,8 @@
-"""Carrying out a sparsify step: layer by layer, each pruned on what the sparse ones before put out.
+"""Carries out a sparsify step: layer by layer, each on the output of the sparse layers before.
 
-Two passes a layer: the dense layer's inputs give the statistics, the sparse layer's outputs are the
-next layer's inputs. Statistics of all matrices of a layer come from the same dense pass, as in the
-released codes. Magnitude needs no data and no pass.
+A layer runs twice: the dense layer's inputs give the statistics of all its matrices, as in the
+released codes; the sparse layer's output is the input of the next layer. Magnitude needs no data
+and runs no layer.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class SparsifyOutcome:
     """What a sparsify step did.
 
     Attributes:
-        sparsity: name of a matrix -> share of zeros it now has.
-        layer_sparsity: of each decoder layer, the share of zeros in all its matrices.
-        reconstruction_error: of each decoder layer, ||Y' - Y||^2 / ||Y - X||^2 over the first
-            micro-batch (of each rank): its input X, dense output Y and sparse output Y'; over
-            ||Y||^2 if the model is sliced; empty for magnitude.
-        notes: what a reader should know about the run.
+        sparsity: name of a matrix -> its share of zeros now.
+        layer_sparsity: share of zeros in all matrices of a decoder layer, one number a layer.
+        reconstruction_error: ||Y' - Y||^2 / ||Y - X||^2, one number a decoder layer, with its input
+            X, dense output Y and sparse output Y' over the first micro-batch of each process. A
+            sliced model divides by ||Y||^2. Empty for magnitude.
+        notes: warnings of the run, for its report.
     """
 
     sparsity: dict[str, float] = field(default_factory=dict)
@@ -86,8 +86,8 @@ def sparsify(
         offload: keep the calibration states on the CPU.
 
     Raises:
-        ValueError: if the step does not fit the model, or windows are missing; nothing is changed
-            then. Also if activations are NaN or Inf, which names the matrix.
+        ValueError: if the step does not fit the model, or windows are missing; nothing has changed
+            then. Also if activations are NaN or Inf; names the matrix.
         TypeError: if the model's weights are quantized or its layers cannot be run one by one.
     """
     check_step(model, step)
@@ -96,7 +96,7 @@ def sparsify(
     if step.solver == "magnitude":
         for matrix in matrices(model).values():
             if matrix.name in step.sparsity:
-                with _naming([matrix]):
+                with _naming_matrices([matrix]):
                     for view in matrix.views():
                         view.masked_fill_(magnitude_mask(view, amount_of(step, matrix.name)), 0)
                 _note_zeros(outcome, matrix)
@@ -119,17 +119,17 @@ def _sparsify_layer(
     model: PreTrainedModel, step: Sparsify, walk: LayerWalk, index: int, outcome: SparsifyOutcome
 ) -> None:
     chosen = [m for m in layer_matrices(model, index) if m.name in step.sparsity]
-    make: Callable[[int], InputNorm] = Hessian if step.solver == "sparsegpt" else InputNorm
-    seen = InputStatistics(chosen, make)
+    statistic: Callable[[int], InputNorm] = Hessian if step.solver == "sparsegpt" else InputNorm
+    inputs = InputStatistics(chosen, statistic)
     before = dense = walk.states[0].to(walk.device)
     for batch in range(len(walk.states) if chosen else 1):
-        with seen.watching(walk.masks[batch]):
+        with inputs.watching(walk.masks[batch]):
             output = walk.forward(batch)
         dense = output if batch == 0 else dense
-    seen.pool(walk.group)
-    for group in seen.groups():
-        with _naming(group):
-            _solve(group, step, seen, outcome)
+    inputs.pool(walk.group)
+    for group in inputs.groups():
+        with _naming_matrices(group):
+            _solve(group, step, inputs, outcome)
         for matrix in group:
             _note_zeros(outcome, matrix)
     if index + 1 < len(decoder_layers(model)):
@@ -139,14 +139,15 @@ def _sparsify_layer(
         sparse = walk.forward(0)
     real = slice(None) if walk.masks[0] is None else walk.masks[0]
     x, y, pruned = (state[real].float() for state in (before, dense, sparse))
-    change = y if is_sliced(model) else y - x  # sliced: in another basis than x
+    change = y if is_sliced(model) else y - x  # y of a sliced model has another basis than x
     sums = torch.stack([(pruned - y).square().sum(), change.square().sum()])
     error, scale = walk.group.sum(sums)
     outcome.reconstruction_error.append((error / scale.clamp(min=1e-30)).item())
 
 
 @contextmanager
-def _naming(group: Sequence[Matrix]) -> Iterator[None]:
+def _naming_matrices(group: Sequence[Matrix]) -> Iterator[None]:
+    """Put the names of matrices into errors of the solver."""
     try:
         yield
     except ValueError as fault:
@@ -154,12 +155,12 @@ def _naming(group: Sequence[Matrix]) -> Iterator[None]:
 
 
 def _solve(
-    group: Sequence[Matrix], step: Sparsify, seen: InputStatistics[Any], outcome: SparsifyOutcome
+    group: Sequence[Matrix], step: Sparsify, inputs: InputStatistics[Any], outcome: SparsifyOutcome
 ) -> None:
     """Prune matrices that share an input, in place."""
-    statistics = seen.of(group[0])
+    statistics = inputs.of(group[0])
     unseen = sum(statistic.tokens == 0 for statistic in statistics)
-    if unseen:  # of dense matrices none: windows hold tokens
+    if unseen:  # experts: every other matrix reads all tokens
         _note(outcome, f"{unseen} experts of {group[0].name} saw no token: pruned by magnitude")
     for position, statistic in enumerate(statistics):
         views = [matrix.views()[position] for matrix in group]
@@ -183,9 +184,9 @@ def _wanda(solver: str, view: Tensor, norms: Tensor, amount: Amount) -> Tensor:
     return wanda_mask(view, norms, amount)
 
 
-def _note_scarce(found: Sequence[Matrix], tokens: int, outcome: SparsifyOutcome) -> None:
-    """Warn of matrices with more inputs than tokens: their Hessians are singular."""
-    scarce = [matrix for matrix in found if matrix.in_features > tokens]
+def _note_scarce(chosen: Sequence[Matrix], tokens: int, outcome: SparsifyOutcome) -> None:
+    """Warn of matrices with more inputs than calibration tokens: their Hessians are singular."""
+    scarce = [matrix for matrix in chosen if matrix.in_features > tokens]
     if scarce:
         _note(
             outcome,
@@ -202,8 +203,8 @@ def _note_zeros(outcome: SparsifyOutcome, matrix: Matrix) -> None:
 
 def _note_layers(outcome: SparsifyOutcome, model: PreTrainedModel) -> None:
     for index in range(len(decoder_layers(model))):
-        found = layer_matrices(model, index)
-        outcome.layer_sparsity.append(zero_share(matrix.parameter for matrix in found))
+        parameters = (matrix.parameter for matrix in layer_matrices(model, index))
+        outcome.layer_sparsity.append(zero_share(parameters))
 
 
 def _note(outcome: SparsifyOutcome, text: str) -> None:
@@ -212,7 +213,7 @@ def _note(outcome: SparsifyOutcome, text: str) -> None:
 
 
 def amount_of(step: Sparsify, name: str) -> Amount:
-    """Return what a solver is asked for one matrix: its share of zeros, or its own N:M."""
+    """Return the zeros that a step asks of one matrix: a share, or an N:M of its own."""
     share = float(step.sparsity[name])
     if step.pattern is None:
         return share
@@ -224,7 +225,7 @@ def check_data(step: Sparsify, windows: Windows | None) -> None:
     """Check that a step has the data it needs.
 
     Raises:
-        ValueError: if it needs windows and there are none.
+        ValueError: if the step needs windows and there are none.
     """
     if windows is None and step.solver != "magnitude":
         raise ValueError(f"solver={step.solver!r} needs calibration windows; pass them to apply")

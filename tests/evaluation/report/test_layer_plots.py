@@ -19,8 +19,9 @@ from report_records import (
 )
 
 from prunelight.evaluation.report.layer_plots import plot_layers
-from prunelight.evaluation.report.plan_facts import layer_zeros
+from prunelight.evaluation.report.plan_facts import PlanFacts
 from prunelight.evaluation.report.report import write_report
+from prunelight.planning.steps import Sparsify
 
 
 def test_each_plan_with_scores_gets_its_own_picture(tmp_path: Path) -> None:
@@ -47,7 +48,7 @@ def test_the_picture_is_drawn_for_any_list_of_scores(tmp_path: Path, scores: dic
 
 def assert_drawn(plan: dict, outcome: dict | None, directory: Path) -> None:
     path = directory / "picture.png"
-    plot_layers(plan, outcome).savefig(path)
+    plot_layers(PlanFacts(plan), outcome).savefig(path)
     data = path.read_bytes()
     assert data.startswith(PNG)
     assert len(data) > 5000
@@ -57,7 +58,7 @@ def assert_drawn(plan: dict, outcome: dict | None, directory: Path) -> None:
 def test_a_picture_of_zeros_has_a_panel_for_all_that_is_known(tmp_path: Path, made: tuple) -> None:
     plan, outcome = made
     assert_drawn(plan, outcome, tmp_path)
-    labels = [axes.get_ylabel() for axes in plot_layers(plan, outcome).axes]
+    labels = [axes.get_ylabel() for axes in plot_layers(PlanFacts(plan), outcome).axes]
     # The heat map of projections has names of projections; the last axes are its colour bar.
     expected = [
         "median of |W| ‖X‖",
@@ -68,14 +69,16 @@ def test_a_picture_of_zeros_has_a_panel_for_all_that_is_known(tmp_path: Path, ma
     ]
     assert [label.replace(" (log scale)", "") for label in labels] == expected
     uniform = plan | {"scores": {"sparsity": plan["scores"]["sparsity"]}}
-    assert len(plot_layers(uniform).axes) == 3
+    assert len(plot_layers(PlanFacts(uniform)).axes) == 3
 
 
 def test_the_bars_and_the_heat_map_show_what_was_achieved() -> None:
     plan, outcome = UNSTRUCTURED
-    _, bars, heat, errors, _ = plot_layers(plan, outcome).axes
+    facts = PlanFacts(plan)
+    _, bars, heat, errors, _ = plot_layers(facts, outcome).axes
     heights = [patch.get_height() for patch in bars.patches]
-    assert heights == pytest.approx([100 * x for x in layer_zeros(*parts(UNSTRUCTURED)).layers])
+    zeros = facts.layer_zeros(facts.steps_of(Sparsify)[0], outcome)
+    assert heights == pytest.approx([100 * x for x in zeros.layers])
     assert [text.get_text() for text in heat.get_yticklabels()][::6] == [
         PROJECTIONS[0],
         "mlp.down_proj",
@@ -85,18 +88,13 @@ def test_the_bars_and_the_heat_map_show_what_was_achieved() -> None:
     assert {axes.get_xlim() for axes in (bars, heat, errors)} == {(-0.8, 29.8)}
 
 
-def parts(made: tuple[dict, dict]) -> tuple[dict, dict, dict]:
-    plan, outcome = made
-    return plan, plan["steps"][0], outcome
-
-
 def test_scores_of_projections_are_drawn_as_rows() -> None:
     plan, outcome = make_sparse([0.5, 0.6, 0.7])
     plan["scores"] = {f"median_mlp.{name}": [0.1, 0.2, 9.0] for name in ("up", "down")} | {
         "median_c_proj": [0.1] * 6,
         "sparsity": [0.5, 0.6, 0.7],
     }  # c_proj: two in each layer
-    figure = plot_layers(plan, outcome)
+    figure = plot_layers(PlanFacts(plan), outcome)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["mlp.up", "mlp.down"]
     assert figure.axes[0].images[0].get_array().tolist() == [[0.1, 0.2, 9.0]] * 2
     assert "median of |W| ‖X‖" in [axes.get_ylabel() for axes in figure.axes]  # of the colour bar
@@ -111,14 +109,14 @@ def test_an_outcome_of_an_earlier_version_shows_the_planned_shares(tmp_path: Pat
 
 def test_a_plan_without_a_list_of_scores_cannot_be_drawn() -> None:
     with pytest.raises(ValueError, match=r"must hold a list of numbers.*; skip the picture"):
-        plot_layers(make_plan(scores={}))
+        plot_layers(PlanFacts(make_plan(scores={})))
 
 
 def test_every_score_of_layers_has_a_panel_and_dropped_sublayers_are_shaded_in_theirs() -> None:
     plan = make_plan()
     plan["scores"] = {"attention_influence": [0.1] * 10, "mlp_influence": [0.2] * 9 + [None]}
     plan["steps"] = [{"kind": "drop_sublayers", "attention": [2], "mlp": [4, 5]}]
-    panels = plot_layers(plan).axes
+    panels = plot_layers(PlanFacts(plan)).axes
     assert [axes.get_ylabel() for axes in panels] == ["attention influence", "mlp influence"]
     shaded = [[p for p in axes.patches if p.get_height() == 1] for axes in panels]
     assert [len(patches) for patches in shaded] == [1, 2]

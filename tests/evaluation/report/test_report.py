@@ -28,9 +28,10 @@ from report_records import (
 )
 
 from prunelight.evaluation.report import report
-from prunelight.evaluation.report.plan_facts import layer_zeros, nominal
+from prunelight.evaluation.report.plan_facts import PlanFacts
 from prunelight.evaluation.report.record import Cost, RunRecord
 from prunelight.evaluation.report.report import write_report
+from prunelight.planning.steps import Sparsify
 
 
 def test_a_non_finite_perplexity_is_shown_as_it_is_and_without_a_change() -> None:
@@ -167,7 +168,7 @@ def test_a_report_of_mixed_patterns_names_the_average_and_each_layer(tmp_path: P
 
 
 def test_one_pattern_for_all_layers_is_no_average() -> None:
-    told = nominal(make_sparse([0.5] * 4, pattern="2:4")[0])
+    told = PlanFacts(make_sparse([0.5] * 4, pattern="2:4")[0]).nominal()
     assert told == "50.00 % of the weights of decoder linears (2:4 pattern)"
 
 
@@ -255,7 +256,8 @@ def test_projections_of_one_name_are_told_apart_and_experts_are_averaged() -> No
     }
     plan, _ = make_sparse([0.0, 0.0])
     plan["scores"], plan["steps"][0]["sparsity"] = {}, shares
-    zeros = layer_zeros(plan, plan["steps"][0], {})
+    facts = PlanFacts(plan)
+    zeros = facts.layer_zeros(facts.steps_of(Sparsify)[0], {})
     assert list(zeros.projections) == ["attn.c_proj", "mlp.c_proj", "mlp.experts.w1"]
     assert zeros.projections["mlp.c_proj"] == pytest.approx([0.6, math.nan], nan_ok=True)
     assert zeros.projections["mlp.experts.w1"] == pytest.approx([math.nan, 0.75], nan_ok=True)

@@ -9,7 +9,7 @@ import pytest
 from report_records import PNG, make_plan, make_record, make_sparse, markdown, table_rows
 
 from prunelight.evaluation.report.layer_plots import plot_layers
-from prunelight.evaluation.report.plan_facts import nominal, share_sliced
+from prunelight.evaluation.report.plan_facts import PlanFacts
 
 HIDDEN, LAYERS = 64, 10
 DIMS = [64, 48, *([48, 48] * 3), *([32, 32] * 6), 64]
@@ -64,12 +64,10 @@ def test_the_table_of_layers_has_widths_and_variances_at_attention_and_mlp(tmp_p
 
 def test_embeddings_left_whole_do_not_count_for_the_mean_share() -> None:
     plan = make_sliced([64, *[48] * 19, 64])
-    assert share_sliced(plan, plan["steps"][0]) == 0.25
-    sliced = make_sliced([48] * 20 + [64])
-    assert share_sliced(sliced, sliced["steps"][0]) == 0.25
-    assert nominal(sliced) == "25.00 % of the hidden width sliced"
-    whole = make_sliced([64] * 21)
-    assert nominal(whole) == "0.00 % of the hidden width sliced"
+    sliced, whole = make_sliced([48] * 20 + [64]), make_sliced([64] * 21)
+    for cut in (plan, sliced, whole):
+        share = "0.00 %" if cut is whole else "25.00 %"
+        assert PlanFacts(cut).nominal() == f"{share} of the hidden width sliced"
 
 
 def test_one_rotation_is_told_as_a_stock_model(tmp_path: Path) -> None:
@@ -118,7 +116,7 @@ def test_zeros_after_slicing_take_their_own_outcome(tmp_path: Path) -> None:
 def test_the_picture_shows_widths_against_the_dense_one_and_the_variance() -> None:
     scores = {"layer_redundancy": [0.1 * i for i in range(10)], "block_influence": [0.2] * 10}
     plan = make_sliced(scores=scores)
-    panels = plot_layers(plan, {"explained_variance": EXPLAINED}).axes
+    panels = plot_layers(PlanFacts(plan), {"explained_variance": EXPLAINED}).axes
     labels = [axes.get_ylabel().partition("\n")[0] for axes in panels]
     assert labels == ["layer redundancy", "width", "explained"], "influence is 1 - redundancy"
     bars = [bar.get_height() for bar in panels[1].patches]
@@ -132,7 +130,7 @@ def test_the_picture_shows_widths_against_the_dense_one_and_the_variance() -> No
 
 
 def test_without_an_outcome_the_picture_shows_the_widths_alone(tmp_path: Path) -> None:
-    panels = plot_layers(make_sliced()).axes
+    panels = plot_layers(PlanFacts(make_sliced())).axes
     assert [axes.get_ylabel() for axes in panels] == ["width\ndashed: dense"]
     assert "explained" not in markdown(tmp_path, make_sliced_record(make_sliced()))
     assert (tmp_path / "layers.png").read_bytes()[:8] == PNG

@@ -117,7 +117,7 @@ def test_without_pruning_a_run_learns_from_a_teacher_that_is_named(name, tmp_pat
     (file,) = tmp_path.glob("teacher-*/block-*")
     told = json.loads((file.parent / "teacher.json").read_text())["teacher"]
     assert told["dtype"] == module.record.dtype, "a run that prunes would make the same cache"
-    _release(module)
+    _release(module.run)
     assert module.model is not None, "what was trained cannot be read again"
 
 

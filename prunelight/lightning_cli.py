@@ -1,0 +1,299 @@
+"""The verbs of the command line: `prunelight fit | validate | test | prune | analyze`.
+
+`fit` prunes at its start, recovers, evaluates and saves; `prune` stops after the pruned directory;
+`analyze` draws what the model's hidden states look like, and prunes nothing.
+Config files are found by name among the installed ones. A fault that prunelight itself reports ends
+in one line; set PRUNELIGHT_TRACEBACK=1 to see where it came from.
+
+`prunelight.cli` is the door: it answers help and version without the imports of this file.
+Private names of argparse stand in `Parser.format_help` and `show_usual_options` alone:
+`_action_groups` and `_group_actions`, tested with Python 3.11.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from rich.console import Console
+
+import prunelight.callbacks
+from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
+from prunelight.evaluation.report.report import summary_table
+from prunelight.run.strategies import check_strategy
+from prunelight.runtime.atomic_files import check_writable
+from prunelight.training.recovery_module import RecoveryModule
+from prunelight.training.text_datamodule import TextDataModule
+from prunelight.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+TRAINER_TITLE = "All other options of Lightning's Trainer"
+# Options of the Trainer that most runs need; help shows them before the others.
+USUAL = (
+    "callbacks",
+    "max_steps",
+    "max_epochs",
+    "accelerator",
+    "devices",
+    "strategy",
+    "precision",
+    "default_root_dir",
+)
+
+PACKAGES = [Path(__file__).resolve().parent, Path(prunelight.callbacks.__file__).resolve().parent]
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser; help shows the Trainer's options last, and an error is one line."""
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Return the help, with the many options of Lightning's Trainer at the end."""
+        groups: list[Any] = self._action_groups  # type: ignore[assignment]  # a Sequence for mypy
+        for group in groups:
+            if any(action.dest == "ckpt_path" for action in group._group_actions):
+                group.title = (
+                    "Options of this verb"  # of Lightning's docstrings only a line is shown
+                )
+        groups.sort(key=lambda group: group.title == TRAINER_TITLE)
+        return super().format_help(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with the error."""
+        self.exit(2, f"prunelight: error: {parse_error(message)}\n")
+
+
+class CLI(LightningCLI):
+    """LightningCLI with prunelight's verbs and the tokenizer linked to the model."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the verbs, and the arguments of each that the command line does not ask for."""
+        verbs = LightningCLI.subcommands()
+        verbs.pop("predict")
+        both = {"model", "datamodule"}
+        return {**verbs, "prune": both, "analyze": both}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return the parser of the command, or of a verb; LightningCLI calls it."""
+        self.parser_class = Parser
+        return super().init_parser(**kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let the data use the model's own tokenizer; order the help."""
+        parser.link_arguments("model.name", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+        show_usual_options(parser)
+
+    def instantiate_trainer(self, **kwargs: object) -> pl.Trainer:
+        """Log to CSV files inside the run's own directory, unless told otherwise."""
+        settings = self._get(self.config_init, "trainer", default={})
+        if settings.get("logger") is None:
+            root = settings.get("default_root_dir") or Path.cwd()
+            # A row at a time: those that wait in memory are lost when the process is killed.
+            kwargs["logger"] = CSVLogger(root, name="logs", flush_logs_every_n_steps=1)
+        given = settings.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        kept = any(isinstance(callback, RecoveryCheckpoint) for callback in given)
+        if (
+            self.subcommand == "fit"
+            and not kept
+            and settings.get("enable_checkpointing") is not False
+        ):
+            kwargs["callbacks"] = [*given, RecoveryCheckpoint()]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:  # more devices than there are, ...
+            told = str(error).strip().splitlines()[0]
+            raise ValueError(f"no Trainer can be made of these settings: {told}") from error
+
+    def before_fit(self) -> None:
+        """Refuse a strategy, a directory or a checkpoint before any process is started."""
+        settings = self.model.run.settings
+        check_strategy(self.trainer, settings.quantization, settings.recovery)
+        check_writable(Path(self.trainer.default_root_dir))
+        path = self._get(self.config_init, "ckpt_path")
+        if path and path not in ("best", "last", "hpc", "registry") and not Path(path).exists():
+            raise FileNotFoundError(
+                f"ckpt_path={str(path)!r} does not exist; give a checkpoint of an earlier run "
+                "(they are in checkpoints/ of its directory)"
+            )
+
+    def after_fit(self) -> None:
+        """Show the result."""
+        self._show()
+
+    def after_prune(self) -> None:
+        """Show the result."""
+        self._show()
+
+    @rank_zero_only
+    def _show(self) -> None:
+        record = self.model.record
+        if record is not None:
+            console = Console()
+            console.print(summary_table(record))
+            console.print(f"Report and models: {Path(self.trainer.default_root_dir).resolve()}")
+
+
+def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the name of the command.
+        description: shown by help, as the texts of the verbs are.
+        verbs: each verb with a sentence.
+    """
+    logging.basicConfig(format="%(message)s")
+    # The first start of a run has no checkpoint to go on from.
+    warnings.filterwarnings("ignore", ".*there is no last checkpoint available")
+    # Python hides warnings of this kind, and a config may name an old class path.
+    warnings.filterwarnings("default", r"prunelight\..* is now ", DeprecationWarning)
+    logging.getLogger("prunelight").setLevel(
+        logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.ERROR
+    )
+    try:
+        sys.argv[1:] = find_configs(arguments)
+        CLI(
+            RecoveryModule,
+            TextDataModule,
+            trainer_class=Trainer,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs=parser_settings(description, verbs),
+            auto_configure_optimizers=False,
+        )
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # not the 0 of a finished run
+    except Exception as error:
+        ours = our_error(error) or disk_error(error)
+        if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
+            raise
+        sys.exit(f"prunelight: error: {ours}")
+
+
+def parser_settings(description: str, verbs: Mapping[str, str]) -> dict[str, Any]:
+    """Return what LightningCLI makes the parser of the command and of each verb with."""
+    settings = {
+        verb: {
+            "description": text,
+            "usage": f"prunelight {verb} --config FILE [--OPTION VALUE ...]",
+        }
+        for verb, text in verbs.items()
+    }
+    return {"prog": "prunelight", "description": description, **settings}
+
+
+def show_usual_options(parser: LightningArgumentParser) -> None:
+    """Put the options of the Trainer that most runs need into a group of their own."""
+    (trainer,) = (
+        group
+        for group in parser._action_groups
+        if any(action.dest == "trainer" for action in group._group_actions)
+    )
+    trainer.title = TRAINER_TITLE
+    usual = parser.add_argument_group(
+        "Pruning methods, and the options of Lightning's Trainer that most runs need",
+        f"Pruning methods for --trainer.callbacks: {', '.join(pruning_methods())}. "
+        "--trainer.callbacks.help NAME shows the arguments of one.",
+    )
+    names = [f"trainer.{name}{ending}" for name in USUAL for ending in ("", ".help")]
+    actions = {action.dest: action for action in trainer._group_actions}
+    usual._group_actions.extend(actions.pop(name) for name in names if name in actions)
+    trainer._group_actions[:] = actions.values()
+
+
+def pruning_methods() -> list[str]:
+    """Return the names of the pruning methods in prunelight.callbacks."""
+    exported = {name: getattr(prunelight.callbacks, name) for name in prunelight.callbacks.__all__}
+    methods = [name for name, made in exported.items() if issubclass(made, PruningCallback)]
+    return sorted(name for name in methods if not name.endswith("Callback"))
+
+
+def parse_error(message: str) -> str:
+    """Return an error of jsonargparse in one line: of a class's arguments, what that class says."""
+    own = re.search(
+        r"class_path '[\w.]*?(\w+)':\n(.+?)(?=\n +- |\n +Given|\Z)", message, flags=re.DOTALL
+    )
+    told = f"{own[1]}: {own[2]}" if own else message
+    told = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(told.split()))
+    return f"{told.replace('a typing.Literal[', 'one of [')} (prunelight fit --help says more)"
+
+
+def find_configs(arguments: Sequence[str]) -> list[str]:
+    """Replace each config name by the path of the installed config, unless a file here has it.
+
+    Raises:
+        FileNotFoundError: if a name is neither a file here nor an installed config.
+    """
+    paths = list(arguments)
+    for position, argument in enumerate(paths):
+        option, separator, value = argument.partition("=")
+        if option in ("--config", "-c") and separator:
+            paths[position] = f"{option}={_config_path(value)}"
+        elif position and paths[position - 1] in ("--config", "-c"):
+            paths[position] = _config_path(argument)
+    return paths
+
+
+def _config_path(name: str) -> str:
+    if Path(name).exists() or set(name) & set(":{[\n"):  # or the text of a config
+        return name
+    root = Path(str(files("prunelight.configs")))
+    installed = {path.name: path for path in sorted(root.rglob("*.yaml"))}
+    path = installed.get(name, root / name)  # papers/dlp_wanda_70.yaml too
+    if path.is_file():
+        return str(path)
+    near = get_close_matches(Path(name).name, installed) or installed
+    raise FileNotFoundError(
+        f"config {name!r} is neither a file here nor installed; installed are: {', '.join(near)}"
+    )
+
+
+def our_error(error: BaseException | None) -> BaseException | None:
+    """Return the error in a chain of causes that prunelight raised on purpose, if there is one.
+
+    It is one whose last frame is in our code. jsonargparse wraps errors of constructors in its own.
+    """
+    expected = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        folders = Path(frames[-1].filename).resolve().parents if frames else ()
+        if isinstance(error, expected) and any(package in folders for package in PACKAGES):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """Return an error for a file that a library could not write, such as a logger's, if it is that.
+
+    What prunelight itself writes says more, see `explaining_write_errors` of
+    `prunelight.runtime.atomic_files`.
+    """
+    expected = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in expected:
+            return OSError(
+                f"cannot write {error.filename or 'a file of the run'}: {error.strerror}; "
+                "checkpoints that were written before are intact. Start the same command again "
+                "when there is room"
+            )
+        error = error.__cause__ or error.__context__
+    return None

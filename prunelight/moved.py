@@ -1,0 +1,480 @@
+"""Old import paths: where each name went, with a DeprecationWarning that tells the new path.
+
+`import prunelight.module`, `from prunelight.module import RecoveryModule`, a pickle, and
+`class_path: prunelight.module.RecoveryModule` in a config give what they gave before. A module that
+is gone is made at its import and looks up each name when it is asked for. A module that still has
+its path, such as the folder `prunelight.recovery`, calls `serve_old_names` to do so too.
+
+A function whose name a module took, such as `prunelight.evaluation.perplexity`, can be called as
+before: its module is callable. `import prunelight` imports this file, so it needs nothing heavy.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Old module -> new module -> its names, as "old=new" where a name changed too.
+MOVED: dict[str, dict[str, str]] = {
+    "adaptation": {
+        "recovery.prepared_model": "Adapted=PreparedModel Settings=RecoverySettings",
+    },
+    "allocation": {
+        "planning.layer_choice": (
+            "check_depth_target layers_to_remove lowest=lowest_scores lowest_window resolve_indices"
+        ),
+        "planning.sparsity_shares": (
+            "MOST=MAX_SHARE clipped_by=clipping_excess dlp fit_to_target "
+            "mixed_kept=round_to_patterns owl uniform weighted_mean"
+        ),
+        "planning.slice_widths": "redundancies slicing_ratios slicing_widths uniform_width",
+    },
+    "analysis": {
+        "scoring.analysis": "Analysis KERNELS analyze attention_to_first_token",
+    },
+    "architecture": {
+        "models.families.architectures": (
+            "ARCHITECTURES Architecture REGISTERED_PREFIX Sublayers architecture_of is_sliced "
+            "lora_targets sublayers_of"
+        ),
+        "models.families.layers": (
+            "INDEX_ATTRIBUTES Matrix decoder_layers first_tensor layer_matrices layers_path "
+            "matrices"
+        ),
+        "models.families.config_fields": (
+            "accepts=config_accepts head_dim logits_finish maximum_length vocabulary_size"
+        ),
+        "models.families.rwkv": "restore_rwkv_scale",
+    },
+    "calibration": {
+        "calibration.windows": (
+            "Windows check_length check_windows counted_positions first_positions "
+            "micro_batches next_token_labels split_windows"
+        ),
+        "models.forward": (
+            "Visit evaluating hidden_name=hidden_states_argument replaced_forward "
+            "run_layers=forward_without_head watching_layers"
+        ),
+    },
+    "callbacks.base": {
+        "training.trainer": "pruning_callbacks=pruning_methods",
+        "run.checkpoints": "MEASURED",
+    },
+    "callbacks.dlp": {
+        "callbacks.weight_pruning": "ALLOCATIONS ALPHAS GRANULARITIES",
+        "callbacks.recovery.gradual_zeros": "GRADUAL_SOLVERS",
+    },
+    "callbacks.recovery_checkpoint": {
+        "callbacks.recovery.checkpoint": "RecoveryCheckpoint",
+    },
+    "callbacks.slicegpt": {
+        "pruning.slicing.targets": (
+            "EMBEDDINGS check_slice_options check_slice_target meet_parameters residual_dims "
+            "told_parameters=report_parameters"
+        ),
+    },
+    "callbacks.token_budget": {
+        "callbacks.recovery.token_budget": "TokenBudget",
+    },
+    "checkpoint": {
+        "run.checkpoints": (
+            "FORMAT KEY check_format check_same_parameters check_same_run check_same_settings "
+            "facts_of=read_metadata"
+        ),
+        "runtime.atomic_files": "reading=explaining_read_errors",
+    },
+    "choices": {
+        "runtime.arguments": "check_choice",
+    },
+    "cli": {
+        "lightning_cli": "CLI Parser disk_error find_configs our_error parse_error",
+        "training.trainer": "Trainer",
+    },
+    "components": {
+        "pruning.slicing.basis": (
+            "principal_components random_rotation read_basis set_weight signal_of write_basis"
+        ),
+    },
+    "data": {
+        "training.text_datamodule": "Example TextDataModule pad_examples",
+    },
+    "distillation": {
+        "recovery.distillation.objective": (
+            "Distillation LOSSES Objective TEACHERS check_objective kept_layers "
+            "hidden_loss=hidden_state_loss"
+        ),
+    },
+    "distributed": {
+        "run.strategies": (
+            "FSDP2Strategy check_quantized_strategy check_strategy ranks_of_run=group_of_run "
+            "share_of_tokens=loss_weight"
+        ),
+    },
+    "ending": {},
+    "evaluation": {
+        "evaluation.perplexity": "Evaluation evaluate perplexity",
+        "evaluation.speed": (
+            "Latency LatencyProtocol Speed forward_seconds measure_latency measure_speed"
+        ),
+        "runtime.measuring": "Measurement measuring peak_memory",
+        "runtime.devices": "device_name free_memory synchronize",
+        "models.forward": "greedy_tokens",
+        "models.sizes": "linear_sparsity",
+        "evaluation.stages": "measure_stage new_record",
+        "models.placement": "place_for=device_with_room to_device where_it_fits=move_if_it_fits",
+    },
+    "files": {
+        "runtime.atomic_files": (
+            "check_writable explaining=explaining_write_errors flush newest_checkpoint "
+            "remove_temporaries replacing=atomic_replacement"
+        ),
+    },
+    "gradual": {
+        "recovery.zeros.gradual_zeros": "CURVES Gradual RunningNorm Schedule weights_with_adapters",
+    },
+    "handover": {
+        "run.preflight": "check_output",
+        "run.run_state": "plan_files",
+    },
+    "head": {
+        "recovery.distillation.language_head": "Head=LanguageHead plain=without_adapters",
+    },
+    "importance": {
+        "scoring.importance": "magnitude_scores saliencies taylor_scores",
+    },
+    "loader": {
+        "training.resumable_loader": "ResumableLoader",
+    },
+    "maps": {
+        "evaluation.report.writing": "bullets write_whole",
+        "evaluation.report.heat_maps": "plot_angles plot_cka plot_states",
+        "evaluation.report.analysis_report": "write_analysis",
+    },
+    "masking": {
+        "recovery.zeros.masked_lora": (
+            "MaskedParamWrapper MaskedSum MaskedUpdate MaskedVariant=MaskedLora "
+            "PackedVariant=QuantizedMaskedLora mask_adapters"
+        ),
+        "recovery.zeros.weight_masks": "WeightMasks ZeroRecord pack=pack_mask unpack=unpack_mask",
+    },
+    "merging": {
+        "pruning.merge_layers": "check_mergeable merged_layer merged_weights projection_names",
+        "models.families.config_fields": "OTHER_LISTS=LISTS_NOT_PER_LAYER",
+    },
+    "metrics": {
+        "evaluation.metrics": "TokenAccuracy TokenPerplexity",
+        "losses": "counted_targets next_token_loss next_token_sums",
+        "models.sizes": "parameter_bytes parameter_count zero_share",
+    },
+    "models": {
+        "models.loading": (
+            "BUNDLED DTYPES Source find_source load load_config load_tokenizer "
+            "quiet_transformers reach=check_hub resolve_dtype"
+        ),
+    },
+    "module": {
+        "training.recovery_module": "RecoveryModule",
+    },
+    "orthogonality": {
+        "evaluation.orthogonality": "Cell Interaction LIMIT ROWS orthogonality_section",
+    },
+    "packing": {
+        "data.document_rows": "PACKINGS best_fit cut=cut_document pack_documents",
+        "recovery.packed_rows": (
+            "check_packed check_packing leakage=cross_document_attention model_inputs"
+        ),
+    },
+    "plan": {
+        "planning.plan": "FORMAT Plan sparsified=planned_sparsity",
+        "planning.fingerprints": (
+            "describe_model describe_windows fingerprint_of library_versions model_fingerprint"
+        ),
+    },
+    "plots": {
+        "evaluation.report.plan_facts": ("Json LayerZeros by_sublayer explained_variance percent"),
+        "evaluation.report.layer_plots": "draw_bars draw_panels plot_layers",
+    },
+    "precision": {
+        "recovery.precision": "precision_faults",
+    },
+    "quantization": {
+        "recovery.quantization": (
+            "BLOCK BitsAndBytes FOUR_BIT QUANTIZATIONS check_kind check_quantizable "
+            "check_widths describe_kind quantize quantized_matrices"
+        ),
+        "run.measurements": "add_quantized",
+        "models.sizes": "stored_bytes",
+    },
+    "recording": {
+        "run.measurements": "describe_evaluation stage_of_run=measure_run_stage start_record",
+    },
+    "recovery": {
+        "recovery.lora": (
+            "LoRA attach_lora check_targets freeze make_trainable merge_lora train_all"
+        ),
+        "recovery.zeros.planned_zeros": "PlannedZeros",
+        "recovery.schedules": "RECOVERIES check_settings make_schedule",
+    },
+    "regions": {
+        "recovery.compiled_layers": "check_backend compile_layers uncompile_layers",
+    },
+    "replay": {
+        "scoring.model_variants": "Replay=VariantReplay Unit=VariantLayer",
+    },
+    "report": {
+        "evaluation.report.record": "Cost FORMAT RunRecord Stage",
+        "evaluation.report.report": "summary_table write_report",
+    },
+    "resume": {
+        "training.exact_resume": (
+            "AtomicCheckpointIO ExactResume KEY VOLATILE describe_run seed_batch write_atomically"
+        ),
+    },
+    "retraining": {
+        "recovery.overfitting": (
+            "Evaluated=ValidationPoint METRIC TrainingText overfit_risk overfitting"
+        ),
+        "training.recovery_watch": "RecoveryWatch WatchedModule best_checkpoint restore",
+    },
+    "rotation": {
+        "pruning.slicing.targets": "allowed_widths",
+        "pruning.slicing.shared_rotation": (
+            "check_shareable check_shared share_rotation shared_parameters"
+        ),
+    },
+    "saving": {
+        "models.saving": (
+            "MARKER Saved=SavedModel check_replaceable name_code=name_remote_code save verify"
+        ),
+    },
+    "scoring": {
+        "scoring.block_influence": (
+            "BlockInfluence block_influence block_influences sublayer_influences"
+        ),
+        "scoring.angular_distance": "angular_distance angular_distances",
+        "calibration.statistics": "check_finite",
+        "calibration.windows": "last_positions",
+        "scoring.weight_scores": "WeightScore weight_scores",
+    },
+    "sharded": {
+        "recovery.sharded_weights": (
+            "gather_trained local=local_shard local_part=shard_like shard "
+            "total=sum_over_shards trained_parameters whole=whole_tensor"
+        ),
+    },
+    "shares": {
+        "runtime.processes": "Ranks=ProcessGroup WAIT",
+        "calibration.shared_windows": (
+            "MICRO_BATCH_TOKENS SharedWindows first_row=first_own_window own_windows "
+            "ranks_of=group_of share_windows"
+        ),
+    },
+    "similarity": {
+        "scoring.similarity": "CRITERIA Similarity similarity_to",
+    },
+    "sliced": {
+        "models.families.sliced": (
+            "FAMILIES LAYERS MODELS PREFIX SHORTCUTS Shortcut SlicedGemmaLayer SlicedLayer "
+            "SlicedModel SlicedOPTLayer SlicedPhi3Layer UnitNorm embeddings_of family_of "
+            "last_norm norm_eps resize stack_of strip_last_norm strip_norms"
+        ),
+    },
+    "slicing": {
+        "pruning.slicing.slice_hidden": (
+            "SliceOutcome Slicer check_slice check_sliceable check_tokens slice_hidden untie"
+        ),
+        "pruning.slicing.targets": "sliced_parameters",
+    },
+    "sliding": {
+        "planning.sliding_search": (
+            "Groups Slide=SlidingPass SpentError=BudgetExceededError exchange=swap_layers "
+            "most_removable=max_removable_layers search=search_threshold slide "
+            "windows_of=merge_windows"
+        ),
+    },
+    "sparsify": {
+        "pruning.sparsity.sparsify": (
+            "Outcome=SparsifyOutcome SOLVERS amount_of check_data check_step sparsify"
+        ),
+    },
+    "sparsity": {
+        "pruning.sparsity.masks": (
+            "Amount Pattern check_width count_zeros lowest_mask magnitude_mask matrix_mask "
+            "row_mask wanda_mask wanda_variant_mask"
+        ),
+        "pruning.sparsity.sparsegpt": "SparseGPT inverse_factor sparsegpt sparsegpt_stacked",
+        "scoring.weight_scores": "wanda_scores",
+    },
+    "statistics": {
+        "calibration.cka": "CKA",
+        "calibration.statistics": (
+            "Gram Hessian InputNorm InputVariance MeanCosine exact_median token_cosine"
+        ),
+        "runtime.devices": "float64_device ties_in_any_order=allowing_nondeterministic_ties",
+    },
+    "steps": {
+        "planning.steps": (
+            "DropSublayers MERGES MergeLayers PruneWidth RemoveLayers SLICE_OPTIONS STEPS "
+            "SliceHidden Sparsify Step layer_of renumber renumbered step_from_dict"
+        ),
+    },
+    "sublayers": {
+        "models.families.dropped_sublayers": "CLASSES DroppedSublayer SUBLAYERS dropped",
+        "pruning.drop_sublayers": (
+            "check_droppable check_leading drop_sublayers fixed_sublayers leading_attentions"
+        ),
+    },
+    "surgery": {
+        "pruning.apply": "apply",
+        "pruning.remove_layers": "REFUSED_FIELDS check_removable remove_layers",
+        "models.families.config_fields": "COUNTING_FIELDS cut_config",
+        "pruning.merge_layers": "merge_layers",
+    },
+    "teacher_cache": {
+        "recovery.distillation.teacher_cache": "BLOCK Batches DESCRIPTION FORMAT TeacherCache",
+    },
+    "teaching": {
+        "run.teacher": "TeacherSource check_teacher meet_teacher=prepare_teacher",
+    },
+    "trials": {
+        "calibration.windows": "first_windows",
+        "pruning.slicing.trial": "sliced_perplexity",
+    },
+    "variants": {
+        "scoring.model_variants": "MergedVariants",
+    },
+    "walk": {
+        "calibration.input_statistics": "InputStatistics",
+        "calibration.layer_walk": "Call LayerWalk",
+    },
+    "width": {
+        "scoring.width_scores": (
+            "KINDS Member=ProjectionPart SCORES Widths allowed_groups "
+            "members_of=projection_parts width_scores widths_of"
+        ),
+        "pruning.prune_width": "check_width prune_width",
+    },
+    "windows": {
+        "data.token_windows": (
+            "Bos bos_token_id calibration_windows pack=pack_windows sample_indices tokenize "
+            "tokenize_documents"
+        ),
+        "data.instructions": (
+            "ALPACA_CONTEXT ALPACA_TEMPLATE INSTRUCTION_FIELDS Messages instruction_example "
+            "is_instruction_row"
+        ),
+        "data.sources": "DATASET_NAME Row SAMPLES SUFFIXES read_documents",
+        "losses": "IGNORED_LABEL",
+    },
+}
+
+# The same for names that are gone, as their parameters were others: what does their work now.
+REPLACED: dict[str, dict[str, str]] = {
+    "callbacks.base": {"run.start": "prune_base=start"},
+    "cli": {"lightning_cli": "CALLBACKS=PACKAGES PACKAGE=PACKAGES"},
+    "distributed": {"runtime.processes.ProcessGroup": "on_rank_zero=run_on_rank_zero"},
+    "ending": {"run.finish": "end_fit=finish"},
+    "handover": {"run.finish": "hand_over=finish save_adapter=finish"},
+    "plots": {
+        "evaluation.report.plan_facts.PlanFacts": (
+            "fates=layer_outcomes has_own_class layer_zeros merged_groups nominal "
+            "removed_layers score_lists steps_of"
+        ),
+        "planning.steps.SliceHidden": "share_sliced=share_removed sliced_sites",
+    },
+    "recording": {"run.measurements": "evaluation_windows=held_out_windows"},
+}
+
+
+def _by_name(table: dict[str, dict[str, str]]) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return old module -> old name -> new module, new name; all with the package's name."""
+    return {
+        f"prunelight.{old}": {
+            entry.partition("=")[0]: (f"prunelight.{new}", entry.rpartition("=")[2])
+            for new, names in homes.items()
+            for entry in names.split()
+        }
+        for old, homes in table.items()
+    }
+
+
+HOMES = _by_name(MOVED)
+SUCCESSORS = _by_name(REPLACED)
+
+
+class ModuleWithOldNames(ModuleType):
+    """A module that looks up the names that were defined under its path before."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what an old name stands for now; Python asks only for names that are not here."""
+        if name not in HOMES[self.__name__]:
+            place, successor = SUCCESSORS.get(self.__name__, {}).get(name, ("", ""))
+            told = f"; {place}.{successor} does its work now" if successor else ""
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}{told}")
+        module, new_name = HOMES[self.__name__][name]
+        if module == f"{self.__name__}.{name}":
+            return import_module(module)  # a callable module
+        _warn(f"{self.__name__}.{name}", f"{module}.{new_name}")
+        return getattr(import_module(module), new_name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Make a submodule callable if it took the name of a function; Python binds it here."""
+        if isinstance(value, ModuleType) and name in HOMES[self.__name__]:
+            value.__class__ = CallableModule
+        super().__setattr__(name, value)
+
+
+class CallableModule(ModuleType):
+    """A module that took the name of a function, and may still be called as that function."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function of the module's own name."""
+        name = self.__name__.rpartition(".")[2]
+        _warn(f"the function {self.__name__}", f"{self.__name__}.{name}")
+        return getattr(self, name)(*args, **kwargs)
+
+
+class MovedFinder(MetaPathFinder, Loader):
+    """Finds the modules that are gone."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return a spec for a path of the table; other finders were asked first."""
+        return ModuleSpec(fullname, self) if fullname in HOMES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return a module that holds nothing and looks up its old names."""
+        module = ModuleWithOldNames(spec.name, "Moved; each name tells its new path.")
+        vars(module)["__all__"] = list(HOMES[spec.name])
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run nothing."""
+
+
+def serve_old_names(module: str) -> None:
+    """Let a module that exists look up the names that it held before; its loaded submodules too."""
+    for old in HOMES:
+        if old == module or (old.startswith(f"{module}.") and old in sys.modules):
+            sys.modules[old].__class__ = ModuleWithOldNames
+
+
+def find_moved_modules() -> None:
+    """Let Python find the modules that are gone, after all that exist."""
+    if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
+        sys.meta_path.append(MovedFinder())
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(
+        f"{old} is now {new}; the old path goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,  # who imports or calls
+    )

@@ -1,0 +1,161 @@
+"""Runs of a LightningModule of the user's own, whose `model` is a transformers model after setup.
+
+Pruning replaces `module.model` by the pruned model, after the module's own `setup` and before
+`configure_model` and `configure_optimizers`. The module trains in its own way. Planned zeros are
+kept meanwhile, and at the end the model is saved as final/ with a report, as a RecoveryModule does.
+Not done for such modules: gradual schedules, 4 bits, FSDP2 and bit-exact resume.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from prunelight.recovery.lora import merge_lora
+from prunelight.recovery.prepared_model import RecoverySettings
+from prunelight.recovery.zeros.planned_zeros import PlannedZeros
+from prunelight.run.finish import save_and_report
+from prunelight.run.method import PruningMethod
+from prunelight.run.run_state import Run
+from prunelight.run.start import start
+from prunelight.run.strategies import Place
+from prunelight.runtime.measuring import measuring
+
+log = logging.getLogger(__name__)
+
+RUN = "prunelight_run"  # attribute of the module that keeps its run
+
+
+def prune_after_setup(
+    trainer: Trainer, module: LightningModule, methods: list[PruningMethod]
+) -> None:
+    """Prune `module.model` as soon as the module's own `setup` has returned.
+
+    Lightning calls the callbacks' `setup` first, when a module may not have its model yet.
+    """
+    own_setup = module.setup
+
+    def setup(stage: str) -> None:
+        del module.setup  # from now on the module's own again
+        own_setup(stage=stage)
+        run = run_of(module, trainer)
+        if run.base is None:  # a second fit goes on with the pruned model
+            start(run, methods)
+            run.load_model().train()  # from_pretrained leaves eval mode, and so does Lightning
+        if not any(isinstance(callback, OwnModuleRecovery) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.append(OwnModuleRecovery(run))  # type: ignore[attr-defined]
+
+    module.setup = setup  # type: ignore[method-assign]
+
+
+def run_of(module: LightningModule, trainer: Trainer) -> Run:
+    """Return the run of a module, made at its first fit.
+
+    Raises:
+        TypeError: if `module.model` is no transformers model without adapters.
+        ValueError: if there is no tokenizer, or the strategy shards weights.
+    """
+    place, name = Place(trainer), type(module).__name__
+    if place.shards_weights:
+        raise ValueError(
+            f"strategy=fsdp2 shards a prunelight RecoveryModule only, not a {name}; use ddp or one "
+            "device"
+        )
+    run = getattr(module, RUN, None)
+    if run is None:
+        model = _checked_model(module)
+        run = Run(
+            module,
+            model.name_or_path or name,
+            trust_remote_code=getattr(module, "trust_remote_code", False),
+            settings=RecoverySettings(recovery="own"),
+        )
+        setattr(module, RUN, run)
+        run.tokenizer = getattr(module, "tokenizer", None) or getattr(place.data, "tokenizer", None)
+    if run.tokenizer is None:
+        raise ValueError(
+            f"neither {name} nor its data has a `tokenizer`, which is saved beside the pruned "
+            "weights; set one of the two"
+        )
+    run.attach(place)
+    return run
+
+
+def _checked_model(module: LightningModule) -> PreTrainedModel:
+    """Return the model of a module, if it can be pruned."""
+    model: Any = getattr(module, "model", None)
+    name = type(module).__name__
+    if isinstance(model, PeftModel):
+        raise TypeError(
+            f"{name}.model has adapters before it is pruned; attach them in configure_model, which "
+            "Lightning calls after the pruning"
+        )
+    if not isinstance(model, PreTrainedModel):
+        kind = "missing" if model is None else type(model).__name__
+        raise TypeError(
+            f"{name}.model is {kind}; a module that is pruned must have a transformers "
+            "PreTrainedModel as `model` after setup (or be a prunelight RecoveryModule)"
+        )
+    if frozen := sum(not parameter.requires_grad for parameter in model.parameters()):
+        log.warning(
+            "%s.model has %d frozen parameters, which the pruned model has not: freeze them in "
+            "configure_model, which Lightning calls after the pruning",
+            name,
+            frozen,
+        )
+    return model
+
+
+class OwnModuleRecovery(Callback):
+    """Keeps planned zeros while a module of the user's own trains, and saves its result.
+
+    Args:
+        run: whose model is pruned, and has no adapters yet.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._zeros = PlannedZeros.find(run.load_model(), run.plans())
+        self._phase: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the zeros that plans put into the model, from the first step on."""
+        model = self.run.model
+        assert model is not None
+        if self._zeros.planned:
+            self._zeros.keep(model, gradual=False)
+        if self._zeros.masks is not None:
+            for optimizer in trainer.optimizers:
+                self._zeros.masks.watch(optimizer)
+        self._phase = measuring(self.run.place.device, self.run.training_cost)
+        self.run.training_cost = self._phase.__enter__()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop to measure the training."""
+        self._phase.__exit__(None, None, None)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge adapters of peft, save a verified directory, evaluate, and write the report.
+
+        Raises:
+            RuntimeError: if a weight that must be zero is not.
+        """
+        model: Any = self.run.model
+        if isinstance(model, PeftModel):
+            model = merge_lora(model)
+        self._zeros.check()
+        if self._zeros.masks is not None:
+            self._zeros.masks.unwatch()
+        self.run.holder.model = model.eval()
+        if self.run.record is not None:
+            self.run.record.recovery = {
+                "mode": type(pl_module).__name__,
+                "optimizer_steps": trainer.global_step,
+                "precision": self.run.place.precision,
+            }
+        self.run.place.group.run_on_rank_zero(partial(save_and_report, self.run, model))
