@@ -37,7 +37,7 @@ from prunelight.scoring.block_influence import block_influences
 
 log = logging.getLogger(__name__)
 
-BASE_FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)  # bases that a sweep tries, as parts of the mean ratio
+FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)  # bases that a sweep tries, as parts of the mean ratio
 
 _HELD_OUT = 4  # a sweep compares bases on one window in four
 
@@ -161,7 +161,7 @@ class DynamicSlicing(SlicingCallback):
     def _bases(self) -> list[tuple[float | None, float | None]]:
         """Return the bases to try: (fraction of the mean ratio, None) or (None, base)."""
         if self.base_ratio is None:
-            return [(fraction, None) for fraction in BASE_FRACTIONS]
+            return [(fraction, None) for fraction in FRACTIONS]
         bases = self.base_ratio if isinstance(self.base_ratio, list) else [self.base_ratio]
         return [(None, base) for base in bases]
 

@@ -26,7 +26,7 @@ from prunelight.scoring.model_variants import VariantReplay
 
 SCORES = ("perplexity", "taylor", "magnitude")
 
-PROTECTED_ENDS = [0, 1, 2, 3, -2, -1]  # the paper's, for "taylor" and "magnitude"
+ENDS = [0, 1, 2, 3, -2, -1]  # the paper's, for "taylor" and "magnitude"
 
 
 class ShortenedLlama(PruningCallback):
@@ -82,8 +82,8 @@ class ShortenedLlama(PruningCallback):
             with VariantReplay(
                 model, windows, "nll", device=self.device, offload=self.offload_activations
             ) as replay:
-                units = replay.layers
-                similarities = [replay.score(i, units[i + 1 :]) for i in range(len(units))]
+                layers = replay.layers
+                similarities = [replay.score(i, layers[i + 1 :]) for i in range(len(layers))]
             # A similarity that underflows to 0 has no logarithm.
             scores = [-math.log(max(similarity, 1e-300)) for similarity in similarities]
         step = RemoveLayers(tuple(self._choose(scores)))
@@ -92,7 +92,7 @@ class ShortenedLlama(PruningCallback):
     def _choose(self, scores: list[float]) -> list[int]:
         protected = self.protected
         if protected is None:
-            ends = [] if self.score == "perplexity" else PROTECTED_ENDS
+            ends = [] if self.score == "perplexity" else ENDS
             protected = [i for i in ends if -len(scores) <= i < len(scores)]
         count = layers_to_remove(self.ratio, self.num_layers, len(scores))
         return lowest_scores(scores, count, protected)

@@ -90,8 +90,8 @@ class SLEB(PruningCallback):
             for _ in range(count):
                 scores = {
                     position: replay.score(position, replay.layers[position + 1 :])
-                    for position, unit in enumerate(replay.layers)
-                    if unit.index not in protected
+                    for position, layer in enumerate(replay.layers)
+                    if layer.index not in protected
                 }
                 best, similarity = max(scores.items(), key=itemgetter(1))
                 if not math.isfinite(similarity):

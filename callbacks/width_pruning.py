@@ -27,7 +27,7 @@ from prunelight.scoring.width_scores import SCORES, allowed_groups, width_scores
 
 log = logging.getLogger(__name__)
 
-CONFIG_FIELDS: dict[str, str] = {"heads": "num_key_value_heads", "neurons": "intermediate_size"}
+FIELDS: dict[str, str] = {"heads": "num_key_value_heads", "neurons": "intermediate_size"}
 
 
 class WidthPruning(PruningCallback):
@@ -95,7 +95,7 @@ class WidthPruning(PruningCallback):
         kept = {kind: dict.fromkeys(layers, (*range(n),)) for kind, n in counts.items()}
         check_width(model, PruneWidth(kept.get("heads", {}), kept.get("neurons", {})))
         for kind, name in (("heads", "head_ratio"), ("neurons", "neuron_ratio")):
-            if getattr(self, name) and counts[kind] == before[CONFIG_FIELDS[kind]]:
+            if getattr(self, name) and counts[kind] == before[FIELDS[kind]]:
                 log.warning("%s=%s removes none of %d", name, getattr(self, name), counts[kind])
 
     def widths(self, model: PreTrainedModel) -> dict[str, int]:
@@ -133,7 +133,7 @@ class WidthPruning(PruningCallback):
         widths: dict[str, int] = {}
         for kind, scores in width_scores(model, windows, self.score, [*counts]).items():
             kept[kind], kept_shares[f"share_of_{kind}_score_kept"] = _best(scores, counts[kind])
-            field = CONFIG_FIELDS[kind]
+            field = FIELDS[kind]
             widths |= {field: counts[kind], f"{field}_before": before[field]}
         step = PruneWidth(kept.get("heads", {}), kept.get("neurons", {}), self.correction)
         return self.make_plan(model, windows, step, scores=kept_shares, found=widths)
