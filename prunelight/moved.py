@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -136,7 +137,7 @@ MOVED: dict[str, dict[str, str]] = {
         ),
     },
     "gradual": {
-        "recovery.zeros.gradual_zeros": "CURVES Gradual RunningNorm Schedule weights_with_adapters",
+        "recovery.zeros.gradual_zeros": "CURVES Gradual=GradualMasks RunningNorm Schedule weights_with_adapters",
     },
     "handover": {
         "run.preflight": "check_output",
@@ -392,6 +393,33 @@ REPLACED: dict[str, dict[str, str]] = {
 }
 
 
+_OF_RUN = (
+    "load_model plans plan_files warn use_base use_result forget_model checked_tokenizer latency "
+    "gradual trust_remote_code"
+)
+_OF_SETTINGS = "lora keep_zeros gradient_checkpointing quantization bitsandbytes compile_backend"
+# Old attributes of a RecoveryModule -> where they are now.
+ATTRIBUTES = {
+    **{name: f"run.{name}" for name in _OF_RUN.split()},
+    **{name: f"run.settings.{name}" for name in _OF_SETTINGS.split()},
+    "read_base": "run.read_again",
+    "dtype_name": "run.dtype",
+}
+
+
+def moved_attribute(holder: Any, name: str) -> Any:
+    """Return an old attribute of a RecoveryModule, with a warning.
+
+    Raises:
+        AttributeError: if it never was one.
+    """
+    if name not in ATTRIBUTES:
+        raise AttributeError(f"{type(holder).__name__!r} object has no attribute {name!r}")
+    kind = type(holder).__name__
+    _warn(f"{kind}.{name}", f"{kind}.{ATTRIBUTES[name]}", stacklevel=4)
+    return attrgetter(ATTRIBUTES[name])(holder)
+
+
 def _by_name(table: dict[str, dict[str, str]]) -> dict[str, dict[str, tuple[str, str]]]:
     """Return old module -> old name -> new module, new name; all with the package's name."""
     return {
@@ -472,9 +500,9 @@ def find_moved_modules() -> None:
         sys.meta_path.append(MovedFinder())
 
 
-def _warn(old: str, new: str) -> None:
+def _warn(old: str, new: str, stacklevel: int = 3) -> None:
     warnings.warn(
         f"{old} is now {new}; the old path goes with the next release",
         DeprecationWarning,
-        stacklevel=3,  # who imports or calls
+        stacklevel=stacklevel,  # who imports or calls
     )

@@ -6,17 +6,19 @@ import pickle
 import pkgutil
 import sys
 import warnings
+from operator import attrgetter
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
+from runs import make_module, write_model
 from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.callbacks import TokenBudget
-from prunelight.moved import HOMES, SUCCESSORS, CallableModule
+from prunelight.moved import ATTRIBUTES, HOMES, SUCCESSORS, CallableModule
 from prunelight.recovery.lora import LoRA
 from prunelight.scoring.angular_distance import angular_distance
 from prunelight.scoring.block_influence import block_influence
@@ -155,3 +157,12 @@ def test_a_module_that_took_the_name_of_a_function_can_be_called_as_it():
         scores = prunelight.scoring.weight_scores(model, windows, "mean")
     assert scores == weight_scores(model, windows, "mean")
     assert perplexity.evaluate is prunelight.evaluate, "it is a module too"
+
+
+def test_old_attributes_of_a_module_are_the_runs_now_and_warn(tmp_path):
+    module = make_module(write_model(tmp_path / "model"))
+    for name, path in ATTRIBUTES.items():
+        with pytest.warns(DeprecationWarning, match=rf"RecoveryModule\.{name} is now .*{path}"):
+            assert getattr(module, name) == attrgetter(path)(module)
+    with pytest.raises(AttributeError, match="has no attribute 'nowhere'"):
+        _ = module.nowhere

@@ -62,10 +62,11 @@ def explaining_write_errors(path: Path, checkpoint: Path | None = None) -> Itera
         reason = _system_reason(error)
         if reason is None:
             raise
-        safe = f"checkpoint {checkpoint}" if checkpoint else "what was there before"
+        intact = f"checkpoint {checkpoint}" if checkpoint else "what was there before"
         raise OSError(
-            f"cannot write {path}: {reason}; {safe} is intact. Free space or choose another place "
-            "(trainer.default_root_dir), then start the same command again: it goes on from there"
+            f"cannot write {path}: {reason}; {intact} is intact. Free space or choose "
+            "another place (trainer.default_root_dir), then start the same command again: it goes "
+            "on from there"
         ) from error
 
 

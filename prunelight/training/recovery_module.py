@@ -28,6 +28,7 @@ from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.speed import LatencyProtocol
 from prunelight.losses import next_token_sums
 from prunelight.models.loading import resolve_dtype
+from prunelight.moved import ATTRIBUTES, moved_attribute
 from prunelight.recovery.compiled_layers import check_backend
 from prunelight.recovery.distillation.objective import Distillation, Objective
 from prunelight.recovery.lora import LoRA
@@ -201,6 +202,12 @@ class RecoveryModule(WatchedModule):
     def masks(self) -> WeightMasks | None:
         """Masks of sparsified weights; None if there is nothing that needs them."""
         return self.run.masks
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a parameter or module, or an attribute that is the run's now."""
+        if name in ATTRIBUTES:
+            return moved_attribute(self, name)
+        return super().__getattr__(name)
 
     # --- the start ---------------------------------------------------------------------------
 

@@ -151,11 +151,11 @@ class TeacherCache:
             )
         if fingerprint != self.fingerprint:
             names = ("teacher", "data", "k", "temperature")
-            odd = [name for name in names if description.get(name) != self.description[name]]
+            differing = [name for name in names if description.get(name) != self.description[name]]
             raise ValueError(
                 f"the teacher cache {self.directory} has fingerprint {fingerprint}, this run needs "
-                f"{self.fingerprint}: it differs in {', '.join(odd)} (data are the tokens of the "
-                "training set); set distillation.cache to another directory, or leave it out"
+                f"{self.fingerprint}: it differs in {', '.join(differing)} (data are the tokens of "
+                "the training set); set distillation.cache to another directory, or leave it out"
             )
 
     def missing(self) -> list[int]:
@@ -274,8 +274,8 @@ def _rows(batch: Mapping[str, Tensor]) -> Iterator[tuple[bytes, int, int]]:
     """Yield for each row: a key of its tokens and labels, number of tokens, number that count."""
     ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     mask = batch.get("attention_mask")
-    kept = torch.ones_like(ids) if mask is None or mask.ndim != 2 else mask.cpu()
-    for row, row_labels, keep in zip(ids, labels, kept.bool(), strict=True):
+    is_token = torch.ones_like(ids) if mask is None or mask.ndim != 2 else mask.cpu()
+    for row, row_labels, keep in zip(ids, labels, is_token.bool(), strict=True):
         row, row_labels = row[keep], row_labels[keep]
         key = hashlib.sha256(row.numpy().tobytes() + row_labels.numpy().tobytes()).digest()[:16]
         yield key, len(row), len(counted_targets(row_labels[None])[0])

@@ -1,4 +1,4 @@
-"""Gradual sparsity: the share of zeros rises while the model trains.
+"""GradualMasks sparsity: the share of zeros rises while the model trains.
 
 The share rises along a cubic (Zhu & Gupta, arXiv:1710.01878) or linear curve. The solver scores the
 current weights with running norms of the training inputs, so that its choice follows the training.
@@ -81,7 +81,7 @@ class RunningNorm(InputNorm):
         super().update(x)
 
 
-class Gradual:
+class GradualMasks:
     """The running input norms of a training, and the masks that follow from these norms.
 
     Args:
