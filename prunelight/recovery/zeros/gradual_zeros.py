@@ -1,4 +1,4 @@
-"""GradualMasks sparsity: the share of zeros rises while the model trains.
+"""Gradual sparsity: the share of zeros rises while the model trains.
 
 The share rises along a cubic (Zhu & Gupta, arXiv:1710.01878) or linear curve. The solver scores the
 current weights with running norms of the training inputs, so that its choice follows the training.
