@@ -136,7 +136,9 @@ MOVED: dict[str, dict[str, str]] = {
         ),
     },
     "gradual": {
-        "recovery.zeros.gradual_zeros": "CURVES Gradual RunningNorm Schedule weights_with_adapters",
+        "recovery.zeros.gradual_zeros": (
+            "CURVES Gradual=GradualMasks RunningNorm Schedule weights_with_adapters"
+        ),
     },
     "handover": {
         "run.preflight": "check_output",
