@@ -61,7 +61,6 @@ def start(run: Run, methods: list[PruningMethod]) -> None:
         RuntimeError: on the other processes, if one failed.
     """
     facts = preflight(run, methods)
-    run.gradual = any(method.gradual for method in methods)
     with run.place.group.failing_together():
         base, record = _find_base(facts)
         if record is None:
