@@ -70,7 +70,7 @@ class PruningCallback(Callback, ABC):
             found=found or {},
             steps=steps,
         )
-        return group_of(windows).on_zero(lambda: plan)
+        return group_of(windows).run_on_rank_zero(lambda: plan)
 
     @abstractmethod
     def check(self, model: PreTrainedModel) -> None:

@@ -1,15 +1,16 @@
 """DynamicSlicing: slice each decoder layer by its redundancy, with SliceGPT's rotations.
 
-Layer Redundancy v is 1 - Block Influence, stretched to [0, 1]; of its width a layer loses
-v (mean - base) / mean(v) + base (arXiv:2411.03513). The released code scores the last layer after
-the final norm, neither clips nor rounds, and picks the base on the evaluation; here it is picked on
-calibration windows that the rotations did not see.
+Layer Redundancy v is 1 - Block Influence, rescaled to [0, 1]. A layer loses the share
+v (mean - base) / mean(v) + base of its width (arXiv:2411.03513). The released code scores the last
+layer after the final norm, neither clips nor rounds, and picks the base on the evaluation data.
+Here calibration windows that the rotations did not see pick the base.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any, Literal
 
@@ -36,9 +37,9 @@ from prunelight.scoring.block_influence import block_influences
 
 log = logging.getLogger(__name__)
 
-FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the mean ratio, that a sweep tries as the base
+FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)  # bases that a sweep tries, as parts of the mean ratio
 
-_HELD_OUT = 4  # one window in so many judges the bases of a sweep
+_HELD_OUT = 4  # a sweep compares bases on one window in four
 
 
 class DynamicSlicing(SlicingCallback):
@@ -46,13 +47,14 @@ class DynamicSlicing(SlicingCallback):
 
     Args:
         slice_ratio: share of the hidden width to remove, mean over the layers, in [0, 1).
-        base_ratio: share that a layer without redundancy loses, in [0, slice_ratio]; equal to it,
-            this is SliceGPT. Several, or None (1, 3/4, 1/2, 1/4 and 0 of the ratio), are tried on
-            a quarter of the calibration windows, each for the cost of one slicing.
+        base_ratio: share that a layer without redundancy loses, in [0, slice_ratio]; base_ratio
+            equal to slice_ratio is SliceGPT. Of a list, the value with the lowest perplexity on a
+            quarter of the calibration windows is taken; each value costs one slicing. None tries
+            1, 3/4, 1/2, 1/4 and 0 times slice_ratio.
         parameter_ratio: share of all parameters to remove, instead of `slice_ratio`.
         round_to: what widths must be multiples of: 8 for fast kernels, 64 for 4 bits.
         embedding: "full", "sliced" or "auto", as in SliceGPT.
-        signal: components of the "residual" or of the "normalized" one, as in SliceGPT.
+        signal: signal whose components are kept, "residual" or "normalized", as in SliceGPT.
         orientation: "pca" or "random", as in SliceGPT.
         seed: of the random orientation.
         export_remote_code: put the code of the sliced class beside the result, which then loads
@@ -96,7 +98,7 @@ class DynamicSlicing(SlicingCallback):
         self.export_remote_code, self.offload_activations = export_remote_code, offload_activations
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check that the model can be sliced so far.
+        """Check that the model can be sliced to the widths that the arguments ask for.
 
         Raises:
             ValueError: if nothing would be left, or the parameters cannot be met.
@@ -110,11 +112,11 @@ class DynamicSlicing(SlicingCallback):
         """Check the windows.
 
         Raises:
-            ValueError: if the model cannot read them, or they hold too few tokens, less those that
-                are held out to choose among several bases.
+            ValueError: if the model cannot read the windows, or they hold too few tokens without
+                those that are held out to choose among several bases.
         """
         super().check_calibration(model, windows)
-        held_out, total = self._held_out(windows), len(split_windows(windows)[0])
+        held_out, total = self._num_held_out(windows), len(split_windows(windows)[0])
         try:
             check_tokens(model, first_windows(windows, total - held_out))
         except ValueError as error:
@@ -135,39 +137,39 @@ class DynamicSlicing(SlicingCallback):
         self.check_calibration(model, windows)
         influence = block_influences(model, windows).mean
         redundancy = redundancies(influence)
-        tried: dict[float, SliceHidden] = {}
+        candidates: dict[float, SliceHidden] = {}  # base -> step
         for fraction_or_base in self._bases():
             dims, base = self._dims(model, redundancy, *fraction_or_base)
             self._warn_if_clipped(redundancy, mean_ratio(model, dims), base)
             check_tokens(model, windows, dims[0])
             step = SliceHidden(dims, self.signal, self.orientation, seed=self.seed)
-            if step not in tried.values():  # not the same widths twice
-                tried[base] = step
-        best, perplexities = next(iter(tried)), {}
-        if len(tried) > 1:
-            perplexities = self._sweep(model, windows, tried)
+            if step not in candidates.values():  # two bases may lead to the same widths
+                candidates[base] = step
+        best, perplexities = next(iter(candidates)), {}
+        if len(candidates) > 1:
+            perplexities = self._sweep(model, windows, candidates)
             best = min(perplexities, key=lambda base: (perplexities[base], -base))
             log.info("base_ratio=%.4g has the lowest of %s", best, perplexities)
-        dims = tried[best].residual_dims
-        found: dict[str, Any] = {"slice_ratio": mean_ratio(model, dims), "base_ratio": best}
+        dims = candidates[best].residual_dims
+        facts: dict[str, Any] = {"slice_ratio": mean_ratio(model, dims), "base_ratio": best}
         if perplexities:
-            found["perplexity_of_base_ratio"] = {f"{b:.4g}": x for b, x in perplexities.items()}
-        found |= report_parameters(model, sliced_parameters(model, dims), self.slice_ratio)
+            facts["perplexity_of_base_ratio"] = {f"{b:.4g}": x for b, x in perplexities.items()}
+        facts |= report_parameters(model, sliced_parameters(model, dims), self.slice_ratio)
         scores = {"layer_redundancy": redundancy, "block_influence": influence}
-        return self.make_plan(model, windows, tried[best], scores=scores, found=found)
+        return self.make_plan(model, windows, candidates[best], scores=scores, found=facts)
 
     def _bases(self) -> list[tuple[float | None, float | None]]:
-        """Return what to try: (fraction of the mean ratio, None) or (None, base)."""
+        """Return the bases to try: (fraction of the mean ratio, None) or (None, base)."""
         if self.base_ratio is None:
             return [(fraction, None) for fraction in FRACTIONS]
         bases = self.base_ratio if isinstance(self.base_ratio, list) else [self.base_ratio]
         return [(None, base) for base in bases]
 
-    def _held_out(self, windows: Windows) -> int:
+    def _num_held_out(self, windows: Windows) -> int:
         """Return how many windows choose the base.
 
         Raises:
-            ValueError: if there is a choice, but one window only.
+            ValueError: if there are several bases, but only one window.
         """
         bases, total = len(self._bases()), len(split_windows(windows)[0])
         if bases == 1:
@@ -186,7 +188,7 @@ class DynamicSlicing(SlicingCallback):
         fraction: float | None,
         base: float | None = None,
     ) -> tuple[tuple[int, ...], float]:
-        """Return the widths for a base, or a fraction of the mean ratio; and that base.
+        """Return the widths for a base, or for a fraction of the mean ratio, and the base itself.
 
         Raises:
             ValueError: if nothing would be left, or the parameters cannot be met.
@@ -194,10 +196,10 @@ class DynamicSlicing(SlicingCallback):
         hidden, layers = model.config.hidden_size, len(redundancy)
 
         def widths(mean: float) -> tuple[tuple[int, ...], float]:
-            own = min(mean, mean * fraction if fraction is not None else base or 0.0)
-            ratios = slicing_ratios(redundancy, mean, own)
-            found = slicing_widths(ratios, hidden, self.round_to)
-            return residual_dims(model, found, self.embedding), own
+            used_base = min(mean, mean * fraction if fraction is not None else base or 0.0)
+            ratios = slicing_ratios(redundancy, mean, used_base)
+            layer_widths = slicing_widths(ratios, hidden, self.round_to)
+            return residual_dims(model, layer_widths, self.embedding), used_base
 
         if self.slice_ratio is not None:
             return widths(self.slice_ratio)
@@ -216,7 +218,7 @@ class DynamicSlicing(SlicingCallback):
         return widths(mean)
 
     def _warn_if_clipped(self, redundancy: list[float], mean: float, base: float) -> None:
-        """Warn if a base lets the most redundant layers lose more than they have."""
+        """Warn if the most redundant layer would lose more than its whole width."""
         most = max(redundancy) * (mean - base) / fmean(redundancy) + base
         if clipping_excess([most], mean):
             log.warning(
@@ -226,17 +228,20 @@ class DynamicSlicing(SlicingCallback):
             )
 
     def _sweep(
-        self, model: PreTrainedModel, windows: Windows, tried: dict[float, SliceHidden]
+        self, model: PreTrainedModel, windows: Windows, candidates: dict[float, SliceHidden]
     ) -> dict[float, float]:
         """Return base -> perplexity on windows that the rotations do not see."""
-        held_out = self._held_out(windows)
-        places: dict[str, Any] = {"device": self.device, "offload": self.offload_activations}
-        return {
-            base: sliced_perplexity(model, windows, step, held_out, **places)
-            for base, step in tried.items()
-        }
+        perplexity = partial(
+            sliced_perplexity,
+            model,
+            windows,
+            held_out=self._num_held_out(windows),
+            device=self.device,
+            offload=self.offload_activations,
+        )
+        return {base: perplexity(step) for base, step in candidates.items()}
 
 
 def mean_ratio(model: PreTrainedModel, dims: Sequence[int]) -> float:
-    """Return the share of the width that the layers lose on average; each has one at its MLP."""
+    """Return the mean share of the width that layers lose, measured at the input of each MLP."""
     return 1 - fmean(dims[1::2]) / model.config.hidden_size

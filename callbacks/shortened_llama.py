@@ -1,8 +1,9 @@
 """Shortened LLaMA: remove the decoder layers of lowest importance, at once (arXiv:2402.02834).
 
-Importance is what the loss rises without a layer ("perplexity"), or |W * dL/dW| ("taylor") or |W|
-("magnitude") summed over a layer. For the last two the paper spares the ends of the model ("+").
-The released code builds the model anew for each layer it leaves out; here inputs are kept.
+Importance is the rise of the loss without a layer ("perplexity"), or the sum over a layer's weights
+of |W * dL/dW| ("taylor") or |W| ("magnitude"). For the last two, the paper protects the first and
+last layers ("+"). The released code rebuilds the model without each layer. Here the inputs of all
+layers are kept, and only the layers above a removed one run again.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
 from prunelight.scoring.importance import magnitude_scores, taylor_scores
-from prunelight.scoring.model_variants import Replay
+from prunelight.scoring.model_variants import VariantReplay
 
 SCORES = ("perplexity", "taylor", "magnitude")
 
-ENDS = [0, 1, 2, 3, -2, -1]  # which the paper spares with "taylor" and "magnitude"
+ENDS = [0, 1, 2, 3, -2, -1]  # the paper's, for "taylor" and "magnitude"
 
 
 class ShortenedLlama(PruningCallback):
@@ -33,10 +34,10 @@ class ShortenedLlama(PruningCallback):
 
     Args:
         ratio: share of the decoder layers to remove, in [0, 1), rounded to whole layers.
-        num_layers: how many layers to remove; exactly one of the two.
+        num_layers: how many layers to remove; give either this or ratio.
         score: "perplexity" (rise of the NLL without the layer, in nats), "taylor" or "magnitude".
-        protected: layers never to remove; None spares the first four and the last two with
-            "taylor" and "magnitude", as the paper does, and none with "perplexity".
+        protected: layers never to remove; None protects the first four and the last two for
+            "taylor" and "magnitude", as the paper does, and no layer for "perplexity".
         offload_activations: keep the hidden states on the CPU, as in `SLEB`.
 
     Raises:
@@ -58,11 +59,11 @@ class ShortenedLlama(PruningCallback):
         self.offload_activations = offload_activations
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError if too few layers may go; TypeError if quantized weights are needed."""
+        """Raise ValueError if too few layers may be removed, TypeError for quantized weights."""
         self._choose([0.0] * len(decoder_layers(model)))
         check_removable(model)
         if self.score != "perplexity":
-            matrices(model)  # refuses quantized weights
+            matrices(model)  # raises for quantized weights
 
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
         """Score the decoder layers and choose which to remove; the model is unchanged.
@@ -78,12 +79,13 @@ class ShortenedLlama(PruningCallback):
         elif self.score == "magnitude":
             scores = magnitude_scores(model)
         else:
-            with Replay(
+            with VariantReplay(
                 model, windows, "nll", device=self.device, offload=self.offload_activations
             ) as replay:
-                units = replay.units
-                left = [replay.score(i, units[i + 1 :]) for i in range(len(units))]
-            scores = [-math.log(max(similarity, 1e-300)) for similarity in left]  # 0 underflows
+                layers = replay.layers
+                similarities = [replay.score(i, layers[i + 1 :]) for i in range(len(layers))]
+            # A similarity that underflows to 0 has no logarithm.
+            scores = [-math.log(max(similarity, 1e-300)) for similarity in similarities]
         step = RemoveLayers(tuple(self._choose(scores)))
         return self.make_plan(model, windows, step, scores={self.score: scores})
 

@@ -1,8 +1,9 @@
 """ShortGPT: remove the decoder layers that change the hidden states least (arXiv:2403.03853).
 
-One shot: score every layer once, remove the lowest. `score="angular"` is the variant of Gromov et
-al. (arXiv:2403.17887), which removes one contiguous window of layers. The released codes score the
-last layer after the final norm, count padding and rank sums in float16; see prunelight.scoring.
+Every layer is scored once, and the layers with the lowest scores are removed. `score="angular"` is
+the variant of Gromov et al. (arXiv:2403.17887), which removes one contiguous window of layers. The
+released codes score the last layer after the final norm, count padding, and rank sums in float16;
+prunelight.scoring says what is done here instead.
 """
 
 from __future__ import annotations
@@ -46,15 +47,16 @@ class ShortGPT(PruningCallback):
     Args:
         ratio: share of the decoder layers to remove, in [0, 1), rounded to whole layers. The share
             of all parameters is smaller (embeddings stay); the report gives both.
-        num_layers: how many layers (or sublayers) to remove; exactly one of the two.
-        score: "block_influence" removes the lowest layers one by one, "angular" the contiguous
+        num_layers: how many layers (or sublayers) to remove; give either this or ratio.
+        score: "block_influence" removes the layers with the lowest scores, "angular" the contiguous
             window whose input and output differ least at the last token.
         ignore_first_tokens: tokens at the start of each window that do not count, for models with
             attention sinks there; block_influence only. The paper counts all (0).
         protected: layers never to touch; negative indices count from the end.
-        granularity: "layer", or sublayers of layers that stay: "attention", "mlp", or "sublayer",
-            which ranks both together; a ratio is then the share of these. Such a model needs
-            prunelight to load. The first attention always stays: the cache counts tokens there.
+        granularity: "layer" removes whole layers. "attention" and "mlp" remove these sublayers
+            instead, "sublayer" ranks both together; ratio is then the share of these sublayers.
+            Such a model needs prunelight to load. The first attention always stays: the cache
+            counts tokens there.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -89,7 +91,7 @@ class ShortGPT(PruningCallback):
         self.protected = list(protected or [])
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError or TypeError if too few layers may go, or cannot in this family."""
+        """Raise ValueError if too few layers may be removed, TypeError if the family forbids it."""
         total, count = len(decoder_layers(model)), self._count(model)
         if self.granularity != "layer":
             check_droppable(model)
@@ -112,37 +114,38 @@ class ShortGPT(PruningCallback):
         check_windows(model, windows)
         ignored = self.ignore_first_tokens
         if self.granularity != "layer":
-            parts = sublayer_influences(model, windows, ignore_first_tokens=ignored)
-            ranking = {name: part.mean for name, part in parts.items()}
-            scores = {f"{name}_influence": part for name, part in ranking.items()}
+            sublayers = sublayer_influences(model, windows, ignore_first_tokens=ignored)
+            ranking = {name: influence.mean for name, influence in sublayers.items()}
+            scores = {f"{name}_influence": means for name, means in ranking.items()}
         elif self.score == "angular":
             ranking = {"layer": angular_distances(model, windows, self._count(model))}
             scores = {"angular_distance": ranking["layer"]}
         else:
-            found = block_influences(model, windows, ignore_first_tokens=ignored)
-            ranking, first = {"layer": found.mean}, found.first_token
-            scores = {"block_influence": found.mean, "block_influence_first_token": first}
+            influence = block_influences(model, windows, ignore_first_tokens=ignored)
+            ranking, first = {"layer": influence.mean}, influence.first_token
+            scores = {"block_influence": influence.mean, "block_influence_first_token": first}
         return self.make_plan(model, windows, self._step(model, ranking), scores=scores)
 
     def _count(self, model: PreTrainedModel) -> int:
-        """Return how many layers, or sublayers, shall go."""
+        """Return how many layers, or sublayers, to remove."""
         kinds = 2 if self.granularity == "sublayer" else 1
         return layers_to_remove(self.ratio, self.num_layers, kinds * len(decoder_layers(model)))
 
     def _step(self, model: PreTrainedModel, scores: Mapping[str, Sequence[float]]) -> Step:
-        """Choose what to remove: the lowest scores of what is there and may go."""
+        """Choose the layers or sublayers with the lowest scores among those that may be removed."""
         count, total = self._count(model), len(decoder_layers(model))
         if self.granularity == "layer":
             choose = lowest_window if self.score == "angular" else lowest_scores
             return RemoveLayers(tuple(choose(scores["layer"], count, self.protected)))
         names = SUBLAYERS if self.granularity == "sublayer" else (self.granularity,)
-        spared = resolve_indices(self.protected, total)
+        protected = resolve_indices(self.protected, total)
+        # One list holds all sublayers, kind after kind: layer i of kind k is at k * total + i.
         fixed = {
-            place * total + i
-            for place, name in enumerate(names)
-            for i in spared | fixed_sublayers(model, name)
+            kind * total + i
+            for kind, name in enumerate(names)
+            for i in protected | fixed_sublayers(model, name)
         }
         ranking = [score for name in names for score in scores[name]]
         chosen = [divmod(i, total) for i in lowest_scores(ranking, count, fixed)]
-        found = {n: tuple(i for place, i in chosen if names[place] == n) for n in names}
-        return DropSublayers(**found)
+        dropped = {n: tuple(i for kind, i in chosen if names[kind] == n) for n in names}
+        return DropSublayers(**dropped)

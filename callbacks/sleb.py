@@ -1,7 +1,7 @@
-"""SLEB: remove decoder layers one by one, each the one that is missed least (arXiv:2402.09025).
+"""SLEB: remove decoder layers one by one, each time the least important one (arXiv:2402.09025).
 
-After each removal all layers that are left are measured again, without those that are gone. The
-released code runs the whole model for each candidate; here the layers below it are run once.
+After each removal, the model is measured again without each of the remaining layers. The released
+code runs the whole model for each candidate. Here the layers below a candidate run only once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
-from prunelight.scoring.model_variants import Replay
+from prunelight.scoring.model_variants import VariantReplay
 from prunelight.scoring.similarity import CRITERIA
 
 
@@ -35,9 +35,9 @@ class SLEB(PruningCallback):
 
     Args:
         ratio: share of the decoder layers to remove, in [0, 1), rounded to whole layers.
-        num_layers: how many layers to remove; exactly one of the two.
-        criterion: what must stay high: "nll" (the paper), "kl", "cosine" or "cka", as in
-            `SlidingLayerMerging`.
+        num_layers: how many layers to remove; give either this or ratio.
+        criterion: similarity to the dense model that a removal should keep high: "nll" (the
+            paper), "kl", "cosine" or "cka", as in `SlidingLayerMerging`.
         protected: layers never to remove; the paper spares the first and the last.
         offload_activations: keep the hidden states on the CPU: num_samples * seq_len * hidden_size
             * (layers + 1) numbers.
@@ -61,7 +61,7 @@ class SLEB(PruningCallback):
         self.offload_activations = offload_activations
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError if too few layers may be removed, or they depend on each other."""
+        """Raise ValueError if too few layers may be removed, or layers depend on each other."""
         total = len(decoder_layers(model))
         lowest_scores(
             [0.0] * total, layers_to_remove(self.ratio, self.num_layers, total), self.protected
@@ -74,7 +74,7 @@ class SLEB(PruningCallback):
 
         Raises:
             ValueError: if the arguments or the windows do not fit the model.
-            TypeError: if its layers cannot be run one by one.
+            TypeError: if the model's layers cannot be run one by one.
         """
         self.check(model)
         check_windows(model, windows)
@@ -82,16 +82,16 @@ class SLEB(PruningCallback):
         count = layers_to_remove(self.ratio, self.num_layers, total)
         protected = resolve_indices(self.protected, total)
         removed: list[int] = []
-        first: dict[int, float] = {}  # similarity without each layer, of the first round
+        first_round: dict[int, float] = {}  # layer -> similarity without the layer, in round one
         similarity = 1.0
-        with Replay(
+        with VariantReplay(
             model, windows, self.criterion, device=self.device, offload=self.offload_activations
         ) as replay:
             for _ in range(count):
                 scores = {
-                    place: replay.score(place, replay.units[place + 1 :])
-                    for place, unit in enumerate(replay.units)
-                    if unit.index not in protected
+                    position: replay.score(position, replay.layers[position + 1 :])
+                    for position, layer in enumerate(replay.layers)
+                    if layer.index not in protected
                 }
                 best, similarity = max(scores.items(), key=itemgetter(1))
                 if not math.isfinite(similarity):
@@ -99,14 +99,17 @@ class SLEB(PruningCallback):
                         f"no {len(removed) + 1}. layer can be removed: every choice leaves NaN "
                         "states; load the model in bfloat16 or float32"
                     )
-                first = first or {i: s for i, s in scores.items() if math.isfinite(s)}
-                removed.append(replay.units[best].index)
-                replay.replace(best, replay.units[best + 1 :])
+                first_round = first_round or {
+                    i: score for i, score in scores.items() if math.isfinite(score)
+                }
+                removed.append(replay.layers[best].index)
+                replay.replace(best, replay.layers[best + 1 :])
             forwards = replay.layer_forwards
+        without = [first_round.get(i) for i in range(total)]
         return self.make_plan(
             model,
             windows,
             RemoveLayers(tuple(removed)),
-            scores={"similarity_without": [first.get(i) for i in range(total)]} if first else {},
+            scores={"similarity_without": without} if first_round else {},
             found={"order": removed, "similarity": similarity, "layer_forwards": forwards},
         )

@@ -1,7 +1,8 @@
 """SliceGPT: keep the first principal components of the hidden states (arXiv:2401.15024).
 
-As many in every layer; DynamicSlicing gives each layer its own number. What the released code gets
-wrong, and where the embeddings of tied models go, is in prunelight/pruning/slicing.
+Every layer keeps the same number of components; DynamicSlicing gives each layer its own number.
+prunelight/pruning/slicing says what the released code gets wrong, and how the embeddings of tied
+models are sliced.
 """
 
 from __future__ import annotations
@@ -37,45 +38,45 @@ log = logging.getLogger(__name__)
 
 
 class SlicingCallback(PruningCallback):
-    """What SliceGPT and DynamicSlicing share: what may come before them, and what after."""
+    """Base of SliceGPT and DynamicSlicing: checks which methods may come before and after them."""
 
     slices = True
     rotation: str = "per_layer"
     round_to: int
 
     def widths(self, model: PreTrainedModel) -> dict[str, int]:
-        """Return what all widths are multiples of."""
+        """Return the number that all widths are multiples of."""
         return {"round_to": self.round_to}
 
     def check_run(self, run: Run, methods: Sequence[PruningMethod]) -> None:
-        """Check that no pruning comes before a slicing, or after it, that does not work there.
+        """Check that the methods before and after this slicing can be combined with it.
 
         Raises:
-            ValueError: if zeros or dropped sublayers come before, or what cannot prune a sliced
-                model after; names it.
+            ValueError: if an earlier method puts zeros or drops sublayers, a later method cannot
+                prune a sliced model, or the model has planned zeros; names the method or file.
         """
-        position, own = methods.index(self), type(self).__name__
+        position, slicing = methods.index(self), type(self).__name__
         for other in methods[:position]:
             name = type(other).__name__
             if other.puts_zeros:
                 raise ValueError(
-                    f"{name} comes before {own}, whose rotations fill its zeros; slice first"
+                    f"{name} comes before {slicing}, whose rotations fill its zeros; slice first"
                 )
             if other.drops_sublayers:
                 raise ValueError(
-                    f"{name} drops sublayers before {own}, which cannot slice what is left; drop "
-                    "whole layers (granularity='layer')"
+                    f"{name} drops sublayers before {slicing}, which cannot slice what is left; "
+                    "drop whole layers (granularity='layer')"
                 )
         for other in methods[position + 1 :] if self.rotation == "per_layer" else ():
             if not other.follows_slicing:
                 raise ValueError(
-                    f"{type(other).__name__} comes after {own}, and cannot prune a sliced model; "
-                    "put it before"
+                    f"{type(other).__name__} comes after {slicing}, and cannot prune a sliced "
+                    "model; put it before"
                 )
         for file in plan_files(Path(run.name).expanduser()):
             if any(isinstance(step, Sparsify) for step in Plan.load(file).steps):
                 raise ValueError(
-                    f"{file} put zeros into {run.name}, which the rotations of {own} would "
+                    f"{file} put zeros into {run.name}, which the rotations of {slicing} would "
                     "fill; slice the dense model first"
                 )
 
@@ -86,15 +87,17 @@ class SliceGPT(SlicingCallback):
     Args:
         slice_ratio: share of the hidden width to remove, in [0, 1). Shortcuts add parameters, so
             that small ratios make a model larger; the report gives the true change.
-        parameter_ratio: share of all parameters to remove, instead; the widest that does it.
+        parameter_ratio: share of all parameters to remove, instead of slice_ratio; the largest
+            width that removes so much is taken.
         round_to: what the width must be a multiple of: 8 for fast kernels, 64 for 4 bits.
-        embedding: "full" leaves the embeddings as they are, "sliced" cuts them, which unties the
+        embedding: "full" leaves the embeddings as they are, "sliced" slices them, which unties the
             head (SliceGPT); "auto" is full for tied models, sliced for others.
-        signal: components of the "residual" (released code) or of the "normalized" one (Eq. 8);
-            "auto" is the better one measured: normalized for a shared rotation, else residual.
+        signal: signal whose components are kept: the "residual" (released code), or the
+            "normalized" signal (Eq. 8); "auto" takes the one that measured better: normalized for
+            a shared rotation, else residual.
         orientation: "pca", or "random", which spreads the energy for quantization.
-        rotation: "per_layer", or "shared": one for the whole model, which leaves a stock class for
-            other tools to load; embeddings and head are sliced and untied then.
+        rotation: "per_layer", or "shared" for one rotation of the whole model. A shared rotation
+            leaves a stock class for other tools to load; embeddings and head are sliced and untied.
         seed: of the random orientation.
         export_remote_code: put the code of the sliced class beside the result, which then loads
             without prunelight under trust_remote_code.
@@ -138,7 +141,7 @@ class SliceGPT(SlicingCallback):
         self.export_remote_code, self.offload_activations = export_remote_code, offload_activations
 
     def check(self, model: PreTrainedModel) -> None:
-        """Check that the model can be sliced so far.
+        """Check that the model can be sliced to the width that the arguments ask for.
 
         Raises:
             ValueError: if nothing would be left, or the parameters cannot be met.
@@ -148,7 +151,7 @@ class SliceGPT(SlicingCallback):
         self._width(model)
 
     def widths(self, model: PreTrainedModel) -> dict[str, int]:
-        """Return the widths that are left."""
+        """Return the widths after slicing."""
         dims = self._dims(model, self._width(model))
         return {f"residual_dims[{i}]": width for i, width in enumerate(dims)}
 
@@ -159,12 +162,12 @@ class SliceGPT(SlicingCallback):
             ValueError: if the model cannot read them, or they hold too few tokens.
         """
         super().check_calibration(model, windows)
-        whole = self.rotation == "shared"
-        check_tokens(model, windows, None if whole else self._dims(model, self._width(model))[0])
+        shared = self.rotation == "shared"
+        check_tokens(model, windows, None if shared else self._dims(model, self._width(model))[0])
 
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
-        """Choose the widths; the model is unchanged, and its rotations are found when applied.
+        """Choose the widths; the model is unchanged, and `apply` computes the rotations.
 
         Raises:
             ValueError: if the arguments or the windows do not fit the model.
@@ -174,8 +177,8 @@ class SliceGPT(SlicingCallback):
         self.check_calibration(model, windows)
         width = self._width(model)
         dims = self._dims(model, width)
-        better = "normalized" if self.rotation == "shared" else "residual"
-        signal = better if self.signal == "auto" else self.signal
+        default_signal = "normalized" if self.rotation == "shared" else "residual"
+        signal = default_signal if self.signal == "auto" else self.signal
         step = SliceHidden(dims, signal, self.orientation, self.rotation, self.seed)
         ratio, asked = 1 - width / model.config.hidden_size, self.slice_ratio
         if asked is not None and abs(ratio - asked) > self.round_to / model.config.hidden_size:
@@ -183,11 +186,9 @@ class SliceGPT(SlicingCallback):
                 "slice_ratio=%s became %.4g: %s accepts hidden_size=%d, not what is between",
                 *(asked, ratio, type(model.config).__name__, width),
             )
-        found = {
-            "slice_ratio": ratio,
-            **report_parameters(model, self._parameters(model, width), asked),
-        }
-        return self.make_plan(model, windows, step, scores={}, found=found)
+        parameters = report_parameters(model, self._parameters(model, width), asked)
+        facts = {"slice_ratio": ratio, **parameters}
+        return self.make_plan(model, windows, step, scores={}, found=facts)
 
     def _dims(self, model: PreTrainedModel, width: int) -> tuple[int, ...]:
         layers = model.config.num_hidden_layers
@@ -201,7 +202,7 @@ class SliceGPT(SlicingCallback):
         return sliced_parameters(model, self._dims(model, width))
 
     def _width(self, model: PreTrainedModel) -> int:
-        """Return the width that is left.
+        """Return the width after slicing.
 
         Raises:
             ValueError: if nothing would be left, or the parameters cannot be met.
@@ -211,14 +212,14 @@ class SliceGPT(SlicingCallback):
             width = uniform_width(self.slice_ratio, hidden, self.round_to)
             if self.rotation == "per_layer":
                 return width
-            known = [w for w in allowed_widths(model, self.round_to) if w <= width]
-            if not known:
+            allowed = [w for w in allowed_widths(model, self.round_to) if w <= width]
+            if not allowed:
                 raise ValueError(
                     f"slice_ratio={self.slice_ratio} with round_to={self.round_to}: "
                     f"{type(model.config).__name__} accepts no hidden_size of at most {width}; "
                     "lower one of them"
                 )
-            return known[-1]
+            return allowed[-1]
         if self.rotation == "shared":
             widths = allowed_widths(model, self.round_to)[::-1]
         else:

@@ -1,9 +1,9 @@
 """SLM: merge neighbouring decoder layers in a window that slides from the top (arXiv:2502.19159).
 
-The window grows downwards as long as the merged model stays similar enough to the dense one. A
-threshold says how similar, or a target how many layers shall go: then the threshold is searched
-for. The released code copies the whole model for each candidate, keeps only the highest layer's
-projections, and has no target; what differs here is in sliding_search.py and merge_layers.py.
+The window grows downwards while the merged model stays similar enough to the dense one. A threshold
+says how similar. With a target number of layers, the threshold is searched for. The released code
+copies the whole model for each candidate, keeps only the highest layer's projections, and has no
+target. sliding_search.py and merge_layers.py say what differs here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ from prunelight.planning.steps import MERGES, MergeLayers
 from prunelight.pruning.merge_layers import check_mergeable, merged_layer
 from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
-from prunelight.scoring.model_variants import MergedVariants, Replay
+from prunelight.scoring.model_variants import MergedVariants, VariantReplay
 from prunelight.scoring.similarity import CRITERIA
 
 log = logging.getLogger(__name__)
@@ -44,21 +44,22 @@ class SlidingLayerMerging(PruningCallback):
     """Merge windows of decoder layers, from the top down.
 
     Args:
-        num_layers: how many layers shall go; exactly one of the first three.
-        ratio: the same as a share of the decoder layers, in [0, 1).
-        threshold: lowest similarity to the dense model, up to 1 (see `criterion`).
+        num_layers: how many layers to remove; give exactly one of the first three arguments.
+        ratio: share of the decoder layers to remove, in [0, 1).
+        threshold: lowest similarity to the dense model, at most 1 (see `criterion`).
         merge: "top" keeps a window's highest layer whole, "difference_sum" is the paper's sum of
-            differences, "released" what its code really does, "mean" the mean of all weights.
+            differences, "released" the merge of the released code, "mean" the mean of all weights.
         criterion: similarity of two models: "cosine" (the paper) or "cka" of the final hidden
             states, "kl" is exp(-KL) and "nll" the ratio of their perplexities.
-        limit: what the threshold is for: "model" is the similarity of the merged model (the
-            paper), "merge" the share of it that one more layer may leave. None takes "model" with
-            a threshold and "merge" with a target: that spreads the loss over the depth, where
-            "model" spends it on the highest layers, which come first. With "merge" and a target,
-            merged layers then change places with others where that makes the model more similar.
+        limit: what the threshold limits: "model" the similarity of the merged model (the paper),
+            "merge" the ratio of the similarities after and before one more layer is merged. None
+            takes "model" with a threshold and "merge" with a target. "merge" spreads the loss over
+            the depth; "model" spends it on the highest layers, which are merged first. With
+            "merge" and a target, removed layers are then swapped with others where that makes the
+            model more similar.
         ignore_first_tokens: tokens at the start of each window that do not count, for models with
             attention sinks there.
-        protected: layers that no window may contain; the paper spares the last one.
+        protected: layers that no window may contain; None protects the last one, as the paper does.
         offload_activations: keep the hidden states on the CPU: num_samples * seq_len * hidden_size
             * (layers + 1) numbers.
 
@@ -118,22 +119,25 @@ class SlidingLayerMerging(PruningCallback):
 
         Raises:
             ValueError: if the arguments or the windows do not fit the model.
-            TypeError: if its layers cannot be merged, or run one by one.
+            TypeError: if the model's layers cannot be merged, or run one by one.
         """
         self.check(model)
         check_windows(model, windows)
-        places: dict[str, Any] = {"device": self.device, "offload": self.offload_activations}
-        ignored = self.ignore_first_tokens
-        with Replay(
-            model, windows, self.criterion, ignore_first_tokens=ignored, **places
+        with VariantReplay(
+            model,
+            windows,
+            self.criterion,
+            ignore_first_tokens=self.ignore_first_tokens,
+            device=self.device,
+            offload=self.offload_activations,
         ) as replay:
             cka = self._cka(replay)
             merge = partial(merged_layer, model, merge=self.merge)
-            score, total = MergedVariants(replay, merge), len(replay.units)
-            found, threshold = self._find(score, total)
-            best = found
-            if self.threshold is None and self.limit == "merge" and found.groups:
-                best = self._swapped(score, found, total)
+            score, total = MergedVariants(replay, merge), len(replay.layers)
+            searched, threshold = self._best_pass(score, total)
+            best = searched
+            if self.threshold is None and self.limit == "merge" and searched.groups:
+                best = self._swap_until_spent(score, searched, total)
         if not best.groups and self.num_layers != 0:
             given = f"ratio={self.ratio}" if self.threshold is None else f"threshold={threshold}"
             log.warning("%s merges no layer of %d", given, total)
@@ -147,7 +151,7 @@ class SlidingLayerMerging(PruningCallback):
                 "threshold": threshold,
                 "limit": self.limit,
                 "similarity": best.similarity,
-                **_difference(found, best),
+                **_swapped_layers(searched, best),
                 "variants_measured": replay.measurements,
                 "layer_forwards": replay.layer_forwards,
                 **cka,
@@ -159,17 +163,17 @@ class SlidingLayerMerging(PruningCallback):
             return None
         return layers_to_remove(self.ratio, self.num_layers, total)
 
-    def _find(self, score: MergedVariants, total: int) -> tuple[SlidingPass, float]:
-        """Return the best pass and its threshold."""
+    def _best_pass(self, score: MergedVariants, total: int) -> tuple[SlidingPass, float]:
+        """Return the best pass of the sliding loop, and its threshold."""
         target, protected = self._target(total), resolve_indices(self.protected, total)
 
         def run(threshold: float) -> SlidingPass:
             by_merge = self.limit == "merge"
-            found = slide(
+            sliding_pass = slide(
                 score, total, threshold, by_merge=by_merge, protected=protected, target=target
             )
-            score.budget = budget  # not of the first pass, which must reach the target
-            return found
+            score.budget = budget  # set after the first pass, which must reach the target
+            return sliding_pass
 
         if self.threshold is not None:
             budget = math.inf
@@ -177,17 +181,19 @@ class SlidingLayerMerging(PruningCallback):
         if target == 0:
             return SlidingPass(), 1.0
         assert target is not None
-        # What the loop costs at least that runs the whole model for each window.
+        # The least cost of a loop that runs the whole model for each window.
         budget = (total - 2) * (total - target)
         if self.limit == "merge":
-            # Less a round of exchanges: both cost less by the sum of the layers that are gone.
+            # Minus one round of swaps. The sum of the removed layers lowers both costs and cancels.
             budget = (total - 1) * (total / 2 - 2) - total - target
         return search_threshold(run, target)
 
-    def _swapped(self, score: MergedVariants, best: SlidingPass, total: int) -> SlidingPass:
-        """Exchange layers for the better until nothing is gained or the loop's cost is spent."""
+    def _swap_until_spent(
+        self, score: MergedVariants, best: SlidingPass, total: int
+    ) -> SlidingPass:
+        """Swap removed layers with kept ones until nothing improves or the budget is spent."""
         protected = resolve_indices(self.protected, total)
-        # The loop that runs the whole model for each window, until it has merged these.
+        # The cost of a loop that runs the whole model for each window, up to these merges.
         score.budget = total + (total - 2) * (total - 1) - sum(best.removed_layers)
         try:
             while True:
@@ -199,10 +205,10 @@ class SlidingLayerMerging(PruningCallback):
         except BudgetExceededError:
             return best
 
-    def _cka(self, replay: Replay) -> dict[str, list[list[float]]]:
-        """Return "cka" of all L + 1 hidden states for the picture; nothing if it cannot be had.
+    def _cka(self, replay: VariantReplay) -> dict[str, list[list[float]]]:
+        """Return {"cka": matrix of all L + 1 hidden states} for the picture, {} if CKA fails.
 
-        Without the first token: where it is a sink, the linear kernel sees little else.
+        The first token is left out: where it is an attention sink, it dominates the linear kernel.
         """
         cka = CKA(len(replay.inputs))
         positions = replay.walk.positions(max(1, self.ignore_first_tokens))
@@ -216,8 +222,8 @@ class SlidingLayerMerging(PruningCallback):
             return {}
 
 
-def _difference(before: SlidingPass, after: SlidingPass) -> dict[str, list[int]]:
-    """Say which layers changed places; nothing if none did."""
+def _swapped_layers(before: SlidingPass, after: SlidingPass) -> dict[str, list[int]]:
+    """Return which layers were swapped, as facts of the plan; {} if none were."""
     old, new = before.removed_layers, after.removed_layers
     if old == new:
         return {}

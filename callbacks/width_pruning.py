@@ -1,8 +1,8 @@
-"""Width pruning: fewer attention heads and MLP neurons, as many in every layer; a stock model.
+"""Width pruning: fewer attention heads and MLP neurons, the same number in every layer.
 
-For the combination with depth that SLM reports (arXiv:2502.19159): depth first, then width. Whole
-key-value groups go, with their query heads. Each layer keeps its own best groups and neurons; what
-the scores mean is in prunelight/scoring/width_scores.py.
+The result is a stock model. SLM (arXiv:2502.19159) reports depth pruning followed by width pruning.
+Whole key-value groups are removed, with their query heads. Each layer keeps its own best groups and
+neurons. prunelight/scoring/width_scores.py defines the scores.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ class WidthPruning(PruningCallback):
     """Prune attention heads and MLP neurons to uniform widths.
 
     Args:
-        neuron_ratio: share of the MLP neurons to remove, in [0, 1); the number left is rounded to
+        neuron_ratio: share of the MLP neurons to remove, in [0, 1); the number kept is rounded to
             the nearest multiple of `multiple`.
-        head_ratio: share of the key-value groups to remove, in [0, 1); the number left is rounded
-            to the nearest that the config class accepts.
-        intermediate_size: neurons that are left, instead of `neuron_ratio`.
-        num_key_value_heads: groups that are left, instead of `head_ratio`.
+        head_ratio: share of the key-value groups to remove, in [0, 1); the number kept is rounded
+            to the nearest one that the config class accepts.
+        intermediate_size: number of neurons to keep, instead of `neuron_ratio`.
+        num_key_value_heads: number of key-value groups to keep, instead of `head_ratio`.
         score: "wanda", "fluctuation" (FLAP) or "taylor" (LLM-Pruner; needs gradients).
         multiple: what the number of neurons must be a multiple of, for fast kernels.
-        correction: fit the output projections on the calibration windows to what they gave with
-            all inputs, by least squares.
+        correction: fit the output projections by least squares on the calibration windows, to
+            give what they gave with all inputs.
 
     Raises:
-        ValueError: if an argument is out of its range, given twice, or nothing is asked for.
+        ValueError: if an argument is out of its range, two arguments set the same width, or no
+            argument sets one.
     """
 
     follows_slicing = True
@@ -88,7 +89,7 @@ class WidthPruning(PruningCallback):
         self.score, self.multiple, self.correction = score, multiple, correction
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError or TypeError unless the model can be left with what is asked for."""
+        """Raise ValueError or TypeError if the model cannot take the widths asked for."""
         layers = [str(i) for i in range(model.config.num_hidden_layers)]
         counts, before = self._targets(model), widths_of(model).fields
         kept = {kind: dict.fromkeys(layers, (*range(n),)) for kind, n in counts.items()}
@@ -98,7 +99,7 @@ class WidthPruning(PruningCallback):
                 log.warning("%s=%s removes none of %d", name, getattr(self, name), counts[kind])
 
     def widths(self, model: PreTrainedModel) -> dict[str, int]:
-        """Return the inputs that the output projections of attention and MLP are left with."""
+        """Return how many inputs the output projections of attention and MLP keep."""
         before = widths_of(model)
         inputs = {
             "neurons": ("intermediate_size", 1),
@@ -122,34 +123,35 @@ class WidthPruning(PruningCallback):
         Raises:
             ValueError: if the arguments or the windows do not fit the model, or activations or
                 gradients are NaN or Inf.
-            TypeError: if attention and MLP of the family are not known.
+            TypeError: if the attention and MLP modules of the family are not known.
         """
         self.check(model)
         check_windows(model, windows)
         counts, before = self._targets(model), widths_of(model).fields
         kept: dict[str, dict[str, tuple[int, ...]]] = {}
-        told: dict[str, list[float]] = {}
-        found: dict[str, int] = {}
+        kept_shares: dict[str, list[float]] = {}
+        widths: dict[str, int] = {}
         for kind, scores in width_scores(model, windows, self.score, [*counts]).items():
-            kept[kind], told[f"share_of_{kind}_score_kept"] = _best(scores, counts[kind])
-            found |= {FIELDS[kind]: counts[kind], f"{FIELDS[kind]}_before": before[FIELDS[kind]]}
+            kept[kind], kept_shares[f"share_of_{kind}_score_kept"] = _best(scores, counts[kind])
+            field = FIELDS[kind]
+            widths |= {field: counts[kind], f"{field}_before": before[field]}
         step = PruneWidth(kept.get("heads", {}), kept.get("neurons", {}), self.correction)
-        return self.make_plan(model, windows, step, scores=told, found=found)
+        return self.make_plan(model, windows, step, scores=kept_shares, found=widths)
 
     def _targets(self, model: PreTrainedModel) -> dict[str, int]:
-        """Return how many groups and neurons are left, of what is pruned."""
+        """Return how many groups ("heads") and neurons each layer keeps, of the kinds to prune."""
         widths, counts = widths_of(model), dict[str, int]()
         if self.num_key_value_heads is not None:
             counts["heads"] = self.num_key_value_heads
         if self.head_ratio is not None:
-            wanted = widths.groups * (1 - self.head_ratio)
-            counts["heads"] = min(allowed_groups(model), key=lambda count: abs(count - wanted))
+            groups = widths.groups * (1 - self.head_ratio)
+            counts["heads"] = min(allowed_groups(model), key=lambda count: abs(count - groups))
         if self.intermediate_size is not None:
             counts["neurons"] = self.intermediate_size
         if self.neuron_ratio is not None:
             most = max(1, widths.neurons // self.multiple)
-            wanted = widths.neurons * (1 - self.neuron_ratio)
-            counts["neurons"] = min(max(1, round(wanted / self.multiple)), most) * self.multiple
+            neurons = widths.neurons * (1 - self.neuron_ratio)
+            counts["neurons"] = min(max(1, round(neurons / self.multiple)), most) * self.multiple
         if counts.get("neurons", 0) > widths.neurons:
             raise ValueError(
                 f"intermediate_size={counts['neurons']} must be at most the model's "
@@ -159,7 +161,7 @@ class WidthPruning(PruningCallback):
 
 
 def _best(scores: list[Tensor], count: int) -> tuple[dict[str, tuple[int, ...]], list[float]]:
-    """Return the `count` best of each layer, and the share of the layer's scores that they have."""
+    """Return the `count` highest scores' indices of each layer, and their share of its scores."""
     kept = [torch.topk(score, count).indices.sort().values for score in scores]
     shares = [
         (score[k].sum() / score.sum().clamp(min=1e-30)).item()

@@ -284,7 +284,8 @@ def our_error(error: BaseException | None) -> BaseException | None:
 def disk_error(error: BaseException | None) -> OSError | None:
     """Return an error for a file that a library could not write, such as a logger's, if it is that.
 
-    What prunelight itself writes says more, see `prunelight.runtime.atomic_files.explaining`.
+    What prunelight itself writes says more, see `explaining_write_errors` of
+    `prunelight.runtime.atomic_files`.
     """
     expected = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
     while error is not None:

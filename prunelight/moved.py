@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -48,7 +49,7 @@ MOVED: dict[str, dict[str, str]] = {
             "matrices"
         ),
         "models.families.config_fields": (
-            "accepts head_dim logits_finish maximum_length vocabulary_size"
+            "accepts=config_accepts head_dim logits_finish maximum_length vocabulary_size"
         ),
         "models.families.rwkv": "restore_rwkv_scale",
     },
@@ -58,8 +59,8 @@ MOVED: dict[str, dict[str, str]] = {
             "micro_batches next_token_labels split_windows"
         ),
         "models.forward": (
-            "Visit evaluating hidden_name replaced_forward run_layers=forward_without_head "
-            "watching_layers"
+            "Visit evaluating hidden_name=hidden_states_argument replaced_forward "
+            "run_layers=forward_without_head watching_layers"
         ),
     },
     "callbacks.base": {
@@ -87,7 +88,7 @@ MOVED: dict[str, dict[str, str]] = {
             "FORMAT KEY check_format check_same_parameters check_same_run check_same_settings "
             "facts_of=read_metadata"
         ),
-        "runtime.atomic_files": "reading=explaining_damage",
+        "runtime.atomic_files": "reading=explaining_read_errors",
     },
     "choices": {
         "runtime.arguments": "check_choice",
@@ -106,7 +107,8 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "distillation": {
         "recovery.distillation.objective": (
-            "Distillation LOSSES Objective TEACHERS check_objective hidden_loss kept_layers"
+            "Distillation LOSSES Objective TEACHERS check_objective kept_layers "
+            "hidden_loss=hidden_state_loss"
         ),
     },
     "distributed": {
@@ -130,11 +132,14 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "files": {
         "runtime.atomic_files": (
-            "check_writable explaining flush newest_checkpoint remove_temporaries replacing"
+            "check_writable explaining=explaining_write_errors flush newest_checkpoint "
+            "remove_temporaries replacing=atomic_replacement"
         ),
     },
     "gradual": {
-        "recovery.zeros.gradual_zeros": "CURVES Gradual RunningNorm Schedule weights_with_adapters",
+        "recovery.zeros.gradual_zeros": (
+            "CURVES Gradual=GradualMasks RunningNorm Schedule weights_with_adapters"
+        ),
     },
     "handover": {
         "run.preflight": "check_output",
@@ -163,7 +168,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "merging": {
         "pruning.merge_layers": "check_mergeable merged_layer merged_weights projection_names",
-        "models.families.config_fields": "OTHER_LISTS",
+        "models.families.config_fields": "OTHER_LISTS=LISTS_NOT_PER_LAYER",
     },
     "metrics": {
         "evaluation.metrics": "TokenAccuracy TokenPerplexity",
@@ -173,7 +178,7 @@ MOVED: dict[str, dict[str, str]] = {
     "models": {
         "models.loading": (
             "BUNDLED DTYPES Source find_source load load_config load_tokenizer "
-            "quiet_transformers reach resolve_dtype"
+            "quiet_transformers reach=check_hub resolve_dtype"
         ),
     },
     "module": {
@@ -195,11 +200,7 @@ MOVED: dict[str, dict[str, str]] = {
         ),
     },
     "plots": {
-        "evaluation.report.plan_facts": (
-            "Json LayerZeros by_sublayer explained_variance fates=layer_outcomes "
-            "has_own_class layer_zeros merged_groups nominal percent removed_layers "
-            "score_lists share_sliced sliced_sites steps_of"
-        ),
+        "evaluation.report.plan_facts": ("Json LayerZeros by_sublayer explained_variance percent"),
         "evaluation.report.layer_plots": "draw_bars draw_panels plot_layers",
     },
     "precision": {
@@ -227,7 +228,7 @@ MOVED: dict[str, dict[str, str]] = {
         "recovery.compiled_layers": "check_backend compile_layers uncompile_layers",
     },
     "replay": {
-        "scoring.model_variants": "Replay Unit=VariantLayer",
+        "scoring.model_variants": "Replay=VariantReplay Unit=VariantLayer",
     },
     "report": {
         "evaluation.report.record": "Cost FORMAT RunRecord Stage",
@@ -251,7 +252,9 @@ MOVED: dict[str, dict[str, str]] = {
         ),
     },
     "saving": {
-        "models.saving": "MARKER Saved check_replaceable name_code save verify",
+        "models.saving": (
+            "MARKER Saved=SavedModel check_replaceable name_code=name_remote_code save verify"
+        ),
     },
     "scoring": {
         "scoring.block_influence": (
@@ -374,26 +377,65 @@ MOVED: dict[str, dict[str, str]] = {
     },
 }
 
-# Old names that are gone, as their parameters were others -> what does their work now.
-REPLACED = {
-    "prunelight.callbacks.base.prune_base": "prunelight.run.start.start",
-    "prunelight.cli.CALLBACKS": "prunelight.lightning_cli.PACKAGES",
-    "prunelight.cli.PACKAGE": "prunelight.lightning_cli.PACKAGES",
-    "prunelight.distributed.on_rank_zero": "prunelight.runtime.processes.ProcessGroup.on_zero",
-    "prunelight.ending.end_fit": "prunelight.run.finish.finish",
-    "prunelight.handover.hand_over": "prunelight.run.finish.finish",
-    "prunelight.handover.save_adapter": "prunelight.run.finish.finish",
-    "prunelight.recording.evaluation_windows": "prunelight.run.measurements.held_out_windows",
+# The same for names that are gone, as their parameters were others: what does their work now.
+REPLACED: dict[str, dict[str, str]] = {
+    "callbacks.base": {"run.start": "prune_base=start"},
+    "cli": {"lightning_cli": "CALLBACKS=PACKAGES PACKAGE=PACKAGES"},
+    "distributed": {"runtime.processes.ProcessGroup": "on_rank_zero=run_on_rank_zero"},
+    "ending": {"run.finish": "end_fit=finish"},
+    "handover": {"run.finish": "hand_over=finish save_adapter=finish"},
+    "plots": {
+        "evaluation.report.plan_facts.PlanFacts": (
+            "fates=layer_outcomes has_own_class layer_zeros merged_groups nominal "
+            "removed_layers score_lists steps_of"
+        ),
+        "planning.steps.SliceHidden": "share_sliced=share_removed sliced_sites",
+    },
+    "recording": {"run.measurements": "evaluation_windows=held_out_windows"},
 }
 
-HOMES: dict[str, dict[str, tuple[str, str]]] = {
-    f"prunelight.{old}": {
-        entry.partition("=")[0]: (f"prunelight.{new}", entry.rpartition("=")[2])
-        for new, names in homes.items()
-        for entry in names.split()
+
+_OF_RUN = (
+    "load_model plans plan_files warn use_base use_result forget_model checked_tokenizer latency "
+    "gradual trust_remote_code"
+)
+_OF_SETTINGS = "lora keep_zeros gradient_checkpointing quantization bitsandbytes compile_backend"
+# Old attributes of a RecoveryModule -> where they are now.
+ATTRIBUTES = {
+    **{name: f"run.{name}" for name in _OF_RUN.split()},
+    **{name: f"run.settings.{name}" for name in _OF_SETTINGS.split()},
+    "read_base": "run.read_again",
+    "dtype_name": "run.dtype",
+}
+
+
+def moved_attribute(holder: Any, name: str) -> Any:
+    """Return an old attribute of a RecoveryModule, with a warning.
+
+    Raises:
+        AttributeError: if it never was one.
+    """
+    if name not in ATTRIBUTES:
+        raise AttributeError(f"{type(holder).__name__!r} object has no attribute {name!r}")
+    kind = type(holder).__name__
+    _warn(f"{kind}.{name}", f"{kind}.{ATTRIBUTES[name]}", stacklevel=4)
+    return attrgetter(ATTRIBUTES[name])(holder)
+
+
+def _by_name(table: dict[str, dict[str, str]]) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return old module -> old name -> new module, new name; all with the package's name."""
+    return {
+        f"prunelight.{old}": {
+            entry.partition("=")[0]: (f"prunelight.{new}", entry.rpartition("=")[2])
+            for new, names in homes.items()
+            for entry in names.split()
+        }
+        for old, homes in table.items()
     }
-    for old, homes in MOVED.items()
-}  # old module -> old name -> new module, new name
+
+
+HOMES = _by_name(MOVED)
+SUCCESSORS = _by_name(REPLACED)
 
 
 class ModuleWithOldNames(ModuleType):
@@ -402,8 +444,8 @@ class ModuleWithOldNames(ModuleType):
     def __getattr__(self, name: str) -> Any:
         """Return what an old name stands for now; Python asks only for names that are not here."""
         if name not in HOMES[self.__name__]:
-            work = REPLACED.get(f"{self.__name__}.{name}")
-            told = f"; {work} does the work of what had this name" if work else ""
+            place, successor = SUCCESSORS.get(self.__name__, {}).get(name, ("", ""))
+            told = f"; {place}.{successor} does its work now" if successor else ""
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}{told}")
         module, new_name = HOMES[self.__name__][name]
         if module == f"{self.__name__}.{name}":
@@ -460,9 +502,9 @@ def find_moved_modules() -> None:
         sys.meta_path.append(MovedFinder())
 
 
-def _warn(old: str, new: str) -> None:
+def _warn(old: str, new: str, stacklevel: int = 3) -> None:
     warnings.warn(
         f"{old} is now {new}; the old path goes with the next release",
         DeprecationWarning,
-        stacklevel=3,  # who imports or calls
+        stacklevel=stacklevel,  # who imports or calls
     )

@@ -6,17 +6,19 @@ import pickle
 import pkgutil
 import sys
 import warnings
+from operator import attrgetter
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
+from runs import make_module, write_model
 from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.callbacks import TokenBudget
-from prunelight.moved import HOMES, MOVED, REPLACED, CallableModule
+from prunelight.moved import ATTRIBUTES, HOMES, SUCCESSORS, CallableModule
 from prunelight.recovery.lora import LoRA
 from prunelight.scoring.angular_distance import angular_distance
 from prunelight.scoring.block_influence import block_influence
@@ -39,7 +41,7 @@ def asked(module, name):
 def test_each_old_name_is_the_object_of_its_new_path_and_warns(old):
     module = importlib.import_module(old)
     for name in {name for names in OLD_NAMES[old].values() for name in names}:
-        if f"{old}.{name}" in REPLACED:
+        if name in SUCCESSORS.get(old, {}):
             continue
         value, caught = asked(module, name)
         home = HOMES.get(old, {}).get(name)
@@ -59,17 +61,16 @@ def test_each_old_name_is_the_object_of_its_new_path_and_warns(old):
 def test_the_table_holds_old_public_names_alone():
     for old, homes in HOMES.items():
         assert set(homes) <= {name for names in OLD_NAMES[old].values() for name in names}
-    assert len(MOVED) == len(HOMES)
+    assert set(SUCCESSORS) <= set(HOMES)
 
 
-@pytest.mark.parametrize("old", REPLACED)
+@pytest.mark.parametrize("old", SUCCESSORS)
 def test_a_name_that_is_gone_tells_what_does_its_work(old):
-    module, _, name = old.rpartition(".")
-    with pytest.raises(
-        AttributeError, match=f"{REPLACED[old]} does the work of what had this name"
-    ):
-        getattr(importlib.import_module(module), name)
-    assert pkgutil.resolve_name(REPLACED[old]) is not None
+    module = importlib.import_module(old)
+    for name, (place, successor) in SUCCESSORS[old].items():
+        with pytest.raises(AttributeError, match=f"{place}.{successor} does its work now"):
+            getattr(module, name)
+        assert pkgutil.resolve_name(f"{place}.{successor}") is not None
 
 
 def test_an_import_statement_warns_at_its_own_line():
@@ -156,3 +157,12 @@ def test_a_module_that_took_the_name_of_a_function_can_be_called_as_it():
         scores = prunelight.scoring.weight_scores(model, windows, "mean")
     assert scores == weight_scores(model, windows, "mean")
     assert perplexity.evaluate is prunelight.evaluate, "it is a module too"
+
+
+def test_old_attributes_of_a_module_are_the_runs_now_and_warn(tmp_path):
+    module = make_module(write_model(tmp_path / "model"))
+    for name, path in ATTRIBUTES.items():
+        with pytest.warns(DeprecationWarning, match=rf"RecoveryModule\.{name} is now .*{path}"):
+            assert getattr(module, name) == attrgetter(path)(module)
+    with pytest.raises(AttributeError, match="has no attribute 'nowhere'"):
+        _ = module.nowhere

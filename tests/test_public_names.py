@@ -55,15 +55,10 @@ def test_imports_and_help_need_the_standard_library_alone(code):
 
 
 def test_every_name_is_served_and_known_to_type_checkers():
-    source = ast.parse(Path(prunelight.__file__).read_text(encoding="utf-8"))
-    (typed,) = (
-        node
-        for node in source.body
-        if isinstance(node, ast.If)
-        and isinstance(node.test, ast.Name)
-        and node.test.id == "TYPE_CHECKING"
-    )
-    homes = {line.names[0].name: line.module for line in typed.body}
+    stub = Path(prunelight.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    lines = [node for node in ast.parse(stub).body if isinstance(node, ast.ImportFrom)]
+    homes = {line.names[0].name: line.module for line in lines}
+    assert homes.pop("__version__") == "prunelight.version"
     assert homes == {name: f"prunelight.{home}" for name, home in prunelight._HOMES.items()}
     assert sorted(homes) == prunelight.__all__
     for name, home in homes.items():

@@ -1,9 +1,13 @@
 """RecoveryCheckpoint: the checkpoint from which a killed run goes on exactly.
 
-Lightning's own ModelCheckpoint writes into a directory of each start, in the middle of accumulated
-gradients after a resume, and before a validation that the resumed run then skips. This one writes
-`checkpoints/last.ckpt` of the run's directory only after complete optimizer steps, and after the
-validation if one is due. Others may stand beside it, to keep the best for example.
+Lightning's ModelCheckpoint writes into a new directory at each start. After a resume it saves in
+the middle of accumulated gradients, and before a validation that the resumed run then skips.
+RecoveryCheckpoint writes `checkpoints/last.ckpt` in the run's directory, only after a complete
+optimizer step, and after the validation if one is due. Other checkpoint callbacks may stand beside
+it, for example to keep the best model.
+
+Private names of Lightning used here: the Trainer's `_signal_connector`, ModelCheckpoint's methods
+and counters, and three of the fit loop. Tested with lightning 2.6.
 """
 
 from __future__ import annotations
@@ -24,8 +28,9 @@ class RecoveryCheckpoint(ModelCheckpoint):
     `trainer.fit(..., ckpt_path="last")` finds it. The command line adds one by itself.
 
     Args:
-        every_n_train_steps: optimizer steps between two checkpoints: what a kill costs at most.
-        dirpath: where; None takes `checkpoints` in `trainer.default_root_dir`.
+        every_n_train_steps: optimizer steps between two checkpoints; a kill costs at most so many.
+        dirpath: directory of the checkpoint; None takes `checkpoints` in
+            `trainer.default_root_dir`.
 
     Raises:
         ValueError: if `every_n_train_steps` is below 1.
@@ -43,12 +48,12 @@ class RecoveryCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settle where to write, and take SIGTERM over for a fit; Lightning calls it.
+        """Set the directory, and take SIGTERM over for a fit; Lightning calls this hook.
 
-        Lightning's own handler talks to the other ranks in the middle of whatever they do, and ends
-        a validation before its step is saved.
+        Lightning's own handler calls the other processes at any moment of their work, and ends a
+        validation before the step is saved.
         """
-        self._settle(trainer)
+        self._set_directory(trainer)
         self._terminated = False
         self._launcher = trainer.strategy.launcher
         vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)  # of an earlier fit
@@ -58,14 +63,14 @@ class RecoveryCheckpoint(ModelCheckpoint):
 
     def _note_sigterm(self, signum: int, _: FrameType | None) -> None:
         if not self._terminated and self._launcher is not None:
-            self._launcher.kill(signum)  # tells the processes that this one started
+            self._launcher.kill(signum)  # passes the signal to processes that this one started
         self._terminated = True
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        self._settle(trainer)
+        self._set_directory(trainer)
         return super()._find_last_checkpoints(trainer)
 
-    def _settle(self, trainer: Trainer) -> None:
+    def _set_directory(self, trainer: Trainer) -> None:
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir).resolve() / "checkpoints")
 
@@ -79,23 +84,23 @@ class RecoveryCheckpoint(ModelCheckpoint):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if a checkpoint is due: other callbacks have seen the metrics by now."""
+        """Save if a checkpoint is due; other callbacks have read the metrics by now."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing: the last batch has saved."""
+        """Do nothing: `on_train_batch_end` has saved already."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the trained model: a run killed later has nothing left to train."""
+        """Save the trained model, so that a run killed later need not train again."""
         self._save(trainer)
 
     def _save_if_due(self, trainer: Trainer) -> None:
-        step, between = trainer.global_step, trainer.fit_loop._should_accumulate()
-        if between or step == self._last_global_step_saved:  # a checkpoint holds no gradients
+        step, accumulating = trainer.global_step, trainer.fit_loop._should_accumulate()
+        if accumulating or step == self._last_global_step_saved:  # a checkpoint holds no gradients
             return
-        # All ranks must save and end at the same step, and the signal reaches each at another
-        # moment. They ask on the CPU: the device works on meanwhile.
+        # All processes must save and end at the same step, but the signal reaches each at another
+        # moment. They agree on the CPU, so that the device goes on working.
         terminated = group_of_run(trainer).any(self._terminated)
         if terminated or step % self._every_n_train_steps == 0:
             self._save(trainer)
@@ -111,8 +116,8 @@ class RecoveryCheckpoint(ModelCheckpoint):
         return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the file says all."""
+        """Return nothing: the checkpoint's path and content say all."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do nothing."""
+        """Do nothing: there is no state."""

@@ -20,7 +20,7 @@ from prunelight.models.families.layers import layers_path
 from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.sparsity.sparsify import amount_of
-from prunelight.recovery.zeros.gradual_zeros import Gradual, Schedule, weights_with_adapters
+from prunelight.recovery.zeros.gradual_zeros import GradualMasks, Schedule, weights_with_adapters
 from prunelight.run.checkpoints import state_arguments
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
@@ -52,7 +52,7 @@ class GradualZeros(PruningCallback):
         self.solver = solver
         self.schedule = schedule
         self.gradual = schedule is not None
-        self._growth: Gradual | None = None  # from on_train_start on
+        self._growth: GradualMasks | None = None  # from on_train_start on
         self._watched_inputs = ExitStack()
         self._loaded_norms: dict[str, Any] = {}  # of the checkpoint that the run goes on from
         self._last_step = 0  # optimizer steps after which zeros were last added
@@ -78,7 +78,7 @@ class GradualZeros(PruningCallback):
                 f"a schedule puts zeros into weights, quantization={settings.quantization} packs "
                 "them; prune at fit start (schedule=null), or set quantization=none"
             )
-        if settings.recovery not in ("lora", "full") or not settings.keep_zeros:
+        if settings.recovery == "none" or not settings.keep_zeros:
             raise ValueError(
                 f"a schedule prunes while the model trains and keeps the zeros: recovery="
                 f"{settings.recovery!r} must be lora or full, keep_zeros={settings.keep_zeros} True"
@@ -107,7 +107,7 @@ class GradualZeros(PruningCallback):
         plans = [Plan.from_dict(plan) for plan in pl_module.record.plans]
         step = self.sparsify_step(planned_sparsity(plans, layers_path(base)))
         matrices = pl_module.masks.matrices
-        self._growth = Gradual(
+        self._growth = GradualMasks(
             {name: (matrix, amount_of(step, name)) for name, matrix in matrices.items()},
             self.schedule,
             self.solver,

@@ -1,7 +1,8 @@
-"""A training that ends after a number of tokens, whatever batch, accumulation and world size are.
+"""TokenBudget: end a training after a number of tokens, for any batch size and process count.
 
-Continued pre-training of pruned models is told in tokens (Sheared LLaMA, arXiv:2310.06694;
-Shortened LLaMA, arXiv:2402.02834). They become steps before the learning-rate schedule is made.
+Papers state continued pre-training of pruned models in tokens (Sheared LLaMA, arXiv:2310.06694;
+Shortened LLaMA, arXiv:2402.02834). The tokens become optimizer steps before the learning-rate
+schedule is made.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from prunelight.training.recovery_watch import training_text
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_EPOCHS = 1000  # what Lightning sets where neither steps nor epochs are given
+_DEFAULT_EPOCHS = 1000  # Lightning's max_epochs where neither steps nor epochs are given
 
 
 class TokenBudget(Callback):
     """Set the Trainer's max_steps so that at least this many tokens are trained on.
 
     Args:
-        tokens: to train on, padding not counted, over all processes; read again once the training
-            text is at its end.
+        tokens: number of tokens to train on over all processes, without padding. The training text
+            is read again from its start once it ends.
 
     Raises:
-        ValueError: if it is below 1.
+        ValueError: if `tokens` is below 1.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -36,11 +37,11 @@ class TokenBudget(Callback):
         self.tokens = tokens
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Turn tokens into steps; Lightning calls it.
+        """Turn tokens into steps; Lightning calls this hook.
 
         Raises:
             ValueError: if max_steps or max_epochs of the Trainer end the training elsewhere, the
-                number of training tokens is not known, or a method was pruning already.
+                number of training tokens is not known, or a pruning callback comes first.
         """
         if stage != "fit":
             return
@@ -49,8 +50,9 @@ class TokenBudget(Callback):
             raise ValueError(
                 f"tokens={self.tokens} needs a prunelight TextDataModule, whose tokens are known"
             )
-        before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
-        if any(isinstance(callback, PruningCallback) for callback in before):
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        earlier = callbacks[: callbacks.index(self)]
+        if any(isinstance(callback, PruningCallback) for callback in earlier):
             raise ValueError(
                 "TokenBudget must come before the pruning callbacks in trainer.callbacks: their "
                 "schedules ask how many steps there are"

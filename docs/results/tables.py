@@ -81,9 +81,7 @@ def render(table: dict[str, Any]) -> str:
         best = [of_columns for _ in rows]
     if table.get("best") == "row":
         best = [[lowest(row[1:])] * len(row) for row in rows]
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]] if not table.get("text") else []
-    if table.get("text"):  # words, not figures: nothing is right-aligned
-        lines = [columns, ["---"] * len(columns)]
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
     lines += [
         [cell_text(cell, of) for cell, of in zip(row, bests, strict=True)]
         for row, bests in zip(rows, best, strict=True)
@@ -100,24 +98,29 @@ def written(text: str) -> str:
     )
 
 
-def record(report: Path, name: str) -> None:
-    """Take over the stages of a run from its report.json into NAME.json."""
-    run = json.loads(report.read_text(encoding="utf-8"))
-    table = load(name)
-    stages: dict[str, Any] = run["stages"]
-    dense = stages["dense"]["parameters"]
+def stage_rows(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows for the stages of a report.json: dense, pruned, recovered."""
+    stages = report["stages"]
+    dense = stages[0]["parameters"]
 
-    def millions(stage: dict[str, Any]) -> str:
-        change = stage["parameters"] / dense - 1
-        return f"{stage['parameters'] / 1e6:.1f}M" + (f" ({change:+.1%})" if change else "")
+    def parameters(stage: dict[str, Any]) -> str:
+        change = 100 * (stage["parameters"] / dense - 1)
+        return f"{stage['parameters'] / 1e6:.1f}M" + (f" ({change:+.1f} %)" if change else "")
 
-    table["columns"] = ["", *stages]
-    table["rows"] = [
-        ["layers", *[stage["num_layers"] for stage in stages.values()]],
-        ["parameters", *[millions(stage) for stage in stages.values()]],
-        ["perplexity", *[round(stage["perplexity"], 2) for stage in stages.values()]],
-        ["next-token accuracy", *[f"{stage['accuracy']:.3f}" for stage in stages.values()]],
+    rows = [
+        ["layers", *[stage["num_layers"] for stage in stages]],
+        ["parameters", *[parameters(stage) for stage in stages]],
+        ["perplexity", *[round(stage["perplexity"], 2) for stage in stages]],
+        ["next-token accuracy", *[f"{stage['accuracy']:.3f}" for stage in stages]],
     ]
+    return ["", *[stage["name"] for stage in stages]], rows
+
+
+def record(report: Path, name: str) -> None:
+    """Take the figures of a run from its report.json into NAME.json, which is there already."""
+    table = load(name)
+    run = json.loads(report.read_text(encoding="utf-8"))
+    table["columns"], table["rows"] = stage_rows(run)
     table["date"] = date.today().isoformat()
     text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
     (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")

@@ -26,7 +26,7 @@ from prunelight.models.families.rwkv import without_rescaling
 from prunelight.models.forward import (
     evaluating,
     forward_without_head,
-    hidden_name,
+    hidden_states_argument,
     replaced_forward,
 )
 
@@ -239,7 +239,7 @@ def _record_calls(
         calls.append((args[1:], kwargs))
         return state if rest is None else (state, *rest)
 
-    names = [hidden_name(layer) for layer in decoder_layers(model)]
+    names = [hidden_states_argument(layer) for layer in decoder_layers(model)]
     with _replaced_layers(model, [partial(stand_in, *x) for x in zip(names, rests, strict=True)]):
         forward_without_head(model, batch)
     return states[0], calls

@@ -71,7 +71,7 @@ def share_windows(
     """Share windows between the ranks of the default process group; see the module's docstring.
 
     A rank that fails raises its own error; the other ranks wait until torchrun ends them. Run all
-    code that uses the windows inside `group.together()` to raise that error on all ranks.
+    code that uses the windows inside `group.failing_together()` to raise that error on all ranks.
 
     Args:
         windows: token ids (N, T), or a mapping of these and an attention_mask; the same windows on

@@ -38,8 +38,8 @@ def measure_stage(
     """
     group = group_of(windows)
     # Latency comes first: it fails early if its text is too long for the model.
-    latency = None if latency_of is None else group.on_zero(partial(latency_of, model))
-    quality, speed = evaluate(model, windows), group.on_zero(partial(measure_speed, model))
+    latency = None if latency_of is None else group.run_on_rank_zero(partial(latency_of, model))
+    quality, speed = evaluate(model, windows), group.run_on_rank_zero(partial(measure_speed, model))
     return Stage(
         name=name,
         num_layers=len(decoder_layers(model)),

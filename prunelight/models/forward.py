@@ -76,13 +76,13 @@ def replaced_forward(
             module.forward = on_instance
 
 
-def hidden_name(layer: nn.Module) -> str:
+def hidden_states_argument(layer: nn.Module) -> str:
     """Return the name of the argument in which a decoder layer takes its hidden states."""
     return next(iter(inspect.signature(layer.forward).parameters))
 
 
 def _hook(index: int, layer: nn.Module, visit: Visit) -> Callable[..., None]:
-    name = hidden_name(layer)
+    name = hidden_states_argument(layer)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         visit(index, args[0] if args else kwargs[name], first_tensor(output))

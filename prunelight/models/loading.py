@@ -94,7 +94,7 @@ def load(
         ImportError: if a GGUF file needs the package gguf.
     """
     torch_dtype = resolve_dtype(dtype)
-    source = reach(find_source(str(name)))
+    source = check_hub(find_source(str(name)))
     config = load_config(source, trust_remote_code=trust_remote_code)
     _check_causal(config, str(name))
     tokenizer = _load_tokenizer(source, str(name), trust_remote_code)
@@ -133,7 +133,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         ValueError: if the source is unknown or holds no tokenizer.
         ImportError: if a GGUF file needs the package gguf.
     """
-    source = reach(find_source(name))
+    source = check_hub(find_source(name))
     if source.gguf_file is None:  # the config of a GGUF file takes seconds to parse
         # Reading the config gives the clearest error for a source that does not exist.
         load_config(source, trust_remote_code=trust_remote_code)
@@ -178,7 +178,7 @@ def find_source(name: str) -> Source:
     return Source(name)
 
 
-def reach(source: Source) -> Source:
+def check_hub(source: Source) -> Source:
     """Return the source, marked as unreachable if it is on the hub and the hub does not answer.
 
     Without this check, each file of a cached model would wait for 23 s of retries on a machine

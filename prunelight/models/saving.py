@@ -45,7 +45,7 @@ _LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """What `save` wrote: the directory, the bytes of its weights, and how they were verified."""
 
     directory: str
@@ -62,7 +62,7 @@ def save(
     extra_files: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     export_remote_code: bool = False,
-) -> Saved:
+) -> SavedModel:
     """Write a verified transformers directory: all of it, or nothing.
 
     Args:
@@ -83,7 +83,7 @@ def save(
     directory = Path(directory).expanduser()
     check_replaceable(directory)
     if export_remote_code:
-        name_code(model)
+        name_remote_code(model)
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def save(
         if plan is not None:
             plan.save(temporary / "plan.json")
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
-        saved = Saved(str(directory), size, verify(model, temporary, trust_remote_code))
+        saved = SavedModel(str(directory), size, verify(model, temporary, trust_remote_code))
         versions = {"fingerprint": model_fingerprint(model), "versions": library_versions()}
         marker = json.dumps({**asdict(saved), **versions}, indent=1) + "\n"
         (temporary / MARKER).write_text(marker, encoding="utf-8")
@@ -110,7 +110,7 @@ def save(
     return saved
 
 
-def name_code(model: PreTrainedModel) -> None:
+def name_remote_code(model: PreTrainedModel) -> None:
     """Name, in the model's config, the code that `save` writes beside the model; in place.
 
     Raises:

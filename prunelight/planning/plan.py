@@ -25,7 +25,7 @@ from prunelight.planning.steps import (
     renumbered,
     step_from_dict,
 )
-from prunelight.runtime.atomic_files import replacing
+from prunelight.runtime.atomic_files import atomic_replacement
 
 FORMAT = 1
 
@@ -92,7 +92,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; an interrupted write leaves no partial file."""
-        with replacing(Path(path)) as temporary:
+        with atomic_replacement(Path(path)) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunelight.models.families.config_fields import OTHER_LISTS
+from prunelight.models.families.config_fields import LISTS_NOT_PER_LAYER
 from prunelight.models.families.layers import decoder_layers, layer_matrices, layers_path, matrices
 from prunelight.planning.steps import MergeLayers
 from prunelight.pruning.remove_layers import check_removable, remove_layers
@@ -128,7 +128,7 @@ def _difference(model: PreTrainedModel, low: int, high: int) -> str:
     layers = decoder_layers(model)
     for name, kinds in model.config.to_dict().items():
         one_a_layer = isinstance(kinds, (list, tuple)) and len(kinds) == len(layers)
-        if one_a_layer and name not in OTHER_LISTS and kinds[low] != kinds[high]:
+        if one_a_layer and name not in LISTS_NOT_PER_LAYER and kinds[low] != kinds[high]:
             return f"{name} is {kinds[low]!r} and {kinds[high]!r}"
     shapes = [{n: tuple(p.shape) for n, p in layers[i].named_parameters()} for i in (low, high)]
     for name in sorted({*shapes[0], *shapes[1]}):

@@ -154,7 +154,7 @@ def _narrow(
     for kind, layers in kept.items():
         for part in parts[kind]:
             # The rows or columns of the groups or neurons, in order.
-            places = part.places[layers[index]].flatten().sort().values
+            places = part.indices[layers[index]].flatten().sort().values
             linear: Any = part.matrix.owner
             if inputs is not None and part.dim == 1:
                 _fit(linear.weight.data, places, inputs.of(part.matrix)[0].result())

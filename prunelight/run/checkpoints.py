@@ -23,7 +23,7 @@ from prunelight.evaluation.report.record import RunRecord
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of, model_fingerprint
 from prunelight.recovery.quantization import FOUR_BIT, BitsAndBytes
 from prunelight.run.method import PruningMethod
-from prunelight.runtime.atomic_files import explaining, replacing
+from prunelight.runtime.atomic_files import atomic_replacement, explaining_write_errors
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,10 @@ def read_measured(directory: Path) -> RunRecord | None:
 
 def write_measured(directory: Path, record: RunRecord) -> None:
     """Write the record of a base beside it, whole or not at all."""
-    with explaining(directory / MEASURED), replacing(directory / MEASURED) as temporary:
+    with (
+        explaining_write_errors(directory / MEASURED),
+        atomic_replacement(directory / MEASURED) as temporary,
+    ):
         temporary.write_text(json.dumps(record.to_dict(), indent=1))
 
 

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from prunelight.evaluation.report.report import write_report
 from prunelight.models.placement import move_if_it_fits
-from prunelight.models.saving import MARKER, Saved, save
+from prunelight.models.saving import MARKER, SavedModel, save
 from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
 from prunelight.run.measurements import add_cost, measure_run_stage
 from prunelight.run.run_state import ADAPTER, FINAL, Run
-from prunelight.runtime.atomic_files import explaining, newest_checkpoint
+from prunelight.runtime.atomic_files import explaining_write_errors, newest_checkpoint
 from prunelight.runtime.measuring import measuring
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,9 @@ def finish(run: Run) -> None:
     assert prepared is not None
     run.checked = False  # a later fit is another one
     if prepared.merges_in_place:
-        group.on_zero(partial(_keep_adapters, run, prepared))
+        group.run_on_rank_zero(partial(_keep_adapters, run, prepared))
         model = run.holder.model = prepared.merged()
-        group.on_zero(partial(_save_and_report, run, prepared, model))
+        group.run_on_rank_zero(partial(_save_and_report, run, prepared, model))
     else:
         _finish_on_base(run, prepared)
 
@@ -59,7 +59,7 @@ def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
         _keep_adapters(run, rebuilt)
         _save_and_report(run, rebuilt, rebuilt.merged())
 
-    run.place.group.on_zero(merge)
+    run.place.group.run_on_rank_zero(merge)
     run.use_result(run.place.root / FINAL)
 
 
@@ -73,7 +73,10 @@ def save_and_report(run: Run, model: PreTrainedModel) -> None:
     """Save a trained model in final/ and write the report; only rank 0 calls this."""
     model = move_if_it_fits(model, run.place.device)
     checkpoint = newest_checkpoint(run.place.root / "checkpoints")
-    with measuring(model.device) as saving, explaining(run.place.root / FINAL, checkpoint):
+    with (
+        measuring(model.device) as saving,
+        explaining_write_errors(run.place.root / FINAL, checkpoint),
+    ):
         saved = _save_final(run, model)
     if (record := run.record) is None:
         return
@@ -83,12 +86,12 @@ def save_and_report(run: Run, model: PreTrainedModel) -> None:
     record.verification[Path(saved.directory).name] = saved.verification
     if run.settings.recovery != "none":
         _measure_result(run, model, saved)
-    with explaining(run.place.root / "report.md", checkpoint):
+    with explaining_write_errors(run.place.root / "report.md", checkpoint):
         for file in write_report(run.place.root, record):
             log.info("wrote %s", file)
 
 
-def _save_final(run: Run, model: PreTrainedModel) -> Saved:
+def _save_final(run: Run, model: PreTrainedModel) -> SavedModel:
     """Save the result with the plans that led to it."""
     plans = {file.name: file.read_text(encoding="utf-8") for file in run.plan_files()}
     return save(
@@ -111,7 +114,7 @@ def _note_recovery(run: Run, prepared: PreparedModel, model: PreTrainedModel) ->
         run.record.recovery = {**run.describe_recovery(), **zeros}
 
 
-def _measure_result(run: Run, model: PreTrainedModel, saved: Saved) -> None:
+def _measure_result(run: Run, model: PreTrainedModel, saved: SavedModel) -> None:
     """Add the recovered model to the record, and warn if the recovery made it worse."""
     assert run.record is not None
     before = run.record.stages[-1].perplexity

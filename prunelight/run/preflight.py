@@ -75,7 +75,7 @@ def preflight(run: Run, methods: Sequence[PruningMethod] = ()) -> Facts:
     for check in checks:
         # Lightning counts the steps on all processes together: none may wait elsewhere meanwhile.
         alone = check in (strategy, methods_in_this_run)
-        with nullcontext() if alone else run.place.group.together():
+        with nullcontext() if alone else run.place.group.failing_together():
             check(facts)
     run.checked = True
     return facts
@@ -98,7 +98,7 @@ def methods_in_this_run(facts: Facts) -> None:
 
 def output(facts: Facts) -> None:
     """The run may write its result and its report."""
-    facts.run.place.group.on_zero(partial(check_output, facts.run.place.root))
+    facts.run.place.group.run_on_rank_zero(partial(check_output, facts.run.place.root))
 
 
 def check_output(root: Path) -> None:

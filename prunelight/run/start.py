@@ -22,7 +22,7 @@ from prunelight.evaluation.report.report import write_report
 from prunelight.evaluation.speed import forward_seconds
 from prunelight.evaluation.stages import new_record
 from prunelight.models.placement import device_with_room, move_if_it_fits, to_device
-from prunelight.models.saving import Saved, check_replaceable, save
+from prunelight.models.saving import SavedModel, check_replaceable, save
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of
 from prunelight.planning.plan import Plan
 from prunelight.recovery.prepared_model import PreparedModel
@@ -38,7 +38,7 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.preflight import Facts, preflight
 from prunelight.run.run_state import Run, plan_files
 from prunelight.run.teacher import prepare_teacher
-from prunelight.runtime.atomic_files import explaining
+from prunelight.runtime.atomic_files import explaining_write_errors
 from prunelight.runtime.devices import device_name
 from prunelight.runtime.measuring import measuring
 
@@ -61,8 +61,7 @@ def start(run: Run, methods: list[PruningMethod]) -> None:
         RuntimeError: on the other processes, if one failed.
     """
     facts = preflight(run, methods)
-    run.gradual = any(method.gradual for method in methods)
-    with run.place.group.together():
+    with run.place.group.failing_together():
         base, record = _find_base(facts)
         if record is None:
             _make_base(facts, base)
@@ -94,7 +93,7 @@ def start_recovery(run: Run) -> None:
     measurable = hasattr(data, "validation_windows") or hasattr(data, "val_dataloader")
     if run.record is None and measurable:
         record = partial(start_record, run, run.load_model())
-        run.record = run.place.group.on_zero(record)
+        run.record = run.place.group.run_on_rank_zero(record)
 
 
 def prepare(run: Run) -> PreparedModel:
@@ -117,14 +116,14 @@ def _find_base(facts: Facts) -> tuple[Base, RunRecord | None]:
     evaluation = fingerprint_of(describe_windows(*split_windows(facts.held_out)))
     both = f"{fingerprint} {evaluation}"
     group.check_same("the fingerprint of model, arguments and windows", both)
-    root = Path(group.on_zero(lambda: str(run.place.root)))
+    root = Path(group.run_on_rank_zero(lambda: str(run.place.root)))
     for known in (fingerprint, earlier):
         base = Base(root / f"pruned-{known}", known or "")
-        record = group.on_zero(partial(read_measured, base.directory)) if known else None
+        record = group.run_on_rank_zero(partial(read_measured, base.directory)) if known else None
         if record is not None:
             return base, record
     base = Base(root / f"pruned-{fingerprint}", fingerprint)
-    group.on_zero(partial(check_replaceable, base.directory))
+    group.run_on_rank_zero(partial(check_replaceable, base.directory))
     return base, None
 
 
@@ -136,7 +135,7 @@ def _reuse_base(facts: Facts, base: Base, record: RunRecord) -> None:
     described = describe_evaluation(run)
     same = all(record.evaluation.get(k) == described.get(k) for k in ("fingerprint", "latency"))
     place = device_with_room(facts.model, run.place.device)
-    device = group.on_zero(lambda: device_name(place))
+    device = group.run_on_rank_zero(lambda: device_name(place))
     if not same or record.device != device:
         dense = to_device(facts.model, place)
         stages = [measure_run_stage(run, "dense", dense, facts.held_out)]
@@ -145,7 +144,7 @@ def _reuse_base(facts: Facts, base: Base, record: RunRecord) -> None:
             pruned = move_if_it_fits(run.load_model(), run.place.device)
             stages.append(measure_run_stage(run, "pruned", pruned, facts.held_out))
         record.device, record.stages, record.evaluation = device, stages, described
-    group.on_zero(lambda: write_measured(base.directory, record))
+    group.run_on_rank_zero(lambda: write_measured(base.directory, record))
 
 
 def _make_base(facts: Facts, base: Base) -> None:
@@ -157,12 +156,12 @@ def _make_base(facts: Facts, base: Base) -> None:
     model, plans = _prune(facts, record, model)
     if not all(method.gradual for method in facts.methods):
         _measure(facts, record, "pruned", model)
-    with measuring(model.device) as phase, explaining(base.directory):
-        saved = group.on_zero(partial(_save_base, facts, base.directory, model, plans))
+    with measuring(model.device) as phase, explaining_write_errors(base.directory):
+        saved = group.run_on_rank_zero(partial(_save_base, facts, base.directory, model, plans))
     add_cost(record, "save and verify pruned", phase)
     record.verification[base.directory.name] = saved.verification
     record.stages[-1] = replace(record.stages[-1], size_bytes=saved.size_bytes)
-    group.on_zero(lambda: write_measured(base.directory, record))
+    group.run_on_rank_zero(lambda: write_measured(base.directory, record))
 
 
 def _measure(facts: Facts, record: RunRecord, name: str, model: PreTrainedModel) -> None:
@@ -194,7 +193,9 @@ def _prune(
     return model, plans
 
 
-def _save_base(facts: Facts, directory: Path, model: PreTrainedModel, plans: list[Plan]) -> Saved:
+def _save_base(
+    facts: Facts, directory: Path, model: PreTrainedModel, plans: list[Plan]
+) -> SavedModel:
     """Save the pruned model with all plans that led to it."""
     run = facts.run
     # What was done to the model before this run still holds: its zeros stay planned zeros.

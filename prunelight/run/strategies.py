@@ -29,7 +29,7 @@ from torch import Tensor
 
 from prunelight.losses import IGNORED_LABEL
 from prunelight.recovery.sharded_weights import gather_trained
-from prunelight.runtime.atomic_files import explaining_damage
+from prunelight.runtime.atomic_files import explaining_read_errors
 from prunelight.runtime.processes import ProcessGroup
 
 
@@ -135,7 +135,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Load weights and optimizer into their shards, after the module has checked the file."""
         module: Any = self.lightning_module
-        with explaining_damage(checkpoint_path):
+        with explaining_read_errors(checkpoint_path):
             file = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
         module.check_checkpoint(file)
         return super().load_checkpoint(checkpoint_path, weights_only=weights_only)

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.models.families.config_fields import vocabulary_size
-from prunelight.models.loading import find_source, load, load_config, load_tokenizer, reach
+from prunelight.models.loading import check_hub, find_source, load, load_config, load_tokenizer
 from prunelight.models.placement import to_device
 from prunelight.planning.fingerprints import model_fingerprint
 from prunelight.planning.plan import Plan
@@ -76,7 +76,7 @@ def check_teacher(run: Run, model: PreTrainedModel, *, sliced: bool = False) -> 
                 "or as distillation.name"
             )
         return
-    config: Any = load_config(reach(find_source(name)), trust_remote_code=run.trust_remote_code)
+    config: Any = load_config(check_hub(find_source(name)), trust_remote_code=run.trust_remote_code)
     rows, student_rows = config.get_text_config().vocab_size, vocabulary_size(model)
     tokenizer = load_tokenizer(name, trust_remote_code=run.trust_remote_code)
     same = tokenizer.get_vocab() == run.checked_tokenizer().get_vocab()
@@ -154,8 +154,8 @@ def _whole_cache(run: Run, objective: Objective, source: TeacherSource) -> Teach
         vocabulary=vocabulary,
     )
     group = place.group
-    with group.together():
-        group.on_zero(cache.open)
+    with group.failing_together():
+        group.run_on_rank_zero(cache.open)
         if blocks := [block for block in cache.missing() if block % group.size == group.rank]:
             _release(run)
             teacher = teacher or source.load(place.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replacement(path: Path) -> Iterator[Path]:
     """Yield a temporary path; rename it to `path` on success, remove it on an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -46,7 +46,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 @contextmanager
-def explaining(path: Path, checkpoint: Path | None = None) -> Iterator[None]:
+def explaining_write_errors(path: Path, checkpoint: Path | None = None) -> Iterator[None]:
     """Turn an error of the file system into one line that says how to continue the run.
 
     Args:
@@ -64,9 +64,9 @@ def explaining(path: Path, checkpoint: Path | None = None) -> Iterator[None]:
             raise
         intact = f"checkpoint {checkpoint}" if checkpoint else "what was there before"
         raise OSError(
-            f"cannot write {path}: {reason}; {intact} is intact. Free space, or choose another "
-            "directory (trainer.default_root_dir), then start the same command again: it goes on "
-            "from there"
+            f"cannot write {path}: {reason}; {intact} is intact. Free space or choose "
+            "another place (trainer.default_root_dir), then start the same command again: it goes "
+            "on from there"
         ) from error
 
 
@@ -94,7 +94,7 @@ def check_writable(directory: Path) -> None:
     while not existing.exists():
         existing = existing.parent
     probe = existing / f".writable.{os.getpid()}.tmp"
-    with explaining(directory):
+    with explaining_write_errors(directory):
         try:
             probe.write_bytes(b"\0")
             flush(probe)
@@ -103,7 +103,7 @@ def check_writable(directory: Path) -> None:
 
 
 @contextmanager
-def explaining_damage(path: str | Path) -> Iterator[None]:
+def explaining_read_errors(path: str | Path) -> Iterator[None]:
     """Turn an error of reading a checkpoint into one line that names the remedy.
 
     Raises:

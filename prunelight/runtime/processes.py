@@ -70,7 +70,7 @@ class ProcessGroup:
         """
         if self.size == 1:
             return values
-        self.meet()
+        self.barrier()
         # NCCL takes only tensors on a GPU, gloo reduces only tensors on the CPU.
         kind = {"nccl": "cuda", "gloo": "cpu"}.get(dist.get_backend(), values.device.type)
         total = values.detach().clone(memory_format=torch.contiguous_format)
@@ -86,7 +86,7 @@ class ProcessGroup:
             return [*numbers]
         return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
-    def on_zero(self, call: Callable[[], Result]) -> Result:
+    def run_on_rank_zero(self, call: Callable[[], Result]) -> Result:
         """Run `call` on rank 0 while the other ranks wait; return its result on all ranks.
 
         Raises:
@@ -97,10 +97,10 @@ class ProcessGroup:
             try:
                 results = [call()]
             except Exception as error:
-                self.meet(error)
+                self.barrier(error)
                 raise
         if self.size > 1:
-            self.meet()
+            self.barrier()
             dist.broadcast_object_list(results, 0, group=self._cpu_group)
         result: Result = results[0]
         return result
@@ -121,7 +121,7 @@ class ProcessGroup:
         """
         if self.size == 1:
             return [value]
-        self.meet()
+        self.barrier()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._cpu_group)
         return values
@@ -141,7 +141,7 @@ class ProcessGroup:
                 )
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def failing_together(self) -> Iterator[None]:
         """Let the work inside fail on all ranks if it fails on one; wait for all ranks at its end.
 
         Raises:
@@ -151,11 +151,11 @@ class ProcessGroup:
         try:
             yield
         except Exception as error:
-            self.meet(error)
+            self.barrier(error)
             raise
-        self.meet()
+        self.barrier()
 
-    def meet(self, error: Exception | None = None) -> None:
+    def barrier(self, error: Exception | None = None) -> None:
         """Wait for all ranks; an `error` tells the other ranks why this rank stops.
 
         Raises:

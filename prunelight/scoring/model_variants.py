@@ -40,14 +40,14 @@ class VariantLayer:
     index: int
 
 
-class Replay:
+class VariantReplay:
     """Similarity of variants to a model, which is unchanged; a context manager.
 
     `LayerWalk` and `similarity_to` describe the arguments.
 
     Attributes:
         walk: the walk over the model.
-        units: layers of the present variant; at first the model's layers.
+        layers: layers of the present variant; at first the model's layers.
         inputs: hidden states (B, T, D) of each micro-batch: one list for the input of each layer
             of the present variant, and a last list for the output of its last layer.
         layer_forwards: how often the calibration windows have gone through a layer so far.
@@ -71,17 +71,17 @@ class Replay:
     ) -> None:
         self.walk = LayerWalk(model, windows, device=device, offload=offload)
         self.criterion, self.ignore_first_tokens = criterion, ignore_first_tokens
-        self.units = [VariantLayer(layer, i) for i, layer in enumerate(decoder_layers(model))]
+        self.layers = [VariantLayer(layer, i) for i, layer in enumerate(decoder_layers(model))]
         self.inputs: list[list[Tensor]] = []
         self.layer_forwards, self.measurements = 0, 0
         self._stack = ExitStack()
 
-    def __enter__(self) -> Replay:
+    def __enter__(self) -> VariantReplay:
         """Run the model once, layer by layer, and keep the input of each layer."""
         with ExitStack() as stack:
             stack.enter_context(self.walk)
             self.inputs = [list(self.walk.states)]
-            self._embeddings, self._first = self.inputs[0], self.units[0].layer
+            self._embeddings, self._first = self.inputs[0], self.layers[0].layer
             self._extend()
             ignored = self.ignore_first_tokens
             self._similarity: Similarity = similarity_to(
@@ -98,32 +98,32 @@ class Replay:
         self._stack.close()
         self.inputs.clear()
 
-    def score(self, start: int, units: Sequence[VariantLayer]) -> float:
+    def score(self, start: int, layers: Sequence[VariantLayer]) -> float:
         """Return the similarity of the present variant with its layers from `start` on replaced.
 
         The similarity is -inf if it cannot be measured, such as for states that are NaN.
 
         Args:
             start: position of the first replaced layer in the present variant.
-            units: the layers from that position on.
+            layers: the layers from that position on.
         """
-        states = self._inputs_at(start, units)
-        for layer in units:
+        states = self._inputs_at(start, layers)
+        for layer in layers:
             states = self._run(layer, states)
         self.measurements += 1
         self._bar.update()
         similarity = self._similarity(states)
         return -math.inf if math.isnan(similarity) else similarity
 
-    def replace(self, start: int, units: Sequence[VariantLayer]) -> None:
-        """Replace the present variant's layers from position `start` on by `units`."""
+    def replace(self, start: int, layers: Sequence[VariantLayer]) -> None:
+        """Replace the present variant's layers from position `start` on by `layers`."""
         del self.inputs[start + 1 :]
-        self.inputs[start] = self._inputs_at(start, units)
-        self.units[start:] = units
+        self.inputs[start] = self._inputs_at(start, layers)
+        self.layers[start:] = layers
         self._extend()
 
-    def _inputs_at(self, start: int, units: Sequence[VariantLayer]) -> list[Tensor]:
-        """Return the inputs of the layer at position `start`, when `units` follow from there.
+    def _inputs_at(self, start: int, layers: Sequence[VariantLayer]) -> list[Tensor]:
+        """Return the inputs of the layer at position `start`, when `layers` follow from there.
 
         RWKV's first block holds the norm of the embeddings. Without that block, the norm is applied
         here.
@@ -131,13 +131,13 @@ class Replay:
         norm = getattr(self._first, "pre_ln", None)
         if start or norm is None:
             return self.inputs[start]
-        if not units or units[0].layer is self._first:
+        if not layers or layers[0].layer is self._first:
             return self._embeddings
         return [norm(state.to(self.walk.model.device)) for state in self._embeddings]
 
     def _extend(self) -> None:
         """Run the present variant's layers from the last known input on, and keep their outputs."""
-        for layer in self.units[len(self.inputs) - 1 :]:
+        for layer in self.layers[len(self.inputs) - 1 :]:
             states = self._run(layer, self.inputs[-1])
             for state in states:
                 check_finite(layer.index, state.abs().max().item(), state)
@@ -168,10 +168,12 @@ class MergedVariants:
         BudgetExceededError: on a call, if the variant would exceed the budget.
     """
 
-    def __init__(self, replay: Replay, merged_layer: Callable[[Sequence[int]], nn.Module]) -> None:
+    def __init__(
+        self, replay: VariantReplay, merged_layer: Callable[[Sequence[int]], nn.Module]
+    ) -> None:
         self.budget = math.inf
         self._replay, self._merged_layer = replay, merged_layer
-        self._dense = list(replay.units)
+        self._dense = list(replay.layers)
         self._known: dict[Groups, float] = {(): 1.0}
         self._base: Groups = ()  # groups of the replay's present variant
         self._merged: dict[tuple[int, int], VariantLayer] = {}
@@ -206,7 +208,7 @@ class MergedVariants:
         layers = list(self._dense)
         for low, high in groups:  # from the top down: positions below a group do not move
             layers[low : high + 1] = [self._merged[low, high]]
-        pairs = zip(layers, self._replay.units, strict=False)
+        pairs = zip(layers, self._replay.layers, strict=False)
         start = next(i for i, (new, old) in enumerate(pairs) if new.layer is not old.layer)
         if self._replay.layer_forwards + len(layers) - start > self.budget:
             raise BudgetExceededError

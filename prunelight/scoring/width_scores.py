@@ -25,7 +25,7 @@ from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import InputVariance
 from prunelight.calibration.windows import Windows, micro_batches
 from prunelight.models.families.architectures import sublayers_of
-from prunelight.models.families.config_fields import accepts, head_dim
+from prunelight.models.families.config_fields import config_accepts, head_dim
 from prunelight.models.families.dropped_sublayers import dropped
 from prunelight.models.families.layers import Matrix, decoder_layers, layer_matrices
 from prunelight.models.forward import evaluating, forward_without_head
@@ -63,7 +63,7 @@ class ProjectionPart:
 
     matrix: Matrix
     dim: int  # 0 if rows of the weight (O, I) belong to a group or neuron, 1 if columns do
-    places: Tensor  # indices of the rows or columns of each group or neuron, (G or F, ...)
+    indices: Tensor  # indices of the rows or columns of each group or neuron, (G or F, ...)
 
     def sums(self, weights: Tensor) -> Tensor:
         """Sum the scores of weights for each group or neuron.
@@ -75,7 +75,7 @@ class ProjectionPart:
             Sums, (G,) or (F,), on the CPU.
         """
         line_scores = weights if weights.ndim == 1 else weights.sum(1 - self.dim)
-        return line_scores.cpu()[self.places].sum(1)
+        return line_scores.cpu()[self.indices].sum(1)
 
 
 def widths_of(model: PreTrainedModel) -> Widths:
@@ -100,7 +100,7 @@ def allowed_groups(model: PreTrainedModel) -> list[int]:
     """
     widths = widths_of(model)
     fewer = [replace(widths, groups=groups) for groups in range(1, widths.groups + 1)]
-    return [w.groups for w in fewer if accepts(model.config, **w.fields)]
+    return [w.groups for w in fewer if config_accepts(model.config, **w.fields)]
 
 
 def projection_parts(

@@ -28,11 +28,11 @@ from prunelight.run.checkpoints import (
 )
 from prunelight.run.run_state import Run
 from prunelight.runtime.atomic_files import (
-    explaining,
-    explaining_damage,
+    atomic_replacement,
+    explaining_read_errors,
+    explaining_write_errors,
     newest_checkpoint,
     remove_temporaries,
-    replacing,
 )
 from prunelight.runtime.measuring import Measurement, measuring
 
@@ -59,9 +59,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        with explaining(path, newest_checkpoint(path.parent)):
+        with explaining_write_errors(path, newest_checkpoint(path.parent)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary, temporary.open("wb") as file:
+            with atomic_replacement(path) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
 
     def load_checkpoint(
@@ -72,7 +72,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: if the file is damaged or holds other objects.
         """
-        with explaining_damage(path):
+        with explaining_read_errors(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
 
 

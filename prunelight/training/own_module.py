@@ -158,4 +158,4 @@ class OwnModuleRecovery(Callback):
                 "optimizer_steps": trainer.global_step,
                 "precision": self.run.place.precision,
             }
-        self.run.place.group.on_zero(partial(save_and_report, self.run, model))
+        self.run.place.group.run_on_rank_zero(partial(save_and_report, self.run, model))

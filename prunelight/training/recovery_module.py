@@ -28,6 +28,7 @@ from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.speed import LatencyProtocol
 from prunelight.losses import next_token_sums
 from prunelight.models.loading import resolve_dtype
+from prunelight.moved import ATTRIBUTES, moved_attribute
 from prunelight.recovery.compiled_layers import check_backend
 from prunelight.recovery.distillation.objective import Distillation, Objective
 from prunelight.recovery.lora import LoRA
@@ -62,7 +63,7 @@ class RecoveryModule(WatchedModule):
         dtype: of the weights: auto, float32, bfloat16 or float16.
         recovery: "lora" trains adapters and merges them at the end, "full" all weights, "none"
             nothing (prune, evaluate and save only).
-        lora: settings of LoRA.
+        lora: Settings of LoRA.
         learning_rate: peak learning rate.
         warmup_steps: optimizer steps over which it rises linearly from 0.
         lr_scheduler: what follows: a schedule of transformers.get_scheduler.
@@ -77,12 +78,12 @@ class RecoveryModule(WatchedModule):
             the adapters dense and unmerged ones in adapter/; merging fills the zeros.
         loss: "lm" learns the next tokens, "kd" the dense model's distribution of them, which then
             is in memory too, "kd_topk" its most likely tokens, which it is asked for once, before.
-        distillation: settings of the last two.
+        distillation: Settings of distillation (loss kd or kd_topk).
         chunked_loss: never hold all logits at once; where a model's logits are not those of its
             head up to a scale or cap that is known, they are, with a warning.
         quantization: hold the base in 4 bits ("nf4", "fp4") or 8 ("int8") as adapters train, which
             are merged onto the base in full precision.
-        bitsandbytes: settings of 4 bits.
+        bitsandbytes: Settings of 4 bits.
         latency: also time generation by this protocol for each column of the report.
         trust_remote_code: run Python code that comes with the model.
 
@@ -201,6 +202,12 @@ class RecoveryModule(WatchedModule):
     def masks(self) -> WeightMasks | None:
         """Masks of sparsified weights; None if there is nothing that needs them."""
         return self.run.masks
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a parameter or module, or an attribute that is the run's now."""
+        if name in ATTRIBUTES:
+            return moved_attribute(self, name)
+        return super().__getattr__(name)
 
     # --- the start ---------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from prunelight.recovery.overfitting import (
     overfit_risk,
     overfitting,
 )
+from prunelight.run.run_state import Run
 
 log = logging.getLogger(__name__)
 
@@ -54,19 +55,19 @@ class RecoveryWatch(Callback):
         self._loss: Tensor | float = 0.0  # summed since the last validation, on its device
         self._batches = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn before anything is trained, of lost precision and of too little text."""
+        assert isinstance(pl_module, WatchedModule)
         run = pl_module.run
         for loss in run.precision_losses:
             run.warn(loss)
-        text = training_text(trainer)
-        if text is not None and pl_module.recovery != "none":
-            trained = parameter_count(pl_module, trainable=True)
-            risk = overfit_risk(
-                pl_module.recovery, text, trainer.estimated_stepping_batches, trained
-            )
-            if risk is not None:
-                run.warn(risk)
+        text, recovery = training_text(trainer), run.settings.recovery
+        if text is None or recovery == "none":
+            return
+        parameters = parameter_count(pl_module, trainable=True)
+        risk = overfit_risk(recovery, text, trainer.estimated_stepping_batches, parameters)
+        if risk is not None:
+            run.warn(risk)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
@@ -82,14 +83,16 @@ class RecoveryWatch(Callback):
             self.history.append(ValidationPoint(trainer.global_step, perplexity, loss))
             self._loss, self._batches = 0.0, 0
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of overfitting in the log and the report."""
         sentence = overfitting(self.history)
         if sentence is not None:
+            assert isinstance(pl_module, WatchedModule)
             pl_module.run.warn(sentence)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the best weights, on every rank, before they are merged and saved."""
+        assert isinstance(pl_module, WatchedModule)
         path = best_checkpoint(trainer) if pl_module.restore_best else ""
         pl_module.restored_step = None
         if path:
@@ -108,10 +111,14 @@ class WatchedModule(LightningModule):
     """What Lightning asks of every recovery: who watches it, and what a cast may not touch.
 
     Attributes:
-        restored_step: whose weights the fit ended with, None for those of the last step.
-        tokens_seen: that all ranks trained on, padding left out.
+        run: the state of the run.
+        restore_best: end with the best weights if a ModelCheckpoint monitors a metric `val/...`.
+        restored_step: optimizer step whose weights the fit ended with; None for the last step.
+        tokens_seen: tokens that all processes trained on, without padding.
     """
 
+    run: Run
+    restore_best: bool
     restored_step: int | None = None
     tokens_seen: int = 0
 

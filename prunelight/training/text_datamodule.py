@@ -52,7 +52,7 @@ class TextDataModule(LightningDataModule):
 
     Args:
         tokenizer: a tokenizer, or the name of a model to load it from.
-        train: source or sources of training rows, see `prunelight.windows.read_documents`.
+        train: source or sources of training rows, see `prunelight.data.sources.read_documents`.
         validation: the same, for validation and test.
         calibration: the same, for the windows that pruning looks at.
         seq_len: tokens of a text window, and the most of an instruction example.

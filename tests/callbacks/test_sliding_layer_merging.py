@@ -15,7 +15,7 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.models.saving import verify
 from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.planning.steps import MERGES, MergeLayers
-from prunelight.scoring.model_variants import Replay
+from prunelight.scoring.model_variants import VariantReplay
 from prunelight.scoring.similarity import CRITERIA
 
 WINDOWS = token_windows(4, 16)
@@ -152,16 +152,16 @@ def test_layers_are_exchanged_where_the_loop_took_the_wrong_ones(merge):
 
 @pytest.mark.parametrize("criterion", ["nll", "kl"])
 def test_a_measurement_runs_the_head_once(model, criterion):
-    with Replay(model, WINDOWS, criterion) as replay:
+    with VariantReplay(model, WINDOWS, criterion) as replay:
         count = LayerCount(model, WINDOWS)
-        replay.score(4, replay.units[5:])
+        replay.score(4, replay.layers[5:])
         count.close()
     assert count.heads == 1
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_model_itself_has_similarity_one(model, criterion):
-    with Replay(model, WINDOWS, criterion) as replay:
+    with VariantReplay(model, WINDOWS, criterion) as replay:
         assert replay.score(8, []) == pytest.approx(1, abs=1e-6)
 
 
@@ -180,8 +180,8 @@ def test_padding_does_not_count(model, criterion):
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_ignored_first_tokens_do_not_count(model, criterion):
     # The first two tokens change nothing but what later ones see of them, so compare by hand.
-    with Replay(model, WINDOWS, criterion, ignore_first_tokens=3) as replay:
-        found = replay.score(5, replay.units[6:])
+    with VariantReplay(model, WINDOWS, criterion, ignore_first_tokens=3) as replay:
+        found = replay.score(5, replay.layers[6:])
     other = reference.merged_model(model, [(5, 6)], "top")
     if criterion in ("cosine", "cka"):
         x, y = (reference.final_states(m, WINDOWS)[:, 3:] for m in (model, other))
@@ -210,8 +210,8 @@ def test_kl_is_exact_where_logits_are_capped_scaled_or_have_a_bias():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(6)  # logits that a cap of 30 bends
-        with Replay(model, WINDOWS, "kl") as replay:
-            found = replay.score(2, replay.units[4:])
+        with VariantReplay(model, WINDOWS, "kl") as replay:
+            found = replay.score(2, replay.layers[4:])
         layers = decoder_layers(model)
         for index in (2, 3):
             layers[index].forward = lambda hidden_states, *args, **kwargs: hidden_states

@@ -202,6 +202,30 @@ def test_every_json_file_of_results_is_shown_and_says_what_gave_it():
         assert all(len(row) == len(table["columns"]) for row in table["rows"]), name
 
 
+def test_a_table_takes_the_figures_of_a_run_from_its_report():
+    dense = {"name": "dense", "num_layers": 6, "parameters": 2_000_000, "accuracy": 0.5}
+    pruned = {**dense, "name": "pruned", "num_layers": 4, "parameters": 1_500_000}
+    report = {"stages": [{**dense, "perplexity": 10.0}, {**pruned, "perplexity": 20.456}]}
+    columns, rows = tables().stage_rows(report)
+    table = {"columns": columns, "rows": rows, "commands": ["x"], "date": "today", "commit": "c"}
+    assert tables().render(table).splitlines()[2:5] == [
+        "| layers | 6 | 4 |",
+        "| parameters | 2.0M | 1.5M (-25.0 %) |",
+        "| perplexity | 10.00 | 20.46 |",
+    ]
+
+
+def test_the_best_figure_of_each_column_or_row_is_bold():
+    rows = [["a", [3, 1.5], 7], ["b", [2, 9.0], None]]
+    table = {"columns": ["", "x", "y"], "rows": rows, "commands": [], "date": "", "commit": ""}
+    assert "| a | 3, **1.50** | **7** |\n| b | **2**, 9.00 |  |" in tables().render(
+        {**table, "best": "column"}
+    )
+    assert "| a | **3**, **1.50** | 7 |\n| b | **2**, **9.00** |  |" in tables().render(
+        {**table, "best": "row"}
+    )
+
+
 @each_page([page for page in PAGES if "<!-- table:" in read(page)])
 def test_a_page_with_figures_says_which_model_they_are_from(page):
     for word in ("Instruct", "Q4_1", "CPU"):

@@ -91,7 +91,7 @@ def test_the_lowest_threshold_spares_protected_layers_too():
 
 
 def test_what_cannot_be_measured_is_never_merged():
-    def score(groups):  # -inf is what Replay gives for NaN
+    def score(groups):  # -inf is what VariantReplay gives for NaN
         return -math.inf if any(low <= 6 < high for low, high in groups) else 0.5
 
     assert slide(score, L, -math.inf).groups == ((7, 11), (0, 6))

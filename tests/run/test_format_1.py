@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunelight
-from prunelight.callbacks import ShortGPT as TodaysShortGPT
+from prunelight.callbacks import ShortGPT
 from prunelight.cli import main
 
 FORMAT_1 = Path(__file__).resolve().parents[1] / "fixtures" / "format_1"
@@ -188,7 +188,7 @@ def test_the_config_that_an_old_run_saved_still_parses(killed, capsys):
 # --- an argument that format 1 did not have
 
 
-class ShortGPT(TodaysShortGPT):
+class LaterShortGPT(ShortGPT):
     """ShortGPT of a later version, with an argument that changes nothing at its default."""
 
     def __init__(
@@ -205,6 +205,10 @@ class ShortGPT(TodaysShortGPT):
         self.novelty = novelty
 
 
+# Plans and fingerprints hold this name; a config goes by the qualified name, so both are found.
+LaterShortGPT.__name__ = "ShortGPT"
+
+
 def fit_with_novelty(tmp_path, monkeypatch, novelty):
     """Start the killed run again with the later ShortGPT; return its bases and the one before."""
     directory = copied("killed_shortgpt", tmp_path, monkeypatch)
@@ -213,7 +217,7 @@ def fit_with_novelty(tmp_path, monkeypatch, novelty):
 
     def change(config):
         method = {"num_layers": 1, "novelty": novelty}
-        path = f"{ShortGPT.__module__}.{ShortGPT.__qualname__}"
+        path = f"{LaterShortGPT.__module__}.{LaterShortGPT.__qualname__}"
         config["trainer"]["callbacks"][0] = {"class_path": path, "init_args": method}
 
     edit_config(change)

@@ -200,12 +200,12 @@ def failures(rank, group):
 
     def one_fails():
         failing = ProcessGroup.of_default_group()
-        with failing.together(), failing.together():
+        with failing.failing_together(), failing.failing_together():
             Failing(num_layers=1).plan(tiny_model(), share_windows(padded(), failing))
 
     return {
         "one": said(one_fails),
-        "first": said(lambda: ProcessGroup.of_default_group().on_zero(lambda: int("x"))),
+        "first": said(lambda: ProcessGroup.of_default_group().run_on_rank_zero(lambda: int("x"))),
         "differ": said(lambda: group.check_same("the fingerprint", "b" if rank == 2 else "a")),
         "few": said(lambda: share_windows(token_windows(2), group)),
     }

@@ -307,7 +307,7 @@ def test_an_unwritable_directory_is_refused_before_any_work(name, tmp_path):
         accelerator="cpu",
         enable_checkpointing=False,
     )
-    with pytest.raises(OSError, match="cannot write /proc/nowhere: .*choose another place"):
+    with pytest.raises(OSError, match="cannot write /proc/nowhere: .*choose another directory"):
         trainer.fit(make_module(name), data)
 
 

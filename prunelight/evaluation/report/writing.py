@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunelight.evaluation.report.plan_facts import Json
-from prunelight.runtime.atomic_files import replacing
+from prunelight.runtime.atomic_files import atomic_replacement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_whole(path: Path, content: str | Figure) -> None:
     """Write a text or a picture, whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_replacement(path) as temporary:
         if isinstance(content, str):
             temporary.write_text(content, encoding="utf-8")
         else:

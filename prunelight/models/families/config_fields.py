@@ -35,7 +35,7 @@ def head_dim(config: Any) -> int:
     return width
 
 
-def accepts(config: PretrainedConfig, **fields: Any) -> bool:
+def config_accepts(config: PretrainedConfig, **fields: Any) -> bool:
     """Return whether a config's class accepts the config with these fields replaced."""
     try:
         type(config).from_dict({**config.to_dict(), **fields})
@@ -63,7 +63,7 @@ def maximum_length(config: PretrainedConfig) -> int | None:
 COUNTING_FIELDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 
 # Config fields that are no lists per layer, though their length may equal the number of layers.
-OTHER_LISTS = ("eos_token_id", "time_step_limit")
+LISTS_NOT_PER_LAYER = ("eos_token_id", "time_step_limit")
 
 
 def cut_config(config: PretrainedConfig, kept: Sequence[int], total: int) -> None:
@@ -83,7 +83,7 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int], total: int) -> Non
         name: [value[i] for i in kept]
         for name, value in values.items()
         if isinstance(value, (list, tuple)) and len(value) == total
-        if name not in (*OTHER_LISTS, "mlp_only_layers")  # a list of indices, renumbered below
+        if name not in (*LISTS_NOT_PER_LAYER, "mlp_only_layers")  # this one lists indices
         if not isinstance(getattr(type(config), name, None), property)
     }
     counts = {

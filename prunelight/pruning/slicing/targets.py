@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunelight.models.families.config_fields import accepts, head_dim
+from prunelight.models.families.config_fields import config_accepts, head_dim
 from prunelight.models.families.sliced import LAYERS, embeddings_of, last_norm, stack_of
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.steps import SLICE_OPTIONS
@@ -56,7 +56,7 @@ def allowed_widths(model: PreTrainedModel, multiple: int) -> list[int]:
     """
     config, accepted = model.config, []
     for width in range(multiple, config.hidden_size + 1, multiple):
-        if accepts(config, hidden_size=width, head_dim=head_dim(config)):
+        if config_accepts(config, hidden_size=width, head_dim=head_dim(config)):
             accepted.append(width)
     return accepted
 

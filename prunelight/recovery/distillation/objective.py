@@ -54,8 +54,8 @@ class Distillation:
 
     Attributes:
         temperature: of both distributions; the loss is multiplied by its square.
-        lm_weight: share of the plain loss on the next tokens, in [0, 1]; README compares the
-            default with 1, the plain loss alone.
+        lm_weight: share of the plain loss on the next tokens, in [0, 1]; docs/results/recovery.md
+            compares the default with 1, the plain loss alone.
         k: for kd_topk: how many of the teacher's most likely tokens are kept.
         hidden_weight: for kd: weight of an added loss, the relative squared error of the kept
             layers' outputs; 0 leaves it out.

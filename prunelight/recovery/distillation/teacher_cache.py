@@ -33,7 +33,7 @@ from prunelight.models.forward import evaluating
 from prunelight.planning.fingerprints import fingerprint_of, library_versions
 from prunelight.recovery.distillation.language_head import LanguageHead, without_adapters
 from prunelight.recovery.packed_rows import model_inputs
-from prunelight.runtime.atomic_files import remove_temporaries, replacing
+from prunelight.runtime.atomic_files import atomic_replacement, remove_temporaries
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class TeacherCache:
                 f"the teacher cache {self.directory} needs {space}; lower "
                 f"distillation.k={self.k}, or set distillation.cache to another disk"
             )
-        with replacing(file) as temporary:
+        with atomic_replacement(file) as temporary:
             temporary.write_text(json.dumps(self.description, indent=1) + "\n", encoding="utf-8")
 
     def _check(self, file: Path) -> None:
@@ -151,11 +151,11 @@ class TeacherCache:
             )
         if fingerprint != self.fingerprint:
             names = ("teacher", "data", "k", "temperature")
-            odd = [name for name in names if description.get(name) != self.description[name]]
+            differing = [name for name in names if description.get(name) != self.description[name]]
             raise ValueError(
                 f"the teacher cache {self.directory} has fingerprint {fingerprint}, this run needs "
-                f"{self.fingerprint}: it differs in {', '.join(odd)} (data are the tokens of the "
-                "training set); set distillation.cache to another directory, or leave it out"
+                f"{self.fingerprint}: it differs in {', '.join(differing)} (data are the tokens of "
+                "the training set); set distillation.cache to another directory, or leave it out"
             )
 
     def missing(self) -> list[int]:
@@ -200,7 +200,7 @@ class TeacherCache:
                 ]
                 ids, log_probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
                 tensors = {"ids": ids.to(self._ids_dtype), "log_probabilities": log_probabilities}
-                with replacing(self._file(block)) as temporary:
+                with atomic_replacement(self._file(block)) as temporary:
                     # One entry of metadata: safetensors writes several in no fixed order.
                     save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint})
 
@@ -274,8 +274,8 @@ def _rows(batch: Mapping[str, Tensor]) -> Iterator[tuple[bytes, int, int]]:
     """Yield for each row: a key of its tokens and labels, number of tokens, number that count."""
     ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     mask = batch.get("attention_mask")
-    kept = torch.ones_like(ids) if mask is None or mask.ndim != 2 else mask.cpu()
-    for row, row_labels, keep in zip(ids, labels, kept.bool(), strict=True):
+    is_token = torch.ones_like(ids) if mask is None or mask.ndim != 2 else mask.cpu()
+    for row, row_labels, keep in zip(ids, labels, is_token.bool(), strict=True):
         row, row_labels = row[keep], row_labels[keep]
         key = hashlib.sha256(row.numpy().tobytes() + row_labels.numpy().tobytes()).digest()[:16]
         yield key, len(row), len(counted_targets(row_labels[None])[0])

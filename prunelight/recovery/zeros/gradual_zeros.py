@@ -81,7 +81,7 @@ class RunningNorm(InputNorm):
         super().update(x)
 
 
-class Gradual:
+class GradualMasks:
     """The running input norms of a training, and the masks that follow from these norms.
 
     Args:

@@ -10,7 +10,7 @@ from prunelight.models.families.layers import matrices
 from prunelight.pruning.sparsity.masks import Pattern, magnitude_mask, wanda_mask
 from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
 from prunelight.recovery.zeros.gradual_zeros import (
-    Gradual,
+    GradualMasks,
     RunningNorm,
     Schedule,
     weights_with_adapters,
@@ -69,7 +69,7 @@ class Masks:
     def __init__(self, model, amount, solver="wanda"):
         self.found = matrices(model)
         pairs = {name: (matrix, amount) for name, matrix in self.found.items()}
-        self.gradual = Gradual(pairs, HALFWAY, solver, ProcessGroup())
+        self.gradual = GradualMasks(pairs, HALFWAY, solver, ProcessGroup())
         self.kept = {n: torch.ones_like(m.parameter).bool() for n, m in self.found.items()}
 
     def see(self, model, ids, mask=None):
