@@ -185,5 +185,5 @@ def test_the_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     shown = {kind: value for out in outputs for kind, value in out.get("data", {}).items()}
     assert "image/png" in shown
     table = shown["text/markdown"].splitlines()[2:]
-    assert [row.split(" | ")[0] for row in table] == ["| dense", "| ShortGPT", "| SLEB"]
-    assert num_layers(tmp_path / "best-of-two") == 4
+    assert [row.split(" | ")[0] for row in table] == ["| dense", "| ShortGPT", "| ShortenedLlama"]
+    assert num_layers(tmp_path / "best-of-two") == 5
