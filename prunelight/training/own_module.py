@@ -71,7 +71,7 @@ def run_of(module: LightningModule, trainer: Trainer) -> Run:
         model = _checked_model(module)
         run = Run(
             module,
-            model.name_or_path or name,
+            model.config._name_or_path or name,
             trust_remote_code=getattr(module, "trust_remote_code", False),
             settings=RecoverySettings(recovery="own"),
         )
