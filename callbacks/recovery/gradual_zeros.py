@@ -78,7 +78,7 @@ class GradualZeros(PruningCallback):
                 f"a schedule puts zeros into weights, quantization={settings.quantization} packs "
                 "them; prune at fit start (schedule=null), or set quantization=none"
             )
-        if settings.recovery == "none" or not settings.keep_zeros:
+        if settings.recovery not in ("lora", "full") or not settings.keep_zeros:
             raise ValueError(
                 f"a schedule prunes while the model trains and keeps the zeros: recovery="
                 f"{settings.recovery!r} must be lora or full, keep_zeros={settings.keep_zeros} True"
