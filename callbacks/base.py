@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_deprecation
 from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of
@@ -71,6 +72,14 @@ class PruningCallback(Callback, ABC):
             steps=steps,
         )
         return group_of(windows).run_on_rank_zero(lambda: plan)
+
+    def decided(self, *arguments: Any, **named: Any) -> Plan:
+        """Call `make_plan`, by the name that it had before."""
+        rank_zero_deprecation(
+            "self.decided(...) is now self.make_plan(...); the old name goes with the next release",
+            stacklevel=6,
+        )
+        return self.make_plan(*arguments, **named)
 
     @abstractmethod
     def check(self, model: PreTrainedModel) -> None:

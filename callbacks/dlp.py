@@ -74,7 +74,7 @@ class DLP(WeightPruning):
             written = [f"{n}={x!r}" for n, x in arguments.items() if x != defaults[n].default]
             rank_zero_deprecation(
                 f"DLP(allocation={allocation!r}) is deprecated: that allocation is not DLP's; "
-                f"write prunelight.callbacks.WeightPruning({', '.join(written)}), which plans the "
-                "same",
+                f"write prunelight.callbacks.WeightPruning({', '.join(written)}), which puts the "
+                "same zeros; let a run that DLP began end with DLP",
                 stacklevel=6,
             )

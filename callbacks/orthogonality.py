@@ -52,7 +52,7 @@ class Orthogonality(Callback):
         """
         if stage != "fit":
             return
-        run = getattr(pl_module, "run", None)
+        run = pl_module.run if isinstance(pl_module, RecoveryModule) else None
         quantization = run.settings.quantization if run else None
         recovery = run.settings.recovery if run else None
         pruned = bool(pruning_methods(trainer))

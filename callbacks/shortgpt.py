@@ -3,7 +3,7 @@
 Every layer is scored once, and the layers with the lowest scores are removed. `score="angular"` is
 the variant of Gromov et al. (arXiv:2403.17887), which removes one contiguous window of layers. The
 released codes score the last layer after the final norm, count padding, and rank sums in float16;
-prunelight.scoring says what is done here instead.
+prunelight/scoring/block_influence.py says what is done here instead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """SliceGPT: keep the first principal components of the hidden states (arXiv:2401.15024).
 
 Every layer keeps the same number of components; DynamicSlicing gives each layer its own number.
-prunelight/pruning/slicing says what the released code gets wrong, and how the embeddings of tied
-models are sliced.
+prunelight/pruning/slicing/slice_hidden.py says where we differ from the released code.
 """
 
 from __future__ import annotations

@@ -76,7 +76,6 @@ class WeightPruning(GradualZeros):
         ValueError: if an argument is out of its range or has no effect.
     """
 
-    puts_zeros = True
     follows_slicing = True
 
     def __init__(

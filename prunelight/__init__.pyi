@@ -16,7 +16,9 @@ from prunelight.planning.steps import PruneWidth as PruneWidth
 from prunelight.planning.steps import RemoveLayers as RemoveLayers
 from prunelight.planning.steps import SliceHidden as SliceHidden
 from prunelight.planning.steps import Sparsify as Sparsify
+from prunelight.planning.steps import Step as Step
 from prunelight.pruning.apply import apply as apply
+from prunelight.pruning.sparsity.sparsegpt import SparseGPT as SparseGPT
 from prunelight.recovery.distillation.objective import Distillation as Distillation
 from prunelight.recovery.lora import LoRA as LoRA
 from prunelight.recovery.quantization import BitsAndBytes as BitsAndBytes

@@ -19,8 +19,8 @@ DESCRIPTION = "Prune causal language models, recover them, and save models that 
 VERBS = {
     "fit": "Prune the model, train it, measure it and save it with a report.",
     "prune": "Prune the model and save it with a report; no training.",
-    "validate": "Measure loss, accuracy and perplexity on the validation windows.",
-    "test": "Measure loss, accuracy and perplexity on the test windows.",
+    "validate": "Measure perplexity and accuracy on the validation windows.",
+    "test": "The same, logged as test/perplexity and test/accuracy.",
     "analyze": "Draw what the model's hidden states look like; nothing is pruned.",
 }
 # Those that most runs need, with a whole sentence each.

@@ -171,6 +171,10 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
     )
     try:
         sys.argv[1:] = find_configs(arguments)
+    except FileNotFoundError as error:
+        sys.stderr.write(f"prunelight: error: {error}\n")
+        sys.exit(2)
+    try:
         CLI(
             RecoveryModule,
             TextDataModule,
@@ -253,7 +257,8 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
 
 
 def _config_path(name: str) -> str:
-    if Path(name).exists() or set(name) & set(":{[\n"):  # or the text of a config
+    # "-" is the standard input; and a config may be given as text.
+    if name == "-" or Path(name).expanduser().exists() or set(name) & set(":{[\n"):
         return name
     root = Path(str(files("prunelight.configs")))
     installed = {path.name: path for path in sorted(root.rglob("*.yaml"))}

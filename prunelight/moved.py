@@ -14,12 +14,24 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from operator import attrgetter
 from types import ModuleType
 from typing import Any
+
+_SLICED = "Gemma Llama Mistral OPT Phi3 Qwen2 Qwen3 SmolLM3"
+_DROPPED = "Gemma Granite Llama Mistral Mixtral Phi3 Qwen2 Qwen3 Qwen3Moe SmolLM3"
+
+
+def _generated(prefix: str, families: str, kinds: str) -> str:
+    """Return the names of the classes that a module makes for each family."""
+    return " ".join(
+        f"{prefix}{family}{kind}" for family in families.split() for kind in kinds.split()
+    )
+
 
 # Old module -> new module -> its names, as "old=new" where a name changed too.
 MOVED: dict[str, dict[str, str]] = {
@@ -76,8 +88,8 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "callbacks.slicegpt": {
         "pruning.slicing.targets": (
-            "EMBEDDINGS check_slice_options check_slice_target meet_parameters residual_dims "
-            "told_parameters=report_parameters"
+            "Candidate EMBEDDINGS check_slice_options check_slice_target meet_parameters "
+            "residual_dims told_parameters=report_parameters"
         ),
     },
     "callbacks.token_budget": {
@@ -103,7 +115,7 @@ MOVED: dict[str, dict[str, str]] = {
         ),
     },
     "data": {
-        "training.text_datamodule": "Example TextDataModule pad_examples",
+        "training.text_datamodule": "Example TextDataModule log_once pad_examples",
     },
     "distillation": {
         "recovery.distillation.objective": (
@@ -116,6 +128,7 @@ MOVED: dict[str, dict[str, str]] = {
             "FSDP2Strategy check_quantized_strategy check_strategy ranks_of_run=group_of_run "
             "share_of_tokens=loss_weight"
         ),
+        "runtime.processes": "Result",
     },
     "ending": {},
     "evaluation": {
@@ -143,7 +156,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "handover": {
         "run.preflight": "check_output",
-        "run.run_state": "plan_files",
+        "run.run_state": "ADAPTER FINAL plan_files",
     },
     "head": {
         "recovery.distillation.language_head": "Head=LanguageHead plain=without_adapters",
@@ -154,6 +167,7 @@ MOVED: dict[str, dict[str, str]] = {
     "loader": {
         "training.resumable_loader": "ResumableLoader",
     },
+    "losses": {},  # where it was; `import prunelight` imported it too
     "maps": {
         "evaluation.report.writing": "bullets write_whole",
         "evaluation.report.heat_maps": "plot_angles plot_cka plot_states",
@@ -201,7 +215,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "plots": {
         "evaluation.report.plan_facts": ("Json LayerZeros by_sublayer explained_variance percent"),
-        "evaluation.report.layer_plots": "draw_bars draw_panels plot_layers",
+        "evaluation.report.layer_plots": "BLUE GREEN ORANGE draw_bars draw_panels plot_layers",
     },
     "precision": {
         "recovery.precision": "precision_faults",
@@ -211,12 +225,9 @@ MOVED: dict[str, dict[str, str]] = {
             "BLOCK BitsAndBytes FOUR_BIT QUANTIZATIONS check_kind check_quantizable "
             "check_widths describe_kind quantize quantized_matrices"
         ),
-        "run.measurements": "add_quantized",
         "models.sizes": "stored_bytes",
     },
-    "recording": {
-        "run.measurements": "describe_evaluation stage_of_run=measure_run_stage start_record",
-    },
+    "recording": {},
     "recovery": {
         "recovery.lora": (
             "LoRA attach_lora check_targets freeze make_trainable merge_lora train_all"
@@ -236,7 +247,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "resume": {
         "training.exact_resume": (
-            "AtomicCheckpointIO ExactResume KEY VOLATILE describe_run seed_batch write_atomically"
+            "AtomicCheckpointIO KEY VOLATILE describe_run seed_batch write_atomically"
         ),
     },
     "retraining": {
@@ -272,7 +283,7 @@ MOVED: dict[str, dict[str, str]] = {
         ),
     },
     "shares": {
-        "runtime.processes": "Ranks=ProcessGroup WAIT",
+        "runtime.processes": "Ranks=ProcessGroup Result WAIT",
         "calibration.shared_windows": (
             "MICRO_BATCH_TOKENS SharedWindows first_row=first_own_window own_windows "
             "ranks_of=group_of share_windows"
@@ -285,7 +296,8 @@ MOVED: dict[str, dict[str, str]] = {
         "models.families.sliced": (
             "FAMILIES LAYERS MODELS PREFIX SHORTCUTS Shortcut SlicedGemmaLayer SlicedLayer "
             "SlicedModel SlicedOPTLayer SlicedPhi3Layer UnitNorm embeddings_of family_of "
-            "last_norm norm_eps resize stack_of strip_last_norm strip_norms"
+            "last_norm norm_eps resize stack_of strip_last_norm strip_norms "
+            + _generated("Sliced", _SLICED, "Config DecoderLayer ForCausalLM")
         ),
     },
     "slicing": {
@@ -328,7 +340,10 @@ MOVED: dict[str, dict[str, str]] = {
         ),
     },
     "sublayers": {
-        "models.families.dropped_sublayers": "CLASSES DroppedSublayer SUBLAYERS dropped",
+        "models.families.dropped_sublayers": (
+            "CLASSES DroppedSublayer SUBLAYERS dropped "
+            + _generated("Prunelight", _DROPPED, "Config ForCausalLM")
+        ),
         "pruning.drop_sublayers": (
             "check_droppable check_leading drop_sublayers fixed_sublayers leading_attentions"
         ),
@@ -343,17 +358,15 @@ MOVED: dict[str, dict[str, str]] = {
         "recovery.distillation.teacher_cache": "BLOCK Batches DESCRIPTION FORMAT TeacherCache",
     },
     "teaching": {
-        "run.teacher": "TeacherSource check_teacher meet_teacher=prepare_teacher",
+        "run.teacher": "TeacherSource",
     },
     "trials": {
         "calibration.windows": "first_windows",
         "pruning.slicing.trial": "sliced_perplexity",
     },
-    "variants": {
-        "scoring.model_variants": "MergedVariants",
-    },
+    "variants": {},
     "walk": {
-        "calibration.input_statistics": "InputStatistics",
+        "calibration.input_statistics": "InputStatistics Statistic",
         "calibration.layer_walk": "Call LayerWalk",
     },
     "width": {
@@ -391,7 +404,16 @@ REPLACED: dict[str, dict[str, str]] = {
         ),
         "planning.steps.SliceHidden": "share_sliced=share_removed sliced_sites",
     },
-    "recording": {"run.measurements": "evaluation_windows=held_out_windows"},
+    "quantization": {"run.measurements": "add_quantized"},
+    "recording": {
+        "run.measurements": (
+            "describe_evaluation evaluation_windows=held_out_windows "
+            "stage_of_run=measure_run_stage start_record"
+        ),
+    },
+    "resume": {"training.exact_resume": "ExactResume"},
+    "teaching": {"run.teacher": "check_teacher meet_teacher=prepare_teacher"},
+    "variants": {"scoring.model_variants": "MergedVariants"},
 }
 
 
@@ -407,19 +429,40 @@ ATTRIBUTES = {
     "read_base": "run.read_again",
     "dtype_name": "run.dtype",
 }
+# The same for attributes that are gone: what does their work now.
+REPLACED_ATTRIBUTES = {"check_output": "prunelight.run.preflight.check_output"}
 
 
 def moved_attribute(holder: Any, name: str) -> Any:
-    """Return an old attribute of a RecoveryModule, with a warning.
+    """Return an old attribute of a RecoveryModule, with a warning; for its `__getattr__`.
 
     Raises:
-        AttributeError: if it never was one.
+        AttributeError: if it is gone, and then it names the successor, or if it never was one.
     """
-    if name not in ATTRIBUTES:
-        raise AttributeError(f"{type(holder).__name__!r} object has no attribute {name!r}")
     kind = type(holder).__name__
-    _warn(f"{kind}.{name}", f"{kind}.{ATTRIBUTES[name]}", stacklevel=4)
+    if name not in ATTRIBUTES:
+        successor = REPLACED_ATTRIBUTES.get(name)
+        told = f"; {successor} does its work now" if successor else ""
+        raise AttributeError(f"{kind!r} object has no attribute {name!r}{told}")
+    warn_of_old_name(f"{kind}.{name}", f"{kind}.{ATTRIBUTES[name]}", stacklevel=4)
     return attrgetter(ATTRIBUTES[name])(holder)
+
+
+def set_moved_attribute(holder: Any, name: str, value: Any) -> None:
+    """Set an old attribute of a RecoveryModule, with a warning; for its `__setattr__`.
+
+    Args:
+        holder: the module, changed in place.
+        name: a key of ATTRIBUTES.
+        value: the new value.
+    """
+    kind = type(holder).__name__
+    warn_of_old_name(f"{kind}.{name}", f"{kind}.{ATTRIBUTES[name]}", stacklevel=4)
+    owner, _, attribute = ATTRIBUTES[name].rpartition(".")
+    if owner == "run.settings":  # frozen
+        holder.run.settings = replace(holder.run.settings, **{attribute: value})
+    else:
+        setattr(attrgetter(owner)(holder), attribute, value)
 
 
 def _by_name(table: dict[str, dict[str, str]]) -> dict[str, dict[str, tuple[str, str]]]:
@@ -450,7 +493,7 @@ class ModuleWithOldNames(ModuleType):
         module, new_name = HOMES[self.__name__][name]
         if module == f"{self.__name__}.{name}":
             return import_module(module)  # a callable module
-        _warn(f"{self.__name__}.{name}", f"{module}.{new_name}")
+        warn_of_old_name(f"{self.__name__}.{name}", f"{module}.{new_name}")
         return getattr(import_module(module), new_name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -466,7 +509,7 @@ class CallableModule(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function of the module's own name."""
         name = self.__name__.rpartition(".")[2]
-        _warn(f"the function {self.__name__}", f"{self.__name__}.{name}")
+        warn_of_old_name(f"the function {self.__name__}", f"{self.__name__}.{name}")
         return getattr(self, name)(*args, **kwargs)
 
 
@@ -502,7 +545,8 @@ def find_moved_modules() -> None:
         sys.meta_path.append(MovedFinder())
 
 
-def _warn(old: str, new: str, stacklevel: int = 3) -> None:
+def warn_of_old_name(old: str, new: str, stacklevel: int = 3) -> None:
+    """Warn that a name changed; by default at the line that called the caller."""
     warnings.warn(
         f"{old} is now {new}; the old path goes with the next release",
         DeprecationWarning,

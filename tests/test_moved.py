@@ -6,6 +6,7 @@ import pickle
 import pkgutil
 import sys
 import warnings
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -17,9 +18,19 @@ from runs import make_module, write_model
 from tiny import tiny_model, token_windows
 
 import prunelight
+from prunelight.calibration.shared_windows import share_windows
 from prunelight.callbacks import TokenBudget
-from prunelight.moved import ATTRIBUTES, HOMES, SUCCESSORS, CallableModule
+from prunelight.models.families import dropped_sublayers, sliced
+from prunelight.moved import (
+    ATTRIBUTES,
+    HOMES,
+    REPLACED_ATTRIBUTES,
+    SUCCESSORS,
+    CallableModule,
+    moved_attribute,
+)
 from prunelight.recovery.lora import LoRA
+from prunelight.runtime.processes import ProcessGroup
 from prunelight.scoring.angular_distance import angular_distance
 from prunelight.scoring.block_influence import block_influence
 from prunelight.scoring.weight_scores import weight_scores
@@ -115,6 +126,28 @@ def test_a_pickle_by_an_old_path_loads():
         assert pickle.loads(b"cprunelight.plan\nPlan\n.") is prunelight.Plan
 
 
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("sliced", "SlicedLlamaConfig", sliced),
+        ("sliced", "SlicedOPTDecoderLayer", sliced),
+        ("sliced", "SlicedSmolLM3ForCausalLM", sliced),
+        ("sublayers", "PrunelightQwen3MoeConfig", dropped_sublayers),
+        ("sublayers", "PrunelightGraniteForCausalLM", dropped_sublayers),
+    ],
+)
+def test_a_pickle_of_a_class_that_is_made_for_a_family_loads(old, name, new):
+    with pytest.warns(DeprecationWarning, match=f"prunelight.{old}.{name} is now"):
+        assert pickle.loads(f"cprunelight.{old}\n{name}\n.".encode()) is vars(new)[name]
+
+
+def test_a_module_that_was_imported_with_the_package_is_imported_when_it_is_asked_for(monkeypatch):
+    monkeypatch.delattr(prunelight, "losses", raising=False)  # bound there by its first import
+    losses, caught = asked(prunelight, "losses")
+    assert losses is sys.modules["prunelight.losses"]
+    assert not caught, "it is where it was"
+
+
 def test_a_config_may_name_old_class_paths():
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(pl.LightningModule, "model", subclass_mode=True)
@@ -166,3 +199,54 @@ def test_old_attributes_of_a_module_are_the_runs_now_and_warn(tmp_path):
             assert getattr(module, name) == attrgetter(path)(module)
     with pytest.raises(AttributeError, match="has no attribute 'nowhere'"):
         _ = module.nowhere
+
+
+def test_a_method_of_a_module_that_is_gone_tells_what_does_its_work(tmp_path):
+    module = make_module(write_model(tmp_path / "model"))
+    for name, successor in REPLACED_ATTRIBUTES.items():
+        with pytest.raises(AttributeError, match=f"{name!r}; {successor} does its work now"):
+            moved_attribute(module, name)
+        assert callable(pkgutil.resolve_name(successor))
+
+
+def test_setting_an_old_attribute_of_a_module_sets_the_runs_and_warns(tmp_path):
+    module = make_module(write_model(tmp_path / "model"))
+    before = module.run.settings
+    with pytest.warns(DeprecationWarning, match="keep_zeros is now .*settings.keep_zeros") as told:
+        module.keep_zeros = False
+    assert told[0].filename == __file__
+    assert module.run.settings == replace(before, keep_zeros=False) != before
+    with pytest.warns(DeprecationWarning, match="gradual is now RecoveryModule.run.gradual"):
+        module.gradual = True
+    assert module.run.gradual is True
+    protocol = prunelight.LatencyProtocol()
+    with pytest.warns(DeprecationWarning, match="latency is now RecoveryModule.run.latency"):
+        module.latency = protocol
+    assert module.run.latency is protocol
+    assert not {"keep_zeros", "gradual", "latency"} & set(vars(module))
+
+
+def test_windows_are_shared_with_old_names_too():
+    windows, group = token_windows(4), ProcessGroup()
+    group.size = 2
+    with pytest.warns(DeprecationWarning, match=r"share_windows\(group=...\)") as told:
+        shared = share_windows(windows, ranks=group)
+    assert told[0].filename == __file__
+    assert shared.group is group
+    with pytest.warns(DeprecationWarning, match="SharedWindows.group"):
+        assert shared.ranks is group
+    with pytest.raises(ValueError, match="two names of one argument; give group alone"):
+        share_windows(windows, group, ranks=group)
+
+
+def test_old_methods_of_a_process_group_do_what_they_did():
+    group = ProcessGroup()
+    with pytest.warns(DeprecationWarning, match="ProcessGroup.failing_together") as told:
+        together = group.together()
+    assert told[0].filename == __file__
+    with pytest.raises(RuntimeError, match="inside"), together:
+        raise RuntimeError("inside")
+    with pytest.warns(DeprecationWarning, match="ProcessGroup.barrier"):
+        group.meet()
+    with pytest.warns(DeprecationWarning, match="ProcessGroup.run_on_rank_zero"):
+        assert group.on_zero(lambda: 3) == 3

@@ -43,6 +43,8 @@ class GradualZeros(PruningCallback):
         ValueError: if the solver cannot choose weights during a training.
     """
 
+    puts_zeros = True
+
     def __init__(self, solver: str, schedule: Schedule | None) -> None:
         if schedule is not None and solver not in GRADUAL_SOLVERS:
             raise ValueError(
@@ -65,8 +67,8 @@ class GradualZeros(PruningCallback):
         """Check that the schedule fits the training.
 
         Raises:
-            ValueError: if nothing is trained, zeros are not kept, weights are quantized, or the
-                training ends before the schedule.
+            ValueError: if nothing is trained, zeros are not kept, weights are quantized, the
+                training ends before the schedule, or the module is none of prunelight's.
         """
         if self.schedule is None:
             return
@@ -78,7 +80,12 @@ class GradualZeros(PruningCallback):
                 f"a schedule puts zeros into weights, quantization={settings.quantization} packs "
                 "them; prune at fit start (schedule=null), or set quantization=none"
             )
-        if settings.recovery not in ("lora", "full") or not settings.keep_zeros:
+        if not isinstance(run.holder, RecoveryModule):
+            raise ValueError(
+                f"{self.schedule} prunes while a prunelight RecoveryModule trains, and this is a "
+                f"{type(run.holder).__name__}; prune at fit start (schedule=None)"
+            )
+        if settings.recovery == "none" or not settings.keep_zeros:
             raise ValueError(
                 f"a schedule prunes while the model trains and keeps the zeros: recovery="
                 f"{settings.recovery!r} must be lora or full, keep_zeros={settings.keep_zeros} True"

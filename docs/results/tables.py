@@ -2,12 +2,14 @@
 
     python docs/results/tables.py                # write all tables
     python docs/results/tables.py --check        # only say which tables are not what the JSON gives
-    python docs/results/tables.py --record runs/quickstart/report.json quickstart
-                                                 # take the figures of a run; then write all tables
+    python docs/results/tables.py --record REPORT NAME --command 'prunelight fit --config X.yaml'
+                                  # take the figures of a run's report.json; then write all tables
 
 A table stands between two comments: `<!-- table: NAME -->` and `<!-- end of table -->`. The file
-NAME.json holds its columns and rows, the commands that gave the figures, the date, and the commit
-that recorded them. The script needs no package.
+NAME.json holds its title with the conditions of the figures, its columns and rows, the commands
+that gave the figures, the date, and a commit. `--record` sets the date to today, the commit to the
+one that is checked out, and the commands to those of `--command`; without `--command` they stay.
+The script needs no package.
 
 A cell is a number, a list of numbers (one a text), a string, or null for "not measured". Where a
 file has "best", the lowest number of each column, or row, is bold: perplexities.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 from datetime import date
 from pathlib import Path
@@ -91,10 +94,15 @@ def render(table: dict[str, Any]) -> str:
     return f"{body}\nMeasured {table['date']} ({table['commit']}) by {commands}.\n"
 
 
+def titled(table: dict[str, Any]) -> str:
+    """Return the Markdown of a table, with its title above it."""
+    return f"{table['title']}.\n\n{render(table)}"
+
+
 def written(text: str) -> str:
     """Return a page with all its tables as the JSON files give them."""
     return TABLE.sub(
-        lambda m: f"<!-- table: {m[1]} -->\n{render(load(m[1]))}<!-- end of table -->", text
+        lambda m: f"<!-- table: {m[1]} -->\n{titled(load(m[1]))}<!-- end of table -->", text
     )
 
 
@@ -116,12 +124,27 @@ def stage_rows(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     return ["", *[stage["name"] for stage in stages]], rows
 
 
-def record(report: Path, name: str) -> None:
-    """Take the figures of a run from its report.json into NAME.json, which is there already."""
+def checked_out_commit() -> str:
+    """Return the short hash of the commit that is checked out."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def record(report: Path, name: str, commands: list[str] | None = None) -> None:
+    """Take the figures of a run into NAME.json, which is there already.
+
+    Args:
+        report: the run's report.json.
+        name: of the table.
+        commands: that gave the figures; None keeps those of the file.
+    """
     table = load(name)
     run = json.loads(report.read_text(encoding="utf-8"))
     table["columns"], table["rows"] = stage_rows(run)
-    table["date"] = date.today().isoformat()
+    table["date"], table["commit"] = date.today().isoformat(), checked_out_commit()
+    table["commands"] = commands or table["commands"]
     text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
     (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
 
@@ -133,9 +156,14 @@ def main() -> int:
     parser.add_argument(
         "--record", nargs=2, metavar=("REPORT", "NAME"), help="take a run's figures"
     )
+    parser.add_argument(
+        "--command", action="append", help="that gave the figures of --record; may be repeated"
+    )
     options = parser.parse_args()
+    if options.command and not options.record:
+        parser.error("--command belongs to --record, which is missing")
     if options.record:
-        record(Path(options.record[0]), options.record[1])
+        record(Path(options.record[0]), options.record[1], options.command)
     stale = [
         page for page in pages() if written(page.read_text("utf-8")) != page.read_text("utf-8")
     ]

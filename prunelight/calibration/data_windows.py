@@ -2,17 +2,21 @@
 
 A TextDataModule gives windows by `calibration_windows()` and `validation_windows()`. Any other data
 module has dataloaders. The first training batches then become the calibration windows, and the
-validation batches become the held-out windows.
+validation batches become the held-out windows. They are read under a fixed seed: a shuffled
+dataloader gives the same windows at every start and on every process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.data import DataLoader
 
 from prunelight.calibration.windows import Windows
 from prunelight.losses import IGNORED_LABEL
@@ -23,20 +27,23 @@ NUM_CALIBRATION = 128  # windows that SparseGPT, Wanda and DLP use
 _FILL = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED_LABEL}
 
 
-def check_data(data: Any) -> None:
-    """Check that a data module can give calibration windows and held-out windows.
+def check_data(gives: Callable[[str], bool]) -> None:
+    """Check that the data of a run can give calibration windows and held-out windows.
+
+    Args:
+        gives: tells whether the data has a method of a name.
 
     Raises:
-        ValueError: if the data module has neither the method nor the dataloader for one of them.
+        ValueError: if the data has neither the method nor the dataloader for one of them.
     """
     for method, loader in (
         ("calibration_windows", "train_dataloader"),
         ("validation_windows", "val_dataloader"),
     ):
-        if not (hasattr(data, method) or hasattr(data, loader)):
+        if not (gives(method) or gives(loader)):
             raise ValueError(
-                f"pruning needs data: give the Trainer a TextDataModule, or a LightningDataModule "
-                f"with {loader}() or a method {method}()"
+                f"pruning needs data: give the Trainer a TextDataModule, a LightningDataModule "
+                f"with {loader}() or a method {method}(), or training and validation dataloaders"
             )
 
 
@@ -48,32 +55,72 @@ def calibration_windows_of(data: Any) -> Windows:
             dataloader the first `data.num_calibration` rows are taken, 128 without this attribute.
 
     Raises:
-        ValueError: if a batch has no token ids.
+        ValueError: if there is no batch, or one without token ids.
     """
     if hasattr(data, "calibration_windows"):
         windows: Windows = data.calibration_windows()
         return windows
     num_rows = getattr(data, "num_calibration", NUM_CALIBRATION)
-    windows = _windows_of(data.train_dataloader(), "train_dataloader", num_rows)
+    with _fixed_seed():
+        batches = _batches_of(data.train_dataloader())
+        windows = _windows_of(batches, "train_dataloader", num_rows)
     if isinstance(windows, dict):  # scores count all tokens, with a label or without
         del windows["labels"]
     return windows
 
 
-def validation_windows_of(data: Any) -> Windows:
+def validation_windows_of(data: Any, limit: int | float = 1.0) -> Windows:
     """Return the held-out windows, on which dense, pruned and recovered model are compared.
 
     Args:
-        data: a data module with `validation_windows()`, or with `val_dataloader()`, whose rows are
-            all taken.
+        data: a data module with `validation_windows()`, or with `val_dataloader()`.
+        limit: batches that are taken of each dataloader, or the share of them, as in
+            `Trainer(limit_val_batches=)`.
 
     Raises:
-        ValueError: if a batch has no token ids.
+        ValueError: if there is no batch, or one without token ids.
     """
     if hasattr(data, "validation_windows"):
         windows: Windows = data.validation_windows()
         return windows
-    return _windows_of(data.val_dataloader(), "val_dataloader", None)
+    with _fixed_seed():
+        return _windows_of(_batches_of(data.val_dataloader(), limit), "val_dataloader", None)
+
+
+def has_validation_batches(data: Any, limit: int | float) -> bool:
+    """Return whether `val_dataloader()` of a data module gives a batch within the limit."""
+    with _fixed_seed():
+        return next(_batches_of(data.val_dataloader(), limit), None) is not None
+
+
+def _batches_of(loaders: Any, limit: int | float = 1.0) -> Iterator[Any]:
+    """Yield the batches of what a dataloader hook returned: a dataloader, several, or None.
+
+    Args:
+        loaders: an iterable of batches, or a list or mapping of dataloaders.
+        limit: batches that are taken of each, or the share of them; 1.0 takes all.
+    """
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    are_several = isinstance(loaders, (list, tuple)) and all(
+        isinstance(loader, DataLoader) for loader in loaders
+    )
+    for loader in loaders if are_several else [loaders] if loaders is not None else []:
+        if isinstance(limit, int):
+            yield from islice(loader, limit)
+        else:
+            yield from loader if limit == 1 else islice(loader, int(limit * len(loader)))
+
+
+@contextmanager
+def _fixed_seed() -> Iterator[None]:
+    """Let the CPU's random numbers begin anew, and go on afterwards where they were."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def _windows_of(loader: Iterable[Any], name: str, num_rows: int | None) -> Windows:
@@ -83,8 +130,8 @@ def _windows_of(loader: Iterable[Any], name: str, num_rows: int | None) -> Windo
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             keys = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(
-                f"{name}() gives batches of {keys}; pruning needs mappings with input_ids (B, T), "
-                "as transformers' collators give"
+                f"{name}() gives batches of {keys}; prunelight reads mappings with input_ids "
+                "(B, T), as transformers' collators give"
             )
         ids = batch["input_ids"]
         mask = batch.get("attention_mask", torch.ones_like(ids))
@@ -94,7 +141,10 @@ def _windows_of(loader: Iterable[Any], name: str, num_rows: int | None) -> Windo
         if num_rows is not None and len(rows["input_ids"]) >= num_rows:
             break
     if not rows["input_ids"]:
-        raise ValueError(f"{name}() gives no batch; pruning needs at least one window")
+        raise ValueError(
+            f"{name}() gives no batch; at least one is needed, and a trainer.limit_val_batches "
+            "above 0"
+        )
     width = max(len(row) for row in rows["input_ids"][:num_rows])
     windows = {
         key: torch.stack(

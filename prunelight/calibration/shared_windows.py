@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from prunelight.moved import warn_of_old_name
 from prunelight.runtime.processes import ProcessGroup
 
 MICRO_BATCH_TOKENS = 2048
@@ -64,9 +65,18 @@ class SharedWindows(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._all)
 
+    @property
+    def ranks(self) -> ProcessGroup:
+        """Old name of `group`, which goes with the next release."""
+        warn_of_old_name("SharedWindows.ranks", "SharedWindows.group")
+        return self.group
+
 
 def share_windows(
-    windows: Tensor | Mapping[str, Tensor], group: ProcessGroup | None = None
+    windows: Tensor | Mapping[str, Tensor],
+    group: ProcessGroup | None = None,
+    *,
+    ranks: ProcessGroup | None = None,
 ) -> Tensor | Mapping[str, Tensor]:
     """Share windows between the ranks of the default process group; see the module's docstring.
 
@@ -78,13 +88,19 @@ def share_windows(
             every rank.
         group: result of `ProcessGroup.of_default_group()`; give it to share several sets of
             windows. None makes a new one.
+        ranks: old name of `group`, which goes with the next release.
 
     Returns:
         `SharedWindows`; for a process alone the windows themselves.
 
     Raises:
-        ValueError: if there are fewer windows than ranks.
+        ValueError: if there are fewer windows than ranks, or both `group` and `ranks` are given.
     """
+    if ranks is not None:
+        if group is not None:
+            raise ValueError("group and ranks are two names of one argument; give group alone")
+        warn_of_old_name("share_windows(ranks=...)", "share_windows(group=...)")
+        group = ranks
     group = ProcessGroup.of_default_group() if group is None else group
     return windows if group.size == 1 else SharedWindows(windows, group)
 

@@ -1,1 +1,4 @@
-"""Decisions as data: plans, their steps, and the arithmetic that chooses; no tensors."""
+"""Decisions as data: plans, their steps, and the arithmetic that chooses.
+
+Plans hold no tensors; fingerprints read them.
+"""

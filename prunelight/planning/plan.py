@@ -144,7 +144,8 @@ def planned_sparsity(plans: Sequence[Plan], layers_path: str) -> dict[str, float
 
     Args:
         plans: in the order in which they were carried out.
-        layers_path: dotted path of the model's decoder layers, `architecture.layers_path`.
+        layers_path: dotted path of the model's decoder layers, see
+            `prunelight.models.families.layers.layers_path`.
     """
     sparsity: dict[str, float] = {}
     for plan in plans:

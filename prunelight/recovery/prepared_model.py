@@ -35,11 +35,11 @@ class RecoverySettings:
     lora: LoRA = LoRA()  # noqa: RUF009 (frozen)
     keep_zeros: bool = True
     gradient_checkpointing: bool = False
-    gradual: bool = False  # zeros are added while the model trains
+    gradual: bool = False  # zeros are added while the model trains; `prepare` takes it of the run
     quantization: str = "none"
     bitsandbytes: BitsAndBytes = BitsAndBytes()  # noqa: RUF009 (frozen)
     compile_backend: str | None = None
-    seed: int = 0  # for the initial weights of the adapters
+    seed: int = 0  # for the initial weights of the adapters; `prepare` takes it of the run
 
     @property
     def base_precision(self) -> str:

@@ -89,7 +89,7 @@ def check_kind(kind: str, options: BitsAndBytes, recovery: str) -> None:
 
 
 def describe_kind(kind: str, options: BitsAndBytes) -> str:
-    """Return kind and options in words, by which a checkpoint identifies its quantization."""
+    """Return kind and options in words, for the report."""
     if kind not in FOUR_BIT:
         return kind
     double = "double" if options.use_double_quant else "single"

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from prunelight.evaluation.report.report import write_report
 from prunelight.models.placement import move_if_it_fits
-from prunelight.models.saving import MARKER, SavedModel, save
+from prunelight.models.saving import MARKER, SavedModel, check_replaceable, save
 from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
@@ -39,7 +39,6 @@ def finish(run: Run) -> None:
     """
     prepared, group = run.prepared, run.place.group
     assert prepared is not None
-    run.checked = False  # a later fit is another one
     if prepared.merges_in_place:
         group.run_on_rank_zero(partial(_keep_adapters, run, prepared))
         model = run.holder.model = prepared.merged()
@@ -134,6 +133,7 @@ def _keep_adapters(run: Run, prepared: PreparedModel) -> None:
     if not (prepared.fills_zeros and isinstance(model, PeftModel)):
         return
     directory, temporary = run.place.root / ADAPTER, run.place.root / f".{ADAPTER}.tmp"
+    check_replaceable(directory)
     shutil.rmtree(temporary, ignore_errors=True)
     # Embeddings are not adapted; "auto" would ask the hub whether they are.
     model.save_pretrained(str(temporary), save_embedding_layers=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunelight.calibration.data_windows import validation_windows_of
+from prunelight.calibration.data_windows import has_validation_batches, validation_windows_of
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.evaluation.report.record import Cost, RunRecord, Stage
 from prunelight.evaluation.speed import measure_latency
@@ -42,7 +42,16 @@ def measure_run_stage(
 
 def held_out_windows(run: Run) -> Windows:
     """Return the held-out windows on which dense, pruned and recovered model are compared."""
-    return validation_windows_of(run.place.data)
+    return validation_windows_of(run.place.data, run.place.limit_val_batches)
+
+
+def can_measure(run: Run) -> bool:
+    """Whether the data of a run gives held-out windows."""
+    place = run.place
+    if place.gives("validation_windows"):
+        return True
+    limit = place.limit_val_batches
+    return place.gives("val_dataloader") and has_validation_batches(place.data, limit)
 
 
 def describe_evaluation(run: Run) -> dict[str, Any]:

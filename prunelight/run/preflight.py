@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from prunelight.calibration.data_windows import calibration_windows_of, check_data
@@ -68,17 +69,22 @@ def preflight(run: Run, methods: Sequence[PruningMethod] = ()) -> Facts:
         RuntimeError: on the other processes, if one failed.
     """
     facts = Facts(run, methods)
-    if run.place.stage in ("validate", "test"):
-        checks = EVALUATION
-    else:
-        checks = PRUNING if methods else RECOVERY
-    for check in checks:
+    for check in _checks(facts):
         # Lightning counts the steps on all processes together: none may wait elsewhere meanwhile.
         alone = check in (strategy, methods_in_this_run)
         with nullcontext() if alone else run.place.group.failing_together():
             check(facts)
-    run.checked = True
     return facts
+
+
+def _checks(facts: Facts) -> tuple[Check, ...]:
+    """Return the checks that a run needs."""
+    stage, in_training = facts.run.place.stage, facts.run.in_training
+    if facts.methods:
+        return PRUNING
+    if stage in ("validate", "test", "predict"):
+        return SECOND_EVALUATION if in_training else EVALUATION
+    return SECOND_FIT if in_training else RECOVERY
 
 
 # --- settings --------------------------------------------------------------------------------
@@ -121,7 +127,7 @@ def check_output(root: Path) -> None:
 
 def data(facts: Facts) -> None:
     """The data can give the windows that pruning needs."""
-    check_data(facts.run.place.data)
+    check_data(facts.run.place.gives)
 
 
 # --- the model -------------------------------------------------------------------------------
@@ -166,15 +172,21 @@ def teacher(facts: Facts) -> None:
 
 def packing(facts: Facts) -> None:
     """The model keeps the documents of a packed row apart."""
-    check_packed(facts.model, facts.run.place.data)
+    model: Any = facts.run.model or facts.model
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    check_packed(model, facts.run.place.data)
 
 
 def precision(facts: Facts) -> None:
     """Dtype, precision and recovery go together; what they lose is told when training starts."""
     run = facts.run
-    run.precision_losses = precision_faults(
-        facts.model.dtype, run.place.precision, run.settings.recovery
-    )
+    model = run.model or facts.model
+    run.precision_losses = []
+    if run.place.stage == "fit":
+        run.precision_losses = precision_faults(
+            model.dtype, run.place.precision, run.settings.recovery
+        )
 
 
 def training_length(facts: Facts) -> None:
@@ -209,4 +221,7 @@ PRUNING = (
     held_out,
 )
 RECOVERY = (*SETTINGS, *MODEL, shardable, training_length)
-EVALUATION: tuple[Check, ...] = (strategy, quantizable, training_length)
+EVALUATION: tuple[Check, ...] = (strategy, quantizable, shardable, training_length)
+# Of a model that is prepared for its training already, as one from a checkpoint.
+SECOND_FIT: tuple[Check, ...] = (strategy, packing, precision)
+SECOND_EVALUATION: tuple[Check, ...] = (strategy,)

@@ -57,7 +57,7 @@ class Run:
         training_cost: of the training over all its starts; None before it.
         place: where the run takes place; set by `attach`.
         describe_recovery: returns how far the recovery is, for report and checkpoints.
-        checked: the preflight of this fit is done.
+        checked: the pruning has done the preflight of this fit, recovery need not do it again.
         precision_losses: what dtype, precision and recovery lose together, one sentence each.
     """
 

@@ -30,6 +30,7 @@ from prunelight.run.checkpoints import base_fingerprints, read_measured, write_m
 from prunelight.run.measurements import (
     add_cost,
     add_quantized,
+    can_measure,
     describe_evaluation,
     measure_run_stage,
     start_record,
@@ -75,23 +76,24 @@ def start(run: Run, methods: list[PruningMethod]) -> None:
                 "default_root_dir must be on a disk that all nodes share"
             )
         run.use_base(base.directory, record)
+    run.checked = True
 
 
 def prune_only(run: Run, methods: list[PruningMethod]) -> None:
     """Make, or find, the pruned base of a run, and write the report of it."""
     start(run, methods)
+    run.checked = False  # a fit after it has checks of its own
     assert run.record is not None
     write_report(run.place.root, run.record)
 
 
 def start_recovery(run: Run) -> None:
-    """Get ready to recover the model as it is: the pruned base, or one that nothing pruned."""
+    """Get ready to train the pruned base, or the model as it was loaded if nothing pruned it."""
     if not run.checked:
         preflight(run)
+    run.checked = False  # the next fit checks again
     prepare_teacher(run)
-    data = run.place.data
-    measurable = hasattr(data, "validation_windows") or hasattr(data, "val_dataloader")
-    if run.record is None and measurable:
+    if run.record is None and can_measure(run):
         record = partial(start_record, run, run.load_model())
         run.record = run.place.group.run_on_rank_zero(record)
 
@@ -118,13 +120,14 @@ def _find_base(facts: Facts) -> tuple[Base, RunRecord | None]:
     group.check_same("the fingerprint of model, arguments and windows", both)
     root = Path(group.run_on_rank_zero(lambda: str(run.place.root)))
     for known in (fingerprint, earlier):
-        base = Base(root / f"pruned-{known}", known or "")
-        record = group.run_on_rank_zero(partial(read_measured, base.directory)) if known else None
+        if known is None:
+            continue
+        base = Base(root / f"pruned-{known}", known)
+        group.run_on_rank_zero(partial(check_replaceable, base.directory))
+        record = group.run_on_rank_zero(partial(read_measured, base.directory))
         if record is not None:
             return base, record
-    base = Base(root / f"pruned-{fingerprint}", fingerprint)
-    group.run_on_rank_zero(partial(check_replaceable, base.directory))
-    return base, None
+    return Base(root / f"pruned-{fingerprint}", fingerprint), None
 
 
 def _reuse_base(facts: Facts, base: Base, record: RunRecord) -> None:

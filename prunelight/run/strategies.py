@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -25,6 +26,7 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from prunelight.losses import IGNORED_LABEL
@@ -65,16 +67,37 @@ class Place:
         return self._loaders if datamodule is None else datamodule
 
     @property
-    def _loaders(self) -> Loaders | None:
+    def _loaders(self) -> Loaders:
         """The dataloaders that `Trainer.fit` was given, or those of the module."""
         # Private names of Lightning 2.5 and 2.6; a test says if they are gone.
         fit_loop = self.trainer.fit_loop
-        sources = fit_loop._data_source, fit_loop.epoch_loop.val_loop._data_source
-        return Loaders(*sources) if all(source.is_defined() for source in sources) else None
+        sources = {
+            "train_dataloader": fit_loop._data_source,
+            "val_dataloader": fit_loop.epoch_loop.val_loop._data_source,
+        }
+        defined = {
+            name: source.dataloader
+            for name, source in sources.items()
+            if source.instance is not None and source.is_defined()
+        }
+        return Loaders(**defined)
+
+    def gives(self, name: str) -> bool:
+        """Whether the data has a method `name` that is not Lightning's own, which only raises."""
+        data = self.data
+        if isinstance(data, LightningDataModule) and hasattr(LightningDataModule, name):
+            return is_overridden(name, data)
+        return callable(getattr(data, name, None))
+
+    @property
+    def limit_val_batches(self) -> int | float:
+        """How many validation batches the Trainer takes; a float is a share of them."""
+        limit: int | float = self.trainer.limit_val_batches
+        return limit
 
     @property
     def stage(self) -> str:
-        """Which verb runs: "fit", "validate" or "test"; "prune" outside of the three."""
+        """Which verb runs: "fit", "validate", "test" or "predict"; "prune" outside of them."""
         stage = self.trainer.state.fn
         return "prune" if stage is None else stage.value
 
@@ -105,20 +128,8 @@ class Place:
         check_strategy(self.trainer, quantization, recovery)
 
 
-@dataclass(frozen=True)
-class Loaders:
-    """The dataloaders of a fit without a datamodule."""
-
-    train: Any
-    validation: Any
-
-    def train_dataloader(self) -> Any:
-        """Return the training batches."""
-        return self.train.dataloader()
-
-    def val_dataloader(self) -> Any:
-        """Return the validation batches."""
-        return self.validation.dataloader()
+class Loaders(SimpleNamespace):
+    """The dataloaders of a fit without a datamodule, as the methods of one."""
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -65,8 +65,8 @@ def explaining_write_errors(path: Path, checkpoint: Path | None = None) -> Itera
         intact = f"checkpoint {checkpoint}" if checkpoint else "what was there before"
         raise OSError(
             f"cannot write {path}: {reason}; {intact} is intact. Free space or choose "
-            "another place (trainer.default_root_dir), then start the same command again: it goes "
-            "on from there"
+            "another directory (trainer.default_root_dir), then start the same command again: it "
+            "goes on from there"
         ) from error
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from prunelight.moved import warn_of_old_name
 
 # How long ranks wait for each other; no evaluation or save on rank 0 alone takes longer.
 WAIT = timedelta(hours=6)
@@ -172,6 +174,23 @@ class ProcessGroup:
         if error is None:
             first = next(rank for rank, reason in enumerate(reasons) if reason is not None)
             raise RuntimeError(f"rank {first} failed: {reasons[first]}")
+
+    # --- old names, which go with the next release -------------------------------------------
+
+    def together(self) -> AbstractContextManager[None]:
+        """Return `failing_together()`, with a warning."""
+        warn_of_old_name("ProcessGroup.together", "ProcessGroup.failing_together")
+        return self.failing_together()
+
+    def meet(self, error: Exception | None = None) -> None:
+        """Call `barrier`, with a warning."""
+        warn_of_old_name("ProcessGroup.meet", "ProcessGroup.barrier")
+        self.barrier(error)
+
+    def on_zero(self, call: Callable[[], Result]) -> Result:
+        """Return the result of `run_on_rank_zero`, with a warning."""
+        warn_of_old_name("ProcessGroup.on_zero", "ProcessGroup.run_on_rank_zero")
+        return self.run_on_rank_zero(call)
 
 
 @lru_cache(maxsize=1)

@@ -161,7 +161,7 @@ def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(saved["settings"])
     check_format("the checkpoint", saved.get("format", 1), FORMAT)
     if saved.get("format", 1) == 1:
-        settings["quantization"] = quantization_of_format_1(settings["quantization"])
+        settings["quantization"] = quantization_of_format_1(settings.get("quantization", "none"))
     return settings
 
 

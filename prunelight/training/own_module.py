@@ -38,6 +38,7 @@ def prune_after_setup(
 
     Lightning calls the callbacks' `setup` first, when a module may not have its model yet.
     """
+    vars(module).pop("setup", None)  # of a start that failed before this was called
     own_setup = module.setup
 
     def setup(stage: str) -> None:
@@ -47,8 +48,13 @@ def prune_after_setup(
         if run.base is None:  # a second fit goes on with the pruned model
             start(run, methods)
             run.load_model().train()  # from_pretrained leaves eval mode, and so does Lightning
-        if not any(isinstance(callback, OwnModuleRecovery) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            trainer.callbacks.append(OwnModuleRecovery(run))  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        recoveries = [kept for kept in callbacks if isinstance(kept, OwnModuleRecovery)]
+        for other in recoveries:
+            if other.run is not run:  # of another module, which this Trainer trained before
+                callbacks.remove(other)
+        if not any(other.run is run for other in recoveries):
+            callbacks.append(OwnModuleRecovery(run))
 
     module.setup = setup  # type: ignore[method-assign]
 
@@ -124,7 +130,9 @@ class OwnModuleRecovery(Callback):
         self._phase: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the zeros that plans put into the model, from the first step on."""
+        """Keep the zeros that plans put into the model; warn of lost precision."""
+        for loss in self.run.precision_losses:
+            self.run.warn(loss)
         model = self.run.model
         assert model is not None
         if self._zeros.planned:

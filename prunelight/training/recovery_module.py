@@ -28,7 +28,12 @@ from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.speed import LatencyProtocol
 from prunelight.losses import next_token_sums
 from prunelight.models.loading import resolve_dtype
-from prunelight.moved import ATTRIBUTES, moved_attribute
+from prunelight.moved import (
+    ATTRIBUTES,
+    REPLACED_ATTRIBUTES,
+    moved_attribute,
+    set_moved_attribute,
+)
 from prunelight.recovery.compiled_layers import check_backend
 from prunelight.recovery.distillation.objective import Distillation, Objective
 from prunelight.recovery.lora import LoRA
@@ -164,8 +169,19 @@ class RecoveryModule(WatchedModule):
         self.resuming = ExactResume(self.run, self._make_optimizer)
 
     def sibling(self, **changes: Any) -> RecoveryModule:
-        """Return a new module with the same arguments, but for these."""
-        return RecoveryModule(**{**self._arguments, **changes})
+        """Return a new RecoveryModule with the same arguments, but for these.
+
+        What may be set on a module before a fit, such as `learning_rate`, is as it is now.
+        """
+        settable = {
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup_steps,
+            "lr_scheduler": self.lr_scheduler_name,
+            "lr_scheduler_kwargs": self.lr_scheduler_kwargs,
+            "optimizer": self.optimizer,
+            "restore_best": self.restore_best,
+        }
+        return RecoveryModule(**{**self._arguments, **settable, **changes})
 
     # --- the state of the run ----------------------------------------------------------------
 
@@ -205,18 +221,23 @@ class RecoveryModule(WatchedModule):
 
     def __getattr__(self, name: str) -> Any:
         """Return a parameter or module, or an attribute that is the run's now."""
-        if name in ATTRIBUTES:
+        if name in ATTRIBUTES or name in REPLACED_ATTRIBUTES:
             return moved_attribute(self, name)
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; one that is the run's now is set there."""
+        if name in ATTRIBUTES:
+            set_moved_attribute(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     # --- the start ---------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Check the run, and load the model if no callback did. Lightning calls it."""
         self.run.attach(Place(self.trainer))
-        if self.run.in_training:
-            self.run.place.check_strategy(self.run.settings.quantization, self.recovery)
-        elif stage != "fit":
+        if self.run.in_training or stage != "fit":
             preflight(self.run)
         else:
             start_recovery(self.run)

@@ -85,6 +85,7 @@ class Trainer(pl.Trainer):
 
     def _connect_alone(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> bool:
         """Connect model and data; False on ranks that only would write the same as rank 0."""
+        self.state.fn = None  # of an earlier verb
         self.strategy.connect(model)
         model.trainer = self
         self.datamodule = datamodule

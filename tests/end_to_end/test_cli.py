@@ -369,6 +369,9 @@ def test_an_installed_config_is_found_by_its_name_from_anywhere(config, tmp_path
         assert find_configs(["fit", f"--config={name}"])[-1] == f"--config={config}"
     (tmp_path / config.name).write_text("model: {}\n")
     assert find_configs(["fit", "-c", config.name])[-1] == config.name, "a file here comes first"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (f"~/{config.name}", "-"):
+        assert find_configs(["fit", "--config", name])[-1] == name, "jsonargparse reads these"
 
 
 def test_two_configs_have_no_name_in_common():
@@ -385,7 +388,10 @@ def test_two_configs_have_no_name_in_common():
     ],
 )
 def test_an_unknown_config_is_one_line_with_names_that_are_near(capsys, name, near):
-    message = fails(capsys, "fit", "--config", name)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", name])
+    (message,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
     assert f"config {name!r} is neither a file here nor installed" in message
     assert near in message
 

@@ -1,17 +1,19 @@
 """A LightningModule and a LightningDataModule of the user's own prune, train, resume and save."""
 
 import json
+from itertools import cycle
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from runs import make_data, make_module, make_trainer, write_model
 from text_tokenizers import make_tokenizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM
 
+from prunelight.calibration.data_windows import calibration_windows_of
 from prunelight.callbacks import DLP, ShortGPT, SliceGPT, WeightPruning
 from prunelight.models.families.layers import matrices
 from prunelight.models.loading import load
@@ -67,7 +69,7 @@ class OwnData(pl.LightningDataModule):
         self.rows = torch.randint(5, 60, (rows, WIDTH), generator=generator)
 
     def _loader(self, rows):
-        return DataLoader([{"input_ids": row} for row in rows], batch_size=2)
+        return DataLoader([{"input_ids": row, "labels": row} for row in rows], batch_size=2)
 
     def train_dataloader(self):
         return self._loader(self.rows[:8])
@@ -214,7 +216,7 @@ class NoTokenizer(OwnModule):
         (NoTransformer, ShortGPT(num_layers=1), "NoTransformer.model is Linear; .*PreTrainedModel"),
         (AdaptersTooEarly, ShortGPT(num_layers=1), "has adapters .* attach them in configure_mod"),
         (NoTokenizer, ShortGPT(num_layers=1), "neither NoTokenizer nor its data has a `tokenizer`"),
-        (OwnModule, DLP(0.5, schedule=Schedule(0, 2)), "recovery='own' must be lora or full"),
+        (OwnModule, DLP(0.5, schedule=Schedule(0, 2)), "this is a OwnModule; prune at fit start"),
     ],
 )
 def test_what_is_missing_is_told_in_one_line(kind, callback, message, name, tmp_path):
@@ -229,8 +231,29 @@ class OtherBatches(OwnData):
         return DataLoader(rows, batch_size=2)
 
 
-class NoValidation(OwnData):
-    val_dataloader = None
+class NoValidation(pl.LightningDataModule):
+    def train_dataloader(self):
+        return OwnData().train_dataloader()
+
+
+class ListOfLoaders(OwnData):
+    def val_dataloader(self):
+        return [super().val_dataloader(), super().val_dataloader()]
+
+
+class EndlessValidation(OwnData):
+    def val_dataloader(self):
+        return DataLoader(EndlessRows(), batch_size=2)
+
+
+class EndlessRows(IterableDataset):
+    def __iter__(self):
+        return ({"input_ids": row, "labels": row} for row in cycle(OwnData().rows))
+
+
+class Shuffled(OwnData):
+    def _loader(self, rows):
+        return DataLoader([{"input_ids": row} for row in rows], batch_size=2, shuffle=True)
 
 
 def test_batches_without_token_ids_are_refused(name, tmp_path):
@@ -238,7 +261,8 @@ def test_batches_without_token_ids_are_refused(name, tmp_path):
         fit(OwnModule(name), tmp_path, ShortGPT(num_layers=1), data=OtherBatches())
 
 
-def test_a_fit_without_validation_batches_is_refused(name, tmp_path):
+@pytest.mark.parametrize("bare", [False, True])
+def test_pruning_without_validation_batches_is_refused(bare, name, tmp_path):
     trainer = pl.Trainer(
         default_root_dir=tmp_path,
         logger=False,
@@ -246,8 +270,62 @@ def test_a_fit_without_validation_batches_is_refused(name, tmp_path):
         enable_progress_bar=False,
         accelerator="cpu",
     )
-    with pytest.raises(ValueError, match="pruning needs data: give the Trainer"):
-        trainer.fit(OwnModule(name), OwnData().train_dataloader())
+    data = NoValidation().train_dataloader() if bare else None
+    with pytest.raises(ValueError, match=r"pruning needs data: .* val_dataloader\(\)"):
+        trainer.fit(OwnModule(name), data, datamodule=None if bare else NoValidation())
+
+
+@pytest.mark.parametrize(
+    ("data", "samples"),
+    [(NoValidation, None), (ListOfLoaders, 8), (EndlessValidation, 6)],
+)
+def test_a_recovery_measures_what_the_data_gives(data, samples, name, tmp_path):
+    module = make_module(name, warmup_steps=0)
+    limit = 3 if data is EndlessValidation else 1.0
+    fit(module, tmp_path, data=data(), limit_val_batches=limit, max_steps=1)
+    if samples is None:
+        assert module.record is None
+    else:
+        assert module.record.evaluation["num_samples"] == samples
+    assert (tmp_path / "final" / "config.json").is_file()
+
+
+def test_windows_of_a_shuffled_dataloader_are_the_same_at_every_start_and_move_no_generator():
+    torch.manual_seed(1)
+    first = calibration_windows_of(Shuffled())
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn)
+    assert torch.equal(calibration_windows_of(Shuffled()), first)
+
+
+def test_a_trainer_may_train_a_second_module(name, tmp_path):
+    first, second = OwnModule(name), OwnModule(name)
+    trainer = fit(first, tmp_path, WeightPruning(0.5), max_epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(second, OwnData(), weights_only=True)
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    ids = OwnData().rows[:2]
+    with torch.no_grad():
+        torch.testing.assert_close(final(ids).logits, second.model(ids).logits)
+
+
+class FailsAtSetup(Callback):
+    def setup(self, trainer, pl_module, stage):
+        raise OSError("no room")
+
+
+def test_a_start_that_failed_can_be_repeated(name, tmp_path):
+    module = OwnModule(name)
+    with pytest.raises(OSError, match="no room"):
+        fit(module, tmp_path, ShortGPT(num_layers=1), FailsAtSetup())
+    fit(module, tmp_path, ShortGPT(num_layers=1), max_epochs=1)
+    assert (tmp_path / "final").is_dir()
+
+
+def test_lost_precision_is_told(name, tmp_path):
+    fit(OwnModule(name), tmp_path, ShortGPT(num_layers=1), max_epochs=1, precision="bf16-true")
+    assert "bfloat16" in " ".join(report_of(tmp_path)["warnings"])
 
 
 def test_frozen_parameters_are_warned_of(name, tmp_path, caplog):

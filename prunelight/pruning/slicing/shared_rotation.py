@@ -75,10 +75,10 @@ def shared_parameters(model: PreTrainedModel, width: int) -> int:
         for layer in stack.layers
         for linear, _, reads in _linears(model, layer)
     )
-    norms, tokens = 2 * len(stack.layers) + 1, len(stack.embed_tokens.weight)
+    norms, vocabulary = 2 * len(stack.layers) + 1, len(stack.embed_tokens.weight)
     total = parameter_count(model)
-    total += tokens * config.hidden_size if config.tie_word_embeddings else 0
-    return total - (config.hidden_size - width) * (per_width + norms + 2 * tokens)
+    total += vocabulary * config.hidden_size if config.tie_word_embeddings else 0
+    return total - (config.hidden_size - width) * (per_width + norms + 2 * vocabulary)
 
 
 @torch.no_grad()
