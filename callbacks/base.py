@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_deprecation
 from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, check_windows, split_windows
+from prunelight.moved import warn_of_old_name
 from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import Step
@@ -74,11 +74,8 @@ class PruningCallback(Callback, ABC):
         return group_of(windows).run_on_rank_zero(lambda: plan)
 
     def decided(self, *arguments: Any, **named: Any) -> Plan:
-        """Call `make_plan`, by the name that it had before."""
-        rank_zero_deprecation(
-            "self.decided(...) is now self.make_plan(...); the old name goes with the next release",
-            stacklevel=6,
-        )
+        """Old name of `make_plan`, which goes with the next release."""
+        warn_of_old_name("PruningCallback.decided", "PruningCallback.make_plan")
         return self.make_plan(*arguments, **named)
 
     @abstractmethod

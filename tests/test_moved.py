@@ -19,7 +19,7 @@ from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.calibration.shared_windows import share_windows
-from prunelight.callbacks import TokenBudget
+from prunelight.callbacks import ShortGPT, TokenBudget
 from prunelight.models.families import dropped_sublayers, sliced
 from prunelight.moved import (
     ATTRIBUTES,
@@ -29,6 +29,7 @@ from prunelight.moved import (
     CallableModule,
     moved_attribute,
 )
+from prunelight.planning.steps import RemoveLayers
 from prunelight.recovery.lora import LoRA
 from prunelight.runtime.processes import ProcessGroup
 from prunelight.scoring.angular_distance import angular_distance
@@ -250,3 +251,14 @@ def test_old_methods_of_a_process_group_do_what_they_did():
         group.meet()
     with pytest.warns(DeprecationWarning, match="ProcessGroup.run_on_rank_zero"):
         assert group.on_zero(lambda: 3) == 3
+
+
+def test_a_method_may_still_end_in_decided():
+    class OldMethod(ShortGPT):
+        def plan(self, model, windows):
+            return self.decided(model, windows, RemoveLayers((1,)), scores={})
+
+    with pytest.warns(DeprecationWarning, match="is now PruningCallback.make_plan") as told:
+        plan = OldMethod(num_layers=1).plan(tiny_model("llama"), token_windows(4))
+    assert told[0].filename == __file__
+    assert plan.steps == (RemoveLayers((1,)),)
