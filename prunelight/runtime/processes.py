@@ -7,6 +7,7 @@ the other ranks why.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -16,8 +17,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from prunelight.moved import warn_of_old_name
 
 # How long ranks wait for each other; no evaluation or save on rank 0 alone takes longer.
 WAIT = timedelta(hours=6)
@@ -179,18 +178,26 @@ class ProcessGroup:
 
     def together(self) -> AbstractContextManager[None]:
         """Return `failing_together()`, with a warning."""
-        warn_of_old_name("ProcessGroup.together", "ProcessGroup.failing_together")
+        _warn_of_old_name("together", "failing_together")
         return self.failing_together()
 
     def meet(self, error: Exception | None = None) -> None:
         """Call `barrier`, with a warning."""
-        warn_of_old_name("ProcessGroup.meet", "ProcessGroup.barrier")
+        _warn_of_old_name("meet", "barrier")
         self.barrier(error)
 
     def on_zero(self, call: Callable[[], Result]) -> Result:
         """Return the result of `run_on_rank_zero`, with a warning."""
-        warn_of_old_name("ProcessGroup.on_zero", "ProcessGroup.run_on_rank_zero")
+        _warn_of_old_name("on_zero", "run_on_rank_zero")
         return self.run_on_rank_zero(call)
+
+
+def _warn_of_old_name(old: str, new: str) -> None:
+    warnings.warn(
+        f"ProcessGroup.{old} is now ProcessGroup.{new}; the old path goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,  # who calls the old method
+    )
 
 
 @lru_cache(maxsize=1)
