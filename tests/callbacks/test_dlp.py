@@ -311,7 +311,9 @@ def test_what_identifies_a_base_and_a_state_of_dlp_is_as_in_older_versions():
 def test_other_allocations_of_dlp_warn_and_plan_what_the_warning_says(model, arguments, written):
     with pytest.warns(DeprecationWarning, match="is deprecated") as warned:
         plan = DLP(**arguments).plan(model, WINDOWS)
-    assert f"write prunelight.callbacks.{written}, which plans the same" in str(warned[0].message)
+    assert f"write prunelight.callbacks.{written}, which puts the same zeros" in str(
+        warned[0].message
+    )
     assert warned[0].filename == __file__
     other = eval(written).plan(model, WINDOWS)
     assert (plan.steps, plan.scores) == (other.steps, other.scores)
