@@ -100,12 +100,14 @@ def _batches_of(loaders: Any, limit: int | float = 1.0) -> Iterator[Any]:
         loaders: an iterable of batches, or a list or mapping of dataloaders.
         limit: batches that are taken of each, or the share of them; 1.0 takes all.
     """
+    if loaders is None:
+        return
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     are_several = isinstance(loaders, (list, tuple)) and all(
         isinstance(loader, DataLoader) for loader in loaders
     )
-    for loader in loaders if are_several else [loaders] if loaders is not None else []:
+    for loader in loaders if are_several else [loaders]:
         if isinstance(limit, int):
             yield from islice(loader, limit)
         else:
@@ -115,12 +117,9 @@ def _batches_of(loaders: Any, limit: int | float = 1.0) -> Iterator[Any]:
 @contextmanager
 def _fixed_seed() -> Iterator[None]:
     """Let the CPU's random numbers begin anew, and go on afterwards where they were."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(0)
-    try:
+    with torch.random.fork_rng(devices=()):  # and those of other devices stay as they are
+        torch.default_generator.manual_seed(0)
         yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def _windows_of(loader: Iterable[Any], name: str, num_rows: int | None) -> Windows:
