@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
-from prunelight.models.families.dropped_sublayers import SUBLAYERS
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.own_classes.dropped_sublayers import SUBLAYERS
 from prunelight.planning.layer_choice import (
     check_depth_target,
     layers_to_remove,

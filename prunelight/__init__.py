@@ -18,7 +18,7 @@ if (_repository / "pyproject.toml").is_file() and (_repository / "callbacks").is
     __path__.append(str(_repository))
 
 from prunelight import moved as _moved  # noqa: E402
-from prunelight.models.families import registration as _registration  # noqa: E402
+from prunelight.models.families.own_classes import registration as _registration  # noqa: E402
 
 # No callbacks: LightningCLI writes the shortest import path of a class into a run's config, and
 # that of a callback stays `prunelight.callbacks.X`.

@@ -293,7 +293,7 @@ MOVED: dict[str, dict[str, str]] = {
         "scoring.similarity": "CRITERIA Similarity similarity_to",
     },
     "sliced": {
-        "models.families.sliced": (
+        "models.families.own_classes.sliced": (
             "FAMILIES LAYERS MODELS PREFIX SHORTCUTS Shortcut SlicedGemmaLayer SlicedLayer "
             "SlicedModel SlicedOPTLayer SlicedPhi3Layer UnitNorm embeddings_of family_of "
             "last_norm norm_eps resize stack_of strip_last_norm strip_norms "
@@ -340,7 +340,7 @@ MOVED: dict[str, dict[str, str]] = {
         ),
     },
     "sublayers": {
-        "models.families.dropped_sublayers": (
+        "models.families.own_classes.dropped_sublayers": (
             "CLASSES DroppedSublayer SUBLAYERS dropped "
             + _generated("Prunelight", _DROPPED, "Config ForCausalLM")
         ),

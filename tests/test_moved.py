@@ -20,7 +20,7 @@ from tiny import tiny_model, token_windows
 import prunelight
 from prunelight.calibration.shared_windows import share_windows
 from prunelight.callbacks import ShortGPT, TokenBudget
-from prunelight.models.families import dropped_sublayers, sliced
+from prunelight.models.families.own_classes import dropped_sublayers, sliced
 from prunelight.moved import (
     ATTRIBUTES,
     HOMES,

@@ -15,7 +15,12 @@ from transformers.models.auto import configuration_auto
 import prunelight
 import prunelight.callbacks
 from prunelight.callbacks import SliceGPT
-from prunelight.models.families.registration import CLASS_MODULES, REGISTERED, TABLE, TABLE_MODULE
+from prunelight.models.families.own_classes.registration import (
+    CLASS_MODULES,
+    REGISTERED,
+    TABLE,
+    TABLE_MODULE,
+)
 from prunelight.pruning.drop_sublayers import drop_sublayers
 
 ROOT = Path(prunelight.__file__).resolve().parent.parent
@@ -152,7 +157,7 @@ def test_plain_from_pretrained_loads_our_models_in_a_fresh_process(directories, 
 WITHOUT_THE_PRIVATE_NAME = """
 import sys
 import prunelight
-from prunelight.models.families import registration
+from prunelight.models.families.own_classes import registration
 registration.REGISTERED = "_another_name"
 from transformers import AutoModelForCausalLM
 for directory in sys.argv[1:]:

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from prunelight.models.families import sliced
 from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.config_fields import maximum_length, vocabulary_size
+from prunelight.models.families.own_classes import sliced
 from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.forward import evaluating, greedy_tokens
 from prunelight.models.loading import quiet_transformers

@@ -13,8 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.models.families.architectures import REGISTERED_PREFIX, is_sliced, sublayers_of
-from prunelight.models.families.dropped_sublayers import CLASSES, SUBLAYERS, dropped, take_out
 from prunelight.models.families.layers import layer_matrices
+from prunelight.models.families.own_classes.dropped_sublayers import (
+    CLASSES,
+    SUBLAYERS,
+    dropped,
+    take_out,
+)
 from prunelight.planning.steps import DropSublayers
 from prunelight.pruning.step_kind import StepContext, StepKind
 

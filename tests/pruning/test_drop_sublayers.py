@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunelight
 from prunelight.callbacks import DLP, ShortGPT, WidthPruning
-from prunelight.models.families.dropped_sublayers import CLASSES
 from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.families.own_classes.dropped_sublayers import CLASSES
 from prunelight.models.saving import verify
 from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan
@@ -140,7 +140,7 @@ def test_a_fresh_process_needs_prunelight_and_says_so(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     refused, _, loaded = done.stdout.partition("then:")
     assert "prunelight_llama" in refused
-    assert loaded.strip() == "prunelight.models.families.dropped_sublayers", done.stderr
+    assert loaded.strip() == "prunelight.models.families.own_classes.dropped_sublayers", done.stderr
 
 
 def test_layers_can_be_removed_and_sublayers_dropped_again_afterwards(family):

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model, token_windows
 
 import prunelight
-from prunelight.models.families.sliced import FAMILIES
+from prunelight.models.families.own_classes.sliced import FAMILIES
 from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import SliceHidden

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from prunelight.models.families.sliced import PREFIX as SLICED_PREFIX
-from prunelight.models.families.sliced import SHORTCUTS
+from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
+from prunelight.models.families.own_classes.sliced import SHORTCUTS
 
 # model_type of our own classes: this prefix or that of sliced.py, then the family of their modules.
 REGISTERED_PREFIX = "prunelight_"

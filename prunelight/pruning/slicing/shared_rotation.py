@@ -21,7 +21,7 @@ from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Gram
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.config_fields import head_dim
-from prunelight.models.families.sliced import LAYERS, embeddings_of, last_norm, stack_of
+from prunelight.models.families.own_classes.sliced import LAYERS, embeddings_of, last_norm, stack_of
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.steps import SliceHidden
 from prunelight.pruning.slicing.basis import (

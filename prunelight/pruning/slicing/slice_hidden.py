@@ -29,7 +29,7 @@ from prunelight.calibration.statistics import Gram
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.models.families.config_fields import head_dim
 from prunelight.models.families.layers import decoder_layers, layer_matrices
-from prunelight.models.families.sliced import (
+from prunelight.models.families.own_classes.sliced import (
     FAMILIES,
     LAYERS,
     MODELS,

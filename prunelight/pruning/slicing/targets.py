@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunelight.models.families.config_fields import config_accepts, head_dim
-from prunelight.models.families.sliced import LAYERS, embeddings_of, last_norm, stack_of
+from prunelight.models.families.own_classes.sliced import LAYERS, embeddings_of, last_norm, stack_of
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.steps import SLICE_OPTIONS
 from prunelight.runtime.arguments import check_choice

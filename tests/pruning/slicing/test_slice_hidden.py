@@ -27,7 +27,7 @@ import prunelight
 from prunelight.calibration.statistics import Gram
 from prunelight.callbacks import SliceGPT
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.families.sliced import FAMILIES, UnitNorm
+from prunelight.models.families.own_classes.sliced import FAMILIES, UnitNorm
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.steps import SliceHidden
 from prunelight.pruning.slicing.basis import principal_components, random_rotation, signal_of

@@ -26,8 +26,8 @@ MODELS_MODULE = "transformers.models.auto.modeling_auto"
 TABLE = "CONFIG_MAPPING"  # model type -> config class
 REGISTERED = "_extra_content"  # the part of the table that AutoConfig.register writes
 CLASS_MODULES = (  # an import registers their classes
-    "prunelight.models.families.sliced",
-    "prunelight.models.families.dropped_sublayers",
+    "prunelight.models.families.own_classes.sliced",
+    "prunelight.models.families.own_classes.dropped_sublayers",
 )
 
 

@@ -29,7 +29,7 @@ import prunelight
 from prunelight.callbacks import DLP, ShortGPT, SliceGPT, SlidingLayerMerging, WidthPruning
 from prunelight.models.families.architectures import lora_targets
 from prunelight.models.families.layers import layer_matrices
-from prunelight.models.families.sliced import MODELS, SHORTCUTS, Shortcut
+from prunelight.models.families.own_classes.sliced import MODELS, SHORTCUTS, Shortcut
 from prunelight.models.forward import greedy_tokens
 from prunelight.models.saving import verify
 from prunelight.models.sizes import parameter_count
@@ -163,7 +163,7 @@ def test_only_sliced_models_have_code_to_export(tmp_path, tiny_tokenizer):
 
 
 def test_the_exported_file_needs_only_torch_and_transformers():
-    source = (ROOT / "prunelight" / "models" / "families" / "sliced.py").read_text()
+    source = (ROOT / "prunelight" / "models" / "families" / "own_classes" / "sliced.py").read_text()
     roots = {name.split(".")[0] for name in imported(source)}
     assert roots <= {"__future__", "sys", "typing", "torch", "transformers"}
 

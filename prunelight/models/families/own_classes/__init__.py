@@ -1,0 +1,1 @@
+"""Model classes of our own: what no stock config can describe."""
