@@ -29,6 +29,7 @@ from prunelight.models.forward import evaluating, greedy_tokens
 from prunelight.models.loading import quiet_transformers
 from prunelight.models.placement import to_device
 from prunelight.models.sizes import parameter_bytes
+from prunelight.models.transformers4 import add_old_names, tell_fault
 from prunelight.planning.fingerprints import library_versions, model_fingerprint
 from prunelight.planning.plan import Plan
 from prunelight.runtime.atomic_files import flush
@@ -92,6 +93,7 @@ def save(
         with quiet_transformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            add_old_names(model.config, temporary)
         if is_sliced(model) and getattr(model.config, "auto_map", None):
             shutil.copyfile(sliced.__file__, temporary / Path(sliced.__file__).name)
         for name, text in (extra_files or {}).items():
@@ -106,6 +108,7 @@ def save(
         _replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    tell_fault(model.config)
     log.info("saved %s (%.1f MB): %s", directory, saved.size_bytes / 1e6, saved.verification)
     return saved
 
