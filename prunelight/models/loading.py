@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants, get_session, is_offline_mode
+from huggingface_hub import constants, get_session, is_offline_mode, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -44,6 +44,9 @@ _PROBE_SECONDS = 5
 
 # Errors of reading a damaged file, besides the UnpicklingError of pickled weights.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError)
+
+# Files beside a model that must go with every copy of it.
+LICENCE_FILES = ("LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -121,6 +124,7 @@ def load(
         vars(model.config).pop("quantization_config", None)
         marked: Any = model
         marked.hf_quantizer, marked.is_quantized = None, False
+    _fetch_licence(source)
     model.config._name_or_path = str(name)
     _check_tokenizer(model, tokenizer)
     return model, tokenizer
@@ -217,6 +221,17 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
                 f"model {source.location!r} is neither a local directory, a .gguf file, an alias "
                 f"({', '.join(BUNDLED)}) nor a model that the hub gives: {source.explain(error)}"
             ) from error
+
+
+def _fetch_licence(source: Source) -> None:
+    """Fetch licence and model card of a model on the hub into its cache, for `save`."""
+    if Path(source.location).is_dir() or source.unreachable or is_offline_mode():
+        return
+    with quiet_transformers():
+        try:
+            snapshot_download(source.location, allow_patterns=[*LICENCE_FILES, "README.md"])
+        except Exception as error:  # from httpx or httpx2, by the version of huggingface_hub
+            log.warning("no licence or card of %s: %s", source.location, _first_line(error))
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:

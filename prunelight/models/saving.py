@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from prunelight.models.loading import quiet_transformers
 from prunelight.models.placement import to_device
 from prunelight.models.sizes import parameter_bytes
 from prunelight.models.transformers4 import add_old_names, tell_fault
+from prunelight.models.written_files import finish_files
 from prunelight.planning.fingerprints import library_versions, model_fingerprint
 from prunelight.planning.plan import Plan
 from prunelight.runtime.atomic_files import flush
@@ -100,11 +101,12 @@ def save(
             (temporary / name).write_text(text, encoding="utf-8")
         if plan is not None:
             plan.save(temporary / "plan.json")
+        finish_files(temporary, model.config._name_or_path)
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         saved = SavedModel(str(directory), size, verify(model, temporary, trust_remote_code))
         versions = {"fingerprint": model_fingerprint(model), "versions": library_versions()}
-        marker = json.dumps({**asdict(saved), **versions}, indent=1) + "\n"
-        (temporary / MARKER).write_text(marker, encoding="utf-8")
+        facts = {"size_bytes": saved.size_bytes, "verification": saved.verification, **versions}
+        (temporary / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         _replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

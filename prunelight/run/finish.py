@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from prunelight.evaluation.report.report import write_report
 from prunelight.models.placement import move_if_it_fits
 from prunelight.models.saving import MARKER, SavedModel, check_replaceable, save
+from prunelight.models.written_files import forget_local_base, share_modes
 from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
@@ -138,6 +139,8 @@ def _keep_adapters(run: Run, prepared: PreparedModel) -> None:
     # Embeddings are not adapted; "auto" would ask the hub whether they are.
     model.save_pretrained(str(temporary), save_embedding_layers=False)
     (temporary / MARKER).write_text(json.dumps({"versions": library_versions()}, indent=1))
+    forget_local_base(temporary / "README.md")
+    share_modes(temporary)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(temporary, directory)
     log.info("saved %s", directory)
