@@ -101,7 +101,7 @@ def generate_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
     Returns:
         Token ids, (B, T + count).
     """
-    pad_id = model.config.pad_token_id
+    pad_id = getattr(model.config, "pad_token_id", None)  # RWKV and CodeGen have no such field
     tokens: Tensor = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
