@@ -11,6 +11,11 @@ from transformers import PreTrainedModel
 from prunelight.models.families.layers import matrices
 
 
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Return whether a model holds packed weights, of 4 or 8 bits say."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
 def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:
     """Return the number of parameters, tied ones once; with `trainable` only of trainable ones."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

@@ -100,6 +100,7 @@ def _save_final(run: Run, model: PreTrainedModel) -> SavedModel:
         run.place.root / FINAL,
         extra_files=plans,
         trust_remote_code=run.trust_remote_code,
+        dense_fault=run.dense_fault,
     )
 
 

@@ -57,6 +57,7 @@ class Run:
         training_cost: of the training over all its starts; None before it.
         place: where the run takes place; set by `attach`.
         describe_recovery: returns how far the recovery is, for report and checkpoints.
+        dense_fault: what `generation_fault` says of the dense model; None if nobody asked.
         checked: the pruning has done the preflight of this fit, recovery need not do it again.
         precision_losses: what dtype, precision and recovery lose together, one sentence each.
     """
@@ -86,6 +87,7 @@ class Run:
         self.gradual = False
         self.prepared: PreparedModel | None = None
         self.training_cost: Measurement | None = None
+        self.dense_fault: str | None = None
         self.checked = False
         self.precision_losses: list[str] = []
         self._seed: int | None = None

@@ -22,7 +22,7 @@ from prunelight.evaluation.report.report import write_report
 from prunelight.evaluation.speed import forward_seconds
 from prunelight.evaluation.stages import new_record
 from prunelight.models.placement import device_with_room, move_if_it_fits, to_device
-from prunelight.models.saving import SavedModel, check_replaceable, save
+from prunelight.models.saving import SavedModel, check_replaceable, generation_fault, save
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of
 from prunelight.planning.plan import Plan
 from prunelight.recovery.prepared_model import PreparedModel
@@ -155,6 +155,7 @@ def _make_base(facts: Facts, base: Base) -> None:
     run, group = facts.run, facts.run.place.group
     model = move_if_it_fits(facts.model, run.place.device)
     record = new_record(run.name, model, base.fingerprint, describe_evaluation(run))
+    run.dense_fault = group.run_on_rank_zero(partial(generation_fault, model))
     _measure(facts, record, "dense", model)
     model, plans = _prune(facts, record, model)
     if not all(method.gradual for method in facts.methods):
@@ -212,4 +213,5 @@ def _save_base(
         extra_files=dict(zip(names, texts, strict=True)),
         trust_remote_code=run.trust_remote_code,
         export_remote_code=any(method.export_remote_code for method in facts.methods),
+        dense_fault=run.dense_fault,
     )
