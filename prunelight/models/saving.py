@@ -22,13 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.core_model_loading import revert_weight_conversion
 
 from prunelight.models.families.architectures import is_sliced
-from prunelight.models.families.config_fields import maximum_length, vocabulary_size
+from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.families.own_classes import sliced
 from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.forward import evaluating, greedy_tokens
 from prunelight.models.loading import quiet_transformers
 from prunelight.models.placement import to_device
-from prunelight.models.sizes import is_quantized, parameter_bytes
+from prunelight.models.sizes import is_quantized, longest_sequence, parameter_bytes
 from prunelight.models.transformers4 import add_old_names, tell_fault
 from prunelight.models.written_files import finish_files
 from prunelight.planning.fingerprints import library_versions, model_fingerprint
@@ -235,7 +235,7 @@ def generation_fault(model: PreTrainedModel) -> str:
 def _probe_ids(model: PreTrainedModel) -> Tensor:
     """Return random ids (2, T), so short that tokens can follow."""
     generator = torch.Generator().manual_seed(0)
-    length = min(16, (maximum_length(model.config) or 64) - _NEW_TOKENS)
+    length = min(16, (longest_sequence(model) or 64) - _NEW_TOKENS)
     return torch.randint(vocabulary_size(model), (2, length), generator=generator).to(model.device)
 
 
