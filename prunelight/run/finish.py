@@ -25,7 +25,7 @@ from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
 from prunelight.run.measurements import add_cost, measure_run_stage
-from prunelight.run.run_state import ADAPTER, FINAL, Run
+from prunelight.run.run_state import ADAPTER, FINAL, Run, plan_texts
 from prunelight.runtime.atomic_files import explaining_write_errors, newest_checkpoint
 from prunelight.runtime.measuring import measuring
 
@@ -93,12 +93,11 @@ def save_and_report(run: Run, model: PreTrainedModel) -> None:
 
 def _save_final(run: Run, model: PreTrainedModel) -> SavedModel:
     """Save the result with the plans that led to it."""
-    plans = {file.name: file.read_text(encoding="utf-8") for file in run.plan_files()}
     return save(
         model,
         run.checked_tokenizer(),
         run.place.root / FINAL,
-        extra_files=plans,
+        extra_files=plan_texts(run.plans()),
         trust_remote_code=run.trust_remote_code,
         dense_fault=run.dense_fault,
     )

@@ -8,7 +8,6 @@ the same fingerprint is reused: a resume never scores again. `prepare` makes the
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +36,7 @@ from prunelight.run.measurements import (
 )
 from prunelight.run.method import PruningMethod
 from prunelight.run.preflight import Facts, preflight
-from prunelight.run.run_state import Run, plan_files
+from prunelight.run.run_state import Run, plan_texts, plans_beside
 from prunelight.run.teacher import prepare_teacher
 from prunelight.runtime.atomic_files import explaining_write_errors
 from prunelight.runtime.devices import device_name
@@ -105,6 +104,8 @@ def prepare(run: Run) -> PreparedModel:
         run.load_model(), run.plans(), settings, partial(add_quantized, run), run.device
     )
     run.holder.model = run.prepared.model
+    if run.prepared.zeros.warning and settings.recovery != "none":
+        run.warn(run.prepared.zeros.warning)
     return run.prepared
 
 
@@ -203,14 +204,12 @@ def _save_base(
     """Save the pruned model with all plans that led to it."""
     run = facts.run
     # What was done to the model before this run still holds: its zeros stay planned zeros.
-    texts = [file.read_text(encoding="utf-8") for file in plan_files(Path(run.name).expanduser())]
-    texts += [json.dumps(plan.to_dict(), indent=1) + "\n" for plan in plans]
-    names = ["plan.json", *(f"plan-{number}.json" for number in range(2, len(texts) + 1))]
+    plans = [*plans_beside(Path(run.name).expanduser()), *plans]
     return save(
         model,
         run.checked_tokenizer(),
         directory,
-        extra_files=dict(zip(names, texts, strict=True)),
+        extra_files=plan_texts(plans),
         trust_remote_code=run.trust_remote_code,
         export_remote_code=any(method.export_remote_code for method in facts.methods),
         dense_fault=run.dense_fault,
