@@ -27,7 +27,7 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"pad_token_id", 0),
     (r"(forced_bos|cls|mask|unk)_token_id", 1),
     (r".*(vocab|vocab_size|group_vocab|vocab_size_base|vocab_size_per_layer_input)", VOCABULARY),
-    (r"(type|task_type|segment)_vocab_size|segment_types|prompt_types|n_langs", 2),
+    (r"(type|task_type|segment)_vocab_size|n_langs", 2),
     # counts of layers
     (r"num_(hidden_)?layers|n_layers?|(num_)?decoder_layers|num_blocks", NUM_LAYERS),
     (r"encoder_layers|num_encoder_layers|depth|num_global_layers", 2),
@@ -73,15 +73,38 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"index_topk_blocks", 2),
 )
 
+_DOTS3 = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 8,
+    "swa_kv_lora_rank": 8,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+}
+_DOTS3_VISION = {"pyramid_num_routed": [-1, 4], "adapter_in_dim": 32, "adapter_out_dim": 32}
+_DOTS3_AUDIO = {"adapter_input_size": 32, "whisper_adapter_out_dim": 32}
+_QWEN4 = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "ple_layer_ids": [1, 5],
+    "eos_token_id": 2,
+}
 # model_type -> what the rule cannot know: settings, those of a sub-configuration by its name.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
     },
-    "cpmant": {"position_bias_num_buckets": 32, "position_bias_max_distance": 128},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"moe_top_k": 2}},
+    "cpmant": {"position_bias_num_buckets": 32, "segment_types": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -93,21 +116,34 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"] * 2,
     },
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 2,
-        "ple_layer_ids": [1, 4],
+    "dots3_note": {
+        "text_config": _DOTS3,
+        "vision_config": _DOTS3_VISION,
+        "audio_config": _DOTS3_AUDIO,
     },
+    "dots3_note_text": _DOTS3,
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+    },
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+    "reformer": {"axial_pos_embds": False},  # else training takes windows of one length only
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
 }
 
 # model_type -> why there is no tiny model of it.
-NOT_BUILT: dict[str, str] = {}
+_COMPOSITE = "its causal-LM class reads the decoder's configuration, not that of its model type"
+_ASSISTANT = "it reads the hidden states and the cache of another model instead of tokens"
+NOT_BUILT: dict[str, str] = {
+    "gemma3n": "transformers builds its vision tower with the package timm",
+    "gemma4_assistant": _ASSISTANT,
+    "gemma4_unified_assistant": _ASSISTANT,
+    "musicgen": _COMPOSITE,
+    "musicgen_melody": _COMPOSITE,
+}
 
 
 def family_names() -> list[str]:
