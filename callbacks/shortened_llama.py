@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
-from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import matrices
 from prunelight.models.families.removable import removable_layers
 from prunelight.planning.layer_choice import check_depth_target, layers_to_remove
 from prunelight.planning.plan import Plan

@@ -54,11 +54,10 @@ MOVED: dict[str, dict[str, str]] = {
     "architecture": {
         "models.families.architectures": (
             "ARCHITECTURES Architecture REGISTERED_PREFIX Sublayers architecture_of is_sliced "
-            "lora_targets sublayers_of"
+            "sublayers_of"
         ),
-        "models.families.layers": (
-            "Matrix decoder_layers first_tensor layer_matrices layers_path matrices"
-        ),
+        "models.families.layers": "decoder_layers first_tensor layers_path",
+        "models.families.matrices": "Matrix layer_matrices lora_targets matrices",
         "models.families.config_fields": (
             "accepts=config_accepts head_dim logits_finish maximum_length vocabulary_size"
         ),

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.models.families.architectures import REGISTERED_PREFIX, is_sliced, sublayers_of
-from prunelight.models.families.layers import decoder_layers, layer_matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import (
     CLASSES,
     SUBLAYERS,

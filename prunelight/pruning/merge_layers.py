@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunelight.models.families.layers import decoder_layers, layer_matrices, layers_path, matrices
+from prunelight.models.families.layers import decoder_layers, layers_path
+from prunelight.models.families.matrices import layer_matrices, matrices
 from prunelight.models.families.outline import Outline, difference, outline
 from prunelight.planning.steps import MergeLayers
 from prunelight.pruning.remove_layers import check_removable, remove_layers

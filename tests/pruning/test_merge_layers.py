@@ -8,7 +8,8 @@ from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.callbacks import SlidingLayerMerging, WeightPruning
-from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import matrices
 from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import MERGES, MergeLayers, RemoveLayers

@@ -35,6 +35,18 @@ def head_dim(config: Any) -> int:
     return width
 
 
+def narrowest_head(config: Any, layer: int) -> int:
+    """Return the least width of an attention head in a decoder layer; 2 without attention."""
+    config = decoder_config(config)
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[layer]
+    if not getattr(config, "num_attention_heads", None):
+        return 2
+    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    parts = [getattr(config, name, None) for name in names]
+    return min([head_dim(config), *(part for part in parts if part)])
+
+
 def config_accepts(config: PretrainedConfig, **fields: Any) -> bool:
     """Return whether a config's class accepts the config with these fields replaced."""
     try:
