@@ -30,7 +30,8 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"(type|task_type|segment)_vocab_size|n_langs", 2),
     # counts of layers
     (r"num_(hidden_)?layers|n_layers?|(num_)?decoder_layers|num_blocks", NUM_LAYERS),
-    (r"encoder_layers|num_encoder_layers|depth|num_global_layers", 2),
+    (r"encoder_layers|num_encoder_layers", NUM_LAYERS),  # as many as in the decoder
+    (r"depth|num_global_layers", 2),
     (r"num_layers_per_stack", NUM_LAYERS),
     (r"num_nextn_predict_layers|num_kv_shared_layers", None),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
@@ -107,7 +108,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
     "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "ministral": {"head_dim": 8},
