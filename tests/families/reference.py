@@ -109,11 +109,12 @@ class Watch(TorchDispatchMode):
     """Records which parameters are a factor of a matrix product, and what becomes of the products.
 
     `factors` are the parameters that multiply activations; `routers` those whose product picks:
-    the same number of values, through element-wise operations only, reaches a topk.
+    what they give reaches a topk through element-wise operations, which does not pick positions.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tokens: int) -> None:
         super().__init__()
+        self.tokens = tokens
         self.owners = {p.untyped_storage().data_ptr(): n for n, p in model.named_parameters()}
         self.factors: set[str] = set()
         self.routers: set[str] = set()
@@ -151,7 +152,7 @@ class Watch(TorchDispatchMode):
         if len(inputs) == 1 and owners and operation in COPIES:
             for output in outputs:
                 self.owners[output.untyped_storage().data_ptr()] = owners[0]
-        if operation in ("topk", "argmax"):
+        if operation in ("topk", "argmax") and inputs[0].shape[-1] != self.tokens:
             self.routers.update(owner for owner, _ in sources)
         for output in outputs:
             for owner, values in sources:
@@ -164,7 +165,7 @@ class Watch(TorchDispatchMode):
 @torch.no_grad()
 def watch(model: nn.Module, windows: Tensor) -> Watch:
     """Run one forward of text and say what each parameter did."""
-    with Watch(model) as seen:
+    with Watch(model, windows.shape[1]) as seen:
         logits(model, windows)
     return seen
 
