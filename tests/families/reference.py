@@ -36,8 +36,8 @@ def difference(x: Tensor, y: Tensor) -> float:
 
 
 @torch.no_grad()
-def decoder_list(model: nn.Module, windows: Tensor) -> tuple[str, nn.ModuleList]:
-    """The outermost ModuleList whose members a forward of text runs; the largest of several."""
+def lists_that_run(model: nn.Module, windows: Tensor) -> dict[str, nn.ModuleList]:
+    """The outermost ModuleLists of which a forward of text runs a member."""
     ran: set[nn.Module] = set()
     handles = [
         module.register_forward_pre_hook(lambda module, _: ran.add(module))
@@ -51,11 +51,16 @@ def decoder_list(model: nn.Module, windows: Tensor) -> tuple[str, nn.ModuleList]
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and any(member in ran for member in module)
     }
-    outermost = {
+    return {
         name: module
         for name, module in lists.items()
         if not any(name.startswith(f"{other}.") for other in lists)
     }
+
+
+def decoder_list(model: nn.Module, windows: Tensor) -> tuple[str, nn.ModuleList]:
+    """The largest of the lists that run: its path and the decoder layers."""
+    outermost = lists_that_run(model, windows)
     size = {n: sum(p.numel() for p in x.parameters()) for n, x in outermost.items()}
     name = max(size, key=lambda name: size[name])
     return name, outermost[name]
@@ -73,6 +78,10 @@ def skip_by_hand(model: nn.Module, windows: Tensor, removed: Sequence[int]) -> n
             hidden_states = args[0] if args else kwargs["hidden_states"]
             if hasattr(layer, "pre_ln"):  # an RWKV's first block also holds the embeddings' norm
                 hidden_states = layer.pre_ln(hidden_states)
+            if hasattr(outputs, "_fields"):  # Reformer has two streams of hidden states
+                return outputs._replace(
+                    hidden_states=hidden_states, attn_output=kwargs["prev_attn_output"]
+                )
             if isinstance(outputs, list):
                 return [hidden_states, *outputs[1:]]
             if isinstance(outputs, tuple):

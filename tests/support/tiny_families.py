@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY = 128
 FIRST_SPECIAL_TOKEN = 112  # ids of images and sounds start here; texts stay below
 NUM_LAYERS = 6
-LAYER_COUNTS = {"num_hidden_layers", "num_layers", "depth", "encoder_layers"}
+LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_blocks", "depth", "encoder_layers"}
 
 # The first pattern that fits the whole name of an integer field gives its tiny value. None: as is.
 RULES: tuple[tuple[str, int | None], ...] = (
