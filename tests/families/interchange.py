@@ -22,9 +22,16 @@ NOT_COMPARED = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx", "
 
 def shorter_config(config: PretrainedConfig, kept: list[int], count: int) -> PretrainedConfig:
     """A copy of a configuration for the kept layers, read anew as from a file."""
-    config = copy.deepcopy(config)
-    values = config.to_dict()
-    names = {config.attribute_map.get(name, name) for name in COUNT_FIELDS}
+    values = copy.deepcopy(config).to_dict()
+    cut(values, kept, count, dict(config.attribute_map))
+    if isinstance(values.get("text_config"), dict):
+        cut(values["text_config"], kept, count, {})
+    return type(config).from_dict(values)
+
+
+def cut(values: dict[str, Any], kept: list[int], count: int, aliases: dict[str, str]) -> None:
+    """Cut the counts of layers and the lists of one entry a layer, in place."""
+    names = {aliases.get(name, name) for name in COUNT_FIELDS}
     for name, value in list(values.items()):
         if name in names and value == count:
             values[name] = len(kept)
@@ -36,7 +43,6 @@ def shorter_config(config: PretrainedConfig, kept: list[int], count: int) -> Pre
         values["per_layer_config"] = {
             places[int(i)]: x for i, x in per_layer.items() if int(i) in places
         }
-    return type(config).from_dict(values)
 
 
 def description(layer: nn.Module) -> dict[str, Any]:

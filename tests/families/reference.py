@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tiny_families import NUM_EXPERTS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -143,8 +144,8 @@ class Watch(TorchDispatchMode):
         self._alive += outputs
         owners = [o for o in map(self._owner, inputs) if o is not None]
         if operation in PRODUCTS:
-            # A bias is the first input of addmm and of baddbmm; it has one dimension.
-            named = [o for x in inputs if x.ndim >= 2 for o in [self._owner(x)] if o is not None]
+            multiplied = inputs[1:] if operation in ("addmm", "baddbmm", "addmv") else inputs
+            named = [o for x in multiplied if x.ndim >= 2 for o in [self._owner(x)] if o]
             self.factors.update(named)
             for output in outputs:
                 for owner in named:
@@ -186,8 +187,12 @@ def matrices_of_layers(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
 
 
 def gates(model: nn.Module, windows: Tensor) -> set[str]:
-    """The matrices of the decoder layers that pick experts, or give one number to a token."""
-    names = matrices_of_layers(model, windows)
+    """The matrices of the decoder layers that pick experts, or give one number to a token.
+
+    A product picks if a topk follows, or if it has as many columns as there are experts.
+    """
+    matrices = matrices_of_layers(model, windows)
     seen = watch(model, windows)
-    single = {n for n, p in names.items() if n in seen.factors and 1 in p.shape}
-    return {n for n in names if n in seen.routers} | single
+    factors = {n: p for n, p in matrices.items() if n in seen.factors}
+    few = {n for n, p in factors.items() if p.ndim == 2 and p.shape[0] in (1, NUM_EXPERTS)}
+    return {n for n in matrices if n in seen.routers} | few

@@ -1,6 +1,6 @@
 """Every family of transformers: each kind of pruning works, or refuses in one line at once.
 
-    python -m pytest -n 2 tests/families                  # all families
+    python -m pytest -n 2 --dist load tests/families      # all families
     python -m pytest -m "not slow" tests/families         # a fixed quarter, by the family's name
 
 cells.py names the outcomes; only "works" and "refused" may come. docs/families.md is the table of

@@ -135,6 +135,8 @@ def written_rows() -> dict[str, list[str]]:
 
 def written_with() -> str:
     """The versions that docs/families.md was written with."""
+    if not PAGE.exists():
+        return ""
     found = re.search(r"^Versions: (.*?)\. Command", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else ""
 

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY = 128
 FIRST_SPECIAL_TOKEN = 112  # ids of images and sounds start here; texts stay below
 NUM_LAYERS = 6
+NUM_EXPERTS = 6  # no other width is 6, so that what has 6 outputs picks experts
 LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_blocks", "depth", "encoder_layers"}
 
 # The first pattern that fits the whole name of an integer field gives its tiny value. None: as is.
@@ -40,7 +41,7 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"rescale_every", 2),
     # experts
     (r"(n|num|moe_num)_shared_experts", None),
-    (r"(n_routed|num_local|num|moe_num|n)_experts|.*expert_num", 4),
+    (r"(n_routed|num_local|num|moe_num|n)_experts|.*expert_num", NUM_EXPERTS),
     (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts", 2),
     (r"n_group|num_expert_group", 2),
     (r"topk_group", 1),
@@ -106,7 +107,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma4_text": {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
@@ -116,7 +117,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2
     },
     "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": NUM_EXPERTS, "moe_topk": 2},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "n_groups": 2},
