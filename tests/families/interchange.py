@@ -2,19 +2,19 @@
 
 A shorter configuration is the dense one with fewer layers, and with its lists of one entry a layer
 cut. If each layer that a model of it has equals the dense layer that would stand there, in names,
-shapes, classes and settings, then two layers can be removed.
+shapes, classes and settings, then layers look interchangeable. With the dense weights the shorter
+model must give what the dense model gives that skips the removed layers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from itertools import combinations
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 COUNT_FIELDS = ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers", "num_blocks")
 NOT_COMPARED = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx", "index", "training")
@@ -59,17 +59,39 @@ def description(layer: nn.Module) -> dict[str, Any]:
     return described
 
 
-def pairs_that_can_go(model: nn.Module, path: str) -> Iterator[tuple[int, int]]:
-    """The pairs of layers without which the rest is what a shorter configuration builds."""
+def shorter_model(
+    model: nn.Module, path: str, removed: Sequence[int], *, device: str = "cpu"
+) -> Any:
+    """What transformers builds from the shorter configuration."""
+    count = len(model.get_submodule(path))
+    kept = [i for i in range(count) if i not in removed]
     config: Any = model.config
-    dense = [description(layer) for layer in model.get_submodule(path)]
-    for pair in combinations(range(len(dense)), 2):
-        kept = [i for i in range(len(dense)) if i not in pair]
-        try:
-            with torch.device("meta"):
-                shorter = AutoModelForCausalLM.from_config(shorter_config(config, kept, len(dense)))
-            found = [description(layer) for layer in shorter.get_submodule(path)]
-        except Exception:
-            continue
-        if found == [dense[i] for i in kept]:
-            yield pair
+    with torch.device(device):
+        return type(model)(shorter_config(config, kept, count)).eval()
+
+
+def looks_the_same(model: nn.Module, path: str, removed: Sequence[int]) -> bool:
+    """Whether each layer that is left is what the shorter configuration builds at its place."""
+    try:
+        shorter = shorter_model(model, path, removed, device="meta")
+    except Exception:  # the class refuses this configuration
+        return False
+    left = [x for i, x in enumerate(model.get_submodule(path)) if i not in removed]
+    found = [description(layer) for layer in shorter.get_submodule(path)]
+    return found == [description(layer) for layer in left]
+
+
+def with_weights_of(model: nn.Module, path: str, removed: Sequence[int]) -> Any:
+    """The shorter model with the weights of the layers that are left."""
+    shorter = shorter_model(model, path, removed)
+    kept = [i for i in range(len(model.get_submodule(path))) if i not in removed]
+    places = {f"{path}.{old}.": f"{path}.{new}." for new, old in enumerate(kept)}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        prefix = f"{path}.{name[len(path) + 1 :].split('.')[0]}."
+        if not name.startswith(f"{path}."):
+            weights[name] = tensor
+        elif prefix in places:
+            weights[places[prefix] + name[len(prefix) :]] = tensor
+    shorter.load_state_dict(weights)
+    return shorter

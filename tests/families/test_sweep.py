@@ -10,9 +10,7 @@ all of them, and write_table.py writes it.
 import zlib
 
 import pytest
-from cells import HELD_OUT, KINDS, dense_model, run_cell
-from interchange import pairs_that_can_go
-from reference import decoder_list, lists_that_run
+from cells import KINDS, run_cell
 from tiny_families import NOT_BUILT, family_names
 from write_table import row, versions, written_rows, written_with
 
@@ -45,17 +43,5 @@ def test_each_kind_of_pruning_works_or_refuses_at_once(family):
     good = ("works", "refused")
     wrong = {kind: x for kind, x in outcomes.items() if x[0] not in good}
     assert {kind: x for kind, x in wrong.items() if (family, kind) not in UNTESTABLE} == {}
-    if outcomes["depth"][0] == "refused":
-        assert pair_that_could_go(family) is None, outcomes["depth"][1]
     if versions() == written_with():
         assert written_rows()[family] == row(family, outcomes)  # else run write_table.py
-
-
-def pair_that_could_go(family):
-    """Two layers without which a shorter configuration builds the rest, if one list runs."""
-    model = dense_model(family)
-    path, layers = decoder_list(model, HELD_OUT)
-    lists = lists_that_run(model, HELD_OUT).values()
-    if sum(len(others) == len(layers) for others in lists) > 1:
-        return None  # the decoder layers are spread over several lists
-    return next(pairs_that_can_go(model, path), None)
