@@ -14,7 +14,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,20 +102,6 @@ def dense_cache_agrees(family: str) -> bool:
         return False
 
 
-@lru_cache(maxsize=1)
-def dense_reloads(family: str) -> str:
-    """Why transformers cannot save and load the dense model itself; empty if it can."""
-    model = dense_model(family)
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            copy.deepcopy(model).save_pretrained(directory)
-            reloaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-            found = difference(logits(reloaded, HELD_OUT), logits(model, HELD_OUT))
-        except Exception as error:
-            return f"{type(error).__name__}: {first_line(error)}"
-    return "" if found < CLOSE else f"logits differ by {found:.2g}"
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's text."""
     return str(error).strip().split("\n")[0][:300]
@@ -167,7 +153,8 @@ def run_cell(family: str, kind: str) -> Cell:
             try:
                 check = KINDS[kind](family, Path(directory))
             except Exception as error:
-                return classify(family, kind, error, forwards.count)
+                cell = classify(family, kind, error, forwards.count)
+                return replace(cell, reason=cell.reason.replace(directory, "DIRECTORY"))
         try:
             check()
         except Wrong as error:
@@ -256,6 +243,33 @@ def depth(family: str, directory: Path) -> Check:
             raise Untestable(f"layers {list(removed)} of the tiny model do not matter")
         same_logits(logits(model, HELD_OUT), expected, f"without layers {list(removed)}")
         check_reloaded(family, model, reloaded)
+
+    return check
+
+
+def transformers_loads(family: str, directory: Path) -> bool:
+    """Whether transformers reads back what it wrote itself."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    except Exception:
+        return False
+    return difference(logits(model, HELD_OUT), logits(dense_model(family), HELD_OUT)) < CLOSE
+
+
+def loading(family: str, directory: Path) -> Check:
+    """A directory of transformers, read by the package."""
+    dense = copy.deepcopy(dense_model(family))
+    dense.save_pretrained(directory / "dense")
+    tokenizer().save_pretrained(directory / "dense")
+    try:
+        model, _ = prunelight.load(directory / "dense")
+    except (TypeError, ValueError) as error:
+        if not dense.config.sub_configs and transformers_loads(family, directory / "dense"):
+            raise RuntimeError(f"refused although transformers loads it: {error}") from error
+        raise
+
+    def check() -> None:
+        same_logits(logits(model, HELD_OUT), logits(dense_model(family), HELD_OUT), "loaded", 1e-6)
 
     return check
 
@@ -406,6 +420,7 @@ def lora(family: str, directory: Path) -> Check:
 
 
 KINDS: dict[str, Callable[[str, Path], Check]] = {
+    "loading": loading,
     "depth": depth,
     "slicing": slicing,
     "width": width,

@@ -23,6 +23,7 @@ PAGE = ROOT / "docs" / "families.md"
 COMMAND = "python tests/families/write_table.py"
 PACKAGES = ("transformers", "peft", "torch")
 COLUMNS = {
+    "Load": ("loading",),
     "Depth": ("depth",),
     "Slicing": ("slicing",),
     "Width": ("width",),
@@ -41,6 +42,7 @@ random, one a class. "yes": plan, apply, `prunelight.save` and a plain reload by
 the same layers. A number: refused in one line before any forward; the reasons stand below the
 table.
 
+- Load: a directory of transformers, read by `prunelight.load`.
 - Depth: two of the layers, chosen by `ShortGPT`.
 - Slicing: a quarter of the hidden width, by `SliceGPT`.
 - Width: a quarter of the neurons and half of the key-value groups, by `WidthPruning`.

@@ -186,6 +186,8 @@ def tiny_settings(config_class: type[PretrainedConfig], changes: dict[str, Any])
     settings: dict[str, Any] = {}
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     defaults = {name: field.default for name, field in fields.items()}
+    if isinstance(getattr(config_class(), "eos_token_id", None), list):
+        settings["eos_token_id"] = 2
     for name, value in defaults.items():
         if value is not dataclasses.MISSING:
             tiny = tiny_value(name, value, special_tokens)
