@@ -9,6 +9,7 @@ model must give what the dense model gives that skips the removed layers.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 COUNT_FIELDS = ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers", "num_blocks")
+INDEX_LIST = re.compile(r"_(ids|idxs|indices|layers)$")  # a list of layers
 NOT_COMPARED = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx", "index", "training")
 
 
@@ -37,6 +39,8 @@ def cut(values: dict[str, Any], kept: list[int], count: int, aliases: dict[str, 
             values[name] = len(kept)
         elif isinstance(value, (list, tuple)) and len(value) == count:
             values[name] = [value[i] for i in kept]
+        elif isinstance(value, list) and INDEX_LIST.search(name):
+            values[name] = [kept.index(i) for i in value if i in kept]
     per_layer = values.get("per_layer_config")
     if isinstance(per_layer, dict):
         places = {old: new for new, old in enumerate(kept)}

@@ -13,6 +13,8 @@ from tiny_families import NOT_BUILT, family_names
 from prunelight.models.families.removable import removable_layers
 from prunelight.pruning.remove_layers import remove_layers
 
+# Refused although the pairs could go, for a reason beyond the weights.
+TWO_STREAMS = {"reformer"}  # its layers hand on two hidden states, which no score compares
 FAMILIES = [name for name in family_names() if name not in NOT_BUILT]
 
 
@@ -68,4 +70,4 @@ def test_the_rule_allows_the_pairs_that_can_go(family):
             if gap <= CLOSE:
                 wrongly_refused[pair] = fault
     assert wrongly_allowed == {}
-    assert wrongly_refused == {}
+    assert wrongly_refused == {} or family in TWO_STREAMS
