@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY = 128
 FIRST_SPECIAL_TOKEN = 112  # ids of images and sounds start here; texts stay below
 NUM_LAYERS = 6
-LAYER_COUNTS = {"num_hidden_layers", "num_layers", "depth", "encoder_layers"}
+NUM_EXPERTS = 6  # no other width is 6, so that what has 6 outputs picks experts
+LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_blocks", "depth", "encoder_layers"}
 
 # The first pattern that fits the whole name of an integer field gives its tiny value. None: as is.
 RULES: tuple[tuple[str, int | None], ...] = (
@@ -30,7 +31,8 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"(type|task_type|segment)_vocab_size|n_langs", 2),
     # counts of layers
     (r"num_(hidden_)?layers|n_layers?|(num_)?decoder_layers|num_blocks", NUM_LAYERS),
-    (r"encoder_layers|num_encoder_layers|depth|num_global_layers", 2),
+    (r"encoder_layers|num_encoder_layers", NUM_LAYERS),  # as many as in the decoder
+    (r"depth|num_global_layers", 2),
     (r"num_layers_per_stack", NUM_LAYERS),
     (r"num_nextn_predict_layers|num_kv_shared_layers", None),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
@@ -39,7 +41,7 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"rescale_every", 2),
     # experts
     (r"(n|num|moe_num)_shared_experts", None),
-    (r"(n_routed|num_local|num|moe_num|n)_experts|.*expert_num", 4),
+    (r"(n_routed|num_local|num|moe_num|n)_experts|.*expert_num", NUM_EXPERTS),
     (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts", 2),
     (r"n_group|num_expert_group", 2),
     (r"topk_group", 1),
@@ -95,6 +97,7 @@ _QWEN4 = {
 }
 # model_type -> what the rule cannot know: settings, those of a sub-configuration by its name.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [2, 5]},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
     },
@@ -104,10 +107,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2
+    },
     "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": NUM_EXPERTS, "moe_topk": 2},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "ministral": {"head_dim": 8},
@@ -128,7 +139,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
-    "reformer": {"axial_pos_embds": False},  # else training takes windows of one length only
+    # With axial positions training takes windows of one length only; hashes differ by chance.
+    "reformer": {"axial_pos_embds": False, "hash_seed": 0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
@@ -174,6 +186,8 @@ def tiny_settings(config_class: type[PretrainedConfig], changes: dict[str, Any])
     settings: dict[str, Any] = {}
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     defaults = {name: field.default for name, field in fields.items()}
+    if isinstance(getattr(config_class(), "eos_token_id", None), list):
+        settings["eos_token_id"] = 2
     for name, value in defaults.items():
         if value is not dataclasses.MISSING:
             tiny = tiny_value(name, value, special_tokens)
