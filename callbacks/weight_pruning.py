@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.recovery.gradual_zeros import GradualZeros
-from prunelight.models.families.layers import decoder_layers, layers_path, matrices
+from prunelight.models.families.layers import decoder_layers, layers_path
+from prunelight.models.families.matrices import matrices
 from prunelight.planning.plan import Plan
 from prunelight.planning.sparsity_shares import (
     clipping_excess,

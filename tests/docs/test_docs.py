@@ -21,8 +21,9 @@ import prunelight
 import prunelight.callbacks
 from prunelight.callbacks import ShortGPT, WeightPruning, WidthPruning
 from prunelight.lightning_cli import CLI, find_configs
-from prunelight.models.families.architectures import ARCHITECTURES, lora_targets
+from prunelight.models.families.architectures import ARCHITECTURES
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import lora_targets
 from prunelight.planning.steps import step_from_dict
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule

@@ -6,7 +6,7 @@ from tiny import tiny_model, token_windows
 
 from prunelight.evaluation.perplexity import evaluate
 from prunelight.evaluation.stages import measure_stage
-from prunelight.models.families.layers import matrices
+from prunelight.models.families.matrices import matrices
 from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count
 
 

@@ -9,7 +9,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.models.families.layers import Matrix, layers_path, matrices
+from prunelight.models.families.layers import layers_path
+from prunelight.models.families.matrices import Matrix, matrices
 from prunelight.models.families.own_classes.dropped_sublayers import dropped
 from prunelight.models.sizes import is_quantized, zero_share
 from prunelight.planning.plan import Plan, planned_sparsity
@@ -88,7 +89,7 @@ class PlannedZeros:
         sparsity = zero_share(matrix.parameter for matrix in available.values())
         told = (
             f"{some} of {len(available)} matrices hold zeros that no plan describes ("
-            f"{sparsity:.4f} of all weights); "
+            f"{sparsity:.4f} of their weights); "
         )
         if not sparse:
             return cls(warning=told + "they are too few for pruning, and a recovery fills them")

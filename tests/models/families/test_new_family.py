@@ -22,7 +22,8 @@ from prunelight.models.families.architectures import (
     Sublayers,
     lora_targets,
 )
-from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import matrices
 from prunelight.models.sizes import zero_share
 from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
 

@@ -13,7 +13,7 @@ from zeros import put_zeros
 
 import prunelight
 from prunelight.callbacks import WeightPruning
-from prunelight.models.families.layers import matrices
+from prunelight.models.families.matrices import matrices
 from prunelight.models.sizes import zero_share
 from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan
