@@ -49,12 +49,24 @@ _WANT_TYPE = (
 )
 
 # Families whose code in transformers 4 gives other logits, with the same config and weights.
-_OTHER_CODE = ("apertus", "bigbird_pegasus", "cpmant", "modernbert-decoder", "recurrent_gemma")
+_OTHER_CODE = (
+    "apertus",
+    "bigbird_pegasus",
+    "blt",
+    "cpmant",
+    "gemma3n_text",
+    "modernbert-decoder",
+    "recurrent_gemma",
+    "xlstm",
+)
 
-# Families that transformers 4 reads by other names of layer kinds; transformers 5 takes both.
+# Families whose lists of layer kinds have other names in transformers 4; transformers 5 takes both.
 _OLD_KINDS = {
     "granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"},
+    "zamba": {"linear_attention": "mamba"},
+    "zamba2": {"linear_attention": "mamba"},
 }
+_KINDS_FIELDS = ("layer_types", "layers_block_type")
 
 # Fields that transformers 4 reads under another name: family -> name in 5 -> name in 4.
 _OLD_FIELDS = {"qwen3_moe": {"num_local_experts": "num_experts"}}
@@ -99,8 +111,11 @@ def transformers4_fault(config: PretrainedConfig) -> str:
     kind = config.model_type
     if kind not in MODEL_TYPES:
         return f"transformers 4 has no causal language model {kind}"
-    if kind in _OTHER_CODE:
+    groups = getattr(config, "n_groups", 1)
+    if kind in _OTHER_CODE or (kind == "mamba2" and groups > 1):
         return f"the code of {kind} in transformers 4 computes other logits"
+    if kind == "dbrx":
+        return "transformers 4 refuses the fields that transformers 5 writes for dbrx"
     scaled = [
         parameters
         for parameters in _by_layer_type(getattr(config, "rope_parameters", None) or {}).values()
@@ -144,8 +159,10 @@ def _candidates(
     for new, old in _OLD_FIELDS.get(kind, {}).items():
         if new in values:
             yield old, values[new]
-    if (kinds := _OLD_KINDS.get(kind)) and isinstance(values.get("layer_types"), list):
-        yield "layer_types", [kinds.get(name, name) for name in values["layer_types"]]
+    kinds = _OLD_KINDS.get(kind, {})
+    for field in _KINDS_FIELDS if kinds else ():
+        if isinstance(values.get(field), list):
+            yield field, [kinds.get(name, name) for name in values[field]]
     parameters = values.get("rope_parameters")
     if not isinstance(parameters, dict):
         return

@@ -11,10 +11,12 @@ import transformers4_side
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from methods_table import METHODS
 from tiny import FAMILIES, UNKNOWN_FAMILIES, tiny_model, token_windows
-from transformers import AutoConfig, AutoTokenizer
+from tiny_families import NOT_BUILT, family_names, make_lively, tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import prunelight
+from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.families.transformers4 import MODEL_TYPES
 from prunelight.models.transformers4 import add_old_names, old_names, transformers4_fault
 from prunelight.pruning.remove_layers import remove_layers
@@ -288,4 +290,59 @@ def test_transformers_4_computes_the_same_logits(tmp_path, tiny_tokenizer, trans
         if difference > 1e-3:
             faults[name] = difference
         assert computed[number]["words"] == tiny_tokenizer("w7 <extra> w9")["input_ids"], name
-    assert faults == {}
+    assert not faults, "\n".join(f"{k}: {v}" for k, v in faults.items())
+
+
+def with_other_positions(config):
+    """Change RoPE's theta in a config, in place: no default may be right by chance."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for number, value in enumerate(nested or [parameters]):
+        if "rope_theta" in value:
+            value["rope_theta"] = 300.0 * (number + 1)
+    return config
+
+
+def family_models():
+    """Yield each family that both versions have: name, model, fault that we tell."""
+    for kind in sorted(MODEL_TYPES & set(family_names()) - set(NOT_BUILT)):
+        torch.manual_seed(0)
+        config = with_other_positions(tiny_config(kind))
+        if config.sub_configs and kind != "blt":  # multimodal: only their text decoder is saved
+            continue
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        make_lively(model)
+        yield kind, model, transformers4_fault(model.config)
+
+
+# Families of which transformers 4 says nothing here.
+NOT_COMPARED = {
+    "jamba": "its kernels need a GPU",
+    "zamba": "its kernels need a GPU",
+    "reformer": "its hashes are random",
+}
+
+
+@pytest.mark.transformers4
+@pytest.mark.slow
+def test_every_family_is_the_same_in_transformers_4_or_a_fault_is_told(tmp_path, transformers4):
+    (tmp_path / "ids.json").write_text(json.dumps(IDS.tolist()))
+    expected, faults = {}, {}
+    for kind, model, fault in family_models():
+        restore_rwkv_scale(model)
+        model.save_pretrained(tmp_path / kind)
+        add_old_names(model.config, tmp_path / kind)
+        with torch.no_grad():
+            expected[kind] = model(input_ids=IDS, use_cache=False).logits.float(), fault
+    assert len(expected) > 100
+    computed = transformers4("logits", tmp_path)
+    for kind, (logits, fault) in expected.items():
+        if isinstance(computed[kind], str):
+            faults[kind] = computed[kind]
+        else:
+            difference = (torch.tensor(computed[kind]["logits"]) - logits).abs().max()
+            if difference > 1e-3 * max(1.0, logits.abs().max()):
+                faults[kind] = float(difference)
+        if fault or kind in NOT_COMPARED:
+            faults.pop(kind, None)
+    assert not faults, "\n".join(f"{k}: {v}" for k, v in faults.items())

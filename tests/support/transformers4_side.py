@@ -39,12 +39,15 @@ def logits(root):
 @torch.no_grad()
 def computed(directory, ids):
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-        if info["missing_keys"] or info["unexpected_keys"]:
-            return f"missing {info['missing_keys']}, unexpected {info['unexpected_keys']}"
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        words = tokenizer("w7 <extra> w9", add_special_tokens=False)["input_ids"]
-        return {"logits": model.eval()(ids).logits.tolist(), "words": words}
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        words = None
+        if (directory / "tokenizer.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+            words = tokenizer("w7 <extra> w9", add_special_tokens=False)["input_ids"]
+        return {
+            "logits": model.eval()(input_ids=ids, use_cache=False).logits.tolist(),
+            "words": words,
+        }
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
