@@ -20,10 +20,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.config_fields import maximum_length, vocabulary_size
-from prunelight.models.families.own_classes import sliced
+from prunelight.models.families.own_classes.registration import code_file
 from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.forward import evaluating, greedy_tokens
 from prunelight.models.loading import quiet_transformers
@@ -72,8 +72,8 @@ def save(
         plan: written as plan.json.
         extra_files: file name -> text, written beside the weights.
         trust_remote_code: let the verification run code that came with the model.
-        export_remote_code: write the code of a sliced model beside it. The directory then loads
-            without prunelight under trust_remote_code. Later saves of the model write the code too.
+        export_remote_code: write the code of a class of ours beside the model. The directory then
+            loads without prunelight under trust_remote_code. Later saves of the model write it too.
 
     Raises:
         FileExistsError: if the directory exists and was not written by prunelight.
@@ -92,8 +92,9 @@ def save(
         with quiet_transformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        if is_sliced(model) and getattr(model.config, "auto_map", None):
-            shutil.copyfile(sliced.__file__, temporary / Path(sliced.__file__).name)
+        code = code_file(model.config.model_type)
+        if code is not None and getattr(model.config, "auto_map", None):
+            shutil.copyfile(code, temporary / code.name)
         for name, text in (extra_files or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
         if plan is not None:
@@ -114,16 +115,19 @@ def name_remote_code(model: PreTrainedModel) -> None:
     """Name, in the model's config, the code that `save` writes beside the model; in place.
 
     Raises:
-        TypeError: if the model is not sliced: only a sliced model has its code in one file.
+        TypeError: if the model is of a class of transformers.
     """
-    if not is_sliced(model):
+    config, file = model.config, code_file(model.config.model_type)
+    if file is None:
         raise TypeError(
-            f"export_remote_code=True: {type(model).__name__} is no sliced model, there is no code "
-            "of its own to export; leave export_remote_code out"
+            f"export_remote_code=True: {type(model).__name__} is a class of transformers, there is "
+            "no code of its own to export; leave export_remote_code out"
         )
-    file, config = Path(sliced.__file__).stem, model.config
-    classes = {"AutoConfig": type(config), "AutoModelForCausalLM": type(model)}
-    config.auto_map = {auto: f"{file}.{cls.__name__}" for auto, cls in classes.items()}
+    config.auto_map = {
+        "AutoConfig": f"{file.stem}.{type(config).__name__}",
+        "AutoModel": f"{file.stem}.{MODEL_MAPPING[type(config)].__name__}",
+        "AutoModelForCausalLM": f"{file.stem}.{type(model).__name__}",
+    }
 
 
 def check_replaceable(directory: Path) -> None:

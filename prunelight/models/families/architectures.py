@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
+from prunelight.models.families.own_classes.registration import family_of
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
 from prunelight.models.families.own_classes.sliced import SHORTCUTS
-
-# model_type of our own classes: this prefix or that of sliced.py, then the family of their modules.
-REGISTERED_PREFIX = "prunelight_"
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture_of(model: PreTrainedModel) -> Architecture | None:
     """Return the table entry of a model's family, or None for an unknown family."""
-    name = model.config.model_type.removeprefix(SLICED_PREFIX)
-    return ARCHITECTURES.get(name.removeprefix(REGISTERED_PREFIX))
+    return ARCHITECTURES.get(family_of(model.config.model_type))
 
 
 def is_sliced(model: PreTrainedModel) -> bool:

@@ -29,7 +29,7 @@ import prunelight
 from prunelight.callbacks import DLP, ShortGPT, SliceGPT, SlidingLayerMerging, WidthPruning
 from prunelight.models.families.architectures import lora_targets
 from prunelight.models.families.layers import layer_matrices
-from prunelight.models.families.own_classes.sliced import MODELS, SHORTCUTS, Shortcut
+from prunelight.models.families.own_classes.sliced import CLASSES, SHORTCUTS, Shortcut
 from prunelight.models.forward import greedy_tokens
 from prunelight.models.saving import verify
 from prunelight.models.sizes import parameter_count
@@ -45,7 +45,7 @@ def test_a_sliced_model_reloads_bit_for_bit_and_generates_with_the_cache(
     model = sliced(family, tied, dims)
     prunelight.save(model, tiny_tokenizer, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(again) is MODELS[family] is type(model)
+    assert type(again) is CLASSES[family] is type(model)
     assert torch.equal(logits(again), logits(model))
     cached = greedy_tokens(again, WINDOWS[:2], 6)
     again.generation_config.eos_token_id = None
@@ -145,7 +145,7 @@ def test_an_exported_directory_loads_without_prunelight(tmp_path, tiny_tokenizer
     assert [float(line) for line in done.stdout.split()[-3:]] == pytest.approx(expected, abs=1e-3)
     for family in models:
         again, tokenizer = prunelight.load(tmp_path / family)  # with prunelight, no trust is needed
-        assert type(again) is MODELS[family]
+        assert type(again) is CLASSES[family]
         prunelight.save(again, tokenizer, tmp_path / "next")
         assert (tmp_path / "next" / "sliced.py").is_file(), "later saves export it too"
 
@@ -156,8 +156,8 @@ def test_without_the_option_no_code_is_written(tmp_path, tiny_tokenizer):
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
-def test_only_sliced_models_have_code_to_export(tmp_path, tiny_tokenizer):
-    with pytest.raises(TypeError, match="export_remote_code=True: LlamaForCausalLM is no sliced"):
+def test_stock_models_have_no_code_to_export(tmp_path, tiny_tokenizer):
+    with pytest.raises(TypeError, match="export_remote_code=True: LlamaForCausalLM is a class of"):
         prunelight.save(dense_model(), tiny_tokenizer, tmp_path / "out", export_remote_code=True)
     assert not (tmp_path / "out").exists()
 
