@@ -20,7 +20,6 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from prunelight.models.families.config_fields import maximum_length, vocabulary_size
 from prunelight.models.families.own_classes.registration import code_file
@@ -82,7 +81,8 @@ def save(
     """
     directory = Path(directory).expanduser()
     check_replaceable(directory)
-    if export_remote_code:
+    code = code_file(model.config.model_type)
+    if export_remote_code or (code is not None and getattr(model.config, "auto_map", None)):
         name_remote_code(model)
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -92,7 +92,6 @@ def save(
         with quiet_transformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        code = code_file(model.config.model_type)
         if code is not None and getattr(model.config, "auto_map", None):
             shutil.copyfile(code, temporary / code.name)
         for name, text in (extra_files or {}).items():
@@ -117,16 +116,16 @@ def name_remote_code(model: PreTrainedModel) -> None:
     Raises:
         TypeError: if the model is of a class of transformers.
     """
-    config, file = model.config, code_file(model.config.model_type)
+    config, file, name = model.config, code_file(model.config.model_type), type(model).__name__
     if file is None:
         raise TypeError(
-            f"export_remote_code=True: {type(model).__name__} is a class of transformers, there is "
+            f"export_remote_code=True: {name} is a class of transformers, there is "
             "no code of its own to export; leave export_remote_code out"
         )
     config.auto_map = {
         "AutoConfig": f"{file.stem}.{type(config).__name__}",
-        "AutoModel": f"{file.stem}.{MODEL_MAPPING[type(config)].__name__}",
-        "AutoModelForCausalLM": f"{file.stem}.{type(model).__name__}",
+        "AutoModel": f"{file.stem}.{name.removesuffix('ForCausalLM')}Model",
+        "AutoModelForCausalLM": f"{file.stem}.{name}",
     }
 
 
