@@ -222,7 +222,7 @@ class WidthPruning(PruningCallback):
             allowed = allowed_groups(model) if kind == "heads" else []
             most = [max(1, number // block) for number in numbers]  # whole blocks of each layer
             if self.allocation == "global":
-                limit, layers = sum(most) * block // len(most), [torch.ones(n) for n in most]
+                limit, layers = sum(numbers) // len(most), [torch.ones(n) for n in most]
                 if scores is not None:
                     layers = [_shares(*x, block) for x in zip(scores[kind], most, strict=True)]
                 total = round(mean * len(most) / block)
