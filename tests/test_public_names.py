@@ -14,7 +14,7 @@ from transformers.models.auto import configuration_auto
 
 import prunelight
 import prunelight.callbacks
-from prunelight.callbacks import SliceGPT
+from prunelight.callbacks import SliceGPT, WidthPruning
 from prunelight.models.families.own_classes.registration import (
     CLASS_MODULES,
     REGISTERED,
@@ -115,7 +115,7 @@ LOAD = """
 import pickle, sys, threading
 {first}
 {second}
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 configs = []
 def ask():
@@ -123,12 +123,14 @@ def ask():
 threads = [threading.Thread(target=ask) for _ in range(4)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-assert configs == ["PrunelightLlamaConfig"] * 4, configs
+assert configs == ["LayerWidthsLlamaConfig"] * 4, configs
 for directory in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert directory.endswith(type(model).__name__)
     assert type(pickle.loads(pickle.dumps(model.config))) is type(model.config)
     assert type(AutoModelForCausalLM.from_config(model.config)) is type(model)
+    headless = type(AutoModel.from_pretrained(directory)).__name__
+    assert f"{headless.removesuffix('Model')}ForCausalLM" == type(model).__name__
 for table in (CONFIG_MAPPING, pickle.loads(pickle.dumps(CONFIG_MAPPING))):
     assert "prunelight_nothing" not in table and "llama" in table and "prunelight_llama" in table
 print(*[name for name in ("lightning", "peft", "matplotlib") if name in sys.modules])
@@ -143,6 +145,9 @@ def directories(tmp_path_factory):
     model = tiny_model("llama")
     plan = SliceGPT(slice_ratio=0.25, round_to=4).plan(model, windows)
     prunelight.apply(model, plan, windows).save_pretrained(root / "SlicedLlamaForCausalLM")
+    model = tiny_model("llama")
+    plan = WidthPruning(0.3, multiple=8, allocation="global").plan(model, windows)
+    prunelight.apply(model, plan, windows).save_pretrained(root / "LayerWidthsLlamaForCausalLM")
     dropped = drop_sublayers(tiny_model("llama"), [4], [2])
     dropped.save_pretrained(root / "PrunelightLlamaForCausalLM")
     return sorted(root.iterdir())
