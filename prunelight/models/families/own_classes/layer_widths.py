@@ -25,6 +25,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+try:
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+except ImportError:  # transformers 4, whose modules have the names that weights have on disk
+    get_checkpoint_conversion_mapping = None
+
 PREFIX = "prunelight_widths_"  # of the model_type
 
 FAMILIES = tuple(  # whose classes are made at once; those of other families at their first use
@@ -145,6 +153,10 @@ def _make(family: str) -> Any:
     model = type(f"{name}ForCausalLM", (_OfWidths, stock), body)
     for made in (config, base, model):
         globals()[made.__name__] = made
+    if get_checkpoint_conversion_mapping is not None:  # experts have other names on disk
+        conversions = get_checkpoint_conversion_mapping(family)
+        if conversions is not None:
+            register_checkpoint_conversion_mapping(PREFIX + family, conversions, overwrite=True)
     if __name__.startswith("prunelight."):  # an exported copy must not register these names
         AutoConfig.register(PREFIX + family, config)
         AutoModel.register(config, base)

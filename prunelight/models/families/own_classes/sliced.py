@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -24,10 +25,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 PREFIX = "prunelight_sliced_"  # of the model_type
 
+_OLD = int(transformers.__version__.partition(".")[0]) < 5  # OPT's layers returned tuples
+
 FAMILIES = tuple(  # less those that an older transformers does not have
     family
     for family in ("gemma", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "smollm3")
-    if family in CONFIG_MAPPING
+    if family in CONFIG_MAPPING and not (_OLD and family == "opt")
 )
 
 SHORTCUTS = ("attn_shortcut", "mlp_shortcut")

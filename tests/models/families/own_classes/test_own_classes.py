@@ -12,7 +12,7 @@ import pytest
 import torch
 from own_models import EVERY, KINDS, own_model, shared_model
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sliced_models import WINDOWS
 from source_tree import ROOT, imported
 from text_tokenizers import make_tokenizer
@@ -147,6 +147,19 @@ def test_the_exported_file_needs_only_torch_and_transformers(kind):
     source = (ROOT / KINDS[kind].__file__).read_text()
     roots = {name.split(".")[0] for name in imported(source)}
     assert roots <= {"__future__", "sys", "typing", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["dropped", "widths"])
+def test_experts_have_the_names_on_disk_that_other_programs_read(kind, family, saved, tmp_path):
+    names = set(load_file(saved / kind / family / "model.safetensors"))
+    assert any(".experts.0." in name for name in names)
+    assert not any("gate_up_proj" in name for name in names)
+    model = own_model(kind, family)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})  # as before
+    model.config.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
 
 
 @EACH
