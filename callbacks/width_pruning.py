@@ -62,9 +62,10 @@ class WidthPruning(PruningCallback):
         multiple: what the number of neurons must be a multiple of, for fast kernels.
         correction: fit the output projections by least squares on the calibration windows, to
             give what they gave with all inputs.
-        allocation: "uniform" keeps equal numbers in all layers: a stock model. "global" keeps as
-            many in all layers together, where their shares of their layer's score are highest; at
-            least one group and `multiple` neurons a layer. Such a model needs prunelight to load.
+        allocation: "uniform" keeps equal numbers in all layers: a stock model. "global" keeps those
+            of all layers whose shares of their layer's score are highest; at least one group and
+            `multiple` neurons a layer. Ratios are then of all layers together, numbers are means.
+            Such a model needs prunelight to load.
         export_remote_code: put the code of its class beside a result of allocation "global", which
             then loads without prunelight under trust_remote_code.
 
@@ -217,31 +218,36 @@ class WidthPruning(PruningCallback):
         """
         before, counts = widths_of(model), dict[str, list[int]]()
         for kind, mean in self._means(before).items():
-            numbers, asked = _numbers(before, kind), getattr(self, FIELDS[kind])
-            block = self.multiple if kind == "neurons" else 1
+            numbers, block = _numbers(before, kind), self.multiple if kind == "neurons" else 1
             allowed = allowed_groups(model) if kind == "heads" else []
+            self._check_number(kind, numbers, block)
             most = [max(1, number // block) for number in numbers]  # whole blocks of each layer
             if self.allocation == "global":
-                limit, layers = sum(numbers) // len(most), [torch.ones(n) for n in most]
+                layers = [torch.ones(number) for number in most]
                 if scores is not None:
                     layers = [_shares(*x, block) for x in zip(scores[kind], most, strict=True)]
                 total = round(mean * len(most) / block)
                 blocks = _spread(layers, min(max(len(most), total), sum(most)), allowed)
+            elif getattr(self, FIELDS[kind]) is not None:
+                blocks = [round(mean / block)] * len(most)
+            elif kind == "heads":
+                blocks = [min(allowed, key=lambda count: abs(count - mean))] * len(most)
             else:
-                limit, each = min(numbers), max(1, round(mean / block))
-                if asked is None and kind == "heads":
-                    each = min(allowed, key=lambda count: abs(count - mean))
-                elif asked is None:
-                    each = min(each, *most)
-                blocks = [each] * len(most)
+                blocks = [min(max(1, round(mean / block)), *most)] * len(most)
             counts[kind] = [number * block for number in blocks]
-            refused_by_check_width = kind == "heads" and self.allocation == "uniform"
-            if not refused_by_check_width and ((asked or 0) > limit or block > min(numbers)):
-                raise ValueError(
-                    f"{FIELDS[kind]}={asked or max(counts[kind])} must be at most the model's "
-                    f"{limit}; lower it" + f", or multiple={block}" * (kind == "neurons")
-                )
         return counts
+
+    def _check_number(self, kind: str, numbers: Sequence[int], block: int) -> None:
+        """Raise ValueError if the layers have less than is to be kept."""
+        if kind == "heads" and self.allocation == "uniform":
+            return  # check_width says which numbers the config class accepts
+        asked = getattr(self, FIELDS[kind])
+        limit = min(numbers) if self.allocation == "uniform" else sum(numbers) // len(numbers)
+        if (asked or 0) > limit or block > min(numbers):
+            remedy = f"lower it, or multiple={block}" if kind == "neurons" else "lower it"
+            raise ValueError(
+                f"{FIELDS[kind]}={asked or block} must be at most the model's {limit}; {remedy}"
+            )
 
 
 def _numbers(layers: Sequence[Widths], kind: str) -> list[int]:
