@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prunelight.models.families.architectures import ARCHITECTURES, architecture_of
-
-# Attributes in which transformers keeps the index of a layer; the index selects the cache slot.
-INDEX_ATTRIBUTES = ("layer_idx", "layer_id")
+from prunelight.models.families.architectures import architecture_of
+from prunelight.models.families.config_fields import decoder_config
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,20 +66,39 @@ def layers_path(model: PreTrainedModel) -> str:
     architecture = architecture_of(model)
     if architecture is not None:
         return architecture.layers
-    count = getattr(model.config, "num_hidden_layers", None)
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
+    paths = _stacks(model)
     if len(paths) != 1:
+        named = f" ({', '.join(paths)})" if paths else ""
         raise TypeError(
-            f"model_type={model.config.model_type!r} is not a known family and {len(paths)} module "
-            f"lists have num_hidden_layers={count} members, exactly one must; known families: "
-            f"{', '.join(sorted(ARCHITECTURES))}. Add an entry to "
-            "prunelight/models/families/architectures.py"
+            f"the decoder layers of {model.config.model_type} cannot be found: exactly one "
+            f"ModuleList must hold them, and {len(paths)} may{named}. Add the family to "
+            "prunelight/models/families/architectures.py, as docs/add-a-family.md says"
         )
     return paths[0]
+
+
+def _stacks(model: PreTrainedModel) -> list[str]:
+    """Return the paths of the module lists that may hold the decoder layers; one if it is clear.
+
+    A list inside another list belongs to a layer. Lists with a member for each hidden layer of the
+    text decoder come first, then those nearest to the model: encoders of images lie deeper.
+    """
+    count = getattr(decoder_config(model.config), "num_hidden_layers", None)
+    lists: dict[str, int] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(outer + ".") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside and _holds_layers(module):
+            lists[path] = len(module)
+    fitting = [path for path, length in lists.items() if length == count] or [*lists]
+    depth = min((path.count(".") for path in fitting), default=0)
+    return [path for path in fitting if path.count(".") == depth]
+
+
+def _holds_layers(modules: nn.ModuleList) -> bool:
+    """Return whether all members have weights in modules of their own, as decoder layers do."""
+    return len(modules) > 0 and all(
+        any(len(list(child.parameters())) for child in module.children()) for module in modules
+    )
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -240,7 +240,7 @@ def check_step(model: PreTrainedModel, step: Sparsify) -> None:
         TypeError: if the weights are quantized.
     """
     check_choice("solver", step.solver, SOLVERS)
-    step.check(model.config.num_hidden_layers)
+    step.check(len(decoder_layers(model)))
     known = matrices(model)
     unknown = [name for name in step.sparsity if name not in known]
     if unknown:
