@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 from tiny import tiny_model, token_windows
+from transformers import conversion_mapping
 from transformers.models.auto import configuration_auto
 
 import prunelight
@@ -178,6 +179,8 @@ def test_the_private_names_of_transformers_exist():
     assert configuration_auto.__name__ == TABLE_MODULE
     table = getattr(configuration_auto, TABLE)
     assert isinstance(getattr(table, REGISTERED), dict)
+    assert conversion_mapping.get_checkpoint_conversion_mapping("mixtral")
+    assert callable(conversion_mapping.register_checkpoint_conversion_mapping)
     for module in CLASS_MODULES.values():
         importlib.import_module(module)
     expected = {f"{prefix}llama" for prefix in CLASS_MODULES}

@@ -202,7 +202,7 @@ def _narrow(
             if inputs is not None and part.dim == 1:
                 _fit(linear.weight.data, places, inputs.of(part.matrix)[0].result())
             _cut(linear, places, part.dim)
-    config = LayerConfig(model.config, new.fields)
+    config: Any = LayerConfig(model.config, new.fields)
     for module in decoder_layers(model)[index].modules():
         if "config" in vars(module):  # some modules ask it when they run
             module.config = config

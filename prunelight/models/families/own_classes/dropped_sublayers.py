@@ -26,12 +26,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 try:
-    from transformers.conversion_mapping import (
-        get_checkpoint_conversion_mapping,
-        register_checkpoint_conversion_mapping,
-    )
+    from transformers import conversion_mapping
 except ImportError:  # transformers 4, whose modules have the names that weights have on disk
-    get_checkpoint_conversion_mapping = None
+    conversion_mapping = None  # type: ignore[assignment]
 
 PREFIX = "prunelight_"  # of the model_type
 
@@ -118,14 +115,17 @@ def _make(family: str) -> Any:
     fields |= dict.fromkeys(fields["__annotations__"])
     config = type(f"{name}Config", (stock_config,), fields)
     body = {**here, "config_class": config}
-    base = type(f"{name}Model", (_WithDropped, MODEL_MAPPING[stock_config]), body)
+    stock_base: Any = MODEL_MAPPING[stock_config]
+    base = type(f"{name}Model", (_WithDropped, stock_base), body)
     model = type(f"{name}ForCausalLM", (_WithDropped, stock), body)
     for made in (config, base, model):
         globals()[made.__name__] = made
-    if get_checkpoint_conversion_mapping is not None:  # experts have other names on disk
-        conversions = get_checkpoint_conversion_mapping(family)
-        if conversions is not None:
-            register_checkpoint_conversion_mapping(PREFIX + family, conversions, overwrite=True)
+    if conversion_mapping is not None:  # experts have other names on disk
+        names = conversion_mapping.get_checkpoint_conversion_mapping(family)
+        if names is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(
+                PREFIX + family, names, overwrite=True
+            )
     if __name__.startswith("prunelight."):  # an exported copy must not register these names
         AutoConfig.register(PREFIX + family, config)
         AutoModel.register(config, base)

@@ -26,12 +26,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 try:
-    from transformers.conversion_mapping import (
-        get_checkpoint_conversion_mapping,
-        register_checkpoint_conversion_mapping,
-    )
+    from transformers import conversion_mapping
 except ImportError:  # transformers 4, whose modules have the names that weights have on disk
-    get_checkpoint_conversion_mapping = None
+    conversion_mapping = None  # type: ignore[assignment]
 
 PREFIX = "prunelight_widths_"  # of the model_type
 
@@ -102,7 +99,7 @@ class _OfWidths:
     """What the registered model classes add to those of their family."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # that of the family
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # that of the family
         for name in LISTS:
             numbers = getattr(config, name)
             if numbers is not None and len(numbers) != config.num_hidden_layers:
@@ -133,7 +130,7 @@ def share_config(model: Any) -> None:
     """Let the modules of each decoder layer see the model's config, with their widths, in place."""
     for index, layer in enumerate(layers_of(model)):
         widths = widths_of_layer(model.config, index)
-        config = LayerConfig(model.config, widths) if widths else model.config
+        config: Any = LayerConfig(model.config, widths) if widths else model.config
         for module in layer.modules():
             if "config" in vars(module):
                 module.config = config
@@ -149,14 +146,17 @@ def _make(family: str) -> Any:
     fields["__annotations__"] = dict.fromkeys(LISTS, "list[int] | None")
     config = type(f"{name}Config", (_WithWidths, stock_config), fields)
     body = {**here, "config_class": config}
-    base = type(f"{name}Model", (_OfWidths, MODEL_MAPPING[stock_config]), body)
+    stock_base: Any = MODEL_MAPPING[stock_config]
+    base = type(f"{name}Model", (_OfWidths, stock_base), body)
     model = type(f"{name}ForCausalLM", (_OfWidths, stock), body)
     for made in (config, base, model):
         globals()[made.__name__] = made
-    if get_checkpoint_conversion_mapping is not None:  # experts have other names on disk
-        conversions = get_checkpoint_conversion_mapping(family)
-        if conversions is not None:
-            register_checkpoint_conversion_mapping(PREFIX + family, conversions, overwrite=True)
+    if conversion_mapping is not None:  # experts have other names on disk
+        names = conversion_mapping.get_checkpoint_conversion_mapping(family)
+        if names is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(
+                PREFIX + family, names, overwrite=True
+            )
     if __name__.startswith("prunelight."):  # an exported copy must not register these names
         AutoConfig.register(PREFIX + family, config)
         AutoModel.register(config, base)

@@ -266,7 +266,8 @@ def _make(family: str) -> tuple[Any, Any, Any]:
     fields["__annotations__"] = {"residual_dims": "list[int] | None"}
     config = type(f"Sliced{name}Config", (stock_config,), fields)
     body = {**here, "config_class": config, "_no_split_modules": [layer.__name__]}
-    base = type(f"Sliced{name}Model", (SlicedModel, MODEL_MAPPING[stock_config]), body)
+    stock_base: Any = MODEL_MAPPING[stock_config]
+    base = type(f"Sliced{name}Model", (SlicedModel, stock_base), body)
     model = type(f"Sliced{name}ForCausalLM", (SlicedModel, stock), body)
     for made in (layer, config, base, model):
         globals()[made.__name__] = made
