@@ -229,14 +229,16 @@ class WeightPruning(GradualZeros):
         scores: dict[str, float],
         share_of: dict[str, float],
         sizes: dict[str, int],
-    ) -> dict[str, list[float]]:
-        """Return the plan's scores: lists of one number a decoder layer.
+    ) -> dict[str, list[float | None]]:
+        """Return the plan's scores: lists of one number a decoder layer, None without matrices.
 
         With granularity "linear" each projection has a list of its own.
         """
-        lists: dict[str, list[float]] = {}
+        lists: dict[str, list[float | None]] = {}
         kind = str(ALLOCATIONS[self.allocation])
         for layer in layers if scores else []:
+            if not layer and self.granularity == "layer":
+                lists.setdefault(kind, []).append(None)
             for name in layer if self.granularity == "linear" else layer[:1]:
                 projection = name.removeprefix(f"{path}.").partition(".")[2]
                 suffix = f"_{projection}" if self.granularity == "linear" else ""
