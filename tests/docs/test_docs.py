@@ -340,7 +340,9 @@ def test_the_family_of_add_a_family_is_pruned_by_its_one_entry(monkeypatch):
         model = prunelight.apply(model, method.plan(model, windows), windows)
     assert torch.isfinite(model(windows).logits).all()
     assert model.config.intermediate_size == 32
-    assert lora_targets(model)[0] == list(ARCHITECTURES["ernie4_5"].projections)
+    assert set(lora_targets(model)[0]) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
 
 
 def test_the_citation_names_the_four_papers():

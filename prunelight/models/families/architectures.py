@@ -1,20 +1,18 @@
-"""The table of model families: where a family has its decoder layers, and what is inside them.
+"""The table of model families: what the structure of a model does not tell.
 
-The table has one entry a family, keyed by `config.model_type`. Depth pruning also works on families
-outside the table, if exactly one `ModuleList` of the model has `num_hidden_layers` members. Code
+The table has one entry a family, keyed by `config.model_type`. Depth pruning, zeros and LoRA also
+work on families outside the table: layers, matrices and routers are found by the structure. Code
 outside this folder calls this folder's functions, and never looks at a class name or a path.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from prunelight.models.families.own_classes.registration import family_of
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
-
-# model_type of our own classes: this prefix or that of sliced.py, then the family of their modules.
-REGISTERED_PREFIX = "prunelight_"
 
 
 @dataclass(frozen=True)
@@ -48,29 +46,38 @@ class Sublayers:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the structure of a model family does not tell.
+    """What the structure of a model family does not tell; whatever is left out is derived.
 
     Attributes:
+        layers: dotted path from the causal language model to its `ModuleList` of decoder layers.
+        projections: names of the linear modules that are sparsified and adapted, and no others.
+        experts: stacks of experts that transformers does not mark: their paths inside a decoder
+            layer, for weights that are stored (..., out, in).
+        not_adapted: names of further linear modules, which are sparsified but get no LoRA.
         sublayers: names of attention and MLP; None if they cannot be dropped or narrowed.
-        layers: dotted path from the causal language model to its `ModuleList` of decoder layers;
-            "" finds it by its place and length.
-        stacks: stacks of experts that transformers does not mark: path inside a decoder layer ->
-            whether the weights are stored (in, out).
+        transposed_experts: the same as `experts`, for weights that are stored (..., in, out).
     """
 
-    sublayers: Sublayers | None = None
     layers: str = ""
-    stacks: dict[str, bool] = field(default_factory=dict)
+    projections: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    not_adapted: tuple[str, ...] = ()
+    sublayers: Sublayers | None = None
+    transposed_experts: tuple[str, ...] = ()
 
 
-_LLAMA = Architecture(Sublayers())
+_LLAMA = Architecture(sublayers=Sublayers())
 
 # Gemma 2 and 3 have a second norm after each sublayer, so that dropping is more than leaving f out.
-_GEMMA2 = Architecture(Sublayers(mlp_norm="pre_feedforward_layernorm", droppable=False))
+_GEMMA2 = Architecture(sublayers=Sublayers(mlp_norm="pre_feedforward_layernorm", droppable=False))
 
-_MIXTURE = Architecture(Sublayers(neurons=()))
+_MIXTURE = Architecture(sublayers=Sublayers(neurons=()))
 
-_LLAMA4 = {"feed_forward.experts.gate_up_proj": True, "feed_forward.experts.down_proj": True}
+_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+_LLAMA4 = Architecture(
+    transposed_experts=("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
@@ -82,43 +89,37 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": _GEMMA2,
     "granite": _LLAMA,
     "smollm3": _LLAMA,
-    "phi3": Architecture(Sublayers(heads=("qkv_proj",), neurons=("gate_up_proj",))),
+    "phi3": Architecture(sublayers=Sublayers(heads=("qkv_proj",), neurons=("gate_up_proj",))),
     "mixtral": _MIXTURE,
     "qwen3_moe": _MIXTURE,
     "dbrx": Architecture(
-        stacks={
-            "ffn.experts.mlp.w1": False,
-            "ffn.experts.mlp.v1": False,
-            "ffn.experts.mlp.w2": True,
-        }
+        experts=("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"),
+        transposed_experts=("ffn.experts.mlp.w2",),
     ),
     "inkling_text": Architecture(
-        stacks={
-            "mlp.shared_experts.gate_proj": False,
-            "mlp.shared_experts.up_proj": False,
-            "mlp.shared_experts.down_proj": False,
-        }
+        experts=(
+            "mlp.shared_experts.gate_proj",
+            "mlp.shared_experts.up_proj",
+            "mlp.shared_experts.down_proj",
+        )
     ),
     "jetmoe": Architecture(
-        stacks={
-            "mlp.input_linear.weight": False,
-            "mlp.output_linear.weight": False,
-            "self_attention.experts.input_linear.weight": False,
-            "self_attention.experts.output_linear.weight": False,
-        }
+        experts=(
+            "mlp.input_linear.weight",
+            "mlp.output_linear.weight",
+            "self_attention.experts.input_linear.weight",
+            "self_attention.experts.output_linear.weight",
+        )
     ),
-    "llama4": Architecture(stacks=_LLAMA4),
-    "llama4_text": Architecture(stacks=_LLAMA4),
-    "longcat_flash": Architecture(
-        stacks={"mlp.experts.gate_up_proj": False, "mlp.experts.down_proj": False}
-    ),
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
+    "longcat_flash": Architecture(experts=_EXPERTS),
 }
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture | None:
     """Return the table entry of a model's family, or None for an unknown family."""
-    name = model.config.model_type.removeprefix(SLICED_PREFIX)
-    return ARCHITECTURES.get(name.removeprefix(REGISTERED_PREFIX))
+    return ARCHITECTURES.get(family_of(model.config.model_type))
 
 
 def is_sliced(model: PreTrainedModel) -> bool:
@@ -148,7 +149,14 @@ def stacks_of(model: PreTrainedModel, path: str) -> dict[str, bool]:
     Returns:
         Name of the parameter -> whether it is stored (..., in, out).
     """
-    architecture = architecture_of(model)
-    stacks = architecture.stacks if architecture is not None else {}
-    named = (name.rpartition(".") for name in stacks)
-    return {name: stacks[f"{owner}.{name}"] for owner, _, name in named if owner == path}
+    known = architecture_of(model) or Architecture()
+    stacks = dict.fromkeys(known.experts, False) | dict.fromkeys(known.transposed_experts, True)
+    named = {stack: stack.rpartition(".") for stack in stacks}
+    return {name: stacks[stack] for stack, (owner, _, name) in named.items() if owner == path}
+
+
+def names_apart(model: PreTrainedModel, path: str) -> tuple[bool, bool]:
+    """Return what the table says of a linear module: (it is left out, it gets no LoRA)."""
+    known, name = architecture_of(model) or Architecture(), path.rpartition(".")[2]
+    left_out = bool(known.projections) and name not in known.projections + known.not_adapted
+    return left_out, name in known.not_adapted

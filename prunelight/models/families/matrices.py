@@ -9,9 +9,11 @@ weights of the layer.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -20,16 +22,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prunelight.models.families.architectures import is_sliced, stacks_of
+from prunelight.models.families.architectures import is_sliced, names_apart, stacks_of
 from prunelight.models.families.config_fields import decoder_config, narrowest_head
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.own_classes.sliced import SHORTCUTS
 
 PICKS_EXPERTS, GATE = "picks experts", "gate, with fewer values than an attention head"
+_ENCODER_STATES = "encoder_hidden_states is not None"
+_IDLE = "runs only beside an encoder"
+_LEFT_OUT = "not among the projections of the family's entry"
 _CONVOLUTION, _TABLE, _OTHER = "convolution", "table", "no known product with hidden states"
-
-# What peft adapts by its name.
-_ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # A router knows at most so many choices for each expert: some experts compute nothing.
 _CHOICES = 2
@@ -113,27 +115,35 @@ def layer_weights(model: PreTrainedModel, index: int) -> LayerWeights:
     layer, shared = layers[index], {id(p) for other in layers[:index] for p in other.parameters()}
     stacks = {path: _stacks(model, path, module) for path, module in layer.named_modules()}
     routers = _routers(layer, stacks, _hidden_size(model))
+    beside_encoder = _parts_beside_encoder(type(layer))
     narrow = min(narrowest_head(model.config, index), max(2, _hidden_size(model) // 4))
     weights = LayerWeights()
     for path, module in layer.named_modules():
         full = f"{prefix}.{path}".strip(".")
-        router = any(path == root or path.startswith(f"{root}.") for root in routers)
+        router, idle = _is_under(path, routers), _is_under(path, beside_encoder)
         linear = isinstance(module, (nn.Linear, Conv1D))
         if linear:
             _check_unpacked(full, module)
         for name in _own_matrices(module) if linear else _own_weights(module):
             if id(module._parameters[name]) in shared:
                 continue  # the weights of an earlier layer
-            if router:
-                weights.dense[f"{full}.{name}"] = PICKS_EXPERTS
+            if router or idle:
+                weights.dense[f"{full}.{name}"] = PICKS_EXPERTS if router else _IDLE
             elif name in stacks[path]:
                 experts, transposed = stacks[path][name]
-                weights.matrices.append(Matrix(f"{full}.{name}", module, name, transposed, experts))
+                direct = _read_directly(layer, path, name)
+                matrix = Matrix(f"{full}.{name}", module, name, transposed, experts, direct)
+                weights.matrices.append(matrix)
             elif reason := _why_dense(module, narrow):
                 weights.dense[f"{full}.{name}"] = reason
             else:
-                direct, conv1d = _read_directly(layer, path), isinstance(module, Conv1D)
-                weights.matrices.append(Matrix(full, module, name, conv1d, None, direct))
+                left_out, no_lora = names_apart(model, path)
+                if left_out:
+                    weights.dense[f"{full}.{name}"] = _LEFT_OUT
+                    continue
+                direct, conv1d = _read_directly(layer, path, name), isinstance(module, Conv1D)
+                matrix = Matrix(full, module, name, conv1d, None, direct or no_lora)
+                weights.matrices.append(matrix)
     return weights
 
 
@@ -159,13 +169,19 @@ def dense_weights(model: PreTrainedModel) -> dict[str, str]:
 
 
 def decoder_weights(model: PreTrainedModel) -> list[Tensor]:
-    """Return all weights of the decoder layers, those that stay dense too; vectors are left out."""
-    return [
-        parameter
-        for module in decoder_layers(model).modules()
-        for name in _own_weights(module)
-        if (parameter := module._parameters[name]) is not None
-    ]
+    """Return all weights of the decoder layers, those that stay dense too; vectors are left out.
+
+    Raises:
+        TypeError: if a projection is quantized.
+    """
+    weights = []
+    for path, module in decoder_layers(model).named_modules():
+        linear = isinstance(module, (nn.Linear, Conv1D))
+        if linear:
+            _check_unpacked(f"{layers_path(model)}.{path}", module)
+        names = _own_matrices(module) if linear else _own_weights(module)
+        weights += [getattr(module, name) for name in names]
+    return weights
 
 
 def lora_targets(model: PreTrainedModel) -> tuple[list[str], list[str]]:
@@ -177,8 +193,7 @@ def lora_targets(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     chosen = [matrix for matrix in matrices(model).values() if not matrix.read_directly]
     paths = {matrix.name for matrix in chosen if not matrix.fused}
     stacks = {re.sub(f"^{prefix}", "", matrix.name): None for matrix in chosen if matrix.fused}
-    modules = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE)]
-    others = [f".{name}" for name in modules if name not in paths]
+    others = [f".{name}" for name, _ in model.named_modules() if name not in paths]
     names: dict[str, None] = {}
     for path in sorted({re.sub(f"^{prefix}", "", path) for path in paths}):
         parts = path.split(".")
@@ -319,18 +334,37 @@ def _is_plain(linear: nn.Module) -> bool:
     return isinstance(output, Tensor) and output.shape == (1, 1, weight.shape[0])
 
 
-def _read_directly(layer: nn.Module, path: str) -> bool:
-    """Return whether the module around a linear one reads its weight in code of its own."""
-    around, _, name = path.rpartition(".")
-    return name in _weights_read_by(type(layer.get_submodule(around)))
+def _is_under(path: str, roots: Collection[str]) -> bool:
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
 @cache
-def _weights_read_by(module_class: type[nn.Module]) -> frozenset[str]:
-    """Return the names of the modules whose weight the code of a class reads."""
+def _parts_beside_encoder(layer_class: type[nn.Module]) -> frozenset[str]:
+    """Return the parts that a layer's code calls only where there are states of an encoder."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(layer_class.forward)))
+    except (OSError, TypeError):  # a class that was made without a file
+        return frozenset()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and _ENCODER_STATES in ast.unparse(node.test):
+            calls = (x for part in node.body for x in ast.walk(part) if isinstance(x, ast.Call))
+            names |= {ast.unparse(call.func) for call in calls}
+    return frozenset(name.removeprefix("self.") for name in names if name.startswith("self."))
+
+
+def _read_directly(layer: nn.Module, path: str, weight: str) -> bool:
+    """Return whether the module around another one reads its weight in code of its own."""
+    around, _, name = path.rpartition(".")
+    return (name, weight) in _attributes_read_by(type(layer.get_submodule(around)))
+
+
+@cache
+def _attributes_read_by(module_class: type[nn.Module]) -> frozenset[tuple[str, str]]:
+    """Return which attributes of its parts the code of a class reads: (part, attribute)."""
     try:
         source = inspect.getsource(module_class)
     except (OSError, TypeError):  # a class that was made without a file
         return frozenset()
     facts_only = r"(?!\.(?:dtype|device|shape|size|ndim|numel))"
-    return frozenset(re.findall(rf"self\.(\w+)\.weight\b{facts_only}", source))
+    return frozenset(re.findall(rf"self\.(\w+)\.(\w+)\b{facts_only}", source))

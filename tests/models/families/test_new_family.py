@@ -16,14 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import prunelight
 from prunelight.callbacks import ShortGPT, WeightPruning, WidthPruning
-from prunelight.models.families.architectures import (
-    ARCHITECTURES,
-    Architecture,
-    Sublayers,
-    lora_targets,
-)
+from prunelight.models.families.architectures import ARCHITECTURES, Architecture, Sublayers
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.families.matrices import matrices
+from prunelight.models.families.matrices import lora_targets, matrices
 from prunelight.models.sizes import zero_share
 from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
 
@@ -125,7 +120,8 @@ def test_zeros_go_into_the_projections_of_the_entry_and_nowhere_else(family):
 
 def test_lora_adapts_the_projections_of_the_entry_and_merges(family):
     model = lively(family)
-    assert lora_targets(model) == ([*ENTRIES[family].projections], [])
+    names, parameters = lora_targets(model)
+    assert (set(names), parameters) == (set(ENTRIES[family].projections), [])
     wrapped = attach_lora(copy.deepcopy(model), LoRA(r=2, dropout=0.0))
     adapters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     assert len(adapters) == 2 * NUM_LAYERS * len(ENTRIES[family].projections)
@@ -151,7 +147,19 @@ def test_sublayers_are_narrowed_where_the_entry_names_them(family):
     check_cache(model)
 
 
-# The classes of models without some attentions are made from the table when they are imported.
+def test_layers_of_different_widths_load_again_without_the_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "apertus", {})
+    model, method = lively("apertus"), WidthPruning(0.25, 0.25, multiple=8, allocation="global")
+    with monkeypatch.context() as with_entry:
+        with_entry.setitem(ARCHITECTURES, "apertus", ENTRIES["apertus"])
+        model = prunelight.apply(model, method.plan(model, WINDOWS), WINDOWS)
+        model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(reloaded).__name__ == "LayerWidthsApertusForCausalLM"
+    assert torch.equal(logits(reloaded), logits(model))
+    check_cache(reloaded)
+
+
 FRESH = """
 import sys
 from prunelight.models.families.architectures import ARCHITECTURES, Architecture, Sublayers
@@ -186,3 +194,7 @@ def test_an_entry_that_stands_in_the_table_lets_attentions_be_dropped(tmp_path):
         check=False,
     )
     assert process.returncode == 0, process.stderr
+    assert "apertus" not in ARCHITECTURES, "the config names what the entry named"
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.config.sublayer_names["mlp_norm"] == "feedforward_layernorm"
+    check_cache(reloaded)
