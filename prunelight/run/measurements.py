@@ -17,6 +17,7 @@ from prunelight.models.placement import move_if_it_fits, to_device
 from prunelight.models.sizes import stored_bytes
 from prunelight.planning.fingerprints import describe_windows, model_fingerprint
 from prunelight.run.run_state import Run
+from prunelight.runtime.local_paths import without_folders
 from prunelight.runtime.measuring import Measurement, measuring
 
 
@@ -60,7 +61,7 @@ def describe_evaluation(run: Run) -> dict[str, Any]:
     source = getattr(data, "sources", {}).get("validation", type(data).__name__)
     windows = describe_windows(*split_windows(held_out_windows(run)))
     timing = {} if run.latency is None else {"latency": asdict(run.latency)}
-    return {"source": str(source), **windows, **timing}
+    return {"source": without_folders(str(source)), **windows, **timing}
 
 
 def start_record(run: Run, model: PreTrainedModel) -> RunRecord:
