@@ -279,13 +279,14 @@ def family_pattern(config: PretrainedConfig, fields: Collection[str] | None = No
 def _kinds_by_rule(
     config: PretrainedConfig, names: Sequence[str], total: int
 ) -> list[tuple[Hashable, ...]]:
-    values = {name: value for name, value in config.to_dict().items() if name not in names}
+    lists = _lists_by_layer(config)  # all of them: the others would be too long or too short
+    values = {name: value for name, value in config.to_dict().items() if name not in lists}
     derived = type(config).from_dict({**values, "num_hidden_layers": total})
     columns = [getattr(derived, name) for name in names]
     return [_kind(columns, layer) for layer in range(total)]
 
 
-def _lists_by_layer(config: PretrainedConfig, fields: Collection[str] | None) -> list[str]:
+def _lists_by_layer(config: PretrainedConfig, fields: Collection[str] | None = None) -> list[str]:
     return [
         name
         for name, value in config.to_dict().items()

@@ -263,14 +263,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="names of families, or SmolLM2; default all")
     parser.add_argument("--write", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    figures = json.loads(FIGURES.read_text())["figures"] if FIGURES.exists() else []
+    new = []
     if not options.write:
         chosen = [s for s in states() if options.models is None or s.model in options.models]
         new = measure(chosen, options.engines)
-        replaced = {(f["model"], f["state"], f["engine"]) for f in new}
-        figures = [f for f in figures if (f["model"], f["state"], f["engine"]) not in replaced]
-        figures += new
-    write(figures)
+    figures = json.loads(FIGURES.read_text())["figures"] if FIGURES.exists() else []
+    write([*{(f["model"], f["state"], f["engine"]): f for f in (*figures, *new)}.values()])
 
 
 if __name__ == "__main__":
