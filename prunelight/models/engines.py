@@ -88,15 +88,26 @@ class ByDepth:
 
 
 @dataclass(frozen=True)
-class WithoutWindows:
-    """The engine attends to all tokens where the config limits layers to a window."""
+class OtherWindows:
+    """The engine attends to other tokens than transformers where layers have a window.
+
+    Attributes:
+        does: what the engine does with the window.
+        outcome: WRONG or REFUSED.
+    """
+
+    does: str
+    outcome: str = WRONG
 
     def fault(self, config: PretrainedConfig) -> str | None:
         """Return the fault if a layer has a window."""
         if not has_windows(config):
             return None
         window = config.sliding_window
-        return f"{WRONG}it ignores sliding_window={window}; keep texts within {window} tokens there"
+        return (
+            f"{self.outcome}it {self.does} sliding_window={window}; keep texts within {window} "
+            "tokens there"
+        )
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,17 @@ class WithoutMixedWindows:
         if len(set(layer_kinds(config, ("layer_types",)))) == 1:
             return None
         return f"{REFUSED}it takes no windows in only some of the layers; use another engine"
+
+
+@dataclass(frozen=True)
+class WithExpertsEverywhere:
+    """The engine refuses a mixture of experts with some layers that have none."""
+
+    def fault(self, config: PretrainedConfig) -> str | None:
+        """Return the fault if a layer has no experts."""
+        if config.decoder_sparse_step == 1 and not config.mlp_only_layers:
+            return None
+        return f"{REFUSED}it takes no layers without experts; use another engine"
 
 
 @dataclass(frozen=True)
@@ -173,13 +195,38 @@ def _without_query_rank(config: PretrainedConfig) -> bool:
     return config.q_lora_rank is None
 
 
-_NO_WINDOWS = (WithoutWindows(),)
+_NO_WINDOWS = (OtherWindows("ignores"),)
+_NOT_BEYOND_WINDOW = OtherWindows("takes no text longer than", REFUSED)
 _LITE = ByDepth((26, 27), _without_query_rank, "q_lora_rank=null (Lite)", REFUSED)
 # Engine -> model_type -> in what the engine differs from transformers. Every family of an engine
 # that was tried is here, also with nothing.
 READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
     "transformers 4.57": {},
-    "vLLM": {},
+    "vLLM": {
+        "llama": (),
+        "mistral": (),
+        "qwen2": (WithoutMixedWindows(),),
+        "qwen3": (),
+        "gemma": (),
+        "gemma2": (),
+        "gemma3_text": (),
+        "cohere2": (OtherWindows("adds one token to"),),
+        "olmo2": (),
+        "olmo3": (),
+        "exaone4": (),
+        "smollm3": (),
+        "phi3": (),
+        "granite": (),
+        "starcoder2": (),
+        "glm4": (),
+        "gpt2": (),
+        "gpt_oss": (ByPlace(("layer_types",)),),
+        "mixtral": (),
+        "qwen3_moe": (),
+        "olmoe": (),
+        "deepseek_v3": (),
+        "llama4_text": (),
+    },
     "llama.cpp": {
         "llama": (),
         "mistral": _NO_WINDOWS,
@@ -200,12 +247,23 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
         "gpt2": (),
         "gpt_oss": (_gguf("gpt-oss"),),
         "mixtral": _NO_WINDOWS,
-        "qwen3_moe": (),
+        "qwen3_moe": (WithExpertsEverywhere(),),
         "olmoe": (),
         "deepseek_v3": (_LITE,),
         "llama4_text": (ByPlace(("no_rope_layers", "layer_types")),),
     },
-    "CTranslate2": {},
+    "CTranslate2": {
+        "llama": (WithoutHeadDim(),),
+        "mistral": (_NOT_BEYOND_WINDOW,),
+        "qwen2": _NO_WINDOWS,
+        "qwen3": (),
+        "gemma": (),
+        "gemma2": _NO_WINDOWS,
+        "gemma3_text": (_NOT_BEYOND_WINDOW,),
+        "smollm3": (Never("it has no converter for this family; use another engine"),),
+        "phi3": (Never("its converter fails on this family's RoPE; use another engine"),),
+        "gpt2": (),
+    },
 }
 ENGINES = tuple(READINGS)
 

@@ -115,6 +115,11 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
     "deepseek_v3": ("deepseek_v3", _LATENT),
+    # As deep as llama.cpp knows DeepSeek-V2-Lite.
+    "deepseek_v3, Lite, 27 layers": (
+        "deepseek_v3",
+        {**_LATENT, "q_lora_rank": None, "num_hidden_layers": 27, "intermediate_size": 128},
+    ),
     "llama4": (
         "llama4_text",
         {

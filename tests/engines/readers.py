@@ -2,7 +2,7 @@
 
     PYTHON tests/engines/readers.py ENGINE JOBS.json
 
-PYTHON is that of the engine's own environment (see environments.md); nothing of prunelight is
+PYTHON is that of the engine's own environment (`.ci/engines` makes it); nothing of prunelight is
 imported. JOBS.json is a list of {"directory", "ids", "vocabulary", "output", "options"}. Each job
 writes OUTPUT.npy, (tokens, vocabulary) in float32, or OUTPUT.txt with the engine's refusal.
 Everything runs on the CPU in float32.
@@ -161,11 +161,39 @@ def read_ctranslate2(job: Job) -> np.ndarray:
     return log_softmax(logits)
 
 
+def read_peft(job: Job) -> np.ndarray:
+    """Put peft's LoRA on the model, with peft's own choice of modules; it changes nothing yet."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    trust = job["options"].get("trust_remote_code", False)
+    model = AutoModelForCausalLM.from_pretrained(job["directory"], trust_remote_code=trust)
+    model = get_peft_model(model.float(), LoraConfig(task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([job["ids"]])).logits[0]
+    return log_softmax(logits.numpy())
+
+
+def read_lm_eval(job: Job) -> np.ndarray:
+    """Read with lm-eval's `HFLM`, as `lm_eval --model hf` does."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    trust = job["options"].get("trust_remote_code", False)
+    reader = HFLM(job["directory"], dtype="float32", device="cpu", trust_remote_code=trust)
+    with torch.no_grad():
+        logits = reader.model(torch.tensor([job["ids"]])).logits[0]
+    return log_softmax(logits.numpy())
+
+
 READERS: dict[str, Callable[[Job], np.ndarray]] = {
     "transformers 4.57": read_transformers,
     "vLLM": read_vllm,
     "llama.cpp": read_llamacpp,
     "CTranslate2": read_ctranslate2,
+    "peft": read_peft,
+    "lm-eval": read_lm_eval,
 }
 
 

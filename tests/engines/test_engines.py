@@ -59,7 +59,8 @@ def test_what_is_said_of_an_engine_was_measured(name, removal, engine):
 
 
 def test_every_family_of_the_table_was_measured():
-    measured = {(FAMILIES[m][0], engine) for m, _, engine in figures() if m in FAMILIES}
+    tried = (key for key in figures() if key[0] in FAMILIES and key[2] in ENGINES)
+    measured = {(FAMILIES[model][0], engine) for model, _, engine in tried}
     assert measured == {(family, engine) for engine in ENGINES for family in READINGS[engine]}
 
 
