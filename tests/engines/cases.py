@@ -46,8 +46,8 @@ _QWEN_EXPERTS = {
 }
 _LATENT = {
     "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_rope_head_dim": 32,
+    "kv_lora_rank": 512,  # vLLM takes no other
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 64,
     "v_head_dim": 64,
     "num_key_value_heads": 4,

@@ -46,8 +46,9 @@ PYTHONS = {
 }
 COLUMNS = (*PYTHONS, "peft", "lm-eval")  # the last two are read by this Python
 # Difference of a log-probability beyond which a reading is wrong. llama.cpp takes GELU from a table
-# in float16, and computes gpt_oss's experts so that even the dense model differs by 0.01.
-TOLERANCE, TOLERANCES = 1e-3, {"llama.cpp": 0.03}
+# in float16, and computes gpt_oss's experts so that even the dense model differs by 0.01. SmolLM2
+# holds massive activations at its first token, where rounding in float32 alone makes 0.001.
+TOLERANCE, ROUNDING = 1e-3, {"llama.cpp": 0.03, "SmolLM2": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -217,9 +218,8 @@ def verdict(figure: dict[str, Any]) -> str:
     """Return what an engine made of a model: right, wrong or refused."""
     if "refused" in figure:
         return "refused"
-    return (
-        "wrong" if figure["difference"] > TOLERANCES.get(figure["engine"], TOLERANCE) else "right"
-    )
+    allowed = [TOLERANCE, *(ROUNDING.get(figure[name], 0) for name in ("engine", "model"))]
+    return "wrong" if figure["difference"] > max(allowed) else "right"
 
 
 def cell(figure: dict[str, Any] | None) -> str | None:
