@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from prunelight.models.families.architectures import REGISTERED_PREFIX
 from prunelight.models.families.config_fields import LISTS_NOT_PER_LAYER, head_dim
+from prunelight.models.families.own_classes.registration import PREFIX
 from prunelight.planning.layer_pattern import Pattern
 from prunelight.runtime.arguments import check_choice
 
@@ -360,7 +360,7 @@ def _kind(columns: Sequence[Sequence[Any]], layer: int) -> tuple[Hashable, ...]:
 
 
 def _answer(config: PretrainedConfig, engine: str) -> str:
-    if config.model_type.startswith(REGISTERED_PREFIX):
+    if config.model_type.startswith(PREFIX):
         return NO + REFUSED + _OWN_CLASS[engine]
     readings = READINGS[engine].get(config.model_type)
     if readings is None:

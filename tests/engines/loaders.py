@@ -133,7 +133,7 @@ def save_all(
         directory = folder / str(number)
         try:
             model = state.make()
-            own = model.config.model_type.startswith("prunelight_sliced_")
+            own = model.config.model_type.startswith("prunelight_")
             prunelight.save(model, tokenizer, directory, export_remote_code=own)
         except (ValueError, TypeError, RuntimeError) as error:
             sys.stderr.write(f"{state.model}: {state.state}: {error}\n")
