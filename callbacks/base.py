@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, check_windows, split_windows
+from prunelight.models.families.layers import decoder_layers
 from prunelight.moved import warn_of_old_name
 from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.planning.plan import Plan
@@ -65,7 +66,7 @@ class PruningCallback(Callback, ABC):
         plan = Plan(
             method=type(self).__name__,
             arguments=self.arguments(),
-            model=describe_model(model),
+            model=describe_model(model, len(decoder_layers(model))),
             calibration=describe_windows(*split_windows(windows)),
             scores=scores,
             found=found or {},

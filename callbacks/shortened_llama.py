@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
-from prunelight.models.families.layers import decoder_layers, matrices
-from prunelight.planning.layer_choice import check_depth_target, layers_to_remove, lowest_scores
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import matrices
+from prunelight.models.families.removable import removable_layers
+from prunelight.planning.layer_choice import check_depth_target, layers_to_remove
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
-from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
 from prunelight.scoring.importance import magnitude_scores, taylor_scores
 from prunelight.scoring.model_variants import VariantReplay
@@ -60,8 +61,7 @@ class ShortenedLlama(PruningCallback):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, TypeError for quantized weights."""
-        self._choose([0.0] * len(decoder_layers(model)))
-        check_removable(model)
+        self._choose(model, [0.0] * len(decoder_layers(model)))
         if self.score != "perplexity":
             matrices(model)  # raises for quantized weights
 
@@ -86,13 +86,13 @@ class ShortenedLlama(PruningCallback):
                 similarities = [replay.score(i, layers[i + 1 :]) for i in range(len(layers))]
             # A similarity that underflows to 0 has no logarithm.
             scores = [-math.log(max(similarity, 1e-300)) for similarity in similarities]
-        step = RemoveLayers(tuple(self._choose(scores)))
+        step = RemoveLayers(tuple(self._choose(model, scores)))
         return self.make_plan(model, windows, step, scores={self.score: scores})
 
-    def _choose(self, scores: list[float]) -> list[int]:
+    def _choose(self, model: PreTrainedModel, scores: list[float]) -> list[int]:
         protected = self.protected
         if protected is None:
             ends = [] if self.score == "perplexity" else ENDS
             protected = [i for i in ends if -len(scores) <= i < len(scores)]
         count = layers_to_remove(self.ratio, self.num_layers, len(scores))
-        return lowest_scores(scores, count, protected)
+        return removable_layers(model).choose(scores, count, protected)

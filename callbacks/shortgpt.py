@@ -19,17 +19,16 @@ from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.own_classes.dropped_sublayers import SUBLAYERS
+from prunelight.models.families.removable import removable_layers
 from prunelight.planning.layer_choice import (
     check_depth_target,
     layers_to_remove,
     lowest_scores,
-    lowest_window,
     resolve_indices,
 )
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import DropSublayers, RemoveLayers, Step
 from prunelight.pruning.drop_sublayers import check_droppable, fixed_sublayers
-from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
 from prunelight.scoring.angular_distance import angular_distances
 from prunelight.scoring.block_influence import block_influences, sublayer_influences
@@ -95,8 +94,6 @@ class ShortGPT(PruningCallback):
         total, count = len(decoder_layers(model)), self._count(model)
         if self.granularity != "layer":
             check_droppable(model)
-        elif count > 0:
-            check_removable(model)
         if self.ratio and count == 0:
             log.warning("ratio=%s removes none of %d decoder layers", self.ratio, total)
         length = total - count + 1 if self.score == "angular" else total
@@ -135,7 +132,8 @@ class ShortGPT(PruningCallback):
         """Choose the layers or sublayers with the lowest scores among those that may be removed."""
         count, total = self._count(model), len(decoder_layers(model))
         if self.granularity == "layer":
-            choose = lowest_window if self.score == "angular" else lowest_scores
+            removable = removable_layers(model)
+            choose = removable.choose_window if self.score == "angular" else removable.choose
             return RemoveLayers(tuple(choose(scores["layer"], count, self.protected)))
         names = SUBLAYERS if self.granularity == "sublayer" else (self.granularity,)
         protected = resolve_indices(self.protected, total)

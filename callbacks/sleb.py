@@ -16,15 +16,14 @@ from transformers import PreTrainedModel
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.removable import removable_layers
 from prunelight.planning.layer_choice import (
     check_depth_target,
     layers_to_remove,
-    lowest_scores,
     resolve_indices,
 )
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
-from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
 from prunelight.scoring.model_variants import VariantReplay
 from prunelight.scoring.similarity import CRITERIA
@@ -63,10 +62,8 @@ class SLEB(PruningCallback):
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, or layers depend on each other."""
         total = len(decoder_layers(model))
-        lowest_scores(
-            [0.0] * total, layers_to_remove(self.ratio, self.num_layers, total), self.protected
-        )
-        check_removable(model)
+        count = layers_to_remove(self.ratio, self.num_layers, total)
+        removable_layers(model).choose([0.0] * total, count, self.protected)
 
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
@@ -81,6 +78,7 @@ class SLEB(PruningCallback):
         total = len(decoder_layers(model))
         count = layers_to_remove(self.ratio, self.num_layers, total)
         protected = resolve_indices(self.protected, total)
+        removable = removable_layers(model)
         removed: list[int] = []
         first_round: dict[int, float] = {}  # layer -> similarity without the layer, in round one
         similarity = 1.0
@@ -92,6 +90,7 @@ class SLEB(PruningCallback):
                     position: replay.score(position, replay.layers[position + 1 :])
                     for position, layer in enumerate(replay.layers)
                     if layer.index not in protected
+                    if removable.can_go([*removed, layer.index], count, protected)
                 }
                 best, similarity = max(scores.items(), key=itemgetter(1))
                 if not math.isfinite(similarity):

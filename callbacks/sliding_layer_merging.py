@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection
 from functools import partial
 from typing import Literal
 
@@ -20,6 +21,7 @@ from prunelight.calibration.cka import CKA
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.removable import removable_layers
 from prunelight.planning.layer_choice import check_depth_target, layers_to_remove, resolve_indices
 from prunelight.planning.plan import Plan
 from prunelight.planning.sliding_search import (
@@ -32,7 +34,6 @@ from prunelight.planning.sliding_search import (
 )
 from prunelight.planning.steps import MERGES, MergeLayers
 from prunelight.pruning.merge_layers import check_mergeable, merged_layer
-from prunelight.pruning.remove_layers import check_removable
 from prunelight.runtime.arguments import check_choice
 from prunelight.scoring.model_variants import MergedVariants, VariantReplay
 from prunelight.scoring.similarity import CRITERIA
@@ -103,14 +104,13 @@ class SlidingLayerMerging(PruningCallback):
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the target is out of reach, TypeError if layers cannot be merged."""
         total = len(decoder_layers(model))
-        protected = resolve_indices(self.protected, total)
+        protected = self._protected(model)
         most, target = max_removable_layers(total, protected), self._target(total)
         if target is not None and target > most:
             raise ValueError(
                 f"{target} of {total} layers to remove, but windows that spare protected="
                 f"{sorted(protected)} can remove at most {most}; remove fewer or protect fewer"
             )
-        check_removable(model)
         check_mergeable(model, self.merge)
 
     @torch.no_grad()
@@ -123,6 +123,7 @@ class SlidingLayerMerging(PruningCallback):
         """
         self.check(model)
         check_windows(model, windows)
+        protected = self._protected(model)
         with VariantReplay(
             model,
             windows,
@@ -134,10 +135,10 @@ class SlidingLayerMerging(PruningCallback):
             cka = self._cka(replay)
             merge = partial(merged_layer, model, merge=self.merge)
             score, total = MergedVariants(replay, merge), len(replay.layers)
-            searched, threshold = self._best_pass(score, total)
+            searched, threshold = self._best_pass(score, total, protected)
             best = searched
             if self.threshold is None and self.limit == "merge" and searched.groups:
-                best = self._swap_until_spent(score, searched, total)
+                best = self._swap_until_spent(score, searched, total, protected)
         if not best.groups and self.num_layers != 0:
             given = f"ratio={self.ratio}" if self.threshold is None else f"threshold={threshold}"
             log.warning("%s merges no layer of %d", given, total)
@@ -163,9 +164,25 @@ class SlidingLayerMerging(PruningCallback):
             return None
         return layers_to_remove(self.ratio, self.num_layers, total)
 
-    def _best_pass(self, score: MergedVariants, total: int) -> tuple[SlidingPass, float]:
+    def _protected(self, model: PreTrainedModel) -> set[int]:
+        """Return the layers that no window may contain: those asked for, and those that must stay.
+
+        Raises:
+            ValueError: if only sets of layers can go that keep a pattern: no window knows it.
+        """
+        removable = removable_layers(model)
+        if not removable.free:
+            raise ValueError(
+                f"windows of {removable.name} cannot be merged: {removable.what_can_go()}; "
+                "ShortGPT chooses among the layers that can go"
+            )
+        return resolve_indices(self.protected, removable.total) | set(removable.fixed)
+
+    def _best_pass(
+        self, score: MergedVariants, total: int, protected: Collection[int]
+    ) -> tuple[SlidingPass, float]:
         """Return the best pass of the sliding loop, and its threshold."""
-        target, protected = self._target(total), resolve_indices(self.protected, total)
+        target = self._target(total)
 
         def run(threshold: float) -> SlidingPass:
             by_merge = self.limit == "merge"
@@ -189,10 +206,9 @@ class SlidingLayerMerging(PruningCallback):
         return search_threshold(run, target)
 
     def _swap_until_spent(
-        self, score: MergedVariants, best: SlidingPass, total: int
+        self, score: MergedVariants, best: SlidingPass, total: int, protected: Collection[int]
     ) -> SlidingPass:
         """Swap removed layers with kept ones until nothing improves or the budget is spent."""
-        protected = resolve_indices(self.protected, total)
         # The cost of a loop that runs the whole model for each window, up to these merges.
         score.budget = total + (total - 2) * (total - 1) - sum(best.removed_layers)
         try:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.recovery.gradual_zeros import GradualZeros
-from prunelight.models.families.layers import decoder_layers, layers_path, matrices
+from prunelight.models.families.layers import decoder_layers, layers_path
+from prunelight.models.families.matrices import decoder_weights, dense_weights, matrices
 from prunelight.planning.plan import Plan
 from prunelight.planning.sparsity_shares import (
     clipping_excess,
@@ -172,6 +173,7 @@ class WeightPruning(GradualZeros):
             windows,
             self.sparsify_step({name: share_of[name] for name in sizes}),
             scores=self._scores_by_layer(layers_path(model), layers, scores, share_of, sizes),
+            found=_stays_dense(model, sum(sizes.values())),
         )
 
     def sparsify_step(self, sparsity: dict[str, float]) -> Sparsify:
@@ -242,6 +244,28 @@ class WeightPruning(GradualZeros):
             for layer in layers
         ]
         return lists
+
+
+def _stays_dense(model: PreTrainedModel, sparsified: int) -> dict[str, Any]:
+    """Return which decoder weights stay dense and why, for the plan; {} if none does.
+
+    Args:
+        model: the dense model.
+        sparsified: number of weights that can be sparsified.
+    """
+    stays_dense: dict[str, list[str]] = {}
+    for name, reason in dense_weights(model).items():
+        in_layer = name.removeprefix(f"{layers_path(model)}.").partition(".")[2]
+        names = stays_dense.setdefault(reason, [])
+        if in_layer not in names:
+            names.append(in_layer)
+    if not stays_dense:
+        return {}
+    for reason, names in stays_dense.items():
+        log.info("%s: %s stay dense", reason, ", ".join(names))
+    weights = {id(weight): weight.numel() for weight in decoder_weights(model)}
+    share = sparsified / sum(weights.values())
+    return {"stays_dense": stays_dense, "share_of_decoder_weights": share}
 
 
 def _names_by_layer(model: PreTrainedModel, names: list[str]) -> list[list[str]]:

@@ -54,12 +54,10 @@ MOVED: dict[str, dict[str, str]] = {
     "architecture": {
         "models.families.architectures": (
             "ARCHITECTURES Architecture REGISTERED_PREFIX Sublayers architecture_of is_sliced "
-            "lora_targets sublayers_of"
+            "sublayers_of"
         ),
-        "models.families.layers": (
-            "INDEX_ATTRIBUTES Matrix decoder_layers first_tensor layer_matrices layers_path "
-            "matrices"
-        ),
+        "models.families.layers": "decoder_layers first_tensor layers_path",
+        "models.families.matrices": "Matrix layer_matrices lora_targets matrices",
         "models.families.config_fields": (
             "accepts=config_accepts head_dim logits_finish maximum_length vocabulary_size"
         ),
@@ -182,7 +180,6 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "merging": {
         "pruning.merge_layers": "check_mergeable merged_layer merged_weights projection_names",
-        "models.families.config_fields": "OTHER_LISTS=LISTS_NOT_PER_LAYER",
     },
     "metrics": {
         "evaluation.metrics": "TokenAccuracy TokenPerplexity",
@@ -350,8 +347,8 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "surgery": {
         "pruning.apply": "apply",
-        "pruning.remove_layers": "REFUSED_FIELDS check_removable remove_layers",
-        "models.families.config_fields": "COUNTING_FIELDS cut_config",
+        "pruning.remove_layers": "check_removable remove_layers",
+        "models.families.shorter_config": "cut_config",
         "pruning.merge_layers": "merge_layers",
     },
     "teacher_cache": {
@@ -392,11 +389,13 @@ MOVED: dict[str, dict[str, str]] = {
 
 # The same for names that are gone, as their parameters were others: what does their work now.
 REPLACED: dict[str, dict[str, str]] = {
+    "architecture": {"models.families.outline": "INDEX_ATTRIBUTES=Outline"},
     "callbacks.base": {"run.start": "prune_base=start"},
     "cli": {"lightning_cli": "CALLBACKS=PACKAGES PACKAGE=PACKAGES"},
     "distributed": {"runtime.processes.ProcessGroup": "on_rank_zero=run_on_rank_zero"},
     "ending": {"run.finish": "end_fit=finish"},
     "handover": {"run.finish": "hand_over=finish save_adapter=finish"},
+    "merging": {"models.families.shorter_config": "OTHER_LISTS=LISTS_NOT_PER_LAYER"},
     "plots": {
         "evaluation.report.plan_facts.PlanFacts": (
             "fates=layer_outcomes has_own_class layer_zeros merged_groups nominal "
@@ -412,6 +411,10 @@ REPLACED: dict[str, dict[str, str]] = {
         ),
     },
     "resume": {"training.exact_resume": "ExactResume"},
+    "surgery": {
+        "models.families.removable": "REFUSED_FIELDS=removable_layers",
+        "models.families.shorter_config": "COUNTING_FIELDS=CutRules",
+    },
     "teaching": {"run.teacher": "check_teacher meet_teacher=prepare_teacher"},
     "variants": {"scoring.model_variants": "MergedVariants"},
 }

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,11 +12,13 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from prunelight.calibration.statistics import InputNorm
-from prunelight.models.families.layers import Matrix
+from prunelight.calibration.weight_products import WeightProducts
+from prunelight.models.families.matrices import Matrix
 from prunelight.runtime.processes import ProcessGroup
+
+_NO_PADDING = "the experts of {} hide which tokens are padding; take windows without padding"
 
 Statistic = TypeVar("Statistic", bound=InputNorm)
 
@@ -37,6 +40,7 @@ class InputStatistics(Generic[Statistic]):
         self._leader: dict[str, str] = {}
         self._statistics: dict[str, list[Statistic]] = {}  # by leader, one for each of its views
         self._inputs: list[tuple[Tensor, str]] = []  # of this forward, each with a matrix' name
+        self._called: set[str] = set()  # matrices whose module has been called
 
     @contextmanager
     def watching(self, mask: Tensor | None = None) -> Iterator[None]:
@@ -44,9 +48,12 @@ class InputStatistics(Generic[Statistic]):
         handles = [
             owner.register_forward_pre_hook(partial(self._add, members, mask), with_kwargs=True)
             for owner, members in self._by_owner().items()
+            if not members[0].fused or _runs_experts(owner)
         ]
+        others = [m for m in self.matrices if not (m.fused and _runs_experts(m.owner))]
         try:
-            yield
+            with WeightProducts(others, partial(self._add_product, mask)):
+                yield
         finally:
             self._inputs.clear()
             for handle in handles:
@@ -125,8 +132,9 @@ class InputStatistics(Generic[Statistic]):
         kwargs: dict[str, Any],
     ) -> None:
         if matrices[0].fused:
-            self._add_experts(matrices, mask, owner, *args, **kwargs)
+            self._add_experts(matrices, mask, owner, args, kwargs)
             return
+        self._called.add(matrices[0].name)
         x = args[0] if args else next(iter(kwargs.values()))
         name = matrices[0].name
         if name not in self._leader:
@@ -142,24 +150,45 @@ class InputStatistics(Generic[Statistic]):
         self,
         matrices: list[Matrix],
         mask: Tensor | None,
-        owner: Any,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
+        owner: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
-        """Add the inputs of each expert's two weights; the input of the second is computed here."""
-        for matrix in matrices:
-            self._leader[matrix.name] = matrix.name
-            if matrix.name not in self._statistics:
-                self._statistics[matrix.name] = self._empty(matrix)
-        experts = top_k_index if mask is None else top_k_index.masked_fill(~mask.view(-1, 1), -1)
-        for expert, weight in enumerate(owner.gate_up_proj):
-            x = hidden_states[(experts == expert).any(-1)]
-            if len(x):
-                gate, up = linear(x, weight).chunk(2, dim=-1)
-                inputs = {"gate_up_proj": x, "down_proj": owner.act_fn(gate) * up}
-                for matrix in matrices:
-                    self._statistics[matrix.name][expert].update(inputs[matrix.parameter_name])
+        """Add the inputs of each expert, from the plain forward of the module over real tokens."""
+        plain = type(owner).forward.__wrapped__  # type: ignore[attr-defined]
+        given = inspect.signature(plain).bind(owner, *args, **kwargs)
+        _, hidden_states, *choices = given.args
+        if mask is not None:
+            rows = mask.flatten()
+            if len(rows) != len(hidden_states):
+                raise ValueError(_NO_PADDING.format(matrices[0].name))
+            hidden_states, *choices = (value[rows] for value in (hidden_states, *choices))
+        with WeightProducts(matrices, partial(self._add_product, None)):
+            plain(owner, hidden_states, *choices)
+
+    def _add_product(
+        self, mask: Tensor | None, matrix: Matrix, expert: int | None, x: Tensor
+    ) -> None:
+        """Add an input of a matrix that was seen in a product; None stands for all experts."""
+        if matrix.name in self._called or x.shape[-1] != matrix.in_features:
+            return
+        self._leader[matrix.name] = matrix.name
+        statistics = self._statistics.setdefault(matrix.name, self._empty(matrix))
+        if not matrix.fused:
+            statistics[0].update(_tokens(x, mask))
+            return
+        if mask is not None:
+            raise ValueError(_NO_PADDING.format(matrix.name))
+        for index, inputs in enumerate(x) if expert is None else [(expert, x)]:
+            tokens = inputs.reshape(-1, inputs.shape[-1])
+            tokens = tokens[tokens.any(-1)]  # a token that is not routed to an expert is zero
+            if len(tokens):
+                statistics[index].update(tokens)
+
+
+def _runs_experts(owner: nn.Module) -> bool:
+    """Return whether a module has a plain forward over all experts, as transformers marks it."""
+    return hasattr(type(owner).forward, "__wrapped__")
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunelight.models.families.layers import matrices
+from prunelight.models.families.matrices import decoder_weights
 
 
 def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:
@@ -36,13 +36,13 @@ def zero_share(parameters: Iterable[Tensor]) -> float:
 
 
 def linear_sparsity(model: PreTrainedModel) -> float:
-    """Return the share of zeros in the weight matrices of all decoder layers, in [0, 1].
+    """Return the share of zeros in the weights of all decoder layers, in [0, 1].
 
-    `matrices` says which weights these are. The share is 0 for a family whose layers cannot be
-    found, and for quantized weights.
+    Weights that stay dense count too, such as routers and convolutions; vectors do not. The share
+    is 0 for a family whose layers cannot be found, and for quantized weights.
     """
     try:
-        parameters = [matrix.parameter for matrix in matrices(model).values()]
+        parameters = decoder_weights(model)
     except TypeError:
         return 0.0
     return zero_share(parameters)

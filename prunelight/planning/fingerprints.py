@@ -17,16 +17,23 @@ from prunelight.version import __version__
 _SAMPLED = 512
 
 
-def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+def describe_model(model: PreTrainedModel, num_layers: int | None = None) -> dict[str, Any]:
     """Return the name, shape facts and fingerprint by which a plan recognises its model."""
+    facts = shape_facts(model, num_layers)
     name = model.config._name_or_path
-    return {"name": name, **shape_facts(model), "fingerprint": model_fingerprint(model)}
+    return {"name": name, **facts, "fingerprint": model_fingerprint(model)}
 
 
-def shape_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the shape facts of a model, which a fine-tuned copy of the model shares."""
+def shape_facts(model: PreTrainedModel, num_layers: int | None = None) -> dict[str, Any]:
+    """Return the shape facts of a model, which a fine-tuned copy of the model shares.
+
+    Args:
+        model: its config says most.
+        num_layers: number of decoder layers; None reads it off the config.
+    """
     keys = ("model_type", "num_hidden_layers", "hidden_size")
-    return {key: getattr(model.config, key, None) for key in keys}
+    facts = {key: getattr(model.config, key, None) for key in keys}
+    return facts if num_layers is None else {**facts, "num_hidden_layers": num_layers}
 
 
 def describe_windows(windows: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:

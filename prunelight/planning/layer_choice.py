@@ -49,9 +49,19 @@ def check_depth_target(ratio: float | None, num_layers: int | None) -> None:
 
 
 def lowest_scores(
-    scores: Sequence[float], count: int, protected: Collection[int] = ()
+    scores: Sequence[float],
+    count: int,
+    protected: Collection[int] = (),
+    fits: Sequence[Sequence[bool]] | None = None,
 ) -> list[int]:
     """Return the indices of the `count` lowest scores, in ascending order of index.
+
+    Args:
+        scores: one for each layer.
+        count: how many to choose.
+        protected: layers that are not chosen; negative ones count from the end.
+        fits: [i][k] says whether layer i can stay when k layers below it are chosen. The choice
+            then has the lowest sum of scores that this allows. None: every layer can.
 
     Raises:
         ValueError: if a protected index does not exist or too few unprotected ones are left.
@@ -63,7 +73,20 @@ def lowest_scores(
             f"{count} layers to remove, but only {len(unprotected)} of {len(scores)} are not "
             f"protected (protected={sorted(protected)}); remove fewer or protect fewer"
         )
-    return sorted(sorted(unprotected, key=lambda i: (scores[i], i))[:count])
+    if fits is None:
+        return sorted(sorted(unprotected, key=lambda i: (scores[i], i))[:count])
+    # Number of chosen layers so far -> (sum of their scores, the layers).
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for layer, score in enumerate(scores):
+        following = {k: choice for k, choice in best.items() if fits[layer][k]}
+        for k, (total, chosen) in best.items():
+            choice = (total + score, [*chosen, layer])
+            if layer not in protected and k < count:
+                following[k + 1] = min(choice, following.get(k + 1, choice))
+        best = following
+    if count not in best:
+        raise ValueError(f"no {count} layers can be chosen such that all others can stay")
+    return best[count][1]
 
 
 def lowest_window(scores: Sequence[float], size: int, protected: Collection[int] = ()) -> list[int]:

@@ -107,18 +107,24 @@ class Plan:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a valid plan: {error}") from error
 
-    def check(self, model: PreTrainedModel, *, strict: bool = True) -> None:
+    def check(
+        self, model: PreTrainedModel, *, strict: bool = True, num_layers: int | None = None
+    ) -> None:
         """Check that the plan was made for this model and that every step can be carried out.
 
         Args:
             model: the dense model.
             strict: also require the same weights; False lets a plan be applied to a fine-tuned
                 model of the same shape.
+            num_layers: number of decoder layers; None reads it off the config, which is wrong for
+                an encoder-decoder.
 
         Raises:
             ValueError: naming the fact that differs, or the step that does not fit and why.
         """
-        facts = describe_model(model) if strict else shape_facts(model)
+        known = describe_model if strict else shape_facts
+        facts = known(model, num_layers)
+        total: int = facts["num_hidden_layers"]
         for key, value in facts.items():
             if key != "name" and key in self.model and self.model[key] != value:
                 raise ValueError(
@@ -131,8 +137,8 @@ class Plan:
             already_removed = sorted({*step.named} & {*removed})
             removed += step.removed
             try:
-                step.check(model.config.num_hidden_layers)
-                RemoveLayers(removed).check(model.config.num_hidden_layers)
+                step.check(total)
+                RemoveLayers(removed).check(total)
                 if already_removed:
                     raise ValueError(f"layers={already_removed} are gone after an earlier step")
             except ValueError as error:

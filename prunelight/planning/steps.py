@@ -148,7 +148,9 @@ class Sparsify(Step):
         mixed = " on average" if len(set(self.sparsity.values())) > 1 else ""
         pattern = f" ({self.pattern} pattern{mixed})" if self.pattern else ""
         share = self.planned_share(plan)
-        return [f"{100 * share:.2f} % of the weights of decoder linears{pattern}"]
+        part = plan.found.get("share_of_decoder_weights", 1.0)
+        whole = f", {100 * share * part:.2f} % of all decoder weights" if part < 1 else ""
+        return [f"{100 * share:.2f} % of the weights of decoder linears{pattern}{whole}"]
 
     def planned_share(self, plan: PlanLike) -> float:
         """Return the share of zeros that the step aims at in all decoder linears together."""

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
+from prunelight.models.families.layers import decoder_layers
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import (
@@ -72,7 +73,7 @@ def apply(
         ValueError: if the plan does not fit the model; the model is then unchanged.
         TypeError: if the decoder layers cannot be found.
     """
-    plan.check(model, strict=strict)
+    plan.check(model, strict=strict, num_layers=len(decoder_layers(model)))
     context = StepContext(windows, device, offload)
     _check_steps(model, plan.steps, context)
     before = parameter_count(model) / 1e6

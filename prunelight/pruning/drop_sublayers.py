@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.models.families.architectures import REGISTERED_PREFIX, is_sliced, sublayers_of
-from prunelight.models.families.layers import layer_matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import (
     CLASSES,
     SUBLAYERS,
@@ -64,7 +65,7 @@ def check_leading(
 
 def leading_attentions(model: PreTrainedModel, removed: Collection[int] = ()) -> set[int]:
     """Return the layers whose attention leads the cache: of each kind the first one left."""
-    num_layers = model.config.num_hidden_layers
+    num_layers = len(decoder_layers(model))
     kinds = getattr(model.config, "layer_types", None) or ["all"] * num_layers
     left = [i for i in range(num_layers) if i not in removed]
     return {next(i for i in left if kinds[i] == kinds[other]) for other in left}

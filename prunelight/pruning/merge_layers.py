@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunelight.models.families.config_fields import LISTS_NOT_PER_LAYER
-from prunelight.models.families.layers import decoder_layers, layer_matrices, layers_path, matrices
+from prunelight.models.families.layers import decoder_layers, layers_path
+from prunelight.models.families.matrices import layer_matrices, matrices
+from prunelight.models.families.outline import Outline, difference, outline
 from prunelight.planning.steps import MergeLayers
 from prunelight.pruning.remove_layers import check_removable, remove_layers
 from prunelight.pruning.step_kind import StepContext, StepKind
@@ -43,7 +44,7 @@ def merge_layers(
         ValueError: see `remove_layers`.
     """
     check_mergeable(model, merge, groups)
-    check_removable(model)
+    check_removable(model, [index for group in groups for index in group[:-1]])
     layers = decoder_layers(model)
     for group in groups:
         layers[group[-1]] = merged_layer(model, group, merge)
@@ -114,35 +115,30 @@ def check_mergeable(
     matrices(model)  # refuses quantized weights
     if merge == "top":
         return
+    dense = outline(type(model), model.config, layers_path(model))
     for group in [range(len(decoder_layers(model)))] if groups is None else groups:
         for low, high in pairwise(group):
-            if difference := _difference(model, low, high):
+            if difference := _difference(dense, low, high):
                 raise TypeError(
                     f"decoder layers {low} and {high} of {model.config.model_type} cannot be mixed "
                     f"by merge={merge!r}: {difference}; take merge='top', which mixes no weights"
                 )
 
 
-def _difference(model: PreTrainedModel, low: int, high: int) -> str:
+def _difference(dense: Outline, low: int, high: int) -> str:
     """Return why two layers cannot be mixed; "" if they can."""
-    layers = decoder_layers(model)
-    for name, kinds in model.config.to_dict().items():
-        one_a_layer = isinstance(kinds, (list, tuple)) and len(kinds) == len(layers)
-        if one_a_layer and name not in LISTS_NOT_PER_LAYER and kinds[low] != kinds[high]:
-            return f"{name} is {kinds[low]!r} and {kinds[high]!r}"
-    shapes = [{n: tuple(p.shape) for n, p in layers[i].named_parameters()} for i in (low, high)]
-    for name in sorted({*shapes[0], *shapes[1]}):
+    old, new = dense.layers[low], dense.layers[high]
+    for name in sorted({*old, *new}):
+        part = name.strip(".")
         if ".experts." in f".{name}.":
-            return f"{name} belongs to experts, which are not aligned from layer to layer"
-        one, other = (shape.get(name, "missing") for shape in shapes)
-        if one != other:
-            return f"{name} is {one} and {other}"
-    return ""
+            return f"{part} belongs to experts, which are not aligned from layer to layer"
+        if name not in old or name not in new:
+            return f"only one of them has {part}"
+    return difference(dense, low, dense, high, range(len(dense.layers)))
 
 
 def _check(model: PreTrainedModel, step: MergeLayers, context: StepContext) -> None:
-    if step.groups:
-        check_removable(model)
+    check_removable(model, step.removed)
     check_mergeable(model, step.merge, step.groups)
 
 

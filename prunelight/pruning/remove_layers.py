@@ -1,7 +1,9 @@
 """Removes decoder layers in place; the result is a stock model.
 
 More than a list of layers changes. Every layer holds its own index for the cache, configs hold one
-entry a layer or count layers, and an RWKV's first block has a norm that no other block has.
+entry a layer or count layers, some models hold a table with a part for each layer, and an RWKV's
+first block has a norm that no other block has. What the shorter model needs is read off its outline
+on the meta device, see `models/families/removable.py`.
 """
 
 from __future__ import annotations
@@ -13,16 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunelight.models.families.architectures import is_sliced
-from prunelight.models.families.config_fields import cut_config
-from prunelight.models.families.layers import INDEX_ATTRIBUTES, decoder_layers, layers_path
-from prunelight.models.families.rwkv import restore_rwkv_scale
+from prunelight.models.families.layers import decoder_layers, layers_path
+from prunelight.models.families.removable import RemovableLayers, removable_layers
+from prunelight.models.families.rwkv import EMBEDDING_NORM, restore_rwkv_scale
+from prunelight.models.families.shorter_config import cut_config
 from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.drop_sublayers import check_leading
 from prunelight.pruning.step_kind import StepContext, StepKind
-
-# Config fields that make layers depend on each other or on their index. Removal is refused.
-REFUSED_FIELDS = ("num_kv_shared_layers", "scale_attn_by_inverse_layer_idx")
 
 
 @torch.no_grad()
@@ -31,54 +30,75 @@ def remove_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
 
     Raises:
         ValueError: if an index does not exist or is repeated, or no layer would be left; if the
-            config ties layers to their index or to each other; if the first layer left has no
-            attention.
+            layers that are left would not be themselves at their new places; if the first layer
+            left has no attention.
         TypeError: if the decoder layers cannot be found.
     """
     old_layers = decoder_layers(model)
     RemoveLayers(tuple(layers)).check(len(old_layers))
     if not layers:
         return
-    check_removable(model)
+    removable = removable_layers(model)
+    removable.check(layers)
     check_leading(model, layers)
     restore_rwkv_scale(model)
     kept = [i for i in range(len(old_layers)) if i not in set(layers)]
     first: Any = old_layers[kept[0]]
-    if hasattr(old_layers[0], "pre_ln") and not hasattr(first, "pre_ln"):  # an RWKV
-        first.pre_ln = old_layers[0].pre_ln
+    if hasattr(old_layers[0], EMBEDDING_NORM) and not hasattr(first, EMBEDDING_NORM):
+        setattr(first, EMBEDDING_NORM, getattr(old_layers[0], EMBEDDING_NORM))
     parent, _, name = layers_path(model).rpartition(".")
     layers_left = nn.ModuleList(old_layers[i] for i in kept)
     setattr(model.get_submodule(parent), name, layers_left)
-    for index, layer in enumerate(layers_left):
-        for module in layer.modules():
-            for attribute in INDEX_ATTRIBUTES:
-                if isinstance(getattr(module, attribute, None), int):
-                    setattr(module, attribute, index)
-    cut_config(model.config, kept, len(old_layers))
+    _describe(model, layers_left, removable, kept)
+    cut_config(model.config, kept, len(old_layers), removable.models.rules)
 
 
-def check_removable(model: PreTrainedModel) -> None:
-    """Check that decoder layers of the model can be removed.
+def _describe(
+    model: PreTrainedModel, layers: nn.ModuleList, removable: RemovableLayers, kept: Sequence[int]
+) -> None:
+    """Give all modules the values of the shorter model, and cut tables that span the layers."""
+    changes = removable.models.rest(kept)
+    for name, dim in changes.tables.items():
+        _keep_parts(model, name, dim, kept, removable.total)
+    for name, value in changes.values.items():
+        _set(model, name, value)
+    for layer, values in zip(layers, removable.models.values(kept), strict=True):
+        for name, value in values.items():
+            _set(layer, name, value)
+
+
+def _keep_parts(
+    model: PreTrainedModel, name: str, dim: int, kept: Sequence[int], total: int
+) -> None:
+    """Keep the parts of some layers in a weight that has a part for each layer, in place."""
+    parameter = model.get_parameter(name)
+    parts = parameter.data.unflatten(dim, (total, -1))
+    places = torch.tensor(kept, device=parameter.device)
+    parameter.data = parts.index_select(dim, places).flatten(dim, dim + 1)
+
+
+def _set(root: nn.Module, name: str, value: Any) -> None:
+    """Set a plain value of a module, given as "module.attribute", where the module has it."""
+    path, _, attribute = name.rpartition(".")
+    module = root.get_submodule(path)
+    if attribute in vars(module):
+        present = getattr(module, attribute)
+        setattr(module, attribute, list(value) if isinstance(present, list) else value)
+
+
+def check_removable(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Check that these decoder layers of the model can be removed together.
 
     Raises:
-        ValueError: if the model is sliced, or ties layers to their index or to each other.
+        ValueError: if they cannot; says why, and which can.
+        TypeError: if the decoder layers cannot be found.
     """
-    if is_sliced(model):
-        raise ValueError(
-            "this model is sliced: each decoder layer hands on a width and a basis of its own; "
-            "remove or merge layers first, then slice"
-        )
-    for name in REFUSED_FIELDS:
-        if getattr(model.config, name, None):
-            raise ValueError(
-                f"{name}={getattr(model.config, name)} of {model.config.model_type} makes layers "
-                "depend on each other or on their index; removing layers would change the others"
-            )
+    if layers:
+        removable_layers(model).check(layers)
 
 
 def _check(model: PreTrainedModel, step: RemoveLayers, context: StepContext) -> None:
-    if step.layers:
-        check_removable(model)
+    check_removable(model, step.layers)
 
 
 def _carry_out(model: PreTrainedModel, step: RemoveLayers, context: StepContext) -> None:

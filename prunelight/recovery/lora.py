@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from prunelight.models.families.architectures import lora_targets
+from prunelight.models.families.matrices import lora_targets
 from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.sizes import parameter_count
 
@@ -86,11 +86,18 @@ def attach_lora(model: PreTrainedModel, settings: LoRA) -> PeftModel:
     names, parameters = lora_targets(model)
     if settings.targets is not None:
         names, parameters = settings.targets, []
+    if parameters and settings.dropout:
+        log.warning(
+            "lora.dropout=%s is 0 for %s: peft has no dropout for experts that are stacked in one "
+            "weight (%s)",
+            settings.dropout,
+            model.config.model_type,
+            parameters[0],
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
         lora_alpha=settings.alpha,
-        # peft has no dropout for fused expert weights.
         lora_dropout=0.0 if parameters else settings.dropout,
         target_modules=names,
         target_parameters=parameters or None,

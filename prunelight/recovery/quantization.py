@@ -23,8 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunelight.models.families.architectures import architecture_of
-from prunelight.models.families.layers import Matrix, matrices
+from prunelight.models.families.matrices import Matrix, matrices
 from prunelight.models.loading import DTYPES
 from prunelight.runtime.arguments import check_choice
 
@@ -150,15 +149,9 @@ def check_widths(widths: Mapping[str, int], kind: str) -> None:
 def quantized_matrices(model: PreTrainedModel) -> list[Matrix]:
     """Return the weights to quantize: projections, but no fused experts and none of a Mamba.
 
-    Weights that `Architecture.not_adapted` names are read by fused kernels, not by their module.
+    Weights that the code around their module reads itself stay in full precision.
     """
-    known = architecture_of(model)
-    excluded = () if known is None else known.not_adapted
-    return [
-        matrix
-        for matrix in matrices(model).values()
-        if not matrix.fused and matrix.name.rpartition(".")[2] not in excluded
-    ]
+    return [m for m in matrices(model).values() if not (m.fused or m.read_directly)]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.models.families.config_fields import vocabulary_size
+from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import check_hub, find_source, load, load_config, load_tokenizer
 from prunelight.models.placement import to_device
 from prunelight.planning.fingerprints import model_fingerprint
@@ -118,8 +119,8 @@ def _kept_layers(run: Run, teacher: PreTrainedModel, name: str) -> list[int]:
     """
     before = plan_files(Path(name).expanduser())
     plans = [Plan.load(file) for file in run.plan_files()[len(before) :]]
-    kept = kept_layers(plans, teacher.config.num_hidden_layers)
-    num_layers = run.load_model().config.num_hidden_layers
+    kept = kept_layers(plans, len(decoder_layers(teacher)))
+    num_layers = len(decoder_layers(run.load_model()))
     if len(kept) != num_layers:
         raise ValueError(
             f"distillation.hidden_weight needs to know which layers the student's {num_layers} "

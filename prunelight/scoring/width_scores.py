@@ -26,7 +26,8 @@ from prunelight.calibration.statistics import InputVariance
 from prunelight.calibration.windows import Windows, micro_batches
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.config_fields import config_accepts, head_dim
-from prunelight.models.families.layers import Matrix, decoder_layers, layer_matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import Matrix, layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import dropped
 from prunelight.models.forward import evaluating, forward_without_head
 from prunelight.scoring.importance import saliencies

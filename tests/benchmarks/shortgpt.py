@@ -21,8 +21,8 @@ import prunelight
 from prunelight.calibration.windows import micro_batches
 from prunelight.callbacks import ShortGPT
 from prunelight.evaluation.speed import measure_speed
-from prunelight.models.families.architectures import lora_targets
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import lora_targets
 from prunelight.models.forward import evaluating
 from prunelight.models.sizes import parameter_bytes
 from prunelight.recovery.lora import LoRA

@@ -21,7 +21,8 @@ from prunelight.calibration import layer_walk as walk
 from prunelight.calibration.statistics import Hessian, InputNorm
 from prunelight.calibration.windows import micro_batches
 from prunelight.callbacks import DLP, WeightPruning
-from prunelight.models.families.layers import decoder_layers, layer_matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.forward import evaluating
 from prunelight.models.sizes import parameter_bytes
 from prunelight.pruning.sparsity import sparsify

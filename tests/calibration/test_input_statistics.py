@@ -9,7 +9,8 @@ from torch.nn.functional import silu
 from prunelight.calibration.input_statistics import InputStatistics
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Hessian, InputNorm
-from prunelight.models.families.layers import decoder_layers, layer_matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import layer_matrices
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.sparsity.sparsify import sparsify
 

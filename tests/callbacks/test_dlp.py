@@ -13,7 +13,8 @@ from torch import nn
 
 import prunelight
 from prunelight.callbacks import DLP, WeightPruning
-from prunelight.models.families.layers import decoder_layers, layer_matrices, matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import layer_matrices, matrices
 from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.planning.sparsity_shares import weighted_mean
 from prunelight.planning.steps import Sparsify

@@ -344,7 +344,7 @@ def test_targets_out_of_reach_are_refused_before_any_forward(model, method, mess
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("gemma2", "layers 0 and 1 of gemma2 cannot be mixed .*layer_types is 'sliding_attention'"),
+        ("gemma2", "layers 0 and 1 of gemma2 cannot be mixed .*layer_type is 'sliding_attention'"),
         ("mixtral", "mlp.experts.*not aligned from layer to layer; take merge='top'"),
         ("qwen3_moe", "layers 0 and 1 of qwen3_moe cannot be mixed"),
         ("rwkv", "layers 0 and 1 of rwkv cannot be mixed .*pre_ln"),
@@ -364,7 +364,7 @@ def test_a_plan_by_hand_may_mix_layers_of_one_kind_only():
         steps = [{"kind": "merge_layers", "groups": [group], "merge": "mean"}]
         return prunelight.Plan.from_dict({**mixing, "steps": steps})
 
-    with pytest.raises(TypeError, match="decoder layers 2 and 3 .*layer_types"):
+    with pytest.raises(TypeError, match="decoder layers 2 and 3 .*layer_type"):
         prunelight.apply(model, planned([2, 3]))
     assert model.config.num_hidden_layers == 6
     assert prunelight.apply(model, planned([3, 4])).config.num_hidden_layers == 5

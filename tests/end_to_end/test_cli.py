@@ -23,7 +23,7 @@ from prunelight.lightning_cli import (
     our_error,
     pruning_methods,
 )
-from prunelight.models.families.layers import matrices
+from prunelight.models.families.matrices import matrices
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import prunelight
 from prunelight.callbacks import ShortGPT
-from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import matrices
 from prunelight.planning.fingerprints import model_fingerprint
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.remove_layers import remove_layers

@@ -25,7 +25,7 @@ from prunelight.callbacks import (
     WeightPruning,
     WidthPruning,
 )
-from prunelight.models.families.layers import matrices
+from prunelight.models.families.matrices import matrices
 from prunelight.models.forward import greedy_tokens
 from prunelight.planning.plan import planned_sparsity
 from prunelight.planning.steps import Sparsify

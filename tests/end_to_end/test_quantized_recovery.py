@@ -22,7 +22,7 @@ from prunelight.callbacks import (
     WidthPruning,
 )
 from prunelight.cli import main
-from prunelight.models.families.layers import matrices
+from prunelight.models.families.matrices import matrices
 from prunelight.recovery.lora import LoRA
 from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.quantization import BitsAndBytes, quantize

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import prunelight
 from prunelight.callbacks import DLP, ShortGPT, WeightPruning
-from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import matrices
 from prunelight.models.forward import greedy_tokens
 from prunelight.models.loading import find_source
 from prunelight.pruning.remove_layers import remove_layers

@@ -9,7 +9,8 @@ from surgery import check_equal, check_unchanged, plan_that_removes, reloaded, s
 from tiny import NUM_LAYERS, tiny_model, token_windows
 
 import prunelight
-from prunelight.models.families.layers import layers_path, matrices
+from prunelight.models.families.layers import layers_path
+from prunelight.models.families.matrices import matrices
 from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import STEPS, RemoveLayers, Sparsify, Step

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunelight
 from prunelight.callbacks import DLP, ShortGPT, WidthPruning
-from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import matrices
 from prunelight.models.families.own_classes.dropped_sublayers import CLASSES
 from prunelight.models.saving import verify
 from prunelight.planning.fingerprints import describe_model

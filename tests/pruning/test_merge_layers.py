@@ -8,7 +8,8 @@ from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.callbacks import SlidingLayerMerging, WeightPruning
-from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import matrices
 from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import MERGES, MergeLayers, RemoveLayers
@@ -191,6 +192,8 @@ def test_models_whose_layers_depend_on_each_other_are_refused():
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx"):
         SlidingLayerMerging(num_layers=1).plan(model, WINDOWS)
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx"):
+        merge_layers(model, [[1, 2]], "top")
+    with pytest.raises(TypeError, match=r"layers 1 and 2 .*scaling is 0.17\d+ and would be 0.11"):
         merge_layers(model, [[1, 2]], "mean")
 
 

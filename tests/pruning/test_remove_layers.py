@@ -13,11 +13,10 @@ from surgery import (
     snapshot,
 )
 from tiny import NUM_LAYERS, tiny_model, token_windows
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_families import tiny_family
 
 import prunelight
 from prunelight.models.families.architectures import ARCHITECTURES
-from prunelight.models.families.config_fields import cut_config
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.sizes import parameter_count
 from prunelight.pruning.remove_layers import remove_layers
@@ -122,15 +121,6 @@ def test_max_window_layers_counts_the_kept_layers_without_window(layers, full, t
     assert config.layer_types.count("full_attention") == full
 
 
-@pytest.mark.parametrize("name", ["first_k_dense_replace", "num_dense_layers"])
-def test_fields_that_count_layers_from_the_start_are_translated(name):
-    family = {"first_k_dense_replace": "deepseek_v3", "num_dense_layers": "lfm2_moe"}[name]
-    config = AutoConfig.for_model(family, num_hidden_layers=6, **{name: 3})
-    cut_config(config, [0, 2, 4, 5], 6)
-    assert getattr(config, name) == 2
-    assert config.num_hidden_layers == 4
-
-
 def is_dense(layer):
     return not hasattr(layer.mlp, "experts")
 
@@ -161,14 +151,10 @@ def test_lists_that_are_as_long_as_the_model_by_chance_are_kept(family, name, va
     assert torch.equal(logits(copied), logits(model))
 
 
-@pytest.mark.parametrize(
-    ("family", "name", "value"),
-    [("gpt2", "scale_attn_by_inverse_layer_idx", True), ("llama", "num_kv_shared_layers", 2)],
-)
-def test_models_whose_layers_depend_on_their_index_are_refused(family, name, value):
-    model = tiny_model(family, **{name: value})
+def test_models_whose_layers_compute_with_their_index_are_refused():
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=f"{name}={value} of {family} makes layers depend"):
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True of gpt2 makes"):
         remove_layers(model, [2])
     check_unchanged(model, before)
     remove_layers(model, [])
@@ -193,26 +179,29 @@ def test_layers_that_cannot_be_removed_are_refused(layers, message):
     check_unchanged(model, before)
 
 
-def unknown_model(num_lists):
-    if num_lists == 0:
-        changes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 3}
-        config = AutoConfig.for_model("bart", vocab_size=128, **changes)
-    else:
-        config = AutoConfig.for_model("xlm", vocab_size=128, emb_dim=16, n_layers=3, n_heads=2)
-    return AutoModelForCausalLM.from_config(config)
-
-
-@pytest.mark.parametrize("num_lists", [0, 4])
-def test_an_unknown_structure_is_refused_with_the_known_families(num_lists):
-    model = unknown_model(num_lists)
+@pytest.mark.parametrize(
+    ("family", "sizes", "lists"),
+    [
+        ("xlm", {"emb_dim": 16, "n_layers": 3, "n_heads": 2}, "2 may .*attentions"),
+        ("hrm_text", {"num_hidden_layers": 2, "hidden_size": 16}, "2 may .*layers"),
+    ],
+)
+def test_layers_that_cannot_be_found_are_refused_with_what_was_looked_for(family, sizes, lists):
+    model = tiny_family(family)
     for act in (layers_path, decoder_layers, lambda m: remove_layers(m, [0])):
-        with pytest.raises(TypeError, match=f"not a known family and {num_lists} module lists"):
+        with pytest.raises(TypeError, match=f"exactly one ModuleList .*and {lists}.*add-a-family"):
             act(model)
-    with pytest.raises(TypeError, match=", ".join(sorted(ARCHITECTURES))):
-        prunelight.apply(model, plan_that_removes(model, (0,)))
 
 
-def test_an_unknown_family_is_found_by_its_structure():
-    model = tiny_model("gpt_oss")
-    assert "gpt_oss" not in ARCHITECTURES
-    assert layers_path(model) == "model.layers"
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("gpt_oss", "model.layers"),
+        ("bart", "model.decoder.layers"),  # num_hidden_layers counts the layers of the encoder
+        ("longcat_flash", "model.layers"),  # two attentions a layer, num_hidden_layers counts them
+        ("gemma4", "model.language_model.layers"),  # beside those of the vision tower
+    ],
+)
+def test_a_family_outside_the_table_is_found_by_its_structure(family, path):
+    assert family not in ARCHITECTURES
+    assert layers_path(tiny_family(family)) == path

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import prunelight
 from prunelight.callbacks import DLP, ShortenedLlama, ShortGPT, SlidingLayerMerging, WidthPruning
-from prunelight.models.families.layers import decoder_layers, matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import matrices
 from prunelight.models.sizes import parameter_bytes, stored_bytes
 from prunelight.recovery.quantization import BitsAndBytes, quantize
 

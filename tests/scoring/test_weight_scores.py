@@ -8,7 +8,8 @@ import torch
 from lively_models import hooks, lively_model, padded
 from tiny import NUM_LAYERS, token_windows
 
-from prunelight.models.families.layers import decoder_layers, layer_matrices, matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import layer_matrices, matrices
 from prunelight.scoring.weight_scores import weight_scores
 
 WINDOWS = token_windows(4, 16)

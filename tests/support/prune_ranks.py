@@ -42,7 +42,7 @@ from prunelight.callbacks import (
     WidthPruning,
 )
 from prunelight.evaluation.perplexity import evaluate
-from prunelight.models.families.layers import Matrix
+from prunelight.models.families.matrices import Matrix
 from prunelight.runtime.processes import ProcessGroup
 from prunelight.scoring.analysis import analyze
 

@@ -19,7 +19,7 @@ import torch
 from methods_table import METHODS
 from runs import make_data, make_module, make_trainer, measure_speed_briefly
 
-from prunelight.models.families.layers import matrices
+from prunelight.models.families.matrices import matrices
 
 
 class Digest(pl.Callback):

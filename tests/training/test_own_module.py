@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from prunelight.calibration.data_windows import calibration_windows_of
 from prunelight.callbacks import DLP, ShortGPT, SliceGPT, WeightPruning
-from prunelight.models.families.layers import matrices
+from prunelight.models.families.matrices import matrices
 from prunelight.models.loading import load
 from prunelight.models.sizes import zero_share
 from prunelight.recovery.zeros.gradual_zeros import Schedule

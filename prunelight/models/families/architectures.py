@@ -7,12 +7,11 @@ outside this folder calls this folder's functions, and never looks at a class na
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
-from prunelight.models.families.own_classes.sliced import SHORTCUTS
 
 # model_type of our own classes: this prefix or that of sliced.py, then the family of their modules.
 REGISTERED_PREFIX = "prunelight_"
@@ -49,39 +48,38 @@ class Sublayers:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module names of one model family.
+    """What the structure of a model family does not tell; whatever is left out is derived.
 
     Attributes:
         layers: dotted path from the causal language model to its `ModuleList` of decoder layers.
-        projections: names of the linear projections of attention (or mixer) and MLP.
-        experts: paths of fused expert weights (3-D parameters), relative to a decoder layer.
-        not_adapted: names of further projections, which can be sparsified but get no LoRA.
+        projections: names of the linear modules that are sparsified and adapted, and no others.
+        experts: stacks of experts that transformers does not mark: their paths inside a decoder
+            layer, for weights that are stored (..., out, in).
+        not_adapted: names of further linear modules, which are sparsified but get no LoRA.
         sublayers: names of attention and MLP; None if they cannot be dropped or narrowed.
+        transposed_experts: the same as `experts`, for weights that are stored (..., in, out).
     """
 
-    layers: str
-    projections: tuple[str, ...]
+    layers: str = ""
+    projections: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     not_adapted: tuple[str, ...] = ()
     sublayers: Sublayers | None = None
+    transposed_experts: tuple[str, ...] = ()
 
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LLAMA = Architecture(sublayers=Sublayers())
+
+# Gemma 2 and 3 have a second norm after each sublayer, so that dropping is more than leaving f out.
+_GEMMA2 = Architecture(sublayers=Sublayers(mlp_norm="pre_feedforward_layernorm", droppable=False))
+
+_MIXTURE = Architecture(sublayers=Sublayers(neurons=()))
 
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
-_PROJECTIONS = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
-
-_LLAMA = Architecture("model.layers", _PROJECTIONS, sublayers=Sublayers())
-
-# Gemma 2 and 3 have a second norm after each sublayer, so that dropping is more than leaving f out.
-_GEMMA2 = Sublayers(mlp_norm="pre_feedforward_layernorm", droppable=False)
-
-_OTHER = Architecture("model.layers", _PROJECTIONS)
-
-_MIXTURE = Architecture("model.layers", _PROJECTIONS, _EXPERTS, (), Sublayers(neurons=()))
-
-_FALCON = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+_LLAMA4 = Architecture(
+    transposed_experts=("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
@@ -89,35 +87,35 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma": _LLAMA,
-    "gemma2": replace(_OTHER, sublayers=_GEMMA2),
-    "gemma3_text": replace(_OTHER, sublayers=_GEMMA2),
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
     "granite": _LLAMA,
     "smollm3": _LLAMA,
-    "olmo2": _OTHER,
-    "stablelm": _OTHER,
-    "cohere": _OTHER,
-    "nemotron": Architecture("model.layers", (*_ATTENTION, "up_proj", "down_proj")),
-    "glm4": Architecture("model.layers", (*_ATTENTION, "gate_up_proj", "down_proj")),
-    "phi3": Architecture(
-        "model.layers",
-        ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-        sublayers=Sublayers(heads=("qkv_proj",), neurons=("gate_up_proj",)),
-    ),
-    "phi": Architecture("model.layers", ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")),
-    "starcoder2": Architecture("model.layers", (*_ATTENTION, "c_fc", "c_proj")),
+    "phi3": Architecture(sublayers=Sublayers(heads=("qkv_proj",), neurons=("gate_up_proj",))),
     "mixtral": _MIXTURE,
     "qwen3_moe": _MIXTURE,
-    "opt": Architecture(
-        "model.decoder.layers", ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    "dbrx": Architecture(
+        experts=("ffn.experts.mlp.w1", "ffn.experts.mlp.v1"),
+        transposed_experts=("ffn.experts.mlp.w2",),
     ),
-    "gpt2": Architecture("transformer.h", ("c_attn", "c_proj", "c_fc")),
-    "gpt_neox": Architecture("gpt_neox.layers", _FALCON),
-    "falcon": Architecture("transformer.h", _FALCON),
-    "bloom": Architecture("transformer.h", _FALCON),
-    # peft refuses LoRA on a Mamba's out_proj: the fused kernel reads that weight directly.
-    "mamba": Architecture("backbone.layers", ("in_proj", "x_proj"), (), ("out_proj",)),
-    "mamba2": Architecture("backbone.layers", ("in_proj",), (), ("out_proj",)),
-    "rwkv": Architecture("rwkv.blocks", ("key", "value", "receptance", "output")),
+    "inkling_text": Architecture(
+        experts=(
+            "mlp.shared_experts.gate_proj",
+            "mlp.shared_experts.up_proj",
+            "mlp.shared_experts.down_proj",
+        )
+    ),
+    "jetmoe": Architecture(
+        experts=(
+            "mlp.input_linear.weight",
+            "mlp.output_linear.weight",
+            "self_attention.experts.input_linear.weight",
+            "self_attention.experts.output_linear.weight",
+        )
+    ),
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
+    "longcat_flash": Architecture(experts=_EXPERTS),
 }
 
 
@@ -148,13 +146,20 @@ def sublayers_of(model: PreTrainedModel) -> Sublayers:
     return architecture.sublayers
 
 
-def lora_targets(model: PreTrainedModel) -> tuple[list[str] | str, list[str]]:
-    """Return what LoRA adapts: (names of projections, paths of fused expert parameters).
+def stacks_of(model: PreTrainedModel, path: str) -> dict[str, bool]:
+    """Return the stacks of experts that the table names in a module of a decoder layer.
 
-    For an unknown family the first is peft's "all-linear": all linear modules except the head.
+    Returns:
+        Name of the parameter -> whether it is stored (..., in, out).
     """
-    architecture = architecture_of(model)
-    if architecture is None:
-        return "all-linear", []
-    shortcuts = SHORTCUTS if is_sliced(model) else ()
-    return [*architecture.projections, *shortcuts], list(architecture.experts)
+    known = architecture_of(model) or Architecture()
+    stacks = dict.fromkeys(known.experts, False) | dict.fromkeys(known.transposed_experts, True)
+    named = {stack: stack.rpartition(".") for stack in stacks}
+    return {name: stacks[stack] for stack, (owner, _, name) in named.items() if owner == path}
+
+
+def names_apart(model: PreTrainedModel, path: str) -> tuple[bool, bool]:
+    """Return what the table says of a linear module: (it is left out, it gets no LoRA)."""
+    known, name = architecture_of(model) or Architecture(), path.rpartition(".")[2]
+    left_out = bool(known.projections) and name not in known.projections + known.not_adapted
+    return left_out, name in known.not_adapted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +35,18 @@ def head_dim(config: Any) -> int:
     return width
 
 
+def narrowest_head(config: Any, layer: int) -> int:
+    """Return the least width of an attention head in a decoder layer; 2 without attention."""
+    config = decoder_config(config)
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[layer]
+    if not getattr(config, "num_attention_heads", None):
+        return 2
+    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    parts = [getattr(config, name, None) for name in names]
+    return min([head_dim(config), *(part for part in parts if part)])
+
+
 def config_accepts(config: PretrainedConfig, **fields: Any) -> bool:
     """Return whether a config's class accepts the config with these fields replaced."""
     try:
@@ -59,46 +71,8 @@ def maximum_length(config: PretrainedConfig) -> int | None:
     return None
 
 
-# Config fields that count layers from the first one: so many layers have a feature, or lack it.
-COUNTING_FIELDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
-
-# Config fields that are no lists per layer, though their length may equal the number of layers.
-LISTS_NOT_PER_LAYER = ("eos_token_id", "time_step_limit")
-
-
-def cut_config(config: PretrainedConfig, kept: Sequence[int], total: int) -> None:
-    """Cut every per-layer field of a config, in place, to the kept layers.
-
-    Lists of length `total` keep the entries of the kept layers. Fields that count layers from the
-    first one, or that list indices of layers, are renumbered. Mixture-of-experts layers at a
-    regular distance, which removal would break, are listed in `mlp_only_layers`.
-
-    Args:
-        config: of the model before layers are removed.
-        kept: indices of the layers that stay, ascending.
-        total: number of layers before.
-    """
-    values = config.to_dict()
-    lists = {
-        name: [value[i] for i in kept]
-        for name, value in values.items()
-        if isinstance(value, (list, tuple)) and len(value) == total
-        if name not in (*LISTS_NOT_PER_LAYER, "mlp_only_layers")  # this one lists indices
-        if not isinstance(getattr(type(config), name, None), property)
-    }
-    counts = {
-        name: sum(i < values[name] for i in kept)
-        for name in COUNTING_FIELDS
-        if isinstance(values.get(name), int)
-    }
-    config.num_hidden_layers = len(kept)
-    for name, value in {**lists, **counts}.items():
-        setattr(config, name, value)
-    if "attention_types" in values:  # GPT-Neo derives from it attention_layers, which was cut above
-        config.attention_types = [[[kind], 1] for kind in config.attention_layers]
-    step, dense = values.get("decoder_sparse_step"), values.get("mlp_only_layers")
-    if isinstance(step, int) and isinstance(dense, list):  # some layers have no experts
-        config.decoder_sparse_step = 1
-        config.mlp_only_layers = [
-            new for new, i in enumerate(kept) if i in dense or (i + 1) % step != 0
-        ]
+def decoder_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a config that describes the text decoder: mostly the config itself."""
+    text: PretrainedConfig = config.get_text_config(decoder=True)
+    # For an encoder-decoder transformers returns a copy, whose changes would be lost.
+    return text if any(text is part for part in vars(config).values()) else config

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+# The norm of the embeddings, which the first block holds. It stays at its place when blocks go.
+EMBEDDING_NORM = "pre_ln"
+
 
 @torch.no_grad()
 def restore_rwkv_scale(model: PreTrainedModel) -> None:

@@ -28,7 +28,8 @@ from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Gram
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.models.families.config_fields import head_dim
-from prunelight.models.families.layers import decoder_layers, layer_matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.families.own_classes.sliced import (
     FAMILIES,
     LAYERS,

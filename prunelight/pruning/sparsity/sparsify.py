@@ -22,13 +22,8 @@ from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Hessian, InputNorm
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.architectures import is_sliced
-from prunelight.models.families.layers import (
-    Matrix,
-    decoder_layers,
-    layer_matrices,
-    layers_path,
-    matrices,
-)
+from prunelight.models.families.layers import decoder_layers, layers_path
+from prunelight.models.families.matrices import Matrix, layer_matrices, matrices
 from prunelight.models.sizes import zero_share
 from prunelight.planning.steps import Sparsify, renumbered
 from prunelight.pruning.sparsity.masks import (
@@ -240,7 +235,7 @@ def check_step(model: PreTrainedModel, step: Sparsify) -> None:
         TypeError: if the weights are quantized.
     """
     check_choice("solver", step.solver, SOLVERS)
-    step.check(model.config.num_hidden_layers)
+    step.check(len(decoder_layers(model)))
     known = matrices(model)
     unknown = [name for name in step.sparsity if name not in known]
     if unknown:

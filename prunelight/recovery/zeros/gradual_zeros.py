@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunelight.calibration.input_statistics import InputStatistics
 from prunelight.calibration.statistics import InputNorm
-from prunelight.models.families.layers import Matrix
+from prunelight.models.families.matrices import Matrix
 from prunelight.pruning.sparsity.masks import Amount, Pattern, matrix_mask, row_mask
 from prunelight.recovery.sharded_weights import whole_tensor
 from prunelight.runtime.arguments import check_choice

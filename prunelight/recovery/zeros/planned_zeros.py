@@ -9,7 +9,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.models.families.layers import Matrix, layers_path, matrices
+from prunelight.models.families.layers import layers_path
+from prunelight.models.families.matrices import Matrix, matrices
 from prunelight.models.families.own_classes.dropped_sublayers import dropped
 from prunelight.models.sizes import zero_share
 from prunelight.planning.plan import Plan, planned_sparsity

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from prunelight.models.families.layers import Matrix
+from prunelight.models.families.matrices import Matrix
 from prunelight.recovery.sharded_weights import local_shard, shard_like, sum_over_shards
 
 

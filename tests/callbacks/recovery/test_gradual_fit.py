@@ -13,7 +13,7 @@ from tiny import token_windows
 
 import prunelight
 from prunelight.callbacks import DLP, WeightPruning
-from prunelight.models.families.layers import matrices
+from prunelight.models.families.matrices import matrices
 from prunelight.pruning.sparsity.masks import Pattern, magnitude_mask
 from prunelight.pruning.sparsity.sparsify import amount_of
 from prunelight.recovery.zeros.gradual_zeros import Schedule, weights_with_adapters

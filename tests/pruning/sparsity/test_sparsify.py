@@ -13,7 +13,8 @@ from torch import nn
 
 from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
 from prunelight.callbacks import DLP
-from prunelight.models.families.layers import decoder_layers, layer_matrices, matrices
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import layer_matrices, matrices
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.apply import apply
 from prunelight.pruning.sparsity.masks import Pattern, magnitude_mask, wanda_mask

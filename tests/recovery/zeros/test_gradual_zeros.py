@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model, token_windows
 
-from prunelight.models.families.layers import matrices
+from prunelight.models.families.matrices import matrices
 from prunelight.pruning.sparsity.masks import Pattern, magnitude_mask, wanda_mask
 from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
 from prunelight.recovery.zeros.gradual_zeros import (

@@ -9,7 +9,7 @@ from tiny import tiny_model, token_windows
 from torch import nn
 from zeros import put_zeros
 
-from prunelight.models.families.layers import Matrix, matrices
+from prunelight.models.families.matrices import Matrix, matrices
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import Sparsify
 from prunelight.recovery.lora import LoRA, attach_lora, merge_lora

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from zeros import put_zeros
 
 import prunelight
-from prunelight.models.families.layers import matrices
+from prunelight.models.families.matrices import matrices
 from prunelight.models.sizes import zero_share
 from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from zeros import put_zeros
 
-from prunelight.models.families.layers import Matrix
+from prunelight.models.families.matrices import Matrix
 from prunelight.recovery.zeros.weight_masks import WeightMasks, ZeroRecord, pack_mask, unpack_mask
 
 

@@ -36,6 +36,8 @@ SHORTCUTS = ("attn_shortcut", "mlp_shortcut")
 class Shortcut(nn.Linear):
     """The residual from one basis to the next; bitsandbytes leaves this class in full precision."""
 
+    stays_dense = "carries the residual"
+
 
 class UnitNorm(nn.Module):
     """RMSNorm without weight that divides by the dense width, whatever the width of its input.

@@ -27,8 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import prunelight
 from prunelight.callbacks import DLP, ShortGPT, SliceGPT, SlidingLayerMerging, WidthPruning
-from prunelight.models.families.architectures import lora_targets
-from prunelight.models.families.layers import layer_matrices
+from prunelight.models.families.matrices import layer_matrices, lora_targets
 from prunelight.models.families.own_classes.sliced import MODELS, SHORTCUTS, Shortcut
 from prunelight.models.forward import greedy_tokens
 from prunelight.models.saving import verify

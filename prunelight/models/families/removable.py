@@ -1,0 +1,318 @@
+"""Which decoder layers of a model can be removed, known before any forward.
+
+A layer that is left moves down by the number of removed layers below it. It must be, at its new
+place, what the shorter model has there: `shorter_config.py` builds that model from its config on
+the meta device, and `outline.py` compares. Families differ: mostly any layers can go; in some a few
+layers must stay; where layers depend on their place, only sets that keep the pattern can go.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from prunelight.models.families.architectures import is_sliced
+from prunelight.models.families.layers import decoder_layers, layers_path
+from prunelight.models.families.outline import Outline, difference
+from prunelight.models.families.shorter_config import ShorterModels
+from prunelight.planning.layer_choice import lowest_scores, lowest_window, resolve_indices
+
+log = logging.getLogger(__name__)
+
+# Config fields by which layers compute with their index in their forward, where no outline sees it.
+INDEX_IN_FORWARD = ("scale_attn_by_inverse_layer_idx",)
+
+# An argument of a layer's forward with such a name is what the layer before it computed.
+CARRIED = "prev_"
+
+# Such an argument -> the attribute that says that a layer hands it on instead of computing it.
+# A layer that computes it does not read it. Without an entry every layer reads and computes it.
+HANDS_ON = {"prev_topk_indices": "self_attn.skip_topk"}
+
+
+@dataclass
+class RemovableLayers:
+    """Which decoder layers of a model can go.
+
+    Attributes:
+        name: model type, for errors.
+        models: outlines of shorter models.
+        sources: layer -> the earlier layer whose result it reads beside the hidden states.
+    """
+
+    name: str
+    models: ShorterModels
+    sources: dict[int, int] = field(default_factory=dict)
+    _faults: dict[tuple[int, ...], str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Return the number of decoder layers."""
+        return self.models.total
+
+    @cached_property
+    def fixed(self) -> dict[int, str]:
+        """Return the layers that cannot be removed alone, each with the reason."""
+        layers = range(self.total)
+        if self._all_can_go(layers):
+            return {}
+        alone = {layer: self.fault([layer]) for layer in layers}
+        return {layer: fault for layer, fault in alone.items() if fault}
+
+    @cached_property
+    def free(self) -> bool:
+        """Return whether all layers but the fixed ones can be removed in any combination.
+
+        Where most layers are fixed, the others can mostly go in one order alone.
+        """
+        others = [layer for layer in range(self.total) if layer not in self.fixed]
+        return 2 * len(others) > self.total and self._all_can_go(others)
+
+    def _all_can_go(self, layers: Sequence[int]) -> bool:
+        """Return whether every second layer, the others, and each half of these layers can go."""
+        half = len(layers) // 2
+        samples = (layers[::2], layers[1::2], layers[:half], layers[half:])
+        return not any(self.fault(sample) for sample in samples if len(sample) < self.total)
+
+    def fault(self, removed: Collection[int]) -> str:
+        """Return why these layers cannot be removed together; "" if they can."""
+        key = tuple(sorted(set(removed)))
+        if key not in self._faults:
+            self._faults[key] = self._fault(key) if key else ""
+        return self._faults[key]
+
+    def _fault(self, removed: tuple[int, ...]) -> str:
+        kept = [layer for layer in range(self.total) if layer not in removed]
+        if not kept:
+            return "no layer would be left"
+        for reader, source in self.sources.items():
+            if reader in kept and source in removed:
+                return f"layer {reader} reads what layer {source} computes beside its hidden states"
+        try:
+            differences = self.models.differences(kept)
+        except ValueError as error:
+            return str(error)
+        place = next((place for place, text in enumerate(differences) if text), None)
+        if place is None:
+            return self._rest_fault(kept)
+        return f"layer {kept[place]} would be layer {place}, where {differences[place]}"
+
+    def _rest_fault(self, kept: Sequence[int]) -> str:
+        try:
+            self.models.rest(kept)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def check(self, removed: Collection[int]) -> None:
+        """Check that these layers can be removed together.
+
+        Raises:
+            ValueError: if they cannot; says why, and which layers can.
+        """
+        if fault := self.fault(removed):
+            raise ValueError(
+                f"layers {sorted(removed)} of {self.name} cannot be removed: {fault}; "
+                f"{self.what_can_go()}"
+            )
+
+    def choose(
+        self, scores: Sequence[float], count: int, protected: Collection[int] = ()
+    ) -> list[int]:
+        """Return the layers of the lowest sum of scores among those that can be removed together.
+
+        Args:
+            scores: one a layer.
+            count: how many layers to remove.
+            protected: layers that must stay; negative ones count from the end.
+
+        Raises:
+            ValueError: if no such layers can be removed; says how many can go, and why not more.
+        """
+        chosen = lowest_scores(scores, count, protected)
+        if not self.fault(chosen):
+            return chosen
+        fits = self._fits(count)
+        chosen = self._lowest(scores, count, protected, fits)
+        if chosen and (fault := self.fault(chosen)):
+            # What the whole model needs, such as one attention, only the whole set shows.
+            stay = [{*protected, layer} for layer in chosen] + [{*protected, *self.fixed}]
+            others = [self._lowest(scores, count, more, fits) for more in stay]
+            if not resolve_indices(protected, self.total) & {*self._last(count)}:
+                others.append(self._last(count))
+            valid = [other for other in others if other and not self.fault(other)]
+            chosen = min(valid, key=lambda c: sum(scores[i] for i in c), default=[])
+            log.info("%s", fault)
+        if not chosen:
+            stay = sorted(resolve_indices(protected, self.total))
+            raise ValueError(
+                f"{count} layers of {self.name} cannot be removed (protected={stay}): "
+                f"{self.what_can_go(protected)}"
+            )
+        return chosen
+
+    def _last(self, count: int) -> list[int]:
+        """Return the last layers, which go most easily: no layer moves."""
+        return [*range(self.total - count, self.total)]
+
+    def _lowest(
+        self,
+        scores: Sequence[float],
+        count: int,
+        protected: Collection[int],
+        fits: Sequence[Sequence[bool]],
+    ) -> list[int]:
+        try:
+            return lowest_scores(scores, count, protected, fits)
+        except ValueError:
+            return []
+
+    def choose_window(
+        self, scores: Sequence[float], size: int, protected: Collection[int] = ()
+    ) -> list[int]:
+        """Return the layers of the contiguous window with the lowest score among those that can go.
+
+        Args:
+            scores: score of the window that starts at layer i, for i = 0 .. total - size.
+            size: how many layers to remove.
+            protected: layers that must stay; negative ones count from the end.
+
+        Raises:
+            ValueError: if no such window can be removed; says how many layers can go.
+        """
+        chosen = lowest_window(scores, size, protected)
+        if not self.fault(chosen):
+            return chosen
+        allowed = [
+            math.inf if self.fault(range(start, start + size)) else score
+            for start, score in enumerate(scores)
+        ]
+        chosen = lowest_window(allowed, size, protected)
+        if self.fault(chosen):
+            raise ValueError(
+                f"no window of {size} neighbouring layers of {self.name} can be removed: "
+                f"{self.what_can_go(protected)}"
+            )
+        return chosen
+
+    def can_go(self, removed: Collection[int], count: int, protected: Collection[int]) -> bool:
+        """Return whether `count` layers can go with these among them."""
+        if self.free:
+            return not set(removed) & set(self.fixed)
+        scores = [-1.0 * (layer in removed) for layer in range(self.total)]
+        try:
+            return set(removed) <= set(self.choose(scores, count, protected))
+        except ValueError:
+            return False
+
+    def _fits(self, count: int) -> list[list[bool]]:
+        """Return whether layer i can stand k places lower, for k up to `count`: [i][k]."""
+        known: dict[int, list[list[bool]]] = self.__dict__.setdefault("_known_fits", {})
+        if count not in known:
+            known[count] = self._compared(count)
+        return known[count]
+
+    def _compared(self, count: int) -> list[list[bool]]:
+        fits = [[False] * (count + 1) for _ in range(self.total)]
+        left = self.total - count
+        for shift in range(count + 1):
+            kept = range(shift, shift + left)
+            shorter: Outline | None
+            try:
+                shorter = self.models.outline(kept)
+            except ValueError:
+                shorter = None
+            for place, layer in enumerate(kept):
+                fits[layer][shift] = shorter is not None and not difference(
+                    self.models.dense, layer, shorter, place, kept
+                )
+        return fits
+
+    def what_can_go(self, protected: Collection[int] = ()) -> str:
+        """Return in one line how many layers can be removed, which must stay, and why."""
+        stay = {*self.fixed, *resolve_indices(protected, self.total)}
+        if self.free:
+            most = self.total - len(stay) - (not stay)
+            but = f", all but {sorted(stay)}" if stay else ""
+            return f"{most} of {self.total} layers can go{but}{self._reasons()}"
+        zeros = [0.0] * self.total
+        counts = range(self.total - 1, 0, -1)
+        most = next((n for n in counts if self._valid(zeros, n, protected)), 0)
+        if most == 0:
+            return f"none of its layers can go{self._reasons()}"
+        return f"its layers depend on their place: at most {most} can go, for instance " + (
+            f"{self._valid(zeros, most, protected)}{self._reasons()}"
+        )
+
+    def _valid(self, scores: Sequence[float], count: int, protected: Collection[int]) -> list[int]:
+        chosen = self._lowest(scores, count, protected, self._fits(count))
+        return [] if chosen and self.fault(chosen) else chosen
+
+    def _reasons(self) -> str:
+        """Return why layers must stay: those of one reason together, the first two reasons."""
+        if not self.fixed:
+            return ""
+        layer, reason = next(iter(self.fixed.items()))
+        more = f" ({len(self.fixed)} layers cannot go alone)" if len(self.fixed) > 1 else ""
+        return f"; without layer {layer}, {reason}{more}"
+
+
+def removable_layers(model: PreTrainedModel) -> RemovableLayers:
+    """Return which decoder layers of a model can be removed; no forward, no copy of its weights.
+
+    Raises:
+        ValueError: if none can: the model is sliced, or its layers compute with their index.
+        TypeError: if the decoder layers cannot be found.
+    """
+    name = model.config.model_type
+    if is_sliced(model):
+        raise ValueError(
+            "this model is sliced: each decoder layer hands on a width and a basis of its own; "
+            "remove or merge layers first, then slice"
+        )
+    for config_field in INDEX_IN_FORWARD:
+        if getattr(model.config, config_field, None):
+            raise ValueError(
+                f"{config_field}={getattr(model.config, config_field)} of {name} makes layers "
+                "depend on their index; removing layers would change the others"
+            )
+    if any(next(_arguments(layer)).startswith(CARRIED) for layer in decoder_layers(model)):
+        raise TypeError(
+            f"the decoder layers of {name} hand on two streams of hidden states; layers are scored "
+            "and removed only where they hand on one"
+        )
+    return RemovableLayers(name, ShorterModels(model, layers_path(model)), _sources(model))
+
+
+def _sources(model: PreTrainedModel) -> dict[int, int]:
+    """Return which layer reads what an earlier one computes beside the hidden states."""
+    sources: dict[int, int] = {}
+    source = 0
+    for index, layer in enumerate(decoder_layers(model)):
+        names = [name for name in _arguments(layer) if name.startswith(CARRIED)]
+        if not names:
+            continue
+        computes = all(_computes(layer, HANDS_ON.get(name)) for name in names)
+        if index and not (computes and all(name in HANDS_ON for name in names)):
+            sources[index] = source
+        source = index if computes else source
+    return sources
+
+
+def _arguments(layer: nn.Module) -> Iterator[str]:
+    return iter(inspect.signature(layer.forward).parameters)
+
+
+def _computes(layer: nn.Module, skips: str | None) -> bool:
+    """Return whether a layer computes what it hands on anew; "path.attribute" is True if not."""
+    if skips is None:
+        return True
+    path, _, attribute = skips.rpartition(".")
+    return not getattr(layer.get_submodule(path), attribute, False)

@@ -1,0 +1,73 @@
+"""All pairs of layers of each family: the rule allows those that really can go, and no other."""
+
+import copy
+import zlib
+from itertools import combinations
+
+import pytest
+from cells import CLOSE, HELD_OUT, dense_model
+from interchange import looks_the_same, with_weights_of
+from reference import decoder_list, difference, lists_that_run, logits, skip_by_hand
+from tiny_families import NOT_BUILT, family_names
+
+from prunelight.models.families.removable import removable_layers
+from prunelight.pruning.remove_layers import remove_layers
+
+# Refused although the pairs could go, for a reason beyond the weights.
+TWO_STREAMS = {"reformer"}  # its layers hand on two hidden states, which no score compares
+FAMILIES = [name for name in family_names() if name not in NOT_BUILT]
+
+
+def marked(family):
+    in_the_quarter = zlib.crc32(family.encode()) % 4 == 0
+    return pytest.param(family, marks=() if in_the_quarter else pytest.mark.slow)
+
+
+def one_list_runs(model, path):
+    count = len(model.get_submodule(path))
+    return sum(len(x) == count for x in lists_that_run(model, HELD_OUT).values()) == 1
+
+
+def shortened(model, removed):
+    """What transformers builds from the config and the weights that the package leaves."""
+    model = copy.deepcopy(model)
+    remove_layers(model, removed)
+    config = type(model.config).from_dict(model.config.to_dict())
+    rebuilt = type(model)(config).eval()
+    rebuilt.load_state_dict(model.state_dict())
+    return rebuilt
+
+
+def gap_to(expected, shorten, *arguments):
+    """How far a shorter model is from the expected logits; infinite if it cannot run at all."""
+    try:
+        return difference(logits(shorten(*arguments), HELD_OUT), expected)
+    except Exception:
+        return float("inf")
+
+
+@pytest.mark.parametrize("family", map(marked, FAMILIES))
+def test_the_rule_allows_the_pairs_that_can_go(family):
+    model = dense_model(family)
+    path, layers = decoder_list(model, HELD_OUT)
+    try:
+        rule = removable_layers(model)
+    except (TypeError, ValueError) as error:
+        rule, why = None, str(error)
+    wrongly_allowed, wrongly_refused = {}, {}
+    for pair in combinations(range(len(layers)), 2):
+        fault = why if rule is None else rule.fault(pair)
+        looks = looks_the_same(model, path, pair)
+        if fault and not looks:
+            continue
+        expected = logits(skip_by_hand(model, HELD_OUT, pair), HELD_OUT)
+        if not fault:
+            gap = gap_to(expected, shortened, model, pair)
+            if not gap <= CLOSE:
+                wrongly_allowed[pair] = gap
+        elif one_list_runs(model, path):
+            gap = gap_to(expected, with_weights_of, model, path, pair)
+            if gap <= CLOSE:
+                wrongly_refused[pair] = fault
+    assert wrongly_allowed == {}
+    assert wrongly_refused == {} or family in TWO_STREAMS
