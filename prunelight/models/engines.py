@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from prunelight.models.families.config_fields import LISTS_NOT_PER_LAYER, head_dim
+from prunelight.models.families.config_fields import head_dim
 from prunelight.models.families.own_classes.registration import PREFIX
+from prunelight.models.families.shorter_config import LISTS_NOT_PER_LAYER
 from prunelight.planning.layer_pattern import Pattern
 from prunelight.runtime.arguments import check_choice
 
@@ -349,7 +350,7 @@ def _lists_by_layer(config: PretrainedConfig, fields: Collection[str] | None = N
         name
         for name, value in config.to_dict().items()
         if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers
-        if name not in LISTS_NOT_PER_LAYER and (fields is None or name in fields)
+        if not LISTS_NOT_PER_LAYER.fullmatch(name) and (fields is None or name in fields)
     ]
 
 

@@ -22,7 +22,7 @@ from prunelight.models.engines import (
     loads_in,
     misreadings,
 )
-from prunelight.models.families.config_fields import cut_config
+from prunelight.models.families.shorter_config import cut_config
 from prunelight.planning.layer_pattern import lowest_keeping_pattern
 from prunelight.pruning.remove_layers import remove_layers
 
