@@ -8,6 +8,7 @@ the same fingerprint is reused: a resume never scores again. `prepare` makes the
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.run.checkpoints import base_fingerprints, read_measured, write_measured
 from prunelight.run.measurements import (
     add_cost,
+    add_engines,
     add_quantized,
     can_measure,
     describe_evaluation,
@@ -159,7 +161,9 @@ def _make_base(facts: Facts, base: Base) -> None:
     record = new_record(run.name, model, base.fingerprint, describe_evaluation(run))
     run.dense_fault = group.run_on_rank_zero(partial(generation_fault, model))
     _measure(facts, record, "dense", model)
+    dense = copy.deepcopy(model.config)
     model, plans = _prune(facts, record, model)
+    add_engines(record, dense, model.config)
     if not all(method.gradual for method in facts.methods):
         _measure(facts, record, "pruned", model)
     with measuring(model.device) as phase, explaining_write_errors(base.directory):
