@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from prunelight.models.families.config_fields import head_dim
 from prunelight.models.families.own_classes.registration import PREFIX
 from prunelight.models.families.shorter_config import LISTS_NOT_PER_LAYER
+from prunelight.models.transformers4 import transformers4_misreading, transformers4_refusal
 from prunelight.planning.layer_pattern import Pattern
 from prunelight.runtime.arguments import check_choice
 
@@ -202,7 +203,6 @@ _LITE = ByDepth((26, 27), _without_query_rank, "q_lora_rank=null (Lite)", REFUSE
 # Engine -> model_type -> in what the engine differs from transformers. Every family of an engine
 # that was tried is here, also with nothing.
 READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
-    "transformers 4.57": {},
     "vLLM": {
         "llama": (),
         "mistral": (),
@@ -266,7 +266,8 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
         "gpt2": (),
     },
 }
-ENGINES = tuple(READINGS)
+_TRANSFORMERS4 = "transformers 4.57"  # of which transformers4.py knows what it reads
+ENGINES = (_TRANSFORMERS4, *READINGS)
 
 
 def loads_in(model: PreTrainedModel | PretrainedConfig) -> dict[str, str]:
@@ -305,7 +306,8 @@ def check_engine(model: PreTrainedModel | PretrainedConfig, engine: str) -> None
 def fields_by_place(config: PretrainedConfig, engine: str | None = None) -> tuple[str, ...]:
     """Return the lists by layer that an engine, or any engine, derives from a layer's place."""
     engines = ENGINES if engine is None else (engine,)
-    readings = [x for name in engines for x in READINGS[name].get(config.model_type, ())]
+    by_engine = [READINGS.get(name, {}).get(config.model_type, ()) for name in engines]
+    readings = [reading for of_engine in by_engine for reading in of_engine]
     names = [name for x in readings if isinstance(x, ByPlace) for name in x.fields]
     return tuple(dict.fromkeys(names))
 
@@ -363,6 +365,8 @@ def _kind(columns: Sequence[Sequence[Any]], layer: int) -> tuple[Hashable, ...]:
 def _answer(config: PretrainedConfig, engine: str) -> str:
     if config.model_type.startswith(PREFIX):
         return NO + REFUSED + _OWN_CLASS[engine]
+    if engine == _TRANSFORMERS4:
+        return _answer_of_transformers4(config)
     readings = READINGS[engine].get(config.model_type)
     if readings is None:
         return NOT_TRIED
@@ -370,11 +374,19 @@ def _answer(config: PretrainedConfig, engine: str) -> str:
     return NO + "; ".join(faults) if faults else YES
 
 
+def _answer_of_transformers4(config: PretrainedConfig) -> str:
+    if refusal := transformers4_refusal(config):
+        return NO + REFUSED + refusal
+    misreading = transformers4_misreading(config)
+    return NO + WRONG + misreading if misreading else YES
+
+
+_REMOTE_CODE = "; save it with export_remote_code=True and load it with trust_remote_code=True"
 _OWN_CLASS = {
     engine: "the class is prunelight's own" + remedy
     for engine, remedy in {
-        "transformers 4.57": "; its code is written for transformers 5",
-        "vLLM": "; save it with export_remote_code=True and load it with trust_remote_code=True",
+        _TRANSFORMERS4: _REMOTE_CODE,
+        "vLLM": _REMOTE_CODE,
         "llama.cpp": "; remove or merge whole layers, prune widths alike in all layers, or zero "
         "weights instead",
         "CTranslate2": "; remove or merge whole layers or zero weights instead",
