@@ -123,10 +123,10 @@ def test_few_outlines_tell_that_all_layers_of_a_large_model_can_go(
     monkeypatch.setattr(shorter_config, "outline", counted)
     removable = removable_layers(model)
     removable.choose([float(i) for i in range(removable.total)], 8)
-    assert len(outlines) <= 6
+    assert len(outlines) <= 8
     assert removable.free
     assert removable.fixed == {}
-    assert len(outlines) <= 14
+    assert len(outlines) <= 16
 
 
 @pytest.mark.parametrize("seed", range(4))
