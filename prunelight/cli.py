@@ -1,7 +1,8 @@
 """The door of the command line: help and version at once; a verb imports what it needs.
 
-`prunelight fit | prune | validate | test | analyze --config FILE` and `prunelight families`. Help and version need the
-standard library alone. Every other command goes to `prunelight.lightning_cli`.
+`prunelight fit | prune | validate | test | analyze --config FILE`, and `prunelight families`.
+Help and version need the standard library alone. Verbs with a config go to
+`prunelight.lightning_cli`.
 """
 
 from __future__ import annotations
