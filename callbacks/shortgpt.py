@@ -56,6 +56,8 @@ class ShortGPT(PruningCallback):
             instead, "sublayer" ranks both together; ratio is then the share of these sublayers.
             Such a model needs prunelight to load. The first attention always stays: the cache
             counts tokens there.
+        export_remote_code: put the code of the class of a model without some sublayers beside it,
+            which then loads without prunelight under trust_remote_code.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -69,6 +71,7 @@ class ShortGPT(PruningCallback):
         ignore_first_tokens: int = 0,
         protected: list[int] | None = None,
         granularity: Literal["layer", "attention", "mlp", "sublayer"] = "layer",
+        export_remote_code: bool = False,
     ) -> None:
         check_depth_target(ratio, num_layers)
         check_choice("score", score, SCORES)
@@ -76,6 +79,11 @@ class ShortGPT(PruningCallback):
         if granularity != "layer" and score == "angular":
             raise ValueError(
                 f"score='angular' compares windows of whole layers, not granularity={granularity!r}"
+            )
+        if granularity == "layer" and export_remote_code:
+            raise ValueError(
+                "export_remote_code=True has no effect with granularity='layer', which leaves a "
+                "stock class; leave it out"
             )
         if ignore_first_tokens < 0:
             raise ValueError(f"ignore_first_tokens={ignore_first_tokens} must be at least 0")
@@ -87,6 +95,7 @@ class ShortGPT(PruningCallback):
         self.ratio, self.num_layers, self.score = ratio, num_layers, score
         self.ignore_first_tokens, self.granularity = ignore_first_tokens, granularity
         self.drops_sublayers = granularity != "layer"
+        self.export_remote_code = export_remote_code
         self.protected = list(protected or [])
 
     def check(self, model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.recovery.gradual_zeros import GradualZeros
+from prunelight.models.families.config_fields import check_reloadable
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import decoder_weights, dense_weights, matrices
 from prunelight.planning.plan import Plan
@@ -138,6 +139,7 @@ class WeightPruning(GradualZeros):
             ValueError: if the pattern does not divide a width; names the matrix.
             TypeError: if the weights are quantized or nothing can be sparsified.
         """
+        check_reloadable(model)
         names = matrices(model)
         if not names:
             raise TypeError(f"{model.config.model_type} has no linear layers in its decoder layers")
@@ -227,14 +229,16 @@ class WeightPruning(GradualZeros):
         scores: dict[str, float],
         share_of: dict[str, float],
         sizes: dict[str, int],
-    ) -> dict[str, list[float]]:
-        """Return the plan's scores: lists of one number a decoder layer.
+    ) -> dict[str, list[float | None]]:
+        """Return the plan's scores: lists of one number a decoder layer, None without matrices.
 
         With granularity "linear" each projection has a list of its own.
         """
-        lists: dict[str, list[float]] = {}
+        lists: dict[str, list[float | None]] = {}
         kind = str(ALLOCATIONS[self.allocation])
         for layer in layers if scores else []:
+            if not layer and self.granularity == "layer":
+                lists.setdefault(kind, []).append(None)
             for name in layer if self.granularity == "linear" else layer[:1]:
                 projection = name.removeprefix(f"{path}.").partition(".")[2]
                 suffix = f"_{projection}" if self.granularity == "linear" else ""

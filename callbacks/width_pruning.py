@@ -1,15 +1,21 @@
-"""Width pruning: fewer attention heads and MLP neurons, the same number in every layer.
+"""Width pruning: fewer attention heads and MLP neurons.
 
-The result is a stock model. SLM (arXiv:2502.19159) reports depth pruning followed by width pruning.
-Whole key-value groups are removed, with their query heads. Each layer keeps its own best groups and
-neurons. prunelight/scoring/width_scores.py defines the scores.
+With the same number in every layer the result is a stock model. SLM (arXiv:2502.19159) reports
+depth pruning followed by width pruning. Whole key-value groups are removed, with their query heads.
+Each layer keeps its own best groups and neurons. prunelight/scoring/width_scores.py defines the
+scores.
+
+How many a layer keeps can also follow from its scores (`allocation="global"`), as in FLAP
+(arXiv:2312.11983). FLAP compares scores across layers that are standardised within each layer.
+Here they are divided by their layer's sum: standardised scores of two groups are always the same.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Literal
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,40 +23,56 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
+from prunelight.models.families.architectures import is_sliced
+from prunelight.models.families.own_classes.layer_widths import LISTS
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import PruneWidth
 from prunelight.pruning.prune_width import check_width
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.runtime.arguments import check_choice
-from prunelight.scoring.width_scores import SCORES, allowed_groups, width_scores, widths_of
+from prunelight.scoring.width_scores import (
+    SCORES,
+    Widths,
+    allowed_groups,
+    width_scores,
+    widths_of,
+)
 
 log = logging.getLogger(__name__)
 
 FIELDS: dict[str, str] = {"heads": "num_key_value_heads", "neurons": "intermediate_size"}
 
+PER_LAYER = {field: name for name, field in LISTS.items()}  # the same for different widths
+
+ALLOCATIONS = ("uniform", "global")
+
 
 class WidthPruning(PruningCallback):
-    """Prune attention heads and MLP neurons to uniform widths.
+    """Prune attention heads and MLP neurons.
 
     Args:
         neuron_ratio: share of the MLP neurons to remove, in [0, 1); the number kept is rounded to
             the nearest multiple of `multiple`.
-        head_ratio: share of the key-value groups to remove, in [0, 1); the number kept is rounded
-            to the nearest one that the config class accepts.
+        head_ratio: share of the key-value groups to remove, in [0, 1); with uniform widths the
+            number kept is rounded to the nearest one that the config class accepts.
         intermediate_size: number of neurons to keep, instead of `neuron_ratio`.
         num_key_value_heads: number of key-value groups to keep, instead of `head_ratio`.
         score: "wanda", "fluctuation" (FLAP) or "taylor" (LLM-Pruner; needs gradients).
         multiple: what the number of neurons must be a multiple of, for fast kernels.
         correction: fit the output projections by least squares on the calibration windows, to
             give what they gave with all inputs.
+        allocation: "uniform" keeps equal numbers in all layers: a stock model. "global" keeps those
+            of all layers whose shares of their layer's score are highest; at least one group and
+            `multiple` neurons a layer. Ratios are then of all layers together, numbers are means.
+            Such a model needs prunelight to load.
+        export_remote_code: put the code of its class beside a result of allocation "global", which
+            then loads without prunelight under trust_remote_code.
 
     Raises:
-        ValueError: if an argument is out of its range, two arguments set the same width, or no
-            argument sets one.
+        ValueError: if an argument is out of its range or has no effect, two arguments set the same
+            width, or no argument sets one.
     """
-
-    follows_slicing = True
 
     def __init__(
         self,
@@ -61,6 +83,8 @@ class WidthPruning(PruningCallback):
         score: Literal["taylor", "wanda", "fluctuation"] = "wanda",
         multiple: int = 64,
         correction: bool = True,
+        allocation: Literal["uniform", "global"] = "uniform",
+        export_remote_code: bool = False,
     ) -> None:
         pairs = (
             ("neuron_ratio", neuron_ratio, "intermediate_size", intermediate_size),
@@ -76,6 +100,12 @@ class WidthPruning(PruningCallback):
         if all(x is None for x in (*pairs[0][1::2], *pairs[1][1::2])):
             raise ValueError("nothing to prune: give neuron_ratio, head_ratio, or what is left")
         check_choice("score", score, SCORES)
+        check_choice("allocation", allocation, ALLOCATIONS)
+        if export_remote_code and allocation == "uniform":
+            raise ValueError(
+                "export_remote_code=True has no effect with allocation='uniform', which leaves a "
+                "stock class; leave it out"
+            )
         if multiple < 1:
             raise ValueError(f"multiple={multiple} must be at least 1")
         if intermediate_size is not None and intermediate_size % multiple:
@@ -87,38 +117,58 @@ class WidthPruning(PruningCallback):
         self.neuron_ratio, self.head_ratio = neuron_ratio, head_ratio
         self.intermediate_size, self.num_key_value_heads = intermediate_size, num_key_value_heads
         self.score, self.multiple, self.correction = score, multiple, correction
+        self.allocation, self.export_remote_code = allocation, export_remote_code
+        self.follows_slicing = allocation == "uniform"
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError or TypeError if the model cannot take the widths asked for."""
-        layers = [str(i) for i in range(model.config.num_hidden_layers)]
-        counts, before = self._targets(model), widths_of(model).fields
-        kept = {kind: dict.fromkeys(layers, (*range(n),)) for kind, n in counts.items()}
+        before, counts = widths_of(model), self._counts(model)
+        if self.allocation == "global" and is_sliced(model):
+            raise TypeError(
+                "this model is sliced: its layers cannot have different widths; set "
+                "allocation='uniform'"
+            )
+        kept = {
+            kind: {str(i): tuple(range(count)) for i, count in enumerate(numbers)}
+            for kind, numbers in counts.items()
+        }
         check_width(model, PruneWidth(kept.get("heads", {}), kept.get("neurons", {})))
         for kind, name in (("heads", "head_ratio"), ("neurons", "neuron_ratio")):
-            if getattr(self, name) and counts[kind] == before[FIELDS[kind]]:
-                log.warning("%s=%s removes none of %d", name, getattr(self, name), counts[kind])
+            if getattr(self, name) and counts[kind] == (numbers := _numbers(before, kind)):
+                log.warning("%s=%s removes none of %d", name, getattr(self, name), max(numbers))
 
     def widths(self, model: PreTrainedModel) -> dict[str, int]:
-        """Return how many inputs the output projections of attention and MLP keep."""
-        before = widths_of(model)
+        """Return how many inputs the output projections keep, or a divisor of their number."""
+        before, counts = widths_of(model)[0], self._counts(model)
+        head = before.heads * before.head_dim
+        if self.allocation == "global":
+            divisors = {"neurons": ("multiple", self.multiple), "heads": ("width of a group", head)}
+            return dict(divisors[kind] for kind in counts)
         inputs = {
             "neurons": ("intermediate_size", 1),
-            "heads": ("num_attention_heads * head_dim", before.heads * before.head_dim),
+            "heads": ("num_attention_heads * head_dim", head),
         }
-        return {inputs[k][0]: count * inputs[k][1] for k, count in self._targets(model).items()}
+        return {inputs[kind][0]: numbers[0] * inputs[kind][1] for kind, numbers in counts.items()}
 
     def check_run(self, run: Run, methods: Sequence[PruningMethod]) -> None:
-        """Raise ValueError if an earlier method drops sublayers."""
+        """Raise ValueError if a method beside this one leaves a model that it cannot prune."""
         for other in methods[: methods.index(self)]:
             if other.drops_sublayers:
                 raise ValueError(
                     f"{type(other).__name__} drops sublayers before WidthPruning; put "
                     "WidthPruning before it"
                 )
+        for other in methods if self.allocation == "global" else ():
+            if other.drops_sublayers or other.slices:
+                does = "drops sublayers" if other.drops_sublayers else "slices hidden states"
+                raise ValueError(
+                    f"{type(other).__name__} {does}, and no class describes such a model with "
+                    "layers of different widths; set allocation='uniform'"
+                )
 
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
-        """Choose the groups and neurons that every layer keeps; the model is unchanged.
+        """Choose the groups and neurons that each layer keeps; the model is unchanged.
 
         Raises:
             ValueError: if the arguments or the windows do not fit the model, or activations or
@@ -127,42 +177,118 @@ class WidthPruning(PruningCallback):
         """
         self.check(model)
         check_windows(model, windows)
-        counts, before = self._targets(model), widths_of(model).fields
+        before = widths_of(model)
+        scores = width_scores(model, windows, self.score, [*self._means(before)])
         kept: dict[str, dict[str, tuple[int, ...]]] = {}
         kept_shares: dict[str, list[float]] = {}
-        widths: dict[str, int] = {}
-        for kind, scores in width_scores(model, windows, self.score, [*counts]).items():
-            kept[kind], kept_shares[f"share_of_{kind}_score_kept"] = _best(scores, counts[kind])
-            field = FIELDS[kind]
-            widths |= {field: counts[kind], f"{field}_before": before[field]}
+        found: dict[str, Any] = {}
+        for kind, counts in self._counts(model, scores).items():
+            kept[kind], kept_shares[f"share_of_{kind}_score_kept"] = _best(scores[kind], counts)
+            field, uniform = FIELDS[kind], self.allocation == "uniform"
+            found |= {field: counts[0]} if uniform else {PER_LAYER[field]: counts}
+            found[f"{field}_before"] = max(_numbers(before, kind))
         step = PruneWidth(kept.get("heads", {}), kept.get("neurons", {}), self.correction)
-        return self.make_plan(model, windows, step, scores=kept_shares, found=widths)
+        return self.make_plan(model, windows, step, scores=kept_shares, found=found)
 
-    def _targets(self, model: PreTrainedModel) -> dict[str, int]:
-        """Return how many groups ("heads") and neurons each layer keeps, of the kinds to prune."""
-        widths, counts = widths_of(model), dict[str, int]()
-        if self.num_key_value_heads is not None:
-            counts["heads"] = self.num_key_value_heads
-        if self.head_ratio is not None:
-            groups = widths.groups * (1 - self.head_ratio)
-            counts["heads"] = min(allowed_groups(model), key=lambda count: abs(count - groups))
-        if self.intermediate_size is not None:
-            counts["neurons"] = self.intermediate_size
-        if self.neuron_ratio is not None:
-            most = max(1, widths.neurons // self.multiple)
-            neurons = widths.neurons * (1 - self.neuron_ratio)
-            counts["neurons"] = min(max(1, round(neurons / self.multiple)), most) * self.multiple
-        if counts.get("neurons", 0) > widths.neurons:
-            raise ValueError(
-                f"intermediate_size={counts['neurons']} must be at most the model's "
-                f"{widths.neurons}; lower it, or multiple={self.multiple}"
-            )
+    def _means(self, before: Sequence[Widths]) -> dict[str, float]:
+        """Return how many groups ("heads") and neurons a mean layer keeps, of those to prune."""
+        given = {
+            "heads": (self.num_key_value_heads, self.head_ratio),
+            "neurons": (self.intermediate_size, self.neuron_ratio),
+        }
+        means: dict[str, float] = {}
+        for kind, (number, ratio) in given.items():
+            if number is not None:
+                means[kind] = number
+            elif ratio is not None:
+                means[kind] = sum(_numbers(before, kind)) / len(before) * (1 - ratio)
+        return means
+
+    def _counts(
+        self, model: PreTrainedModel, scores: Mapping[str, Sequence[Tensor]] | None = None
+    ) -> dict[str, list[int]]:
+        """Return how many groups and neurons each layer keeps, of the kinds to prune.
+
+        Args:
+            model: before it is pruned.
+            scores: of each layer, by kind; without them "global" gives one answer of many.
+
+        Raises:
+            ValueError: if the layers do not have so many.
+        """
+        before, counts = widths_of(model), dict[str, list[int]]()
+        for kind, mean in self._means(before).items():
+            numbers, block = _numbers(before, kind), self.multiple if kind == "neurons" else 1
+            allowed = allowed_groups(model) if kind == "heads" else []
+            self._check_number(kind, numbers, block)
+            most = [max(1, number // block) for number in numbers]  # whole blocks of each layer
+            if self.allocation == "global":
+                layers = [torch.ones(number) for number in most]
+                if scores is not None:
+                    layers = [_shares(*x, block) for x in zip(scores[kind], most, strict=True)]
+                total = round(mean * len(most) / block)
+                blocks = _spread(layers, min(max(len(most), total), sum(most)), allowed)
+            elif getattr(self, FIELDS[kind]) is not None:
+                blocks = [round(mean / block)] * len(most)
+            elif kind == "heads":
+                blocks = [min(allowed, key=lambda count: abs(count - mean))] * len(most)
+            else:
+                blocks = [min(max(1, round(mean / block)), *most)] * len(most)
+            counts[kind] = [number * block for number in blocks]
         return counts
 
+    def _check_number(self, kind: str, numbers: Sequence[int], block: int) -> None:
+        """Raise ValueError if the layers have less than is to be kept."""
+        if kind == "heads" and self.allocation == "uniform":
+            return  # check_width says which numbers the config class accepts
+        asked = getattr(self, FIELDS[kind])
+        limit = min(numbers) if self.allocation == "uniform" else sum(numbers) // len(numbers)
+        if (asked or 0) > limit or block > min(numbers):
+            remedy = f"lower it, or multiple={block}" if kind == "neurons" else "lower it"
+            raise ValueError(
+                f"{FIELDS[kind]}={asked or block} must be at most the model's {limit}; {remedy}"
+            )
 
-def _best(scores: list[Tensor], count: int) -> tuple[dict[str, tuple[int, ...]], list[float]]:
-    """Return the `count` highest scores' indices of each layer, and their share of its scores."""
-    kept = [torch.topk(score, count).indices.sort().values for score in scores]
+
+def _numbers(layers: Sequence[Widths], kind: str) -> list[int]:
+    """Return how many groups ("heads") or neurons each layer has."""
+    return [widths.groups if kind == "heads" else widths.neurons for widths in layers]
+
+
+def _shares(score: Tensor, most: int, block: int) -> Tensor:
+    """Return the share of a layer's score in each of its blocks, of the best ones first.
+
+    Args:
+        score: of each group or neuron of the layer.
+        most: number of whole blocks.
+        block: groups or neurons in a block.
+    """
+    best = score.double().sort(descending=True).values[: most * block]
+    return best.view(most, block).sum(1) / score.double().sum().clamp(min=1e-30)
+
+
+def _spread(layers: Sequence[Tensor], total: int, allowed: Collection[int]) -> list[int]:
+    """Return how many blocks each layer keeps: its best one, then the best of all layers.
+
+    Args:
+        layers: shares of each layer's blocks, in descending order.
+        total: number of blocks in all layers; at least one a layer.
+        allowed: numbers that all layers can have, if no other; empty allows any. A forbidden one
+            becomes different numbers, of one block less in all.
+    """
+    rest = [(x, -layer) for layer, shares in enumerate(layers) for x in shares[1:].tolist()]
+    chosen = Counter(-layer for _, layer in sorted(rest, reverse=True)[: total - len(layers)])
+    counts = [1 + chosen[layer] for layer in range(len(layers))]
+    if allowed and len(set(counts)) == 1 and counts[0] not in allowed and total > len(layers):
+        return _spread(layers, total - 1, allowed)
+    return counts
+
+
+def _best(
+    scores: Sequence[Tensor], counts: Sequence[int]
+) -> tuple[dict[str, tuple[int, ...]], list[float]]:
+    """Return the indices of each layer's highest scores, and their share of its scores."""
+    kept = [torch.topk(s, n).indices.sort().values for s, n in zip(scores, counts, strict=True)]
     shares = [
         (score[k].sum() / score.sum().clamp(min=1e-30)).item()
         for score, k in zip(scores, kept, strict=True)

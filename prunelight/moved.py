@@ -53,9 +53,9 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "architecture": {
         "models.families.architectures": (
-            "ARCHITECTURES Architecture REGISTERED_PREFIX Sublayers architecture_of is_sliced "
-            "sublayers_of"
+            "ARCHITECTURES Architecture Sublayers architecture_of is_sliced sublayers_of"
         ),
+        "models.families.own_classes.dropped_sublayers": "REGISTERED_PREFIX=PREFIX",
         "models.families.layers": "decoder_layers first_tensor layers_path",
         "models.families.matrices": "Matrix layer_matrices lora_targets matrices",
         "models.families.config_fields": (
@@ -291,7 +291,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "sliced": {
         "models.families.own_classes.sliced": (
-            "FAMILIES LAYERS MODELS PREFIX SHORTCUTS Shortcut SlicedGemmaLayer SlicedLayer "
+            "FAMILIES LAYERS MODELS=CLASSES PREFIX SHORTCUTS Shortcut SlicedGemmaLayer SlicedLayer "
             "SlicedModel SlicedOPTLayer SlicedPhi3Layer UnitNorm embeddings_of family_of "
             "last_norm norm_eps resize stack_of strip_last_norm strip_norms "
             + _generated("Sliced", _SLICED, "Config DecoderLayer ForCausalLM")

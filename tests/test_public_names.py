@@ -10,11 +10,12 @@ from typing import get_args, get_type_hints
 
 import pytest
 from tiny import tiny_model, token_windows
+from transformers import conversion_mapping
 from transformers.models.auto import configuration_auto
 
 import prunelight
 import prunelight.callbacks
-from prunelight.callbacks import SliceGPT
+from prunelight.callbacks import SliceGPT, WidthPruning
 from prunelight.models.families.own_classes.registration import (
     CLASS_MODULES,
     REGISTERED,
@@ -115,7 +116,7 @@ LOAD = """
 import pickle, sys, threading
 {first}
 {second}
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 configs = []
 def ask():
@@ -123,12 +124,14 @@ def ask():
 threads = [threading.Thread(target=ask) for _ in range(4)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-assert configs == ["PrunelightLlamaConfig"] * 4, configs
+assert configs == ["LayerWidthsLlamaConfig"] * 4, configs
 for directory in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert directory.endswith(type(model).__name__)
     assert type(pickle.loads(pickle.dumps(model.config))) is type(model.config)
     assert type(AutoModelForCausalLM.from_config(model.config)) is type(model)
+    headless = type(AutoModel.from_pretrained(directory)).__name__
+    assert headless.removesuffix("Model") + "ForCausalLM" == type(model).__name__
 for table in (CONFIG_MAPPING, pickle.loads(pickle.dumps(CONFIG_MAPPING))):
     assert "prunelight_nothing" not in table and "llama" in table and "prunelight_llama" in table
 print(*[name for name in ("lightning", "peft", "matplotlib") if name in sys.modules])
@@ -143,6 +146,9 @@ def directories(tmp_path_factory):
     model = tiny_model("llama")
     plan = SliceGPT(slice_ratio=0.25, round_to=4).plan(model, windows)
     prunelight.apply(model, plan, windows).save_pretrained(root / "SlicedLlamaForCausalLM")
+    model = tiny_model("llama")
+    plan = WidthPruning(0.3, multiple=8, allocation="global").plan(model, windows)
+    prunelight.apply(model, plan, windows).save_pretrained(root / "LayerWidthsLlamaForCausalLM")
     dropped = drop_sublayers(tiny_model("llama"), [4], [2])
     dropped.save_pretrained(root / "PrunelightLlamaForCausalLM")
     return sorted(root.iterdir())
@@ -173,9 +179,13 @@ def test_the_private_names_of_transformers_exist():
     assert configuration_auto.__name__ == TABLE_MODULE
     table = getattr(configuration_auto, TABLE)
     assert isinstance(getattr(table, REGISTERED), dict)
-    for module in CLASS_MODULES:
+    assert conversion_mapping.get_checkpoint_conversion_mapping("mixtral")
+    assert callable(conversion_mapping.register_checkpoint_conversion_mapping)
+    for module in CLASS_MODULES.values():
         importlib.import_module(module)
-    assert {"prunelight_llama", "prunelight_sliced_llama"} < set(getattr(table, REGISTERED))
+    expected = {f"{prefix}llama" for prefix in CLASS_MODULES}
+    assert len(expected) == 3
+    assert expected < set(getattr(table, REGISTERED))
 
 
 def test_an_unknown_model_type_is_transformers_own_error():

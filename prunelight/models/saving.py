@@ -21,9 +21,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.config_fields import maximum_length, vocabulary_size
-from prunelight.models.families.own_classes import sliced
+from prunelight.models.families.own_classes.registration import code_file
 from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.forward import evaluating, greedy_tokens
 from prunelight.models.loading import quiet_transformers
@@ -72,8 +71,8 @@ def save(
         plan: written as plan.json.
         extra_files: file name -> text, written beside the weights.
         trust_remote_code: let the verification run code that came with the model.
-        export_remote_code: write the code of a sliced model beside it. The directory then loads
-            without prunelight under trust_remote_code. Later saves of the model write the code too.
+        export_remote_code: write the code of a class of ours beside the model. The directory then
+            loads without prunelight under trust_remote_code. Later saves of the model write it too.
 
     Raises:
         FileExistsError: if the directory exists and was not written by prunelight.
@@ -82,7 +81,8 @@ def save(
     """
     directory = Path(directory).expanduser()
     check_replaceable(directory)
-    if export_remote_code:
+    code = code_file(model.config.model_type)
+    if export_remote_code or (code is not None and getattr(model.config, "auto_map", None)):
         name_remote_code(model)
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -92,8 +92,8 @@ def save(
         with quiet_transformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        if is_sliced(model) and getattr(model.config, "auto_map", None):
-            shutil.copyfile(sliced.__file__, temporary / Path(sliced.__file__).name)
+        if code is not None and getattr(model.config, "auto_map", None):
+            shutil.copyfile(code, temporary / code.name)
         for name, text in (extra_files or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
         if plan is not None:
@@ -114,16 +114,19 @@ def name_remote_code(model: PreTrainedModel) -> None:
     """Name, in the model's config, the code that `save` writes beside the model; in place.
 
     Raises:
-        TypeError: if the model is not sliced: only a sliced model has its code in one file.
+        TypeError: if the model is of a class of transformers.
     """
-    if not is_sliced(model):
+    config, file, name = model.config, code_file(model.config.model_type), type(model).__name__
+    if file is None:
         raise TypeError(
-            f"export_remote_code=True: {type(model).__name__} is no sliced model, there is no code "
-            "of its own to export; leave export_remote_code out"
+            f"export_remote_code=True: {name} is a class of transformers, there is "
+            "no code of its own to export; leave export_remote_code out"
         )
-    file, config = Path(sliced.__file__).stem, model.config
-    classes = {"AutoConfig": type(config), "AutoModelForCausalLM": type(model)}
-    config.auto_map = {auto: f"{file}.{cls.__name__}" for auto, cls in classes.items()}
+    config.auto_map = {
+        "AutoConfig": f"{file.stem}.{type(config).__name__}",
+        "AutoModel": f"{file.stem}.{name.removesuffix('ForCausalLM')}Model",
+        "AutoModelForCausalLM": f"{file.stem}.{name}",
+    }
 
 
 def check_replaceable(directory: Path) -> None:

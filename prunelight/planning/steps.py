@@ -249,7 +249,9 @@ class DropSublayers(Step):
 
 @dataclass(frozen=True)
 class PruneWidth(Step):
-    """Keep some attention heads and MLP neurons of each decoder layer, as many in all of them.
+    """Keep some attention heads and MLP neurons of each decoder layer.
+
+    Where all layers keep equal numbers, the result is a stock model; else one of a class of ours.
 
     Attributes:
         heads: layer, as text -> key-value groups that are kept; empty leaves attention as it is.
@@ -267,6 +269,12 @@ class PruneWidth(Step):
     def named(self) -> tuple[int, ...]:
         """Return the layers that the step names."""
         return tuple(sorted({int(layer) for layer in (*self.heads, *self.neurons)}))
+
+    @property
+    def leaves_own_class(self) -> bool:
+        """Return whether layers keep different numbers, which no stock config describes."""
+        kinds = (self.heads, self.neurons)
+        return any(len(set(map(len, kept.values()))) > 1 for kept in kinds)
 
     def __post_init__(self) -> None:
         for name in ("heads", "neurons"):
@@ -290,12 +298,15 @@ class PruneWidth(Step):
         ):
             if kept:
                 before = plan.found.get(f"{config_field}_before", "all")
-                count = len(next(iter(kept.values())))
+                counts = [len(indices) for indices in kept.values()]
+                count = f"{min(counts)}"
+                if max(counts) > min(counts):
+                    count += f" to {max(counts)} (mean {_mean(counts):.1f})"
                 ratios.append(f"{count} of {before} {text} kept in every layer")
         return ratios
 
     def check(self, num_layers: int) -> None:
-        """Raise ValueError if layers keep different numbers, or none.
+        """Raise ValueError if a layer keeps none, or a layer does not exist.
 
         `prune_width.check_width` checks the rest.
         """
@@ -303,11 +314,9 @@ class PruneWidth(Step):
             raise ValueError("heads and neurons are both empty; name what is kept of one of them")
         for name, kept in (("heads", self.heads), ("neurons", self.neurons)):
             _check_indices(name, [int(key) for key in kept], num_layers)
-            counts = sorted({len(set(indices)) for indices in kept.values()})
-            if len(counts) > 1 or counts == [0]:
+            if empty := [layer for layer, indices in kept.items() if not indices]:
                 raise ValueError(
-                    f"{name} keeps {counts} in different layers; all must keep the same number, "
-                    "at least 1, or no stock config describes the model"
+                    f"{name} keeps none in layers {', '.join(empty)}; each layer must keep one"
                 )
 
 

@@ -12,28 +12,38 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.models.families.architectures import REGISTERED_PREFIX, is_sliced, sublayers_of
+from prunelight.models.families.architectures import is_sliced, sublayers_of
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import (
     CLASSES,
+    NAMES,
     SUBLAYERS,
     dropped,
     take_out,
 )
-from prunelight.planning.steps import DropSublayers
+from prunelight.models.families.own_classes.layer_widths import PREFIX as WIDTHS_PREFIX
+from prunelight.models.families.own_classes.registration import family_of
+from prunelight.planning.steps import DropSublayers, PruneWidth
 from prunelight.pruning.step_kind import StepContext, StepKind
+
+_DIFFERENT_WIDTHS = (
+    "no class describes layers of different widths, some without attention or MLP; keep equal "
+    "numbers of heads and neurons (allocation='uniform'), then drop"
+)
 
 
 def check_droppable(model: PreTrainedModel) -> None:
     """Check that sublayers of the model can be dropped.
 
     Raises:
-        TypeError: if the family has no registered class, the model is sliced, or weights are
-            quantized.
+        TypeError: if the family has no registered class, the model is sliced, its layers have
+            different widths, or weights are quantized.
     """
     if is_sliced(model):
         raise TypeError("this model is sliced: its sublayers cannot be dropped; drop, or slice")
+    if model.config.model_type.startswith(WIDTHS_PREFIX):
+        raise TypeError(_DIFFERENT_WIDTHS)
     if not sublayers_of(model).droppable:
         raise TypeError(
             f"{model.config.model_type} has norms after its sublayers, which cannot be dropped "
@@ -99,7 +109,10 @@ def drop_sublayers(
     for name, layers in zip(SUBLAYERS, (attention, mlp), strict=True):
         without = dropped(model, name) | set(layers)
         setattr(config, f"drop_{name}", [i in without for i in range(config.num_hidden_layers)])
-    registered: Any = CLASSES[config.model_type.removeprefix(REGISTERED_PREFIX)]
+    registered: Any = CLASSES[family_of(config.model_type)]
+    sublayers = sublayers_of(model)
+    names = {name: getattr(sublayers, name) for name in NAMES}
+    config.sublayer_names = None if names == NAMES else names
     config.__class__ = registered.config_class
     config.model_type = registered.config_class.model_type
     config.architectures = [registered.__name__]
@@ -109,6 +122,8 @@ def drop_sublayers(
 
 
 def _check(model: PreTrainedModel, step: DropSublayers, context: StepContext) -> None:
+    if any(isinstance(other, PruneWidth) and other.leaves_own_class for other in context.earlier):
+        raise TypeError(_DIFFERENT_WIDTHS)
     check_droppable(model)
 
 

@@ -1,15 +1,16 @@
-"""Prunes attention heads (whole key-value groups) and MLP neurons, as many in all layers.
+"""Prunes attention heads (whole key-value groups) and MLP neurons of decoder layers.
 
-The result is a stock model of smaller `num_key_value_heads` and `intermediate_size`. FLAP
-(arXiv:2312.11983) makes up for the inputs that are gone by a bias, which stock models lack. Here
-the output projection is fitted anew.
+Where all layers keep equal numbers, the result is a stock model of smaller `num_key_value_heads`
+and `intermediate_size`. Else it is one of the family's registered class, see
+models/families/own_classes/layer_widths.py. FLAP (arXiv:2312.11983) makes up for the inputs that
+are gone by a bias, which stock models lack. Here the output projection is fitted anew.
 """
 
 # O out_features, I in_features
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +22,16 @@ from prunelight.calibration.input_statistics import InputStatistics
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Hessian
 from prunelight.calibration.windows import Windows
-from prunelight.models.families.architectures import sublayers_of
+from prunelight.models.families.architectures import is_sliced, sublayers_of
+from prunelight.models.families.config_fields import config_accepts
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.own_classes.layer_widths import (
+    CLASSES,
+    LISTS,
+    LayerConfig,
+    share_config,
+)
+from prunelight.models.families.own_classes.registration import family_of
 from prunelight.planning.steps import DropSublayers, PruneWidth, renumber
 from prunelight.pruning.step_kind import StepContext, StepKind
 from prunelight.runtime.devices import float64_device
@@ -47,9 +56,9 @@ def check_width(
 
     Raises:
         ValueError: if an index does not exist, a layer that is left is not named, the config class
-            does not accept the number of heads, or windows are missing.
-        TypeError: if attention and MLP of the family are not known, weights are quantized, or
-            neurons of experts are asked for.
+            does not accept a number of heads that all layers have, or windows are missing.
+        TypeError: if attention and MLP of the family are not known, weights are quantized, neurons
+            of experts are asked for, or the layers of a sliced model keep different numbers.
     """
     widths = widths_of(model)
     if step.correction and windows is None:
@@ -58,23 +67,28 @@ def check_width(
         raise TypeError(
             f"{model.config.model_type} has experts, whose neurons cannot be pruned; prune heads"
         )
-    projection_parts(model, 0, widths)  # refuses quantized weights
-    if step.heads:
+    projection_parts(model, 0, widths[0])  # refuses quantized weights
+    if is_sliced(model) and step.leaves_own_class:
+        raise TypeError(
+            "this model is sliced: all its layers must keep the same number of heads and of "
+            "neurons; keep equal numbers, or prune the dense model and do not slice it"
+        )
+    if step.heads and len(set(map(len, step.heads.values()))) == 1:
         count, allowed = len(next(iter(step.heads.values()))), allowed_groups(model)
         if count not in allowed:
+            fewest = min(widths, key=lambda of_layer: of_layer.groups)
             raise ValueError(
-                f"num_key_value_heads={count} cannot be kept of the {widths.groups} groups of "
-                f"{widths.heads} query heads: {type(model.config).__name__} accepts {allowed}"
+                f"num_key_value_heads={count} cannot be kept of the {fewest.groups} groups of "
+                f"{fewest.heads} query heads: {type(model.config).__name__} accepts {allowed}"
             )
     left = {str(i) for i in range(model.config.num_hidden_layers) if i not in removed}
-    for kind, kept, total in (
-        ("heads", step.heads, widths.groups),
-        ("neurons", step.neurons, widths.neurons),
-    ):
+    for kind, kept in (("heads", step.heads), ("neurons", step.neurons)):
         if kept and set(kept) != left:
             differing = sorted(set(kept) ^ left, key=int)
             raise ValueError(f"{kind} must name each layer that is left; see layers {differing}")
         for layer, indices in kept.items():
+            of_layer = widths[int(layer)]
+            total = of_layer.groups if kind == "heads" else of_layer.neurons
             if not 0 <= indices[0] <= indices[-1] < total or len(set(indices)) < len(indices):
                 raise ValueError(
                     f"{kind} of layer {layer} must be different whole numbers in [0, {total - 1}]"
@@ -93,6 +107,9 @@ def prune_width(
 ) -> None:
     """Carry out a width step that `check_width` passed, in place.
 
+    Where layers then differ, model and config take the family's registered class. A model of that
+    class whose layers no longer differ becomes a stock one again.
+
     Args:
         model: after the earlier steps of the plan.
         step: counts the layers of the dense model.
@@ -104,41 +121,67 @@ def prune_width(
     Raises:
         ValueError: if activations are NaN or Inf during a correction; some layers are cut by then.
     """
-    old, num_layers = widths_of(model), len(decoder_layers(model))
+    old = widths_of(model)
     kept = {
         kind: {renumber(int(i), removed): torch.tensor(x) for i, x in layers.items()}
         for kind, layers in (("heads", step.heads), ("neurons", step.neurons))
         if layers
     }
-    counts = {kind: len(layers[0]) for kind, layers in kept.items()}
-    groups, neurons = counts.get("heads", old.groups), counts.get("neurons", old.neurons)
-    new = replace(old, groups=groups, neurons=neurons)
+    new = []
+    for index, widths in enumerate(old):
+        counts = {kind: len(layers[index]) for kind, layers in kept.items()}
+        groups, neurons = counts.get("heads", widths.groups), counts.get("neurons", widths.neurons)
+        new.append(replace(widths, groups=groups, neurons=neurons))
     if not step.correction:
-        for index in range(num_layers):
-            _narrow(model, index, old, new, kept)
-        _describe(model.config, new)
+        for index, change in enumerate(zip(old, new, strict=True)):
+            _narrow(model, index, *change, kept)
+        _describe(model, new)
         return
     assert windows is not None  # check_width
     with LayerWalk(model, windows, device=device, offload=offload, label="width") as walk:
         for index, _ in walk.layers():
-            parts = projection_parts(model, index, old)
+            parts = projection_parts(model, index, old[index])
             # The last part of a kind is the output projection.
             inputs = InputStatistics([parts[kind][-1].matrix for kind in kept], Hessian)
             for batch, mask in enumerate(walk.masks):
                 with inputs.watching(mask):
                     walk.forward(batch)
             inputs.pool(walk.group)
-            _narrow(model, index, old, new, kept, inputs)
-            _describe(model.config, new)  # some layers ask the config when they run
-            if index + 1 < num_layers:
+            _narrow(model, index, old[index], new[index], kept, inputs)
+            if index + 1 < len(old):
                 walk.advance()
-                _describe(model.config, old)
+    _describe(model, new)
 
 
-def _describe(config: Any, widths: Widths) -> None:
-    """Write widths into a config."""
-    for name, value in widths.fields.items():
-        setattr(config, name, value)
+def _describe(model: Any, layers: Sequence[Widths]) -> None:
+    """Write the widths of all layers into the config, and take the class that they need, in place.
+
+    A number that all layers share is written into the field of the stock config, if it accepts it.
+    """
+    config = model.config
+    lists = {name: [widths.fields[field] for widths in layers] for name, field in LISTS.items()}
+    heads = [name for name in lists if name != "layer_intermediate_sizes"]
+    for names in (heads, ["layer_intermediate_sizes"]):
+        shared = {LISTS[name]: lists[name][0] for name in names if len(set(lists[name])) == 1}
+        if len(shared) == len(names) and config_accepts(config, **shared):
+            for name in names:
+                setattr(config, LISTS[name], shared[LISTS[name]])
+                del lists[name]
+    config.head_dim = layers[0].head_dim  # explicit, for readers that divide widths
+    own = CLASSES[family_of(config.model_type)]
+    stock = own.__bases__[-1]
+    for name in LISTS:
+        if lists:
+            setattr(config, name, lists.get(name))
+        else:
+            vars(config).pop(name, None)
+    if bool(lists) != isinstance(model, own):
+        model.__class__ = own if lists else stock
+        config.__class__ = model.config_class
+        config.model_type = model.config_class.model_type
+        config.architectures = [type(model).__name__]
+        vars(config).pop("auto_map", None)  # of the class before
+    share_config(model)
 
 
 def _narrow(
@@ -159,7 +202,10 @@ def _narrow(
             if inputs is not None and part.dim == 1:
                 _fit(linear.weight.data, places, inputs.of(part.matrix)[0].result())
             _cut(linear, places, part.dim)
+    config: Any = LayerConfig(model.config, new.fields)
     for module in decoder_layers(model)[index].modules():
+        if "config" in vars(module):  # some modules ask it when they run
+            module.config = config
         for name, value in new.fields.items():  # some modules copy fields of the config
             if isinstance(vars(module).get(name), int):
                 setattr(module, name, value)

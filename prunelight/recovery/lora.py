@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from prunelight.models.families.config_fields import check_reloadable
 from prunelight.models.families.matrices import lora_targets
 from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.sizes import parameter_count
@@ -83,6 +84,7 @@ def attach_lora(model: PreTrainedModel, settings: LoRA) -> PeftModel:
     Raises:
         ValueError: if no module has one of the target names.
     """
+    check_reloadable(model)
     names, parameters = lora_targets(model)
     if settings.targets is not None:
         names, parameters = settings.targets, []
@@ -120,6 +122,7 @@ def check_targets(model: PreTrainedModel, settings: LoRA) -> None:
     Raises:
         ValueError: naming the targets that fit no module.
     """
+    check_reloadable(model)
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     paths = {name for name, _ in model.named_modules()}
     missing = [target for target in settings.targets or [] if target not in names | paths]

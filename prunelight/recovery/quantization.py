@@ -39,6 +39,7 @@ _REMEDIES = {
     "residual_dims": f"round_to={BLOCK}",
     "round_to": f"round_to={BLOCK}",
     "intermediate_size": f"multiple={BLOCK}",
+    "multiple": f"multiple={BLOCK}",
 }
 
 

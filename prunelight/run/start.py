@@ -21,6 +21,7 @@ from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.report.report import write_report
 from prunelight.evaluation.speed import forward_seconds
 from prunelight.evaluation.stages import new_record
+from prunelight.models.families.own_classes.registration import code_file
 from prunelight.models.placement import device_with_room, move_if_it_fits, to_device
 from prunelight.models.saving import SavedModel, check_replaceable, save
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of
@@ -211,5 +212,7 @@ def _save_base(
         directory,
         extra_files=dict(zip(names, texts, strict=True)),
         trust_remote_code=run.trust_remote_code,
-        export_remote_code=any(method.export_remote_code for method in facts.methods),
+        # Methods that may leave a class of ours sometimes leave one of transformers.
+        export_remote_code=any(method.export_remote_code for method in facts.methods)
+        and code_file(model.config.model_type) is not None,
     )

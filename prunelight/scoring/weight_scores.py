@@ -67,7 +67,8 @@ def weight_scores(
                 with statistics.watching(mask):
                     walk.states[batch] = walk.forward(batch).to(walk.store)
             statistics.pool(walk.group)
-            for group in [[matrix] for matrix in matrices] if by_matrix else [matrices]:
+            # A layer whose attention and MLP were both dropped has no matrices.
+            for group in [[m] for m in matrices] if by_matrix or not matrices else [matrices]:
                 parts = partial(_wanda_parts, group, statistics, tokens)
                 names = [matrix.name for matrix in group]
                 scores |= dict.fromkeys(names, _summary(parts, score, outlier_factor))

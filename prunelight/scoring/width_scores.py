@@ -26,7 +26,6 @@ from prunelight.calibration.statistics import InputVariance
 from prunelight.calibration.windows import Windows, micro_batches
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.config_fields import config_accepts, head_dim
-from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import Matrix, layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import dropped
 from prunelight.models.forward import evaluating, forward_without_head
@@ -79,28 +78,31 @@ class ProjectionPart:
         return line_scores.cpu()[self.indices].sum(1)
 
 
-def widths_of(model: PreTrainedModel) -> Widths:
-    """Return the widths of a model whose layers are all alike.
+def widths_of(model: PreTrainedModel) -> list[Widths]:
+    """Return the widths of each decoder layer.
 
     Raises:
         TypeError: if attention and MLP of the family are not known, or sublayers were dropped.
     """
     sublayers_of(model)  # raises for a family without known sublayers
-    config: Any = model.config
     if dropped(model, "attention") | dropped(model, "mlp"):
         raise TypeError("sublayers of this model were dropped; prune its width first, then drop")
-    heads = config.num_attention_heads
-    groups = config.num_key_value_heads or heads
-    return Widths(groups, heads // groups, head_dim(config), config.intermediate_size)
+    layers = []
+    for config in model.config.per_layer_config:
+        heads = config.num_attention_heads
+        groups = config.num_key_value_heads or heads
+        width = Widths(groups, heads // groups, head_dim(model.config), config.intermediate_size)
+        layers.append(width)
+    return layers
 
 
 def allowed_groups(model: PreTrainedModel) -> list[int]:
-    """Return the numbers of key-value groups that the model's config class accepts.
+    """Return the numbers of key-value groups that all layers of a stock model can have.
 
     Llama's config class demands that `hidden_size` is a multiple of the number of query heads.
     """
-    widths = widths_of(model)
-    fewer = [replace(widths, groups=groups) for groups in range(1, widths.groups + 1)]
+    narrowest = min(widths_of(model), key=lambda widths: widths.groups)
+    fewer = [replace(narrowest, groups=groups) for groups in range(1, narrowest.groups + 1)]
     return [w.groups for w in fewer if config_accepts(model.config, **w.fields)]
 
 
@@ -108,6 +110,11 @@ def projection_parts(
     model: PreTrainedModel, index: int, widths: Widths
 ) -> dict[str, list[ProjectionPart]]:
     """Return the parts of a decoder layer's projections that make up its groups and neurons.
+
+    Args:
+        model: of a family whose attention and MLP are known.
+        index: of the decoder layer.
+        widths: of that layer.
 
     Returns:
         "heads" -> parts of the attention's projections, "neurons" -> parts of the MLP's
@@ -155,8 +162,7 @@ def width_scores(
         ValueError: if activations or gradients are NaN or Inf.
         TypeError: if attention and MLP of the family are not known, or weights are quantized.
     """
-    widths = widths_of(model)
-    layers = [projection_parts(model, i, widths) for i in range(len(decoder_layers(model)))]
+    layers = [projection_parts(model, i, widths) for i, widths in enumerate(widths_of(model))]
     parts = [part for layer in layers for kind in kinds for part in layer[kind]]
     if score == "taylor":
         parameters: dict[str, Any] = {part.matrix.name: part.matrix.parameter for part in parts}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lively_models import hooks, lively_model, padded, raw_output
 from tiny import tiny_model, token_windows
+from tiny_families import tiny_family
 from torch.nn.functional import silu
 
 from prunelight.calibration.input_statistics import InputStatistics
@@ -198,3 +199,41 @@ def test_sums_are_replaced_once_where_they_are_shared():
     before = {m.name: seen.of(m)[0].norms() for m in seen.matrices}
     seen.reduce(lambda squares: 4 * squares)
     assert all(torch.equal(seen.of(m)[0].norms(), 2 * before[m.name]) for m in seen.matrices)
+
+
+# Experts per token; each family has another form of experts.
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "jetmoe", "dbrx", "mixtral"])
+def test_each_token_counts_once_for_each_expert_it_is_routed_to(family):
+    model = tiny_family(family)
+    layer = decoder_layers(model)[1]
+    stacks = [m for m in layer_matrices(model, 1) if m.fused and "self_attention" not in m.name]
+    block = next(module for module in layer.children() if any(_holds(module, m) for m in stacks))
+    entering = []
+    handle = block.register_forward_pre_hook(lambda _, args: entering.append(args[0].double()))
+    raw_output(model, WINDOWS)
+    handle.remove()
+    seen, _ = statistics(model, WINDOWS, 1)
+    expected = 2 * entering[0].flatten(0, -2).square().sum(0)  # every tiny mixture takes two
+    first = next(m for m in stacks if seen.of(m)[0].squares.shape == expected.shape)
+    found = sum(statistic.squares.double() for statistic in seen.of(first))
+    assert torch.allclose(found, expected, 1e-4)
+    assert sum(statistic.tokens for statistic in seen.of(first)) == 2 * WINDOWS.numel()
+
+
+def _holds(module, matrix):
+    return any(parameter is matrix.parameter for parameter in module.parameters())
+
+
+def test_a_weight_that_a_mixer_reads_itself_is_seen_in_its_product():
+    model = tiny_family("mamba")
+    seen, counted = statistics(model, WINDOWS, 1)
+    (dt_proj,) = (m for m in layer_matrices(model, 1) if m.name.endswith("dt_proj"))
+    assert dt_proj.read_directly
+    assert seen.of(dt_proj)[0].tokens == counted
+    assert seen.of(dt_proj)[0].norms().gt(0).all()
+
+
+def test_experts_that_hide_padding_are_refused_with_padded_windows():
+    model = tiny_family("jetmoe")
+    with pytest.raises(ValueError, match="experts of .* hide which tokens are padding; take"):
+        statistics(model, padded(WINDOWS), 1)

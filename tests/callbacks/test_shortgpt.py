@@ -111,6 +111,7 @@ def test_a_plan_records_what_it_was_made_from(model):
         "ignore_first_tokens": 1,
         "protected": [-1],
         "granularity": "layer",
+        "export_remote_code": False,
     }
     assert ShortGPT(**plan.arguments).plan(model, WINDOWS) == plan
     assert plan.model == describe_model(model)

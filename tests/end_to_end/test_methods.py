@@ -247,6 +247,18 @@ INSIDE_LAYERS = {
         "lora",
         lambda: [ShortGPT(num_layers=2, granularity="mlp"), DLP(0.5)],
     ),
+    "layers of different widths, then DLP": (
+        "lora",
+        lambda: [
+            ShortGPT(num_layers=1),
+            WidthPruning(neuron_ratio=0.25, head_ratio=0.25, multiple=8, allocation="global"),
+            DLP(0.5),
+        ],
+    ),
+    "DLP then layers of different widths": (
+        "full",
+        lambda: [DLP(0.5), WidthPruning(neuron_ratio=0.25, multiple=8, allocation="global")],
+    ),
     "merged then width": (
         "lora",
         lambda: [SlidingLayerMerging(num_layers=2), WidthPruning(head_ratio=0.5)],

@@ -5,6 +5,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
+from own_models import own_model
 from runs import make_data, make_module, make_trainer, write_model
 from safetensors.torch import load_file
 from sliced_models import VARIED, sliced
@@ -41,6 +42,7 @@ def sparse():
 MODELS = {
     "llama": lambda: (tiny_model(num_hidden_layers=1), []),
     "sliced": lambda: (sliced("llama", True, VARIED), []),  # every layer has other widths
+    "widths": lambda: (own_model("widths", "phi3"), []),  # so has every layer here
     "sparse": sparse,
 }
 
@@ -79,6 +81,7 @@ def losses(kind, backend, recovery="lora", checkpointing=False, optimizer=SGD):
         ("sparse", "aot_eager", "lora", True),
         ("sparse", "eager", "full", False),
         ("sliced", "eager", "full", True),
+        ("widths", "aot_eager", "lora", False),
         pytest.param("llama", "inductor", "full", False, marks=pytest.mark.slow),
     ],
 )
@@ -86,7 +89,9 @@ def test_compiled_layers_train_as_others_do(kind, backend, recovery, checkpointi
     eager, weights, names = losses(kind, None, recovery, checkpointing)
     compiled, ours, our_names = losses(kind, backend, recovery, checkpointing)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs >= (6 if kind == "sliced" else 1), "every layer of another width was compiled"
+    assert graphs >= (6 if kind in ("sliced", "widths") else 1), (
+        "every layer of another width was compiled"
+    )
     assert compiled == pytest.approx(eager, rel=1e-5)
     assert eager[-1] < eager[0]
     assert our_names == names

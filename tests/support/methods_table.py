@@ -56,6 +56,12 @@ METHODS = {
     "attention dropped": Method(lambda: ShortGPT(num_layers=2, granularity="attention")),
     "sublayers dropped": Method(lambda: ShortGPT(ratio=0.5, granularity="sublayer")),
     "width": Method(lambda: WidthPruning(neuron_ratio=0.25, head_ratio=0.5, multiple=8)),
+    "width by layer": Method(
+        lambda: WidthPruning(neuron_ratio=0.25, head_ratio=0.25, multiple=8, allocation="global")
+    ),
+    "width by layer, Taylor, no correction": Method(
+        lambda: WidthPruning(head_ratio=0.25, score="taylor", correction=False, allocation="global")
+    ),
     "SliceGPT": Method(lambda: SliceGPT(0.25, embedding="full"), slices=True),
     # The text has too few different words for wider ones.
     "SliceGPT, sliced embeddings": Method(lambda: SliceGPT(0.5), slices=True),

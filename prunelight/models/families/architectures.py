@@ -1,7 +1,7 @@
-"""The table of model families: where a family has its decoder layers, and what is inside them.
+"""The table of model families: what the structure of a model does not tell.
 
-The table has one entry a family, keyed by `config.model_type`. Depth pruning also works on families
-outside the table, if exactly one `ModuleList` of the model has `num_hidden_layers` members. Code
+The table has one entry a family, keyed by `config.model_type`. Depth pruning, zeros and LoRA also
+work on families outside the table: layers, matrices and routers are found by the structure. Code
 outside this folder calls this folder's functions, and never looks at a class name or a path.
 """
 
@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from prunelight.models.families.own_classes.registration import family_of
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
-
-# model_type of our own classes: this prefix or that of sliced.py, then the family of their modules.
-REGISTERED_PREFIX = "prunelight_"
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture_of(model: PreTrainedModel) -> Architecture | None:
     """Return the table entry of a model's family, or None for an unknown family."""
-    name = model.config.model_type.removeprefix(SLICED_PREFIX)
-    return ARCHITECTURES.get(name.removeprefix(REGISTERED_PREFIX))
+    return ARCHITECTURES.get(family_of(model.config.model_type))
 
 
 def is_sliced(model: PreTrainedModel) -> bool:

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 # Config fields that multiply logits (1: Cohere, Falcon-H1) or divide them (-1: Granite).
 _LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
@@ -54,6 +55,20 @@ def config_accepts(config: PretrainedConfig, **fields: Any) -> bool:
     except (StrictDataclassError, ValueError):
         return False
     return True
+
+
+def check_reloadable(model: PreTrainedModel) -> None:
+    """Check that AutoModelForCausalLM can load the model again once it is saved.
+
+    Raises:
+        TypeError: if transformers knows no such class for the model's config.
+    """
+    config = type(model.config)
+    if config not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(model.config, "auto_map", None):
+        raise TypeError(
+            f"{type(model).__name__} could not be loaded again: AutoModelForCausalLM has no class "
+            f"for {config.__name__}; prune the decoder of another checkpoint of this family"
+        )
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -9,9 +9,11 @@ weights of the layer.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -26,6 +28,8 @@ from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.own_classes.sliced import SHORTCUTS
 
 PICKS_EXPERTS, GATE = "picks experts", "gate, with fewer values than an attention head"
+_ENCODER_STATES = "encoder_hidden_states is not None"
+_IDLE = "runs only beside an encoder"
 _LEFT_OUT = "not among the projections of the family's entry"
 _CONVOLUTION, _TABLE, _OTHER = "convolution", "table", "no known product with hidden states"
 
@@ -111,19 +115,20 @@ def layer_weights(model: PreTrainedModel, index: int) -> LayerWeights:
     layer, shared = layers[index], {id(p) for other in layers[:index] for p in other.parameters()}
     stacks = {path: _stacks(model, path, module) for path, module in layer.named_modules()}
     routers = _routers(layer, stacks, _hidden_size(model))
+    beside_encoder = _parts_beside_encoder(type(layer))
     narrow = min(narrowest_head(model.config, index), max(2, _hidden_size(model) // 4))
     weights = LayerWeights()
     for path, module in layer.named_modules():
         full = f"{prefix}.{path}".strip(".")
-        router = any(path == root or path.startswith(f"{root}.") for root in routers)
+        router, idle = _is_under(path, routers), _is_under(path, beside_encoder)
         linear = isinstance(module, (nn.Linear, Conv1D))
         if linear:
             _check_unpacked(full, module)
         for name in _own_matrices(module) if linear else _own_weights(module):
             if id(module._parameters[name]) in shared:
                 continue  # the weights of an earlier layer
-            if router:
-                weights.dense[f"{full}.{name}"] = PICKS_EXPERTS
+            if router or idle:
+                weights.dense[f"{full}.{name}"] = PICKS_EXPERTS if router else _IDLE
             elif name in stacks[path]:
                 experts, transposed = stacks[path][name]
                 direct = _read_directly(layer, path, name)
@@ -171,9 +176,11 @@ def decoder_weights(model: PreTrainedModel) -> list[Tensor]:
     """
     weights = []
     for path, module in decoder_layers(model).named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
+        linear = isinstance(module, (nn.Linear, Conv1D))
+        if linear:
             _check_unpacked(f"{layers_path(model)}.{path}", module)
-        weights += [getattr(module, name) for name in _own_weights(module)]
+        names = _own_matrices(module) if linear else _own_weights(module)
+        weights += [getattr(module, name) for name in names]
     return weights
 
 
@@ -325,6 +332,25 @@ def _is_plain(linear: nn.Module) -> bool:
     except (RuntimeError, TypeError):
         return False
     return isinstance(output, Tensor) and output.shape == (1, 1, weight.shape[0])
+
+
+def _is_under(path: str, roots: Collection[str]) -> bool:
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
+
+
+@cache
+def _parts_beside_encoder(layer_class: type[nn.Module]) -> frozenset[str]:
+    """Return the parts that a layer's code calls only where there are states of an encoder."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(layer_class.forward)))
+    except (OSError, TypeError):  # a class that was made without a file
+        return frozenset()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and _ENCODER_STATES in ast.unparse(node.test):
+            calls = (x for part in node.body for x in ast.walk(part) if isinstance(x, ast.Call))
+            names |= {ast.unparse(call.func) for call in calls}
+    return frozenset(name.removeprefix("self.") for name in names if name.startswith("self."))
 
 
 def _read_directly(layer: nn.Module, path: str, weight: str) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunelight.models.families.architectures import is_sliced
+from prunelight.models.families.config_fields import check_reloadable
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.outline import Outline, difference
 from prunelight.models.families.shorter_config import ShorterModels
@@ -272,6 +273,7 @@ def removable_layers(model: PreTrainedModel) -> RemovableLayers:
         TypeError: if the decoder layers cannot be found.
     """
     name = model.config.model_type
+    check_reloadable(model)
     if is_sliced(model):
         raise ValueError(
             "this model is sliced: each decoder layer hands on a width and a basis of its own; "

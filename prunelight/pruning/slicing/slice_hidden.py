@@ -30,10 +30,11 @@ from prunelight.calibration.windows import Windows, split_windows
 from prunelight.models.families.config_fields import head_dim
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import layer_matrices
+from prunelight.models.families.own_classes.layer_widths import PREFIX as WIDTHS_PREFIX
 from prunelight.models.families.own_classes.sliced import (
+    CLASSES,
     FAMILIES,
     LAYERS,
-    MODELS,
     PREFIX,
     Shortcut,
     embeddings_of,
@@ -75,6 +76,8 @@ def check_sliceable(model: PreTrainedModel) -> None:
     config: Any = model.config
     if config.model_type not in FAMILIES:
         why = "is sliced already" if config.model_type.startswith(PREFIX) else "has no sliced class"
+        if config.model_type.startswith(WIDTHS_PREFIX):
+            why = "has layers of different widths, which cannot be sliced"
         if config.model_type in ("gemma2", "gemma3_text", "olmo2"):
             why = "has norms after its sublayers, which do not commute with rotations"
         raise TypeError(f"{config.model_type} {why}; families that can be sliced: {FAMILIES}")
@@ -187,7 +190,7 @@ def slice_hidden(
         strip_last_norm(model)
         dense = slicer.dense_basis() if slicer.centered else None
         read_basis(model.lm_head, norm, dense, offset=LAYERS[family].norm_offset)
-    sliced_class = MODELS[family]
+    sliced_class = CLASSES[family]
     _describe(config, sliced_class, step)
     model.__class__ = sliced_class
     model._no_split_modules = {LAYERS[family].__name__}

@@ -147,7 +147,19 @@ def test_sublayers_are_narrowed_where_the_entry_names_them(family):
     check_cache(model)
 
 
-# The classes of models without some attentions are made from the table when they are imported.
+def test_layers_of_different_widths_load_again_without_the_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "apertus", {})
+    model, method = lively("apertus"), WidthPruning(0.25, 0.25, multiple=8, allocation="global")
+    with monkeypatch.context() as with_entry:
+        with_entry.setitem(ARCHITECTURES, "apertus", ENTRIES["apertus"])
+        model = prunelight.apply(model, method.plan(model, WINDOWS), WINDOWS)
+        model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(reloaded).__name__ == "LayerWidthsApertusForCausalLM"
+    assert torch.equal(logits(reloaded), logits(model))
+    check_cache(reloaded)
+
+
 FRESH = """
 import sys
 from prunelight.models.families.architectures import ARCHITECTURES, Architecture, Sublayers
@@ -182,3 +194,7 @@ def test_an_entry_that_stands_in_the_table_lets_attentions_be_dropped(tmp_path):
         check=False,
     )
     assert process.returncode == 0, process.stderr
+    assert "apertus" not in ARCHITECTURES, "the config names what the entry named"
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.config.sublayer_names["mlp_norm"] == "feedforward_layernorm"
+    check_cache(reloaded)

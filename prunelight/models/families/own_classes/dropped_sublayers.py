@@ -6,6 +6,8 @@ registered class here, whose config lists what was dropped: after `import prunel
 its norm, computes nothing, and an attention takes no room in the cache. The first attention of each
 kind of layer must stay: transformers counts the tokens of the cache there. Assisted generation
 crops caches, which in transformers 5.23 fails on an empty one of a sliding window.
+
+This file needs only torch and transformers: it is what `export_remote_code` puts beside a model.
 """
 
 # B sequences, T tokens, D hidden
@@ -15,14 +17,39 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+)
 
-from prunelight.models.families.architectures import ARCHITECTURES, REGISTERED_PREFIX, sublayers_of
-from prunelight.models.families.layers import decoder_layers
+try:
+    from transformers import conversion_mapping
+except ImportError:  # transformers 4, whose modules have the names that weights have on disk
+    conversion_mapping = None  # type: ignore[assignment]
+
+PREFIX = "prunelight_"  # of the model_type
+
+FAMILIES = tuple(  # whose classes are made at once; those of other families at their first use
+    family
+    for family in (
+        *("gemma", "granite", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3"),
+        *("qwen3_moe", "smollm3"),
+    )
+    if family in CONFIG_MAPPING
+)
 
 SUBLAYERS = ("attention", "mlp")
+
+# Names inside a decoder layer, where the config has no `sublayer_names`.
+NAMES = {
+    "attention": "self_attn",
+    "attention_norm": "input_layernorm",
+    "mlp": "mlp",
+    "mlp_norm": "post_attention_layernorm",
+}
 
 
 class DroppedSublayer(nn.Module):
@@ -39,7 +66,7 @@ class DroppedSublayer(nn.Module):
 
 
 class _WithDropped:
-    """What the registered classes add to the class of their family."""
+    """What the registered classes add to the classes of their family."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # that of the family
@@ -53,36 +80,75 @@ def dropped(model: PreTrainedModel, name: str) -> set[int]:
 
 
 def take_out(model: PreTrainedModel) -> None:
-    """Take the sublayers that the config lists, and their norms, out of the model, in place."""
-    names, layers = sublayers_of(model), decoder_layers(model)
+    """Take the sublayers that the config lists, and their norms, out of the model, in place.
+
+    Args:
+        model: with the head, or without.
+    """
+    base: Any = model.base_model
+    lists = (module for module in base.modules() if isinstance(module, nn.ModuleList))
+    layers = next(x for x in lists if len(x) == model.config.num_hidden_layers)
+    names = {**NAMES, **(getattr(model.config, "sublayer_names", None) or {})}
     for name in SUBLAYERS:
         for index in dropped(model, name):
+            if not hasattr(layers[index], names[name]):
+                raise TypeError(
+                    f"{type(layers[index]).__name__} has no {names[name]} in this version of "
+                    "transformers; install transformers 5.23 or newer"
+                )
             stand_in = DroppedSublayer(name == "attention")
-            setattr(layers[index], getattr(names, name), stand_in)
-            setattr(layers[index], getattr(names, f"{name}_norm"), nn.Identity())
+            setattr(layers[index], names[name], stand_in)
+            setattr(layers[index], names[f"{name}_norm"], nn.Identity())
 
 
-def _register() -> dict[str, type[PreTrainedModel]]:
-    """Register a config and a model class for each family; returns the models by family."""
-    classes = {}
-    for family, entry in ARCHITECTURES.items():
-        if entry.sublayers is None or not entry.sublayers.droppable:
-            continue
-        stock_config = CONFIG_MAPPING[family]
-        stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
-        name = stock.__name__.removesuffix("ForCausalLM")
-        here, flags = {"__module__": __name__}, ("drop_attention", "drop_mlp")
-        fields: dict[str, Any] = {**here, "model_type": REGISTERED_PREFIX + family}
-        fields |= {"__annotations__": dict.fromkeys(flags, "list[bool] | None")}
-        fields |= dict.fromkeys(flags)
-        config = type(f"Prunelight{name}Config", (stock_config,), fields)
-        body = {**here, "config_class": config}
-        model = type(f"Prunelight{name}ForCausalLM", (_WithDropped, stock), body)
-        globals()[config.__name__], globals()[model.__name__] = config, model
-        AutoConfig.register(REGISTERED_PREFIX + family, config)
+def _make(family: str) -> Any:
+    """Make the classes of a family and return that of its causal language models."""
+    stock_config = CONFIG_MAPPING[family]
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    name = f"Prunelight{stock.__name__.removesuffix('ForCausalLM')}"
+    here, flags = {"__module__": __name__}, ("drop_attention", "drop_mlp")
+    fields: dict[str, Any] = {**here, "model_type": PREFIX + family}
+    fields["__annotations__"] = {
+        **dict.fromkeys(flags, "list[bool] | None"),
+        "sublayer_names": "dict[str, str] | None",
+    }
+    fields |= dict.fromkeys(fields["__annotations__"])
+    config = type(f"{name}Config", (stock_config,), fields)
+    body = {**here, "config_class": config}
+    stock_base: Any = MODEL_MAPPING[stock_config]
+    base = type(f"{name}Model", (_WithDropped, stock_base), body)
+    model = type(f"{name}ForCausalLM", (_WithDropped, stock), body)
+    for made in (config, base, model):
+        globals()[made.__name__] = made
+    if conversion_mapping is not None:  # experts have other names on disk
+        names = conversion_mapping.get_checkpoint_conversion_mapping(family)
+        if names is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(
+                PREFIX + family, names, overwrite=True
+            )
+    if __name__.startswith("prunelight."):  # an exported copy must not register these names
+        AutoConfig.register(PREFIX + family, config)
+        AutoModel.register(config, base)
         AutoModelForCausalLM.register(config, model)
-        classes[family] = model
-    return classes
+    return model
 
 
-CLASSES = _register()
+class _Classes(dict[str, Any]):
+    """Classes of causal language models by family, each made when it is first asked for."""
+
+    def __missing__(self, family: str) -> Any:
+        self[family] = _make(family)
+        return self[family]
+
+
+CLASSES = _Classes({family: _make(family) for family in FAMILIES})
+
+
+def __getattr__(name: str) -> Any:
+    """Return a class of a family that FAMILIES does not have, by name."""
+    for family, stock in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        begin = f"Prunelight{stock.removesuffix('ForCausalLM')}"
+        if name in (f"{begin}{kind}" for kind in ("Config", "Model", "ForCausalLM")):
+            CLASSES[family]
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,17 +17,20 @@ import sys
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 PREFIX = "prunelight_sliced_"  # of the model_type
+
+_OLD = int(transformers.__version__.partition(".")[0]) < 5  # OPT's layers returned tuples
 
 FAMILIES = tuple(  # less those that an older transformers does not have
     family
     for family in ("gemma", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "smollm3")
-    if family in CONFIG_MAPPING
+    if family in CONFIG_MAPPING and not (_OLD and family == "opt")
 )
 
 SHORTCUTS = ("attn_shortcut", "mlp_shortcut")
@@ -136,7 +139,7 @@ class SlicedOPTLayer(SlicedLayer):
 
 
 class SlicedModel:
-    """What a sliced causal language model adds to that of its family.
+    """What a sliced model adds to that of its family, with or without the head.
 
     The embeddings have the first width of `config.residual_dims`; tied to the head they stay whole,
     and so does the last norm, which otherwise is in the head.
@@ -176,8 +179,13 @@ def family_of(config: Any) -> str:
 
 
 def stack_of(model: Any) -> Any:
-    """Return the module that holds embeddings, decoder layers and the last norm."""
-    return getattr(model.model, "decoder", model.model)
+    """Return the module that holds embeddings, decoder layers and the last norm.
+
+    Args:
+        model: with the head, or without.
+    """
+    base = getattr(model, "model", model)
+    return getattr(base, "decoder", base)
 
 
 def embeddings_of(model: Any) -> list[Any]:
@@ -213,11 +221,9 @@ def last_norm(model: Any) -> str:
 
 def strip_last_norm(model: Any) -> None:
     """Put a norm without weight before the head, in place; a LayerNorm's bias goes to the head."""
-    stack, name = stack_of(model), last_norm(model)
-    if isinstance(getattr(stack, name), nn.LayerNorm):
-        model.lm_head.bias = nn.Parameter(
-            model.lm_head.weight.data.new_zeros(len(model.lm_head.weight))
-        )
+    stack, name, head = stack_of(model), last_norm(model), getattr(model, "lm_head", None)
+    if head is not None and isinstance(getattr(stack, name), nn.LayerNorm):
+        head.bias = nn.Parameter(head.weight.data.new_zeros(len(head.weight)))
     setattr(stack, name, UnitNorm(model.config.hidden_size, norm_eps(model.config)))
 
 
@@ -245,8 +251,11 @@ def resize(module: Any, *, rows: int | None = None, columns: int | None = None) 
         module.embedding_dim = module.weight.shape[1]
 
 
-def _make(family: str) -> tuple[Any, Any]:
-    """Make the layer and model class of a family; the config class is the model's."""
+def _make(family: str) -> tuple[Any, Any, Any]:
+    """Make the classes of a family: the layer, the model without head, and that with its head.
+
+    The config class is the models'.
+    """
     stock_config = CONFIG_MAPPING[family]
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     name = stock.__name__.removesuffix("ForCausalLM")
@@ -259,19 +268,21 @@ def _make(family: str) -> tuple[Any, Any]:
     fields["__annotations__"] = {"residual_dims": "list[int] | None"}
     config = type(f"Sliced{name}Config", (stock_config,), fields)
     body = {**here, "config_class": config, "_no_split_modules": [layer.__name__]}
+    stock_base: Any = MODEL_MAPPING[stock_config]
+    base = type(f"Sliced{name}Model", (SlicedModel, stock_base), body)
     model = type(f"Sliced{name}ForCausalLM", (SlicedModel, stock), body)
-    for made in (layer, config, model):
+    for made in (layer, config, base, model):
         globals()[made.__name__] = made
-    return layer, model
+    if __name__.startswith("prunelight."):  # an exported copy must not register these names
+        AutoConfig.register(PREFIX + family, config)
+        AutoModel.register(config, base)
+        AutoModelForCausalLM.register(config, model)
+    return layer, base, model
 
 
 _MADE = {family: _make(family) for family in FAMILIES}
 
-LAYERS: dict[str, Any] = {family: layer for family, (layer, _) in _MADE.items()}
+LAYERS: dict[str, Any] = {family: layer for family, (layer, _, _) in _MADE.items()}
 
-MODELS: dict[str, Any] = {family: model for family, (_, model) in _MADE.items()}
-
-if __name__.startswith("prunelight."):  # an exported copy must not register classes of these names
-    for _model in MODELS.values():
-        AutoConfig.register(_model.config_class.model_type, _model.config_class)
-        AutoModelForCausalLM.register(_model.config_class, _model)
+# Causal language models by family.
+CLASSES: dict[str, Any] = {family: model for family, (_, _, model) in _MADE.items()}
