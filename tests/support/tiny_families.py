@@ -253,3 +253,6 @@ def tiny_family(name: str, seed: int = 0) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
     make_lively(model, seed)
     return model.eval()
+
+
+FAMILIES = [name for name in family_names() if name not in NOT_BUILT]
