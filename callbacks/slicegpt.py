@@ -31,7 +31,7 @@ from prunelight.pruning.slicing.targets import (
     sliced_parameters,
 )
 from prunelight.run.method import PruningMethod
-from prunelight.run.run_state import Run, plan_files
+from prunelight.run.run_state import Run, plans_beside
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +72,11 @@ class SlicingCallback(PruningCallback):
                     f"{type(other).__name__} comes after {slicing}, and cannot prune a sliced "
                     "model; put it before"
                 )
-        for file in plan_files(Path(run.name).expanduser()):
-            if any(isinstance(step, Sparsify) for step in Plan.load(file).steps):
+        for plan in plans_beside(Path(run.name).expanduser()):
+            if any(isinstance(step, Sparsify) for step in plan.steps):
                 raise ValueError(
-                    f"{file} put zeros into {run.name}, which the rotations of {slicing} would "
-                    "fill; slice the dense model first"
+                    f"{plan.method} put zeros into {run.name}, which the rotations of {slicing} "
+                    "would fill; slice the dense model first"
                 )
 
 

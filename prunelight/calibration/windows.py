@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS, group_of, own_windows
 from prunelight.losses import IGNORED_LABEL
-from prunelight.models.families.config_fields import maximum_length, vocabulary_size
+from prunelight.models.families.config_fields import vocabulary_size
+from prunelight.models.sizes import longest_sequence
 
 # Token ids (N, T), or a mapping of input_ids (N, T) and attention_mask (N, T) with 0 on padding.
 Windows: TypeAlias = Tensor | Mapping[str, Tensor]
@@ -48,8 +49,25 @@ def check_windows(model: PreTrainedModel, windows: Windows) -> None:
     Raises:
         ValueError: if windows are longer than the model allows, or a token id has no embedding.
     """
+    check_length(model, split_windows(windows)[0].shape[1])
+    _check_ids(model, windows)
+
+
+def check_readable(model: PreTrainedModel, windows: Windows) -> None:
+    """Check that no forward of the windows fails.
+
+    Models with rotary positions read windows longer than they allow, and lose quality by it.
+
+    Raises:
+        ValueError: if windows are longer than learned positions, or a token id has no embedding.
+    """
+    if getattr(model.config, "rope_parameters", None) is None:
+        check_length(model, split_windows(windows)[0].shape[1])
+    _check_ids(model, windows)
+
+
+def _check_ids(model: PreTrainedModel, windows: Windows) -> None:
     ids, _ = split_windows(windows)
-    check_length(model, ids.shape[1])
     size = vocabulary_size(model)
     worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
     if not 0 <= worst < size:
@@ -65,7 +83,7 @@ def check_length(model: PreTrainedModel, seq_len: int) -> None:
     Raises:
         ValueError: if `seq_len` is longer than the model allows.
     """
-    limit = maximum_length(model.config)
+    limit = longest_sequence(model)
     if limit is not None and seq_len > limit:
         raise ValueError(f"seq_len={seq_len} must be at most {limit}, which the model allows")
 

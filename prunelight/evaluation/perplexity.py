@@ -8,7 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of, own_windows
-from prunelight.calibration.windows import Windows, micro_batches, next_token_labels, split_windows
+from prunelight.calibration.windows import (
+    Windows,
+    check_readable,
+    micro_batches,
+    next_token_labels,
+    split_windows,
+)
 from prunelight.losses import next_token_sums
 from prunelight.models.forward import evaluating
 
@@ -29,7 +35,7 @@ def perplexity(model: PreTrainedModel, windows: Windows) -> float:
     """Return the token-weighted perplexity of windows (N, T); no window sees another one.
 
     Raises:
-        ValueError: if windows are not token ids.
+        ValueError: if windows are not token ids, or the model cannot read them.
     """
     return evaluate(model, windows).perplexity
 
@@ -43,9 +49,11 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
             labels of the same shape.
 
     Raises:
-        ValueError: if windows are not token ids, or nothing is predicted.
+        ValueError: if windows are not token ids, the model cannot read them, or nothing is
+            predicted.
     """
     ids, _ = split_windows(windows)
+    check_readable(model, windows)
     labels = next_token_labels(own_windows(windows))
     sums, start = torch.zeros(3, dtype=torch.float64), 0
     with evaluating(model):

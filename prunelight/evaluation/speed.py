@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.calibration.windows import Windows, check_length, micro_batches, split_windows
-from prunelight.models.families.config_fields import maximum_length, vocabulary_size
+from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.forward import evaluating, generate_tokens
+from prunelight.models.sizes import longest_sequence
 from prunelight.runtime.devices import synchronize
 
 _PREFILL_TOKENS = 256
@@ -40,7 +41,7 @@ def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:
     Returns the fastest of `repeats` measurements after a warm-up: other work on the machine only
     adds time.
     """
-    tokens = min(_PREFILL_TOKENS, maximum_length(model.config) or _PREFILL_TOKENS)
+    tokens = min(_PREFILL_TOKENS, longest_sequence(model) or _PREFILL_TOKENS)
     ids = torch.arange(3, 3 + tokens, device=model.device)[None] % vocabulary_size(model)
     calls = (
         lambda: model(ids),

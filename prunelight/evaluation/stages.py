@@ -18,6 +18,7 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count, zero_share
 from prunelight.planning.fingerprints import library_versions
 from prunelight.runtime.devices import device_name
+from prunelight.runtime.local_paths import without_folders
 
 
 def measure_stage(
@@ -60,7 +61,7 @@ def new_record(
 ) -> RunRecord:
     """Start the record of a run from the dense model, before anything is measured."""
     return RunRecord(
-        model=name,
+        model=without_folders(name),
         device=device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         fingerprint=fingerprint,

@@ -95,18 +95,20 @@ def forward_without_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) ->
     model.base_model(**batch)
 
 
-def generate_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
+def generate_tokens(
+    model: PreTrainedModel, ids: Tensor, count: int, *, use_cache: bool = True
+) -> Tensor:
     """Continue ids (B, T) greedily by exactly `count` tokens; the model's mode is left as it is.
 
     Returns:
         Token ids, (B, T + count).
     """
-    pad_id = model.config.pad_token_id
+    pad_id = getattr(model.config, "pad_token_id", None)  # RWKV and CodeGen have no such field
     tokens: Tensor = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        use_cache=True,
+        use_cache=use_cache,
         min_new_tokens=count,
         max_new_tokens=count,
         pad_token_id=0 if pad_id is None else pad_id,
@@ -114,11 +116,13 @@ def generate_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
     return tokens
 
 
-def greedy_tokens(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
-    """Continue ids (B, T) greedily by `count` tokens, in eval mode with the cache.
+def greedy_tokens(
+    model: PreTrainedModel, ids: Tensor, count: int, *, use_cache: bool = True
+) -> Tensor:
+    """Continue ids (B, T) greedily by `count` tokens, in eval mode.
 
     Returns:
         Token ids, (B, T + count).
     """
     with evaluating(model):
-        return generate_tokens(model, ids, count)
+        return generate_tokens(model, ids, count, use_cache=use_cache)

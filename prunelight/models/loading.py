@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants, get_session, is_offline_mode
+from huggingface_hub import constants, get_session, is_offline_mode, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -31,6 +31,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from prunelight.models.families.config_fields import vocabulary_size
+from prunelight.models.text_decoder import reading_class, take_text_decoder
 from prunelight.runtime.arguments import check_choice
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ _PROBE_SECONDS = 5
 
 # Errors of reading a damaged file, besides the UnpicklingError of pickled weights.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError)
+
+# Files beside a model that must go with every copy of it.
+LICENCE_FILES = ("LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -96,12 +100,14 @@ def load(
     torch_dtype = resolve_dtype(dtype)
     source = check_hub(find_source(str(name)))
     config = load_config(source, trust_remote_code=trust_remote_code)
-    _check_causal(config, str(name))
+    reader = reading_class(config, str(name))
+    _check_causal(config, str(name), multimodal=reader is not AutoModelForCausalLM)
+    _check_no_adapter(source, str(name))
     tokenizer = _load_tokenizer(source, str(name), trust_remote_code)
     _check_safetensors(Path(source.location))
     with quiet_transformers():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = reader.from_pretrained(
                 source.location,
                 config=config,  # without it a GGUF file would be parsed again, which takes seconds
                 dtype=torch_dtype,
@@ -116,11 +122,19 @@ def load(
             raise ValueError(f"model {str(name)!r} cannot be read: {_first_line(error)}") from error
     model, loading_info = loaded
     _check_complete(model, loading_info, str(name))
+    if getattr(model, "peft_config", None):  # of a hub id; a directory was looked at before
+        raise ValueError(_with_adapter(str(name)))
+    if reader is not AutoModelForCausalLM:
+        multimodal, model = model, take_text_decoder(model)
+        log.info("took %s out of %s", type(model).__name__, type(multimodal).__name__)
+    elif type(config) is not type(model.config):
+        log.info("took %s out of %s", type(model).__name__, config.model_type)
     if source.gguf_file is not None:
         # De-quantizing leaves these marks; with them transformers refuses to save the model.
         vars(model.config).pop("quantization_config", None)
         marked: Any = model
         marked.hf_quantizer, marked.is_quantized = None, False
+    _fetch_licence(source)
     model.config._name_or_path = str(name)
     _check_tokenizer(model, tokenizer)
     return model, tokenizer
@@ -219,6 +233,17 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
             ) from error
 
 
+def _fetch_licence(source: Source) -> None:
+    """Fetch licence and model card of a model on the hub into its cache, for `save`."""
+    if Path(source.location).is_dir() or source.unreachable or is_offline_mode():
+        return
+    with quiet_transformers():
+        try:
+            snapshot_download(source.location, allow_patterns=[*LICENCE_FILES, "README.md"])
+        except Exception as error:  # from httpx or httpx2, by the version of huggingface_hub
+            log.warning("no licence or card of %s: %s", source.location, _first_line(error))
+
+
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     """Return the torch dtype of a name, or "auto".
 
@@ -264,10 +289,24 @@ def _gguf_source(path: Path) -> Source:
     return Source(str(path.parent), path.name)
 
 
-def _check_causal(config: PretrainedConfig, name: str) -> None:
+def _check_no_adapter(source: Source, name: str) -> None:
+    """Refuse a directory in which transformers would silently load an adapter too."""
+    if Path(source.location, "adapter_config.json").is_file():
+        raise ValueError(_with_adapter(name))
+
+
+def _with_adapter(name: str) -> str:
+    return (
+        f"model {name!r} has an adapter (adapter_config.json) beside its weights; merge it "
+        "(peft: merge_and_unload, then save), or move the adapter's files to another directory"
+    )
+
+
+def _check_causal(config: PretrainedConfig, name: str, *, multimodal: bool = False) -> None:
     suffixes = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     classes = config.architectures or []
     stock = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    stock = stock or multimodal
     if not stock or (classes and not any(c.endswith(suffixes) for c in classes)):
         raise TypeError(
             f"model {name!r} ({config.model_type}, {', '.join(classes) or 'no class named'}) must "
@@ -317,7 +356,7 @@ def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"the tokenizer has ids up to {largest}, the model only {num_embeddings} embeddings; "
             "use the model's own tokenizer or model.resize_token_embeddings"
         )
-    eos = model.config.eos_token_id
+    eos = getattr(model.config, "eos_token_id", None)
     missing = [i for i in (eos if isinstance(eos, list) else [eos]) if i and i > largest]
     if missing:
         raise ValueError(

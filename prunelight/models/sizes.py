@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunelight.models.families.config_fields import maximum_length
 from prunelight.models.families.matrices import decoder_weights
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Return whether a model holds packed weights, of 4 or 8 bits say."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """Return the longest sequence in tokens that a model reads; None without a limit.
+
+    The limit is that of the config, or that of a table of learned positions which is shorter.
+    """
+    limits = [maximum_length(model.config), *_position_tables(model)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _position_tables(model: PreTrainedModel) -> Iterator[int]:
+    """Yield how many positions each table of learned positions has."""
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if not isinstance(module, nn.Embedding) or not ("position" in name or name == "wpe"):
+            continue
+        # OPT and BART begin after `offset` rows, RoBERTa after the row of the padding token.
+        start = 0 if module.padding_idx is None else module.padding_idx + 1
+        yield module.num_embeddings - int(getattr(module, "offset", start))
 
 
 def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:

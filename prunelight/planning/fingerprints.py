@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunelight.runtime.local_paths import without_folders
 from prunelight.version import __version__
 
 # About so many evenly spaced elements of each tensor enter a model's fingerprint.
@@ -20,7 +21,7 @@ _SAMPLED = 512
 def describe_model(model: PreTrainedModel, num_layers: int | None = None) -> dict[str, Any]:
     """Return the name, shape facts and fingerprint by which a plan recognises its model."""
     facts = shape_facts(model, num_layers)
-    name = model.config._name_or_path
+    name = without_folders(model.config._name_or_path)
     return {"name": name, **facts, "fingerprint": model_fingerprint(model)}
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from prunelight.models.families.matrices import Matrix, matrices
 from prunelight.models.loading import DTYPES
+from prunelight.models.sizes import is_quantized
 from prunelight.runtime.arguments import check_choice
 
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
@@ -117,7 +118,7 @@ def check_quantizable(model: PreTrainedModel, kind: str, source: str | Path | No
             f"quantization={kind} reads the base again to merge adapters onto it, and this model "
             "exists only in memory; save it (prunelight.save) and give its directory as name"
         )
-    if getattr(model.config, "quantization_config", None) is not None:
+    if is_quantized(model):
         raise TypeError(
             f"model {model.config._name_or_path!r} is quantized already; give the one in full "
             f"precision: quantization={kind} quantizes that one, and merges adapters onto it"
@@ -126,6 +127,19 @@ def check_quantizable(model: PreTrainedModel, kind: str, source: str | Path | No
     dims = {f"residual_dims[{i}]": width for i, width in enumerate(sliced)}
     inputs = {f"in_features of {m.name}": m.in_features for m in quantized_matrices(model)}
     check_widths({**dims, **inputs}, kind)
+
+
+def check_trainable(model: PreTrainedModel, recovery: str) -> None:
+    """Check that a recovery can change the weights of a model.
+
+    Raises:
+        TypeError: if full training is asked for, and the model was loaded in 4 or 8 bits.
+    """
+    if recovery == "full" and is_quantized(model):
+        raise TypeError(
+            f"model {model.config._name_or_path!r} holds packed weights, which recovery=full "
+            "cannot change; take recovery=lora, or give the model in full precision"
+        )
 
 
 def check_widths(widths: Mapping[str, int], kind: str) -> None:

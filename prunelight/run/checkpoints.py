@@ -23,13 +23,13 @@ from prunelight.evaluation.report.record import RunRecord
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of, model_fingerprint
 from prunelight.recovery.quantization import FOUR_BIT, BitsAndBytes
 from prunelight.run.method import PruningMethod
+from prunelight.run.run_state import MEASURED
 from prunelight.runtime.atomic_files import atomic_replacement, explaining_write_errors
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # of what a recovery keeps in a checkpoint
 KEY = "prunelight"  # of a checkpoint: what the module that wrote it said of its training
-MEASURED = "measured.json"  # beside the pruned base: the record of the run so far
 # What format 1 said in words.
 _ZEROS_OF_FORMAT_1 = {"not kept": "not_kept", "growing": "gradual"}
 _QUANTIZATION_OF_FORMAT_1 = re.compile(r"(\w+) \((\w+) quantization, compute dtype (\w+)\)")

@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 from prunelight.evaluation.report.report import write_report
 from prunelight.models.placement import move_if_it_fits
 from prunelight.models.saving import MARKER, SavedModel, check_replaceable, save
+from prunelight.models.written_files import forget_local_base, share_modes
 from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
 from prunelight.run.measurements import add_cost, measure_run_stage
-from prunelight.run.run_state import ADAPTER, FINAL, Run
+from prunelight.run.run_state import ADAPTER, FINAL, Run, plan_texts
 from prunelight.runtime.atomic_files import explaining_write_errors, newest_checkpoint
 from prunelight.runtime.measuring import measuring
 
@@ -92,13 +93,13 @@ def save_and_report(run: Run, model: PreTrainedModel) -> None:
 
 def _save_final(run: Run, model: PreTrainedModel) -> SavedModel:
     """Save the result with the plans that led to it."""
-    plans = {file.name: file.read_text(encoding="utf-8") for file in run.plan_files()}
     return save(
         model,
         run.checked_tokenizer(),
         run.place.root / FINAL,
-        extra_files=plans,
+        extra_files=plan_texts(run.plans()),
         trust_remote_code=run.trust_remote_code,
+        dense_fault=run.dense_fault,
     )
 
 
@@ -138,6 +139,8 @@ def _keep_adapters(run: Run, prepared: PreparedModel) -> None:
     # Embeddings are not adapted; "auto" would ask the hub whether they are.
     model.save_pretrained(str(temporary), save_embedding_layers=False)
     (temporary / MARKER).write_text(json.dumps({"versions": library_versions()}, indent=1))
+    forget_local_base(temporary / "README.md")
+    share_modes(temporary)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(temporary, directory)
     log.info("saved %s", directory)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from prunelight.calibration.data_windows import has_validation_batches, validation_windows_of
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.evaluation.report.record import Cost, RunRecord, Stage
 from prunelight.evaluation.speed import measure_latency
 from prunelight.evaluation.stages import measure_stage, new_record
+from prunelight.models.engines import loads_in, misreadings
 from prunelight.models.placement import move_if_it_fits, to_device
 from prunelight.models.sizes import stored_bytes
 from prunelight.planning.fingerprints import describe_windows, model_fingerprint
 from prunelight.run.run_state import Run
+from prunelight.runtime.local_paths import without_folders
 from prunelight.runtime.measuring import Measurement, measuring
+
+log = logging.getLogger(__name__)
 
 
 def measure_run_stage(
@@ -60,7 +65,7 @@ def describe_evaluation(run: Run) -> dict[str, Any]:
     source = getattr(data, "sources", {}).get("validation", type(data).__name__)
     windows = describe_windows(*split_windows(held_out_windows(run)))
     timing = {} if run.latency is None else {"latency": asdict(run.latency)}
-    return {"source": str(source), **windows, **timing}
+    return {"source": without_folders(str(source)), **windows, **timing}
 
 
 def start_record(run: Run, model: PreTrainedModel) -> RunRecord:
@@ -86,6 +91,17 @@ def add_quantized(run: Run, model: PreTrainedModel) -> None:
     same = {n: getattr(full, n) for n in ("parameters", "sparsity", "linear_sparsity")}
     record.stages.append(replace(stage, size_bytes=stored_bytes(model), **same))
     add_cost(record, "evaluate quantized", phase)
+
+
+def add_engines(record: RunRecord, dense: PretrainedConfig, pruned: PretrainedConfig) -> None:
+    """Add which programs read the pruned model; warn of those that read it wrong by the pruning."""
+    record.loads_in = loads_in(pruned)
+    before = misreadings(dense)
+    for engine, reason in misreadings(pruned).items():
+        if engine not in before:
+            text = f"{engine} {reason}"
+            log.warning(text)
+            record.warnings.append(text)
 
 
 def add_cost(record: RunRecord, name: str, phase: Measurement) -> None:

@@ -23,7 +23,7 @@ from prunelight.models.saving import check_replaceable
 from prunelight.recovery.lora import check_targets
 from prunelight.recovery.packed_rows import check_packed
 from prunelight.recovery.precision import precision_faults
-from prunelight.recovery.quantization import check_quantizable, check_widths
+from prunelight.recovery.quantization import check_quantizable, check_trainable, check_widths
 from prunelight.run.measurements import held_out_windows
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import ADAPTER, FINAL, Run
@@ -141,6 +141,11 @@ def quantizable(facts: Facts) -> None:
     check_quantizable(model, run.settings.quantization, source)
 
 
+def trainable(facts: Facts) -> None:
+    """The recovery can change the weights, which are not packed ones of 4 or 8 bits."""
+    check_trainable(facts.model, facts.run.settings.recovery)
+
+
 def shardable(facts: Facts) -> None:
     """A model that is cut into shards can be read again, to be merged."""
     run = facts.run
@@ -210,7 +215,7 @@ def held_out(facts: Facts) -> None:
 
 
 SETTINGS: tuple[Check, ...] = (strategy, methods_in_this_run, output)
-MODEL: tuple[Check, ...] = (quantizable, adapter_targets, teacher, packing, precision)
+MODEL: tuple[Check, ...] = (quantizable, trainable, adapter_targets, teacher, packing, precision)
 PRUNING = (
     *SETTINGS,
     data,

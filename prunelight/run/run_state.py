@@ -6,8 +6,9 @@ the module that trains only holds the model, and says how it recovers by `Recove
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from prunelight.runtime.measuring import Measurement
 log = logging.getLogger(__name__)
 
 FINAL, ADAPTER = "final", "adapter"  # directories of a run
+MEASURED = "measured.json"  # beside the pruned base: the record of the run so far
 
 
 class ModelHolder(Protocol):
@@ -57,6 +59,7 @@ class Run:
         training_cost: of the training over all its starts; None before it.
         place: where the run takes place; set by `attach`.
         describe_recovery: returns how far the recovery is, for report and checkpoints.
+        dense_fault: what `generation_fault` says of the dense model; None if nobody asked.
         checked: the pruning has done the preflight of this fit, recovery need not do it again.
         precision_losses: what dtype, precision and recovery lose together, one sentence each.
     """
@@ -86,6 +89,7 @@ class Run:
         self.gradual = False
         self.prepared: PreparedModel | None = None
         self.training_cost: Measurement | None = None
+        self.dense_fault: str | None = None
         self.checked = False
         self.precision_losses: list[str] = []
         self._seed: int | None = None
@@ -173,12 +177,16 @@ class Run:
     # --- what is known of it -----------------------------------------------------------------
 
     def plan_files(self) -> list[Path]:
-        """Return the plans that led to the base, or to the directory that is recovered."""
-        return plan_files(self.base or Path(self.name).expanduser())
+        """Return the files of plans beside the base, or beside the model that is recovered."""
+        return plan_files(self._planned_directory)
 
     def plans(self) -> list[Plan]:
-        """Return the plans of `plan_files`."""
-        return [Plan.load(file) for file in self.plan_files()]
+        """Return the plans that led to the base, or to the model that is recovered."""
+        return plans_beside(self._planned_directory)
+
+    @property
+    def _planned_directory(self) -> Path:
+        return self.base or Path(self.name).expanduser()
 
     def warn(self, text: str) -> None:
         """Warn now and in the report."""
@@ -193,3 +201,31 @@ def plan_files(directory: Path) -> list[Path]:
         return []
     # plan.json, plan-2.json, ..., plan-10.json
     return sorted(directory.glob("plan*.json"), key=lambda file: (len(file.name), file.name))
+
+
+def plans_beside(directory: Path) -> list[Plan]:
+    """Return the plans that led to a model that prunelight saved, in the order of carrying out.
+
+    A plan whose file is gone is taken from measured.json, the record of the run that made it.
+    """
+    plans = [Plan.load(file) for file in plan_files(directory)]
+    if not (directory / MARKER).is_file() or not (directory / MEASURED).is_file():
+        return plans
+    try:
+        recorded = json.loads((directory / MEASURED).read_text(encoding="utf-8")).get("plans", [])
+        measured = [Plan.from_dict(plan) for plan in recorded]
+    except (ValueError, TypeError, AttributeError) as error:
+        log.warning("%s is not read: %s", directory / MEASURED, error)
+        return plans
+    missing = [plan for plan in measured if plan not in plans]
+    if not missing:
+        return plans
+    log.warning("%s holds %d plans whose files are gone", directory / MEASURED, len(missing))
+    return [*(plan for plan in plans if plan not in measured), *measured]
+
+
+def plan_texts(plans: Sequence[Plan]) -> dict[str, str]:
+    """Return file name -> text of plans, in the order of carrying out."""
+    names = ["plan.json", *(f"plan-{number}.json" for number in range(2, len(plans) + 1))]
+    texts = (json.dumps(plan.to_dict(), indent=1) + "\n" for plan in plans)
+    return dict(zip(names, texts, strict=False))

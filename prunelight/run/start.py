@@ -8,7 +8,7 @@ the same fingerprint is reused: a resume never scores again. `prepare` makes the
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,13 +23,14 @@ from prunelight.evaluation.speed import forward_seconds
 from prunelight.evaluation.stages import new_record
 from prunelight.models.families.own_classes.registration import code_file
 from prunelight.models.placement import device_with_room, move_if_it_fits, to_device
-from prunelight.models.saving import SavedModel, check_replaceable, save
+from prunelight.models.saving import SavedModel, check_replaceable, generation_fault, save
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of
 from prunelight.planning.plan import Plan
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.run.checkpoints import base_fingerprints, read_measured, write_measured
 from prunelight.run.measurements import (
     add_cost,
+    add_engines,
     add_quantized,
     can_measure,
     describe_evaluation,
@@ -38,7 +39,7 @@ from prunelight.run.measurements import (
 )
 from prunelight.run.method import PruningMethod
 from prunelight.run.preflight import Facts, preflight
-from prunelight.run.run_state import Run, plan_files
+from prunelight.run.run_state import Run, plan_texts, plans_beside
 from prunelight.run.teacher import prepare_teacher
 from prunelight.runtime.atomic_files import explaining_write_errors
 from prunelight.runtime.devices import device_name
@@ -106,6 +107,8 @@ def prepare(run: Run) -> PreparedModel:
         run.load_model(), run.plans(), settings, partial(add_quantized, run), run.device
     )
     run.holder.model = run.prepared.model
+    if run.prepared.zeros.warning and settings.recovery != "none":
+        run.warn(run.prepared.zeros.warning)
     return run.prepared
 
 
@@ -156,8 +159,11 @@ def _make_base(facts: Facts, base: Base) -> None:
     run, group = facts.run, facts.run.place.group
     model = move_if_it_fits(facts.model, run.place.device)
     record = new_record(run.name, model, base.fingerprint, describe_evaluation(run))
+    run.dense_fault = group.run_on_rank_zero(partial(generation_fault, model))
     _measure(facts, record, "dense", model)
+    dense = copy.deepcopy(model.config)
     model, plans = _prune(facts, record, model)
+    add_engines(record, dense, model.config)
     if not all(method.gradual for method in facts.methods):
         _measure(facts, record, "pruned", model)
     with measuring(model.device) as phase, explaining_write_errors(base.directory):
@@ -203,16 +209,15 @@ def _save_base(
     """Save the pruned model with all plans that led to it."""
     run = facts.run
     # What was done to the model before this run still holds: its zeros stay planned zeros.
-    texts = [file.read_text(encoding="utf-8") for file in plan_files(Path(run.name).expanduser())]
-    texts += [json.dumps(plan.to_dict(), indent=1) + "\n" for plan in plans]
-    names = ["plan.json", *(f"plan-{number}.json" for number in range(2, len(texts) + 1))]
+    plans = [*plans_beside(Path(run.name).expanduser()), *plans]
     return save(
         model,
         run.checked_tokenizer(),
         directory,
-        extra_files=dict(zip(names, texts, strict=True)),
+        extra_files=plan_texts(plans),
         trust_remote_code=run.trust_remote_code,
         # Methods that may leave a class of ours sometimes leave one of transformers.
         export_remote_code=any(method.export_remote_code for method in facts.methods)
         and code_file(model.config.model_type) is not None,
+        dense_fault=run.dense_fault,
     )

@@ -19,12 +19,11 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import check_hub, find_source, load, load_config, load_tokenizer
 from prunelight.models.placement import to_device
 from prunelight.planning.fingerprints import model_fingerprint
-from prunelight.planning.plan import Plan
 from prunelight.recovery.distillation.objective import Objective, kept_layers
 from prunelight.recovery.distillation.teacher_cache import TeacherCache
 from prunelight.recovery.quantization import BitsAndBytes, quantize
 from prunelight.run.measurements import add_cost
-from prunelight.run.run_state import Run, plan_files
+from prunelight.run.run_state import Run, plans_beside
 from prunelight.runtime.measuring import measuring
 
 log = logging.getLogger(__name__)
@@ -117,8 +116,8 @@ def _kept_layers(run: Run, teacher: PreTrainedModel, name: str) -> list[int]:
     Raises:
         ValueError: if the plans beside the student do not tell.
     """
-    before = plan_files(Path(name).expanduser())
-    plans = [Plan.load(file) for file in run.plan_files()[len(before) :]]
+    before = plans_beside(Path(name).expanduser())
+    plans = run.plans()[len(before) :]
     kept = kept_layers(plans, len(decoder_layers(teacher)))
     num_layers = len(decoder_layers(run.load_model()))
     if len(kept) != num_layers:

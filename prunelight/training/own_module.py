@@ -135,6 +135,8 @@ class OwnModuleRecovery(Callback):
             self.run.warn(loss)
         model = self.run.model
         assert model is not None
+        if self._zeros.warning:
+            self.run.warn(self._zeros.warning)
         if self._zeros.planned:
             self._zeros.keep(model, gradual=False)
         if self._zeros.masks is not None:

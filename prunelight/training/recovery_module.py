@@ -10,6 +10,7 @@ primitives and tensors only and load with `weights_only=True`.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunelight.calibration.windows import check_readable
 from prunelight.evaluation.metrics import TokenAccuracy, TokenPerplexity
 from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.speed import LatencyProtocol
@@ -310,6 +312,17 @@ class RecoveryModule(WatchedModule):
     def configure_callbacks(self) -> list[Callback]:
         """Let Lightning call what watches the recovery, and what makes a resume exact."""
         return [*super().configure_callbacks(), self.resuming]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check, while a batch is on the CPU, that the model can read it.
+
+        Raises:
+            ValueError: if it is longer than learned positions, or a token id has no embedding.
+        """
+        if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
+            assert self.model is not None
+            check_readable(self.model, batch)
+        return batch
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Keep gradients of pruned weights out of clipping, where no hook can."""

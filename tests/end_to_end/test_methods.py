@@ -7,13 +7,14 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from math import floor
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import train_ranks
 from methods_table import METHODS, gradually
-from runs import SEQ_LEN, make_data, make_module, make_trainer, write_model
+from runs import SEQ_LEN, local_paths, make_data, make_module, make_trainer, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -126,6 +127,11 @@ def test_a_fit_prunes_trains_and_leaves_a_model_that_generates(method, name, roo
     assert stages["recovered"]["linear_sparsity"] == pytest.approx(share_of_zeros(final))
     told = method.slices or (method.sparsity is not None and not method.gradual)
     assert len(report["outcomes"]) == told
+
+
+def test_no_directory_of_a_run_holds_a_path_of_this_machine(name, root):
+    for directory in (root / "final", *root.glob("pruned-*")):
+        assert local_paths(directory, root, Path(name).parent) == []
 
 
 def test_a_recovery_leaves_exactly_the_planned_zeros(method, root):

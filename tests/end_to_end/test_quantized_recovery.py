@@ -173,7 +173,10 @@ def test_zeros_may_be_filled_if_asked(name, tmp_path):
     module = fit(name, tmp_path, DLP(0.5), keep_zeros=False)
     assert module.record.stages[-1].linear_sparsity < 0.01
     assert any("keep_zeros=False filled zeros" in text for text in module.record.warnings)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    adapter = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert adapter.stat().st_mode == (tmp_path / "final" / "config.json").stat().st_mode
+    # peft finds the base by the path in adapter_config.json; the card needs none.
+    assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()
 
 
 def test_the_base_may_be_named_and_the_checkpoint_validates_in_4_bits(name, tmp_path):

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_model, token_windows
+from tiny import COMMON, tiny_model, token_windows
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunelight
 from prunelight.evaluation.perplexity import evaluate
@@ -14,6 +15,7 @@ from prunelight.evaluation.speed import (
 from prunelight.evaluation.stages import measure_stage
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.forward import greedy_tokens
+from prunelight.models.sizes import longest_sequence
 
 
 @torch.no_grad()
@@ -87,3 +89,39 @@ def test_measuring_leaves_the_model_as_it_was():
     assert model.config.use_cache is True
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+LEARNED = {
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt2": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 8},
+    "biogpt": {},
+    "bert": {"is_decoder": True},
+    "roberta": {"is_decoder": True},  # its first position comes after the padding's row
+    "codegen": {"n_ctx": 128, "rotary_dim": 8},  # no table: its limit is of the config
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "expansion_ratio": 2},
+}
+
+
+@pytest.mark.parametrize("family", LEARNED)
+def test_text_longer_than_learned_positions_is_refused(family):
+    config = AutoConfig.for_model(family, **{**COMMON, **LEARNED[family]})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    limit = longest_sequence(model)
+    assert limit == (127 if family == "roberta" else 128)
+    assert prunelight.perplexity(model, token_windows(1, limit)) > 1
+    with pytest.raises(ValueError, match=f"seq_len={limit + 1} must be at most {limit}, which"):
+        prunelight.perplexity(model, token_windows(1, limit + 1))
+
+
+def test_rotary_positions_go_on_beyond_their_length():
+    model = tiny_model(max_position_embeddings=16)
+    assert prunelight.perplexity(model, token_windows(1, 24)) > 1
+
+
+@pytest.mark.parametrize("token", [-1, 128])
+def test_an_id_without_embedding_is_refused(token):
+    windows = token_windows()
+    windows[2, 3] = token
+    with pytest.raises(ValueError, match=rf"token id {token} must lie in \[0, 127\]"):
+        prunelight.perplexity(tiny_model(), windows)

@@ -12,9 +12,10 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model, token_windows
-from transformers import AutoConfig, GenerationConfig
+from tiny import COMMON, FAMILIES, tiny_model, token_windows
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import prunelight
 from prunelight.models.loading import (
@@ -388,3 +389,24 @@ def test_a_loaded_model_gives_the_logits_of_the_saved_one(directory):
     ids = token_windows()
     with torch.no_grad():
         assert torch.equal(prunelight.load(directory)[0](ids).logits, tiny_model()(ids).logits)
+
+
+def test_an_adapter_beside_weights_is_refused(tmp_path, tiny_tokenizer):
+    """transformers would load the adapter too, or the adapter's base in place of the weights."""
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    adapter = get_peft_model(tiny_model(seed=1), LoraConfig(task_type="CAUSAL_LM"))
+    adapter.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has an adapter .* beside its weights; merge it"):
+        prunelight.load(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["rwkv", "codegen"])
+def test_a_family_without_pad_token_in_its_config_is_saved(tmp_path, tiny_tokenizer, family):
+    settings = {"rwkv": FAMILIES["rwkv"], "codegen": {"n_ctx": 128, "rotary_dim": 8}}[family]
+    config = AutoConfig.for_model(family, **{**COMMON, **settings})
+    del config.pad_token_id
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prunelight.save(model, tiny_tokenizer, tmp_path / "out")
+    model, _ = prunelight.load(tmp_path / "out")
+    assert type(model.config) is type(config)

@@ -198,7 +198,7 @@ def test_layers_that_cannot_be_found_are_refused_with_what_was_looked_for(family
     [
         ("gpt_oss", "model.layers"),
         ("bart", "model.decoder.layers"),  # num_hidden_layers counts the layers of the encoder
-        ("longcat_flash", "model.layers"),  # two attentions a layer, num_hidden_layers counts them
+        ("granite_swa", "model.layers"),  # beside two rotary embeddings
         ("gemma4", "model.language_model.layers"),  # beside those of the vision tower
     ],
 )

@@ -34,6 +34,17 @@ def write_model(directory: Path, family: str = "llama", **changes: object) -> st
     return str(directory)
 
 
+def local_paths(directory: Path, *places: Path | str) -> list[tuple[str, str]]:
+    """Return the files of a directory in which a place of this machine stands, with that place."""
+    return [
+        (file.name, str(place))
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+        for place in places
+        if str(place).encode() in file.read_bytes()
+    ]
+
+
 def make_data(name: str, directory: Path, **arguments: object) -> TextDataModule:
     """Return data of a few short windows: 4 to calibrate, 8 to train on, 3 to validate."""
     text = directory / "text.txt"

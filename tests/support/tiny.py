@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 128
 NUM_LAYERS = 6
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -66,7 +66,7 @@ def tiny_model(
     family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
 ) -> PreTrainedModel:
     """Build a random model of 6 layers and hidden size 32, in eval mode."""
-    settings = {**_COMMON, **{**FAMILIES, **UNKNOWN_FAMILIES}[family], **changes}
+    settings = {**COMMON, **{**FAMILIES, **UNKNOWN_FAMILIES}[family], **changes}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     return model.to(dtype).eval()

@@ -184,6 +184,13 @@ class Labelled(OwnData):
         return DataLoader(batches, batch_size=2)
 
 
+def test_a_training_batch_that_the_model_cannot_read_is_refused(name, tmp_path):
+    data = Labelled()
+    data.rows[3, 5] = 100_000  # a training row
+    with pytest.raises(ValueError, match=r"token id 100000 must lie in \[0, "):
+        fit(make_module(name), tmp_path, data=data)
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 

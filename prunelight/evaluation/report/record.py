@@ -77,6 +77,7 @@ class RunRecord:
     forward_seconds: float = math.nan  # F on this device
     outcomes: list[Json] = field(default_factory=list)
     sections: dict[str, str] = field(default_factory=dict)  # title -> Markdown, of studies
+    loads_in: dict[str, str] = field(default_factory=dict)  # program -> whether it reads the result
 
     def to_dict(self) -> Json:
         """Return strict JSON data: NaN and infinities become "NaN", "Infinity" and "-Infinity".

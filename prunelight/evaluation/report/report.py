@@ -230,6 +230,9 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
             f"model = AutoModelForCausalLM.from_pretrained({name})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({name})\n```"
         ]
+    if record.loads_in:
+        answers = "\n".join(f"- {engine}: {answer}" for engine, answer in record.loads_in.items())
+        parts.append(f"## Whether other programs read the result\n\n{answers}")
     return "\n\n".join(parts) + "\n"
 
 

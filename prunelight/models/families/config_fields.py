@@ -79,7 +79,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def maximum_length(config: PretrainedConfig) -> int | None:
     """Return the longest sequence in tokens that a model allows; None without a limit."""
-    for name in ("max_position_embeddings", "context_length"):
+    for name in ("max_position_embeddings", "context_length", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value

@@ -49,10 +49,13 @@ def _stacks(model: PreTrainedModel) -> list[str]:
 
 
 def _holds_layers(modules: nn.ModuleList) -> bool:
-    """Return whether all members have weights in modules of their own, as decoder layers do."""
-    return len(modules) > 0 and all(
-        any(len(list(child.parameters())) for child in module.children()) for module in modules
-    )
+    """Return whether members are made of modules, some with weights, as decoder layers are.
+
+    A decoder layer can lose its attention and its MLP, and with them all weights.
+    """
+    parts = [[*module.children()] for module in modules]
+    weights = any(len(list(part.parameters())) for inner in parts for part in inner)
+    return weights and all(parts)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -105,8 +105,13 @@ class LayerWeights:
     dense: dict[str, str] = field(default_factory=dict)
 
 
-def layer_weights(model: PreTrainedModel, index: int) -> LayerWeights:
+def layer_weights(model: PreTrainedModel, index: int, *, packed: bool = False) -> LayerWeights:
     """Return the weights of one decoder layer, sorted by what can be done with them.
+
+    Args:
+        model: whose layers are looked at.
+        index: of the decoder layer.
+        packed: take quantized projections too, which can be adapted but not sparsified.
 
     Raises:
         TypeError: if a projection is quantized: packed weights cannot be set to zero one by one.
@@ -122,7 +127,7 @@ def layer_weights(model: PreTrainedModel, index: int) -> LayerWeights:
         full = f"{prefix}.{path}".strip(".")
         router, idle = _is_under(path, routers), _is_under(path, beside_encoder)
         linear = isinstance(module, (nn.Linear, Conv1D))
-        if linear:
+        if linear and not packed:
             _check_unpacked(full, module)
         for name in _own_matrices(module) if linear else _own_weights(module):
             if id(module._parameters[name]) in shared:
@@ -190,7 +195,9 @@ def lora_targets(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     A name is as short as it can be: no other module of the model ends in it.
     """
     prefix = re.escape(layers_path(model)) + r"\.\d+\."
-    chosen = [matrix for matrix in matrices(model).values() if not matrix.read_directly]
+    layers = range(len(decoder_layers(model)))
+    known = (m for index in layers for m in layer_weights(model, index, packed=True).matrices)
+    chosen = [matrix for matrix in known if not matrix.read_directly]
     paths = {matrix.name for matrix in chosen if not matrix.fused}
     stacks = {re.sub(f"^{prefix}", "", matrix.name): None for matrix in chosen if matrix.fused}
     others = [f".{name}" for name, _ in model.named_modules() if name not in paths]
@@ -313,12 +320,19 @@ def _why_dense(module: nn.Module, narrow: int) -> str:
     if reason := getattr(module, "stays_dense", ""):
         return str(reason)
     if isinstance(module, (nn.Linear, Conv1D)):
-        if min(module.weight.shape) < narrow:
+        if min(_widths(module)) < narrow:
             return GATE
         return "" if _is_plain(module) else _OTHER
     if isinstance(module, nn.Embedding):
         return _TABLE
     return _CONVOLUTION if "Conv" in type(module).__name__ else _OTHER
+
+
+def _widths(linear: nn.Module) -> tuple[int, ...]:
+    """Return the numbers of inputs and outputs, which packed weights do not show."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    return tuple(linear.weight.shape)
 
 
 @torch.no_grad()
@@ -327,6 +341,8 @@ def _is_plain(linear: nn.Module) -> bool:
     if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     weight: Tensor = linear.weight
+    if weight.shape != _widths(linear)[::-1]:
+        return True  # packed, by a library whose classes stand for linear ones
     try:
         output = linear(weight.new_zeros(1, 1, weight.shape[1]))
     except (RuntimeError, TypeError):

@@ -47,9 +47,8 @@ class Outline:
 
 def meta_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """Return the model that a saved config gives, without weights, on the meta device."""
-    reloaded = type(config).from_dict(config.to_dict())
     with quiet_transformers(), torch.device("meta"), no_init_weights():
-        return model_class(reloaded)
+        return model_class(type(config).from_dict(config.to_dict()))
 
 
 def outline(

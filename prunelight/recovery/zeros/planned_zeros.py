@@ -12,11 +12,16 @@ from transformers import PreTrainedModel
 from prunelight.models.families.layers import layers_path
 from prunelight.models.families.matrices import Matrix, matrices
 from prunelight.models.families.own_classes.dropped_sublayers import dropped
-from prunelight.models.sizes import zero_share
+from prunelight.models.sizes import is_quantized, zero_share
 from prunelight.planning.plan import Plan, planned_sparsity
 from prunelight.planning.steps import layer_of
 from prunelight.recovery.zeros.masked_lora import mask_adapters
 from prunelight.recovery.zeros.weight_masks import WeightMasks, ZeroRecord, pack_mask
+
+# Shares of exact zeros in a matrix. Rounding to 4 bits makes up to 0.15 of them, pruning more.
+_NOTICED, _PRUNED = 0.01, 0.2
+
+_SAMPLED_ROWS = 16
 
 
 @dataclass
@@ -28,18 +33,23 @@ class PlannedZeros:
         sparsity: share of zeros in all matrices of the decoder layers before the recovery.
         masks: masks of full training, and of training that adds zeros; else None.
         state: "not_kept", "kept", or "gradual" where zeros are added during training.
+        warning: what to tell of zeros that no plan describes; empty without such zeros.
     """
 
     matrices: list[Matrix] = field(default_factory=list)
     sparsity: float = 0.0
     masks: WeightMasks | None = None
     state: str = "not_kept"
+    warning: str = ""
     _record: ZeroRecord | None = None
     _packed: dict[str, Tensor] = field(default_factory=dict)  # masks (O, I) of quantized weights
 
     @classmethod
     def find(cls, model: PreTrainedModel, plans: Sequence[Plan]) -> PlannedZeros:
         """Return the zeros that plans put into a model, which has no adapters yet.
+
+        If no plan names zeros, matrices with so many that only pruning can have made them count as
+        planned, with a warning.
 
         Args:
             model: the model after all plans.
@@ -50,7 +60,7 @@ class PlannedZeros:
         """
         names = planned_sparsity(plans, layers_path(model)) if plans else {}
         if not names:
-            return cls()
+            return cls._undescribed(model)
         available, path = matrices(model), layers_path(model)
         cut_layers = dropped(model, "attention") | dropped(model, "mlp")
         missing = {n for n in set(names) - set(available) if layer_of(n, path) not in cut_layers}
@@ -61,6 +71,30 @@ class PlannedZeros:
             )
         sparsity = zero_share(matrix.parameter for matrix in available.values())
         return cls([available[name] for name in names if name in available], sparsity)
+
+    @classmethod
+    def _undescribed(cls, model: PreTrainedModel) -> PlannedZeros:
+        """Return the zeros of a model that no plan describes."""
+        if is_quantized(model):
+            return cls()
+        try:
+            available = matrices(model)
+        except TypeError:  # a family whose decoder layers cannot be found
+            return cls()
+        shares = {name: _share_of_rows(matrix) for name, matrix in available.items()}
+        sparse = [available[name] for name, share in shares.items() if share >= _PRUNED]
+        some = sum(share >= _NOTICED for share in shares.values())
+        if not some:
+            return cls()
+        sparsity = zero_share(matrix.parameter for matrix in available.values())
+        told = (
+            f"{some} of {len(available)} matrices hold zeros that no plan describes ("
+            f"{sparsity:.4f} of their weights); "
+        )
+        if not sparse:
+            return cls(warning=told + "they are too few for pruning, and a recovery fills them")
+        told += f"those of {len(sparse)} matrices count as planned (keep_zeros=False fills them)"
+        return cls(sparse, sparsity, warning=told)
 
     @property
     def planned(self) -> bool:
@@ -105,3 +139,9 @@ class PlannedZeros:
             "keep_zeros=False filled zeros: the sparsity of the decoder layers' matrices went from "
             f"{self.sparsity:.4f} to {sparsity:.4f}"
         )
+
+
+def _share_of_rows(matrix: Matrix) -> float:
+    """Return the share of zeros in evenly spaced rows of a matrix, of its first expert if fused."""
+    rows = matrix.views()[0]
+    return zero_share([rows[:: max(1, len(rows) // _SAMPLED_ROWS)]])

@@ -25,7 +25,6 @@ FIXED = {
     "llama4_text": set(),  # moe_layers lists layers by their index
     "recurrent_gemma": set(),  # block_types is repeated over the layers
     "rwkv": set(),  # the norm of the embeddings stays in the first block
-    "gemma4_text": {5},  # transformers makes the last layer one with full attention
     "gpt_neox_japanese": {5},  # only the last attention has a bias
     "modernbert-decoder": {0},  # the first layer has no norm
     "olmo_hybrid": {3},  # the only layer with full attention
@@ -79,6 +78,14 @@ def test_a_layer_that_reads_more_than_hidden_states_keeps_the_layer_it_reads_fro
     with pytest.raises(ValueError, match=f"{carried}.* what layer .* beside its hidden states"):
         removable.check([2 if family == "zaya" else source])
     assert removable.choose([float(-i) for i in range(6)], 1) == [5]
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_layers_whose_keys_and_values_others_share_stay(family):
+    removable = removable_layers(tiny_family(family))
+    assert {2, 3} <= set(removable.fixed)  # the last of each kind before the layers that share
+    assert removable.models.rules.rules == {"num_kv_shared_layers": "layers at the end"}
+    assert removable.choose([0.0] * NUM_LAYERS, 2) == [0, 1]
 
 
 def test_two_streams_of_hidden_states_are_refused():

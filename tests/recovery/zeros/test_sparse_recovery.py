@@ -7,18 +7,20 @@ import pytest
 import torch
 from peft import PeftModel
 from runs import make_data, make_module, make_trainer, write_model
-from tiny import token_windows
+from tiny import tiny_model, token_windows
 from transformers import AutoModelForCausalLM
 from zeros import put_zeros
 
 import prunelight
+from prunelight.callbacks import WeightPruning
 from prunelight.models.families.matrices import matrices
 from prunelight.models.sizes import zero_share
 from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import Sparsify
 from prunelight.recovery.lora import LoRA
-from prunelight.run.run_state import plan_files
+from prunelight.recovery.zeros.planned_zeros import PlannedZeros
+from prunelight.run.run_state import plan_files, plans_beside
 from prunelight.training.recovery_module import RecoveryModule
 
 
@@ -148,6 +150,54 @@ def test_plans_are_read_in_the_order_they_were_carried_out_and_only_from_our_dir
     assert plan_files(tmp_path) == []
     (tmp_path / "prunelight.json").write_text("{}")
     assert [file.name for file in plan_files(tmp_path)] == names
+
+
+def sparse_base(name, root):
+    """Prune to half the weights, and return the directory of the base."""
+    module = make_module(name, recovery="none")
+    make_trainer(root, WeightPruning(0.5)).fit(module, make_data(name, root))
+    (base,) = root.glob("pruned-*")
+    return base
+
+
+def test_zeros_are_kept_by_the_plan_in_measured_json_if_plan_json_is_gone(dense, tmp_path, caplog):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    base = sparse_base(dense, tmp_path / "one")
+    expected = Plan.load(base / "plan.json")
+    (base / "plan.json").unlink()
+    assert plans_beside(base) == [expected]
+    assert "measured.json holds 1 plans whose files are gone" in caplog.text
+    module = make_module(str(base), recovery="lora")
+    make_trainer(tmp_path / "two").fit(module, make_data(str(base), tmp_path / "two"))
+    assert_same_zeros(tmp_path / "two" / "final", base)
+    assert Plan.load(tmp_path / "two" / "final" / "plan.json") == expected
+
+
+@pytest.mark.parametrize("recovery", ["lora", "full"])
+def test_zeros_that_nothing_describes_are_kept_and_told(sparse, tmp_path, recovery):
+    """As in a model that others pruned."""
+    stranger = tmp_path / "stranger"
+    model, tokenizer = prunelight.load(sparse)
+    model.save_pretrained(stranger)
+    tokenizer.save_pretrained(stranger)
+    module = make_module(str(stranger), recovery=recovery)
+    make_trainer(tmp_path).fit(module, make_data(str(stranger), tmp_path))
+    assert_same_zeros(tmp_path / "final", sparse)
+    (told,) = [text for text in module.record.warnings if "no plan describes" in text]
+    assert "42 of 42 matrices hold zeros that no plan describes (0.5" in told
+    assert "count as planned (keep_zeros=False fills them)" in told
+
+
+def test_few_zeros_that_nothing_describes_are_told_before_they_are_filled():
+    model = tiny_model()
+    with torch.no_grad():
+        for matrix in matrices(model).values():
+            matrix.parameter[:, :2] = 0  # 2 of 32 or 64 columns
+    zeros = PlannedZeros.find(model, [])
+    assert not zeros.planned
+    assert "they are too few for pruning, and a recovery fills them" in zeros.warning
+    assert PlannedZeros.find(tiny_model(), []).warning == ""
 
 
 class Vandal(pl.Callback):
