@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,6 +24,12 @@ from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.outline import Outline, difference
 from prunelight.models.families.shorter_config import ShorterModels
 from prunelight.planning.layer_choice import lowest_scores, lowest_window, resolve_indices
+from prunelight.planning.layer_pattern import (
+    Pattern,
+    counts_that_keep_pattern,
+    keeps_pattern,
+    pattern_fits,
+)
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +152,11 @@ class RemovableLayers:
             )
 
     def choose(
-        self, scores: Sequence[float], count: int, protected: Collection[int] = ()
+        self,
+        scores: Sequence[float],
+        count: int,
+        protected: Collection[int] = (),
+        patterns: Sequence[tuple[Sequence[Hashable], Pattern]] = (),
     ) -> list[int]:
         """Return the layers of the lowest sum of scores among those that can be removed together.
 
@@ -154,29 +164,35 @@ class RemovableLayers:
             scores: one a layer.
             count: how many layers to remove.
             protected: layers that must stay; negative ones count from the end.
+            patterns: kinds of the layers, and the rule that they must follow afterwards.
 
         Raises:
             ValueError: if no such layers can be removed; says how many can go, and why not more.
         """
         chosen = lowest_scores(scores, count, protected)
-        if not self.fault(chosen):
+        if not self.fault(chosen) and all(keeps_pattern(k, chosen, rule) for k, rule in patterns):
             return chosen
         fits = self._fits(count)
+        for kinds, rule in patterns:
+            rows = zip(fits, pattern_fits(kinds, rule, count), strict=True)
+            fits = [[a and b for a, b in zip(x, y, strict=True)] for x, y in rows]
         chosen = self._lowest(scores, count, protected, fits)
         if chosen and (fault := self.fault(chosen)):
             # What the whole model needs, such as one attention, only the whole set shows.
             stay = [{*protected, layer} for layer in chosen] + [{*protected, *self.fixed}]
             others = [self._lowest(scores, count, more, fits) for more in stay]
-            if not resolve_indices(protected, self.total) & {*self._last(count)}:
+            if not patterns and not resolve_indices(protected, self.total) & {*self._last(count)}:
                 others.append(self._last(count))
             valid = [other for other in others if other and not self.fault(other)]
             chosen = min(valid, key=lambda c: sum(scores[i] for i in c), default=[])
             log.info("%s", fault)
         if not chosen:
             stay = sorted(resolve_indices(protected, self.total))
+            counts = [counts_that_keep_pattern(k, rule, protected) for k, rule in patterns]
+            text = f"; counts that keep the pattern of its layers: {counts[0]}" if counts else ""
             raise ValueError(
                 f"{count} layers of {self.name} cannot be removed (protected={stay}): "
-                f"{self.what_can_go(protected)}"
+                f"{self.what_can_go(protected)}{text}"
             )
         return chosen
 

@@ -164,6 +164,10 @@ class ShorterModels:
         cut_config(config, kept, self.total, self.rules)
         return config
 
+    def config_without(self, removed: Sequence[int]) -> PretrainedConfig:
+        """Return the config of the model without these layers."""
+        return self.config([layer for layer in range(self.total) if layer not in removed])
+
     def outline(self, kept: Sequence[int]) -> Outline:
         """Return the outline of the model with the kept layers alone.
 
