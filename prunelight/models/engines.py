@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from prunelight.models.families.config_fields import head_dim
 from prunelight.models.families.own_classes.registration import PREFIX
+from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
 from prunelight.models.families.shorter_config import LISTS_NOT_PER_LAYER
 from prunelight.planning.layer_pattern import Pattern
 from prunelight.runtime.arguments import check_choice
@@ -149,14 +150,15 @@ class WithoutHeadDim:
 
 
 @dataclass(frozen=True)
-class Never:
-    """The engine does not load the family at all."""
+class Always:
+    """The engine reads no model of the family as transformers does, dense ones neither."""
 
     reason: str
+    outcome: str = REFUSED
 
     def fault(self, config: PretrainedConfig) -> str | None:
         """Return the reason."""
-        return f"{REFUSED}{self.reason}"
+        return f"{self.outcome}{self.reason}"
 
 
 @dataclass(frozen=True)
@@ -198,11 +200,45 @@ def _without_query_rank(config: PretrainedConfig) -> bool:
 
 _NO_WINDOWS = (OtherWindows("ignores"),)
 _NOT_BEYOND_WINDOW = OtherWindows("takes no text longer than", REFUSED)
+_NO_SOFTCAP = Always(
+    "its default attention ignores attn_logit_softcapping; load it with "
+    "attn_implementation='eager'",
+    WRONG,
+)
+_LATENT = Always(
+    "on a CPU its attention differs for this family, also in dense models; it was not tried on a "
+    "GPU",
+    WRONG,
+)
 _LITE = ByDepth((26, 27), _without_query_rank, "q_lora_rank=null (Lite)", REFUSED)
 # Engine -> model_type -> in what the engine differs from transformers. Every family of an engine
 # that was tried is here, also with nothing.
 READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
-    "transformers 4.57": {},
+    "transformers 4.57": {
+        "llama": (),
+        "mistral": (),
+        "qwen2": (),
+        "qwen3": (),
+        "gemma": (),
+        "gemma2": (_NO_SOFTCAP,),
+        "gemma3_text": (),
+        "cohere2": (),
+        "olmo2": (),
+        "olmo3": (),
+        "exaone4": (),
+        "smollm3": (),
+        "phi3": (),
+        "granite": (),
+        "starcoder2": (),
+        "glm4": (),
+        "gpt2": (),
+        "gpt_oss": (),
+        "mixtral": (),
+        "qwen3_moe": (),
+        "olmoe": (),
+        "deepseek_v3": (),
+        "llama4_text": (),
+    },
     "vLLM": {
         "llama": (),
         "mistral": (),
@@ -225,7 +261,7 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
         "mixtral": (),
         "qwen3_moe": (),
         "olmoe": (),
-        "deepseek_v3": (),
+        "deepseek_v3": (_LATENT,),
         "llama4_text": (),
     },
     "llama.cpp": {
@@ -261,12 +297,14 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
         "gemma": (),
         "gemma2": _NO_WINDOWS,
         "gemma3_text": (_NOT_BEYOND_WINDOW,),
-        "smollm3": (Never("it has no converter for this family; use another engine"),),
-        "phi3": (Never("its converter fails on this family's RoPE; use another engine"),),
+        "smollm3": (Always("it has no converter for this family; use another engine"),),
+        "phi3": (Always("its converter fails on this family's RoPE; use another engine"),),
         "gpt2": (),
     },
 }
 ENGINES = tuple(READINGS)
+# Engine -> beginning of the model types of ours whose exported code it runs.
+_RUNS_OUR_CODE = {"transformers 4.57": PREFIX, "vLLM": SLICED_PREFIX}
 
 
 def loads_in(model: PreTrainedModel | PretrainedConfig) -> dict[str, str]:
@@ -362,7 +400,7 @@ def _kind(columns: Sequence[Sequence[Any]], layer: int) -> tuple[Hashable, ...]:
 
 def _answer(config: PretrainedConfig, engine: str) -> str:
     if config.model_type.startswith(PREFIX):
-        return NO + REFUSED + _OWN_CLASS[engine]
+        return _answer_for_own_class(config, engine)
     readings = READINGS[engine].get(config.model_type)
     if readings is None:
         return NOT_TRIED
@@ -370,13 +408,16 @@ def _answer(config: PretrainedConfig, engine: str) -> str:
     return NO + "; ".join(faults) if faults else YES
 
 
-_OWN_CLASS = {
-    engine: "the class is prunelight's own" + remedy
-    for engine, remedy in {
-        "transformers 4.57": "; its code is written for transformers 5",
-        "vLLM": "; save it with export_remote_code=True and load it with trust_remote_code=True",
-        "llama.cpp": "; remove or merge whole layers, prune widths alike in all layers, or zero "
-        "weights instead",
-        "CTranslate2": "; remove or merge whole layers or zero weights instead",
-    }.items()
-}
+def _answer_for_own_class(config: PretrainedConfig, engine: str) -> str:
+    prefix = _RUNS_OUR_CODE.get(engine)
+    if prefix is None or not config.model_type.startswith(prefix):
+        return (
+            f"{NO}{REFUSED}it cannot run this class of prunelight's own; remove or merge whole "
+            "layers, narrow all layers alike, or zero weights instead"
+        )
+    if getattr(config, "auto_map", None):
+        return YES
+    return (
+        f"{NO}{REFUSED}the class is prunelight's own; save it with export_remote_code=True and "
+        "load it with trust_remote_code=True"
+    )
