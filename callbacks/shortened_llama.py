@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
+from prunelight.models.engines import check_engines, engine_patterns, known_engines
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import matrices
 from prunelight.models.families.removable import removable_layers
@@ -40,6 +41,7 @@ class ShortenedLlama(PruningCallback):
         protected: layers never to remove; None protects the first four and the last two for
             "taylor" and "magnitude", as the paper does, and no layer for "perplexity".
         offload_activations: keep the hidden states on the CPU, as in `SLEB`.
+        loads_in: programs that must read the result as transformers does, as in `ShortGPT`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -52,12 +54,14 @@ class ShortenedLlama(PruningCallback):
         score: Literal["perplexity", "taylor", "magnitude"] = "perplexity",
         protected: list[int] | None = None,
         offload_activations: bool = False,
+        loads_in: list[str] | None = None,
     ) -> None:
         check_depth_target(ratio, num_layers)
         check_choice("score", score, SCORES)
         self.ratio, self.num_layers, self.score = ratio, num_layers, score
         self.protected = None if protected is None else list(protected)
         self.offload_activations = offload_activations
+        self.loads_in = known_engines(loads_in)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, TypeError for quantized weights."""
@@ -95,4 +99,8 @@ class ShortenedLlama(PruningCallback):
             ends = [] if self.score == "perplexity" else ENDS
             protected = [i for i in ends if -len(scores) <= i < len(scores)]
         count = layers_to_remove(self.ratio, self.num_layers, len(scores))
-        return removable_layers(model).choose(scores, count, protected)
+        removable = removable_layers(model)
+        patterns = engine_patterns(model.config, self.loads_in)
+        layers = removable.choose(scores, count, protected, patterns)
+        check_engines(removable.models.config_without(layers), self.loads_in)
+        return layers

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
+from prunelight.models.engines import check_engines, engine_patterns, known_engines
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.own_classes.dropped_sublayers import SUBLAYERS
 from prunelight.models.families.removable import removable_layers
@@ -58,6 +59,9 @@ class ShortGPT(PruningCallback):
             counts tokens there.
         export_remote_code: put the code of the class of a model without some sublayers beside it,
             which then loads without prunelight under trust_remote_code.
+        loads_in: programs that must read the result as transformers does: "transformers 4.57",
+            "vLLM", "llama.cpp" or "CTranslate2". Where one derives the kind of a layer from its
+            place, only layers go whose removal keeps that pattern.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -72,6 +76,7 @@ class ShortGPT(PruningCallback):
         protected: list[int] | None = None,
         granularity: Literal["layer", "attention", "mlp", "sublayer"] = "layer",
         export_remote_code: bool = False,
+        loads_in: list[str] | None = None,
     ) -> None:
         check_depth_target(ratio, num_layers)
         check_choice("score", score, SCORES)
@@ -97,6 +102,7 @@ class ShortGPT(PruningCallback):
         self.drops_sublayers = granularity != "layer"
         self.export_remote_code = export_remote_code
         self.protected = list(protected or [])
+        self.loads_in = known_engines(loads_in)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, TypeError if the family forbids it."""
@@ -142,8 +148,13 @@ class ShortGPT(PruningCallback):
         count, total = self._count(model), len(decoder_layers(model))
         if self.granularity == "layer":
             removable = removable_layers(model)
-            choose = removable.choose_window if self.score == "angular" else removable.choose
-            return RemoveLayers(tuple(choose(scores["layer"], count, self.protected)))
+            if self.score == "angular":
+                layers = removable.choose_window(scores["layer"], count, self.protected)
+            else:
+                patterns = engine_patterns(model.config, self.loads_in)
+                layers = removable.choose(scores["layer"], count, self.protected, patterns)
+            check_engines(removable.models.config_without(layers), self.loads_in)
+            return RemoveLayers(tuple(layers))
         names = SUBLAYERS if self.granularity == "sublayer" else (self.granularity,)
         protected = resolve_indices(self.protected, total)
         # One list holds all sublayers, kind after kind: layer i of kind k is at k * total + i.

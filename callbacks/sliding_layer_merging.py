@@ -176,7 +176,8 @@ class SlidingLayerMerging(PruningCallback):
                 f"windows of {removable.name} cannot be merged: {removable.what_can_go()}; "
                 "ShortGPT chooses among the layers that can go"
             )
-        return resolve_indices(self.protected, removable.total) | set(removable.fixed)
+        must_stay = {*removable.fixed, *removable.needed}
+        return resolve_indices(self.protected, removable.total) | must_stay
 
     def _best_pass(
         self, score: MergedVariants, total: int, protected: Collection[int]

@@ -1,7 +1,8 @@
 """The door of the command line: help and version at once; a verb imports what it needs.
 
-`prunelight fit | prune | validate | test | analyze --config FILE`. Help and version need the
-standard library alone. Every other command goes to `prunelight.lightning_cli`.
+`prunelight fit | prune | validate | test | analyze --config FILE`, and `prunelight families`.
+Help and version need the standard library alone. Verbs with a config go to
+`prunelight.lightning_cli`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ VERBS = {
     "test": "The same, logged as test/perplexity and test/accuracy.",
     "analyze": "Draw what the model's hidden states look like; nothing is pruned.",
 }
+# A verb without a config: it looks at the structure of a model alone.
+FAMILIES = {"families [MODEL]": "Say what each kind of pruning can do with a model, by its config."}
 # Those that most runs need, with a whole sentence each.
 OPTIONS = {
     "--config FILE": "YAML file with any options; an installed one is found by its bare name.",
@@ -48,8 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given:
         sys.stderr.write(help_text())
         sys.exit(2)
-    if {"-h", "--help"} & set(given) and not VERBS.keys() & set(given):
+    verbs = {*VERBS, "families"}
+    if {"-h", "--help"} & set(given) and not verbs & set(given):
         sys.stdout.write(help_text())
+    elif given[0] == "families":
+        from prunelight.pruning.abilities import show
+
+        show(given[1:])
     elif given == ["--version"]:
         sys.stdout.write(f"prunelight {__version__}\n")
     else:
@@ -67,7 +75,7 @@ def help_text() -> str:
 {DESCRIPTION}
 
 verbs:
-{_rows(VERBS)}
+{_rows({**VERBS, **FAMILIES})}
 
 options that most runs need:
 {_rows(OPTIONS)}

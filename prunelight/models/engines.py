@@ -348,6 +348,37 @@ def fields_by_place(config: PretrainedConfig, engine: str | None = None) -> tupl
     return tuple(dict.fromkeys(names))
 
 
+def engine_patterns(
+    config: PretrainedConfig, engines: Collection[str]
+) -> list[tuple[list[tuple[Hashable, ...]], Pattern]]:
+    """Return what engines derive from a layer's place: kinds of the layers, and the rule."""
+    fields = [fields_by_place(config, engine) for engine in engines]
+    return [
+        (layer_kinds(config, names), family_pattern(config, names)) for names in fields if names
+    ]
+
+
+def known_engines(names: Collection[str] | None) -> list[str]:
+    """Return the names of engines as a list.
+
+    Raises:
+        ValueError: if one is not known.
+    """
+    for name in names or ():
+        check_choice("loads_in", name, ENGINES)
+    return list(names or ())
+
+
+def check_engines(config: PretrainedConfig, engines: Collection[str]) -> None:
+    """Check that each of these engines reads a config as transformers does.
+
+    Raises:
+        ValueError: see `check_engine`.
+    """
+    for engine in engines:
+        check_engine(config, engine)
+
+
 def layer_kinds(
     config: PretrainedConfig, fields: Collection[str] | None = None
 ) -> list[tuple[Hashable, ...]]:

@@ -6,7 +6,9 @@ model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from fractions import Fraction
 
 
 def layers_to_remove(ratio: float | None, num_layers: int | None, total: int) -> int:
@@ -75,13 +77,19 @@ def lowest_scores(
         )
     if fits is None:
         return sorted(sorted(unprotected, key=lambda i: (scores[i], i))[:count])
-    # Number of chosen layers so far -> (sum of their scores, the layers).
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    if infinite := [i for i in unprotected if not math.isfinite(scores[i])]:
+        raise ValueError(
+            f"scores[{infinite[0]}]={scores[infinite[0]]} must be finite to compare sets of layers;"
+            f" protect layer {infinite[0]}"
+        )
+    # Number of chosen layers so far -> (sum of their scores, the layers). Fractions add without
+    # rounding: equal sums are equal, whatever the order.
+    best: dict[int, tuple[Fraction, list[int]]] = {0: (Fraction(0), [])}
     for layer, score in enumerate(scores):
         following = {k: choice for k, choice in best.items() if fits[layer][k]}
         for k, (total, chosen) in best.items():
-            choice = (total + score, [*chosen, layer])
             if layer not in protected and k < count:
+                choice = (total + Fraction(score), [*chosen, layer])
                 following[k + 1] = min(choice, following.get(k + 1, choice))
         best = following
     if count not in best:

@@ -83,7 +83,8 @@ def _set(root: nn.Module, name: str, value: Any) -> None:
     module = root.get_submodule(path)
     if attribute in vars(module):
         present = getattr(module, attribute)
-        setattr(module, attribute, list(value) if isinstance(present, list) else value)
+        collection = isinstance(present, (list, set))
+        setattr(module, attribute, type(present)(value) if collection else value)
 
 
 def check_removable(model: PreTrainedModel, layers: Sequence[int]) -> None:

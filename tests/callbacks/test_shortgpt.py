@@ -112,6 +112,7 @@ def test_a_plan_records_what_it_was_made_from(model):
         "protected": [-1],
         "granularity": "layer",
         "export_remote_code": False,
+        "loads_in": [],
     }
     assert ShortGPT(**plan.arguments).plan(model, WINDOWS) == plan
     assert plan.model == describe_model(model)
@@ -230,3 +231,24 @@ def test_a_mask_of_another_shape_is_refused(model):
     windows = {"input_ids": WINDOWS, "attention_mask": torch.zeros(4, 8, dtype=torch.long)}
     with pytest.raises(ValueError, match=r"attention_mask of shape \(4, 8\) must have .*\(4, 16\)"):
         ShortGPT(num_layers=1).plan(model, windows)
+
+
+def test_layers_go_that_leave_the_pattern_that_an_engine_knows():
+    model = tiny_model("smollm3", num_hidden_layers=8)  # llama.cpp: every fourth layer has no RoPE
+    plain = ShortGPT(num_layers=4).plan(model, WINDOWS)
+    kept = ShortGPT(num_layers=4, loads_in=["llama.cpp"]).plan(model, WINDOWS)
+    rope = model.config.no_rope_layers
+    left = [rope[i] for i in range(8) if i not in kept.steps[0].layers]
+    assert left == [1, 1, 1, 0]
+    influence = plain.scores["block_influence"]
+    assert sum(influence[i] for i in kept.steps[0].layers) >= sum(
+        influence[i] for i in plain.steps[0].layers
+    )
+
+
+def test_an_engine_that_cannot_take_the_result_is_named_before_any_data():
+    with pytest.raises(ValueError, match="loads_in"):
+        ShortGPT(num_layers=1, loads_in=["an engine"])
+    model = tiny_model("smollm3")
+    with pytest.raises(ValueError, match="engine='CTranslate2': .*has no converter"):
+        ShortGPT(num_layers=1, loads_in=["CTranslate2"]).check(model)

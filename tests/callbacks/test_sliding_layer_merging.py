@@ -236,7 +236,8 @@ def test_every_family_can_be_merged_and_reloads(family, tmp_path):
     assert plan.found["similarity"] == pytest.approx(measured, rel=1e-4)
     assert len(decoder_layers(merged)) == NUM_LAYERS - 2
     merged.save_pretrained(tmp_path)
-    assert "cached generation" in verify(merged, tmp_path)
+    checked = verify(merged, tmp_path)
+    assert ("cached generation" in checked) == (family != "rwkv"), checked  # see forward.py
 
 
 def test_a_plan_says_what_it_was_made_from_and_what_was_found(model):

@@ -120,6 +120,7 @@ class Watch(TorchDispatchMode):
 
     `factors` are the parameters that multiply activations; `routers` those whose product picks:
     what they give reaches a topk through element-wise operations, which does not pick positions.
+    `picks_positions` says that another topk does, as in sparse attention.
     """
 
     def __init__(self, model: nn.Module, tokens: int) -> None:
@@ -128,7 +129,7 @@ class Watch(TorchDispatchMode):
         self.owners = {p.untyped_storage().data_ptr(): n for n, p in model.named_parameters()}
         self.factors: set[str] = set()
         self.routers: set[str] = set()
-        self.convolved: set[str] = set()
+        self.picks_positions = False
         self._came_from: dict[int, str] = {}  # storage of a product -> its parameter
         self._alive: list[Tensor] = []  # a freed storage's address would be used again
 
@@ -152,7 +153,6 @@ class Watch(TorchDispatchMode):
                     self._came_from[output.untyped_storage().data_ptr()] = owner
             return result
         if "conv" in operation:
-            self.convolved.update(owners)
             return result
         sources = [
             (self._came_from[x.untyped_storage().data_ptr()], x.numel())
@@ -162,8 +162,11 @@ class Watch(TorchDispatchMode):
         if len(inputs) == 1 and owners and operation in COPIES:
             for output in outputs:
                 self.owners[output.untyped_storage().data_ptr()] = owners[0]
-        if operation in ("topk", "argmax") and inputs[0].shape[-1] != self.tokens:
-            self.routers.update(owner for owner, _ in sources)
+        if operation in ("topk", "argmax"):
+            if inputs[0].shape[-1] == self.tokens:
+                self.picks_positions = True
+            else:
+                self.routers.update(owner for owner, _ in sources)
         for output in outputs:
             for owner, values in sources:
                 if output.numel() == values:

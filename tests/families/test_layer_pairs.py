@@ -1,26 +1,20 @@
 """All pairs of layers of each family: the rule allows those that really can go, and no other."""
 
 import copy
-import zlib
 from itertools import combinations
 
 import pytest
 from cells import CLOSE, HELD_OUT, dense_model
 from interchange import looks_the_same, with_weights_of
 from reference import decoder_list, difference, lists_that_run, logits, skip_by_hand
-from tiny_families import NOT_BUILT, family_names
+from selection import marked
+from tiny_families import FAMILIES
 
 from prunelight.models.families.removable import removable_layers
 from prunelight.pruning.remove_layers import remove_layers
 
 # Refused although the pairs could go, for a reason beyond the weights.
 TWO_STREAMS = {"reformer"}  # its layers hand on two hidden states, which no score compares
-FAMILIES = [name for name in family_names() if name not in NOT_BUILT]
-
-
-def marked(family):
-    in_the_quarter = zlib.crc32(family.encode()) % 4 == 0
-    return pytest.param(family, marks=() if in_the_quarter else pytest.mark.slow)
 
 
 def one_list_runs(model, path):
@@ -46,7 +40,7 @@ def gap_to(expected, shorten, *arguments):
         return float("inf")
 
 
-@pytest.mark.parametrize("family", map(marked, FAMILIES))
+@pytest.mark.parametrize("family", marked(FAMILIES))
 def test_the_rule_allows_the_pairs_that_can_go(family):
     model = dense_model(family)
     path, layers = decoder_list(model, HELD_OUT)

@@ -1,28 +1,20 @@
 """Every family of transformers: each kind of pruning works, or refuses in one line at once.
 
-    python -m pytest -n 2 --dist load tests/families      # all families
-    python -m pytest -m "not slow" tests/families         # a fixed quarter, by the family's name
+    python -m pytest tests/families                       # a fixed quarter, by the family's name
+    python -m pytest --dist load -m "" tests/families     # all families
 
 cells.py names the outcomes; only "works" and "refused" may come. docs/families.md is the table of
 all of them, and write_table.py writes it.
 """
 
-import zlib
-
 import pytest
 from cells import KINDS, run_cell
-from tiny_families import NOT_BUILT, family_names
+from selection import marked
+from tiny_families import FAMILIES, NOT_BUILT, family_names
 from write_table import row, versions, written_rows, written_with
 
-FAMILIES = [name for name in family_names() if name not in NOT_BUILT]
 # The dense model of transformers cannot give the reference of these.
 UNTESTABLE: dict[tuple[str, str], str] = {}
-
-
-def marked(family):
-    """A fixed quarter of the families is quick enough for each run of the tests."""
-    in_the_quarter = zlib.crc32(family.encode()) % 4 == 0
-    return pytest.param(family, marks=() if in_the_quarter else pytest.mark.slow)
 
 
 def test_nearly_every_family_has_a_tiny_model():
@@ -36,7 +28,7 @@ def test_the_page_names_every_family():
     assert list(written_rows()) == FAMILIES
 
 
-@pytest.mark.parametrize("family", map(marked, FAMILIES))
+@pytest.mark.parametrize("family", marked(FAMILIES))
 def test_each_kind_of_pruning_works_or_refuses_at_once(family):
     cells = {kind: run_cell(family, kind) for kind in KINDS}
     outcomes = {kind: (cell.outcome, cell.reason) for kind, cell in cells.items()}

@@ -167,6 +167,8 @@ def tiny_value(name: str, value: Any, special_tokens: list[int]) -> Any:
     """The tiny value of a field; special tokens of images and sounds get ids of their own."""
     if "dropout" in name or "pdrop" in name:
         return 0.0 if isinstance(value, float) else value
+    if re.fullmatch("time_step_rank|(mamba_)?dt_rank", name):
+        return 8  # "auto" would be 2, and half of a row of 2 is nothing or one
     if name == "is_decoder":
         return True
     if isinstance(value, bool) or not isinstance(value, int) or value in (0, 1):
@@ -251,3 +253,6 @@ def tiny_family(name: str, seed: int = 0) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
     make_lively(model, seed)
     return model.eval()
+
+
+FAMILIES = [name for name in family_names() if name not in NOT_BUILT]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 # Config fields that multiply logits (1: Cohere, Falcon-H1) or divide them (-1: Granite).
@@ -53,6 +53,19 @@ def config_accepts(config: PretrainedConfig, **fields: Any) -> bool:
     try:
         type(config).from_dict({**config.to_dict(), **fields})
     except (StrictDataclassError, ValueError):
+        return False
+    return True
+
+
+def counts_tokens(config: PretrainedConfig) -> bool:
+    """Return whether the cache of a model can tell how many tokens it holds.
+
+    The states of a recurrence do not tell: a model that mixes them with attention needs one layer
+    with attention.
+    """
+    try:
+        DynamicCache(config=decoder_config(config)).get_seq_length()
+    except Exception:  # some families have a cache of their own, and none of this class
         return False
     return True
 

@@ -83,6 +83,8 @@ def _facts(modules: Iterator[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]
                 yield f"{path}.{name}", dict(value)
             elif isinstance(value, (list, tuple)) and all(isinstance(x, _PLAIN) for x in value):
                 yield f"{path}.{name}", tuple(value)
+            elif isinstance(value, (set, frozenset)):
+                yield f"{path}.{name}", frozenset(value)
 
 
 def _shape(kind: str, tensor: torch.Tensor | None) -> tuple[str, tuple[int, ...]] | None:

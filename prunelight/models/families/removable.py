@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,11 +19,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunelight.models.families.architectures import is_sliced
-from prunelight.models.families.config_fields import check_reloadable
+from prunelight.models.families.config_fields import check_reloadable, counts_tokens
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.outline import Outline, difference
 from prunelight.models.families.shorter_config import ShorterModels
 from prunelight.planning.layer_choice import lowest_scores, lowest_window, resolve_indices
+from prunelight.planning.layer_pattern import (
+    Pattern,
+    counts_that_keep_pattern,
+    keeps_pattern,
+    pattern_fits,
+)
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +86,18 @@ class RemovableLayers:
         """Return whether every second layer, the others, and each half of these layers can go."""
         half = len(layers) // 2
         samples = (layers[::2], layers[1::2], layers[:half], layers[half:])
-        return not any(self.fault(sample) for sample in samples if len(sample) < self.total)
+        return not any(self._place_fault(x) for x in samples if len(x) < self.total)
+
+    @cached_property
+    def needed(self) -> dict[int, str]:
+        """Return, of each kind of layer that the model needs one of, the last layer, with why."""
+        kinds = self.models.kinds()
+        needed = {}
+        for kind in dict.fromkeys(kinds):
+            group = [layer for layer, other in enumerate(kinds) if other == kind]
+            if len(group) < self.total and (fault := self._whole_fault(group)):
+                needed[group[-1]] = fault
+        return needed
 
     def fault(self, removed: Collection[int]) -> str:
         """Return why these layers cannot be removed together; "" if they can."""
@@ -90,7 +107,11 @@ class RemovableLayers:
         return self._faults[key]
 
     def _fault(self, removed: tuple[int, ...]) -> str:
-        kept = [layer for layer in range(self.total) if layer not in removed]
+        return self._place_fault(removed) or self._whole_fault(removed)
+
+    def _place_fault(self, removed: Collection[int]) -> str:
+        """Return why a layer that is left cannot stand at its new place."""
+        kept = self._kept(removed)
         if not kept:
             return "no layer would be left"
         for reader, source in self.sources.items():
@@ -102,15 +123,21 @@ class RemovableLayers:
             return str(error)
         place = next((place for place, text in enumerate(differences) if text), None)
         if place is None:
-            return self._rest_fault(kept)
+            return ""
         return f"layer {kept[place]} would be layer {place}, where {differences[place]}"
 
-    def _rest_fault(self, kept: Sequence[int]) -> str:
+    def _whole_fault(self, removed: Collection[int]) -> str:
+        """Return what the model would lack as a whole, outside its layers or in its cache."""
+        kept = self._kept(removed)
         try:
             self.models.rest(kept)
         except ValueError as error:
             return str(error)
-        return ""
+        counts = [counts_tokens(self.models.config(layers)) for layers in (range(self.total), kept)]
+        return "" if counts[1] or not counts[0] else "no layer would be left that counts the tokens"
+
+    def _kept(self, removed: Collection[int]) -> list[int]:
+        return [layer for layer in range(self.total) if layer not in removed]
 
     def check(self, removed: Collection[int]) -> None:
         """Check that these layers can be removed together.
@@ -125,7 +152,11 @@ class RemovableLayers:
             )
 
     def choose(
-        self, scores: Sequence[float], count: int, protected: Collection[int] = ()
+        self,
+        scores: Sequence[float],
+        count: int,
+        protected: Collection[int] = (),
+        patterns: Sequence[tuple[Sequence[Hashable], Pattern]] = (),
     ) -> list[int]:
         """Return the layers of the lowest sum of scores among those that can be removed together.
 
@@ -133,29 +164,35 @@ class RemovableLayers:
             scores: one a layer.
             count: how many layers to remove.
             protected: layers that must stay; negative ones count from the end.
+            patterns: kinds of the layers, and the rule that they must follow afterwards.
 
         Raises:
             ValueError: if no such layers can be removed; says how many can go, and why not more.
         """
         chosen = lowest_scores(scores, count, protected)
-        if not self.fault(chosen):
+        if not self.fault(chosen) and all(keeps_pattern(k, chosen, rule) for k, rule in patterns):
             return chosen
         fits = self._fits(count)
+        for kinds, rule in patterns:
+            rows = zip(fits, pattern_fits(kinds, rule, count), strict=True)
+            fits = [[a and b for a, b in zip(x, y, strict=True)] for x, y in rows]
         chosen = self._lowest(scores, count, protected, fits)
         if chosen and (fault := self.fault(chosen)):
             # What the whole model needs, such as one attention, only the whole set shows.
             stay = [{*protected, layer} for layer in chosen] + [{*protected, *self.fixed}]
             others = [self._lowest(scores, count, more, fits) for more in stay]
-            if not resolve_indices(protected, self.total) & {*self._last(count)}:
+            if not patterns and not resolve_indices(protected, self.total) & {*self._last(count)}:
                 others.append(self._last(count))
             valid = [other for other in others if other and not self.fault(other)]
             chosen = min(valid, key=lambda c: sum(scores[i] for i in c), default=[])
             log.info("%s", fault)
         if not chosen:
             stay = sorted(resolve_indices(protected, self.total))
+            counts = [counts_that_keep_pattern(k, rule, protected) for k, rule in patterns]
+            text = f"; counts that keep the pattern of its layers: {counts[0]}" if counts else ""
             raise ValueError(
                 f"{count} layers of {self.name} cannot be removed (protected={stay}): "
-                f"{self.what_can_go(protected)}"
+                f"{self.what_can_go(protected)}{text}"
             )
         return chosen
 
@@ -206,7 +243,7 @@ class RemovableLayers:
     def can_go(self, removed: Collection[int], count: int, protected: Collection[int]) -> bool:
         """Return whether `count` layers can go with these among them."""
         if self.free:
-            return not set(removed) & set(self.fixed)
+            return not (set(removed) & set(self.fixed) or self._whole_fault(removed))
         scores = [-1.0 * (layer in removed) for layer in range(self.total)]
         try:
             return set(removed) <= set(self.choose(scores, count, protected))
@@ -240,6 +277,7 @@ class RemovableLayers:
         """Return in one line how many layers can be removed, which must stay, and why."""
         stay = {*self.fixed, *resolve_indices(protected, self.total)}
         if self.free:
+            stay |= set(self.needed)
             most = self.total - len(stay) - (not stay)
             but = f", all but {sorted(stay)}" if stay else ""
             return f"{most} of {self.total} layers can go{but}{self._reasons()}"
@@ -248,21 +286,20 @@ class RemovableLayers:
         most = next((n for n in counts if self._valid(zeros, n, protected)), 0)
         if most == 0:
             return f"none of its layers can go{self._reasons()}"
-        return f"its layers depend on their place: at most {most} can go, for instance " + (
-            f"{self._valid(zeros, most, protected)}{self._reasons()}"
-        )
+        return f"its layers depend on their place: at most {most} can go{self._reasons()}"
 
     def _valid(self, scores: Sequence[float], count: int, protected: Collection[int]) -> list[int]:
         chosen = self._lowest(scores, count, protected, self._fits(count))
         return [] if chosen and self.fault(chosen) else chosen
 
     def _reasons(self) -> str:
-        """Return why layers must stay: those of one reason together, the first two reasons."""
-        if not self.fixed:
+        """Return why the first layer that must stay must, and how many others there are."""
+        reasons = {**self.needed, **self.fixed}
+        if not reasons:
             return ""
-        layer, reason = next(iter(self.fixed.items()))
+        layer = next(iter(self.fixed or reasons))
         more = f" ({len(self.fixed)} layers cannot go alone)" if len(self.fixed) > 1 else ""
-        return f"; without layer {layer}, {reason}{more}"
+        return f"; without layer {layer}, {reasons[layer]}{more}"
 
 
 def removable_layers(model: PreTrainedModel) -> RemovableLayers:

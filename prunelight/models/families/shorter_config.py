@@ -152,11 +152,21 @@ class ShorterModels:
         self.rules = CutRules(rules=counting)
         self._learn()
 
+    def kinds(self) -> list[Any]:
+        """Return the kind of each layer by the config; one kind where it lists none."""
+        config = decoder_config(self._config)
+        lists = (getattr(config, name, None) for name in ("layer_types", "layers_block_type"))
+        return next((list(kinds) for kinds in lists if kinds), ["all"] * self.total)
+
     def config(self, kept: Sequence[int]) -> PretrainedConfig:
         """Return the config of the model with the kept layers alone."""
         config = copy.deepcopy(self._config)
         cut_config(config, kept, self.total, self.rules)
         return config
+
+    def config_without(self, removed: Sequence[int]) -> PretrainedConfig:
+        """Return the config of the model without these layers."""
+        return self.config([layer for layer in range(self.total) if layer not in removed])
 
     def outline(self, kept: Sequence[int]) -> Outline:
         """Return the outline of the model with the kept layers alone.

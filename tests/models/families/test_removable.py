@@ -65,9 +65,27 @@ def test_a_family_whose_layers_count_the_layers_can_lose_none():
         removable.choose([0.0] * NUM_LAYERS, 1)
 
 
+HYBRIDS = ("qwen3_next", "bamba", "lfm2", "kimi_linear", "nemotron_h", "recurrent_gemma", "zamba2")
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_one_layer_with_attention_stays_beside_a_recurrence(family):
+    """transformers counts the tokens of the cache there: generation would fail without one."""
+    removable = removable_layers(tiny_family(family))
+    kinds = removable.models.kinds()
+    attention = [i for i, kind in enumerate(kinds) if "attention" in kind or kind == "hybrid"]
+    attention = [i for i in attention if kinds[i] != "linear_attention"]
+    with pytest.raises(ValueError, match="no layer would be left that counts the tokens"):
+        removable.check(attention)
+    scores = [0.0 if i in attention else 1.0 for i in range(removable.total)]
+    chosen = removable.choose(scores, len(attention))
+    assert set(attention) - set(chosen)
+    assert max(attention) in removable.needed or max(attention) in removable.fixed
+
+
 def test_too_deep_a_removal_says_how_many_layers_can_go():
     removable = removable_layers(tiny_family("olmo_hybrid"))
-    with pytest.raises(ValueError, match=r"4 of 6 layers can go, all but \[0, 3\]; without"):
+    with pytest.raises(ValueError, match=r"3 of 6 layers can go, all but \[0, 3, 5\]; without"):
         removable.choose([0.0] * NUM_LAYERS, 5, protected=[0])
 
 
@@ -123,10 +141,10 @@ def test_few_outlines_tell_that_all_layers_of_a_large_model_can_go(
     monkeypatch.setattr(shorter_config, "outline", counted)
     removable = removable_layers(model)
     removable.choose([float(i) for i in range(removable.total)], 8)
-    assert len(outlines) <= 6
+    assert len(outlines) <= 8
     assert removable.free
     assert removable.fixed == {}
-    assert len(outlines) <= 14
+    assert len(outlines) <= 16
 
 
 @pytest.mark.parametrize("seed", range(4))

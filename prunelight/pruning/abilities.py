@@ -1,0 +1,168 @@
+"""What each kind of pruning can do with a model, read off its structure: `prunelight families`.
+
+No weight is read: the model is built from its config on the meta device. docs/families.md holds the
+same question, asked of a tiny random model of every family and answered by pruning it.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from shutil import get_terminal_size
+from textwrap import fill
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from prunelight.models.engines import loads_in
+from prunelight.models.families.architectures import sublayers_of
+from prunelight.models.families.config_fields import check_reloadable, decoder_config
+from prunelight.models.families.layers import decoder_layers, layers_path
+from prunelight.models.families.matrices import (
+    decoder_weights,
+    dense_weights,
+    lora_targets,
+    matrices,
+)
+from prunelight.models.families.removable import removable_layers
+from prunelight.models.loading import (
+    check_hub,
+    find_source,
+    load_config,
+    quiet_transformers,
+)
+from prunelight.pruning.drop_sublayers import check_droppable
+from prunelight.pruning.slicing.slice_hidden import check_sliceable
+
+
+def abilities(model: PreTrainedModel) -> dict[str, str]:
+    """Return for each kind of pruning what it can do with a model, or why it cannot.
+
+    Args:
+        model: may be on the meta device; no weight is read.
+
+    Returns:
+        "depth", "attention and MLP", "width", "slicing", "sparsity", "LoRA" and each engine -> one
+        line.
+    """
+    questions: dict[str, Callable[[PreTrainedModel], str]] = {
+        "depth": _depth,
+        "attention and MLP": _sublayers,
+        "width": _width,
+        "slicing": _slicing,
+        "sparsity": _sparsity,
+        "LoRA": _lora,
+    }
+    answers = {kind: _answer(question, model) for kind, question in questions.items()}
+    return answers | {f"read by {engine}": text for engine, text in loads_in(model).items()}
+
+
+def unloaded_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return a model without weights, on the meta device.
+
+    Args:
+        name: what `load` takes, or a model type of transformers for its default config.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        ValueError: if there is no such model.
+        TypeError: if transformers has no causal language model for it.
+    """
+    config = _config_of(name, trust_remote_code)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        raise TypeError(
+            f"transformers has no causal language model for {name!r} ({config.model_type})"
+        ) from error
+    return model
+
+
+def show(arguments: Sequence[str]) -> None:
+    """Print what each kind of pruning can do with the model that the command line names."""
+    parser = ArgumentParser("prunelight families", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="hub id, directory, GGUF file, bundled name, or a model type such as olmoe; without "
+        "it the model types are listed",
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's code")
+    given = parser.parse_args(arguments)
+    if given.model is None:
+        sys.stdout.write(fill(", ".join(family_names()), get_terminal_size().columns) + "\n")
+        return
+    try:
+        answers = abilities(unloaded_model(given.model, trust_remote_code=given.trust_remote_code))
+    except (TypeError, ValueError, ImportError) as error:
+        sys.exit(f"prunelight: error: {error}")
+    indent = max(len(kind) for kind in answers) + 2
+    for kind, text in answers.items():
+        lines = fill(f"{kind:{indent}}{text}", 100, subsequent_indent=" " * indent)
+        sys.stdout.write(f"{lines}\n")
+
+
+def _config_of(name: str, trust_remote_code: bool) -> PretrainedConfig:
+    if name in CONFIG_MAPPING_NAMES:
+        return decoder_config(AutoConfig.for_model(name))
+    source = check_hub(find_source(name))
+    return decoder_config(load_config(source, trust_remote_code=trust_remote_code))
+
+
+def family_names() -> list[str]:
+    """Return the model types for which transformers has a causal language model."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _answer(question: Callable[[PreTrainedModel], str], model: PreTrainedModel) -> str:
+    try:
+        check_reloadable(model)
+        return question(model)
+    except (TypeError, ValueError) as error:
+        return f"no: {error}"
+
+
+def _depth(model: PreTrainedModel) -> str:
+    return f"{removable_layers(model).what_can_go()} ({layers_path(model)})"
+
+
+def _sublayers(model: PreTrainedModel) -> str:
+    check_droppable(model)
+    return "attention or MLP of any layer, but the first attention of each kind"
+
+
+def _width(model: PreTrainedModel) -> str:
+    names = sublayers_of(model)
+    return "key-value groups" + (" and neurons" if names.neurons else ", no neurons of experts")
+
+
+def _slicing(model: PreTrainedModel) -> str:
+    check_sliceable(model)
+    return "hidden states"
+
+
+def _sparsity(model: PreTrainedModel) -> str:
+    chosen = matrices(model)
+    weights: Any = {id(weight): weight.numel() for weight in decoder_weights(model)}
+    share = sum(m.parameter.numel() for m in chosen.values()) / sum(weights.values())
+    text = f"{len(chosen)} matrices of {len(decoder_layers(model))} layers"
+    reasons: dict[str, set[str]] = {}
+    for name, reason in dense_weights(model).items():
+        place = name.removeprefix(f"{layers_path(model)}.").partition(".")[2]
+        reasons.setdefault(reason, set()).add(place)
+    if not reasons:
+        return text
+    dense = "; ".join(f"{', '.join(sorted(names))} ({why})" for why, names in reasons.items())
+    return f"{text}, {100 * share:.2f} % of the decoder's weights; dense stay {dense}"
+
+
+def _lora(model: PreTrainedModel) -> str:
+    names, stacks = lora_targets(model)
+    return ", ".join([*names, *stacks])
