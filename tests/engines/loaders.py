@@ -241,7 +241,9 @@ def cell(figure: dict[str, Any] | None) -> str | None:
     if figure is None or "refused" in figure:
         return figure and "refused"
     difference = figure["difference"]
-    return f"**{difference:.2g}**" if verdict(figure) == "wrong" else f"{difference:.0e}"
+    if verdict(figure) == "wrong":
+        return f"**{difference:.2g}**"
+    return f"{difference:.0e}" if difference else "0"
 
 
 def checked_out_commit() -> str:
