@@ -40,6 +40,8 @@ from prunelight.scoring.weight_scores import WeightScore, weight_scores
 
 log = logging.getLogger(__name__)
 
+_LEAST_SHARE = 0.5  # of the decoder's weights, below which zeros are refused
+
 # The score that each allocation reads.
 ALLOCATIONS: dict[str, WeightScore | None] = {
     "uniform": None,
@@ -141,8 +143,14 @@ class WeightPruning(GradualZeros):
         """
         check_reloadable(model)
         names = matrices(model)
-        if not names:
-            raise TypeError(f"{model.config.model_type} has no linear layers in its decoder layers")
+        share = _stays_dense(model, sum(m.parameter.numel() for m in names.values()))
+        part = share.get("share_of_decoder_weights", 1.0) if names else 0.0
+        if part < _LEAST_SHARE:
+            dense = next(iter(share.get("stays_dense", {"": ["anything"]}).values()))[0]
+            raise TypeError(
+                f"only {100 * part:.0f} % of the weights in the decoder layers of "
+                f"{model.config.model_type} can be sparsified; not {dense}, for instance"
+            )
         check_step(model, self.sparsify_step(dict.fromkeys(names, self.target)))
 
     @torch.no_grad()
@@ -160,6 +168,9 @@ class WeightPruning(GradualZeros):
         self.check(model)
         check_windows(model, windows)
         sizes = {name: matrix.parameter.numel() for name, matrix in matrices(model).items()}
+        stays_dense = _stays_dense(model, sum(sizes.values()))
+        for reason, places in stays_dense.get("stays_dense", {}).items():
+            log.info("%s: %s stay dense", reason, ", ".join(places))
         layers = _names_by_layer(model, list(sizes))
         by_layer = self.granularity == "layer"
         # A unit is a group of matrices that get the same share.
@@ -175,7 +186,7 @@ class WeightPruning(GradualZeros):
             windows,
             self.sparsify_step({name: share_of[name] for name in sizes}),
             scores=self._scores_by_layer(layers_path(model), layers, scores, share_of, sizes),
-            found=_stays_dense(model, sum(sizes.values())),
+            found=stays_dense,
         )
 
     def sparsify_step(self, sparsity: dict[str, float]) -> Sparsify:
@@ -265,8 +276,6 @@ def _stays_dense(model: PreTrainedModel, sparsified: int) -> dict[str, Any]:
             names.append(in_layer)
     if not stays_dense:
         return {}
-    for reason, names in stays_dense.items():
-        log.info("%s: %s stay dense", reason, ", ".join(names))
     weights = {id(weight): weight.numel() for weight in decoder_weights(model)}
     share = sparsified / sum(weights.values())
     return {"stays_dense": stays_dense, "share_of_decoder_weights": share}

@@ -74,11 +74,12 @@ class InputStatistics(Generic[Statistic]):
         return self._statistics[leader]
 
     def idle(self) -> list[Matrix]:
-        """Return the matrices that no forward has used, as adapters for other layers.
+        """Return the matrices that no forward has used while others of their list were used.
 
-        Those whose weight other code reads are not among them: a fused kernel may have used them.
+        Such are the adapters of a shared block that belong to other layers.
         """
-        return [m for m in self.matrices if m.name not in self._leader and not m.read_directly]
+        unused = [matrix for matrix in self.matrices if matrix.name not in self._leader]
+        return [m for m in unused if _lists(m.name) & {x for n in self._leader for x in _lists(n)}]
 
     def groups(self) -> list[list[Matrix]]:
         """Return the matrices in groups that share an input; idle ones are in none."""
@@ -192,6 +193,13 @@ class InputStatistics(Generic[Statistic]):
             tokens = tokens[tokens.any(-1)]  # a token that is not routed to an expert is zero
             if len(tokens):
                 statistics[index].update(tokens)
+
+
+def _lists(name: str) -> set[str]:
+    """Return the paths of the lists inside a decoder layer that a matrix is a member of."""
+    parts = name.split(".")
+    places = [i for i, part in enumerate(parts) if part.isdigit()]
+    return {".".join(parts[:place]) for place in places[1:]}  # the first is the layer's own
 
 
 def _runs_experts(owner: nn.Module) -> bool:

@@ -303,7 +303,7 @@ def _with_adapter(name: str) -> str:
 
 
 def _check_causal(config: PretrainedConfig, name: str, *, multimodal: bool = False) -> None:
-    suffixes = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    suffixes = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "WithLMHead")
     classes = config.architectures or []
     stock = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
     stock = stock or multimodal

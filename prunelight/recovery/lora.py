@@ -18,7 +18,11 @@ from transformers import PreTrainedModel
 
 from prunelight.models.families.config_fields import check_reloadable
 from prunelight.models.families.matrices import lora_targets
-from prunelight.models.families.rwkv import restore_rwkv_scale
+from prunelight.models.families.rwkv import (
+    restore_rwkv_scale,
+    resume_rescaling,
+    stop_rescaling,
+)
 from prunelight.models.sizes import parameter_count
 
 log = logging.getLogger(__name__)
@@ -113,6 +117,7 @@ def attach_lora(model: PreTrainedModel, settings: LoRA) -> PeftModel:
             f"lora.targets={names} fit no module of {model.config.model_type}: {error}"
         ) from error
     assert isinstance(wrapped, PeftModel)
+    stop_rescaling(model)
     return wrapped
 
 
@@ -142,7 +147,9 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
     """
     base: Any = model.get_base_model()
     restore_rwkv_scale(base)
-    return model.merge_and_unload(safe_merge=True)
+    merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    resume_rescaling(merged)
+    return merged
 
 
 def train_all(model: PreTrainedModel) -> None:

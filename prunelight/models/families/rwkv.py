@@ -46,3 +46,22 @@ def without_rescaling(model: PreTrainedModel) -> Iterator[None]:
         restore_rwkv_scale(model)  # clears RWKV's flag; with rescale_every=0 nothing was halved
         if rescale_every is not None:
             model.config.rescale_every = rescale_every
+
+
+def stop_rescaling(model: PreTrainedModel) -> None:
+    """Keep an RWKV from halving its weights until `resume_rescaling`, in place.
+
+    The halving would reach the weights and not the adapters over them. Others stay as they are.
+    """
+    restore_rwkv_scale(model)
+    if getattr(model.config, "rescale_every", None):
+        model.rescale_every_at_rest = model.config.rescale_every  # type: ignore[assignment]
+        model.config.rescale_every = 0
+
+
+def resume_rescaling(model: PreTrainedModel) -> None:
+    """Let an RWKV halve its weights again, in place; other models are left as they are."""
+    restore_rwkv_scale(model)
+    if hasattr(model, "rescale_every_at_rest"):
+        model.config.rescale_every = model.rescale_every_at_rest
+        del model.rescale_every_at_rest
