@@ -162,8 +162,9 @@ def _scaled(config: PretrainedConfig) -> list[dict[str, Any]]:
 def old_tokenizer_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a tokenizer_config.json under names that both versions know."""
     values = dict(values)
-    kind = values.get("tokenizer_class")
-    values["tokenizer_class"] = _OLD_TOKENIZER_CLASS.get(kind, kind)
+    kind = values.get("tokenizer_class", "")
+    if kind in _OLD_TOKENIZER_CLASS:
+        values["tokenizer_class"] = _OLD_TOKENIZER_CLASS[kind]
     if isinstance(values.get("extra_special_tokens"), list):  # a mapping in transformers 4
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
     return values
