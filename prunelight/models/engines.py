@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from prunelight.models.families.config_fields import head_dim
 from prunelight.models.families.own_classes.registration import PREFIX
+from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
 from prunelight.models.families.shorter_config import LISTS_NOT_PER_LAYER
 from prunelight.models.transformers4 import transformers4_misreading, transformers4_refusal
 from prunelight.planning.layer_pattern import Pattern
@@ -150,14 +151,15 @@ class WithoutHeadDim:
 
 
 @dataclass(frozen=True)
-class Never:
-    """The engine does not load the family at all."""
+class Always:
+    """The engine reads no model of the family as transformers does, dense ones neither."""
 
     reason: str
+    outcome: str = REFUSED
 
     def fault(self, config: PretrainedConfig) -> str | None:
         """Return the reason."""
-        return f"{REFUSED}{self.reason}"
+        return f"{self.outcome}{self.reason}"
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,11 @@ def _without_query_rank(config: PretrainedConfig) -> bool:
 
 _NO_WINDOWS = (OtherWindows("ignores"),)
 _NOT_BEYOND_WINDOW = OtherWindows("takes no text longer than", REFUSED)
+_LATENT = Always(
+    "on a CPU its attention differs for this family, also in dense models; it was not tried on a "
+    "GPU",
+    WRONG,
+)
 _LITE = ByDepth((26, 27), _without_query_rank, "q_lora_rank=null (Lite)", REFUSED)
 # Engine -> model_type -> in what the engine differs from transformers. Every family of an engine
 # that was tried is here, also with nothing.
@@ -225,7 +232,7 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
         "mixtral": (),
         "qwen3_moe": (),
         "olmoe": (),
-        "deepseek_v3": (),
+        "deepseek_v3": (_LATENT,),
         "llama4_text": (),
     },
     "llama.cpp": {
@@ -261,13 +268,15 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
         "gemma": (),
         "gemma2": _NO_WINDOWS,
         "gemma3_text": (_NOT_BEYOND_WINDOW,),
-        "smollm3": (Never("it has no converter for this family; use another engine"),),
-        "phi3": (Never("its converter fails on this family's RoPE; use another engine"),),
+        "smollm3": (Always("it has no converter for this family; use another engine"),),
+        "phi3": (Always("its converter fails on this family's RoPE; use another engine"),),
         "gpt2": (),
     },
 }
 _TRANSFORMERS4 = "transformers 4.57"  # of which transformers4.py knows what it reads
 ENGINES = (_TRANSFORMERS4, *READINGS)
+# Engine -> beginning of the model types of ours whose exported code it runs.
+_RUNS_OUR_CODE = {_TRANSFORMERS4: PREFIX, "vLLM": SLICED_PREFIX}
 
 
 def loads_in(model: PreTrainedModel | PretrainedConfig) -> dict[str, str]:
@@ -395,7 +404,7 @@ def _kind(columns: Sequence[Sequence[Any]], layer: int) -> tuple[Hashable, ...]:
 
 def _answer(config: PretrainedConfig, engine: str) -> str:
     if config.model_type.startswith(PREFIX):
-        return NO + REFUSED + _OWN_CLASS[engine]
+        return _answer_for_own_class(config, engine)
     if engine == _TRANSFORMERS4:
         return _answer_of_transformers4(config)
     readings = READINGS[engine].get(config.model_type)
@@ -412,14 +421,16 @@ def _answer_of_transformers4(config: PretrainedConfig) -> str:
     return NO + WRONG + misreading if misreading else YES
 
 
-_REMOTE_CODE = "; save it with export_remote_code=True and load it with trust_remote_code=True"
-_OWN_CLASS = {
-    engine: "the class is prunelight's own" + remedy
-    for engine, remedy in {
-        _TRANSFORMERS4: _REMOTE_CODE,
-        "vLLM": _REMOTE_CODE,
-        "llama.cpp": "; remove or merge whole layers, prune widths alike in all layers, or zero "
-        "weights instead",
-        "CTranslate2": "; remove or merge whole layers or zero weights instead",
-    }.items()
-}
+def _answer_for_own_class(config: PretrainedConfig, engine: str) -> str:
+    prefix = _RUNS_OUR_CODE.get(engine)
+    if prefix is None or not config.model_type.startswith(prefix):
+        return (
+            f"{NO}{REFUSED}it cannot run this class of prunelight's own; remove or merge whole "
+            "layers, narrow all layers alike, or zero weights instead"
+        )
+    if getattr(config, "auto_map", None):
+        return YES
+    return (
+        f"{NO}{REFUSED}the class is prunelight's own; save it with export_remote_code=True and "
+        "load it with trust_remote_code=True"
+    )

@@ -163,12 +163,12 @@ def _make_base(facts: Facts, base: Base) -> None:
     _measure(facts, record, "dense", model)
     dense = copy.deepcopy(model.config)
     model, plans = _prune(facts, record, model)
-    add_engines(record, dense, model.config)
     if not all(method.gradual for method in facts.methods):
         _measure(facts, record, "pruned", model)
     with measuring(model.device) as phase, explaining_write_errors(base.directory):
         saved = group.run_on_rank_zero(partial(_save_base, facts, base.directory, model, plans))
     add_cost(record, "save and verify pruned", phase)
+    add_engines(record, dense, model.config)
     record.verification[base.directory.name] = saved.verification
     record.stages[-1] = replace(record.stages[-1], size_bytes=saved.size_bytes)
     group.run_on_rank_zero(lambda: write_measured(base.directory, record))

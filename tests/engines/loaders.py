@@ -33,6 +33,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import prunelight
 from prunelight.callbacks import DLP, ShortGPT, SliceGPT, SlidingLayerMerging, WidthPruning
+from prunelight.planning.steps import PruneWidth
+from prunelight.pruning.prune_width import prune_width
 from prunelight.pruning.remove_layers import remove_layers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,10 +80,12 @@ def states() -> Iterator[State]:
         "layers merged": SlidingLayerMerging(num_layers=2),
         "half of the weights zero": DLP(0.5),
         "narrower heads and MLPs": WidthPruning(neuron_ratio=0.25, head_ratio=0.5),
+        "sliced with one rotation": SliceGPT(0.25, rotation="shared"),
         "sliced": SliceGPT(0.25, embedding="full", export_remote_code=True),
         "attention dropped": ShortGPT(num_layers=2, granularity="attention"),
     }.items():
         yield State("llama", method, partial(pruned, callback), code)
+    yield State("llama", "layers of different widths", uneven, code)
     yield State("SmolLM2", "dense", partial(smollm2, ()))
     yield State("SmolLM2", "4 of 30 layers removed", partial(smollm2, (10, 14, 18, 22)))
 
@@ -97,6 +101,16 @@ def pruned(callback: Any) -> PreTrainedModel:
     """Return the tiny Llama as a method leaves it."""
     model, windows = family_model("llama"), torch.tensor(token_ids(1024)).reshape(16, 64)
     return prunelight.apply(model, callback.plan(model, windows), windows)
+
+
+def uneven() -> PreTrainedModel:
+    """Return the tiny Llama with half of the heads and neurons in every second layer."""
+    model = family_model("llama")
+    layers = range(model.config.num_hidden_layers)
+    heads = {str(i): [0] if i % 2 else [0, 1] for i in layers}
+    neurons = {str(i): list(range(256 if i % 2 else 512)) for i in layers}
+    prune_width(model, PruneWidth(heads=heads, neurons=neurons))
+    return model
 
 
 def smollm2(layers: tuple[int, ...]) -> PreTrainedModel:
@@ -227,7 +241,9 @@ def cell(figure: dict[str, Any] | None) -> str | None:
     if figure is None or "refused" in figure:
         return figure and "refused"
     difference = figure["difference"]
-    return f"**{difference:.2g}**" if verdict(figure) == "wrong" else f"{difference:.0e}"
+    if verdict(figure) == "wrong":
+        return f"**{difference:.2g}**"
+    return f"{difference:.0e}" if difference else "0"
 
 
 def checked_out_commit() -> str:

@@ -1,6 +1,7 @@
 """What the table says of engines is what was measured; its checks; what a depth method asks."""
 
 import json
+import re
 from functools import cache
 
 import pytest
@@ -40,6 +41,7 @@ def shorter(name, layers):
     return config
 
 
+SAID = {"yes": "right", "no: reads it": "wrong", "no: refuses it": "refused"}
 CASES = [
     pytest.param(name, removal, engine, id=f"{name}-{removal.state}-{engine}")
     for name in FAMILIES
@@ -54,8 +56,38 @@ CASES = [
 def test_what_is_said_of_an_engine_was_measured(name, removal, engine):
     measured = verdict(figures()[name, removal.state, engine])
     answer = loads_in(shorter(name, removal.layers))[engine]
-    said = {"yes": "right", "no: reads it wrong": "wrong", "no: refuses it": "refused"}
-    assert said[answer.split(": it")[0]] == measured, answer
+    assert SAID[re.match("yes|no: [a-z]+ it", answer)[0]] == measured, answer
+
+
+# What a method leaves of the tiny Llama, and its model_type.
+RESULTS = {
+    "layers merged": "llama",
+    "half of the weights zero": "llama",
+    "narrower heads and MLPs": "llama",
+    "sliced with one rotation": "llama",
+    "sliced": "prunelight_sliced_llama",
+    "attention dropped": "prunelight_llama",
+    "layers of different widths": "prunelight_widths_llama",
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("state", RESULTS)
+def test_what_is_said_of_the_result_of_a_method_was_measured(state, engine):
+    config = family_config("llama")
+    config.model_type = RESULTS[state]
+    if state == "narrower heads and MLPs":
+        config.num_attention_heads, config.num_key_value_heads = 2, 1
+    if state == "sliced with one rotation":
+        config.hidden_size = 192
+    if config.model_type != "llama":
+        answer = loads_in(config)[engine]
+        assert answer.startswith("no: refuses it")  # its code was not exported
+        config.auto_map = {"AutoConfig": "code.Config"}
+    answer = loads_in(config)[engine]
+    assert SAID[re.match("yes|no: [a-z]+ it", answer)[0]] == verdict(
+        figures()["llama", state, engine]
+    )
 
 
 def test_every_family_of_the_table_was_measured():
