@@ -30,6 +30,7 @@ from prunelight.pruning.slicing.targets import (
     residual_dims,
     sliced_parameters,
 )
+from prunelight.recovery.zeros.planned_zeros import PlannedZeros
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run, plans_beside
 
@@ -148,6 +149,11 @@ class SliceGPT(SlicingCallback):
         """
         (check_shareable if self.rotation == "shared" else check_sliceable)(model)
         self._width(model)
+        if PlannedZeros.find(model, ()).planned:
+            log.warning(
+                "%s fills the zeros of the model's matrices; slice the dense model first",
+                type(self).__name__,
+            )
 
     def widths(self, model: PreTrainedModel) -> dict[str, int]:
         """Return the widths after slicing."""

@@ -69,11 +69,12 @@ def take_text_decoder(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         text: Any = AutoModelForCausalLM.from_config(config)
         decoder_class = type(AutoModel.from_config(config))
-    whole = [module for module in model.modules() if type(module) is type(text)]
+    parts: list[Any] = list(model.modules())
+    whole = [module for module in parts if type(module) is type(text)]
     if whole:
         decoders = [module.base_model for module in whole]
     else:
-        decoders = [module for module in model.modules() if type(module) is decoder_class]
+        decoders = [module for module in parts if type(module) is decoder_class]
     head = (whole[0] if whole else model).get_output_embeddings()
     if len(decoders) != 1 or head is None:
         raise TypeError(

@@ -111,7 +111,7 @@ def old_names(config_class: type[PretrainedConfig], values: Mapping[str, Any]) -
 
 
 def transformers4_fault(config: PretrainedConfig) -> str:
-    """Return why transformers 4 cannot read a config; empty where it reads it right."""
+    """Return why transformers 4 does not read a config right, "it ..."; empty where it does."""
     return transformers4_refusal(config) or transformers4_misreading(config)
 
 
@@ -119,14 +119,14 @@ def transformers4_refusal(config: PretrainedConfig) -> str:
     """Return why transformers 4 ends with an error of its own; empty where it does not."""
     kind, scaled = config.model_type, _scaled(config)
     if kind not in MODEL_TYPES:
-        return f"transformers 4 has no causal language model {kind}"
+        return f"it has no causal language model {kind}"
     if kind == "dbrx":
-        return "transformers 4 refuses the fields that transformers 5 writes for dbrx"
+        return "it refuses the fields that transformers 5 writes for dbrx"
     if kind in _WANT_TYPE and any("type" not in parameters for parameters in scaled):
-        return f"transformers 4 reads no scaled RoPE of {kind} without the key `type`"
+        return f"it reads no scaled RoPE of {kind} without the key `type`"
     long = any(parameters["rope_type"] == "longrope" for parameters in scaled)
     if long and not hasattr(config, "original_max_position_embeddings"):
-        return "transformers 4 reads longrope only with a field original_max_position_embeddings"
+        return "it reads longrope only with a field original_max_position_embeddings"
     return ""
 
 
@@ -134,23 +134,23 @@ def transformers4_misreading(config: PretrainedConfig) -> str:
     """Return why transformers 4 computes something else, without an error; empty if it does not."""
     kind, groups = config.model_type, getattr(config, "n_groups", 1)
     if kind in _OTHER_CODE or (kind == "mamba2" and groups > 1):
-        return f"the code of {kind} in transformers 4 computes other logits"
+        return f"its code of {kind} computes other logits"
     if kind in _CAPPED and getattr(config, "attn_logit_softcapping", None) is not None:
         return (
-            f"transformers 4 leaves out attn_logit_softcapping of {kind}; there load it with "
-            "attn_implementation='eager'"
+            f"it leaves out attn_logit_softcapping of {kind}; load the model with "
+            "attn_implementation='eager' there"
         )
     if lost := _lost_parameters(config, _decoded(json.loads(config.to_json_string()))):
-        return f"transformers 4 has no name for {lost}"
+        return f"it has no name for {lost}"
     return ""
 
 
 def tell_fault(config: PretrainedConfig) -> None:
     """Say why transformers 4 cannot read a config; warn if it would do so without an error."""
     if refusal := transformers4_refusal(config):
-        log.info("the saved model needs transformers 5: %s", refusal)
+        log.info("transformers 4 refuses the saved model: %s", refusal)
     elif misreading := transformers4_misreading(config):
-        log.warning("the saved model needs transformers 5: %s", misreading)
+        log.warning("transformers 4 reads the saved model wrong: %s", misreading)
 
 
 def _scaled(config: PretrainedConfig) -> list[dict[str, Any]]:
@@ -162,8 +162,9 @@ def _scaled(config: PretrainedConfig) -> list[dict[str, Any]]:
 def old_tokenizer_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a tokenizer_config.json under names that both versions know."""
     values = dict(values)
-    kind = values.get("tokenizer_class")
-    values["tokenizer_class"] = _OLD_TOKENIZER_CLASS.get(kind, kind)
+    kind = values.get("tokenizer_class", "")
+    if kind in _OLD_TOKENIZER_CLASS:
+        values["tokenizer_class"] = _OLD_TOKENIZER_CLASS[kind]
     if isinstance(values.get("extra_special_tokens"), list):  # a mapping in transformers 4
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
     return values

@@ -320,8 +320,8 @@ class RecoveryModule(WatchedModule):
             ValueError: if it is longer than learned positions, or a token id has no embedding.
         """
         if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-            assert self.model is not None
-            check_readable(self.model, batch)
+            model: Any = self.model  # peft's wrapper has the config and the embeddings too
+            check_readable(model, batch)
         return batch
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

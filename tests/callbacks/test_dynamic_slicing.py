@@ -11,6 +11,7 @@ from tiny import tiny_model
 
 import prunelight
 from prunelight.callbacks import DLP, DynamicSlicing, ShortGPT, SliceGPT
+from prunelight.models.families.matrices import matrices
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.slice_widths import (
     redundancies,
@@ -279,3 +280,12 @@ def test_a_fit_with_exported_code_leaves_it_beside_base_and_result(name, tmp_pat
     trainer.fit(make_module(name), make_data(name, tmp_path))
     (base,) = tmp_path.glob("pruned-*")
     assert all((directory / "sliced.py").is_file() for directory in (base, tmp_path / "final"))
+
+
+def test_zeros_that_nothing_describes_are_told_before_rotations_fill_them(caplog):
+    model = dense_model()
+    with torch.no_grad():
+        for matrix in matrices(model).values():
+            matrix.parameter[:, ::2] = 0
+    SliceGPT(0.25).plan(model, WINDOWS)
+    assert "SliceGPT fills the zeros of the model's matrices; slice the dense" in caplog.text

@@ -165,7 +165,8 @@ def test_what_transformers_4_cannot_read_is_told(tmp_path, tiny_tokenizer, caplo
     model = tiny_model("olmo2", rope_parameters=untyped)
     with caplog.at_level(logging.INFO):
         prunelight.save(model, tiny_tokenizer, tmp_path / "out")
-    assert "transformers 4 reads no scaled RoPE of olmo2 without the key `type`" in caplog.text
+    told = "transformers 4 refuses the saved model: it reads no scaled RoPE of olmo2 without"
+    assert told in caplog.text
 
 
 def test_a_tokenizer_has_a_class_that_both_versions_know(tmp_path, tiny_tokenizer):
