@@ -135,6 +135,23 @@ class WithExpertsEverywhere:
 
 
 @dataclass(frozen=True)
+class ExpertsByStep:
+    """The engine expects Llama 4's experts in every `interleave_moe_layer_step`-th layer."""
+
+    def fault(self, config: PretrainedConfig) -> str | None:
+        """Return the fault if other layers have them."""
+        step = config.interleave_moe_layer_step
+        expected = list(range(step - 1, config.num_hidden_layers, step))
+        if list(config.moe_layers) == expected:
+            return None
+        return (
+            f"{REFUSED}it expects experts in every layer whose number is a multiple of "
+            f"interleave_moe_layer_step={step}, and moe_layers={list(config.moe_layers)} are "
+            f"others; remove layers so that they are {expected}"
+        )
+
+
+@dataclass(frozen=True)
 class WithoutHeadDim:
     """The engine takes hidden_size / num_attention_heads for the width of a head."""
 
@@ -262,7 +279,7 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
         "qwen3_moe": (),
         "olmoe": (),
         "deepseek_v3": (_LATENT,),
-        "llama4_text": (),
+        "llama4_text": (ExpertsByStep(),),
     },
     "llama.cpp": {
         "llama": (),
@@ -287,7 +304,10 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
         "qwen3_moe": (WithExpertsEverywhere(),),
         "olmoe": (),
         "deepseek_v3": (_LITE,),
-        "llama4_text": (ByPlace(("no_rope_layers", "layer_types")),),
+        "llama4_text": (
+            ExpertsByStep(),
+            ByPlace(("no_rope_layers", "layer_types")),
+        ),
     },
     "CTranslate2": {
         "llama": (WithoutHeadDim(),),
