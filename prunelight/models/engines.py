@@ -21,6 +21,7 @@ from prunelight.models.families.config_fields import head_dim
 from prunelight.models.families.own_classes.registration import PREFIX
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
 from prunelight.models.families.shorter_config import LISTS_NOT_PER_LAYER
+from prunelight.models.transformers4 import transformers4_misreading, transformers4_refusal
 from prunelight.planning.layer_pattern import Pattern
 from prunelight.runtime.arguments import check_choice
 
@@ -217,11 +218,6 @@ def _without_query_rank(config: PretrainedConfig) -> bool:
 
 _NO_WINDOWS = (OtherWindows("ignores"),)
 _NOT_BEYOND_WINDOW = OtherWindows("takes no text longer than", REFUSED)
-_NO_SOFTCAP = Always(
-    "its default attention ignores attn_logit_softcapping; load it with "
-    "attn_implementation='eager'",
-    WRONG,
-)
 _LATENT = Always(
     "on a CPU its attention differs for this family, also in dense models; it was not tried on a "
     "GPU",
@@ -231,31 +227,6 @@ _LITE = ByDepth((26, 27), _without_query_rank, "q_lora_rank=null (Lite)", REFUSE
 # Engine -> model_type -> in what the engine differs from transformers. Every family of an engine
 # that was tried is here, also with nothing.
 READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
-    "transformers 4.57": {
-        "llama": (),
-        "mistral": (),
-        "qwen2": (),
-        "qwen3": (),
-        "gemma": (),
-        "gemma2": (_NO_SOFTCAP,),
-        "gemma3_text": (),
-        "cohere2": (),
-        "olmo2": (),
-        "olmo3": (),
-        "exaone4": (),
-        "smollm3": (),
-        "phi3": (),
-        "granite": (),
-        "starcoder2": (),
-        "glm4": (),
-        "gpt2": (),
-        "gpt_oss": (),
-        "mixtral": (),
-        "qwen3_moe": (),
-        "olmoe": (),
-        "deepseek_v3": (),
-        "llama4_text": (),
-    },
     "vLLM": {
         "llama": (),
         "mistral": (),
@@ -322,9 +293,10 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
         "gpt2": (),
     },
 }
-ENGINES = tuple(READINGS)
+_TRANSFORMERS4 = "transformers 4.57"  # of which transformers4.py knows what it reads
+ENGINES = (_TRANSFORMERS4, *READINGS)
 # Engine -> beginning of the model types of ours whose exported code it runs.
-_RUNS_OUR_CODE = {"transformers 4.57": PREFIX, "vLLM": SLICED_PREFIX}
+_RUNS_OUR_CODE = {_TRANSFORMERS4: PREFIX, "vLLM": SLICED_PREFIX}
 
 
 def loads_in(model: PreTrainedModel | PretrainedConfig) -> dict[str, str]:
@@ -363,7 +335,8 @@ def check_engine(model: PreTrainedModel | PretrainedConfig, engine: str) -> None
 def fields_by_place(config: PretrainedConfig, engine: str | None = None) -> tuple[str, ...]:
     """Return the lists by layer that an engine, or any engine, derives from a layer's place."""
     engines = ENGINES if engine is None else (engine,)
-    readings = [x for name in engines for x in READINGS[name].get(config.model_type, ())]
+    by_engine = [READINGS.get(name, {}).get(config.model_type, ()) for name in engines]
+    readings = [reading for of_engine in by_engine for reading in of_engine]
     names = [name for x in readings if isinstance(x, ByPlace) for name in x.fields]
     return tuple(dict.fromkeys(names))
 
@@ -452,11 +425,20 @@ def _kind(columns: Sequence[Sequence[Any]], layer: int) -> tuple[Hashable, ...]:
 def _answer(config: PretrainedConfig, engine: str) -> str:
     if config.model_type.startswith(PREFIX):
         return _answer_for_own_class(config, engine)
+    if engine == _TRANSFORMERS4:
+        return _answer_of_transformers4(config)
     readings = READINGS[engine].get(config.model_type)
     if readings is None:
         return NOT_TRIED
     faults = [fault for reading in readings if (fault := reading.fault(config)) is not None]
     return NO + "; ".join(faults) if faults else YES
+
+
+def _answer_of_transformers4(config: PretrainedConfig) -> str:
+    if refusal := transformers4_refusal(config):
+        return NO + REFUSED + refusal
+    misreading = transformers4_misreading(config)
+    return NO + WRONG + misreading if misreading else YES
 
 
 def _answer_for_own_class(config: PretrainedConfig, engine: str) -> str:

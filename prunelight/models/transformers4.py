@@ -68,6 +68,10 @@ _OLD_KINDS = {
 }
 _KINDS_FIELDS = ("layer_types", "layers_block_type")
 
+# Families that cap attention scores. transformers 4 caps them in its plain implementation only, and
+# takes another one by default; transformers 5 takes the plain one by itself.
+_CAPPED = ("gemma2", "vaultgemma")
+
 # Fields that transformers 4 reads under another name: family -> name in 5 -> name in 4.
 _OLD_FIELDS = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 
@@ -107,36 +111,52 @@ def old_names(config_class: type[PretrainedConfig], values: Mapping[str, Any]) -
 
 
 def transformers4_fault(config: PretrainedConfig) -> str:
-    """Return why transformers 4 cannot read a config, one sentence; empty where it can."""
-    kind = config.model_type
+    """Return why transformers 4 cannot read a config; empty where it reads it right."""
+    return transformers4_refusal(config) or transformers4_misreading(config)
+
+
+def transformers4_refusal(config: PretrainedConfig) -> str:
+    """Return why transformers 4 ends with an error of its own; empty where it does not."""
+    kind, scaled = config.model_type, _scaled(config)
     if kind not in MODEL_TYPES:
         return f"transformers 4 has no causal language model {kind}"
-    groups = getattr(config, "n_groups", 1)
-    if kind in _OTHER_CODE or (kind == "mamba2" and groups > 1):
-        return f"the code of {kind} in transformers 4 computes other logits"
     if kind == "dbrx":
         return "transformers 4 refuses the fields that transformers 5 writes for dbrx"
-    scaled = [
-        parameters
-        for parameters in _by_layer_type(getattr(config, "rope_parameters", None) or {}).values()
-        if parameters.get("rope_type", "default") != "default"
-    ]
     if kind in _WANT_TYPE and any("type" not in parameters for parameters in scaled):
         return f"transformers 4 reads no scaled RoPE of {kind} without the key `type`"
     long = any(parameters["rope_type"] == "longrope" for parameters in scaled)
     if long and not hasattr(config, "original_max_position_embeddings"):
         return "transformers 4 reads longrope only with a field original_max_position_embeddings"
-    values = _decoded(json.loads(config.to_json_string()))
-    if lost := _lost_parameters(config, values):
+    return ""
+
+
+def transformers4_misreading(config: PretrainedConfig) -> str:
+    """Return why transformers 4 computes something else, without an error; empty if it does not."""
+    kind, groups = config.model_type, getattr(config, "n_groups", 1)
+    if kind in _OTHER_CODE or (kind == "mamba2" and groups > 1):
+        return f"the code of {kind} in transformers 4 computes other logits"
+    if kind in _CAPPED and getattr(config, "attn_logit_softcapping", None) is not None:
+        return (
+            f"transformers 4 leaves out attn_logit_softcapping of {kind}; there load it with "
+            "attn_implementation='eager'"
+        )
+    if lost := _lost_parameters(config, _decoded(json.loads(config.to_json_string()))):
         return f"transformers 4 has no name for {lost}"
     return ""
 
 
 def tell_fault(config: PretrainedConfig) -> None:
-    """Say why transformers 4 cannot read a config; warn if it knows the family all the same."""
-    if fault := transformers4_fault(config):
-        level = logging.WARNING if config.model_type in MODEL_TYPES else logging.INFO
-        log.log(level, "load the saved model with transformers 5: %s", fault)
+    """Say why transformers 4 cannot read a config; warn if it would do so without an error."""
+    if refusal := transformers4_refusal(config):
+        log.info("the saved model needs transformers 5: %s", refusal)
+    elif misreading := transformers4_misreading(config):
+        log.warning("the saved model needs transformers 5: %s", misreading)
+
+
+def _scaled(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Return the RoPE parameters of each kind of layer whose RoPE is scaled."""
+    by_type = _by_layer_type(getattr(config, "rope_parameters", None) or {})
+    return [x for x in by_type.values() if x.get("rope_type", "default") != "default"]
 
 
 def old_tokenizer_names(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,9 +93,9 @@ def test_what_is_said_of_the_result_of_a_method_was_measured(state, engine):
 
 
 def test_every_family_of_the_table_was_measured():
-    tried = (key for key in figures() if key[0] in FAMILIES and key[2] in ENGINES)
+    tried = (key for key in figures() if key[0] in FAMILIES and key[2] in READINGS)
     measured = {(FAMILIES[model][0], engine) for model, _, engine in tried}
-    assert measured == {(family, engine) for engine in ENGINES for family in READINGS[engine]}
+    assert measured == {(family, engine) for engine in READINGS for family in READINGS[engine]}
 
 
 def test_the_table_and_the_readers_know_the_same_engines():
@@ -176,7 +176,11 @@ def test_a_class_of_our_own_and_a_family_that_was_not_tried_are_told_apart():
     own.model_type = "prunelight_sliced_llama"
     assert all(answer.startswith("no: ") for answer in loads_in(own).values())
     assert not misreadings(own)
-    assert set(loads_in(AutoConfig.for_model("bloom")).values()) == {"unknown: not tried"}
+    answers = loads_in(AutoConfig.for_model("bloom"))
+    assert (
+        answers.pop("transformers 4.57") == "yes"
+    )  # each family that both versions know was tried
+    assert set(answers.values()) == {"unknown: not tried"}
 
 
 def test_a_run_warns_of_a_program_that_reads_its_result_wrong(tmp_path, caplog):

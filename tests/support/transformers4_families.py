@@ -1,4 +1,4 @@
-"""Write the families that transformers 4 knows; run with PRUNELIGHT_TRANSFORMERS4, see .ci/."""
+"""Write the families that transformers 4 knows; run with TRANSFORMERS4_PYTHON, see .ci/."""
 
 import json
 import os
@@ -19,7 +19,7 @@ MODEL_TYPES = frozenset(
 '''
 
 if __name__ == "__main__":
-    side = [os.environ["PRUNELIGHT_TRANSFORMERS4"], HERE / "transformers4_side.py", "families"]
+    side = [os.environ["TRANSFORMERS4_PYTHON"], HERE / "transformers4_side.py", "families"]
     names = " ".join(sorted(json.loads(subprocess.check_output(side, text=True))))
     lines = textwrap.wrap(names, 92, break_long_words=False, break_on_hyphens=False)
     TARGET.write_text(TEXT.format(names=textwrap.indent("\n".join(lines), "    ")))

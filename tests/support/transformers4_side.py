@@ -39,7 +39,8 @@ def logits(root):
 @torch.no_grad()
 def computed(directory, ids):
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory)
+        settings = {"attn_implementation": "eager"} if (directory / "eager").exists() else {}
+        model = AutoModelForCausalLM.from_pretrained(directory, **settings)
         words = None
         if (directory / "tokenizer.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(directory)
