@@ -73,10 +73,18 @@ class InputStatistics(Generic[Statistic]):
             )
         return self._statistics[leader]
 
+    def idle(self) -> list[Matrix]:
+        """Return the matrices that no forward has used, as adapters for other layers.
+
+        Those whose weight other code reads are not among them: a fused kernel may have used them.
+        """
+        return [m for m in self.matrices if m.name not in self._leader and not m.read_directly]
+
     def groups(self) -> list[list[Matrix]]:
-        """Return the matrices in groups that share an input."""
+        """Return the matrices in groups that share an input; idle ones are in none."""
         groups: dict[str, list[Matrix]] = {}
-        for matrix in self.matrices:
+        idle = self.idle()
+        for matrix in [matrix for matrix in self.matrices if matrix not in idle]:
             self.of(matrix)
             groups.setdefault(self._leader[matrix.name], []).append(matrix)
         return list(groups.values())

@@ -21,7 +21,12 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, micro_batches
-from prunelight.models.families.layers import decoder_layers, first_tensor
+from prunelight.models.families.layers import (
+    HANDS_ON,
+    carried_arguments,
+    decoder_layers,
+    first_tensor,
+)
 from prunelight.models.families.rwkv import without_rescaling
 from prunelight.models.forward import (
     evaluating,
@@ -70,6 +75,13 @@ class LayerWalk:
         offload: bool = False,
         label: str = "",
     ) -> None:
+        carried = {name for layer in decoder_layers(model) for name in carried_arguments(layer)}
+        if carried - {*HANDS_ON}:
+            raise TypeError(
+                f"a decoder layer of {model.config.model_type} cannot be run on its own: it reads "
+                f"{min(carried)} of the layer before it; methods that go layer by layer do not "
+                "support it"
+            )
         self.model, self.windows, self.label = model, windows, label
         self.group = group_of(windows)
         self.device = device or model.device

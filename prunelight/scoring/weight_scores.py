@@ -79,7 +79,8 @@ def _wanda_parts(
     group: list[Matrix], statistics: InputStatistics[InputNorm], tokens: int
 ) -> Iterator[Tensor]:
     """Yield A of each matrix, or expert, of a group; all of them may not fit in memory at once."""
-    for matrix in group:
+    idle = statistics.idle() if len(group) > 1 else []  # they weigh nothing in their layer
+    for matrix in [matrix for matrix in group if matrix not in idle]:
         for view, statistic in zip(matrix.views(), statistics.of(matrix), strict=True):
             try:
                 statistic.norms()  # raises if an input was NaN or Inf

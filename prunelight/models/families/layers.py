@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,13 @@ from transformers import PreTrainedModel
 
 from prunelight.models.families.architectures import architecture_of
 from prunelight.models.families.config_fields import decoder_config
+
+# An argument of a layer's forward with such a name is what the layer before it computed.
+CARRIED = "prev_"
+
+# Such an argument -> the attribute that says that a layer hands it on instead of computing it.
+# A layer that computes it does not read it. Without an entry every layer reads and computes it.
+HANDS_ON = {"prev_topk_indices": "self_attn.skip_topk"}
 
 
 def layers_path(model: PreTrainedModel) -> str:
@@ -66,7 +74,19 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """
     layers = model.get_submodule(layers_path(model))
     assert isinstance(layers, nn.ModuleList)
+    if next(iter(inspect.signature(layers[0].forward).parameters)).startswith(CARRIED):
+        raise TypeError(
+            f"the decoder layers of {model.config.model_type} hand on two streams of hidden "
+            "states; layers are pruned only where they hand on one"
+        )
     return layers
+
+
+def carried_arguments(layer: nn.Module) -> list[str]:
+    """Return the arguments of a layer that the layer before it computed, beside hidden states."""
+    return [
+        name for name in inspect.signature(layer.forward).parameters if name.startswith(CARRIED)
+    ]
 
 
 def first_tensor(value: Any) -> Tensor:

@@ -194,6 +194,7 @@ def lora_targets(model: PreTrainedModel) -> tuple[list[str], list[str]]:
 
     A name is as short as it can be: no other module of the model ends in it.
     """
+    check_apart(model)
     prefix = re.escape(layers_path(model)) + r"\.\d+\."
     layers = range(len(decoder_layers(model)))
     known = (m for index in layers for m in layer_weights(model, index, packed=True).matrices)
@@ -208,6 +209,22 @@ def lora_targets(model: PreTrainedModel) -> tuple[list[str], list[str]]:
         fitting = (s for s in suffixes if not any(name.endswith(f".{s}") for name in others))
         names[next(fitting, path)] = None
     return [*names, *(SHORTCUTS if is_sliced(model) else ())], [*stacks]
+
+
+def check_apart(model: PreTrainedModel) -> None:
+    """Check that no two modules of the decoder layers hold one weight, as adapters would not know.
+
+    Raises:
+        TypeError: if two do; names the weight.
+    """
+    holders: dict[int, nn.Module] = {}
+    for path, module in decoder_layers(model).named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and holders.setdefault(id(parameter), module) is not module:
+                raise TypeError(
+                    f"decoder layers of {model.config.model_type} share {path}.{name}: an adapter "
+                    "of one module would change the others; take recovery=full"
+                )
 
 
 def _own_weights(module: nn.Module) -> Iterator[str]:

@@ -8,10 +8,9 @@ layers must stay; where layers depend on their place, only sets that keep the pa
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,7 +19,12 @@ from transformers import PreTrainedModel
 
 from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.config_fields import check_reloadable, counts_tokens
-from prunelight.models.families.layers import decoder_layers, layers_path
+from prunelight.models.families.layers import (
+    HANDS_ON,
+    carried_arguments,
+    decoder_layers,
+    layers_path,
+)
 from prunelight.models.families.outline import Outline, difference
 from prunelight.models.families.shorter_config import ShorterModels
 from prunelight.planning.layer_choice import lowest_scores, lowest_window, resolve_indices
@@ -35,13 +39,6 @@ log = logging.getLogger(__name__)
 
 # Config fields by which layers compute with their index in their forward, where no outline sees it.
 INDEX_IN_FORWARD = ("scale_attn_by_inverse_layer_idx",)
-
-# An argument of a layer's forward with such a name is what the layer before it computed.
-CARRIED = "prev_"
-
-# Such an argument -> the attribute that says that a layer hands it on instead of computing it.
-# A layer that computes it does not read it. Without an entry every layer reads and computes it.
-HANDS_ON = {"prev_topk_indices": "self_attn.skip_topk"}
 
 
 @dataclass
@@ -322,11 +319,6 @@ def removable_layers(model: PreTrainedModel) -> RemovableLayers:
                 f"{config_field}={getattr(model.config, config_field)} of {name} makes layers "
                 "depend on their index; removing layers would change the others"
             )
-    if any(next(_arguments(layer)).startswith(CARRIED) for layer in decoder_layers(model)):
-        raise TypeError(
-            f"the decoder layers of {name} hand on two streams of hidden states; layers are scored "
-            "and removed only where they hand on one"
-        )
     return RemovableLayers(name, ShorterModels(model, layers_path(model)), _sources(model))
 
 
@@ -335,7 +327,7 @@ def _sources(model: PreTrainedModel) -> dict[int, int]:
     sources: dict[int, int] = {}
     source = 0
     for index, layer in enumerate(decoder_layers(model)):
-        names = [name for name in _arguments(layer) if name.startswith(CARRIED)]
+        names = carried_arguments(layer)
         if not names:
             continue
         computes = all(_computes(layer, HANDS_ON.get(name)) for name in names)
@@ -343,10 +335,6 @@ def _sources(model: PreTrainedModel) -> dict[int, int]:
             sources[index] = source
         source = index if computes else source
     return sources
-
-
-def _arguments(layer: nn.Module) -> Iterator[str]:
-    return iter(inspect.signature(layer.forward).parameters)
 
 
 def _computes(layer: nn.Module, skips: str | None) -> bool:

@@ -122,6 +122,11 @@ def _sparsify_layer(
             output = walk.forward(batch)
         dense = output if batch == 0 else dense
     inputs.pool(walk.group)
+    for matrix in inputs.idle():
+        _note(outcome, f"{matrix.name} was not used by any text: pruned by magnitude")
+        for view in matrix.views():
+            view.masked_fill_(magnitude_mask(view, amount_of(step, matrix.name)), 0)
+        _note_zeros(outcome, matrix)
     for group in inputs.groups():
         with _naming_matrices(group):
             _solve(group, step, inputs, outcome)
