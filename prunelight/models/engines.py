@@ -342,33 +342,33 @@ def fields_by_place(config: PretrainedConfig, engine: str | None = None) -> tupl
 
 
 def engine_patterns(
-    config: PretrainedConfig, engines: Collection[str]
+    config: PretrainedConfig, engines: Collection[str] | None
 ) -> list[tuple[list[tuple[Hashable, ...]], Pattern]]:
     """Return what engines derive from a layer's place: kinds of the layers, and the rule."""
-    fields = [fields_by_place(config, engine) for engine in engines]
+    fields = [fields_by_place(config, engine) for engine in engines or ()]
     return [
         (layer_kinds(config, names), family_pattern(config, names)) for names in fields if names
     ]
 
 
-def known_engines(names: Collection[str] | None) -> list[str]:
-    """Return the names of engines as a list.
+def known_engines(names: Collection[str] | None) -> list[str] | None:
+    """Return the names of engines as a list; None, the default of a method's argument, stays.
 
     Raises:
         ValueError: if one is not known.
     """
     for name in names or ():
         check_choice("loads_in", name, ENGINES)
-    return list(names or ())
+    return None if names is None else list(names)
 
 
-def check_engines(config: PretrainedConfig, engines: Collection[str]) -> None:
+def check_engines(config: PretrainedConfig, engines: Collection[str] | None) -> None:
     """Check that each of these engines reads a config as transformers does.
 
     Raises:
         ValueError: see `check_engine`.
     """
-    for engine in engines:
+    for engine in engines or ():
         check_engine(config, engine)
 
 
