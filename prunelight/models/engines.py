@@ -136,6 +136,23 @@ class WithExpertsEverywhere:
 
 
 @dataclass(frozen=True)
+class ExpertsByStep:
+    """The engine expects Llama 4's experts in every `interleave_moe_layer_step`-th layer."""
+
+    def fault(self, config: PretrainedConfig) -> str | None:
+        """Return the fault if other layers have them."""
+        step = config.interleave_moe_layer_step
+        expected = list(range(step - 1, config.num_hidden_layers, step))
+        if list(config.moe_layers) == expected:
+            return None
+        return (
+            f"{REFUSED}it expects experts in every layer whose number is a multiple of "
+            f"interleave_moe_layer_step={step}, and moe_layers={list(config.moe_layers)} are "
+            f"others; remove layers so that they are {expected}"
+        )
+
+
+@dataclass(frozen=True)
 class WithoutHeadDim:
     """The engine takes hidden_size / num_attention_heads for the width of a head."""
 
@@ -233,7 +250,7 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
         "qwen3_moe": (),
         "olmoe": (),
         "deepseek_v3": (_LATENT,),
-        "llama4_text": (),
+        "llama4_text": (ExpertsByStep(),),
     },
     "llama.cpp": {
         "llama": (),
@@ -258,7 +275,10 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
         "qwen3_moe": (WithExpertsEverywhere(),),
         "olmoe": (),
         "deepseek_v3": (_LITE,),
-        "llama4_text": (ByPlace(("no_rope_layers", "layer_types")),),
+        "llama4_text": (
+            ExpertsByStep(),
+            ByPlace(("no_rope_layers", "layer_types")),
+        ),
     },
     "CTranslate2": {
         "llama": (WithoutHeadDim(),),
@@ -322,33 +342,33 @@ def fields_by_place(config: PretrainedConfig, engine: str | None = None) -> tupl
 
 
 def engine_patterns(
-    config: PretrainedConfig, engines: Collection[str]
+    config: PretrainedConfig, engines: Collection[str] | None
 ) -> list[tuple[list[tuple[Hashable, ...]], Pattern]]:
     """Return what engines derive from a layer's place: kinds of the layers, and the rule."""
-    fields = [fields_by_place(config, engine) for engine in engines]
+    fields = [fields_by_place(config, engine) for engine in engines or ()]
     return [
         (layer_kinds(config, names), family_pattern(config, names)) for names in fields if names
     ]
 
 
-def known_engines(names: Collection[str] | None) -> list[str]:
-    """Return the names of engines as a list.
+def known_engines(names: Collection[str] | None) -> list[str] | None:
+    """Return the names of engines as a list; None, the default of a method's argument, stays.
 
     Raises:
         ValueError: if one is not known.
     """
     for name in names or ():
         check_choice("loads_in", name, ENGINES)
-    return list(names or ())
+    return None if names is None else list(names)
 
 
-def check_engines(config: PretrainedConfig, engines: Collection[str]) -> None:
+def check_engines(config: PretrainedConfig, engines: Collection[str] | None) -> None:
     """Check that each of these engines reads a config as transformers does.
 
     Raises:
         ValueError: see `check_engine`.
     """
-    for engine in engines:
+    for engine in engines or ():
         check_engine(config, engine)
 
 

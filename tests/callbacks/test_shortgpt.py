@@ -112,7 +112,7 @@ def test_a_plan_records_what_it_was_made_from(model):
         "protected": [-1],
         "granularity": "layer",
         "export_remote_code": False,
-        "loads_in": [],
+        "loads_in": None,
     }
     assert ShortGPT(**plan.arguments).plan(model, WINDOWS) == plan
     assert plan.model == describe_model(model)

@@ -13,10 +13,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from prunelight.models.engines import family_pattern, has_windows, layer_kinds
+from prunelight.planning.layer_choice import lowest_scores
 from prunelight.planning.layer_pattern import (
     counts_that_keep_pattern,
     keeps_pattern,
-    lowest_keeping_pattern,
+    pattern_fits,
 )
 
 VOCABULARY = 128
@@ -168,7 +169,8 @@ def removals(name: str) -> Iterator[Removal]:
         yield Removal("2 layers removed", (2, 5))
         return
     count = counts_that_keep_pattern(kinds, pattern)[1]
-    kept = lowest_keeping_pattern([0.0] * len(kinds), count, kinds, pattern)
+    fits = pattern_fits(kinds, pattern, count)
+    kept = lowest_scores([0.0] * len(kinds), count, fits=fits)
     broken = next(i for i in range(1, len(kinds)) if not keeps_pattern(kinds, [i], pattern))
     removed = f"{count} layer{'s' * (count > 1)} removed"
     yield Removal(f"{removed}, pattern kept", tuple(kept))

@@ -23,8 +23,9 @@ from prunelight.models.engines import (
     loads_in,
     misreadings,
 )
-from prunelight.models.families.shorter_config import cut_config
-from prunelight.planning.layer_pattern import lowest_keeping_pattern
+from prunelight.models.families.shorter_config import CutRules, cut_config
+from prunelight.planning.layer_choice import lowest_scores
+from prunelight.planning.layer_pattern import pattern_fits
 from prunelight.pruning.remove_layers import remove_layers
 
 
@@ -37,7 +38,8 @@ def figures():
 def shorter(name, layers):
     config = family_config(name)
     kept = [i for i in range(config.num_hidden_layers) if i not in layers]
-    cut_config(config, kept, config.num_hidden_layers)
+    rules = {"moe_layers": "layers"} if hasattr(config, "moe_layers") else {}
+    cut_config(config, kept, config.num_hidden_layers, CutRules(rules=rules))
     return config
 
 
@@ -136,7 +138,8 @@ def test_layers_chosen_by_the_pattern_leave_a_model_that_llamacpp_reads(name):
     fields = fields_by_place(config, "llama.cpp")
     total, pattern = config.num_hidden_layers, family_pattern(config, fields)
     scores = [float(total - i) for i in range(total)]
-    layers = lowest_keeping_pattern(scores, 2, layer_kinds(config, fields), pattern)
+    fits = pattern_fits(layer_kinds(config, fields), pattern, 2)
+    layers = lowest_scores(scores, 2, fits=fits)
     assert loads_in(shorter(name, layers))["llama.cpp"] == "yes"
     assert loads_in(shorter(name, (1,)))["llama.cpp"].startswith("no: reads it wrong")
 
