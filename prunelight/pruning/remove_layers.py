@@ -87,15 +87,20 @@ def _set(root: nn.Module, name: str, value: Any) -> None:
         setattr(module, attribute, type(present)(value) if collection else value)
 
 
-def check_removable(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Check that these decoder layers of the model can be removed together.
+def check_removable(model: PreTrainedModel, layers: Sequence[int] | None = None) -> None:
+    """Check that these decoder layers of the model can be removed together; None: any layer.
 
     Raises:
         ValueError: if they cannot; says why, and which can.
         TypeError: if the decoder layers cannot be found.
     """
-    if layers:
-        removable_layers(model).check(layers)
+    if layers is not None and not layers:
+        return
+    removable = removable_layers(model)
+    if layers is not None:
+        removable.check(layers)
+    elif len(removable.fixed) == removable.total:
+        raise ValueError(f"layers of {removable.name} cannot be removed: {removable.what_can_go()}")
 
 
 def _check(model: PreTrainedModel, step: RemoveLayers, context: StepContext) -> None:

@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -237,7 +238,7 @@ def _own_weights(module: nn.Module) -> Iterator[str]:
 
 
 def _check_unpacked(name: str, linear: nn.Module) -> None:
-    weight = linear.weight
+    weight: Any = linear.weight
     if not weight.is_floating_point() or weight.element_size() == 1 or weight.shape[-1] == 1:
         raise TypeError(
             f"{name} is a quantized {type(linear).__name__} ({weight.dtype}): prune first, save, "
@@ -311,7 +312,7 @@ def _are_experts(modules: nn.ModuleList) -> bool:
 
 def _picks(module: nn.Module, hidden_size: int, experts: int) -> bool:
     outputs = [
-        module_part._parameters[name].shape[1 if isinstance(module_part, Conv1D) else 0]
+        getattr(module_part, name).shape[1 if isinstance(module_part, Conv1D) else 0]
         for module_part in module.modules()
         if not isinstance(module_part, (nn.Conv1d, nn.Embedding))
         for name in _own_matrices(module_part)
@@ -327,7 +328,7 @@ def _own_matrices(module: nn.Module) -> Iterator[str]:
 
 
 def _hidden_size(model: PreTrainedModel) -> int:
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     width = getattr(decoder_config(model.config), "hidden_size", None)
     return int(width or embeddings.weight.shape[1])
 
@@ -345,7 +346,7 @@ def _why_dense(module: nn.Module, narrow: int) -> str:
     return _CONVOLUTION if "Conv" in type(module).__name__ else _OTHER
 
 
-def _widths(linear: nn.Module) -> tuple[int, ...]:
+def _widths(linear: Any) -> tuple[int, ...]:
     """Return the numbers of inputs and outputs, which packed weights do not show."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
@@ -353,7 +354,7 @@ def _widths(linear: nn.Module) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _is_plain(linear: nn.Module) -> bool:
+def _is_plain(linear: Any) -> bool:
     """Return whether a linear module maps (..., in) to (..., out), whatever its class."""
     if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
         return True
@@ -372,7 +373,7 @@ def _is_under(path: str, roots: Collection[str]) -> bool:
 
 
 @cache
-def _parts_beside_encoder(layer_class: type[nn.Module]) -> frozenset[str]:
+def _parts_beside_encoder(layer_class: Any) -> frozenset[str]:
     """Return the parts that a layer's code calls only where there are states of an encoder."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(layer_class.forward)))
@@ -393,7 +394,7 @@ def _read_directly(layer: nn.Module, path: str, weight: str) -> bool:
 
 
 @cache
-def _attributes_read_by(module_class: type[nn.Module]) -> frozenset[tuple[str, str]]:
+def _attributes_read_by(module_class: Any) -> frozenset[tuple[str, str]]:
     """Return which attributes of its parts the code of a class reads: (part, attribute)."""
     try:
         source = inspect.getsource(module_class)

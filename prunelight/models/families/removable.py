@@ -176,8 +176,8 @@ class RemovableLayers:
         chosen = self._lowest(scores, count, protected, fits)
         if chosen and (fault := self.fault(chosen)):
             # What the whole model needs, such as one attention, only the whole set shows.
-            stay = [{*protected, layer} for layer in chosen] + [{*protected, *self.fixed}]
-            others = [self._lowest(scores, count, more, fits) for more in stay]
+            kept = [{*protected, layer} for layer in chosen] + [{*protected, *self.fixed}]
+            others = [self._lowest(scores, count, more, fits) for more in kept]
             if not patterns and not resolve_indices(protected, self.total) & {*self._last(count)}:
                 others.append(self._last(count))
             valid = [other for other in others if other and not self.fault(other)]

@@ -55,7 +55,7 @@ def stop_rescaling(model: PreTrainedModel) -> None:
     """
     restore_rwkv_scale(model)
     if getattr(model.config, "rescale_every", None):
-        model.rescale_every_at_rest = model.config.rescale_every  # type: ignore[assignment]
+        model.rescale_every_at_rest = model.config.rescale_every
         model.config.rescale_every = 0
 
 

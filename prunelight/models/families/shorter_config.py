@@ -12,6 +12,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -132,6 +133,14 @@ def _table_dims(before: Any, after: Any, total: int, left: int) -> list[int]:
     if any(old % total or new != old // total * left for _, old, new in changed):
         return []
     return [dim for dim, _, _ in changed]
+
+
+def _with_count(name: str, rules: CutRules, *, alone: bool) -> CutRules:
+    return replace(rules, counts=(name,) if alone else (*rules.counts, name))
+
+
+def _with_rule(name: str, rule: str, rules: CutRules) -> CutRules:
+    return replace(rules, rules={**rules.rules, name: rule})
 
 
 class ShorterModels:
@@ -262,12 +271,10 @@ class ShorterModels:
             if isinstance(getattr(type(config), name, None), property):
                 continue
             if type(value) is int and value == self.total and not _NO_COUNTS.fullmatch(name):
-                yield lambda rules, name=name: replace(rules, counts=(*rules.counts, name))
-                yield lambda rules, name=name: replace(rules, counts=(name,))
+                yield partial(_with_count, name, alone=False)
+                yield partial(_with_count, name, alone=True)
             for rule in self._possible_rules(name, value):
-                yield lambda rules, name=name, rule=rule: replace(
-                    rules, rules={**rules.rules, name: rule}
-                )
+                yield partial(_with_rule, name, rule)
 
     def _possible_rules(self, name: str, value: Any) -> list[str]:
         if type(value) is int and 0 < value <= self.total and not _NO_COUNTS.fullmatch(name):
