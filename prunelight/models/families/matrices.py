@@ -121,7 +121,8 @@ def layer_weights(model: PreTrainedModel, index: int, *, packed: bool = False) -
     layer, shared = layers[index], {id(p) for other in layers[:index] for p in other.parameters()}
     stacks = {path: _stacks(model, path, module) for path, module in layer.named_modules()}
     routers = _routers(layer, stacks, _hidden_size(model))
-    beside_encoder = _parts_beside_encoder(type(layer))
+    layer_class: Any = type(layer)
+    beside_encoder = _parts_beside_encoder(layer_class)
     narrow = min(narrowest_head(model.config, index), max(2, _hidden_size(model) // 4))
     weights = LayerWeights()
     for path, module in layer.named_modules():
@@ -390,7 +391,8 @@ def _parts_beside_encoder(layer_class: Any) -> frozenset[str]:
 def _read_directly(layer: nn.Module, path: str, weight: str) -> bool:
     """Return whether the module around another one reads its weight in code of its own."""
     around, _, name = path.rpartition(".")
-    return (name, weight) in _attributes_read_by(type(layer.get_submodule(around)))
+    around_class: Any = type(layer.get_submodule(around))
+    return (name, weight) in _attributes_read_by(around_class)
 
 
 @cache
