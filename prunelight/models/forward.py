@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunelight.models.families.config_fields import decoder_config
 from prunelight.models.families.layers import decoder_layers, first_tensor
 from prunelight.models.families.rwkv import restore_rwkv_scale
 
@@ -30,19 +31,21 @@ _SIDE_OUTPUTS = ("use_cache", "output_router_logits")
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Put the model in eval mode, without gradients, cache and router logits; undo all on exit."""
     training = {module: module.training for module in model.modules()}
-    names = [name for name in _SIDE_OUTPUTS if hasattr(model.config, name)]
-    settings = {name: getattr(model.config, name) for name in names}
+    # A multimodal model asks the config of its text decoder.
+    configs = {id(c): c for c in (model.config, decoder_config(model.config))}.values()
+    asked = [(c, name) for c in configs for name in _SIDE_OUTPUTS if hasattr(c, name)]
+    settings = [(config, name, getattr(config, name)) for config, name in asked]
     try:
         model.eval()
-        for name in settings:
-            setattr(model.config, name, False)
+        for config, name, _ in settings:
+            setattr(config, name, False)
         with torch.no_grad():
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
-        for name, value in settings.items():
-            setattr(model.config, name, value)
+        for config, name, value in settings:
+            setattr(config, name, value)
         restore_rwkv_scale(model)
 
 

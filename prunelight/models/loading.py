@@ -28,7 +28,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.text_decoder import reading_class, take_text_decoder
@@ -307,7 +310,9 @@ def _check_causal(config: PretrainedConfig, name: str, *, multimodal: bool = Fal
     classes = config.architectures or []
     stock = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
     stock = stock or multimodal
-    if not stock or (classes and not any(c.endswith(suffixes) for c in classes)):
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    causal = any(c.endswith(suffixes) or c == known for c in classes)
+    if not stock or (classes and not causal):
         raise TypeError(
             f"model {name!r} ({config.model_type}, {', '.join(classes) or 'no class named'}) must "
             "be a causal language model, one that AutoModelForCausalLM loads"

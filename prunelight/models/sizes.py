@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunelight.models.families.config_fields import maximum_length
+from prunelight.models.families.layers import layers_path
 from prunelight.models.families.matrices import decoder_weights
 
 
@@ -27,14 +28,29 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
 
 
 def _position_tables(model: PreTrainedModel) -> Iterator[int]:
-    """Yield how many positions each table of learned positions has."""
+    """Yield how many positions each table of learned positions has, but those of other towers."""
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
+        if _in_other_tower(model, path):
+            continue
         if not isinstance(module, nn.Embedding) or not ("position" in name or name == "wpe"):
             continue
         # OPT and BART begin after `offset` rows, RoBERTa after the row of the padding token.
         start = 0 if module.padding_idx is None else module.padding_idx + 1
         yield module.num_embeddings - int(getattr(module, "offset", start))
+
+
+def _in_other_tower(model: PreTrainedModel, path: str) -> bool:
+    """Return whether a module belongs to a part with layers of its own, such as one for images."""
+    try:
+        decoder = layers_path(model).split(".")
+    except TypeError:
+        return False
+    parts = path.split(".")
+    pairs = enumerate(zip(parts, decoder, strict=False))
+    common = next((i for i, (part, other) in pairs if part != other), 0)
+    branch = model.get_submodule(".".join(parts[: common + 1]))
+    return any(isinstance(module, nn.ModuleList) for module in branch.modules())
 
 
 def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunelight.models.families.layers import decoder_layers, layers_path
+from prunelight.models.families.outline import names_a_layer
 from prunelight.models.families.removable import RemovableLayers, removable_layers
 from prunelight.models.families.rwkv import EMBEDDING_NORM, restore_rwkv_scale
 from prunelight.models.families.shorter_config import cut_config
@@ -62,9 +63,16 @@ def _describe(
         _keep_parts(model, name, dim, kept, removable.total)
     for name, value in changes.values.items():
         _set(model, name, value)
-    for layer, values in zip(layers, removable.models.values(kept), strict=True):
+    shorter = removable.models.values(kept)
+    for place, (layer, values, old) in enumerate(zip(layers, shorter, kept, strict=True)):
         for name, value in values.items():
             _set(layer, name, value)
+        known = removable.models.dense.layers[old]
+        for path, module in layer.named_modules():
+            for name, value in vars(module).items():
+                # BigBird exchanges its attention on short texts: no outline shows the other one.
+                if f"{path}.{name}" not in known and names_a_layer(name) and value == old:
+                    setattr(module, name, place)
 
 
 def _keep_parts(

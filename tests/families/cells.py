@@ -37,10 +37,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import prunelight
+import prunelight.callbacks
 from prunelight.callbacks import DLP, ShortGPT, SliceGPT, WeightPruning, WidthPruning
 from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
 
-PACKAGE = str(Path(prunelight.__file__).parent)
+PACKAGE = tuple(str(Path(m.__file__).parent) for m in (prunelight, prunelight.callbacks))
 NUM_REMOVED = 2
 SPARSITY = 0.5
 # Sums in another order, and products of merged weights, are rounded differently.

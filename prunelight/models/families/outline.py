@@ -106,7 +106,7 @@ def _indices(layers: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
     indices = {}
     for name, pairs in values.items():
         (first, low), (last, high) = pairs[0], pairs[-1]
-        named = _names_a_layer(name)
+        named = names_a_layer(name)
         if first == last:
             if named and low in (first, first + 1):
                 indices[name] = (1, low - first)
@@ -118,7 +118,8 @@ def _indices(layers: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
     return indices
 
 
-def _names_a_layer(name: str) -> bool:
+def names_a_layer(name: str) -> bool:
+    """Return whether an attribute holds the index of a layer, by its name."""
     return bool(_NAMES_A_LAYER.search(name.rpartition(".")[2]))
 
 
@@ -160,11 +161,11 @@ def _moved(
         return step * place + start
     if isinstance(value, tuple) and len(value) == len(dense.layers):
         return tuple(value[i] for i in kept)
-    if isinstance(value, tuple) and _names_a_layer(name):
+    if isinstance(value, tuple) and names_a_layer(name):
         return tuple(new for new, i in enumerate(kept) if i in value)
-    if isinstance(value, dict) and _names_a_layer(name):
+    if isinstance(value, dict) and names_a_layer(name):
         return {list(kept).index(i): value[i] for i in value if i in kept}
-    if type(value) is int and _names_a_layer(name) and 0 <= value < len(dense.layers):
+    if type(value) is int and names_a_layer(name) and 0 <= value < len(dense.layers):
         return list(kept).index(value) if value in kept else f"layer {value}, which is removed"
     return value
 
