@@ -19,7 +19,7 @@ from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.recovery.gradual_zeros import GradualZeros
 from prunelight.models.families.config_fields import check_reloadable
 from prunelight.models.families.layers import decoder_layers, layers_path
-from prunelight.models.families.matrices import decoder_weights, dense_weights, matrices
+from prunelight.models.families.matrices import dense_places, matrices, share_of_matrices
 from prunelight.planning.plan import Plan
 from prunelight.planning.sparsity_shares import (
     clipping_excess,
@@ -143,12 +143,11 @@ class WeightPruning(GradualZeros):
         """
         check_reloadable(model)
         names = matrices(model)
-        share = _stays_dense(model, sum(m.parameter.numel() for m in names.values()))
-        part = share.get("share_of_decoder_weights", 1.0) if names else 0.0
-        if part < _LEAST_SHARE:
-            dense = next(iter(share.get("stays_dense", {"": ["anything"]}).values()))[0]
+        share = share_of_matrices(model)
+        if share < _LEAST_SHARE:
+            ((dense, *_), *_) = dense_places(model).values() or [["anything"]]
             raise TypeError(
-                f"only {100 * part:.0f} % of the weights in the decoder layers of "
+                f"only {100 * share:.0f} % of the weights in the decoder layers of "
                 f"{model.config.model_type} can be sparsified; not {dense}, for instance"
             )
         check_step(model, self.sparsify_step(dict.fromkeys(names, self.target)))
@@ -168,8 +167,8 @@ class WeightPruning(GradualZeros):
         self.check(model)
         check_windows(model, windows)
         sizes = {name: matrix.parameter.numel() for name, matrix in matrices(model).items()}
-        stays_dense = _stays_dense(model, sum(sizes.values()))
-        for reason, places in stays_dense.get("stays_dense", {}).items():
+        dense, share = dense_places(model), share_of_matrices(model)
+        for reason, places in dense.items():
             log.info("%s: %s stay dense", reason, ", ".join(places))
         layers = _names_by_layer(model, list(sizes))
         by_layer = self.granularity == "layer"
@@ -186,7 +185,7 @@ class WeightPruning(GradualZeros):
             windows,
             self.sparsify_step({name: share_of[name] for name in sizes}),
             scores=self._scores_by_layer(layers_path(model), layers, scores, share_of, sizes),
-            found=stays_dense,
+            found={"stays_dense": dense, "share_of_decoder_weights": share} if dense else {},
         )
 
     def sparsify_step(self, sparsity: dict[str, float]) -> Sparsify:
@@ -259,26 +258,6 @@ class WeightPruning(GradualZeros):
             for layer in layers
         ]
         return lists
-
-
-def _stays_dense(model: PreTrainedModel, sparsified: int) -> dict[str, Any]:
-    """Return which decoder weights stay dense and why, for the plan; {} if none does.
-
-    Args:
-        model: the dense model.
-        sparsified: number of weights that can be sparsified.
-    """
-    stays_dense: dict[str, list[str]] = {}
-    for name, reason in dense_weights(model).items():
-        in_layer = name.removeprefix(f"{layers_path(model)}.").partition(".")[2]
-        names = stays_dense.setdefault(reason, [])
-        if in_layer not in names:
-            names.append(in_layer)
-    if not stays_dense:
-        return {}
-    weights = {id(weight): weight.numel() for weight in decoder_weights(model)}
-    share = sparsified / sum(weights.values())
-    return {"stays_dense": stays_dense, "share_of_decoder_weights": share}
 
 
 def _names_by_layer(model: PreTrainedModel, names: list[str]) -> list[list[str]]:

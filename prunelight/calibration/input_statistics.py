@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -50,9 +50,11 @@ class InputStatistics(Generic[Statistic]):
             for owner, members in self._by_owner().items()
             if not members[0].fused or _runs_experts(owner)
         ]
-        others = [m for m in self.matrices if not (m.fused and _runs_experts(m.owner))]
+        unmarked = [m for m in self.matrices if m.fused and not _runs_experts(m.owner)]
+        direct = [m for m in self.matrices if m.read_directly and not m.fused]
+        products = WeightProducts([*unmarked, *direct], partial(self._add_product, mask))
         try:
-            with WeightProducts(others, partial(self._add_product, mask)):
+            with products if unmarked or direct else nullcontext():
                 yield
         finally:
             self._inputs.clear()

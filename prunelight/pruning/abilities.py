@@ -11,7 +11,6 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from shutil import get_terminal_size
 from textwrap import fill
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -23,10 +22,10 @@ from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.config_fields import check_reloadable, decoder_config
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import (
-    decoder_weights,
-    dense_weights,
+    dense_places,
     lora_targets,
     matrices,
+    share_of_matrices,
 )
 from prunelight.models.families.removable import removable_layers
 from prunelight.models.loading import (
@@ -149,18 +148,13 @@ def _slicing(model: PreTrainedModel) -> str:
 
 
 def _sparsity(model: PreTrainedModel) -> str:
-    chosen = matrices(model)
-    weights: Any = {id(weight): weight.numel() for weight in decoder_weights(model)}
-    share = sum(m.parameter.numel() for m in chosen.values()) / sum(weights.values())
-    text = f"{len(chosen)} matrices of {len(decoder_layers(model))} layers"
-    reasons: dict[str, set[str]] = {}
-    for name, reason in dense_weights(model).items():
-        place = name.removeprefix(f"{layers_path(model)}.").partition(".")[2]
-        reasons.setdefault(reason, set()).add(place)
-    if not reasons:
+    text = f"{len(matrices(model))} matrices of {len(decoder_layers(model))} layers"
+    places = dense_places(model)
+    if not places:
         return text
-    dense = "; ".join(f"{', '.join(sorted(names))} ({why})" for why, names in reasons.items())
-    return f"{text}, {100 * share:.2f} % of the decoder's weights; dense stay {dense}"
+    dense = "; ".join(f"{', '.join(sorted(names))} ({why})" for why, names in places.items())
+    share = 100 * share_of_matrices(model)
+    return f"{text}, {share:.2f} % of the decoder's weights; dense stay {dense}"
 
 
 def _lora(model: PreTrainedModel) -> str:

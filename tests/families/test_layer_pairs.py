@@ -14,9 +14,7 @@ from prunelight.models.families.removable import removable_layers
 from prunelight.pruning.remove_layers import remove_layers
 
 # Refused although the pairs could go, for a reason beyond the weights.
-# Reformer's layers hand on two hidden states, which no score compares. Qwen4's config counts some
-# layers from one (ple_layer_ids), which no rule translates yet: more layers could go.
-TWO_STREAMS = {"reformer", "qwen4_exp", "qwen4_exp_text"}
+TWO_STREAMS = {"reformer"}  # its layers hand on two hidden states, which no score compares
 
 
 def one_list_runs(model, path):

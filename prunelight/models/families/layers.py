@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,14 +47,19 @@ def _stacks(model: PreTrainedModel) -> list[str]:
     text decoder come first, then those nearest to the model: encoders of images lie deeper.
     """
     count = getattr(decoder_config(model.config), "num_hidden_layers", None)
-    lists: dict[str, int] = {}
-    for path, module in model.named_modules():
-        inside = any(path.startswith(outer + ".") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not inside and _holds_layers(module):
-            lists[path] = len(module)
+    lists = {path: len(modules) for path, modules in _outer_lists(model, "")}
     fitting = [path for path, length in lists.items() if length == count] or [*lists]
     depth = min((path.count(".") for path in fitting), default=0)
     return [path for path in fitting if path.count(".") == depth]
+
+
+def _outer_lists(module: nn.Module, path: str) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Yield the lists of layers in a module; what is inside such a list is not looked at."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) and _holds_layers(child):
+            yield f"{path}{name}", child
+        else:
+            yield from _outer_lists(child, f"{path}{name}.")
 
 
 def _holds_layers(modules: nn.ModuleList) -> bool:
@@ -62,8 +68,8 @@ def _holds_layers(modules: nn.ModuleList) -> bool:
     A decoder layer can lose its attention and its MLP, and with them all weights.
     """
     parts = [[*module.children()] for module in modules]
-    weights = any(len(list(part.parameters())) for inner in parts for part in inner)
-    return weights and all(parts)
+    weights = (next(part.parameters(), None) for inner in parts for part in inner)
+    return all(parts) and any(weight is not None for weight in weights)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

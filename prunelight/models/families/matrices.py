@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -64,11 +65,6 @@ class Matrix:
         """Return the weight in its stored shape."""
         parameter: Tensor = getattr(self.owner, self.parameter_name)
         return parameter
-
-    @property
-    def parameter_path(self) -> str:
-        """Return the dotted path of the parameter."""
-        return self.name if self.fused else f"{self.name}.{self.parameter_name}"
 
     @property
     def fused(self) -> bool:
@@ -173,6 +169,22 @@ def dense_weights(model: PreTrainedModel) -> dict[str, str]:
     """Return all weights of the decoder layers that stay dense: name -> why."""
     layers = range(len(decoder_layers(model)))
     return {n: why for index in layers for n, why in layer_weights(model, index).dense.items()}
+
+
+def dense_places(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Return which weights of the decoder layers stay dense: why -> their names inside a layer."""
+    places: dict[str, dict[str, None]] = {}
+    for name, reason in dense_weights(model).items():
+        place = name.removeprefix(f"{layers_path(model)}.").partition(".")[2]
+        places.setdefault(reason, {})[place] = None
+    return {reason: [*names] for reason, names in places.items()}
+
+
+def share_of_matrices(model: PreTrainedModel) -> float:
+    """Return the share of the decoder layers' weights that can be sparsified, in [0, 1]."""
+    weights = {id(weight): weight.numel() for weight in decoder_weights(model)}
+    sparsified = sum(matrix.parameter.numel() for matrix in matrices(model).values())
+    return sparsified / sum(weights.values()) if weights else 0.0
 
 
 def decoder_weights(model: PreTrainedModel) -> list[Tensor]:
@@ -362,8 +374,10 @@ def _is_plain(linear: Any) -> bool:
     weight: Tensor = linear.weight
     if weight.shape != _widths(linear)[::-1]:
         return True  # packed, by a library whose classes stand for linear ones
+    shapes = {name: p.to("meta") for name, p in linear.named_parameters()}  # nothing is computed
+    inputs = torch.empty(1, 1, weight.shape[1], dtype=weight.dtype, device="meta")
     try:
-        output = linear(weight.new_zeros(1, 1, weight.shape[1]))
+        output = functional_call(linear, shapes, (inputs,))
     except (RuntimeError, TypeError):
         return False
     return isinstance(output, Tensor) and output.shape == (1, 1, weight.shape[0])

@@ -25,7 +25,6 @@ from prunelight.models.families.layers import (
     decoder_layers,
     layers_path,
 )
-from prunelight.models.families.outline import Outline, difference
 from prunelight.models.families.shorter_config import ShorterModels
 from prunelight.planning.layer_choice import lowest_scores, lowest_window, resolve_indices
 from prunelight.planning.layer_pattern import (
@@ -55,6 +54,7 @@ class RemovableLayers:
     models: ShorterModels
     sources: dict[int, int] = field(default_factory=dict)
     _faults: dict[tuple[int, ...], str] = field(default_factory=dict)
+    _fits_of: dict[int, list[list[bool]]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -130,8 +130,13 @@ class RemovableLayers:
             self.models.rest(kept)
         except ValueError as error:
             return str(error)
-        counts = [counts_tokens(self.models.config(layers)) for layers in (range(self.total), kept)]
-        return "" if counts[1] or not counts[0] else "no layer would be left that counts the tokens"
+        if self._dense_counts_tokens and not counts_tokens(self.models.config(kept)):
+            return "no layer would be left that counts the tokens"
+        return ""
+
+    @cached_property
+    def _dense_counts_tokens(self) -> bool:
+        return counts_tokens(self.models.config(range(self.total)))
 
     def _kept(self, removed: Collection[int]) -> list[int]:
         return [layer for layer in range(self.total) if layer not in removed]
@@ -249,25 +254,21 @@ class RemovableLayers:
 
     def _fits(self, count: int) -> list[list[bool]]:
         """Return whether layer i can stand k places lower, for k up to `count`: [i][k]."""
-        known: dict[int, list[list[bool]]] = self.__dict__.setdefault("_known_fits", {})
-        if count not in known:
-            known[count] = self._compared(count)
-        return known[count]
+        if count not in self._fits_of:
+            self._fits_of[count] = self._compared(count)
+        return self._fits_of[count]
 
     def _compared(self, count: int) -> list[list[bool]]:
         fits = [[False] * (count + 1) for _ in range(self.total)]
         left = self.total - count
         for shift in range(count + 1):
             kept = range(shift, shift + left)
-            shorter: Outline | None
             try:
-                shorter = self.models.outline(kept)
+                differences = self.models.differences(kept)
             except ValueError:
-                shorter = None
-            for place, layer in enumerate(kept):
-                fits[layer][shift] = shorter is not None and not difference(
-                    self.models.dense, layer, shorter, place, kept
-                )
+                continue
+            for layer, text in zip(kept, differences, strict=True):
+                fits[layer][shift] = not text
         return fits
 
     def what_can_go(self, protected: Collection[int] = ()) -> str:

@@ -36,32 +36,34 @@ def without_rescaling(model: PreTrainedModel) -> Iterator[None]:
 
     The states are halved between layers, where a replay of single layers would miss the halving.
     """
-    rescale_every = getattr(model.config, "rescale_every", None)
-    restore_rwkv_scale(model)
-    if rescale_every is not None:
-        model.config.rescale_every = 0
+    stopped = stop_rescaling(model)
     try:
         yield
     finally:
-        restore_rwkv_scale(model)  # clears RWKV's flag; with rescale_every=0 nothing was halved
-        if rescale_every is not None:
-            model.config.rescale_every = rescale_every
+        if stopped:
+            resume_rescaling(model)
 
 
-def stop_rescaling(model: PreTrainedModel) -> None:
+def stop_rescaling(model: PreTrainedModel) -> bool:
     """Keep an RWKV from halving its weights until `resume_rescaling`, in place.
 
-    The halving would reach the weights and not the adapters over them. Others stay as they are.
+    The halving would reach the weights and not adapters over them. Other models stay as they are.
+
+    Returns:
+        Whether the model halved its weights until now.
     """
     restore_rwkv_scale(model)
-    if getattr(model.config, "rescale_every", None):
-        model.rescale_every_at_rest = model.config.rescale_every
-        model.config.rescale_every = 0
+    rescale_every = getattr(model.config, "rescale_every", None)
+    if not rescale_every:
+        return False
+    model.rescale_every_at_rest = rescale_every
+    model.config.rescale_every = 0
+    return True
 
 
 def resume_rescaling(model: PreTrainedModel) -> None:
     """Let an RWKV halve its weights again, in place; other models are left as they are."""
-    restore_rwkv_scale(model)
+    restore_rwkv_scale(model)  # clears RWKV's flag; with rescale_every=0 nothing was halved
     if hasattr(model, "rescale_every_at_rest"):
         model.config.rescale_every = model.rescale_every_at_rest
         del model.rescale_every_at_rest

@@ -51,6 +51,9 @@ RULES: dict[str, Callable[[Any, Sequence[int], int], Any]] = {
     "last layer": lambda value, kept, total: sum(i <= value for i in kept) - 1,
     "layers at the end": lambda value, kept, total: sum(i >= total - value for i in kept),
     "layers": lambda value, kept, total: [new for new, i in enumerate(kept) if i in value],
+    "layers from one": lambda value, kept, total: [
+        new + 1 for new, i in enumerate(kept) if i + 1 in value
+    ],
     "repeated": lambda value, kept, total: [value[i % len(value)] for i in kept],
     "one letter a layer": lambda value, kept, total: "".join(value[i] for i in kept),
 }
@@ -156,6 +159,8 @@ class ShorterModels:
         self._config = copy.deepcopy(model.config)
         self.dense = outline(self._class, self._config, layers_path)
         self.total = len(self.dense.layers)
+        # The last outline, with its layers and rules: it is asked several questions in a row.
+        self._last: tuple[list[int], CutRules, Outline] = ([], CutRules(), self.dense)
         fields = decoder_config(self._config).to_dict()
         counting = {n: "layers before" for n in _COUNTING if isinstance(fields.get(n), int)}
         self.rules = CutRules(rules=counting)
@@ -183,6 +188,9 @@ class ShorterModels:
         Raises:
             ValueError: if no such model can be built; says why.
         """
+        known, rules, shorter = self._last
+        if known == list(kept) and rules is self.rules:
+            return shorter
         try:
             shorter = outline(self._class, self.config(kept), self._path)
         except Exception as error:  # a config may be refused by any code of its model
@@ -194,6 +202,7 @@ class ShorterModels:
             raise ValueError(
                 f"no field of the config sets the number of layers: it stays {len(shorter.layers)}"
             )
+        self._last = (list(kept), self.rules, shorter)
         return shorter
 
     def differences(self, kept: Sequence[int]) -> list[str]:
@@ -283,7 +292,7 @@ class ShorterModels:
             return ["one letter a layer"]
         if not isinstance(value, (list, tuple)) or LISTS_NOT_PER_LAYER.fullmatch(name):
             return []
-        if all(type(x) is int for x in value) and any(0 <= x < self.total for x in value):
-            return ["layers"] if len(set(value)) == len(value) else []
+        if all(type(x) is int for x in value) and any(0 <= x <= self.total for x in value):
+            return ["layers", "layers from one"] if len(set(value)) == len(value) else []
         words = all(isinstance(x, str) for x in value)
         return ["repeated"] if words and 0 < len(value) < self.total else []
