@@ -46,29 +46,6 @@ def pattern_fits(kinds: Sequence[Hashable], pattern: Pattern, count: int) -> lis
     ]
 
 
-def lowest_keeping_pattern(
-    scores: Sequence[float],
-    count: int,
-    kinds: Sequence[Hashable],
-    pattern: Pattern,
-    protected: Collection[int] = (),
-) -> list[int]:
-    """Return the layers with the lowest sum of scores whose removal keeps the pattern, ascending.
-
-    Args:
-        scores: one per layer; low means dispensable.
-        count: how many layers to remove.
-        kinds: kind of each layer of the dense model.
-        pattern: gives the kinds that an engine derives for a number of layers.
-        protected: layers that stay; their scores are not read.
-
-    Raises:
-        ValueError: if a score is not finite, a protected index does not exist, or no set of so many
-            layers keeps the pattern.
-    """
-    return lowest_scores(scores, count, protected, pattern_fits(kinds, pattern, count))
-
-
 def counts_that_keep_pattern(
     kinds: Sequence[Hashable], pattern: Pattern, protected: Collection[int] = ()
 ) -> list[int]:

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from generation import generate
 from tiny import FAMILIES, NUM_LAYERS, UNKNOWN_FAMILIES, tiny_model, token_windows
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,6 @@ from prunelight.scoring.block_influence import block_influences
 
 ALL_FAMILIES = [*FAMILIES, *UNKNOWN_FAMILIES]
 NUM_REMOVED = 2
-NEW_TOKENS = 5
 PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 WINDOWS = token_windows(4, 16)
 
@@ -93,28 +93,12 @@ def check_same_as_skipped(family, pruned, removed):
     assert difference(logits(family, dense_model(family)), expected) > 0.01  # skipping does matter
 
 
-def generate(model, *, use_cache):
-    """Return (tokens, logits of each new token) of greedy generation."""
-    prompt = WINDOWS[:2]
-    output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        min_new_tokens=NEW_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        use_cache=use_cache,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return output.sequences, torch.stack(output.logits)
-
-
 def check_cache(family, cached, uncached):
     """Check that one model generates with the cache what an equal one generates without it."""
     # The cached generation of an RWKV in transformers 5.23 differs from the uncached one even for
     # the dense model, so there only two cached ones can be compared.
-    tokens, found = generate(cached, use_cache=True)
-    expected_tokens, expected = generate(uncached, use_cache=family == "rwkv")
+    tokens, found = generate(cached, WINDOWS[:2], use_cache=True)
+    expected_tokens, expected = generate(uncached, WINDOWS[:2], use_cache=family == "rwkv")
     assert torch.equal(tokens, expected_tokens)
     # Single tokens and whole sequences are summed in different orders by the kernels.
     assert difference(found, expected) < 1e-4

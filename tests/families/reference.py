@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from generation import generate
 from tiny_families import NUM_EXPERTS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-NEW_TOKENS = 5
 COPIES = ("clone", "copy", "_to_copy", "_unsafe_view", "index", "contiguous")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "linear", "matmul", "mv", "addmv")
 
@@ -93,23 +93,9 @@ def skip_by_hand(model: nn.Module, windows: Tensor, removed: Sequence[int]) -> n
     return model
 
 
-def generate(model: Any, windows: Tensor, *, use_cache: bool) -> tuple[Tensor, Tensor]:
-    """Greedy new tokens, and the logits of each, (new tokens, windows, vocabulary)."""
-    output = model.eval().generate(
-        windows,
-        attention_mask=torch.ones_like(windows),
-        min_new_tokens=NEW_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        use_cache=use_cache,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return output.sequences[:, windows.shape[1] :], torch.stack(output.logits)
-
-
 def cache_agrees(model: Any, windows: Tensor) -> bool:
     """Whether cached and uncached generation of a model give the same."""
+    model.eval()
     tokens, found = generate(model, windows, use_cache=True)
     expected_tokens, expected = generate(model, windows, use_cache=False)
     return torch.equal(tokens, expected_tokens) and difference(found, expected) < 1e-3

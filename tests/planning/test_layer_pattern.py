@@ -9,8 +9,12 @@ from prunelight.planning.layer_choice import lowest_scores
 from prunelight.planning.layer_pattern import (
     counts_that_keep_pattern,
     keeps_pattern,
-    lowest_keeping_pattern,
+    pattern_fits,
 )
+
+
+def lowest_keeping_pattern(scores, count, kinds, pattern, protected=()):
+    return lowest_scores(scores, count, protected, pattern_fits(kinds, pattern, count))
 
 
 def every(step):

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from generation import generate
 from tiny import FAMILIES, NUM_LAYERS, tiny_model, token_windows
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,6 @@ from prunelight.models.sizes import zero_share
 from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
 
 WINDOWS = token_windows(4, 16)
-NEW_TOKENS = 5
 # Neither has the names of a Llama. The layers of a GPT-J run attention and MLP side by side, so its
 # entry names no sublayers.
 ENTRIES = {
@@ -68,25 +68,10 @@ def logits(model):
     return model(WINDOWS, use_cache=False).logits
 
 
-def generate(model, *, use_cache):
-    """Return (tokens, logits of each new token) of greedy generation."""
-    output = model.generate(
-        WINDOWS[:2],
-        attention_mask=torch.ones_like(WINDOWS[:2]),
-        min_new_tokens=NEW_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        use_cache=use_cache,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return output.sequences, torch.stack(output.logits)
-
-
 def check_cache(model):
     """Check that the model generates with its cache what it generates without."""
     (tokens, cached), (expected_tokens, expected) = (
-        generate(model, use_cache=use_cache) for use_cache in (True, False)
+        generate(model, WINDOWS[:2], use_cache=use_cache) for use_cache in (True, False)
     )
     assert torch.equal(tokens, expected_tokens)
     # Single tokens and whole sequences are summed in different orders by the kernels.
