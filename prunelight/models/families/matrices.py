@@ -372,7 +372,7 @@ def _is_plain(linear: Any) -> bool:
     if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     weight: Tensor = linear.weight
-    if weight.shape != _widths(linear)[::-1]:
+    if not weight.is_floating_point() or weight.shape != _widths(linear)[::-1]:
         return True  # packed, by a library whose classes stand for linear ones
     shapes = {name: p.to("meta") for name, p in linear.named_parameters()}  # nothing is computed
     inputs = torch.empty(1, 1, weight.shape[1], dtype=weight.dtype, device="meta")
