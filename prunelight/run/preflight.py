@@ -30,6 +30,8 @@ from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
 from prunelight.runtime.atomic_files import check_writable
 
+DATA = "read and tokenize the data"  # a phase
+
 
 class Facts:
     """What the checks of a run look at.
@@ -50,12 +52,14 @@ class Facts:
     @cached_property
     def windows(self) -> Windows:
         """The calibration windows, of which each process feeds its share."""
-        return share_windows(calibration_windows_of(self.run.place.data), self.run.place.group)
+        with self.run.phases.phase(DATA):
+            return share_windows(calibration_windows_of(self.run.place.data), self.run.place.group)
 
     @cached_property
     def held_out(self) -> Windows:
         """The held-out windows, of which each process evaluates its share."""
-        return share_windows(held_out_windows(self.run), self.run.place.group)
+        with self.run.phases.phase(DATA):
+            return share_windows(held_out_windows(self.run), self.run.place.group)
 
 
 Check: TypeAlias = Callable[[Facts], None]
@@ -69,11 +73,12 @@ def preflight(run: Run, methods: Sequence[PruningMethod] = ()) -> Facts:
         RuntimeError: on the other processes, if one failed.
     """
     facts = Facts(run, methods)
-    for check in _checks(facts):
-        # Lightning counts the steps on all processes together: none may wait elsewhere meanwhile.
-        alone = check in (strategy, methods_in_this_run)
-        with nullcontext() if alone else run.place.group.failing_together():
-            check(facts)
+    with run.phases.phase("check the run"):
+        for check in _checks(facts):
+            # Lightning counts the steps on all processes together: none may wait elsewhere then.
+            alone = check in (strategy, methods_in_this_run)
+            with nullcontext() if alone else run.place.group.failing_together():
+                check(facts)
     return facts
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.evaluation.report.record import RunRecord
-from prunelight.evaluation.speed import LatencyProtocol
+from prunelight.evaluation.speed import Architecture, LatencyProtocol
 from prunelight.models.loading import load
 from prunelight.models.saving import MARKER
 from prunelight.planning.plan import Plan
@@ -26,6 +27,7 @@ from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.zeros.weight_masks import WeightMasks
 from prunelight.run.strategies import Place
 from prunelight.runtime.measuring import Measurement
+from prunelight.runtime.phases import OTHER, Phases
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,9 @@ class Run:
         record: of the run so far, for the report; None where nothing is measured.
         gradual: a method prunes while the model trains.
         prepared: the model in training; None before `start.prepare`.
-        training_cost: of the training over all its starts; None before it.
+        phases: where the time of this start goes.
+        earlier_training: what earlier starts of the same training took.
+        dense: what the dense model was built from, to compare speeds with; None if not known.
         place: where the run takes place; set by `attach`.
         describe_recovery: returns how far the recovery is, for report and checkpoints.
         dense_fault: what `generation_fault` says of the dense model; None if nobody asked.
@@ -88,7 +92,9 @@ class Run:
         self.record: RunRecord | None = None
         self.gradual = False
         self.prepared: PreparedModel | None = None
-        self.training_cost: Measurement | None = None
+        self.phases = Phases()
+        self.earlier_training = Measurement()
+        self.dense: Architecture | None = None
         self.dense_fault: str | None = None
         self.checked = False
         self.precision_losses: list[str] = []
@@ -99,6 +105,15 @@ class Run:
         if getattr(self, "place", None) != place:
             self.checked = False
         self.place = place
+        self.phases.device, self.phases.quiet = place.device, place.trainer.global_rank > 0
+        if place.stage in ("fit", "prune"):
+            self.start_clock()
+
+    def start_clock(self, phase: str = OTHER) -> None:
+        """Measure the run from now on, unless that began before; what no phase has is `phase`'s."""
+        if not self.phases.running and self.record is not None:  # of an earlier fit
+            self.record.costs = [replace(cost, reused=True) for cost in self.record.costs]
+        self.phases.begin(phase)
 
     @property
     def device(self) -> torch.device:
@@ -134,9 +149,10 @@ class Run:
 
     def _read(self, source: str | Path) -> PreTrainedModel:
         self.source = source
-        model, self.tokenizer = load(
-            source, dtype=self.dtype, trust_remote_code=self.trust_remote_code
-        )
+        with self.phases.phase("load the model"):
+            model, self.tokenizer = load(
+                source, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+            )
         self.holder.model = model
         return model
 

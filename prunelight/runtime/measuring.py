@@ -41,7 +41,7 @@ def measuring(
     A `measurement` from before an interruption is continued: seconds add up, the larger peak stays.
     """
     measurement = measurement or Measurement()
-    _reset_peak(device)
+    reset_peak(device)
     synchronize(device)
     measurement.started = time.perf_counter()
     try:
@@ -53,7 +53,8 @@ def measuring(
         measurement.started = None
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """Begin to look for the peak of memory anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from prunelight.run.checkpoints import (
     quantization_keys,
     quantization_of_format_1,
 )
+from prunelight.run.measurements import TRAINING, training_cost
 from prunelight.run.run_state import Run
 from prunelight.runtime.atomic_files import (
     atomic_replacement,
@@ -34,7 +36,8 @@ from prunelight.runtime.atomic_files import (
     newest_checkpoint,
     remove_temporaries,
 )
-from prunelight.runtime.measuring import Measurement, measuring
+from prunelight.runtime.measuring import Measurement
+from prunelight.runtime.phases import Phases
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,14 @@ VOLATILE = ("optimizer_steps", "tokens_seen", "weights_of_step")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written whole or not at all, and read without unpickling."""
+    """Lightning's checkpoint files, written whole or not at all, and read without unpickling.
+
+    Args:
+        phases: of the run, to which the time for checkpoints is added.
+    """
+
+    def __init__(self, phases: Phases | None = None) -> None:
+        self.phases = phases or Phases()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -59,7 +69,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        with explaining_write_errors(path, newest_checkpoint(path.parent)):
+        writing = explaining_write_errors(path, newest_checkpoint(path.parent))
+        with self.phases.phase("write checkpoints"), writing:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_replacement(path) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
@@ -72,7 +83,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: if the file is damaged or holds other objects.
         """
-        with explaining_read_errors(path):
+        with self.phases.phase("read a checkpoint"), explaining_read_errors(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
 
 
@@ -80,13 +91,14 @@ class ExactResume(Callback):
     """What a RecoveryModule adds to its trainer: whole checkpoints, seeds, settings, time spent.
 
     Args:
-        run: whose training is resumed; its `training_cost` is measured here.
+        run: whose training is resumed; its phases are measured here.
         make_optimizer: called with parameters.
     """
 
     def __init__(self, run: Run, make_optimizer: Callable[..., Any]) -> None:
         self.run, self.make_optimizer = run, make_optimizer
         self._phase: Any = None
+        self._validation: Any = None
         self._settings: dict[str, Any] | None = None
         self._finished = False
 
@@ -94,12 +106,12 @@ class ExactResume(Callback):
         """Let checkpoints be written whole or not at all."""
         if stage == "fit":
             self._settings, self._finished = None, False
-            write_atomically(trainer)
+            write_atomically(trainer, self.run.phases)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to measure the training, or go on with it."""
-        self._phase = measuring(trainer.strategy.root_device, self.run.training_cost)
-        self.run.training_cost = self._phase.__enter__()
+        self._phase = self.run.phases.phase(TRAINING, shown=False)
+        self._phase.__enter__()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -113,16 +125,37 @@ class ExactResume(Callback):
         torch.manual_seed(self.run.seed)
         self._finished = True
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to measure a validation during the fit."""
+        if trainer.state.fn == "fit":
+            self._validation = self.run.phases.phase("validate during the training", shown=False)
+            self._validation.__enter__()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop to measure the validation."""
+        if self._validation is not None:
+            self._validation.__exit__(None, None, None)
+            self._validation = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop to measure the run."""
+        self.run.phases.stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Stop to measure a run that failed."""
+        self.run.phases.stop()
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what a resumed run needs, and what it is compared by."""
-        cost = self.run.training_cost
         checkpoint[KEY] = {
             "format": FORMAT,
             "settings": self._describe(trainer),
             "finished": self._finished,
-            "spent": cost.so_far(trainer.strategy.root_device) if cost else {},
+            "spent": asdict(training_cost(self.run)),
             "accumulating": trainer.fit_loop._should_accumulate(),
         }
 
@@ -138,7 +171,7 @@ class ExactResume(Callback):
         if saved is None or trainer.state.fn != "fit":
             return
         check_same_settings(read_settings(saved), self._describe(trainer), trainer.ckpt_path)
-        self.run.training_cost = Measurement(**saved["spent"])
+        self.run.earlier_training = Measurement(**saved["spent"])
         trainer.should_stop |= saved["finished"]
         if saved["accumulating"]:
             log.warning(
@@ -165,13 +198,13 @@ def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def write_atomically(trainer: Trainer) -> None:
+def write_atomically(trainer: Trainer, phases: Phases) -> None:
     """Let a trainer write checkpoints whole or not at all, unless it was given its own way.
 
     Also removes what a killed process left half-written.
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO(phases)
     if trainer.is_global_zero:
         root = Path(trainer.default_root_dir)
         remove_temporaries([root, root / "checkpoints", *root.glob("pruned-*")])

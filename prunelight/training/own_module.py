@@ -20,11 +20,11 @@ from prunelight.recovery.lora import merge_lora
 from prunelight.recovery.prepared_model import RecoverySettings
 from prunelight.recovery.zeros.planned_zeros import PlannedZeros
 from prunelight.run.finish import save_and_report
+from prunelight.run.measurements import TRAINING
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.run.start import start
 from prunelight.run.strategies import Place
-from prunelight.runtime.measuring import measuring
 
 log = logging.getLogger(__name__)
 
@@ -142,12 +142,16 @@ class OwnModuleRecovery(Callback):
         if self._zeros.masks is not None:
             for optimizer in trainer.optimizers:
                 self._zeros.masks.watch(optimizer)
-        self._phase = measuring(self.run.place.device, self.run.training_cost)
-        self.run.training_cost = self._phase.__enter__()
+        self._phase = self.run.phases.phase(TRAINING, shown=False)
+        self._phase.__enter__()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop to measure the training."""
         self._phase.__exit__(None, None, None)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop to measure the run."""
+        self.run.phases.stop()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge adapters of peft, save a verified directory, evaluate, and write the report.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,32 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
         record: of the run.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    names, sections, outcomes = ["report.json"], [], iter(record.outcomes)
+    _write_record(directory, record)
+    sections, pictures = _plan_sections(record)
+    for name, draw in pictures.items():
+        write_whole(directory / name, draw())
+    write_whole(directory / "report.md", _markdown(record, sections))
+    return [directory / name for name in ("report.json", *pictures, "report.md")]
+
+
+def write_texts(directory: Path, record: RunRecord) -> list[Path]:
+    """Write report.json and report.md once more, without drawing the pictures; return all paths."""
+    _write_record(directory, record)
+    sections, pictures = _plan_sections(record)
+    write_whole(directory / "report.md", _markdown(record, sections))
+    return [directory / name for name in ("report.json", *pictures, "report.md")]
+
+
+def _write_record(directory: Path, record: RunRecord) -> None:
     text = json.dumps(record.to_dict(), indent=2, allow_nan=False)
-    write_whole(directory / names[0], text + "\n")
+    write_whole(directory / "report.json", text + "\n")
+
+
+def _plan_sections(record: RunRecord) -> tuple[list[str], dict[str, Callable[[], Any]]]:
+    """Return the sections on the plans, and the pictures in them: name -> what draws it."""
+    sections: list[str] = []
+    pictures: dict[str, Callable[[], Any]] = {}
+    outcomes = iter(record.outcomes)
     for plan in _plans(record):
         step_outcomes: list[Json] = []
         for step in plan.steps:
@@ -67,18 +91,18 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
         last = {x.kind: outcome for x, outcome in zip(plan.steps, step_outcomes, strict=True)}
         together = {name: value for outcome in last.values() for name, value in outcome.items()}
         sections += _plan_section(plan, step_outcomes) + _layer_table(plan, together)
+        number = len(pictures) + 1
         if plan.score_lists() or any(step.has_outcome for step in plan.steps):
-            names.append(f"layers-{len(names)}.png" if len(names) > 1 else "layers.png")
+            name = f"layers-{number}.png" if number > 1 else "layers.png"
             what = "widths" if plan.steps_of(SliceHidden) else "scores"
-            sections.append(f"![{what} of the decoder layers]({names[-1]})")
-            write_whole(directory / names[-1], plot_layers(plan, together))
+            sections.append(f"![{what} of the decoder layers]({name})")
+            pictures[name] = partial(plot_layers, plan, together)
+            number += 1
         if "cka" in plan.found:
-            names.append(f"cka-{len(names)}.png")
-            sections.append(f"![CKA of the hidden states, merged windows outlined]({names[-1]})")
-            figure = plot_cka(plan.found["cka"], plan.title, plan.merged_groups)
-            write_whole(directory / names[-1], figure)
-    write_whole(directory / "report.md", _markdown(record, sections))
-    return [directory / name for name in (*names, "report.md")]
+            name = f"cka-{number}.png"
+            sections.append(f"![CKA of the hidden states, merged windows outlined]({name})")
+            pictures[name] = partial(plot_cka, plan.found["cka"], plan.title, plan.merged_groups)
+    return sections, pictures
 
 
 def _plans(record: RunRecord) -> list[PlanFacts]:

@@ -25,7 +25,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
 from prunelight.losses import counted_targets, top_k
@@ -34,6 +33,7 @@ from prunelight.planning.fingerprints import fingerprint_of, library_versions
 from prunelight.recovery.distillation.language_head import LanguageHead, without_adapters
 from prunelight.recovery.packed_rows import model_inputs
 from prunelight.runtime.atomic_files import atomic_replacement, remove_temporaries
+from prunelight.runtime.progress import show_progress
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,8 @@ class TeacherCache:
         head = LanguageHead(teacher)
         separable = head.is_separable()
         with evaluating(without_adapters(teacher)):
-            for block in tqdm(blocks, desc="teacher cache", disable=None if progress else True):
+            shown = show_progress(blocks, "teacher cache", unit="files", quiet=not progress)
+            for block in shown:
                 parts = [
                     self._top_k(head, separable, self.batches(indices))
                     for indices in self._micro_batches(block)
