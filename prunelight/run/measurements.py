@@ -140,6 +140,8 @@ def note_costs(run: Run, record: RunRecord, without: Collection[str] = ()) -> No
     """
     costs = [cost for cost in record.costs if cost.reused]
     run.phases.lap()
+    if run.earlier_training.seconds:  # nothing may be left of it in this start
+        run.phases.rows.setdefault(TRAINING, Measurement())
     for name, phase in run.phases.rows.items():
         if name in without:
             continue

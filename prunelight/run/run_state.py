@@ -26,8 +26,7 @@ from prunelight.recovery.distillation.objective import Objective
 from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.zeros.weight_masks import WeightMasks
 from prunelight.run.strategies import Place
-from prunelight.runtime.measuring import Measurement
-from prunelight.runtime.phases import OTHER, Phases
+from prunelight.runtime.measuring import OTHER, Measurement, Phases
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class Run:
         self.place = place
         self.phases.device, self.phases.quiet = place.device, place.trainer.global_rank > 0
         if place.stage in ("fit", "prune"):
-            self.start_clock()
+            self.start_clock()  # data are read by now
 
     def start_clock(self, phase: str = OTHER) -> None:
         """Measure the run from now on, unless that began before; what no phase has is `phase`'s."""

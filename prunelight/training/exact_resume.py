@@ -36,8 +36,7 @@ from prunelight.runtime.atomic_files import (
     newest_checkpoint,
     remove_temporaries,
 )
-from prunelight.runtime.measuring import Measurement
-from prunelight.runtime.phases import Phases
+from prunelight.runtime.measuring import Measurement, Phases
 
 log = logging.getLogger(__name__)
 

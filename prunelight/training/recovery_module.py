@@ -54,7 +54,7 @@ from prunelight.run.checkpoints import (
     read_metadata,
 )
 from prunelight.run.finish import finish
-from prunelight.run.preflight import preflight
+from prunelight.run.preflight import DATA, preflight
 from prunelight.run.run_state import Run
 from prunelight.run.start import prepare, start_recovery
 from prunelight.run.strategies import Place, loss_weight
@@ -311,6 +311,9 @@ class RecoveryModule(WatchedModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Let Lightning call what watches the recovery, and what makes a resume exact."""
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            # Lightning asks for callbacks first of all, then for the data.
+            self.run.start_clock(DATA)
         return [*super().configure_callbacks(), self.resuming]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
