@@ -63,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         # Its import tells of a faster kernel that training switches off: noise on a user's screen.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-        from prunelight.lightning_cli import main as run
+        try:
+            from prunelight.lightning_cli import main as run
+        except KeyboardInterrupt:
+            sys.exit(130)
 
         run(given, DESCRIPTION, VERBS)
 

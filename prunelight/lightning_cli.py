@@ -41,6 +41,7 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.callbacks.recovery.progress import TrainingProgress
 from prunelight.evaluation.report.report import summary_table
+from prunelight.run.preflight import FinishedRunError
 from prunelight.run.strategies import check_strategy
 from prunelight.runtime.atomic_files import check_writable
 from prunelight.runtime.progress import BesideBars
@@ -213,8 +214,18 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
         )
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # not the 0 of a finished run
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        sys.exit(128 + signal.SIGINT)  # Lightning's is 1; what is saved was told
+    except KeyboardInterrupt:
+        sys.stderr.write("prunelight: stopped; the same command starts again\n")
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         ours = our_error(error) or disk_error(error)
+        if isinstance(ours, FinishedRunError):
+            sys.stderr.write(f"prunelight: {ours}\n")
+            sys.exit(0)  # a loop that starts a killed run again ends here
         if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
             raise
         sys.exit(f"prunelight: error: {ours}")

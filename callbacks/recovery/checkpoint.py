@@ -12,6 +12,9 @@ and counters, and three of the fit loop. Tested with lightning 2.6.
 
 from __future__ import annotations
 
+import logging
+import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,11 +24,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from prunelight.run.strategies import group_of_run
 
+log = logging.getLogger(__name__)
+
 
 class RecoveryCheckpoint(ModelCheckpoint):
-    """Write `last.ckpt` every few optimizer steps, at SIGTERM and at the end of training.
+    """Write `last.ckpt` every few optimizer steps, at SIGTERM, Ctrl-C and at the end of training.
 
-    `trainer.fit(..., ckpt_path="last")` finds it. The command line adds one by itself.
+    `trainer.fit(..., ckpt_path="last")` finds it. The command line adds one by itself. Ctrl-C ends
+    the training after the step that runs; a second Ctrl-C ends it at once.
 
     Args:
         every_n_train_steps: optimizer steps between two checkpoints; a kill costs at most so many.
@@ -46,6 +52,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,
         )
+        self._before: Any = None  # what Ctrl-C did before the training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the directory, and take SIGTERM over for a fit; Lightning calls this hook.
@@ -54,7 +61,7 @@ class RecoveryCheckpoint(ModelCheckpoint):
         validation before the step is saved.
         """
         self._set_directory(trainer)
-        self._terminated = False
+        self._terminated = self._interrupted = False
         self._launcher = trainer.strategy.launcher
         vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)  # of an earlier fit
         if stage == "fit":
@@ -65,6 +72,32 @@ class RecoveryCheckpoint(ModelCheckpoint):
         if not self._terminated and self._launcher is not None:
             self._launcher.kill(signum)  # passes the signal to processes that this one started
         self._terminated = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the first Ctrl-C end the training after a step; Lightning calls this hook."""
+        super().on_train_start(trainer, pl_module)
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note_interrupt)
+
+    def _note_interrupt(self, signum: int, _: FrameType | None) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        log.warning(
+            "Ctrl-C: the training ends after this step, which is saved first; "
+            "Ctrl-C again ends it at once"
+        )
+
+    def _restore_handler(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave Ctrl-C to others again."""
+        self._restore_handler()
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         self._set_directory(trainer)
@@ -93,7 +126,10 @@ class RecoveryCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the trained model, so that a run killed later need not train again."""
+        self._restore_handler()
         self._save(trainer)
+        if group_of_run(trainer).any(self._interrupted):  # in its last step
+            raise KeyboardInterrupt
 
     def _save_if_due(self, trainer: Trainer) -> None:
         step, accumulating = trainer.global_step, trainer.fit_loop._should_accumulate()
@@ -101,10 +137,13 @@ class RecoveryCheckpoint(ModelCheckpoint):
             return
         # All processes must save and end at the same step, but the signal reaches each at another
         # moment. They agree on the CPU, so that the device goes on working.
-        terminated = group_of_run(trainer).any(self._terminated)
-        if terminated or step % self._every_n_train_steps == 0:
+        group = group_of_run(trainer)
+        ending = group.any(self._terminated or self._interrupted)
+        if ending or step % self._every_n_train_steps == 0:
             self._save(trainer)
-            trainer._signal_connector.received_sigterm = terminated  # Lightning ends the run now
+            trainer._signal_connector.received_sigterm = ending  # Lightning ends the run now
+        if ending and group.any(self._interrupted):
+            raise KeyboardInterrupt
 
     def _save(self, trainer: Trainer) -> None:
         if not getattr(trainer, "fast_dev_run", False):

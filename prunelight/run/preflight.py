@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from prunelight.calibration.data_windows import calibration_windows_of, check_data
 from prunelight.calibration.shared_windows import share_windows
 from prunelight.calibration.windows import Windows, check_length, check_windows
-from prunelight.models.saving import check_replaceable
+from prunelight.models.saving import MARKER, check_replaceable
 from prunelight.recovery.lora import check_targets
 from prunelight.recovery.packed_rows import check_packed
 from prunelight.recovery.precision import precision_faults
 from prunelight.recovery.quantization import check_quantizable, check_trainable, check_widths
-from prunelight.run.measurements import held_out_windows
+from prunelight.run.checkpoints import TrainingEnd, training_end
+from prunelight.run.measurements import can_measure, held_out_windows
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
@@ -76,7 +77,7 @@ def preflight(run: Run, methods: Sequence[PruningMethod] = ()) -> Facts:
     with run.phases.phase("check the run"):
         for check in _checks(facts):
             # Lightning counts the steps on all processes together: none may wait elsewhere then.
-            alone = check in (strategy, methods_in_this_run)
+            alone = check in (strategy, methods_in_this_run, unfinished)
             with nullcontext() if alone else run.place.group.failing_together():
                 check(facts)
     return facts
@@ -127,6 +128,48 @@ def check_output(root: Path) -> None:
         raise FileExistsError(
             f"{report} exists and has no report.json of prunelight beside it; set "
             "trainer.default_root_dir to a directory of its own"
+        )
+
+
+def unfinished(facts: Facts) -> None:
+    """Something is left to do, if the run goes on where an earlier one ended."""
+    place = facts.run.place
+    path = place.resumes_from if place.stage == "fit" else None
+    end = None if path is None else training_end(path)
+    if path is not None and end is not None:
+        refuse_finished(facts.run, path, end, place.optimizer_steps())
+
+
+class FinishedRunError(ValueError):
+    """Nothing is left to do: the result of a run is complete."""
+
+
+def refuse_finished(run: Run, checkpoint: Path, end: TrainingEnd, planned: float) -> None:
+    """Refuse to train what is trained, saved and reported already.
+
+    A run that was killed after its training, before all of that was on disk, goes on.
+
+    Args:
+        run: that would go on.
+        checkpoint: the last one of the training.
+        end: of the training.
+        planned: optimizer steps that this start is to have.
+
+    Raises:
+        FinishedRunError: if nothing is left to do.
+    """
+    # Each is written after the one before it.
+    files = [checkpoint, run.place.root / FINAL / MARKER]
+    if can_measure(run):
+        files.append(run.place.root / "report.md")
+    if planned > end.planned or not all(file.is_file() for file in files):
+        return
+    times = [file.stat().st_mtime_ns for file in files]
+    if times == sorted(times):
+        raise FinishedRunError(
+            f"nothing is left to do: {run.place.root / FINAL} holds the result of {end.step} "
+            "steps. To train on from there, raise trainer.max_steps (or max_epochs, or tokens); "
+            "for another run, set another trainer.default_root_dir"
         )
 
 
@@ -219,7 +262,7 @@ def held_out(facts: Facts) -> None:
     check_windows(facts.model, facts.held_out)
 
 
-SETTINGS: tuple[Check, ...] = (strategy, methods_in_this_run, output)
+SETTINGS: tuple[Check, ...] = (strategy, methods_in_this_run, output, unfinished)
 MODEL: tuple[Check, ...] = (quantizable, trainable, adapter_targets, teacher, packing, precision)
 PRUNING = (
     *SETTINGS,

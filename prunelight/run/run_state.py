@@ -105,8 +105,8 @@ class Run:
             self.checked = False
         self.place = place
         self.phases.device, self.phases.quiet = place.device, place.trainer.global_rank > 0
-        if place.stage in ("fit", "prune"):
-            self.start_clock()  # data are read by now
+        if place.stage in ("fit", "prune") and not self.phases.running:
+            self.start_clock()
 
     def start_clock(self, phase: str = OTHER) -> None:
         """Measure the run from now on, unless that began before; what no phase has is `phase`'s."""

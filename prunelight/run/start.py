@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import split_windows
@@ -21,10 +22,12 @@ from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.speed import Architecture, forward_seconds
 from prunelight.evaluation.stages import new_record
 from prunelight.models.families.own_classes.registration import code_file
+from prunelight.models.loading import DTYPES, check_hub, find_source, load_config
 from prunelight.models.placement import device_with_room, move_if_it_fits, to_device
 from prunelight.models.saving import SavedModel, check_replaceable, generation_fault, save
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of
 from prunelight.planning.plan import Plan
+from prunelight.recovery.precision import slow_precision
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.run.checkpoints import base_fingerprints, read_measured, write_measured
 from prunelight.run.measurements import (
@@ -42,7 +45,7 @@ from prunelight.run.preflight import Facts, preflight
 from prunelight.run.run_state import Run, plan_texts, plans_beside
 from prunelight.run.teacher import prepare_teacher
 from prunelight.runtime.atomic_files import explaining_write_errors
-from prunelight.runtime.devices import device_name
+from prunelight.runtime.devices import device_name, slowness
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,25 @@ class Base:
 
     directory: Path
     fingerprint: str
+
+
+def tell_slow_precision(run: Run) -> None:
+    """Warn, before anything is read, if this device computes slowly in the dtype of the run."""
+    place, dtype = run.place, DTYPES.get(run.dtype)
+    if place.device.type != "cpu" or place.trainer.global_rank > 0:
+        return
+    if run.model is not None:
+        dtype = run.model.dtype
+    elif dtype is None:  # "auto": the checkpoint's own, float32 for GGUF
+        source = find_source(run.name)
+        dtype = torch.float32
+        if source.gguf_file is None:
+            config = load_config(check_hub(source), trust_remote_code=run.trust_remote_code)
+            dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    times = partial(slowness, device=place.device)
+    told = slow_precision(dtype, place.precision, run.settings.recovery, times)
+    if told is not None:
+        log.warning(told)
 
 
 def start(run: Run, methods: list[PruningMethod]) -> None:

@@ -20,14 +20,20 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from prunelight.models.saving import MARKER
 from prunelight.run.checkpoints import (
     FORMAT,
     check_format,
     check_same_settings,
+    end_of,
     quantization_keys,
     quantization_of_format_1,
 )
+from prunelight.run.checkpoints import (
+    RESUME_KEY as KEY,
+)
 from prunelight.run.measurements import TRAINING, training_cost
+from prunelight.run.preflight import refuse_finished
 from prunelight.run.run_state import Run
 from prunelight.runtime.atomic_files import (
     atomic_replacement,
@@ -39,8 +45,6 @@ from prunelight.runtime.atomic_files import (
 from prunelight.runtime.measuring import Measurement, Phases
 
 log = logging.getLogger(__name__)
-
-KEY = "prunelight_resume"  # of a checkpoint, under which `ExactResume` keeps its state
 
 # Of a recovery's description: they grow.
 VOLATILE = ("optimizer_steps", "tokens_seen", "weights_of_step")
@@ -143,8 +147,10 @@ class ExactResume(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Stop to measure a run that failed."""
+        """Stop to measure a run that failed; after Ctrl-C say how it goes on."""
         self.run.phases.stop()
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            log.warning(how_it_goes_on(trainer))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -154,6 +160,7 @@ class ExactResume(Callback):
             "format": FORMAT,
             "settings": self._describe(trainer),
             "finished": self._finished,
+            "planned_steps": trainer.estimated_stepping_batches,
             "spent": asdict(training_cost(self.run)),
             "accumulating": trainer.fit_loop._should_accumulate(),
         }
@@ -169,9 +176,25 @@ class ExactResume(Callback):
         saved = checkpoint.get(KEY)
         if saved is None or trainer.state.fn != "fit":
             return
-        check_same_settings(read_settings(saved), self._describe(trainer), trainer.ckpt_path)
+        settings, ours = read_settings(saved), self._describe(trainer)
+        step, planned = checkpoint["global_step"], trainer.estimated_stepping_batches
+        end = end_of(checkpoint)
+        longer = end is not None and planned > end.planned
+        if end is not None:
+            refuse_finished(self.run, Path(str(trainer.ckpt_path)), end, planned)
+        if longer:
+            settings["scheduled_steps"] = ours["scheduled_steps"]
+        check_same_settings(settings, ours, trainer.ckpt_path)
         self.run.earlier_training = Measurement(**saved["spent"])
-        trainer.should_stop |= saved["finished"]
+        if longer:
+            self.run.warn(
+                f"the training of {step} steps was finished and goes on to step {planned}: where "
+                "the learning rate decays, it jumps to what the longer schedule has there, so the "
+                f"result is not that of one training of {planned} steps"
+            )
+        else:
+            trainer.should_stop |= saved["finished"]
+            log.info("going on from step %d: %s", step, trainer.ckpt_path)
         if saved["accumulating"]:
             log.warning(
                 "%s was written between the batches of accumulate_grad_batches, whose gradients it "
@@ -186,6 +209,17 @@ class ExactResume(Callback):
             recovery = {**self.run.describe_recovery(), "quantization": keys}
             self._settings = describe_run(trainer, recovery, self.make_optimizer, self.run.seed)
         return self._settings
+
+
+def how_it_goes_on(trainer: Trainer) -> str:
+    """Return what to do after Ctrl-C, by what is on disk."""
+    root = Path(trainer.default_root_dir)
+    newest = newest_checkpoint(root / "checkpoints")
+    if newest is not None:
+        return f"stopped; {newest} is saved, and the same command goes on from there"
+    bases = [directory for directory in root.glob("pruned-*") if (directory / MARKER).is_file()]
+    kept = f", with {bases[0]}, which is complete" if bases else ""
+    return f"stopped before a step was trained; the same command starts again{kept}"
 
 
 def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ from prunelight.run.checkpoints import (
 from prunelight.run.finish import finish
 from prunelight.run.preflight import DATA, preflight
 from prunelight.run.run_state import Run
-from prunelight.run.start import prepare, start_recovery
+from prunelight.run.start import prepare, start_recovery, tell_slow_precision
 from prunelight.run.strategies import Place, loss_weight
 from prunelight.training.exact_resume import ExactResume
 from prunelight.training.recovery_watch import WatchedModule
@@ -314,6 +314,8 @@ class RecoveryModule(WatchedModule):
         if self._trainer is not None and self.trainer.state.fn == "fit":
             # Lightning asks for callbacks first of all, then for the data.
             self.run.start_clock(DATA)
+            self.run.attach(Place(self.trainer))
+            tell_slow_precision(self.run)
         return [*super().configure_callbacks(), self.resuming]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

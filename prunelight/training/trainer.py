@@ -13,7 +13,7 @@ from prunelight.calibration.data_windows import calibration_windows_of
 from prunelight.evaluation.report.analysis_report import write_analysis
 from prunelight.models.placement import to_device
 from prunelight.run.method import PruningMethod
-from prunelight.run.start import prune_only
+from prunelight.run.start import prune_only, tell_slow_precision
 from prunelight.run.strategies import Place
 from prunelight.scoring.analysis import analyze
 from prunelight.training.recovery_module import RecoveryModule
@@ -22,7 +22,13 @@ log = logging.getLogger(__name__)
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, which resumes by itself, with the verbs prune and analyze."""
+    """Lightning's Trainer, which resumes by itself, with the verbs prune and analyze.
+
+    Attributes:
+        fit_ckpt_path: what the last fit was to go on from.
+    """
+
+    fit_ckpt_path: str | Path | None = None
 
     def fit(  # type: ignore[override]  # no weights_only: it is always True
         self,
@@ -42,6 +48,7 @@ class Trainer(pl.Trainer):
             ckpt_path: "last" goes on where an earlier start of the same run was interrupted, if
                 there was one; a file goes on from that; null starts anew.
         """
+        self.fit_ckpt_path = ckpt_path
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
     def prune(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> None:
@@ -90,6 +97,7 @@ class Trainer(pl.Trainer):
         model.trainer = self
         self.datamodule = datamodule
         model.run.attach(Place(self))
+        tell_slow_precision(model.run)
         return self.is_global_zero
 
 

@@ -230,10 +230,10 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
     parts.append(markdown_table(["", *stages], _stage_rows(record)))
     if any(stage.factors for stage in record.stages):
         parts.append(
-            "Speeds: each model was timed in turn with the dense one. The factor is the median over "
-            "the rounds, with the second lowest and second highest; where these lie on both sides of "
-            "1, no difference shows beyond noise. Figures are the dense model's times the factor. A "
-            "model of the same shape as an earlier one is as fast, and has its figures."
+            "Speeds: each model was timed in turn with the dense one. The factor is the median "
+            "over the rounds, with the second lowest and second highest; where these lie on both "
+            "sides of 1, no difference shows beyond noise. Figures are the dense model's times "
+            "the factor. A model of the shape of an earlier one is as fast, and has its figures."
         )
     parts += [*(f"## {title}\n\n{text}" for title, text in record.sections.items()), *plan_sections]
     if record.costs:
@@ -244,8 +244,8 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
             markdown_table(head, _cost_rows(record)),
             "F is one forward of the calibration set through the dense model"
             f"{f' ({unit:.3g} s here)' if math.isfinite(unit) else ''}. Peak memory is that of the "
-            "whole process on a CPU, what torch allocated on CUDA. The time of a phase does not count "
-            "for the one around it; rows from an earlier run do not count for this run.",
+            "whole process on a CPU, what torch allocated on CUDA. The time of a phase does not "
+            "count for the one around it; reused rows do not count for this start.",
         ]
     where = {"device": record.device, "dtype": record.dtype, "fingerprint": record.fingerprint}
     for title, values, otherwise in (
