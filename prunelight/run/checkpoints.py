@@ -176,10 +176,12 @@ class TrainingEnd:
     Attributes:
         step: optimizer steps that were trained.
         planned: steps that were to be trained; early stopping may have ended it before.
+        settings: what the losses depended on, see `describe_run` of the training.
     """
 
     step: int
     planned: float
+    settings: Mapping[str, Any]
 
 
 def training_end(path: Path) -> TrainingEnd | None:
@@ -199,7 +201,7 @@ def end_of(checkpoint: Mapping[str, Any]) -> TrainingEnd | None:
         return None
     # Checkpoints of version 0.2 tell the plan only where the learning rate decays.
     planned = saved.get("planned_steps", saved["settings"].get("scheduled_steps"))
-    return TrainingEnd(step, step if planned is None else planned)
+    return TrainingEnd(step, step if planned is None else planned, saved["settings"])
 
 
 def quantization_keys(kind: str, options: BitsAndBytes) -> dict[str, Any]:

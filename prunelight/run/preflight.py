@@ -7,6 +7,7 @@ and the text read, when the first check asks for it. Nothing is computed before 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -25,11 +26,12 @@ from prunelight.recovery.packed_rows import check_packed
 from prunelight.recovery.precision import precision_faults
 from prunelight.recovery.quantization import check_quantizable, check_trainable, check_widths
 from prunelight.run.checkpoints import TrainingEnd, training_end
-from prunelight.run.measurements import can_measure, held_out_windows
+from prunelight.run.measurements import can_measure, describe_evaluation, held_out_windows
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
 from prunelight.runtime.atomic_files import check_writable
+from prunelight.runtime.local_paths import without_folders
 
 DATA = "read and tokenize the data"  # a phase
 
@@ -136,8 +138,35 @@ def unfinished(facts: Facts) -> None:
     place = facts.run.place
     path = place.resumes_from if place.stage == "fit" else None
     end = None if path is None else training_end(path)
-    if path is not None and end is not None:
+    if path is not None and end is not None and _is_the_same_run(facts, end):
         refuse_finished(facts.run, path, end, place.optimizer_steps())
+
+
+def _is_the_same_run(facts: Facts, end: TrainingEnd) -> bool:
+    """Whether the report of a finished run is of the model, methods and settings of this one.
+
+    What differs otherwise is refused later, by the fingerprint of the base.
+    """
+    run, told = facts.run, _told(facts.run)
+    given = [[type(method).__name__, _as_json(method.arguments())] for method in facts.methods]
+    plans = [[plan["method"], plan["arguments"]] for plan in told.get("plans", [])]
+    same_dtype = run.dtype in ("auto", told.get("dtype"))
+    same_model = told.get("model") == without_folders(run.name)
+    same_settings = run.describe_settings is None or end.settings == run.describe_settings()
+    return given == plans and same_dtype and same_model and same_settings
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _told(run: Run) -> dict[str, Any]:
+    """Return what the report of an earlier start says; nothing, if there is none."""
+    try:
+        told: dict[str, Any] = json.loads((run.place.root / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return told
 
 
 class FinishedRunError(ValueError):
@@ -162,6 +191,9 @@ def refuse_finished(run: Run, checkpoint: Path, end: TrainingEnd, planned: float
     files = [checkpoint, run.place.root / FINAL / MARKER]
     if can_measure(run):
         files.append(run.place.root / "report.md")
+        then, now = _told(run).get("evaluation", {}), describe_evaluation(run)
+        if any(then.get(key) != now.get(key) for key in ("fingerprint", "latency")):
+            return  # it is measured anew
     if planned > end.planned or not all(file.is_file() for file in files):
         return
     times = [file.stat().st_mtime_ns for file in files]

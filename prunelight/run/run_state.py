@@ -6,6 +6,7 @@ the module that trains only holds the model, and says how it recovers by `Recove
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.evaluation.report.record import RunRecord
+from prunelight.evaluation.report.report import summary_table
 from prunelight.evaluation.speed import Architecture, LatencyProtocol
 from prunelight.models.loading import load
 from prunelight.models.saving import MARKER
@@ -62,6 +65,7 @@ class Run:
         dense: what the dense model was built from, to compare speeds with; None if not known.
         place: where the run takes place; set by `attach`.
         describe_recovery: returns how far the recovery is, for report and checkpoints.
+        describe_settings: returns what the losses of the training depend on; None: not known.
         dense_fault: what `generation_fault` says of the dense model; None if nobody asked.
         checked: the pruning has done the preflight of this fit, recovery need not do it again.
         precision_losses: what dtype, precision and recovery lose together, one sentence each.
@@ -94,6 +98,7 @@ class Run:
         self.phases = Phases()
         self.earlier_training = Measurement()
         self.dense: Architecture | None = None
+        self.describe_settings: Callable[[], dict[str, Any]] | None = None
         self.dense_fault: str | None = None
         self.checked = False
         self.precision_losses: list[str] = []
@@ -168,6 +173,28 @@ class Run:
         """Load the merged result of the run; the base stays what training began with."""
         self.forget_model()
         self._read(directory)
+
+    @property
+    def final(self) -> Path | None:
+        """Directory of the result, with weights that others can load; None before it is there."""
+        place = getattr(self, "place", None)
+        directory = None if place is None else place.root / FINAL
+        return directory if directory is not None and (directory / MARKER).is_file() else None
+
+    def summary(self) -> str:
+        """Return as text what the command line shows at the end: figures, costs and directories.
+
+        Raises:
+            ValueError: before the first measurement.
+        """
+        if self.record is None:
+            raise ValueError("nothing is measured yet; call summary after trainer.fit")
+        console = Console(width=120, file=io.StringIO(), highlight=False)
+        console.print(summary_table(self.record))
+        for what, directory in (("Model", self.final), ("Report", self.place.root / "report.md")):
+            if directory is not None and directory.exists():
+                console.print(f"{what}: {directory.resolve()}", soft_wrap=True)
+        return console.file.getvalue()
 
     @property
     def in_training(self) -> bool:

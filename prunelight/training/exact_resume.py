@@ -158,7 +158,7 @@ class ExactResume(Callback):
         """Keep what a resumed run needs, and what it is compared by."""
         checkpoint[KEY] = {
             "format": FORMAT,
-            "settings": self._describe(trainer),
+            "settings": self.describe(trainer),
             "finished": self._finished,
             "planned_steps": trainer.estimated_stepping_batches,
             "spent": asdict(training_cost(self.run)),
@@ -176,21 +176,21 @@ class ExactResume(Callback):
         saved = checkpoint.get(KEY)
         if saved is None or trainer.state.fn != "fit":
             return
-        settings, ours = read_settings(saved), self._describe(trainer)
+        settings, ours = read_settings(saved), self.describe(trainer)
         step, planned = checkpoint["global_step"], trainer.estimated_stepping_batches
         end = end_of(checkpoint)
         longer = end is not None and planned > end.planned
-        if end is not None:
-            refuse_finished(self.run, Path(str(trainer.ckpt_path)), end, planned)
         if longer:
             settings["scheduled_steps"] = ours["scheduled_steps"]
         check_same_settings(settings, ours, trainer.ckpt_path)
+        if end is not None:
+            refuse_finished(self.run, Path(str(trainer.ckpt_path)), end, planned)
         self.run.earlier_training = Measurement(**saved["spent"])
         if longer:
             self.run.warn(
-                f"the training of {step} steps was finished and goes on to step {planned}: where "
-                "the learning rate decays, it jumps to what the longer schedule has there, so the "
-                f"result is not that of one training of {planned} steps"
+                f"the training of {step} steps was finished and goes on to step {planned}; a "
+                "learning rate that decays jumps to what the longer schedule has there, so the "
+                f"result need not be that of one training of {planned} steps"
             )
         else:
             trainer.should_stop |= saved["finished"]
@@ -202,7 +202,8 @@ class ExactResume(Callback):
                 trainer.ckpt_path,
             )
 
-    def _describe(self, trainer: Trainer) -> dict[str, Any]:
+    def describe(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what the losses of the run depend on; see `describe_run`."""
         if self._settings is None:  # reads all training data
             settings = self.run.settings
             keys = quantization_keys(settings.quantization, settings.bitsandbytes)

@@ -208,6 +208,19 @@ class RecoveryModule(WatchedModule):
         return self.run.record
 
     @property
+    def final(self) -> Path | None:
+        """Directory of the result after `trainer.fit`; None before. Any program may load it."""
+        return self.run.final
+
+    def summary(self) -> str:
+        """Return figures, costs and directories of the run as text, after `trainer.fit`.
+
+        Raises:
+            ValueError: before the first measurement.
+        """
+        return self.run.summary()
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Tokenizer of the model; set it together with `model`."""
         return self.run.tokenizer
@@ -315,6 +328,7 @@ class RecoveryModule(WatchedModule):
             # Lightning asks for callbacks first of all, then for the data.
             self.run.start_clock(DATA)
             self.run.attach(Place(self.trainer))
+            self.run.describe_settings = partial(self.resuming.describe, self.trainer)
             tell_slow_precision(self.run)
         return [*super().configure_callbacks(), self.resuming]
 

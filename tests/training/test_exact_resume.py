@@ -246,11 +246,12 @@ def test_a_finished_run_trains_on_with_more_steps_into_a_new_result(
     whole = json.loads((tmp_path / "whole" / "report.json").read_text())["recovery"]
     parts = json.loads((tmp_path / "parts" / "report.json").read_text())["recovery"]
     assert parts["optimizer_steps"] == whole["optimizer_steps"]
-    if schedule == "constant":  # as one run
+    # Lightning counts an epoch more where max_steps ends the training: its order is another one.
+    if schedule == "constant" and "max_steps" not in longer:  # as one run
         assert_same(tmp_path / "parts", tmp_path / "whole")
     else:
         assert any(not torch.equal(before[key], x) for key, x in final(tmp_path / "parts").items())
-        assert "not that of one training" in module.record.warnings[0]
+        assert "need not be that of one training" in module.record.warnings[0]
     with pytest.raises(FinishedRunError):
         fit(name, tmp_path / "parts", short_gpt(), model=model, **longer)
 
