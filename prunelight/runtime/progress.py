@@ -178,6 +178,9 @@ class BesideBars(logging.StreamHandler[Any]):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
+        if not self.stream.isatty():
+            super().emit(record)  # at once: other processes may write to the same file
+            return
         try:
             tqdm.write(self.format(record), file=sys.stderr)
         except Exception:  # as logging.Handler.emit does

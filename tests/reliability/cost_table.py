@@ -2,8 +2,8 @@
 
     python tests/reliability/cost_table.py [--quickstart 1]
 
-Each kind of run is started as a command, with its output in a file. The rows of report.json, summed,
-are held against the time until report.md had its last byte. Whether the file was silent for more
+Each kind of run is started as a command, with its output in a pipe. The rows of report.json are
+summed and held against the time until report.md had its last byte. Whether no line came for more
 than 30 seconds is counted too. `--quickstart 1` adds quickstart.yaml with 5 steps, which takes
 minutes: its model is SmolLM2-135M-Instruct from a Q4_1 GGUF, de-quantized on load.
 """
@@ -50,9 +50,9 @@ def tiny_runs(folder: Path) -> dict[str, list[str]]:
     sizes = {"seq_len": 32, "batch_size": 2, "num_calibration": 8, "num_validation": 8}
     data += [option for key, size in sizes.items() for option in (f"--data.{key}", str(size))]
     steps = ["--trainer.max_steps", "60", "--trainer.devices", "1"]
+    common = ["--model.name", name, *data, *steps]
     return {
-        kind: ["--model.name", name, *data, *steps, *MODEL.get(kind, []), "--trainer.callbacks"]
-        + method
+        kind: [*common, *MODEL.get(kind, []), "--trainer.callbacks", *method]
         for kind, method in METHODS.items()
     }
 
@@ -84,11 +84,8 @@ def start(arguments: list[str], root: Path) -> tuple[float, float, float]:
     told = json.loads((root / "report.json").read_text(encoding="utf-8"))["costs"]
     rows = sum(cost["seconds"] - cost["earlier_seconds"] for cost in told if not cost["reused"])
     whole = (root / "report.md").stat().st_mtime - began
-    return (
-        whole,
-        rows,
-        max(b - a for a, b in zip(moments, [*moments[1:], time.time()], strict=True)),
-    )
+    silences = [b - a for a, b in zip(moments, [*moments[1:], time.time()], strict=True)]
+    return whole, rows, max(silences)
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
