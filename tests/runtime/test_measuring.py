@@ -52,7 +52,7 @@ def test_the_rows_add_up_to_the_time_whatever_nests_and_fails():
     assert [*phases.rows] == ["before", OTHER, "outer", "inner"]
     assert sum(row.seconds for row in phases.rows.values()) == pytest.approx(whole, rel=0.02)
     for name in ("outer", "inner"):
-        assert phases.rows[name].seconds == pytest.approx(0.08, abs=0.03)
+        assert phases.rows[name].seconds >= 0.08
 
 
 def test_a_phase_that_is_open_at_the_stop_does_no_harm_later():
