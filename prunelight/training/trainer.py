@@ -16,6 +16,7 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.start import prune_only
 from prunelight.run.strategies import Place
 from prunelight.scoring.analysis import analyze
+from prunelight.training.kept_checkpoints import find_resume_point
 from prunelight.training.recovery_module import RecoveryModule
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,9 @@ class Trainer(pl.Trainer):
             ckpt_path: "last" goes on where an earlier start of the same run was interrupted, if
                 there was one; a file goes on from that; null starts anew.
         """
+        point = find_resume_point(self)
+        if ckpt_path == "last" and point is not None:
+            ckpt_path = point.find(self)  # what other ModelCheckpoints saved last is less exact
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
     def prune(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> None:
