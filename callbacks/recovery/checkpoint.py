@@ -51,8 +51,9 @@ class RecoveryCheckpoint(ResumePoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the directory, act last, and take SIGTERM over for a fit; Lightning calls this hook.
 
-        What acts later would be missing in the checkpoint. Lightning's own SIGTERM handler calls the other processes at any moment of their work, and ends a
-        validation before the step is saved.
+        What acts later would be missing in the checkpoint. Lightning's own SIGTERM handler calls
+        the other processes at any moment of their work, and ends a validation before the step is
+        saved.
         """
         self._set_directory(trainer)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

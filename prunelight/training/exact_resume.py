@@ -40,6 +40,7 @@ from prunelight.runtime.atomic_files import (
 from prunelight.runtime.measuring import Measurement, measuring
 from prunelight.training.kept_checkpoints import (
     DelayedRemovals,
+    check_resume_point,
     counters,
     find_resume_point,
     reuse_own_files,
@@ -121,8 +122,20 @@ class ExactResume(Callback):
         if stage == "fit":
             self._settings, self._finished = None, False
             settle(trainer)
+            if trainer.ckpt_path is None:  # else what reads the checkpoint tells more
+                check_resume_point(trainer, lambda path: METADATA in _read(path))
             write_atomically(trainer)
             reuse_own_files(trainer, partial(self._is_ours, trainer))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let other runs write into the directory."""
+        self.run.release_directory()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let other runs write into the directory."""
+        self.run.release_directory()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to measure the training, or go on with it."""
@@ -189,11 +202,7 @@ class ExactResume(Callback):
 
     def _is_ours(self, trainer: Trainer, path: Path) -> bool:
         """Return whether a checkpoint on disk is of a run that this one repeats."""
-        try:
-            file = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-            written_by = file[METADATA]["identity"]
-        except Exception:  # of another program, of an older version, or damaged
-            return False
+        written_by = _read(path).get(METADATA, {}).get("identity")
         return bool(written_by == self.identity(trainer))
 
     def _describe(self, trainer: Trainer) -> dict[str, Any]:
@@ -203,6 +212,15 @@ class ExactResume(Callback):
             recovery = {**self.run.describe_recovery(), "quantization": keys}
             self._settings = describe_run(trainer, recovery, self.make_optimizer, self.run.seed)
         return self._settings
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds, without its tensors' bytes; {} if it cannot be read."""
+    try:
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    except Exception:  # of another program, or damaged
+        return {}
+    return checkpoint if isinstance(checkpoint, dict) else {}
 
 
 def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,25 @@ class ResumePoint(ModelCheckpoint):
         return file if file.is_file() else None
 
 
+def check_resume_point(trainer: Trainer, is_readable: Callable[[Path], bool]) -> None:
+    """Check that the resume point replaces no file of others.
+
+    Args:
+        trainer: of the run.
+        is_readable: whether a checkpoint was written by a run of prunelight.
+
+    Raises:
+        FileExistsError: if it would.
+    """
+    point = find_resume_point(trainer)
+    file = point and point.find(trainer)
+    if file and not is_readable(file):
+        raise FileExistsError(
+            f"{file} is not a whole checkpoint of prunelight, and the run would write there; move "
+            "or delete it, or set trainer.default_root_dir to a directory of its own"
+        )
+
+
 def directory_of(trainer: Trainer) -> Path:
     """Return where the checkpoints of a run are, unless a ModelCheckpoint names a directory."""
     return Path(trainer.default_root_dir).resolve() / DIRECTORY
