@@ -8,7 +8,7 @@ end of the epoch if the batch was its last. Other checkpoint callbacks may stand
 example to keep the best model. It saves whenever they replace a file that it names.
 
 Private names of Lightning used here: the Trainer's `_signal_connector`, ModelCheckpoint's methods
-and counters, and three of the fit loop. Tested with lightning 2.6.
+and counters, and four of the fit loop. Tested with lightning 2.6.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prunelight.run.strategies import group_of_run
 from prunelight.training.exact_resume import removals_of
@@ -100,8 +101,25 @@ class RecoveryCheckpoint(ResumePoint):
         self._save_if_due(trainer, replaced=self._replaced(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the trained model, so that a run killed later need not train again."""
+        """Save the trained model, so that a run killed later need not train again.
+
+        Raises:
+            SIGTERMException: if the run was told to end; the next start writes its result.
+        """
         self._save(trainer)
+        if group_of_run(trainer).any(self._terminated):
+            trainer._signal_connector.received_sigterm = True
+            raise SIGTERMException
+
+    @staticmethod
+    def _ends_training(trainer: Trainer) -> bool:
+        """Return whether `on_train_end` follows; Lightning leaves it out where a resume starts."""
+        epochs, loop = trainer.max_epochs, trainer.fit_loop
+        return (
+            trainer.global_step >= trainer.max_steps != -1
+            or (trainer.should_stop and loop._can_stop_early)
+            or (epochs is not None and loop.epoch_progress.current.processed >= epochs != -1)
+        )
 
     @staticmethod
     def _ends_epoch(trainer: Trainer) -> bool:
@@ -116,6 +134,8 @@ class RecoveryCheckpoint(ResumePoint):
     def _save_if_due(self, trainer: Trainer, *, replaced: bool = False) -> None:
         step, accumulating = trainer.global_step, trainer.fit_loop._should_accumulate()
         if accumulating or step == self._last_global_step_saved:  # a checkpoint holds no gradients
+            return
+        if self._ends_training(trainer):
             return
         # All processes must save and end at the same step, but the signal reaches each at another
         # moment. They agree on the CPU, so that the device goes on working.

@@ -42,7 +42,9 @@ from prunelight.training.kept_checkpoints import (
     DelayedRemovals,
     check_resume_point,
     counters,
+    directory_of,
     find_resume_point,
+    keepers,
     reuse_own_files,
     settle,
     take_over,
@@ -244,7 +246,8 @@ def write_atomically(trainer: Trainer) -> None:
         files.removals = DelayedRemovals() if find_resume_point(trainer) else None
     if trainer.is_global_zero:
         root = Path(trainer.default_root_dir)
-        remove_temporaries([root, root / "checkpoints", *root.glob("pruned-*")])
+        kept = {Path(str(keeper.dirpath)) for keeper in keepers(trainer)}
+        remove_temporaries({root, directory_of(trainer), *root.glob("pruned-*"), *kept})
 
 
 def rewind_to_last_batch(loop: dict[str, Any]) -> None:

@@ -89,11 +89,16 @@ def test_a_link_stays_and_what_it_names_is_replaced_every_time(tmp_path, exists)
     assert sorted(os.listdir(tmp_path)) == ["disk", "final"]
 
 
+def fail(directory):
+    with atomic_directory(directory) as temporary:
+        (temporary / "new").write_text("")
+        (temporary / "new" / "below").write_text("")
+
+
 def test_an_error_leaves_the_old_directory(tmp_path):
     with atomic_directory(tmp_path / "final") as temporary:
         (temporary / "old").write_text("")
-    with pytest.raises(ValueError, match="no"), atomic_directory(tmp_path / "final") as temporary:
-        (temporary / "new").write_text("")
-        raise ValueError("no")
+    with pytest.raises(NotADirectoryError):
+        fail(tmp_path / "final")
     assert os.listdir(tmp_path / "final") == ["old"]
     assert os.listdir(tmp_path) == ["final"]
