@@ -352,6 +352,7 @@ class RecoveryModule(WatchedModule):
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
         checkpoint[KEY] = {
             "format": FORMAT,
+            "identity": self.resuming.identity(self.trainer),
             **self._describe_training(),
             "config": prepared.config,
             "tokens_seen": self.tokens_seen,
