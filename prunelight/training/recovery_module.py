@@ -59,6 +59,7 @@ from prunelight.run.run_state import Run
 from prunelight.run.start import prepare, start_recovery
 from prunelight.run.strategies import Place, loss_weight
 from prunelight.training.exact_resume import ExactResume
+from prunelight.training.finite_training import check_loaded, check_saved
 from prunelight.training.recovery_watch import WatchedModule
 
 
@@ -344,12 +345,14 @@ class RecoveryModule(WatchedModule):
 
         Raises:
             RuntimeError: if a weight that must be zero is not.
+            ValueError: if a number is NaN or infinite; the checkpoint before stays.
         """
         prepared = self.run.prepared
         assert prepared is not None
         prepared.zeros.check()
         trained, state = trained_parameters(self), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
+        check_saved(self.trainer, checkpoint)
         checkpoint[KEY] = {
             "format": FORMAT,
             **self._describe_training(),
@@ -377,10 +380,12 @@ class RecoveryModule(WatchedModule):
         """Check that the checkpoint fits the model in training.
 
         Raises:
-            ValueError: if it was trained on another base or in another way; names both.
+            ValueError: if it was trained on another base or in another way; names both. Also if a
+                number in it is NaN or infinite.
         """
         check_same_run(read_metadata(checkpoint), self._describe_training())
         check_same_parameters(checkpoint["state_dict"], trained_parameters(self))
+        check_loaded(checkpoint, self._trainer and self.trainer.ckpt_path)
 
     def _describe_training(self) -> dict[str, Any]:
         """Return what a checkpoint says of the training, by stable keys."""

@@ -18,6 +18,7 @@ from prunelight.recovery.overfitting import (
     overfitting,
 )
 from prunelight.run.run_state import Run
+from prunelight.training.finite_training import FiniteTraining
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +124,8 @@ class WatchedModule(LightningModule):
     tokens_seen: int = 0
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that watches; Lightning calls it."""
-        return [RecoveryWatch()]
+        """Return the callbacks that watch; Lightning calls it."""
+        return [FiniteTraining(), RecoveryWatch()]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move, and cast all but trained adapters, in place: bf16-true casts whole modules."""
