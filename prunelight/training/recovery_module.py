@@ -40,6 +40,7 @@ from prunelight.recovery.compiled_layers import check_backend
 from prunelight.recovery.distillation.objective import Distillation, Objective
 from prunelight.recovery.lora import LoRA
 from prunelight.recovery.packed_rows import model_inputs
+from prunelight.recovery.precision import sharded_policy, weights_type
 from prunelight.recovery.prepared_model import RecoverySettings
 from prunelight.recovery.quantization import BitsAndBytes, check_kind
 from prunelight.recovery.schedules import check_settings, make_schedule
@@ -256,10 +257,13 @@ class RecoveryModule(WatchedModule):
         if self.run.place.shards_weights:
             assert self.device_mesh is not None
             mesh, same = self.device_mesh["data_parallel"], self.trainer.strategy.broadcast
+            precision = self.run.place.precision
+            if (cast := weights_type(precision)) is not None:
+                self.to(dtype=cast)  # before the shards, which are of one type for good
             if self.run.prepared is not None:
-                self.run.prepared.shard(mesh, same)
+                self.run.prepared.shard(mesh, same, precision)
             else:
-                shard(self.run.load_model(), mesh, same)
+                shard(self.run.load_model(), mesh, same, sharded_policy(precision))
 
     # --- training ----------------------------------------------------------------------------
 
