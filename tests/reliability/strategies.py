@@ -173,8 +173,10 @@ def fault(title: str, results: dict[str, Any]) -> str:
         exact = ("step", "tokens_seen", "trained", "states", "frozen")
         if odd := {n: (one[n], told[n]) for n in exact if one[n] != told[n]}:
             return f"{title}: {strategy} differs from one process in {odd}"
-        for number, allowed in (("perplexity", case.tolerance), ("sparsity", 1e-3)):
-            if abs(told[number] - one[number]) > allowed * one[number]:
+        # Merging in bfloat16 rounds a few weights to zero, others in each.
+        limits = {"perplexity": case.tolerance * one["perplexity"], "sparsity": 1e-3}
+        for number, allowed in limits.items():
+            if abs(told[number] - one[number]) > allowed:
                 return f"{title}: {number} {told[number]} under {strategy}, {one[number]} alone"
     if case.recovery == "lora" and one["trained"] != ["torch.float32"]:
         return f"{title}: adapters train in {one['trained']}"
