@@ -41,11 +41,11 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.callbacks.recovery.progress import TrainingProgress
 from prunelight.evaluation.report.report import summary_table
+from prunelight.quiet_libraries import quiet_libraries
 from prunelight.run.preflight import FinishedRunError
 from prunelight.run.strategies import check_strategy
 from prunelight.runtime.atomic_files import check_writable
 from prunelight.runtime.progress import BesideBars
-from prunelight.training.quiet_libraries import quiet_libraries
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
 from prunelight.training.trainer import Trainer

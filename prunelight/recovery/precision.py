@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 _SLOW = 3.0  # times as long as float32; a busy machine measures up to 2 where there is no reason
 _COMPUTED = {
@@ -18,6 +19,21 @@ _COMPUTED = {
     **dict.fromkeys(("16-true", "16-mixed"), torch.float16),
 }
 _TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # these cast every weight
+
+
+def weights_type(precision: str) -> torch.dtype | None:
+    """Return the type to which a Trainer's precision casts all weights; None if it casts none."""
+    return _TRUE.get(precision)
+
+
+def sharded_policy(precision: str) -> MixedPrecisionPolicy:
+    """Return in which types FSDP2 gathers weights and sums gradients.
+
+    Mixed precision computes in bfloat16, so weights are gathered in it; sums stay in float32.
+    """
+    if precision == "bf16-mixed":
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy()
 
 
 def slow_precision(

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prunelight.models.saving import MARKER
+from prunelight.planning.fingerprints import fingerprint_of
 from prunelight.run.checkpoints import (
     FORMAT,
     check_format,
@@ -29,6 +31,7 @@ from prunelight.run.checkpoints import (
     quantization_keys,
     quantization_of_format_1,
 )
+from prunelight.run.checkpoints import KEY as METADATA
 from prunelight.run.checkpoints import (
     RESUME_KEY as KEY,
 )
@@ -43,6 +46,17 @@ from prunelight.runtime.atomic_files import (
     remove_temporaries,
 )
 from prunelight.runtime.measuring import Measurement, Phases
+from prunelight.training.kept_checkpoints import (
+    DelayedRemovals,
+    check_resume_point,
+    counters,
+    directory_of,
+    find_resume_point,
+    keepers,
+    reuse_own_files,
+    settle,
+    take_over,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +69,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Args:
         phases: of the run, to which the time for checkpoints is added.
+
+    Attributes:
+        removals: where removed files wait until the resume point is written; None: at once.
     """
+
+    removals: DelayedRemovals | None = None
 
     def __init__(self, phases: Phases | None = None) -> None:
         self.phases = phases or Phases()
@@ -77,6 +96,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_replacement(path) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
+        if self.removals is not None:
+            self.removals.keep(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a file, once the resume point does not name it."""
+        if self.removals is None or "://" in str(path):
+            super().remove_checkpoint(path)
+        else:
+            self.removals.add(path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -106,10 +134,14 @@ class ExactResume(Callback):
         self._finished = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let checkpoints be written whole or not at all."""
+        """Let checkpoints be written whole or not at all, in directories that stay."""
         if stage == "fit":
             self._settings, self._finished = None, False
+            settle(trainer)
+            if trainer.ckpt_path is None:  # else what reads the checkpoint tells more
+                check_resume_point(trainer, lambda path: METADATA in _read(path))
             write_atomically(trainer, self.run.phases)
+            reuse_own_files(trainer, partial(self._is_ours, trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to measure the training, or go on with it."""
@@ -141,14 +173,16 @@ class ExactResume(Callback):
             self._validation = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop to measure the run."""
+        """Stop to measure the run, and let other runs write into the directory."""
         self.run.phases.stop()
+        self.run.release_directory()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Stop to measure a run that failed; after Ctrl-C say how it goes on."""
         self.run.phases.stop()
+        self.run.release_directory()
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             log.warning(how_it_goes_on(trainer))
 
@@ -159,10 +193,12 @@ class ExactResume(Callback):
         checkpoint[KEY] = {
             "format": FORMAT,
             "settings": self.describe(trainer),
-            "finished": self._finished,
+            "finished": self._finished or trainer.should_stop,
             "planned_steps": trainer.estimated_stepping_batches,
             "spent": asdict(training_cost(self.run)),
             "accumulating": trainer.fit_loop._should_accumulate(),
+            "keepers": counters(trainer),
+            "removals": removals.waiting if (removals := removals_of(trainer)) else [],
         }
 
     def on_load_checkpoint(
@@ -185,6 +221,11 @@ class ExactResume(Callback):
         check_same_settings(settings, ours, trainer.ckpt_path)
         if end is not None:
             refuse_finished(self.run, Path(str(trainer.ckpt_path)), end, planned)
+        take_over(trainer, checkpoint, saved.get("keepers", {}))
+        if trainer.max_steps != -1:
+            rewind_to_last_batch(checkpoint["loops"]["fit_loop"])
+        if (removals := removals_of(trainer)) is not None:
+            removals.take_over(saved.get("removals", ()), trainer)
         self.run.earlier_training = Measurement(**saved["spent"])
         if longer:
             self.run.warn(
@@ -201,6 +242,16 @@ class ExactResume(Callback):
                 "does not hold: the resumed run will differ. RecoveryCheckpoint avoids this",
                 trainer.ckpt_path,
             )
+
+    def identity(self, trainer: Trainer) -> str:
+        """Return what two runs have in common whose checkpoints of a step are the same."""
+        assert self.run.prepared is not None
+        return fingerprint_of(self.run.prepared.fingerprint, self.describe(trainer))
+
+    def _is_ours(self, trainer: Trainer, path: Path) -> bool:
+        """Return whether a checkpoint on disk is of a run that this one repeats."""
+        written_by = _read(path).get(METADATA, {}).get("identity")
+        return bool(written_by == self.identity(trainer))
 
     def describe(self, trainer: Trainer) -> dict[str, Any]:
         """Return what the losses of the run depend on; see `describe_run`."""
@@ -223,6 +274,15 @@ def how_it_goes_on(trainer: Trainer) -> str:
     return f"stopped before a step was trained; the same command starts again{kept}"
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds, without its tensors' bytes; {} if it cannot be read."""
+    try:
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    except Exception:  # of another program, or damaged
+        return {}
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
 def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings in a checkpoint, those of format 1 in the words of this one."""
     settings = dict(saved["settings"])
@@ -239,9 +299,36 @@ def write_atomically(trainer: Trainer, phases: Phases) -> None:
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO(phases)
+    files = trainer.strategy.checkpoint_io
+    if isinstance(files, AtomicCheckpointIO):
+        files.removals = DelayedRemovals() if find_resume_point(trainer) else None
     if trainer.is_global_zero:
         root = Path(trainer.default_root_dir)
-        remove_temporaries([root, root / "checkpoints", *root.glob("pruned-*")])
+        kept = {Path(str(keeper.dirpath)) for keeper in keepers(trainer)}
+        remove_temporaries({root, directory_of(trainer), *root.glob("pruned-*"), *kept})
+
+
+def rewind_to_last_batch(loop: dict[str, Any]) -> None:
+    """Turn the counts of a run saved at the end of an epoch into those after its last batch.
+
+    Of a run with max_steps Lightning counts the epoch twice that was just ended when it goes on,
+    and takes the batches of the one after next. In place.
+    """
+    epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    total = epochs["total"]
+    ended = total["ready"] == total["started"] == total["processed"] == total["completed"] + 1
+    if not (ended and batches["is_last_batch"]):
+        return
+    for count in ("total", "current"):
+        epochs[count]["processed"] -= 1
+        batches[count]["completed"] -= 1
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def removals_of(trainer: Trainer) -> DelayedRemovals | None:
+    """Return the files that wait to be removed; None where they are removed at once."""
+    files = trainer.strategy.checkpoint_io
+    return files.removals if isinstance(files, AtomicCheckpointIO) else None
 
 
 def seed_batch(seed: int, *position: int) -> None:

@@ -330,6 +330,9 @@ def _stage_rows(record: RunRecord) -> list[list[str]]:
                 row.append("")
                 continue
             speed = name.endswith(_SPEEDS)
+            if speed and _is_noise(stage, name):
+                row.append("no difference beyond noise")
+                continue
             change = _factor(stage, name) if speed else _change(value, base)
             spread = stage.latency_deviation if name == "latency_seconds" else None
             shown = show(value) + (f" ± {spread:.3f}" if spread is not None else "")
@@ -343,9 +346,13 @@ def _factor(stage: Stage, name: str) -> str:
     if name not in stage.factors:
         return ""
     median, low, high = stage.factors[name]
-    if low <= 1 <= high:
-        return " (no difference beyond noise)"
     return f" (\u00d7{median:.3g}, {low:.3g} to {high:.3g})"
+
+
+def _is_noise(stage: Stage, name: str) -> bool:
+    """Whether the factor of a speed may as well be 1: its rounds lie on both sides of it."""
+    _, low, high = stage.factors.get(name, (math.nan, math.nan, math.nan))
+    return low <= 1 <= high
 
 
 def _change(value: float, base: float | None) -> str:
