@@ -59,7 +59,8 @@ class TrainingProgress(ProgressBar):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the bar away."""
-        self._training = self._close(self._training)
+        _close(self._training)
+        self._training = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the bar of a validation."""
@@ -76,7 +77,8 @@ class TrainingProgress(ProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the bar away."""
-        self._evaluation = self._close(self._evaluation)
+        _close(self._evaluation)
+        self._evaluation = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the bar of a test."""
@@ -89,12 +91,15 @@ class TrainingProgress(ProgressBar):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the bar away."""
-        self._evaluation = self._close(self._evaluation)
+        _close(self._evaluation)
+        self._evaluation = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take all bars away."""
-        self._evaluation = self._close(self._evaluation)
-        self._training = self._close(self._training)
+        _close(self._evaluation)
+        self._evaluation = None
+        _close(self._training)
+        self._training = None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -106,9 +111,10 @@ class TrainingProgress(ProgressBar):
         bar = Bar(label, total, unit=unit, quiet=not self._enabled, started=started)
         return bar.__enter__()
 
-    def _close(self, bar: Bar | None) -> None:
-        if bar is not None:
-            bar.__exit__(None, None, None)
+
+def _close(bar: Bar | None) -> None:
+    if bar is not None:
+        bar.__exit__(None, None, None)
 
 
 def _total(counts: Any) -> int | None:

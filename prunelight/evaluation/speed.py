@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +85,9 @@ class Architecture:
             return None
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices):  # the run's own random numbers stay as they are
-            return self.kind(copy.deepcopy(self.config)).to(device=device, dtype=self.dtype).eval()
+            model: Any = self.kind(copy.deepcopy(self.config))
+            built: PreTrainedModel = model.to(device=device, dtype=self.dtype).eval()
+            return built
 
 
 def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:

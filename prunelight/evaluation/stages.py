@@ -100,10 +100,10 @@ def _speeds(
     """
     dense = None if beside is None else beside.architecture.build(model.device)
     if beside is None or dense is None:
-        latency = {} if timing is None else asdict(measure_latency(model, *timing))
+        told = {} if timing is None else asdict(measure_latency(model, *timing))
         alone = measure_speed(model)
         return {
-            **latency,
+            **told,
             "prefill_tokens_per_second": alone.prefill,
             "decode_tokens_per_second": alone.decode,
         }

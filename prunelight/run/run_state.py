@@ -206,12 +206,13 @@ class Run:
         """
         if self.record is None:
             raise ValueError("nothing is measured yet; call summary after trainer.fit")
-        console = Console(width=120, file=io.StringIO(), highlight=False)
+        text = io.StringIO()
+        console = Console(width=120, file=text, highlight=False)
         console.print(summary_table(self.record))
         for what, directory in (("Model", self.final), ("Report", self.place.root / "report.md")):
             if directory is not None and directory.exists():
                 console.print(f"{what}: {directory.resolve()}", soft_wrap=True)
-        return console.file.getvalue()
+        return text.getvalue()
 
     @property
     def in_training(self) -> bool:
