@@ -33,6 +33,7 @@ from prunelight.planning.fingerprints import library_versions, model_fingerprint
 from prunelight.planning.plan import Plan
 from prunelight.runtime.atomic_files import atomic_directory
 from prunelight.runtime.devices import free_memory
+from prunelight.runtime.finite import check_weights
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +84,14 @@ def save(
             or leads elsewhere.
         FileExistsError: if the directory exists and was not written by prunelight.
         TypeError: if the model has no code to export.
+        ValueError: if a weight is NaN or infinite; names it.
         RuntimeError: if the written model differs from the model in memory; names the difference.
     """
     check_names(extra_files or {}, with_plan=plan is not None)
     check_place(directory)
     directory = Path(directory).expanduser()
     check_replaceable(directory)
+    check_weights(model)
     code = code_file(model.config.model_type)
     if export_remote_code or (code is not None and getattr(model.config, "auto_map", None)):
         name_remote_code(model)

@@ -54,6 +54,7 @@ def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
     """Merge what was trained onto the base, which rank 0 reads again in full precision."""
     trained = gather_trained(prepared.model)
     run.holder.model = None
+    prepared.release()
 
     def merge() -> None:
         base, plans = run.read_again(), run.plans()

@@ -30,6 +30,7 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
 from prunelight.runtime.atomic_files import check_writable
+from prunelight.runtime.finite import check_weights
 
 
 class Facts:
@@ -132,6 +133,14 @@ def data(facts: Facts) -> None:
 # --- the model -------------------------------------------------------------------------------
 
 
+def finite(facts: Facts) -> None:
+    """No weight of a model in memory is NaN or infinite; one that was read was looked at then."""
+    run = facts.run
+    model = facts.model
+    if not run.source:
+        check_weights(model)
+
+
 def quantizable(facts: Facts) -> None:
     """The weights can be quantized as asked."""
     run, model = facts.run, facts.model
@@ -214,12 +223,21 @@ def held_out(facts: Facts) -> None:
 
 
 SETTINGS: tuple[Check, ...] = (strategy, methods_in_this_run, output)
-MODEL: tuple[Check, ...] = (quantizable, trainable, adapter_targets, teacher, packing, precision)
+MODEL: tuple[Check, ...] = (
+    finite,
+    quantizable,
+    trainable,
+    adapter_targets,
+    teacher,
+    packing,
+    precision,
+)
 PRUNING = (
     *SETTINGS,
     data,
+    finite,
     methods_on_this_model,
-    *MODEL,
+    *MODEL[1:],
     training_length,
     calibration,
     held_out,

@@ -25,6 +25,7 @@ from prunelight.run.run_state import Run
 from prunelight.run.start import start
 from prunelight.run.strategies import Place
 from prunelight.runtime.measuring import measuring
+from prunelight.training.finite_training import FiniteTraining, check_saved
 from prunelight.training.kept_checkpoints import settle
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ def prune_after_setup(
         for other in recoveries:
             if other.run is not run:  # of another module, which this Trainer trained before
                 callbacks.remove(other)
+        if not any(isinstance(callback, FiniteTraining) for callback in callbacks):
+            callbacks.insert(0, FiniteTraining())  # before what keeps the best weights
         if not any(other.run is run for other in recoveries):
             callbacks.append(OwnModuleRecovery(run))
 
@@ -146,6 +149,12 @@ class OwnModuleRecovery(Callback):
                 self._zeros.masks.watch(optimizer)
         self._phase = measuring(self.run.place.device, self.run.training_cost)
         self.run.training_cost = self._phase.__enter__()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let no checkpoint with NaN replace a good one."""
+        check_saved(trainer, checkpoint)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop to measure the training."""

@@ -18,7 +18,10 @@ from prunelight.recovery.overfitting import (
     overfit_risk,
     overfitting,
 )
+from prunelight.recovery.sharded_weights import is_sharded
 from prunelight.run.run_state import Run
+from prunelight.run.strategies import FSDP2Strategy
+from prunelight.training.finite_training import FiniteTraining
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +36,16 @@ def best_checkpoint(trainer: Trainer) -> str:
 
 def restore(trainer: Trainer, module: WatchedModule, path: str) -> None:
     """Load the trained weights of a checkpoint, and the masks with them, on every rank."""
-    checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDP2Strategy):
+        checkpoint = strategy.load_weights(path)
+    else:
+        checkpoint = strategy.load_checkpoint(path, weights_only=True)
     trained = module.tokens_seen
     module.on_load_checkpoint(checkpoint)
     module.tokens_seen = trained  # in all steps: what the run took
-    trainer.strategy.load_model_state_dict(checkpoint, strict=False)
+    if not is_sharded(module):
+        trainer.strategy.load_model_state_dict(checkpoint, strict=False)
     module.restored_step = int(checkpoint["global_step"])
     log.info("the weights are those of step %d, the best: %s", module.restored_step, path)
 
@@ -127,11 +135,18 @@ class WatchedModule(LightningModule):
     tokens_seen: int = 0
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that watches; Lightning calls it."""
-        return [RecoveryWatch()]
+        """Return the callbacks that watch; Lightning calls it."""
+        return [FiniteTraining(), RecoveryWatch()]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Move, and cast all but trained adapters, in place: bf16-true casts whole modules."""
+        """Move, and cast all but trained adapters, in place: bf16-true casts whole modules.
+
+        Shards are cast before they are cut, see `RecoveryModule.configure_model`.
+        """
+        if is_sharded(self):
+            if not args and set(kwargs) == {"dtype"}:
+                return self
+            return super().to(*args, **kwargs)
         adapters = [p for n, p in self.named_parameters() if p.requires_grad and "lora_" in n]
         values = [parameter.data for parameter in adapters]
         super().to(*args, **kwargs)
