@@ -40,6 +40,19 @@ def test_a_stopped_run_leaves_the_files_scores_and_weights_of_a_whole_one(name, 
     check(name, tmp_path, seed)
 
 
+@pytest.mark.parametrize("filename", ["best", "{step}"])
+def test_the_best_step_without_dirpath_survives_a_new_version_of_the_logs(name, tmp_path, filename):
+    settings = {key: values[0] for key, values in CHOICES.items()}
+    settings |= {"filename": filename, "interval": 2, "every": 1}
+    whole = fit(name, tmp_path / "whole", settings, Stop(None, 0))
+    (score,) = whole.checkpoint_callbacks[0].best_k_models.values()
+    assert fit(name, tmp_path / "run", settings, Stop("on_train_batch_start", 11)) is None
+    resumed = fit(name, tmp_path / "run", settings, Stop(None, 0))
+    assert result(resumed) == result(whole)
+    assert resumed.checkpoint_callbacks[0].best_model_score == score
+    assert len(list((tmp_path / "run" / "logs").iterdir())) == 2
+
+
 def test_a_run_that_was_moved_finds_its_best_step(name, tmp_path):
     settings = {key: values[0] for key, values in CHOICES.items()} | {"filename": "{step}"}
     whole = fit(name, tmp_path / "whole", settings, Stop(None, 0))
