@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import psutil
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -86,6 +86,27 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with the error."""
         self.exit(2, f"prunelight: error: {parse_error(message)}\n")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the settings of a run as config.yaml beside its logs, over no file of others.
+
+    Without a logger that is the run's own directory, where the user's config may be.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the file, if it is not there yet or was written by a run.
+
+        Raises:
+            FileExistsError: if there is a file of another origin.
+        """
+        file = Path(str(trainer.log_dir or trainer.default_root_dir), self.config_filename)
+        if file.is_file() and not file.read_bytes().startswith(b"# lightning.pytorch=="):
+            raise FileExistsError(
+                f"{file} exists, and the run would write its settings there; move it, or set "
+                "trainer.logger or another trainer.default_root_dir"
+            )
+        super().setup(trainer, pl_module, stage)
 
 
 class CLI(LightningCLI):
@@ -207,6 +228,7 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
             RecoveryModule,
             TextDataModule,
             trainer_class=Trainer,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs=parser_settings(description, verbs),
             auto_configure_optimizers=False,

@@ -153,10 +153,11 @@ class RecoveryCheckpoint(ResumePoint):
     def _ends_training(trainer: Trainer) -> bool:
         """Return whether `on_train_end` follows; Lightning leaves it out where a resume starts."""
         epochs, loop = trainer.max_epochs, trainer.fit_loop
+        progress: Any = loop.epoch_progress.current
         return (
             trainer.global_step >= trainer.max_steps != -1
             or (trainer.should_stop and loop._can_stop_early)
-            or (epochs is not None and loop.epoch_progress.current.processed >= epochs != -1)
+            or (epochs is not None and progress.processed >= epochs != -1)
         )
 
     @staticmethod
