@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import split_windows
@@ -189,18 +192,28 @@ def _prune(
     """Score, plan and apply each method in turn; gradual ones apply while the model trains."""
     plans: list[Plan] = []
     for method in facts.methods:
-        method.device = facts.run.place.device
-        with measuring(model.device) as phase:
+        device = facts.run.place.device
+        with measuring(model.device) as phase, _computing_on(device, method):
             plan = method.plan(model, facts.windows)
         plans.append(plan)
         add_cost(record, f"score and plan ({plan.method})", phase)
         if method.gradual:
             continue
-        with measuring(model.device) as phase:
+        with measuring(model.device) as phase, _computing_on(device, method):
             model = method.apply(model, plan, facts.windows, record.outcomes)
         add_cost(record, f"apply ({plan.method})", phase)
     record.plans = [plan.to_dict() for plan in plans]
     return model, plans
+
+
+@contextmanager
+def _computing_on(device: torch.device, method: PruningMethod) -> Iterator[None]:
+    """Let a method compute on the run's device, and afterwards where it did before."""
+    before, method.device = method.device, device
+    try:
+        yield
+    finally:
+        method.device = before
 
 
 def _save_base(

@@ -19,8 +19,9 @@ from prunelight.recovery.overfitting import (
 )
 from prunelight.recovery.sharded_weights import is_sharded
 from prunelight.run.run_state import Run
-from prunelight.run.strategies import FSDP2Strategy
-from prunelight.training.finite_training import FiniteTraining
+from prunelight.run.strategies import FSDP2Strategy, group_of_run
+from prunelight.runtime.processes import ProcessGroup
+from prunelight.training.finite_training import FiniteTraining, loss_of
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +62,14 @@ class RecoveryWatch(Callback):
     def __init__(self) -> None:
         self.history: list[ValidationPoint] = []
         self._loss: Tensor | float = 0.0  # summed since the last validation, on its device
-        self._batches = 0
+        self._batches: float = 0
+        self._group = ProcessGroup()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn before anything is trained, of lost precision and of too little text."""
-        assert isinstance(pl_module, WatchedModule)
+        if not isinstance(pl_module, WatchedModule):  # a later fit of the same Trainer
+            return
+        self._group = group_of_run(trainer)
         run = pl_module.run
         for loss in run.precision_losses:
             run.warn(loss)
@@ -81,12 +85,18 @@ class RecoveryWatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Add the loss of a batch, without waiting for the device."""
-        self._loss, self._batches = self._loss + outputs["loss"].detach(), self._batches + 1
+        loss = loss_of(outputs)
+        if loss is None:
+            return
+        # Lightning has divided it by the batches of an optimizer step.
+        loss = loss.detach() * trainer.accumulate_grad_batches
+        self._loss, self._batches = self._loss + loss, self._batches + 1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the result of a validation during training."""
         if self._batches and METRIC in trainer.callback_metrics:
-            loss = float(self._loss) / self._batches
+            loss, batches = self._group.totals(float(self._loss), self._batches)
+            loss /= batches
             perplexity = float(trainer.callback_metrics[METRIC])
             self.history.append(ValidationPoint(trainer.global_step, perplexity, loss))
             self._loss, self._batches = 0.0, 0
@@ -94,25 +104,30 @@ class RecoveryWatch(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of overfitting in the log and the report."""
         sentence = overfitting(self.history)
-        if sentence is not None:
-            assert isinstance(pl_module, WatchedModule)
+        if sentence is not None and isinstance(pl_module, WatchedModule):
             pl_module.run.warn(sentence)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the best weights, on every rank, before they are merged and saved."""
-        assert isinstance(pl_module, WatchedModule)
+        if not isinstance(pl_module, WatchedModule):
+            return
         path = best_checkpoint(trainer) if pl_module.restore_best else ""
         pl_module.restored_step = None
         if path:
             restore(trainer, pl_module, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the validations so far: a resumed run goes on from them."""
-        return {"history": [(e.step, e.perplexity, e.training_loss) for e in self.history]}
+        """Return the validations so far and the loss since then; all processes must call this."""
+        totals = self._group.totals(float(self._loss), self._batches)
+        loss, batches = (total / self._group.size for total in totals)
+        history = [(e.step, e.perplexity, e.training_loss) for e in self.history]
+        return {"history": history, "loss": loss, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the validations of the run that wrote the checkpoint."""
         self.history = [ValidationPoint(*values) for values in state_dict["history"]]
+        # Not in checkpoints of version 0.2.
+        self._loss, self._batches = state_dict.get("loss", 0.0), state_dict.get("batches", 0)
 
 
 class WatchedModule(LightningModule):
