@@ -26,6 +26,7 @@ from prunelight.run.start import start
 from prunelight.run.strategies import Place
 from prunelight.runtime.measuring import measuring
 from prunelight.training.finite_training import FiniteTraining, check_saved
+from prunelight.training.kept_checkpoints import settle
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def prune_after_setup(
 
     Lightning calls the callbacks' `setup` first, when a module may not have its model yet.
     """
+    settle(trainer)
     vars(module).pop("setup", None)  # of a start that failed before this was called
     own_setup = module.setup
 
@@ -178,3 +180,13 @@ class OwnModuleRecovery(Callback):
                 "precision": self.run.place.precision,
             }
         self.run.place.group.run_on_rank_zero(partial(save_and_report, self.run, model))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let other runs write into the directory."""
+        self.run.release_directory()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let other runs write into the directory."""
+        self.run.release_directory()

@@ -389,6 +389,7 @@ class RecoveryModule(WatchedModule):
         check_saved(self.trainer, checkpoint)
         checkpoint[KEY] = {
             "format": FORMAT,
+            "identity": self.resuming.identity(self.trainer),
             **self._describe_training(),
             "config": prepared.config,
             "tokens_seen": self.tokens_seen,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -65,7 +66,10 @@ class RecoveryWatch(Callback):
         self._batches: float = 0
         self._group = ProcessGroup()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    # A run that is started again after its last step has no on_train_start and no on_train_end; its
+    # report must say the same.
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn before anything is trained, of lost precision and of too little text."""
         if not isinstance(pl_module, WatchedModule):  # a later fit of the same Trainer
             return
@@ -101,20 +105,21 @@ class RecoveryWatch(Callback):
             self.history.append(ValidationPoint(trainer.global_step, perplexity, loss))
             self._loss, self._batches = 0.0, 0
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of overfitting in the log and the report."""
-        sentence = overfitting(self.history)
-        if sentence is not None and isinstance(pl_module, WatchedModule):
-            pl_module.run.warn(sentence)
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the best weights, on every rank, before they are merged and saved."""
+        """Warn of overfitting, and take over the best weights, on every rank, before the merge."""
         if not isinstance(pl_module, WatchedModule):
             return
+        sentence = overfitting(self.history)
+        if sentence is not None:
+            pl_module.run.warn(sentence)
         path = best_checkpoint(trainer) if pl_module.restore_best else ""
         pl_module.restored_step = None
-        if path:
+        if path and Path(path).exists():
             restore(trainer, pl_module, path)
+        elif path:
+            pl_module.run.warn(
+                f"the best checkpoint {path} is gone: the result has the weights of the last step"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the validations so far and the loss since then; all processes must call this."""
