@@ -310,7 +310,9 @@ class RecoveryModule(WatchedModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch to perplexity and next-token accuracy."""
         if self._evaluation_head is not None:
-            inputs = {n: batch[n] for n in ("input_ids", "attention_mask") if n in batch}
+            inputs: dict[str, Tensor] = {
+                n: batch[n] for n in ("input_ids", "attention_mask") if n in batch
+            }
             sums = self._evaluation_head.next_token_sums(model_inputs(inputs), batch["labels"])
         else:
             logits = self(batch["input_ids"], batch.get("attention_mask"))
@@ -420,7 +422,7 @@ class RecoveryModule(WatchedModule):
         """
         check_same_run(read_metadata(checkpoint), self._describe_training())
         check_same_parameters(checkpoint["state_dict"], trained_parameters(self))
-        check_loaded(checkpoint, self._trainer and self.trainer.ckpt_path)
+        check_loaded(checkpoint, self.trainer.ckpt_path if self._trainer else None)
 
     def _describe_training(self) -> dict[str, Any]:
         """Return what a checkpoint says of the training, by stable keys."""
