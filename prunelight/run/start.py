@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -223,17 +225,27 @@ def _prune(
     """Score, plan and apply each method in turn; gradual ones apply while the model trains."""
     plans: list[Plan] = []
     for method in facts.methods:
-        method.device = facts.run.place.device
+        device = facts.run.place.device
         name, phase = type(method).__name__, facts.run.phases.phase
-        with phase(f"score and plan ({name})"):
+        with phase(f"score and plan ({name})"), _computing_on(device, method):
             plan = method.plan(model, facts.windows)
         plans.append(plan)
         if method.gradual:
             continue
-        with phase(f"apply ({name})"):
+        with phase(f"apply ({name})"), _computing_on(device, method):
             model = method.apply(model, plan, facts.windows, record.outcomes)
     record.plans = [plan.to_dict() for plan in plans]
     return model, plans
+
+
+@contextmanager
+def _computing_on(device: torch.device, method: PruningMethod) -> Iterator[None]:
+    """Let a method compute on the run's device, and afterwards where it did before."""
+    before, method.device = method.device, device
+    try:
+        yield
+    finally:
+        method.device = before
 
 
 def _save_base(
