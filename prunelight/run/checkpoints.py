@@ -67,7 +67,7 @@ def base_fingerprints(
         config.pop(name, None)
     facts = (model_fingerprint(model), str(model.dtype), config)
     data = describe_windows(*split_windows(windows))
-    given = [[type(method).__name__, method.version, _given(method)] for method in methods]
+    given = [[type(method).__name__, method.version, given_arguments(method)] for method in methods]
     fingerprint = fingerprint_of(*facts, given, data, "format 2")
     complete = [_arguments_of_format_1(method) for method in methods]
     if None in complete:
@@ -86,10 +86,10 @@ def state_arguments(method: PruningMethod) -> dict[str, Any]:
     if type(method).__name__ in _ARGUMENTS_OF_FORMAT_1:
         earlier = _arguments_of_format_1(method)
         return method.arguments() if earlier is None else earlier
-    return _given(method)
+    return given_arguments(method)
 
 
-def _given(method: PruningMethod) -> dict[str, Any]:
+def given_arguments(method: PruningMethod) -> dict[str, Any]:
     """Return the arguments of a method that differ from their defaults."""
     parameters = inspect.signature(type(method)).parameters
     return {
@@ -109,7 +109,7 @@ def _arguments_of_format_1(method: PruningMethod) -> dict[str, Any] | None:
     known = _ARGUMENTS_OF_FORMAT_1.get(type(method).__name__)
     if known is None:  # a method of the user's own
         return arguments
-    if set(_given(method)) - set(known.split()):
+    if set(given_arguments(method)) - set(known.split()):
         return None
     return {name: value for name, value in arguments.items() if name in known.split()}
 
@@ -213,7 +213,10 @@ def check_same_settings(
     """
     odd = sorted(k for k in {*saved, *ours} if saved.get(k) != ours.get(k))
     if odd:
-        then, now = (", ".join(f"{k}={run.get(k)}" for k in odd) for run in (saved, ours))
+        then, now = (
+            ", ".join(f"{k}={run[k]}" if k in run else f"{k} unset" for k in odd)
+            for run in (saved, ours)
+        )
         raise ValueError(
             f"{path} was written by a run with {then}, this one has {now}: going on would give "
             "neither result. Take the settings of that run, or start anew with another "

@@ -35,13 +35,11 @@ from prunelight.runtime.atomic_files import (
     remove_temporaries,
 )
 from prunelight.runtime.measuring import Measurement, measuring
+from prunelight.training.run_identity import describe_run, differences, tell_own_classes
 
 log = logging.getLogger(__name__)
 
 KEY = "prunelight_resume"  # of a checkpoint, under which `ExactResume` keeps its state
-
-# Of a recovery's description: they grow.
-VOLATILE = ("optimizer_steps", "tokens_seen", "weights_of_step")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -82,10 +80,16 @@ class ExactResume(Callback):
     Args:
         run: whose training is resumed; its `training_cost` is measured here.
         make_optimizer: called with parameters.
+        given_arguments: returns the module's arguments that differ from their defaults.
     """
 
-    def __init__(self, run: Run, make_optimizer: Callable[..., Any]) -> None:
-        self.run, self.make_optimizer = run, make_optimizer
+    def __init__(
+        self,
+        run: Run,
+        make_optimizer: Callable[..., Any],
+        given_arguments: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self.run, self.make_optimizer, self.given_arguments = run, make_optimizer, given_arguments
         self._phase: Any = None
         self._settings: dict[str, Any] | None = None
         self._finished = False
@@ -97,7 +101,8 @@ class ExactResume(Callback):
             write_atomically(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to measure the training, or go on with it."""
+        """Note the settings that it starts with; start to measure the training, or go on."""
+        self._describe(trainer)
         self._phase = measuring(trainer.strategy.root_device, self.run.training_cost)
         self.run.training_cost = self._phase.__enter__()
 
@@ -137,7 +142,9 @@ class ExactResume(Callback):
         saved = checkpoint.get(KEY)
         if saved is None or trainer.state.fn != "fit":
             return
-        check_same_settings(read_settings(saved), self._describe(trainer), trainer.ckpt_path)
+        settings, ours = read_settings(saved), self._describe(trainer)
+        check_same_settings(*differences(settings, ours), trainer.ckpt_path)
+        tell_own_classes(settings, ours, trainer.ckpt_path)
         self.run.training_cost = Measurement(**saved["spent"])
         trainer.should_stop |= saved["finished"]
         if saved["accumulating"]:
@@ -152,7 +159,9 @@ class ExactResume(Callback):
             settings = self.run.settings
             keys = quantization_keys(settings.quantization, settings.bitsandbytes)
             recovery = {**self.run.describe_recovery(), "quantization": keys}
-            self._settings = describe_run(trainer, recovery, self.make_optimizer, self.run.seed)
+            self._settings = describe_run(
+                trainer, self.run, self.make_optimizer, self.given_arguments(), recovery
+            )
         return self._settings
 
 
@@ -184,32 +193,3 @@ def seed_batch(seed: int, *position: int) -> None:
     """
     digest = hashlib.sha256(json.dumps([seed, *position]).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def describe_run(
-    trainer: Trainer, recovery: Mapping[str, Any], make_optimizer: Callable[..., Any], seed: int
-) -> dict[str, Any]:
-    """Return what the losses of a run depend on besides its model, as JSON values.
-
-    Args:
-        trainer: of the run.
-        recovery: settings of the recovery.
-        make_optimizer: called with parameters.
-        seed: of the run's random numbers.
-    """
-    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))])
-    settings = {name: value for name, value in recovery.items() if name not in VOLATILE}
-    data = getattr(getattr(trainer, "datamodule", None), "describe_training", None)
-    constant = str(recovery.get("lr_scheduler", "")).startswith("constant")
-    described = {
-        **settings,
-        "optimizer": {"class": type(optimizer).__name__, **optimizer.defaults},
-        "scheduled_steps": None if constant else trainer.estimated_stepping_batches,
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "gradient_clip_val": trainer.gradient_clip_val,
-        "limit_train_batches": trainer.limit_train_batches,
-        "processes": trainer.world_size,
-        "seed": seed,
-        **({f"data.{name}": value for name, value in data().items()} if data else {}),
-    }
-    return json.loads(json.dumps(described, default=str))

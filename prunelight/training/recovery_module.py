@@ -168,13 +168,25 @@ class RecoveryModule(WatchedModule):
         self.val_perplexity = TokenPerplexity()
         self.val_accuracy = TokenAccuracy()
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
-        self.resuming = ExactResume(self.run, self._make_optimizer)
+        self.resuming = ExactResume(self.run, self._make_optimizer, self.given_arguments)
 
     def sibling(self, **changes: Any) -> RecoveryModule:
         """Return a new RecoveryModule with the same arguments, but for these.
 
         What may be set on a module before a fit, such as `learning_rate`, is as it is now.
         """
+        return RecoveryModule(**{**self._current_arguments(), **changes})
+
+    def given_arguments(self) -> dict[str, Any]:
+        """Return the arguments that differ from their defaults, as they are now."""
+        parameters = inspect.signature(RecoveryModule.__init__).parameters
+        return {
+            name: value
+            for name, value in self._current_arguments().items()
+            if value != parameters[name].default
+        }
+
+    def _current_arguments(self) -> dict[str, Any]:
         settable = {
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
@@ -183,7 +195,7 @@ class RecoveryModule(WatchedModule):
             "optimizer": self.optimizer,
             "restore_best": self.restore_best,
         }
-        return RecoveryModule(**{**self._arguments, **settable, **changes})
+        return {**self._arguments, **settable}
 
     # --- the state of the run ----------------------------------------------------------------
 

@@ -340,7 +340,7 @@ def interrupted(name, tmp_path_factory):
     ("arguments", "message"),
     [
         ({"model": {"learning_rate": 0.5}}, r"learning_rate=0.01, .*learning_rate=0.5"),
-        ({"data": {"seed": 7}}, "run with data.seed=0, this one has data.seed=7"),
+        ({"data": {"seed": 7}}, "data.seed=0, this one has .*data.seed=7"),
         (
             {"data": {"batch_size": 1}},
             "data.batch_size=2, scheduled_steps=8, this one has data.batch_size=1, ",
