@@ -204,21 +204,25 @@ def check_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 
 
 def check_same_settings(
-    saved: Mapping[str, Any], ours: Mapping[str, Any], path: str | Path | None
+    then: Mapping[str, Any], now: Mapping[str, Any], path: str | Path | None
 ) -> None:
     """Check that a run goes on with the settings that it began with.
 
+    Args:
+        then: settings of the run that wrote the checkpoint, those that differ.
+        now: the same of this run.
+        path: the checkpoint.
+
     Raises:
-        ValueError: if not; names each on both sides, and the checkpoint.
+        ValueError: if there are any; names each on both sides, and the checkpoint.
     """
-    odd = sorted(k for k in {*saved, *ours} if saved.get(k) != ours.get(k))
-    if odd:
-        then, now = (
-            ", ".join(f"{k}={run[k]}" if k in run else f"{k} unset" for k in odd)
-            for run in (saved, ours)
+    if odd := sorted({*then, *now}):
+        before, after = (
+            ", ".join(f"{k}={side[k]}" if k in side else f"{k} unset" for k in odd)
+            for side in (then, now)
         )
         raise ValueError(
-            f"{path} was written by a run with {then}, this one has {now}: going on would give "
+            f"{path} was written by a run with {before}, this one has {after}: going on would give "
             "neither result. Take the settings of that run, or start anew with another "
             "trainer.default_root_dir or ckpt_path=null"
         )

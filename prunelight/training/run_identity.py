@@ -49,6 +49,14 @@ LATER_KEYS = (
 # Of a recovery's description: they grow, or are paths.
 VOLATILE = ("optimizer_steps", "tokens_seen", "weights_of_step", "distillation.cache")
 
+# Of these an int is a number of batches, and a float a share of them.
+COUNT_OR_SHARE = (
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "val_check_interval",
+)
+
 # Arguments that change no number, or are told by another key of `describe_run`.
 HARMLESS_IN_TRAINER = frozenset(
     {
@@ -183,8 +191,14 @@ def differences(
         for side, mine, others in zip(sides, options, reversed(options), strict=True):
             side["trainer"] = {name: mine[name] for name in mine if name in others}
     then, now = map(flat, sides)
-    odd = [key for key in {*then, *now} if then.get(key) != now.get(key)]
+    odd = [key for key in {*then, *now} if not same(key, then.get(key), now.get(key))]
     return tuple({key: side[key] for key in odd if key in side} for side in (then, now))
+
+
+def same(key: str, then: Any, now: Any) -> bool:
+    """Return whether two values of a setting are the same; 1 batch is not 1.0, all batches."""
+    as_written = key.rpartition(".")[2] in COUNT_OR_SHARE
+    return bool(then == now) and (type(then) is type(now) or not as_written)
 
 
 def tell_own_classes(saved: Mapping[str, Any], ours: Mapping[str, Any], path: Any) -> None:
