@@ -20,11 +20,13 @@ from transformers import PreTrainedModel
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.evaluation.report import record as reports
 from prunelight.evaluation.report.record import RunRecord
+from prunelight.models.saving import check_unchanged
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of, model_fingerprint
 from prunelight.recovery.quantization import FOUR_BIT, BitsAndBytes
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import MEASURED
 from prunelight.runtime.atomic_files import atomic_replacement, explaining_write_errors
+from prunelight.runtime.checksums import sealed, unsealed
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +123,7 @@ def read_measured(directory: Path) -> RunRecord | None:
         ValueError: if a newer version wrote it.
     """
     try:
-        data = json.loads((directory / MEASURED).read_text())
+        data = unsealed((directory / MEASURED).read_text(encoding="utf-8"))
         newer = data["format"] > reports.FORMAT
         record = None if newer else RunRecord.from_dict(data)
     except FileNotFoundError:
@@ -139,7 +141,26 @@ def write_measured(directory: Path, record: RunRecord) -> None:
         explaining_write_errors(directory / MEASURED),
         atomic_replacement(directory / MEASURED) as temporary,
     ):
-        temporary.write_text(json.dumps(record.to_dict(), indent=1))
+        temporary.write_text(sealed(record.to_dict()), encoding="utf-8")
+
+
+def check_base(directory: Path, fingerprint: str | None = None) -> None:
+    """Check that a pruned base on disk is whole, and the one that is meant.
+
+    Args:
+        directory: of the base.
+        fingerprint: of model, arguments and windows; None: that of its name.
+
+    Raises:
+        ValueError: if a file is not as it was saved; names the file and the remedy.
+    """
+    check_unchanged(directory, leave_out=(MEASURED,))
+    record = read_measured(directory)
+    if record is not None and fingerprint not in (None, record.fingerprint):
+        raise ValueError(
+            f"{directory} holds the base {record.fingerprint}: it was renamed; delete the "
+            "directory, and the same command makes the right one"
+        )
 
 
 # --- checkpoints -----------------------------------------------------------------------------

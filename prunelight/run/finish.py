@@ -24,6 +24,7 @@ from prunelight.models.written_files import forget_local_base, share_modes
 from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
+from prunelight.run.checkpoints import check_base
 from prunelight.run.measurements import add_cost, measure_run_stage
 from prunelight.run.run_state import ADAPTER, FINAL, Run, plan_texts
 from prunelight.runtime.atomic_files import explaining_write_errors, newest_checkpoint
@@ -54,6 +55,8 @@ def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
     run.holder.model = None
 
     def merge() -> None:
+        if run.base is not None:
+            check_base(run.base)
         base, plans = run.read_again(), run.plans()
         rebuilt = prepared.rebuild_on(base, plans, trained)
         _keep_adapters(run, rebuilt)

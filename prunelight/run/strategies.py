@@ -32,6 +32,7 @@ from torch import Tensor
 from prunelight.losses import IGNORED_LABEL
 from prunelight.recovery.sharded_weights import gather_trained
 from prunelight.runtime.atomic_files import explaining_read_errors
+from prunelight.runtime.checksums import check_checkpoint_file
 from prunelight.runtime.processes import ProcessGroup
 
 
@@ -147,6 +148,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Load weights and optimizer into their shards, after the module has checked the file."""
         module: Any = self.lightning_module
         with explaining_read_errors(checkpoint_path):
+            check_checkpoint_file(Path(checkpoint_path))
             file = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
         module.check_checkpoint(file)
         return super().load_checkpoint(checkpoint_path, weights_only=weights_only)

@@ -23,6 +23,8 @@ MARK = "prunelight_checksum"  # key of a checkpoint that ends with a checksum
 _END = re.compile(rb"\nprunelight crc32 ([0-9a-f]{8})\n\Z")
 _END_BYTES = len(b"\nprunelight crc32 01234567\n")
 _CHUNK = 1 << 20
+# Endings of files that transformers reads if they lie beside a model.
+_READ = (".json", ".safetensors", ".bin", ".jinja", ".py", ".model", ".txt")
 
 
 class ChecksumWriter:
@@ -79,19 +81,29 @@ def has_checksum(path: Path) -> bool:
     return True
 
 
-def check_zip(path: Path) -> None:
-    """Check what a file of torch holds by the checksums of the zip format.
+def check_checkpoint_file(path: Path) -> None:
+    """Check that a checkpoint holds the bytes that were written.
 
     Raises:
-        ValueError: if a part is damaged; names it.
+        ValueError: if it is damaged.
     """
+    if not has_checksum(path):
+        _check_zip(path)
+
+
+def _check_zip(path: Path) -> None:
+    """Check a checkpoint without a checksum of ours by those of the zip format."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
+            pickles = [name for name in file.namelist() if name.endswith("data.pkl")]
+            cut = any(MARK.encode() in file.read(name) for name in pickles)
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, UnicodeError) as error:
         raise ValueError(f"it is no whole file of torch: {error}") from error
     if damaged is not None:
         raise ValueError(f"its part {damaged} is not what was written")
+    if cut:
+        raise ValueError("the checksum at its end is missing")
 
 
 # --- JSON files ------------------------------------------------------------------------------
@@ -104,8 +116,12 @@ def sealed(values: Mapping[str, Any]) -> str:
     return json.dumps({**plain, CHECKSUM: f"{zlib.crc32(text.encode()):08x}"}, indent=1) + "\n"
 
 
-def unsealed(text: str) -> dict[str, Any]:
-    """Return the values of a JSON file; its checksum, if it has one, is checked.
+def unsealed(text: str, must: bool = False) -> dict[str, Any]:
+    """Return the values of a JSON file; its checksum is checked.
+
+    Args:
+        text: of the file.
+        must: the file must have a checksum; else it may be older than checksums.
 
     Raises:
         ValueError: if it is no JSON object, or not as it was written.
@@ -113,7 +129,7 @@ def unsealed(text: str) -> dict[str, Any]:
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError(f"it holds a {type(values).__name__}, not an object")
-    if CHECKSUM in values and sealed(values) != text:
+    if (CHECKSUM in values or must) and sealed(values) != text:
         raise ValueError("its text is not what was written")
     return {key: value for key, value in values.items() if key != CHECKSUM}
 
@@ -132,14 +148,18 @@ def directory_checksums(directory: Path, leave_out: Iterable[str] = ()) -> dict[
     }
 
 
-def changed_files(directory: Path, written: Mapping[str, str]) -> dict[str, str]:
+def changed_files(
+    directory: Path, written: Mapping[str, str], leave_out: Iterable[str] = ()
+) -> dict[str, str]:
     """Return what became of the files of a directory: name -> "changed", "missing" or "added".
 
     Args:
         directory: with the files.
         written: their checksums when they were written.
+        leave_out: files that may change.
     """
-    now = directory_checksums(directory)
+    now = directory_checksums(directory, leave_out)
     changed = {name: "changed" for name in written if name in now and now[name] != written[name]}
     missing = {name: "missing" for name in written if name not in now}
-    return changed | missing
+    added = {name: "added" for name in now if name not in written and name.endswith(_READ)}
+    return changed | missing | added

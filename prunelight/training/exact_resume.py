@@ -34,6 +34,7 @@ from prunelight.runtime.atomic_files import (
     newest_checkpoint,
     remove_temporaries,
 )
+from prunelight.runtime.checksums import MARK, ChecksumWriter, check_checkpoint_file
 from prunelight.runtime.measuring import Measurement, measuring
 from prunelight.training.run_identity import describe_run, differences, tell_own_classes
 
@@ -60,7 +61,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with explaining_write_errors(path, newest_checkpoint(path.parent)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_replacement(path) as temporary, temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+                writer = ChecksumWriter(file)
+                torch.save({**checkpoint, MARK: True}, writer)
+                writer.end()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -71,6 +74,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: if the file is damaged or holds other objects.
         """
         with explaining_read_errors(path):
+            if Path(path).is_file():  # of this machine
+                check_checkpoint_file(Path(path))
             return super().load_checkpoint(path, map_location, weights_only=True)
 
 

@@ -48,6 +48,7 @@ from prunelight.recovery.zeros.weight_masks import WeightMasks
 from prunelight.run.checkpoints import (
     FORMAT,
     KEY,
+    check_base,
     check_same_parameters,
     check_same_run,
     quantization_keys,
@@ -55,7 +56,7 @@ from prunelight.run.checkpoints import (
 )
 from prunelight.run.finish import finish
 from prunelight.run.preflight import preflight
-from prunelight.run.run_state import Run
+from prunelight.run.run_state import MEASURED, Run
 from prunelight.run.start import prepare, start_recovery
 from prunelight.run.strategies import Place, loss_weight
 from prunelight.training.exact_resume import ExactResume
@@ -414,6 +415,8 @@ class RecoveryModule(WatchedModule):
                 "or set trainer.strategy=auto"
             )
         if (Path(saved["base"]) / "config.json").is_file():
+            if (Path(saved["base"]) / MEASURED).is_file():  # a pruned base
+                check_base(Path(saved["base"]))
             self.run.use_base(Path(saved["base"]), self.record)
         else:
             self.run.forget_model()

@@ -24,7 +24,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -45,6 +44,7 @@ from prunelight.training.run_identity import (
 from prunelight.training.text_datamodule import TextDataModule
 from prunelight.training.trainer import Trainer
 
+ROOT = Path(__file__).resolve().parents[2]
 VERBS = ("fit", "validate", "test", "prune", "analyze")
 TIMEOUT = 300  # seconds of one start
 # Options of a case that belong to a class in its config: where its arguments stand there.
