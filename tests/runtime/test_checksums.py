@@ -85,10 +85,9 @@ def test_a_checkpoint_with_a_checksum_loads_copied_renamed_and_linked(checkpoint
 def test_any_damage_to_a_checkpoint_is_noticed(checkpoint):
     whole, rng = checkpoint.read_bytes(), random.Random(0)
     for _ in range(TIMES):
-        done = damage(checkpoint, rng)
+        damage(checkpoint, rng)
         with pytest.raises(ValueError, match=r"^checkpoint .* is damaged, [^\n]*$"):
             AtomicCheckpointIO().load_checkpoint(checkpoint)
-            pytest.fail(done)
         checkpoint.write_bytes(whole)
     for lost in range(1, 40):  # in the checksum itself, all of it, and before it
         checkpoint.write_bytes(whole[:-lost])
@@ -128,10 +127,9 @@ def test_any_damage_to_a_saved_directory_is_noticed(saved, tmp_path):
         for _ in range(TIMES // 8):
             root = tmp_path / "base"
             shutil.copytree(saved, root)
-            done = damage(root / file.name, rng)
+            damage(root / file.name, rng)
             with pytest.raises(ValueError, match=r"is not as it was saved: [^\n]*; delete the dir"):
                 check_unchanged(root)
-                pytest.fail(done)
             shutil.rmtree(root)
 
 
@@ -194,7 +192,7 @@ def test_a_sealed_file_gives_its_values_and_no_byte_of_it_may_change():
         for character in "0x ":
             changed = text[:place] + character + text[place + 1 :]
             if changed != text:
-                with pytest.raises(ValueError):
+                with pytest.raises(ValueError, match=r"."):
                     unsealed(changed, must=True)
 
 
@@ -217,10 +215,9 @@ def test_any_damage_to_a_teacher_cache_is_noticed(cached, tmp_path):
         for _ in range(TIMES // 4):
             root = tmp_path / "cache"
             shutil.copytree(cached, root)
-            done = damage(root / file.name, rng)
+            damage(root / file.name, rng)
             with pytest.raises(ValueError, match=r"^[^\n]*(is damaged|holds ids|has f)[^\n]*$"):
                 make_cache(root).open()
-                pytest.fail(done)
             shutil.rmtree(root)
 
 
