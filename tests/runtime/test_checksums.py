@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import damage, edit, flip, swap
+from damage_kinds import damage, edit, flip, swap
 from runs import write_model
 from safetensors.torch import load, load_file, save_file
 from tiny import tiny_model

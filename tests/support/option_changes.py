@@ -240,7 +240,7 @@ def config_of(case: str, root: Path) -> dict[str, Any]:
     name = write_model(root / "model", **sizes)
     shutil.copytree(name, root / "copy")
     for file, seed in (("text.txt", 0), ("other.txt", 1)):
-        words = random.Random(seed).choices(["river", "mill", "sea", "runs", "to"], k=900)
+        words = random.Random(seed).choices(["river", "mill", "sea", "runs", "to"], k=2500)
         (root / file).write_text(" ".join(words), encoding="utf-8")
     terminate = {"class_path": "stopped_runs.Terminate"}
     often = {"class_path": "RecoveryCheckpoint", "init_args": {"every_n_train_steps": 1}}
@@ -301,10 +301,10 @@ class Case:
         self.options = [option for option in options(case) if option.name not in NOT_TRIED]
         (root / "whole").mkdir()
         (root / "whole" / "told").touch()  # nobody stops it
-        code, said = start(self._written("whole", {}), root / "whole")
+        code, said = start(self.written("whole", {}), root / "whole")
         if code != 0:
             raise AssertionError(f"the whole run failed:\n{said[-3000:]}")
-        code, said = start(self._written("stopped", {}), root / "stopped")
+        code, said = start(self.written("stopped", {}), root / "stopped")
         if not (root / "stopped" / "checkpoints" / "last.ckpt").is_file():
             raise AssertionError(f"the run was not stopped ({code}):\n{said[-3000:]}")
 
@@ -322,12 +322,12 @@ class Case:
         shutil.copytree(self.root / "stopped", run)
         (run.parent / "linked").unlink(missing_ok=True)
         (run.parent / "linked").symlink_to(run)
-        code, said = start(self._written(f"runs/{name}", {option.path: value}), run)
-        verdict = self._compared(run) if code == 0 else _refusal(said)
+        code, said = start(self.written(f"runs/{name}", {option.path: value}), run)
+        verdict = self.compared(run) if code == 0 else _refusal(said)
         shutil.rmtree(run)
         return verdict
 
-    def _compared(self, run: Path) -> str:
+    def compared(self, run: Path) -> str:
         mine, whole = (
             load_file(r / "final" / "model.safetensors") for r in (run, self.root / "whole")
         )
@@ -335,7 +335,7 @@ class Case:
             return "equal"
         return "FAULT: goes on with another result"
 
-    def _written(self, run: str, changes: dict[tuple[Any, ...], Any]) -> Path:
+    def written(self, run: str, changes: dict[tuple[Any, ...], Any]) -> Path:
         """Write the config of a start, with some values changed."""
         config = copy.deepcopy(self.config)
         config["trainer"]["default_root_dir"] = "{run}"
