@@ -35,6 +35,7 @@ from prunelight.planning.sliding_search import (
 from prunelight.planning.steps import MERGES, MergeLayers
 from prunelight.pruning.merge_layers import check_mergeable, merged_layer
 from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.finite import check_weights
 from prunelight.scoring.model_variants import MergedVariants, VariantReplay
 from prunelight.scoring.similarity import CRITERIA
 
@@ -121,6 +122,7 @@ class SlidingLayerMerging(PruningCallback):
             ValueError: if the arguments or the windows do not fit the model.
             TypeError: if the model's layers cannot be merged, or run one by one.
         """
+        check_weights(model)
         self.check(model)
         check_windows(model, windows)
         protected = self._protected(model)

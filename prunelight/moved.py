@@ -244,7 +244,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "resume": {
         "training.exact_resume": "AtomicCheckpointIO KEY seed_batch write_atomically",
-        "training.run_identity": "VOLATILE describe_run",
+        "training.resuming.run_identity": "VOLATILE describe_run",
     },
     "retraining": {
         "recovery.overfitting": (

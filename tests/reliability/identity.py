@@ -31,7 +31,7 @@ import pytest
 from option_changes import CLASSES, needlessly_refused, verdicts
 
 from prunelight.run import checkpoints
-from prunelight.training import run_identity
+from prunelight.training.resuming import run_identity
 
 # Module -> functions and tables that are mutated; None: all of it.
 MUTATED: dict[ModuleType, tuple[str, ...] | None] = {

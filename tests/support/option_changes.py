@@ -36,7 +36,7 @@ from prunelight.callbacks import DLP, RecoveryCheckpoint, ShortGPT
 from prunelight.lightning_cli import CLI, main, parser_settings
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.training.recovery_module import RecoveryModule
-from prunelight.training.run_identity import (
+from prunelight.training.resuming.run_identity import (
     HARMLESS_IN_DATA,
     HARMLESS_IN_MODULE,
     HARMLESS_IN_TRAINER,

@@ -27,8 +27,8 @@ from stopped_runs import LossLog, Terminate
 from prunelight.callbacks import DLP, RecoveryCheckpoint, ShortGPT, TokenBudget
 from prunelight.losses import IGNORED_LABEL
 from prunelight.recovery.schedules import describe_schedule
-from prunelight.training import run_identity
-from prunelight.training.run_identity import (
+from prunelight.training.resuming import run_identity
+from prunelight.training.resuming.run_identity import (
     describe_callbacks,
     describe_data,
     describe_methods,
@@ -336,7 +336,7 @@ def test_values_become_plain_ones_without_addresses_of_memory():
     assert plain(timedelta(hours=1)) == "1:00:00"
     assert plain(object()) == "object"
     assert plain(Pair).endswith("Pair")
-    assert plain(describe_run) == "prunelight.training.run_identity.describe_run"
+    assert plain(describe_run) == "prunelight.training.resuming.run_identity.describe_run"
     assert plain(partial(max, 1, key=2)) == ["builtins.max", [1], {"key": 2}]
 
 
