@@ -168,9 +168,11 @@ def measure(options: argparse.Namespace) -> list[Row]:
         for told, tree in mutants(ast.parse(Path(str(module.__file__)).read_text()), names):
             tried += 1
             if survives(module, tree):
-                print(f"survives: {module.__name__} {told}")
+                print(f"survives: {module.__name__} {told}", flush=True)
             else:
                 killed += 1
+            if tried % 20 == 0:
+                print(f"{killed} of {tried} mutants killed", flush=True)
     rows.append(Row("mutants of the comparison of runs", tried, killed, "killed by its tests"))
     return rows
 

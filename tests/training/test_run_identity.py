@@ -297,6 +297,7 @@ def test_classes_of_the_users_own_are_told_and_not_refused(caplog):
     own = {"Terminate": {"class": "Terminate", "rank": 2}, "Data": {"class": "Data"}}
     assert describe_own_classes(trainer) == own
     ours, key = {"own_classes": own}, "own_classes"
+    caplog.clear()  # of what Lightning says of a Trainer
     with caplog.at_level(logging.WARNING):
         tell_own_classes({}, ours, "last.ckpt")
         tell_own_classes({key: own}, ours, "last.ckpt")
