@@ -32,6 +32,7 @@ from torch import Tensor
 from prunelight.losses import IGNORED_LABEL
 from prunelight.recovery.sharded_weights import gather_trained, load_trained
 from prunelight.runtime.atomic_files import explaining_read_errors
+from prunelight.runtime.checksums import check_checkpoint_file
 from prunelight.runtime.processes import ProcessGroup
 
 
@@ -177,6 +178,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         module: Any = self.lightning_module
         path = self.broadcast(path)  # that of rank 0, as the strategy writes it
         with explaining_read_errors(path):
+            check_checkpoint_file(Path(path))
             file = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
         module.check_checkpoint(file)
         return dict(file)
