@@ -13,7 +13,7 @@ import math
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prunelight.callbacks.base import PruningCallback
-from prunelight.training.changed_settings import ChangedSettings
+from prunelight.run.strategies import ChangedSettings
 from prunelight.training.recovery_watch import training_text
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -273,3 +273,30 @@ def loss_weight(trainer: Trainer, labels: Tensor) -> Tensor | float:
     counted = (labels[:, 1:] != IGNORED_LABEL).sum().float()
     mean = trainer.strategy.reduce(counted.clone(), reduce_op="mean")
     return counted / mean.clamp(min=1 / trainer.world_size)
+
+
+class ChangedSettings(Callback):
+    """Settings of a Trainer that a fit changes, and gives back when it ends, also by an error."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def change(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of a Trainer, or of its loops, until the fit ends."""
+        self._before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Give all back, the last change first."""
+        while self._before:
+            setattr(*self._before.pop())
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Undo at the end of a fit."""
+        self.undo()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Undo after an error, too."""
+        self.undo()

@@ -60,8 +60,7 @@ from prunelight.run.finish import finish
 from prunelight.run.preflight import DATA, preflight
 from prunelight.run.run_state import MEASURED, Run
 from prunelight.run.start import prepare, start_recovery, tell_slow_precision
-from prunelight.run.strategies import Place, loss_weight
-from prunelight.training.changed_settings import ChangedSettings
+from prunelight.run.strategies import ChangedSettings, Place, loss_weight
 from prunelight.training.exact_resume import ExactResume
 from prunelight.training.finite_training import check_loaded, check_saved
 from prunelight.training.recovery_watch import WatchedModule
