@@ -37,7 +37,7 @@ from prunelight.runtime.atomic_files import (
     newest_checkpoint,
     remove_temporaries,
 )
-from prunelight.runtime.checksums import MARK, ChecksumWriter, check_checkpoint_file
+from prunelight.runtime.checksums import ChecksumWriter, check_checkpoint_file
 from prunelight.runtime.measuring import Measurement, measuring
 from prunelight.training.kept_checkpoints import (
     DelayedRemovals,
@@ -82,7 +82,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_replacement(path) as temporary, temporary.open("wb") as file:
                 writer = ChecksumWriter(file)
-                torch.save({**checkpoint, MARK: True}, writer)
+                torch.save(checkpoint, writer)
                 writer.end()
         if self.removals is not None:
             self.removals.keep(path)
