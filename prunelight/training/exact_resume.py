@@ -81,7 +81,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with explaining_write_errors(path, newest_checkpoint(path.parent)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_replacement(path) as temporary, temporary.open("wb") as file:
-                writer = ChecksumWriter(file)
+                writer: Any = ChecksumWriter(file)
                 torch.save(checkpoint, writer)
                 writer.end()
         if self.removals is not None:
