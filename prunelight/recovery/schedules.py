@@ -76,7 +76,8 @@ def make_schedule(
 
 def describe_schedule(name: str, steps: float) -> dict[str, Any]:
     """Return what a schedule takes for arguments that it is not given, ours and transformers'."""
-    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters
+    function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    parameters = inspect.signature(function).parameters
     defaults = {
         key: parameter.default
         for key, parameter in parameters.items()

@@ -129,9 +129,10 @@ def read_measured(directory: Path) -> RunRecord | None:
         ValueError: if a newer version wrote it.
     """
     try:
-        data = unsealed((directory / MEASURED).read_text(encoding="utf-8"))
+        text = (directory / MEASURED).read_text(encoding="utf-8")
+        data = json.loads(text)
         newer = data["format"] > reports.FORMAT
-        record = None if newer else RunRecord.from_dict(data)
+        record = None if newer else RunRecord.from_dict(unsealed(text))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:

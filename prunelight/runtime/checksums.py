@@ -10,6 +10,7 @@ edits a file can write its checksum too. What was written before there were chec
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 CHECKSUM = "checksum"  # the last key of a sealed JSON file
-MARK = "prunelight_checksum"  # key of a checkpoint that ends with a checksum
 
 _END = re.compile(rb"\nprunelight crc32 ([0-9a-f]{8})\n\Z")
 _END_BYTES = len(b"\nprunelight crc32 01234567\n")
+_ZIP_END_BYTES = 22  # of the last record of a zip file, with which a file of torch ends
 _CHUNK = 1 << 20
 # Endings of files that transformers reads if they lie beside a model.
 _READ = (".json", ".safetensors", ".bin", ".jinja", ".py", ".model", ".txt")
@@ -96,14 +97,14 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-            pickles = [name for name in file.namelist() if name.endswith("data.pkl")]
-            cut = any(MARK.encode() in file.read(name) for name in pickles)
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, UnicodeError) as error:
         raise ValueError(f"it is no whole file of torch: {error}") from error
     if damaged is not None:
         raise ValueError(f"its part {damaged} is not what was written")
-    if cut:
-        raise ValueError("the checksum at its end is missing")
+    with path.open("rb") as whole:
+        whole.seek(-_ZIP_END_BYTES, os.SEEK_END)
+        if whole.read(4) != b"PK\5\6":
+            raise ValueError("its end is not what was written")
 
 
 # --- JSON files ------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from prunelight.runtime.atomic_files import (
     newest_checkpoint,
     remove_temporaries,
 )
-from prunelight.runtime.checksums import MARK, ChecksumWriter, check_checkpoint_file
+from prunelight.runtime.checksums import ChecksumWriter, check_checkpoint_file
 from prunelight.runtime.measuring import Measurement, Phases
 from prunelight.training.kept_checkpoints import (
     DelayedRemovals,
@@ -100,8 +100,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with self.phases.phase("write checkpoints"), writing:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_replacement(path) as temporary, temporary.open("wb") as file:
-                writer = ChecksumWriter(file)
-                torch.save({**checkpoint, MARK: True}, writer)
+                writer: Any = ChecksumWriter(file)
+                torch.save(checkpoint, writer)
                 writer.end()
         if self.removals is not None:
             self.removals.keep(path)

@@ -27,7 +27,14 @@ from option_changes import Case, start
 from runs import measure_speed_briefly
 
 TARGETS = ("base", "checkpoint", "cache", "config")
-TOLD = ("is damaged", "is not as it was saved", "has fingerprint", "holds ids", "pruning anew")
+TOLD = (
+    "is damaged",
+    "is not as it was saved",
+    "has fingerprint",
+    "holds ids",
+    "pruning anew",
+    "not a whole checkpoint",
+)
 
 
 def files_of(root: Path, target: str) -> list[Path]:

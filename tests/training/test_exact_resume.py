@@ -505,6 +505,16 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(interrupted, name, tmp_
         AtomicCheckpointIO().load_checkpoint(tmp_path / "odd.ckpt")
 
 
+def copy_of(run, root):
+    """Copy a run without the bases that other tests made in its directory."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    shutil.copytree(run, root)
+    for base in root.glob("pruned-*"):
+        if base.name != Path(checkpoint["prunelight"]["base"]).name:
+            shutil.rmtree(base)
+    return root
+
+
 @pytest.mark.parametrize(
     ("pattern", "told"),
     [
@@ -514,8 +524,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(interrupted, name, tmp_
     ],
 )
 def test_damage_to_base_or_checkpoint_is_told_of(pattern, told, interrupted, name, tmp_path):
-    root = tmp_path / "run"
-    shutil.copytree(interrupted, root)
+    root = copy_of(interrupted, tmp_path / "run")
     (file,) = root.glob(pattern)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -525,8 +534,7 @@ def test_damage_to_base_or_checkpoint_is_told_of(pattern, told, interrupted, nam
 
 
 def test_a_base_whose_record_is_damaged_is_made_again(interrupted, name, tmp_path, caplog):
-    root = tmp_path / "run"
-    shutil.copytree(interrupted, root)
+    root = copy_of(interrupted, tmp_path / "run")
     (file,) = root.glob("pruned-*/measured.json")
     file.write_text(file.read_text().replace('"perplexity": ', '"perplexity": 1', 1))
     fit(name, root, short_gpt())
@@ -534,8 +542,7 @@ def test_a_base_whose_record_is_damaged_is_made_again(interrupted, name, tmp_pat
 
 
 def test_a_base_under_the_name_of_another_is_refused(interrupted, name, tmp_path):
-    root = tmp_path / "run"
-    shutil.copytree(interrupted, root)
+    root = copy_of(interrupted, tmp_path / "run")
     (base,) = root.glob("pruned-*")
     fit(name, root, ShortGPT(num_layers=3), after=0, ckpt_path=None)
     (other,) = set(root.glob("pruned-*")) - {base}
@@ -548,8 +555,7 @@ def test_a_base_under_the_name_of_another_is_refused(interrupted, name, tmp_path
 
 
 def test_a_damaged_base_is_told_of_when_a_checkpoint_is_evaluated(interrupted, name, tmp_path):
-    root = tmp_path / "run"
-    shutil.copytree(interrupted, root)
+    root = copy_of(interrupted, tmp_path / "run")
     checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
     (base,) = root.glob("pruned-*")
     checkpoint["prunelight"]["base"] = str(base)

@@ -13,6 +13,7 @@ the order, the padding and the number of processes of the loader.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 import zlib
@@ -33,7 +34,7 @@ from prunelight.planning.fingerprints import fingerprint_of, library_versions
 from prunelight.recovery.distillation.language_head import LanguageHead, without_adapters
 from prunelight.recovery.packed_rows import model_inputs
 from prunelight.runtime.atomic_files import atomic_replacement, remove_temporaries
-from prunelight.runtime.checksums import sealed, unsealed
+from prunelight.runtime.checksums import CHECKSUM, sealed, unsealed
 from prunelight.runtime.finite import check_tensors
 from prunelight.runtime.progress import show_progress
 
@@ -161,10 +162,13 @@ class TeacherCache:
 
     def _check(self, file: Path) -> None:
         try:
-            description = unsealed(file.read_text(encoding="utf-8"))
-            if odd := description.keys() - self.description.keys():
-                raise ValueError(f"it has the key {min(odd)!r}")
+            text = file.read_text(encoding="utf-8")
+            description = json.loads(text)
             version, fingerprint = description["format"], description["fingerprint"]
+            if version == FORMAT:
+                unsealed(text)
+                if odd := description.keys() - {*self.description, CHECKSUM}:
+                    raise ValueError(f"it has the key {min(odd)!r}")
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file} is damaged ({error}); delete {self.directory}") from error
         if version != FORMAT:

@@ -194,7 +194,9 @@ def differences(
             side["trainer"] = {name: mine[name] for name in mine if name in others}
     then, now = map(flat, sides)
     odd = [key for key in {*then, *now} if not same(key, then.get(key), now.get(key))]
-    return tuple({key: side[key] for key in odd if key in side} for side in (then, now))
+    return {key: then[key] for key in odd if key in then}, {
+        key: now[key] for key in odd if key in now
+    }
 
 
 def same(key: str, then: Any, now: Any) -> bool:
@@ -289,7 +291,10 @@ def describe_teacher(run: Run) -> str | None:
         return None
     if objective.cache is not None:
         return objective.cache.fingerprint
-    return None if objective.teacher is None else model_fingerprint(objective.teacher.model)
+    if objective.teacher is None:
+        return None
+    teacher: Any = objective.teacher.model
+    return model_fingerprint(teacher)
 
 
 def describe_data(data: Any) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def test_only_tokens_that_count_are_stored(cached, data):
     sizes = []
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            assert tensors.metadata() == {"fingerprint": cached[0].fingerprint}
+            (seal,) = tensors.metadata().values()
+            assert seal.startswith(f"{cached[0].fingerprint} file ")
             sizes.append(len(tensors.get_tensor("ids")))
             assert tensors.get_tensor("ids").dtype == torch.uint16
     assert sum(sizes) == total < sum(len(ids) for ids, _ in data.examples("train"))
@@ -157,7 +158,9 @@ def test_a_damaged_file_is_named(copied):
     with pytest.raises(ValueError, match="block-000001.safetensors is damaged .*delete it"):
         copied.open()
     shutil.copy(copied.directory / "block-000000.safetensors", file)
-    with pytest.raises(ValueError, match="block-000001.safetensors holds ids of shape .*delete it"):
+    with pytest.raises(
+        ValueError, match="block-000001.safetensors is damaged .it is another file of this"
+    ):
         copied.open()
 
 
