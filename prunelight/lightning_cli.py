@@ -7,7 +7,8 @@ in one line; set PRUNELIGHT_TRACEBACK=1 to see where it came from.
 
 `prunelight.cli` is the door: it answers help and version without the imports of this file.
 Private names of argparse stand in `Parser.format_help` and `show_usual_options` alone:
-`_action_groups` and `_group_actions`, tested with Python 3.11.
+`_action_groups` and `_group_actions`, tested with Python 3.11. `CLI._parse_ckpt_path` takes the
+place of a private method of Lightning, tested with 2.6.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.evaluation.report.report import summary_table
 from prunelight.run.strategies import check_strategy
-from prunelight.runtime.atomic_files import check_writable
+from prunelight.runtime.atomic_files import check_writable, newest_checkpoint
+from prunelight.runtime.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
 from prunelight.training.trainer import Trainer
@@ -126,15 +128,47 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse a strategy, a directory or a checkpoint before any process is started."""
+        self._check_checkpoint()
         settings = self.model.run.settings
         check_strategy(self.trainer, settings.quantization, settings.recovery)
         check_writable(Path(self.trainer.default_root_dir))
-        path = self._get(self.config_init, "ckpt_path")
-        if path and path not in ("best", "last", "hpc", "registry") and not Path(path).exists():
-            raise FileNotFoundError(
-                f"ckpt_path={str(path)!r} does not exist; give a checkpoint of an earlier run "
-                "(they are in checkpoints/ of its directory)"
+
+    def before_validate(self) -> None:
+        """Refuse a checkpoint before any process is started."""
+        self._check_checkpoint()
+
+    before_test = before_validate
+
+    def _check_checkpoint(self) -> None:
+        """Check `ckpt_path`.
+
+        Raises:
+            ValueError: if it is a word that stands for nothing here, or no checkpoint file.
+            FileNotFoundError: if it is a file that does not exist.
+        """
+        path, verb = self._get(self.config_init, "ckpt_path"), str(self.subcommand)
+        if not path or (path == "last" and verb == "fit"):  # fit starts anew where there is none
+            return
+        callbacks = self.trainer.checkpoint_callbacks
+        places = [Path(self.trainer.default_root_dir) / "checkpoints"]
+        places += [Path(place) for c in callbacks if (place := getattr(c, "dirpath", None))]
+        newest = newest_checkpoint(*places)
+        if path == "last" and newest is not None:
+            log.info("ckpt_path=last is %s", newest)
+            self.config_init[verb].ckpt_path = path = str(newest)
+        if str(path).partition(":")[0] in CHECKPOINT_WORDS:
+            example = f", such as {newest}" if newest else ""
+            raise ValueError(
+                f"ckpt_path={path} stands for no file that {verb} knows; give the file of a "
+                f"checkpoint{example}"
             )
+        check_checkpoint_path(path)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take no arguments of the model from a checkpoint, as LightningCLI would.
+
+        They could name classes, and switch on trust_remote_code.
+        """
 
     def after_fit(self) -> None:
         """Show the result."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from prunelight.losses import IGNORED_LABEL
 from prunelight.recovery.sharded_weights import gather_trained
-from prunelight.runtime.atomic_files import explaining_read_errors
+from prunelight.runtime.checkpoint_files import read_checkpoint
 from prunelight.runtime.processes import ProcessGroup
 
 
@@ -145,11 +145,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Load weights and optimizer into their shards, after the module has checked the file."""
+        file = read_checkpoint(checkpoint_path, mmap=True)
         module: Any = self.lightning_module
-        with explaining_read_errors(checkpoint_path):
-            file = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
         module.check_checkpoint(file)
-        return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        return super().load_checkpoint(checkpoint_path, weights_only=True)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Gather what is trained: a frozen base can be larger than the memory of one process."""

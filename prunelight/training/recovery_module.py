@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, Self
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
@@ -58,6 +58,7 @@ from prunelight.run.preflight import preflight
 from prunelight.run.run_state import Run
 from prunelight.run.start import prepare, start_recovery
 from prunelight.run.strategies import Place, loss_weight
+from prunelight.runtime.checkpoint_files import read_checkpoint
 from prunelight.training.exact_resume import ExactResume
 from prunelight.training.recovery_watch import WatchedModule
 
@@ -339,6 +340,32 @@ class RecoveryModule(WatchedModule):
 
     # --- checkpoints -------------------------------------------------------------------------
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's own unpickles a URL
+        cls, checkpoint_path: str | Path | IO[bytes], map_location: Any = "cpu", **arguments: Any
+    ) -> Self:
+        """Return a module in the state of a checkpoint, which is read without running code.
+
+        Args:
+            checkpoint_path: file on this machine, URL, or an open file.
+            map_location: see torch.load.
+            arguments: of the module, those of the run that wrote the checkpoint. What a class of
+                your own saved by `save_hyperparameters` need not be given, but for
+                `trust_remote_code`: no file may switch that on.
+
+        Raises:
+            ValueError: if the checkpoint is damaged, holds other objects than tensors and plain
+                data, or was trained on another base or in another way.
+        """
+        arguments.pop("weights_only", None)  # it is always True
+        checkpoint = read_checkpoint(checkpoint_path, map_location)
+        names = set(inspect.signature(cls.__init__).parameters) - {"self", "trust_remote_code"}
+        saved = checkpoint.get("hyper_parameters") or {}
+        module = cls(**{name: saved[name] for name in saved if name in names} | arguments)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=False)
+        return module
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, and say on which base.
 
@@ -362,9 +389,12 @@ class RecoveryModule(WatchedModule):
         """Check that the checkpoint fits the model; load its base first where there is none.
 
         Raises:
-            ValueError: if it was trained on another base or in another way; names both.
+            ValueError: if it was trained on another base or in another way; names both. Or if a
+                fit cannot go on from it.
         """
         saved = read_metadata(checkpoint)
+        if self._trainer is not None:
+            self.resuming.check_resumable(self.trainer, checkpoint)
         if not self.run.in_training:
             self._rebuild(saved)
         if "state_dict" in checkpoint:  # else the strategy has loaded it, after it was checked

@@ -15,6 +15,7 @@ from prunelight.models.placement import to_device
 from prunelight.run.method import PruningMethod
 from prunelight.run.start import prune_only
 from prunelight.run.strategies import Place
+from prunelight.runtime.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
 from prunelight.scoring.analysis import analyze
 from prunelight.training.recovery_module import RecoveryModule
 
@@ -42,6 +43,8 @@ class Trainer(pl.Trainer):
             ckpt_path: "last" goes on where an earlier start of the same run was interrupted, if
                 there was one; a file goes on from that; null starts anew.
         """
+        if ckpt_path and str(ckpt_path).partition(":")[0] not in CHECKPOINT_WORDS:
+            check_checkpoint_path(ckpt_path)  # before minutes of pruning
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
     def prune(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> None:

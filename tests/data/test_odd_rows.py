@@ -35,7 +35,7 @@ def check(answer, path, index=None):
 
 
 @pytest.mark.parametrize("name", ROW_FILES)
-@pytest.mark.parametrize("start", [0, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", [0, pytest.param(100, marks=pytest.mark.sweep)])
 def test_generated_rows_are_read_or_named(name, start, tmp_path):
     path, counts = tmp_path / name, {True: 0, False: 0}
     for seed in range(start, start + (100 if start == 0 else 4000)):
