@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunelight.calibration.data_windows import check_batch
 from prunelight.calibration.windows import check_readable
 from prunelight.evaluation.metrics import TokenAccuracy, TokenPerplexity
 from prunelight.evaluation.report.record import RunRecord
@@ -320,6 +321,8 @@ class RecoveryModule(WatchedModule):
         Raises:
             ValueError: if it is longer than learned positions, or a token id has no embedding.
         """
+        if self.trainer.training:
+            check_batch(batch)  # the first one was checked before, others may be of another kind
         if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
             model: Any = self.model  # peft's wrapper has the config and the embeddings too
             check_readable(model, batch)
