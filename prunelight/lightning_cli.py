@@ -220,7 +220,7 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # not the 0 of a finished run
     except Exception as error:
-        ours = our_error(error) or disk_error(error)
+        ours = our_error(error) or disk_error(error) or missing_package(error)
         if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
             raise
         sys.exit(f"prunelight: error: {ours}")
@@ -316,6 +316,25 @@ def our_error(error: BaseException | None) -> BaseException | None:
         folders = Path(frames[-1].filename).resolve().parents if frames else ()
         if isinstance(error, expected) and any(package in folders for package in PACKAGES):
             return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def missing_package(error: BaseException | None) -> ImportError | None:
+    """Return an error for a package that another library misses, such as a logger's, if it is that.
+
+    What prunelight itself needs is told where it is needed, in `our_error`.
+    """
+    while error is not None:
+        text = " ".join(str(error).split())
+        needed = re.search(r"No module named '(\w+)|Try running `pip install -U '?([\w.-]+)", text)
+        needed = needed or re.search(r"`?pip install (?:-U )?['\"]?([\w.-]+)()", text)
+        if needed and (isinstance(error, ImportError) or "ModuleNotFoundError" in text):
+            package = (needed[1] or needed[2]).replace("tensorboardX", "tensorboard")
+            return ImportError(
+                f"a class or option of this run needs the package {package}, which is not "
+                f"installed; install it with: pip install {package}"
+            )
         error = error.__cause__ or error.__context__
     return None
 

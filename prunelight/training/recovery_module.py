@@ -42,7 +42,7 @@ from prunelight.recovery.distillation.objective import Distillation, Objective
 from prunelight.recovery.lora import LoRA
 from prunelight.recovery.packed_rows import model_inputs
 from prunelight.recovery.prepared_model import RecoverySettings
-from prunelight.recovery.quantization import BitsAndBytes, check_kind
+from prunelight.recovery.quantization import BitsAndBytes, check_installed, check_kind
 from prunelight.recovery.schedules import check_settings, make_schedule
 from prunelight.recovery.sharded_weights import shard, trained_parameters
 from prunelight.recovery.zeros.weight_masks import WeightMasks
@@ -141,6 +141,8 @@ class RecoveryModule(WatchedModule):
             lr_scheduler_kwargs=lr_scheduler_kwargs,
         )
         check_kind(quantization, bitsandbytes, recovery)
+        if loss != "lm" and distillation.teacher != "memory":
+            check_installed(f"distillation.teacher={distillation.teacher!r}")
         resolve_dtype(dtype)
         check_backend(compile_backend, watched=distillation.hidden_weight > 0)
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
