@@ -23,6 +23,7 @@ from prunelight.planning.layer_choice import check_depth_target, layers_to_remov
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
 from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.finite import check_weights
 from prunelight.scoring.importance import magnitude_scores, taylor_scores
 from prunelight.scoring.model_variants import VariantReplay
 
@@ -76,6 +77,7 @@ class ShortenedLlama(PruningCallback):
             ValueError: if the arguments or the windows do not fit the model, or gradients are NaN
                 or Inf.
         """
+        check_weights(model)
         self.check(model)
         check_windows(model, windows)
         if self.score == "taylor":
@@ -83,8 +85,14 @@ class ShortenedLlama(PruningCallback):
         elif self.score == "magnitude":
             scores = magnitude_scores(model)
         else:
+            total = len(decoder_layers(model))
             with VariantReplay(
-                model, windows, "nll", device=self.device, offload=self.offload_activations
+                model,
+                windows,
+                "nll",
+                device=self.device,
+                offload=self.offload_activations,
+                expected_forwards=total * (total + 1) // 2,
             ) as replay:
                 layers = replay.layers
                 similarities = [replay.score(i, layers[i + 1 :]) for i in range(len(layers))]

@@ -25,6 +25,7 @@ from prunelight.planning.layer_choice import (
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
 from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.finite import check_weights
 from prunelight.scoring.model_variants import VariantReplay
 from prunelight.scoring.similarity import CRITERIA
 
@@ -73,6 +74,7 @@ class SLEB(PruningCallback):
             ValueError: if the arguments or the windows do not fit the model.
             TypeError: if the model's layers cannot be run one by one.
         """
+        check_weights(model)
         self.check(model)
         check_windows(model, windows)
         total = len(decoder_layers(model))
@@ -82,8 +84,15 @@ class SLEB(PruningCallback):
         removed: list[int] = []
         first_round: dict[int, float] = {}  # layer -> similarity without the layer, in round one
         similarity = 1.0
+        # A variant of n layers without layer i takes n - 1 - i forwards; the model itself, all.
+        forwards = total + sum(n * (n - 1) // 2 + n for n in range(total - count + 1, total + 1))
         with VariantReplay(
-            model, windows, self.criterion, device=self.device, offload=self.offload_activations
+            model,
+            windows,
+            self.criterion,
+            device=self.device,
+            offload=self.offload_activations,
+            expected_forwards=forwards,
         ) as replay:
             for _ in range(count):
                 scores = {

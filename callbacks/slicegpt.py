@@ -33,6 +33,7 @@ from prunelight.pruning.slicing.targets import (
 from prunelight.recovery.zeros.planned_zeros import PlannedZeros
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run, plans_beside
+from prunelight.runtime.finite import check_weights
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +179,7 @@ class SliceGPT(SlicingCallback):
             ValueError: if the arguments or the windows do not fit the model.
             TypeError: if the family cannot be sliced.
         """
+        check_weights(model)
         self.check(model)
         self.check_calibration(model, windows)
         width = self._width(model)

@@ -35,6 +35,7 @@ from prunelight.planning.sliding_search import (
 from prunelight.planning.steps import MERGES, MergeLayers
 from prunelight.pruning.merge_layers import check_mergeable, merged_layer
 from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.finite import check_weights
 from prunelight.scoring.model_variants import MergedVariants, VariantReplay
 from prunelight.scoring.similarity import CRITERIA
 
@@ -121,6 +122,7 @@ class SlidingLayerMerging(PruningCallback):
             ValueError: if the arguments or the windows do not fit the model.
             TypeError: if the model's layers cannot be merged, or run one by one.
         """
+        check_weights(model)
         self.check(model)
         check_windows(model, windows)
         protected = self._protected(model)
@@ -131,6 +133,7 @@ class SlidingLayerMerging(PruningCallback):
             ignore_first_tokens=self.ignore_first_tokens,
             device=self.device,
             offload=self.offload_activations,
+            expected_forwards=self._most_forwards(len(decoder_layers(model))),
         ) as replay:
             cka = self._cka(replay)
             merge = partial(merged_layer, model, merge=self.merge)
@@ -158,6 +161,14 @@ class SlidingLayerMerging(PruningCallback):
                 **cka,
             },
         )
+
+    def _most_forwards(self, total: int) -> int | None:
+        """Return how many layer forwards the search may take; None if it has no budget."""
+        target = self._target(total)
+        if not target:
+            return None
+        merged = self.limit == "merge"
+        return total + (total - 2) * (total - 1 if merged else total - target)
 
     def _target(self, total: int) -> int | None:
         if self.threshold is not None:

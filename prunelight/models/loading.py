@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import transformers
 from huggingface_hub import constants, get_session, is_offline_mode, snapshot_download
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +29,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -37,6 +40,7 @@ from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.text_decoder import reading_class, take_text_decoder
 from prunelight.runtime.arguments import check_choice
 from prunelight.runtime.atomic_files import reading_fault
+from prunelight.runtime.finite import check_model
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,8 @@ _PROBE_SECONDS = 5
 
 # Errors of reading a damaged file, besides the UnpicklingError of pickled weights.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError)
+
+_OF_NAN = "its files are damaged or come from a training that failed: take another copy"
 
 # Files beside a model that must go with every copy of it.
 LICENCE_FILES = ("LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
@@ -96,8 +102,8 @@ def load(
             you trust.
 
     Raises:
-        ValueError: if the source is unknown, damaged or incomplete, the dtype is not a floating
-            type, or the tokenizer does not fit the model.
+        ValueError: if the source is unknown, damaged or incomplete, a weight is NaN or infinite,
+            the dtype is not a floating type, or the tokenizer does not fit the model.
         TypeError: if the model is not a causal language model.
         ImportError: if a GGUF file needs the package gguf.
     """
@@ -143,6 +149,7 @@ def load(
     _fetch_licence(source)
     model.config._name_or_path = str(name)
     _check_tokenizer(model, tokenizer)
+    check_model(model, f"model {str(name)!r}", _OF_NAN)
     return model, tokenizer
 
 
@@ -287,7 +294,13 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the logs and progress bars of transformers; our own errors report its faults."""
+    """Silence the logs and progress bars of transformers; our own errors report its faults.
+
+    Its reader of GGUF files has a bar of its own, which the switch for bars does not reach: the
+    name `tqdm` there is private, tested with transformers 5.
+    """
+    had_gguf_bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
     verbosity = transformers.logging.get_verbosity()
     had_progress_bar = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -295,6 +308,7 @@ def quiet_transformers() -> Iterator[None]:
     try:
         yield
     finally:
+        modeling_gguf_pytorch_utils.tqdm = had_gguf_bar
         transformers.logging.set_verbosity(verbosity)
         if had_progress_bar:
             transformers.logging.enable_progress_bar()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,17 +15,19 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from prunelight.evaluation.report.report import write_report
 from prunelight.models.placement import move_if_it_fits
 from prunelight.models.saving import MARKER, SavedModel, check_replaceable, save
 from prunelight.models.written_files import forget_local_base, share_modes
 from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
-from prunelight.run.measurements import add_cost, measure_run_stage
+from prunelight.run.measurements import measure_run_stage, report
 from prunelight.run.run_state import ADAPTER, FINAL, Run, plan_texts
-from prunelight.runtime.atomic_files import explaining_write_errors, newest_checkpoint
-from prunelight.runtime.measuring import measuring
+from prunelight.runtime.atomic_files import (
+    atomic_directory,
+    explaining_write_errors,
+    newest_checkpoint,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,9 @@ def finish(run: Run) -> None:
     prepared, group = run.prepared, run.place.group
     assert prepared is not None
     if prepared.merges_in_place:
-        group.run_on_rank_zero(partial(_keep_adapters, run, prepared))
-        model = run.holder.model = prepared.merged()
+        with run.phases.phase("merge"):
+            group.run_on_rank_zero(partial(_keep_adapters, run, prepared))
+            model = run.holder.model = prepared.merged()
         group.run_on_rank_zero(partial(_save_and_report, run, prepared, model))
     else:
         _finish_on_base(run, prepared)
@@ -50,14 +51,18 @@ def finish(run: Run) -> None:
 
 def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
     """Merge what was trained onto the base, which rank 0 reads again in full precision."""
-    trained = gather_trained(prepared.model)
+    with run.phases.phase("merge"):
+        trained = gather_trained(prepared.model)
     run.holder.model = None
+    prepared.release()
 
     def merge() -> None:
         base, plans = run.read_again(), run.plans()
-        rebuilt = prepared.rebuild_on(base, plans, trained)
-        _keep_adapters(run, rebuilt)
-        _save_and_report(run, rebuilt, rebuilt.merged())
+        with run.phases.phase("merge"):
+            rebuilt = prepared.rebuild_on(base, plans, trained)
+            _keep_adapters(run, rebuilt)
+            merged = rebuilt.merged()
+        _save_and_report(run, rebuilt, merged)
 
     run.place.group.run_on_rank_zero(merge)
     run.use_result(run.place.root / FINAL)
@@ -74,20 +79,17 @@ def save_and_report(run: Run, model: PreTrainedModel) -> None:
     model = move_if_it_fits(model, run.place.device)
     checkpoint = newest_checkpoint(run.place.root / "checkpoints")
     with (
-        measuring(model.device) as saving,
+        run.phases.phase("save and verify final"),
         explaining_write_errors(run.place.root / FINAL, checkpoint),
     ):
         saved = _save_final(run, model)
     if (record := run.record) is None:
         return
-    if run.training_cost is not None:
-        add_cost(record, "recover", run.training_cost)
-    add_cost(record, "save and verify final", saving)
     record.verification[Path(saved.directory).name] = saved.verification
     if run.settings.recovery != "none":
         _measure_result(run, model, saved)
     with explaining_write_errors(run.place.root / "report.md", checkpoint):
-        for file in write_report(run.place.root, record):
+        for file in report(run, record):
             log.info("wrote %s", file)
 
 
@@ -117,9 +119,12 @@ def _note_recovery(run: Run, prepared: PreparedModel, model: PreTrainedModel) ->
 def _measure_result(run: Run, model: PreTrainedModel, saved: SavedModel) -> None:
     """Add the recovered model to the record, and warn if the recovery made it worse."""
     assert run.record is not None
-    before = run.record.stages[-1].perplexity
-    stage = replace(measure_run_stage(run, "recovered", model), size_bytes=saved.size_bytes)
-    run.record.stages.append(stage)
+    stages = run.record.stages
+    before = stages[-1].perplexity
+    with run.phases.phase("evaluate recovered"):
+        stage = measure_run_stage(run, "recovered", model, earlier=stages)
+    stage = replace(stage, size_bytes=saved.size_bytes)
+    stages.append(stage)
     if stage.perplexity > before:
         run.warn(
             f"the recovery made the model worse: perplexity {before:.4g} before, "
@@ -133,14 +138,12 @@ def _keep_adapters(run: Run, prepared: PreparedModel) -> None:
     model = prepared.model
     if not (prepared.fills_zeros and isinstance(model, PeftModel)):
         return
-    directory, temporary = run.place.root / ADAPTER, run.place.root / f".{ADAPTER}.tmp"
+    directory = run.place.root / ADAPTER
     check_replaceable(directory)
-    shutil.rmtree(temporary, ignore_errors=True)
-    # Embeddings are not adapted; "auto" would ask the hub whether they are.
-    model.save_pretrained(str(temporary), save_embedding_layers=False)
-    (temporary / MARKER).write_text(json.dumps({"versions": library_versions()}, indent=1))
-    forget_local_base(temporary / "README.md")
-    share_modes(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    with atomic_directory(directory) as temporary:
+        # Embeddings are not adapted; "auto" would ask the hub whether they are.
+        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        (temporary / MARKER).write_text(json.dumps({"versions": library_versions()}, indent=1))
+        forget_local_base(temporary / "README.md")
+        share_modes(temporary)
     log.info("saved %s", directory)

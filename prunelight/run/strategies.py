@@ -30,7 +30,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from prunelight.losses import IGNORED_LABEL
-from prunelight.recovery.sharded_weights import gather_trained
+from prunelight.recovery.sharded_weights import gather_trained, load_trained
 from prunelight.runtime.checkpoint_files import read_checkpoint
 from prunelight.runtime.processes import ProcessGroup
 
@@ -102,6 +102,15 @@ class Place:
         return "prune" if stage is None else stage.value
 
     @property
+    def resumes_from(self) -> Path | None:
+        """The checkpoint that a fit of prunelight's Trainer goes on from; None if not known."""
+        asked = getattr(self.trainer, "fit_ckpt_path", None)
+        if asked is None or "://" in str(asked):
+            return None
+        path = self.root / "checkpoints" / "last.ckpt" if asked == "last" else Path(asked)
+        return path if path.is_file() else None
+
+    @property
     def precision(self) -> str:
         """Precision of the Trainer, such as "bf16-mixed"."""
         return str(self.trainer.precision)
@@ -144,11 +153,32 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Load weights and optimizer into their shards, after the module has checked the file."""
-        file = read_checkpoint(checkpoint_path, mmap=True)
+        """Load weights and optimizer into their shards, after the module has checked the file.
+
+        Raises:
+            ValueError: if the file holds weights only, or is that of another run.
+        """
+        file = self._checked_file(checkpoint_path)
+        if "optimizer_states" not in file:
+            raise ValueError(
+                f"checkpoint {checkpoint_path} holds weights without the optimizer's state, from "
+                "which no training goes on; give one that was written with save_weights_only=False"
+            )
+        return super().load_checkpoint(checkpoint_path, weights_only=True)
+
+    def load_weights(self, path: str | Path) -> dict[str, Any]:
+        """Load only the trained weights of a checkpoint into their shards; return the rest."""
+        file = self._checked_file(path)
+        assert self.model is not None
+        load_trained(self.model, file.pop("state_dict"))
+        return file
+
+    def _checked_file(self, path: Any) -> dict[str, Any]:
+        path = self.broadcast(path)  # that of rank 0, as the strategy writes it
+        file = read_checkpoint(path, mmap=True)
         module: Any = self.lightning_module
         module.check_checkpoint(file)
-        return super().load_checkpoint(checkpoint_path, weights_only=True)
+        return file
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Gather what is trained: a frozen base can be larger than the memory of one process."""

@@ -12,6 +12,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,22 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from prunelight.models.saving import MARKER
+from prunelight.planning.fingerprints import fingerprint_of
 from prunelight.run.checkpoints import (
     FORMAT,
     check_format,
     check_same_settings,
+    end_of,
     quantization_keys,
     quantization_of_format_1,
 )
+from prunelight.run.checkpoints import KEY as METADATA
+from prunelight.run.checkpoints import (
+    RESUME_KEY as KEY,
+)
+from prunelight.run.measurements import TRAINING, training_cost
+from prunelight.run.preflight import refuse_finished
 from prunelight.run.run_state import Run
 from prunelight.runtime.atomic_files import (
     atomic_replacement,
@@ -35,18 +46,39 @@ from prunelight.runtime.atomic_files import (
     remove_temporaries,
 )
 from prunelight.runtime.checkpoint_files import read_checkpoint
-from prunelight.runtime.measuring import Measurement, measuring
+from prunelight.runtime.measuring import Measurement, Phases
+from prunelight.training.kept_checkpoints import (
+    DelayedRemovals,
+    check_resume_point,
+    counters,
+    directory_of,
+    find_resume_point,
+    keepers,
+    reuse_own_files,
+    settle,
+    take_over,
+)
 
 log = logging.getLogger(__name__)
-
-KEY = "prunelight_resume"  # of a checkpoint, under which `ExactResume` keeps its state
 
 # Of a recovery's description: they grow.
 VOLATILE = ("optimizer_steps", "tokens_seen", "weights_of_step")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written whole or not at all, and read without unpickling."""
+    """Lightning's checkpoint files, written whole or not at all, and read without unpickling.
+
+    Args:
+        phases: of the run, to which the time for checkpoints is added.
+
+    Attributes:
+        removals: where removed files wait until the resume point is written; None: at once.
+    """
+
+    removals: DelayedRemovals | None = None
+
+    def __init__(self, phases: Phases | None = None) -> None:
+        self.phases = phases or Phases()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -60,43 +92,62 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        with explaining_write_errors(path, newest_checkpoint(path.parent)):
+        writing = explaining_write_errors(path, newest_checkpoint(path.parent))
+        with self.phases.phase("write checkpoints"), writing:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_replacement(path) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
+        if self.removals is not None:
+            self.removals.keep(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a file, once the resume point does not name it."""
+        if self.removals is None or "://" in str(path):
+            super().remove_checkpoint(path)
+        else:
+            self.removals.add(path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read tensors and plain data, whatever `weights_only` is; see `read_checkpoint`."""
-        return read_checkpoint(path, map_location)
+        with self.phases.phase("read a checkpoint"):
+            return read_checkpoint(path, map_location)
 
 
 class ExactResume(Callback):
     """What a RecoveryModule adds to its trainer: whole checkpoints, seeds, settings, time spent.
 
     Args:
-        run: whose training is resumed; its `training_cost` is measured here.
+        run: whose training is resumed; its phases are measured here.
         make_optimizer: called with parameters.
     """
 
     def __init__(self, run: Run, make_optimizer: Callable[..., Any]) -> None:
         self.run, self.make_optimizer = run, make_optimizer
         self._phase: Any = None
+        self._validation: Any = None
         self._settings: dict[str, Any] | None = None
         self._finished = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let checkpoints be written whole or not at all, and be read without running code."""
+        """Let checkpoints be written whole or not at all, in directories that stay.
+
+        No verb runs code that a checkpoint holds.
+        """
         use_safe_files(trainer)
         if stage == "fit":
             self._settings, self._finished = None, False
-            write_atomically(trainer)
+            settle(trainer)
+            if trainer.ckpt_path is None:  # else what reads the checkpoint tells more
+                check_resume_point(trainer, lambda path: METADATA in _read(path))
+            write_atomically(trainer, self.run.phases)
+            reuse_own_files(trainer, partial(self._is_ours, trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to measure the training, or go on with it."""
-        self._phase = measuring(trainer.strategy.root_device, self.run.training_cost)
-        self.run.training_cost = self._phase.__enter__()
+        self._phase = self.run.phases.phase(TRAINING, shown=False)
+        self._phase.__enter__()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -110,17 +161,45 @@ class ExactResume(Callback):
         torch.manual_seed(self.run.seed)
         self._finished = True
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to measure a validation during the fit."""
+        if trainer.state.fn == "fit":
+            self._validation = self.run.phases.phase("validate during the training", shown=False)
+            self._validation.__enter__()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop to measure the validation."""
+        if self._validation is not None:
+            self._validation.__exit__(None, None, None)
+            self._validation = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop to measure the run, and let other runs write into the directory."""
+        self.run.phases.stop()
+        self.run.release_directory()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Stop to measure a run that failed; after Ctrl-C say how it goes on."""
+        self.run.phases.stop()
+        self.run.release_directory()
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            log.warning(how_it_goes_on(trainer))
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what a resumed run needs, and what it is compared by."""
-        cost = self.run.training_cost
         checkpoint[KEY] = {
             "format": FORMAT,
-            "settings": self._describe(trainer),
-            "finished": self._finished,
-            "spent": cost.so_far(trainer.strategy.root_device) if cost else {},
+            "settings": self.describe(trainer),
+            "finished": self._finished or trainer.should_stop,
+            "planned_steps": trainer.estimated_stepping_batches,
+            "spent": asdict(training_cost(self.run)),
             "accumulating": trainer.fit_loop._should_accumulate(),
+            "keepers": counters(trainer),
+            "removals": removals.waiting if (removals := removals_of(trainer)) else [],
         }
 
     def on_load_checkpoint(
@@ -134,9 +213,30 @@ class ExactResume(Callback):
         saved = checkpoint.get(KEY)
         if saved is None or trainer.state.fn != "fit":
             return
-        check_same_settings(read_settings(saved), self._describe(trainer), trainer.ckpt_path)
-        self.run.training_cost = Measurement(**saved["spent"])
-        trainer.should_stop |= saved["finished"]
+        settings, ours = read_settings(saved), self.describe(trainer)
+        step, planned = checkpoint["global_step"], trainer.estimated_stepping_batches
+        end = end_of(checkpoint)
+        longer = end is not None and planned > end.planned
+        if longer:
+            settings["scheduled_steps"] = ours["scheduled_steps"]
+        check_same_settings(settings, ours, trainer.ckpt_path)
+        if end is not None:
+            refuse_finished(self.run, Path(str(trainer.ckpt_path)), end, planned)
+        take_over(trainer, checkpoint, saved.get("keepers", {}))
+        if trainer.max_steps != -1:
+            rewind_to_last_batch(checkpoint["loops"]["fit_loop"])
+        if (removals := removals_of(trainer)) is not None:
+            removals.take_over(saved.get("removals", ()), trainer)
+        self.run.earlier_training = Measurement(**saved["spent"])
+        if longer:
+            self.run.warn(
+                f"the training of {step} steps was finished and goes on to step {planned}; a "
+                "learning rate that decays jumps to what the longer schedule has there, so the "
+                f"result need not be that of one training of {planned} steps"
+            )
+        else:
+            trainer.should_stop |= saved["finished"]
+            log.info("going on from step %d: %s", step, trainer.ckpt_path)
         if saved["accumulating"]:
             log.warning(
                 "%s was written between the batches of accumulate_grad_batches, whose gradients it "
@@ -158,13 +258,44 @@ class ExactResume(Callback):
                 "ckpt_path=null to start anew"
             )
 
-    def _describe(self, trainer: Trainer) -> dict[str, Any]:
+    def identity(self, trainer: Trainer) -> str:
+        """Return what two runs have in common whose checkpoints of a step are the same."""
+        assert self.run.prepared is not None
+        return fingerprint_of(self.run.prepared.fingerprint, self.describe(trainer))
+
+    def _is_ours(self, trainer: Trainer, path: Path) -> bool:
+        """Return whether a checkpoint on disk is of a run that this one repeats."""
+        written_by = _read(path).get(METADATA, {}).get("identity")
+        return bool(written_by == self.identity(trainer))
+
+    def describe(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what the losses of the run depend on; see `describe_run`."""
         if self._settings is None:  # reads all training data
             settings = self.run.settings
             keys = quantization_keys(settings.quantization, settings.bitsandbytes)
             recovery = {**self.run.describe_recovery(), "quantization": keys}
             self._settings = describe_run(trainer, recovery, self.make_optimizer, self.run.seed)
         return self._settings
+
+
+def how_it_goes_on(trainer: Trainer) -> str:
+    """Return what to do after Ctrl-C, by what is on disk."""
+    root = Path(trainer.default_root_dir)
+    newest = newest_checkpoint(root / "checkpoints")
+    if newest is not None:
+        return f"stopped; {newest} is saved, and the same command goes on from there"
+    bases = [directory for directory in root.glob("pruned-*") if (directory / MARKER).is_file()]
+    kept = f", with {bases[0]}, which is complete" if bases else ""
+    return f"stopped before a step was trained; the same command starts again{kept}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds, without its tensors' bytes; {} if it cannot be read."""
+    try:
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    except Exception:  # of another program, or damaged
+        return {}
+    return checkpoint if isinstance(checkpoint, dict) else {}
 
 
 def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,15 +321,43 @@ def use_safe_files(trainer: Trainer) -> None:
         strategy.checkpoint_io = AsyncCheckpointIO(AtomicCheckpointIO())
 
 
-def write_atomically(trainer: Trainer) -> None:
+def write_atomically(trainer: Trainer, phases: Phases) -> None:
     """Let a trainer write checkpoints whole or not at all, unless it was given its own way.
 
     Also removes what a killed process left half-written.
     """
     use_safe_files(trainer)
+    files = trainer.strategy.checkpoint_io
+    if isinstance(files, AtomicCheckpointIO):
+        files.phases = phases
+        files.removals = DelayedRemovals() if find_resume_point(trainer) else None
     if trainer.is_global_zero:
         root = Path(trainer.default_root_dir)
-        remove_temporaries([root, root / "checkpoints", *root.glob("pruned-*")])
+        kept = {Path(str(keeper.dirpath)) for keeper in keepers(trainer)}
+        remove_temporaries({root, directory_of(trainer), *root.glob("pruned-*"), *kept})
+
+
+def rewind_to_last_batch(loop: dict[str, Any]) -> None:
+    """Turn the counts of a run saved at the end of an epoch into those after its last batch.
+
+    Of a run with max_steps Lightning counts the epoch twice that was just ended when it goes on,
+    and takes the batches of the one after next. In place.
+    """
+    epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    total = epochs["total"]
+    ended = total["ready"] == total["started"] == total["processed"] == total["completed"] + 1
+    if not (ended and batches["is_last_batch"]):
+        return
+    for count in ("total", "current"):
+        epochs[count]["processed"] -= 1
+        batches[count]["completed"] -= 1
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def removals_of(trainer: Trainer) -> DelayedRemovals | None:
+    """Return the files that wait to be removed; None where they are removed at once."""
+    files = trainer.strategy.checkpoint_io
+    return files.removals if isinstance(files, AtomicCheckpointIO) else None
 
 
 def seed_batch(seed: int, *position: int) -> None:

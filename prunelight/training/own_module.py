@@ -22,11 +22,13 @@ from prunelight.recovery.lora import merge_lora
 from prunelight.recovery.prepared_model import RecoverySettings
 from prunelight.recovery.zeros.planned_zeros import PlannedZeros
 from prunelight.run.finish import save_and_report
+from prunelight.run.measurements import TRAINING
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.run.start import start
 from prunelight.run.strategies import Place
-from prunelight.runtime.measuring import measuring
+from prunelight.training.finite_training import FiniteTraining, check_saved
+from prunelight.training.kept_checkpoints import settle
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ def prune_after_setup(
 
     Lightning calls the callbacks' `setup` first, when a module may not have its model yet.
     """
+    settle(trainer)
     vars(module).pop("setup", None)  # of a start that failed before this was called
     own_setup = module.setup
 
@@ -55,6 +58,8 @@ def prune_after_setup(
         for other in recoveries:
             if other.run is not run:  # of another module, which this Trainer trained before
                 callbacks.remove(other)
+        if not any(isinstance(callback, FiniteTraining) for callback in callbacks):
+            callbacks.insert(0, FiniteTraining())  # before what keeps the best weights
         if not any(other.run is run for other in recoveries):
             callbacks.append(OwnModuleRecovery(run))
 
@@ -186,8 +191,14 @@ class OwnModuleRecovery(Callback):
         if self._zeros.masks is not None:
             for optimizer in trainer.optimizers:
                 self._zeros.masks.watch(optimizer)
-        self._phase = measuring(self.run.place.device, self.run.training_cost)
-        self.run.training_cost = self._phase.__enter__()
+        self._phase = self.run.phases.phase(TRAINING, shown=False)
+        self._phase.__enter__()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let no checkpoint with NaN replace a good one."""
+        check_saved(trainer, checkpoint)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop to measure the training."""
@@ -213,3 +224,15 @@ class OwnModuleRecovery(Callback):
                 "precision": self.run.place.precision,
             }
         self.run.place.group.run_on_rank_zero(partial(save_and_report, self.run, model))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop to measure the run, and let other runs write into the directory."""
+        self.run.phases.stop()
+        self.run.release_directory()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let other runs write into the directory."""
+        self.run.phases.stop()
+        self.run.release_directory()

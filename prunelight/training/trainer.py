@@ -11,19 +11,27 @@ import lightning.pytorch as pl
 
 from prunelight.calibration.data_windows import calibration_windows_of
 from prunelight.evaluation.report.analysis_report import write_analysis
+from prunelight.evaluation.report.writing import check_report_files
 from prunelight.models.placement import to_device
 from prunelight.run.method import PruningMethod
-from prunelight.run.start import prune_only
+from prunelight.run.start import prune_only, tell_slow_precision
 from prunelight.run.strategies import Place
 from prunelight.runtime.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
 from prunelight.scoring.analysis import analyze
+from prunelight.training.kept_checkpoints import find_resume_point
 from prunelight.training.recovery_module import RecoveryModule
 
 log = logging.getLogger(__name__)
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, which resumes by itself, with the verbs prune and analyze."""
+    """Lightning's Trainer, which resumes by itself, with the verbs prune and analyze.
+
+    Attributes:
+        fit_ckpt_path: what the last fit was to go on from.
+    """
+
+    fit_ckpt_path: str | Path | None = None
 
     def fit(  # type: ignore[override]  # no weights_only: it is always True
         self,
@@ -43,6 +51,10 @@ class Trainer(pl.Trainer):
             ckpt_path: "last" goes on where an earlier start of the same run was interrupted, if
                 there was one; a file goes on from that; null starts anew.
         """
+        point = find_resume_point(self)
+        if ckpt_path == "last" and point is not None:
+            ckpt_path = point.find(self)  # what other ModelCheckpoints saved last is less exact
+        self.fit_ckpt_path = ckpt_path
         if ckpt_path and str(ckpt_path).partition(":")[0] not in CHECKPOINT_WORDS:
             check_checkpoint_path(ckpt_path)  # before minutes of pruning
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
@@ -77,14 +89,18 @@ class Trainer(pl.Trainer):
         """
         if not self._connect_alone(model, datamodule):
             return
+        root = Path(self.default_root_dir)
+        check_report_files(root)
+        model.run.hold_directory()
         analysis = analyze(
             to_device(model.run.load_model(), self.strategy.root_device),
             calibration_windows_of(datamodule),
             kernel=kernel,
             ignore_first_tokens=ignore_first_tokens,
         )
-        for file in write_analysis(Path(self.default_root_dir), asdict(analysis)):
+        for file in write_analysis(root, asdict(analysis)):
             log.info("wrote %s", file)
+        model.run.release_directory()
 
     def _connect_alone(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> bool:
         """Connect model and data; False on ranks that only would write the same as rank 0."""
@@ -93,6 +109,7 @@ class Trainer(pl.Trainer):
         model.trainer = self
         self.datamodule = datamodule
         model.run.attach(Place(self))
+        tell_slow_precision(model.run)
         return self.is_global_zero
 
 

@@ -6,11 +6,13 @@ from collections import namedtuple
 
 import pytest
 import torch
+from poison import FAULTS, poison_file
 from runs import make_data
 from safetensors import safe_open
 
 from prunelight.losses import counted_targets, top_k
 from prunelight.recovery.distillation.teacher_cache import TeacherCache
+from prunelight.runtime.atomic_files import ENDING
 
 
 def cache_of(data, root, directory=None, **changes):
@@ -87,7 +89,7 @@ def test_a_cache_that_was_stopped_goes_on_and_is_the_same_byte_for_byte(
         handle.remove()
     (first,) = cache.directory.glob("block-*")
     written = first.stat().st_mtime_ns
-    leftover = cache.directory / ".block-000001.safetensors.77.tmp"
+    leftover = cache.directory / f".block-000001.safetensors.77-ab{ENDING}"
     leftover.write_bytes(b"half")
     assert cache.missing() == [1]
     assert write(cache, teacher) == cached[1]
@@ -156,6 +158,15 @@ def test_a_damaged_file_is_named(copied):
         copied.open()
     shutil.copy(copied.directory / "block-000000.safetensors", file)
     with pytest.raises(ValueError, match="block-000001.safetensors holds ids of shape .*delete it"):
+        copied.open()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_probability_that_is_no_number_is_found_when_the_cache_is_opened(fault, copied):
+    file = copied.directory / "block-000001.safetensors"
+    poison_file(file, "log_probabilities", fault, {"fingerprint": copied.fingerprint})
+    message = rf"block-000001.safetensors: log_probabilities holds {fault}; delete it"
+    with pytest.raises(ValueError, match=message):
         copied.open()
 
 
