@@ -118,10 +118,11 @@ def _messages(given: Any) -> Messages:
         content = message.get("content")
         parts = content if isinstance(content, list) else [content]
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-        if not texts or not all(isinstance(text, str) for text in texts):
+        strings = [text for text in texts if isinstance(text, str)]
+        if not texts or len(strings) < len(texts):
             raise ValueError(f"message {message!r:.60} must have strings as role and content")
         # Other fields of a message, such as a name, are its template's business.
-        whole = as_text("".join(texts), "content")
+        whole = as_text("".join(strings), "content")
         messages.append({**message, "role": as_text(message["role"], "role"), "content": whole})
     return messages
 

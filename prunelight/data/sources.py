@@ -150,4 +150,6 @@ def _join_lines(rows: list[Row], text_field: str) -> list[Row]:
     texts = [row.get(text_field) for row in rows]
     if "" not in texts or not all(text == "" or str(text).endswith("\n") for text in texts):
         return rows
-    return [{text_field: "".join(text or " \n" for text in texts)}]  # " \n" as in wiki.train.raw
+    return [
+        Row({text_field: "".join(text or " \n" for text in texts)})
+    ]  # " \n" as in wiki.train.raw

@@ -26,6 +26,7 @@ from prunelight.calibration.shared_windows import share_windows
 from prunelight.calibration.windows import Windows, check_length, check_windows
 from prunelight.evaluation.report.writing import check_report_files
 from prunelight.models.saving import MARKER, check_replaceable
+from prunelight.planning.fingerprints import without_folders
 from prunelight.recovery.lora import check_targets
 from prunelight.recovery.packed_rows import check_packed
 from prunelight.recovery.precision import precision_faults
@@ -37,7 +38,6 @@ from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
 from prunelight.runtime.atomic_files import check_writable
 from prunelight.runtime.finite import check_weights
-from prunelight.runtime.local_paths import without_folders
 
 DATA = "read and tokenize the data"  # a phase
 

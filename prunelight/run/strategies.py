@@ -162,7 +162,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if "optimizer_states" not in file:
             raise ValueError(
                 f"checkpoint {checkpoint_path} holds weights without the optimizer's state, from "
-                "which no training goes on; give one that was written with save_weights_only=False"
+                "which no training goes on; give one that holds it too, such as last.ckpt"
             )
         return super().load_checkpoint(checkpoint_path, weights_only=True)
 

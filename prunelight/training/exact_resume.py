@@ -253,7 +253,7 @@ class ExactResume(Callback):
         resumes = trainer.state.fn == "fit" and not self._finished
         if resumes and "optimizer_states" not in checkpoint:
             raise ValueError(
-                f"{trainer.ckpt_path} holds weights without the optimizer (save_weights_only=True),"
+                f"{trainer.ckpt_path} holds weights without the optimizer's state,"
                 " so that no training can go on from it; give another checkpoint, or "
                 "ckpt_path=null to start anew"
             )

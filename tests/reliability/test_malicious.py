@@ -128,7 +128,9 @@ def test_weights_alone_are_no_training_to_go_on_with(scene):
     )
     make_trainer(root, ShortGPT(num_layers=2), weights).fit(make_module(name), data)
     again = make_trainer(root, ShortGPT(num_layers=2))
-    with pytest.raises(ValueError, match="holds weights without the optimizer .*ckpt_path=null"):
+    with pytest.raises(
+        ValueError, match="holds weights without the optimizer's state, .*ckpt_path=null"
+    ):
         again.fit(make_module(name), data, ckpt_path=root / "weights.ckpt")
 
 
