@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "support")]
+_TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_TESTS.parent), str(_TESTS / "support")]  # this tree, not an installed one
 
 import lightning.pytorch as pl
 import pyarrow
