@@ -243,9 +243,8 @@ MOVED: dict[str, dict[str, str]] = {
         "evaluation.report.report": "summary_table write_report",
     },
     "resume": {
-        "training.exact_resume": (
-            "AtomicCheckpointIO KEY VOLATILE describe_run seed_batch write_atomically"
-        ),
+        "training.exact_resume": "AtomicCheckpointIO KEY seed_batch write_atomically",
+        "training.resuming.run_identity": "VOLATILE describe_run",
     },
     "retraining": {
         "recovery.overfitting": (

@@ -7,10 +7,9 @@ copy does not fit in memory, config, shapes and every tensor on disk are compare
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from prunelight.models.written_files import check_names, check_place, finish_fil
 from prunelight.planning.fingerprints import library_versions, model_fingerprint
 from prunelight.planning.plan import Plan
 from prunelight.runtime.atomic_files import atomic_directory
+from prunelight.runtime.checksums import changed_files, directory_checksums, sealed, unsealed
 from prunelight.runtime.devices import free_memory
 from prunelight.runtime.finite import check_weights
 
@@ -115,7 +115,8 @@ def save(
         )
         versions = {"fingerprint": model_fingerprint(model), "versions": library_versions()}
         facts = {"size_bytes": saved.size_bytes, "verification": saved.verification, **versions}
-        (temporary / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        sums = {"files": directory_checksums(temporary)}
+        (temporary / MARKER).write_text(sealed({**facts, **sums}), encoding="utf-8")
     tell_fault(model.config)
     log.info("saved %s (%.1f MB): %s", directory, saved.size_bytes / 1e6, saved.verification)
     return saved
@@ -152,6 +153,37 @@ def check_replaceable(directory: Path) -> None:
         raise FileExistsError(
             f"{directory} exists and was not written by prunelight (it has no {MARKER}); choose "
             "another directory or remove it"
+        )
+
+
+def check_unchanged(directory: Path, leave_out: Iterable[str] = ()) -> None:
+    """Check that the files of a saved directory are those that `save` wrote.
+
+    Only a directory that is ours alone, such as a pruned base, need stay as it is. One that an
+    older version wrote holds no checksums, and passes.
+
+    Args:
+        directory: that `save` wrote.
+        leave_out: files that may change.
+
+    Raises:
+        ValueError: if a file is changed, missing or added; names the files and the remedy.
+    """
+    try:
+        text = (directory / MARKER).read_text(encoding="utf-8")
+        facts = unsealed(text, must='"files"' in text)
+        written = facts.get("files")
+        changed = changed_files(directory, written, (MARKER, *leave_out)) if written else {}
+    except FileNotFoundError:
+        changed = {MARKER: "missing"}
+    except ValueError:
+        changed = {MARKER: "changed"}
+    if changed:
+        told = ", ".join(f"{name} was {what}" for name, what in changed.items())
+        raise ValueError(
+            f"{directory} is not as it was saved: {told.replace('was missing', 'is missing')}; "
+            "delete the directory, and the same command makes it again and goes on from its "
+            "checkpoint"
         )
 
 

@@ -55,6 +55,7 @@ class PreparedModel:
     Attributes:
         model: the model itself, or peft's wrapper of the model.
         fingerprint: of the weights before the recovery.
+        dtype: of the weights before the recovery, and before a Trainer casts them.
         config: the model's config before the recovery, as JSON values.
         zeros: the zeros that plans put into the weights.
         in_training: True until `merged` is called.
@@ -84,7 +85,7 @@ class PreparedModel:
         restore_rwkv_scale(model)
         self.settings, self.in_training, self.sharded = settings, True, False
         self._released_masks: dict[str, Tensor] | None = None
-        self.fingerprint = model_fingerprint(model)
+        self.fingerprint, self.dtype = model_fingerprint(model), model.dtype
         self.config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
         # RWKV halves its weights in eval mode. Trained and checkpointed weights must not change so.
         if hasattr(model.config, "rescale_every"):

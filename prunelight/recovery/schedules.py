@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from prunelight.runtime.arguments import check_choice
 
@@ -68,7 +70,21 @@ def make_schedule(
         )
     if warmup_steps >= steps:
         log.warning("warmup_steps=%d reaches past the %d steps", warmup_steps, steps)
-    wsd = name == "warmup_stable_decay"
-    defaults = {"num_decay_steps": max(int(steps) // 10, 1)} if wsd else {}
-    settings = {**defaults, **(arguments or {})}
+    settings = {**_our_defaults(name, steps), **(arguments or {})}
     return get_scheduler(name, optimizer, warmup_steps, int(steps), settings)
+
+
+def describe_schedule(name: str, steps: float) -> dict[str, Any]:
+    """Return what a schedule takes for arguments that it is not given, ours and transformers'."""
+    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters
+    defaults = {
+        key: parameter.default
+        for key, parameter in parameters.items()
+        if parameter.default is not parameter.empty and key != "last_epoch"
+    }
+    return {**defaults, **_our_defaults(name, steps)}
+
+
+def _our_defaults(name: str, steps: float) -> dict[str, Any]:
+    wsd = name == "warmup_stable_decay"
+    return {"num_decay_steps": max(int(steps) // 10, 1)} if wsd else {}

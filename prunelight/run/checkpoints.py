@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.evaluation.report import record as reports
 from prunelight.evaluation.report.record import RunRecord
+from prunelight.models.saving import check_unchanged
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of, model_fingerprint
 from prunelight.recovery.quantization import FOUR_BIT, BitsAndBytes
 from prunelight.run.method import PruningMethod
@@ -30,6 +31,7 @@ from prunelight.runtime.atomic_files import (
     explaining_read_errors,
     explaining_write_errors,
 )
+from prunelight.runtime.checksums import sealed, unsealed
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ def base_fingerprints(
         config.pop(name, None)
     facts = (model_fingerprint(model), str(model.dtype), config)
     data = describe_windows(*split_windows(windows))
-    given = [[type(method).__name__, method.version, _given(method)] for method in methods]
+    given = [[type(method).__name__, method.version, given_arguments(method)] for method in methods]
     fingerprint = fingerprint_of(*facts, given, data, "format 2")
     complete = [_arguments_of_format_1(method) for method in methods]
     if None in complete:
@@ -92,10 +94,10 @@ def state_arguments(method: PruningMethod) -> dict[str, Any]:
     if type(method).__name__ in _ARGUMENTS_OF_FORMAT_1:
         earlier = _arguments_of_format_1(method)
         return method.arguments() if earlier is None else earlier
-    return _given(method)
+    return given_arguments(method)
 
 
-def _given(method: PruningMethod) -> dict[str, Any]:
+def given_arguments(method: PruningMethod) -> dict[str, Any]:
     """Return the arguments of a method that differ from their defaults."""
     parameters = inspect.signature(type(method)).parameters
     return {
@@ -115,7 +117,7 @@ def _arguments_of_format_1(method: PruningMethod) -> dict[str, Any] | None:
     known = _ARGUMENTS_OF_FORMAT_1.get(type(method).__name__)
     if known is None:  # a method of the user's own
         return arguments
-    if set(_given(method)) - set(known.split()):
+    if set(given_arguments(method)) - set(known.split()):
         return None
     return {name: value for name, value in arguments.items() if name in known.split()}
 
@@ -127,7 +129,7 @@ def read_measured(directory: Path) -> RunRecord | None:
         ValueError: if a newer version wrote it.
     """
     try:
-        data = json.loads((directory / MEASURED).read_text())
+        data = unsealed((directory / MEASURED).read_text(encoding="utf-8"))
         newer = data["format"] > reports.FORMAT
         record = None if newer else RunRecord.from_dict(data)
     except FileNotFoundError:
@@ -145,7 +147,26 @@ def write_measured(directory: Path, record: RunRecord) -> None:
         explaining_write_errors(directory / MEASURED),
         atomic_replacement(directory / MEASURED) as temporary,
     ):
-        temporary.write_text(json.dumps(record.to_dict(), indent=1))
+        temporary.write_text(sealed(record.to_dict()), encoding="utf-8")
+
+
+def check_base(directory: Path, fingerprint: str | None = None) -> None:
+    """Check that a pruned base on disk is whole, and the one that is meant.
+
+    Args:
+        directory: of the base.
+        fingerprint: of model, arguments and windows; None: that of its name.
+
+    Raises:
+        ValueError: if a file is not as it was saved; names the file and the remedy.
+    """
+    check_unchanged(directory, leave_out=(MEASURED,))
+    record = read_measured(directory)
+    if record is not None and fingerprint not in (None, record.fingerprint):
+        raise ValueError(
+            f"{directory} holds the base {record.fingerprint}: it was renamed; delete the "
+            "directory, and the same command makes the right one"
+        )
 
 
 # --- checkpoints -----------------------------------------------------------------------------
@@ -245,18 +266,25 @@ def check_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 
 
 def check_same_settings(
-    saved: Mapping[str, Any], ours: Mapping[str, Any], path: str | Path | None
+    then: Mapping[str, Any], now: Mapping[str, Any], path: str | Path | None
 ) -> None:
     """Check that a run goes on with the settings that it began with.
 
+    Args:
+        then: settings of the run that wrote the checkpoint, those that differ.
+        now: the same of this run.
+        path: the checkpoint.
+
     Raises:
-        ValueError: if not; names each on both sides, and the checkpoint.
+        ValueError: if there are any; names each on both sides, and the checkpoint.
     """
-    odd = sorted(k for k in {*saved, *ours} if saved.get(k) != ours.get(k))
-    if odd:
-        then, now = (", ".join(f"{k}={run.get(k)}" for k in odd) for run in (saved, ours))
+    if odd := sorted({*then, *now}):
+        before, after = (
+            ", ".join(f"{k}={side[k]}" if k in side else f"{k} unset" for k in odd)
+            for side in (then, now)
+        )
         raise ValueError(
-            f"{path} was written by a run with {then}, this one has {now}: going on would give "
+            f"{path} was written by a run with {before}, this one has {after}: going on would give "
             "neither result. Take the settings of that run, or start anew with another "
             "trainer.default_root_dir or ckpt_path=null"
         )

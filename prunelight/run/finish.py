@@ -21,6 +21,7 @@ from prunelight.models.written_files import forget_local_base, share_modes
 from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
+from prunelight.run.checkpoints import check_base
 from prunelight.run.measurements import measure_run_stage, report
 from prunelight.run.run_state import ADAPTER, FINAL, Run, plan_texts
 from prunelight.runtime.atomic_files import (
@@ -57,6 +58,8 @@ def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
     prepared.release()
 
     def merge() -> None:
+        if run.base is not None:
+            check_base(run.base)
         base, plans = run.read_again(), run.plans()
         with run.phases.phase("merge"):
             rebuilt = prepared.rebuild_on(base, plans, trained)

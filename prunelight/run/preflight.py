@@ -156,7 +156,7 @@ def _is_the_same_run(facts: Facts, end: TrainingEnd) -> bool:
     plans = [[plan["method"], plan["arguments"]] for plan in told.get("plans", [])]
     same_dtype = run.dtype in ("auto", told.get("dtype"))
     same_model = told.get("model") == without_folders(run.name)
-    same_settings = run.describe_settings is None or end.settings == run.describe_settings()
+    same_settings = run.is_same_training is None or run.is_same_training(end.settings)
     return given == plans and same_dtype and same_model and same_settings
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,7 +66,7 @@ class Run:
         dense: what the dense model was built from, to compare speeds with; None if not known.
         place: where the run takes place; set by `attach`.
         describe_recovery: returns how far the recovery is, for report and checkpoints.
-        describe_settings: returns what the losses of the training depend on; None: not known.
+        is_same_training: returns whether a checkpoint's settings are this run's; None: not known.
         dense_fault: what `generation_fault` says of the dense model; None if nobody asked.
         checked: the pruning has done the preflight of this fit, recovery need not do it again.
         precision_losses: what dtype, precision and recovery lose together, one sentence each.
@@ -99,7 +99,7 @@ class Run:
         self.phases = Phases()
         self.earlier_training = Measurement()
         self.dense: Architecture | None = None
-        self.describe_settings: Callable[[], dict[str, Any]] | None = None
+        self.is_same_training: Callable[[Mapping[str, Any]], bool] | None = None
         self.dense_fault: str | None = None
         self.checked = False
         self.precision_losses: list[str] = []

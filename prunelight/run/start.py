@@ -31,7 +31,12 @@ from prunelight.planning.fingerprints import describe_windows, fingerprint_of
 from prunelight.planning.plan import Plan
 from prunelight.recovery.precision import slow_precision
 from prunelight.recovery.prepared_model import PreparedModel
-from prunelight.run.checkpoints import base_fingerprints, read_measured, write_measured
+from prunelight.run.checkpoints import (
+    base_fingerprints,
+    check_base,
+    read_measured,
+    write_measured,
+)
 from prunelight.run.measurements import (
     add_engines,
     add_quantized,
@@ -159,6 +164,7 @@ def _find_base(facts: Facts) -> tuple[Base, RunRecord | None]:
         group.run_on_rank_zero(partial(check_replaceable, base.directory))
         record = group.run_on_rank_zero(partial(read_measured, base.directory))
         if record is not None:
+            group.run_on_rank_zero(partial(check_base, base.directory, known))
             return base, record
     return Base(root / f"pruned-{fingerprint}", fingerprint), None
 

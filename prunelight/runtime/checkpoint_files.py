@@ -17,6 +17,7 @@ import fsspec
 import torch
 
 from prunelight.runtime.atomic_files import explaining_read_errors
+from prunelight.runtime.checksums import check_checkpoint_file
 
 # Lightning finds the file that each stands for.
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
@@ -117,6 +118,9 @@ def read_checkpoint(
         with explaining_read_errors(path), _opened(path) as stream:
             return _as_checkpoint(torch.load(stream, map_location, weights_only=True))
     _check_file(path)
+    if local_file(path).is_file():  # a pipe gives its bytes once
+        with explaining_read_errors(path):
+            check_checkpoint_file(local_file(path))
     return _read_file(path, map_location, mmap=mmap)
 
 

@@ -46,6 +46,7 @@ from prunelight.runtime.atomic_files import (
     remove_temporaries,
 )
 from prunelight.runtime.checkpoint_files import read_checkpoint
+from prunelight.runtime.checksums import MARK, ChecksumWriter
 from prunelight.runtime.measuring import Measurement, Phases
 from prunelight.training.kept_checkpoints import (
     DelayedRemovals,
@@ -58,11 +59,15 @@ from prunelight.training.kept_checkpoints import (
     settle,
     take_over,
 )
+from prunelight.training.resuming.run_identity import (
+    OF_THE_MODEL,
+    describe_run,
+    differences,
+    tell_own_classes,
+    without,
+)
 
 log = logging.getLogger(__name__)
-
-# Of a recovery's description: they grow.
-VOLATILE = ("optimizer_steps", "tokens_seen", "weights_of_step")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -96,7 +101,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with self.phases.phase("write checkpoints"), writing:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_replacement(path) as temporary, temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+                writer = ChecksumWriter(file)
+                torch.save({**checkpoint, MARK: True}, writer)
+                writer.end()
         if self.removals is not None:
             self.removals.keep(path)
 
@@ -121,10 +128,16 @@ class ExactResume(Callback):
     Args:
         run: whose training is resumed; its phases are measured here.
         make_optimizer: called with parameters.
+        given_arguments: returns the module's arguments that differ from their defaults.
     """
 
-    def __init__(self, run: Run, make_optimizer: Callable[..., Any]) -> None:
-        self.run, self.make_optimizer = run, make_optimizer
+    def __init__(
+        self,
+        run: Run,
+        make_optimizer: Callable[..., Any],
+        given_arguments: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self.run, self.make_optimizer, self.given_arguments = run, make_optimizer, given_arguments
         self._phase: Any = None
         self._validation: Any = None
         self._settings: dict[str, Any] | None = None
@@ -145,7 +158,8 @@ class ExactResume(Callback):
             reuse_own_files(trainer, partial(self._is_ours, trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to measure the training, or go on with it."""
+        """Note the settings that it starts with; start to measure the training, or go on."""
+        self.describe(trainer)
         self._phase = self.run.phases.phase(TRAINING, shown=False)
         self._phase.__enter__()
 
@@ -218,8 +232,9 @@ class ExactResume(Callback):
         end = end_of(checkpoint)
         longer = end is not None and planned > end.planned
         if longer:
-            settings["scheduled_steps"] = ours["scheduled_steps"]
-        check_same_settings(settings, ours, trainer.ckpt_path)
+            settings |= {name: ours[name] for name in ("scheduled_steps", "schedule")}
+        check_same_settings(*differences(settings, ours), trainer.ckpt_path)
+        tell_own_classes(settings, ours, trainer.ckpt_path)
         if end is not None:
             refuse_finished(self.run, Path(str(trainer.ckpt_path)), end, planned)
         take_over(trainer, checkpoint, saved.get("keepers", {}))
@@ -269,13 +284,23 @@ class ExactResume(Callback):
         return bool(written_by == self.identity(trainer))
 
     def describe(self, trainer: Trainer) -> dict[str, Any]:
-        """Return what the losses of the run depend on; see `describe_run`."""
+        """Return what the losses of the run depend on, once its model is prepared."""
         if self._settings is None:  # reads all training data
-            settings = self.run.settings
-            keys = quantization_keys(settings.quantization, settings.bitsandbytes)
-            recovery = {**self.run.describe_recovery(), "quantization": keys}
-            self._settings = describe_run(trainer, recovery, self.make_optimizer, self.run.seed)
+            self._settings = self._describe(trainer)
         return self._settings
+
+    def is_same_training(self, trainer: Trainer, settings: Mapping[str, Any]) -> bool:
+        """Return whether a checkpoint's settings are this run's, as far as no model is needed."""
+        ours = without(self._describe(trainer), OF_THE_MODEL)
+        return not any(differences(without(settings, OF_THE_MODEL), ours))
+
+    def _describe(self, trainer: Trainer) -> dict[str, Any]:
+        settings = self.run.settings
+        keys = quantization_keys(settings.quantization, settings.bitsandbytes)
+        recovery = {**self.run.describe_recovery(), "quantization": keys}
+        return describe_run(
+            trainer, self.run, self.make_optimizer, self.given_arguments(), recovery
+        )
 
 
 def how_it_goes_on(trainer: Trainer) -> str:
@@ -367,32 +392,3 @@ def seed_batch(seed: int, *position: int) -> None:
     """
     digest = hashlib.sha256(json.dumps([seed, *position]).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def describe_run(
-    trainer: Trainer, recovery: Mapping[str, Any], make_optimizer: Callable[..., Any], seed: int
-) -> dict[str, Any]:
-    """Return what the losses of a run depend on besides its model, as JSON values.
-
-    Args:
-        trainer: of the run.
-        recovery: settings of the recovery.
-        make_optimizer: called with parameters.
-        seed: of the run's random numbers.
-    """
-    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))])
-    settings = {name: value for name, value in recovery.items() if name not in VOLATILE}
-    data = getattr(getattr(trainer, "datamodule", None), "describe_training", None)
-    constant = str(recovery.get("lr_scheduler", "")).startswith("constant")
-    described = {
-        **settings,
-        "optimizer": {"class": type(optimizer).__name__, **optimizer.defaults},
-        "scheduled_steps": None if constant else trainer.estimated_stepping_batches,
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "gradient_clip_val": trainer.gradient_clip_val,
-        "limit_train_batches": trainer.limit_train_batches,
-        "processes": trainer.world_size,
-        "seed": seed,
-        **({f"data.{name}": value for name, value in data().items()} if data else {}),
-    }
-    return json.loads(json.dumps(described, default=str))

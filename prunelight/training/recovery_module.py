@@ -51,6 +51,7 @@ from prunelight.recovery.zeros.weight_masks import WeightMasks
 from prunelight.run.checkpoints import (
     FORMAT,
     KEY,
+    check_base,
     check_same_parameters,
     check_same_run,
     quantization_keys,
@@ -58,7 +59,7 @@ from prunelight.run.checkpoints import (
 )
 from prunelight.run.finish import finish
 from prunelight.run.preflight import DATA, preflight
-from prunelight.run.run_state import Run
+from prunelight.run.run_state import MEASURED, Run
 from prunelight.run.start import prepare, start_recovery, tell_slow_precision
 from prunelight.run.strategies import Place, loss_weight
 from prunelight.runtime.checkpoint_files import read_checkpoint
@@ -176,7 +177,7 @@ class RecoveryModule(WatchedModule):
         self.val_perplexity = TokenPerplexity()
         self.val_accuracy = TokenAccuracy()
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
-        self.resuming = ExactResume(self.run, self._make_optimizer)
+        self.resuming = ExactResume(self.run, self._make_optimizer, self.given_arguments)
         self.changed = ChangedSettings()
         self._own_tokens = 0  # of this process, that `tokens_seen` does not hold yet
         self._evaluation_head: LanguageHead | None = None
@@ -186,6 +187,18 @@ class RecoveryModule(WatchedModule):
 
         What may be set on a module before a fit, such as `learning_rate`, is as it is now.
         """
+        return RecoveryModule(**{**self._current_arguments(), **changes})
+
+    def given_arguments(self) -> dict[str, Any]:
+        """Return the arguments that differ from their defaults, as they are now."""
+        parameters = inspect.signature(RecoveryModule.__init__).parameters
+        return {
+            name: value
+            for name, value in self._current_arguments().items()
+            if value != parameters[name].default
+        }
+
+    def _current_arguments(self) -> dict[str, Any]:
         settable = {
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
@@ -194,7 +207,7 @@ class RecoveryModule(WatchedModule):
             "optimizer": self.optimizer,
             "restore_best": self.restore_best,
         }
-        return RecoveryModule(**{**self._arguments, **settable, **changes})
+        return {**self._arguments, **settable}
 
     # --- the state of the run ----------------------------------------------------------------
 
@@ -367,7 +380,7 @@ class RecoveryModule(WatchedModule):
             # Lightning asks for callbacks first of all, then for the data.
             self.run.start_clock(DATA)
             self.run.attach(Place(self.trainer))
-            self.run.describe_settings = partial(self.resuming.describe, self.trainer)
+            self.run.is_same_training = partial(self.resuming.is_same_training, self.trainer)
             tell_slow_precision(self.run)
         return [*super().configure_callbacks(), self.resuming, self.changed]
 
@@ -498,6 +511,8 @@ class RecoveryModule(WatchedModule):
                 "or set trainer.strategy=auto"
             )
         if (Path(saved["base"]) / "config.json").is_file():
+            if (Path(saved["base"]) / MEASURED).is_file():  # a pruned base
+                check_base(Path(saved["base"]))
             self.run.use_base(Path(saved["base"]), self.record)
         else:
             self.run.forget_model()

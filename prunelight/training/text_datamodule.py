@@ -173,11 +173,19 @@ class TextDataModule(LightningDataModule):
 
     def describe_training(self) -> dict[str, Any]:
         """Return what the training batches depend on: a resumed run must have the same."""
-        tokens = hashlib.sha256()
-        for part in (part for example in self.examples("train") for part in example):
-            tokens.update(f"{part.shape}".encode() + part.numpy().tobytes())
         names = ("seq_len", "batch_size", "packing", "seed")
-        return {name: getattr(self, name) for name in names} | {"tokens": tokens.hexdigest()[:16]}
+        return {name: getattr(self, name) for name in names} | {"tokens": self._digest("train")}
+
+    def describe_validation(self) -> str:
+        """Return 16 hex digits of the validation examples, on which the best weights depend."""
+        return self._digest("validation")
+
+    def _digest(self, role: str) -> str:
+        """Return 16 hex digits of the examples of a role."""
+        tokens = hashlib.sha256()
+        for part in (part for example in self.examples(role) for part in example):
+            tokens.update(f"{part.shape}".encode() + part.numpy().tobytes())
+        return tokens.hexdigest()[:16]
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation examples, in order; over processes, none of them twice."""

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -455,7 +456,7 @@ def interrupted(name, tmp_path_factory):
     ("arguments", "message"),
     [
         ({"model": {"learning_rate": 0.5}}, r"learning_rate=0.01, .*learning_rate=0.5"),
-        ({"data": {"seed": 7}}, "run with data.seed=0, this one has data.seed=7"),
+        ({"data": {"seed": 7}}, "data.seed=0, this one has .*data.seed=7"),
         (
             {"data": {"batch_size": 1}},
             "data.batch_size=2, scheduled_steps=8, this one has data.batch_size=1, ",
@@ -503,6 +504,61 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(interrupted, name, tmp_
     torch.save({"x": Path("a")}, tmp_path / "odd.ckpt")
     with pytest.raises(ValueError, match="holds other objects than tensors and plain data"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "odd.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("pruned-*/config.json", r"is not as it was saved: config.json was changed; delete the"),
+        ("pruned-*/model.safetensors", r"is not as it was saved: model.safetensors was changed"),
+        ("checkpoints/last.ckpt", r"last.ckpt is damaged, .*its bytes are not those that were wr"),
+    ],
+)
+def test_damage_to_base_or_checkpoint_is_told_of(pattern, told, interrupted, name, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(interrupted, root)
+    (file,) = root.glob(pattern)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=told):
+        fit(name, root, short_gpt())
+
+
+def test_a_base_whose_record_is_damaged_is_made_again(interrupted, name, tmp_path, caplog):
+    root = tmp_path / "run"
+    shutil.copytree(interrupted, root)
+    (file,) = root.glob("pruned-*/measured.json")
+    file.write_text(file.read_text().replace('"perplexity": ', '"perplexity": 1', 1))
+    fit(name, root, short_gpt())
+    assert "its text is not what was written): pruning anew" in caplog.text
+
+
+def test_a_base_under_the_name_of_another_is_refused(interrupted, name, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(interrupted, root)
+    (base,) = root.glob("pruned-*")
+    fit(name, root, ShortGPT(num_layers=3), after=0, ckpt_path=None)
+    (other,) = set(root.glob("pruned-*")) - {base}
+    shutil.rmtree(base)
+    other.rename(base)
+    with pytest.raises(
+        ValueError, match=r"holds the base \w+: it was renamed; delete the director"
+    ):
+        fit(name, root, short_gpt())
+
+
+def test_a_damaged_base_is_told_of_when_a_checkpoint_is_evaluated(interrupted, name, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(interrupted, root)
+    checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    (base,) = root.glob("pruned-*")
+    checkpoint["prunelight"]["base"] = str(base)
+    AtomicCheckpointIO().save_checkpoint(checkpoint, root / "moved.ckpt")
+    (base / "plan.json").write_text("{}")
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    with pytest.raises(ValueError, match=r"is not as it was saved: plan.json was changed"):
+        trainer.validate(make_module(name), make_data(name, root), ckpt_path=root / "moved.ckpt")
 
 
 def test_newer_formats_are_refused(interrupted, name, tmp_path):

@@ -13,9 +13,9 @@ the order, the padding and the number of processes of the loader.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
@@ -33,6 +33,7 @@ from prunelight.planning.fingerprints import fingerprint_of, library_versions
 from prunelight.recovery.distillation.language_head import LanguageHead, without_adapters
 from prunelight.recovery.packed_rows import model_inputs
 from prunelight.runtime.atomic_files import atomic_replacement, remove_temporaries
+from prunelight.runtime.checksums import sealed, unsealed
 from prunelight.runtime.finite import check_tensors
 from prunelight.runtime.progress import show_progress
 
@@ -43,6 +44,8 @@ FORMAT = 1
 DESCRIPTION = "teacher.json"
 
 BLOCK = 64  # examples in a file
+
+NO_CHECKSUM = "00000000"  # stands in a file while its checksum is computed
 
 _CHUNK_TOKENS = 128  # tokens whose logits are held at a time; fewer read the head too often
 
@@ -122,7 +125,7 @@ class TeacherCache:
         file = self.directory / DESCRIPTION
         if file.exists():
             self._check(file)
-        missing = self.missing()
+        missing = self.missing(whole=True)
         for block in set(range(self.num_blocks)) - set(missing):
             self._check_finite(block)
         if not missing:
@@ -140,7 +143,7 @@ class TeacherCache:
                 f"distillation.k={self.k}, or set distillation.cache to another disk"
             )
         with atomic_replacement(file) as temporary:
-            temporary.write_text(json.dumps(self.description, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(sealed(self.description), encoding="utf-8")
 
     def _check_finite(self, block: int) -> None:
         """Check the probabilities of a file, in one pass; the training then finds them in memory.
@@ -158,7 +161,9 @@ class TeacherCache:
 
     def _check(self, file: Path) -> None:
         try:
-            description = json.loads(file.read_text(encoding="utf-8"))
+            description = unsealed(file.read_text(encoding="utf-8"))
+            if odd := description.keys() - self.description.keys():
+                raise ValueError(f"it has the key {min(odd)!r}")
             version, fingerprint = description["format"], description["fingerprint"]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file} is damaged ({error}); delete {self.directory}") from error
@@ -176,8 +181,11 @@ class TeacherCache:
                 "the training set); set distillation.cache to another directory, or leave it out"
             )
 
-    def missing(self) -> list[int]:
+    def missing(self, *, whole: bool = False) -> list[int]:
         """Return the indices of the files that do not exist yet.
+
+        Args:
+            whole: read the files and check all their bytes.
 
         Raises:
             ValueError: if a file is damaged; names the file.
@@ -189,15 +197,35 @@ class TeacherCache:
                 missing.append(block)
                 continue
             tokens = self._end(block) - self._start(block)
-            with _open_tensors(file) as tensors:
-                shape = tensors.get_slice("ids").get_shape()
-                fingerprint = (tensors.metadata() or {}).get("fingerprint")
+            shape, seal = _read_header(file)
+            fingerprint = seal.partition(" ")[0]
+            if whole:
+                self._check_seal(file, seal, block)
             if shape != [tokens, self.k] or fingerprint != self.fingerprint:
                 raise ValueError(
                     f"{file} holds ids of shape {shape} for {fingerprint}, not {[tokens, self.k]} "
                     f"for {self.fingerprint}; delete it, and the next run makes it again"
                 )
         return missing
+
+    def _seal(self, block: int) -> str:
+        """Return what is written into a file: whose it is, which one, and room for its checksum."""
+        return f"{self.fingerprint} file {block} crc32 {NO_CHECKSUM}"
+
+    def _check_seal(self, file: Path, seal: str, block: int) -> None:
+        """Check that a file is the one of its name; one of an older version has no checksum.
+
+        Raises:
+            ValueError: if not; names the file.
+        """
+        if seal == self.fingerprint:
+            return
+        mine = self._seal(block).removesuffix(NO_CHECKSUM)
+        told, checksum = seal[: len(mine)], seal[len(mine) :]
+        if told != mine and told.partition(" ")[0] == self.fingerprint:
+            raise _damaged(file, "it is another file of this cache")
+        if told == mine and checksum_without(file.read_bytes(), seal, checksum) != checksum:
+            raise _damaged(file, "its bytes are not those that were written")
 
     @torch.no_grad()
     def write(self, teacher: Any, blocks: Sequence[int], *, progress: bool) -> None:
@@ -225,8 +253,7 @@ class TeacherCache:
                 )
                 tensors = {"ids": ids.to(self._ids_dtype), "log_probabilities": log_probabilities}
                 with atomic_replacement(self._file(block)) as temporary:
-                    # One entry of metadata: safetensors writes several in no fixed order.
-                    save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint})
+                    temporary.write_bytes(sealed_tensors(tensors, self._seal(block)))
 
     def _micro_batches(self, block: int) -> Iterator[range]:
         first, last = block * BLOCK, min((block + 1) * BLOCK, len(self.lengths))
@@ -314,6 +341,43 @@ def _open_tensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error}); delete it, and the next run makes it again"
-        ) from error
+        raise _damaged(file, str(error)) from error
+
+
+def _read_header(file: Path) -> tuple[list[int], str]:
+    """Return the shape of the ids in a file, and its metadata.
+
+    Raises:
+        ValueError: if the file is damaged; names the file.
+    """
+    with _open_tensors(file) as tensors:
+        try:
+            shape = tensors.get_slice("ids").get_shape()
+        except SafetensorError as error:
+            raise _damaged(file, str(error)) from error
+        return shape, (tensors.metadata() or {}).get("fingerprint", "")
+
+
+def _damaged(file: Path, reason: str) -> ValueError:
+    return ValueError(f"{file} is damaged ({reason}); delete it, and the next run makes it again")
+
+
+def sealed_tensors(tensors: dict[str, Tensor], seal: str) -> bytes:
+    """Return a safetensors file whose metadata hold the checksum of all its other bytes.
+
+    Args:
+        tensors: of the file.
+        seal: the metadata, which end with `NO_CHECKSUM`.
+    """
+    # One entry of metadata: safetensors writes several in no fixed order.
+    data = save(tensors, metadata={"fingerprint": seal})
+    checksum = f"{zlib.crc32(data):08x}"
+    return data.replace(
+        seal.encode(), seal.removesuffix(NO_CHECKSUM).encode() + checksum.encode(), 1
+    )
+
+
+def checksum_without(data: bytes, seal: str, checksum: str) -> str:
+    """Return the checksum of a file as it was before its checksum was written into the seal."""
+    blank = seal.removesuffix(checksum) + NO_CHECKSUM
+    return f"{zlib.crc32(data.replace(seal.encode(), blank.encode(), 1)):08x}"

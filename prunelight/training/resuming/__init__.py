@@ -1,0 +1,1 @@
+"""What makes a run that was stopped go on as the same run."""
