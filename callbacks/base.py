@@ -27,6 +27,7 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.run.start import start
 from prunelight.run.strategies import Place
+from prunelight.training.exact_resume import use_safe_files
 from prunelight.training.own_module import prune_after_setup
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.trainer import pruning_methods
@@ -114,6 +115,7 @@ class PruningCallback(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prune at the start of a fit; Lightning calls it."""
+        use_safe_files(trainer)
         methods = pruning_methods(trainer)
         if stage != "fit" or self is not methods[0]:
             return

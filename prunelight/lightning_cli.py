@@ -7,7 +7,8 @@ in one line; set PRUNELIGHT_TRACEBACK=1 to see where it came from.
 
 `prunelight.cli` is the door: it answers help and version without the imports of this file.
 Private names of argparse stand in `Parser.format_help` and `show_usual_options` alone:
-`_action_groups` and `_group_actions`, tested with Python 3.11.
+`_action_groups` and `_group_actions`, tested with Python 3.11. `CLI._parse_ckpt_path` takes the
+place of a private method of Lightning, tested with 2.6.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from prunelight.evaluation.report.report import summary_table
 from prunelight.quiet_libraries import quiet_libraries
 from prunelight.run.preflight import FinishedRunError
 from prunelight.run.strategies import check_strategy
-from prunelight.runtime.atomic_files import check_writable
+from prunelight.runtime.atomic_files import check_writable, newest_checkpoint
+from prunelight.runtime.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
 from prunelight.runtime.progress import BesideBars
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
@@ -167,15 +169,47 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse a strategy, a directory or a checkpoint before any process is started."""
         self._start_clock()
+        self._check_checkpoint()
         settings = self.model.run.settings
         check_strategy(self.trainer, settings.quantization, settings.recovery)
         check_writable(Path(self.trainer.default_root_dir))
-        path = self._get(self.config_init, "ckpt_path")
-        if path and path not in ("best", "last", "hpc", "registry") and not Path(path).exists():
-            raise FileNotFoundError(
-                f"ckpt_path={str(path)!r} does not exist; give a checkpoint of an earlier run "
-                "(they are in checkpoints/ of its directory)"
+
+    def before_validate(self) -> None:
+        """Refuse a checkpoint before any process is started."""
+        self._check_checkpoint()
+
+    before_test = before_validate
+
+    def _check_checkpoint(self) -> None:
+        """Check `ckpt_path`.
+
+        Raises:
+            ValueError: if it is a word that stands for nothing here, or no checkpoint file.
+            FileNotFoundError: if it is a file that does not exist.
+        """
+        path, verb = self._get(self.config_init, "ckpt_path"), str(self.subcommand)
+        if not path or (path == "last" and verb == "fit"):  # fit starts anew where there is none
+            return
+        callbacks = self.trainer.checkpoint_callbacks
+        places = [Path(self.trainer.default_root_dir) / "checkpoints"]
+        places += [Path(place) for c in callbacks if (place := getattr(c, "dirpath", None))]
+        newest = newest_checkpoint(*places)
+        if path == "last" and newest is not None:
+            log.info("ckpt_path=last is %s", newest)
+            self.config_init[verb].ckpt_path = path = str(newest)
+        if str(path).partition(":")[0] in CHECKPOINT_WORDS:
+            example = f", such as {newest}" if newest else ""
+            raise ValueError(
+                f"ckpt_path={path} stands for no file that {verb} knows; give the file of a "
+                f"checkpoint{example}"
             )
+        check_checkpoint_path(path)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take no arguments of the model from a checkpoint, as LightningCLI would.
+
+        They could name classes, and switch on trust_remote_code.
+        """
 
     def _start_clock(self) -> None:
         """Let the cost table begin where Python began."""
@@ -244,7 +278,7 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
         sys.stderr.write("prunelight: stopped; the same command starts again\n")
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        ours = our_error(error) or disk_error(error)
+        ours = our_error(error) or disk_error(error) or missing_package(error)
         if isinstance(ours, FinishedRunError):
             sys.stderr.write(f"prunelight: {ours}\n")
             sys.exit(0)  # a loop that starts a killed run again ends here
@@ -343,6 +377,25 @@ def our_error(error: BaseException | None) -> BaseException | None:
         folders = Path(frames[-1].filename).resolve().parents if frames else ()
         if isinstance(error, expected) and any(package in folders for package in PACKAGES):
             return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def missing_package(error: BaseException | None) -> ImportError | None:
+    """Return an error for a package that another library misses, such as a logger's, if it is that.
+
+    What prunelight itself needs is told where it is needed, in `our_error`.
+    """
+    while error is not None:
+        text = " ".join(str(error).split())
+        needed = re.search(r"No module named '(\w+)|Try running `pip install -U '?([\w.-]+)", text)
+        needed = needed or re.search(r"`?pip install (?:-U )?['\"]?([\w.-]+)()", text)
+        if needed and (isinstance(error, ImportError) or "ModuleNotFoundError" in text):
+            package = (needed[1] or needed[2]).replace("tensorboardX", "tensorboard")
+            return ImportError(
+                f"a class or option of this run needs the package {package}, which is not "
+                f"installed; install it with: pip install {package}"
+            )
         error = error.__cause__ or error.__context__
     return None
 

@@ -58,11 +58,15 @@ def calibration_windows_of(data: Any) -> Windows:
         ValueError: if there is no batch, or one without token ids.
     """
     if hasattr(data, "calibration_windows"):
-        windows: Windows = data.calibration_windows()
-        return windows
+        return checked_windows(data.calibration_windows(), "calibration_windows")
     num_rows = getattr(data, "num_calibration", NUM_CALIBRATION)
+    if type(num_rows) is not int or num_rows < 1:
+        raise ValueError(
+            f"num_calibration={num_rows!r} of {type(data).__name__} must be a whole number of at "
+            "least 1: the rows that are taken of its train_dataloader()"
+        )
     with _fixed_seed():
-        batches = _batches_of(data.train_dataloader())
+        batches = _batches_of(_loaders_of(data, "train_dataloader"))
         windows = _windows_of(batches, "train_dataloader", num_rows)
     if isinstance(windows, dict):  # scores count all tokens, with a label or without
         del windows["labels"]
@@ -81,16 +85,17 @@ def validation_windows_of(data: Any, limit: int | float = 1.0) -> Windows:
         ValueError: if there is no batch, or one without token ids.
     """
     if hasattr(data, "validation_windows"):
-        windows: Windows = data.validation_windows()
-        return windows
+        return checked_windows(data.validation_windows(), "validation_windows")
     with _fixed_seed():
-        return _windows_of(_batches_of(data.val_dataloader(), limit), "val_dataloader", None)
+        return _windows_of(
+            _batches_of(_loaders_of(data, "val_dataloader"), limit), "val_dataloader", None
+        )
 
 
 def has_validation_batches(data: Any, limit: int | float) -> bool:
     """Return whether `val_dataloader()` of a data module gives a batch within the limit."""
     with _fixed_seed():
-        return next(_batches_of(data.val_dataloader(), limit), None) is not None
+        return next(_batches_of(_loaders_of(data, "val_dataloader"), limit), None) is not None
 
 
 def _batches_of(loaders: Any, limit: int | float = 1.0) -> Iterator[Any]:
@@ -122,19 +127,121 @@ def _fixed_seed() -> Iterator[None]:
         yield
 
 
+def check_training_batch(data: Any) -> None:
+    """Check the first training batch of a data module that is no TextDataModule.
+
+    Raises:
+        ValueError: if there is none, or it lacks something that a RecoveryModule trains on.
+    """
+    with _fixed_seed():
+        batch = next(_batches_of(_loaders_of(data, "train_dataloader")), None)
+    if batch is None:
+        raise ValueError("train_dataloader() gives no batch; at least one is needed")
+    check_batch(batch)
+
+
+def check_batch(batch: Any, number: int = 0) -> None:
+    """Check that a RecoveryModule can train on a batch.
+
+    Raises:
+        ValueError: if it is no mapping of input_ids and labels, LongTensors (B, T).
+    """
+    if _fields_of(batch, number, "train_dataloader")[2] is None:
+        raise ValueError(
+            f"train_dataloader() gives batches of {sorted(batch)}, without the labels that are "
+            "learned; add labels (B, T): the input_ids, with -100 where a token does not count"
+        )
+
+
+def _fields_of(batch: Any, number: int, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return input_ids, attention_mask and labels of a batch, each (B, T)."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        keys = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"{name}() gives batches of {keys}; prunelight reads mappings with input_ids "
+            "(B, T), as transformers' collators give"
+        )
+    place = f"batch {number} of {name}()"
+    ids = _token_tensor(batch["input_ids"], "input_ids", place)
+    mask, labels = (
+        None if batch.get(key) is None else _token_tensor(batch[key], key, place, ids.shape)
+        for key in ("attention_mask", "labels")
+    )
+    return ids, mask, labels
+
+
+def _loaders_of(data: Any, name: str) -> Any:
+    """Return what a dataloader hook gives, to be read more than once.
+
+    Raises:
+        ValueError: if it is an iterator that is used up by reading it.
+    """
+    hook = getattr(data, name)
+    loaders = hook()
+    if isinstance(loaders, Iterator) and hook() is loaders:
+        raise ValueError(
+            f"{name} is a {type(loaders).__name__}, which can be read only once, and pruning reads "
+            "batches before the training does; give a DataLoader, or a method that makes a new one"
+        )
+    return loaders
+
+
+def checked_windows(windows: Any, name: str) -> Windows:
+    """Return the windows that a method of a data module gave.
+
+    Raises:
+        ValueError: if they are neither token ids (N, T) nor a mapping that holds them.
+    """
+    if isinstance(windows, Tensor):
+        return _token_tensor(_as_long(windows), "the tensor", f"{name}()")
+    if not isinstance(windows, Mapping) or "input_ids" not in windows:
+        raise ValueError(
+            f"{name}() gives {type(windows).__name__}; it must give token ids, a LongTensor (N, T),"
+            " or a mapping with input_ids and attention_mask, as TextDataModule does"
+        )
+    ids = _token_tensor(_as_long(windows["input_ids"]), "input_ids", f"{name}()")
+    others = {key: windows.get(key) for key in ("attention_mask", "labels")}
+    checked = {
+        key: _token_tensor(value, key, f"{name}()", ids.shape)
+        for key, value in others.items()
+        if value is not None
+    }
+    return {**windows, "input_ids": ids, **checked}
+
+
+def _as_long(values: Any) -> Any:
+    """Return whole numbers of fewer bits as 64-bit ones, and anything else as it is."""
+    is_whole = isinstance(values, Tensor) and not values.is_floating_point()
+    return values.long() if is_whole and values.dtype != torch.bool else values
+
+
+def _token_tensor(values: Any, key: str, place: str, shape: torch.Size | None = None) -> Tensor:
+    """Return a field of a batch on the CPU, LongTensor (B, T).
+
+    Raises:
+        ValueError: if it is no tensor of whole numbers of that shape.
+    """
+    if not isinstance(values, Tensor):
+        kind = type(values).__name__
+    elif values.dtype != torch.long and key != "attention_mask":
+        kind = f"of type {values.dtype}"
+    elif values.ndim != 2 or (shape is not None and values.shape != shape):
+        kind = f"of shape {tuple(values.shape)}"
+    elif values.is_meta:
+        kind = "on the meta device"
+    else:
+        return values.long().cpu()
+    wanted = "(B, T)" if shape is None else f"{tuple(shape)}, as input_ids is"
+    raise ValueError(f"{place}: {key} is {kind}; it must be a LongTensor {wanted}")
+
+
 def _windows_of(loader: Iterable[Any], name: str, num_rows: int | None) -> Windows:
     """Return the first rows of a dataloader, or all, as windows padded on the right."""
     rows: dict[str, list[Tensor]] = {key: [] for key in _FILL}
-    for batch in loader:
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            keys = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(
-                f"{name}() gives batches of {keys}; prunelight reads mappings with input_ids "
-                "(B, T), as transformers' collators give"
-            )
-        ids = batch["input_ids"]
-        mask = batch.get("attention_mask", torch.ones_like(ids))
-        labels = batch.get("labels", ids.masked_fill(mask == 0, IGNORED_LABEL))
+    for number, batch in enumerate(loader):
+        ids, mask, labels = _fields_of(batch, number, name)
+        mask = torch.ones_like(ids) if mask is None else mask
+        labels = ids.masked_fill(mask == 0, IGNORED_LABEL) if labels is None else labels
         for key, values in (("input_ids", ids), ("attention_mask", mask), ("labels", labels)):
             rows[key].extend(values)
         if num_rows is not None and len(rows["input_ids"]) >= num_rows:

@@ -47,7 +47,8 @@ def check_windows(model: PreTrainedModel, windows: Windows) -> None:
     """Check that the model can read the windows.
 
     Raises:
-        ValueError: if windows are longer than the model allows, or a token id has no embedding.
+        ValueError: if windows are longer than the model allows, or a token id or label is none of
+            the model's.
     """
     check_length(model, split_windows(windows)[0].shape[1])
     _check_ids(model, windows)
@@ -59,7 +60,8 @@ def check_readable(model: PreTrainedModel, windows: Windows) -> None:
     Models with rotary positions read windows longer than they allow, and lose quality by it.
 
     Raises:
-        ValueError: if windows are longer than learned positions, or a token id has no embedding.
+        ValueError: if windows are longer than learned positions, or a token id or label is none
+            of the model's.
     """
     if getattr(model.config, "rope_parameters", None) is None:
         check_length(model, split_windows(windows)[0].shape[1])
@@ -74,6 +76,16 @@ def _check_ids(model: PreTrainedModel, windows: Windows) -> None:
         raise ValueError(
             f"token id {worst} must lie in [0, {size - 1}], the model's vocabulary; use the "
             "model's own tokenizer"
+        )
+    labels = windows.get("labels") if isinstance(windows, Mapping) else None
+    if labels is None:
+        return
+    counted = labels[labels != IGNORED_LABEL]
+    outside = counted[(counted < 0) | (counted >= size)]
+    if len(outside):
+        raise ValueError(
+            f"label {int(outside[0])} must lie in [0, {size - 1}], the model's vocabulary, or be "
+            f"{IGNORED_LABEL} where no token is predicted"
         )
 
 

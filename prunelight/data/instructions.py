@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from prunelight.data.rows import as_text, describe
 from prunelight.data.token_windows import Bos, bos_token_id, tokenize
 from prunelight.losses import IGNORED_LABEL
 
@@ -33,6 +34,15 @@ def is_instruction_row(row: Mapping[str, Any]) -> bool:
     `INSTRUCTION_FIELDS` lists the fields.
     """
     return any(all(field in row for field in fields) for fields in INSTRUCTION_FIELDS)
+
+
+def check_instruction(row: Mapping[str, Any]) -> None:
+    """Check that the fields of an instruction row can be read.
+
+    Raises:
+        ValueError: naming the field, and what it is instead of text or messages.
+    """
+    _conversation(row)
 
 
 def instruction_example(
@@ -78,21 +88,43 @@ def instruction_example(
 def _conversation(row: Mapping[str, Any]) -> tuple[Messages, str]:
     """Return the messages of a row, and its prompt for tokenizers without a chat template."""
     if "messages" in row:
-        messages = row["messages"] or []
-        for message in messages:
-            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-                raise ValueError(f"message {message!r} must have strings as role and content")
+        messages = _messages(row["messages"])
         return messages, "".join(f"{message['content']}\n\n" for message in messages[:-1])
-    if "prompt" in row and "response" in row:
-        user, reply = row["prompt"], row["response"]
-        prompt = user
-    else:
-        user, reply, extra = row["instruction"], row["output"], row.get("input")
+    fields = ("prompt", "response") if "prompt" in row and "response" in row else None
+    asked, answered = fields or ("instruction", "output")
+    user = as_text(row[asked], asked)
+    reply = "" if row[answered] is None else as_text(row[answered], answered)
+    prompt = user
+    if fields is None:
+        given = row.get("input")
+        extra = "" if given is None else as_text(given, "input")
         context, section = (ALPACA_CONTEXT, f"### Input:\n{extra}\n\n") if extra else ("", "")
         prompt = ALPACA_TEMPLATE.format(context=context, instruction=user, input=section)
         user = f"{user}\n\n{extra}" if extra else user
-    turns = (("user", user), ("assistant", reply or ""))
+    turns = (("user", user), ("assistant", reply))
     return [{"role": role, "content": content} for role, content in turns], prompt
+
+
+def _messages(given: Any) -> Messages:
+    """Return the messages of a row; the texts of a content that is a list of parts are joined."""
+    if given is None:
+        return []
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"field 'messages' is {describe(given)}, and no list of messages")
+    messages = []
+    for message in given:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"message {message!r:.60} must have strings as role and content")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [content]
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+        strings = [text for text in texts if isinstance(text, str)]
+        if not texts or len(strings) < len(texts):
+            raise ValueError(f"message {message!r:.60} must have strings as role and content")
+        # Other fields of a message, such as a name, are its template's business.
+        whole = as_text("".join(strings), "content")
+        messages.append({**message, "role": as_text(message["role"], "role"), "content": whole})
+    return messages
 
 
 def _render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, str]:

@@ -23,9 +23,8 @@ from prunelight.evaluation.speed import (
 )
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count, zero_share
-from prunelight.planning.fingerprints import library_versions
+from prunelight.planning.fingerprints import library_versions, without_folders
 from prunelight.runtime.devices import device_name
-from prunelight.runtime.local_paths import without_folders
 
 # Fields of a Stage that say how fast it is.
 SPEEDS = (

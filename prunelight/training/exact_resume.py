@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from prunelight.models.saving import MARKER
 from prunelight.planning.fingerprints import fingerprint_of
@@ -40,12 +41,12 @@ from prunelight.run.preflight import refuse_finished
 from prunelight.run.run_state import Run
 from prunelight.runtime.atomic_files import (
     atomic_replacement,
-    explaining_read_errors,
     explaining_write_errors,
     newest_checkpoint,
     remove_temporaries,
 )
-from prunelight.runtime.checksums import ChecksumWriter, check_checkpoint_file
+from prunelight.runtime.checkpoint_files import read_checkpoint
+from prunelight.runtime.checksums import ChecksumWriter
 from prunelight.runtime.measuring import Measurement, Phases
 from prunelight.training.kept_checkpoints import (
     DelayedRemovals,
@@ -116,15 +117,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read tensors and plain data.
-
-        Raises:
-            ValueError: if the file is damaged or holds other objects.
-        """
-        with self.phases.phase("read a checkpoint"), explaining_read_errors(path):
-            if Path(path).is_file():  # of this machine
-                check_checkpoint_file(Path(path))
-            return super().load_checkpoint(path, map_location, weights_only=True)
+        """Read tensors and plain data, whatever `weights_only` is; see `read_checkpoint`."""
+        with self.phases.phase("read a checkpoint"):
+            return read_checkpoint(path, map_location)
 
 
 class ExactResume(Callback):
@@ -149,7 +144,11 @@ class ExactResume(Callback):
         self._finished = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let checkpoints be written whole or not at all, in directories that stay."""
+        """Let checkpoints be written whole or not at all, in directories that stay.
+
+        No verb runs code that a checkpoint holds.
+        """
+        use_safe_files(trainer)
         if stage == "fit":
             self._settings, self._finished = None, False
             settle(trainer)
@@ -260,6 +259,20 @@ class ExactResume(Callback):
                 trainer.ckpt_path,
             )
 
+    def check_resumable(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+        """Check that a fit can go on from a checkpoint; after its end one only gives best weights.
+
+        Raises:
+            ValueError: if it holds weights alone.
+        """
+        resumes = trainer.state.fn == "fit" and not self._finished
+        if resumes and "optimizer_states" not in checkpoint:
+            raise ValueError(
+                f"{trainer.ckpt_path} holds weights without the optimizer's state,"
+                " so that no training can go on from it; give another checkpoint, or "
+                "ckpt_path=null to start anew"
+            )
+
     def identity(self, trainer: Trainer) -> str:
         """Return what two runs have in common whose checkpoints of a step are the same."""
         assert self.run.prepared is not None
@@ -319,15 +332,29 @@ def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def use_safe_files(trainer: Trainer) -> None:
+    """Let a trainer write checkpoints whole or not at all, and read them without running code.
+
+    A trainer that was given its own way of writing keeps it; Lightning's asynchronous one then
+    writes and reads by ours.
+    """
+    strategy = trainer.strategy
+    files = strategy.checkpoint_io
+    if type(files) is TorchCheckpointIO:
+        strategy.checkpoint_io = AtomicCheckpointIO()
+    elif type(files) is AsyncCheckpointIO and type(files.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = AsyncCheckpointIO(AtomicCheckpointIO())
+
+
 def write_atomically(trainer: Trainer, phases: Phases) -> None:
     """Let a trainer write checkpoints whole or not at all, unless it was given its own way.
 
     Also removes what a killed process left half-written.
     """
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO(phases)
+    use_safe_files(trainer)
     files = trainer.strategy.checkpoint_io
     if isinstance(files, AtomicCheckpointIO):
+        files.phases = phases
         files.removals = DelayedRemovals() if find_resume_point(trainer) else None
     if trainer.is_global_zero:
         root = Path(trainer.default_root_dir)

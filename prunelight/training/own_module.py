@@ -9,12 +9,14 @@ Not done for such modules: gradual schedules, 4 bits, FSDP2 and bit-exact resume
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
-from transformers import PreTrainedModel
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.recovery.lora import merge_lora
 from prunelight.recovery.prepared_model import RecoverySettings
@@ -87,7 +89,13 @@ def run_of(module: LightningModule, trainer: Trainer) -> Run:
             settings=RecoverySettings(recovery="own"),
         )
         setattr(module, RUN, run)
+    if run.tokenizer is None:
         run.tokenizer = getattr(module, "tokenizer", None) or getattr(place.data, "tokenizer", None)
+    if run.tokenizer is not None and not isinstance(run.tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"the tokenizer of {name} or its data is {type(run.tokenizer).__name__}; it must be a "
+            "tokenizer of transformers (AutoTokenizer.from_pretrained)"
+        )
     if run.tokenizer is None:
         raise ValueError(
             f"neither {name} nor its data has a `tokenizer`, which is saved beside the pruned "
@@ -112,6 +120,11 @@ def _checked_model(module: LightningModule) -> PreTrainedModel:
             f"{name}.model is {kind}; a module that is pruned must have a transformers "
             "PreTrainedModel as `model` after setup (or be a prunelight RecoveryModule)"
         )
+    if model.get_output_embeddings() is None or model.config.is_encoder_decoder:
+        raise TypeError(
+            f"{name}.model is {type(model).__name__}, which predicts no next tokens; load it by "
+            "AutoModelForCausalLM"
+        )
     if frozen := sum(not parameter.requires_grad for parameter in model.parameters()):
         log.warning(
             "%s.model has %d frozen parameters, which the pruned model has not: freeze them in "
@@ -120,6 +133,31 @@ def _checked_model(module: LightningModule) -> PreTrainedModel:
             frozen,
         )
     return model
+
+
+def _check_trains_pruned(
+    module: LightningModule, pruned: PreTrainedModel, optimizers: Sequence[Optimizer]
+) -> None:
+    """Check that a module of the user's own trains the pruned model, not the one before it.
+
+    Raises:
+        ValueError: if `model` is another one, or the optimizers hold none of its parameters.
+    """
+    model: Any = module.model
+    name = type(module).__name__
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if inner is not pruned:
+        raise ValueError(
+            f"{name}.model is no longer the pruned model: a hook after setup, such as "
+            "configure_model, put another one there; make the model in setup or __init__"
+        )
+    held = {id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
+    if held and not any(id(parameter) in held for parameter in model.parameters()):
+        raise ValueError(
+            f"the optimizers of {name} hold no parameter of the pruned model; take the parameters "
+            "from self.parameters() in configure_optimizers, which Lightning calls after the "
+            "pruning"
+        )
 
 
 class OwnModuleRecovery(Callback):
@@ -131,11 +169,17 @@ class OwnModuleRecovery(Callback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._zeros = PlannedZeros.find(run.load_model(), run.plans())
+        self._pruned = run.load_model()
+        self._zeros = PlannedZeros.find(self._pruned, run.plans())
         self._phase: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the zeros that plans put into the model; warn of lost precision."""
+        """Keep the zeros that plans put into the model; warn of lost precision.
+
+        Raises:
+            ValueError: if the module trains another model than the pruned one.
+        """
+        _check_trains_pruned(pl_module, self._pruned, trainer.optimizers)
         for loss in self.run.precision_losses:
             self.run.warn(loss)
         model = self.run.model

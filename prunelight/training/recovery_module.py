@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, Self
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunelight.calibration.data_windows import check_batch
 from prunelight.calibration.windows import check_readable
 from prunelight.evaluation.metrics import TokenAccuracy, TokenPerplexity
 from prunelight.evaluation.report.record import RunRecord
@@ -43,7 +44,7 @@ from prunelight.recovery.lora import LoRA
 from prunelight.recovery.packed_rows import model_inputs
 from prunelight.recovery.precision import sharded_policy, weights_type
 from prunelight.recovery.prepared_model import RecoverySettings
-from prunelight.recovery.quantization import BitsAndBytes, check_kind
+from prunelight.recovery.quantization import BitsAndBytes, check_installed, check_kind
 from prunelight.recovery.schedules import check_settings, make_schedule
 from prunelight.recovery.sharded_weights import shard, trained_parameters
 from prunelight.recovery.zeros.weight_masks import WeightMasks
@@ -61,6 +62,7 @@ from prunelight.run.preflight import DATA, preflight
 from prunelight.run.run_state import MEASURED, Run
 from prunelight.run.start import prepare, start_recovery, tell_slow_precision
 from prunelight.run.strategies import ChangedSettings, Place, loss_weight
+from prunelight.runtime.checkpoint_files import read_checkpoint
 from prunelight.training.exact_resume import ExactResume
 from prunelight.training.finite_training import check_loaded, check_saved
 from prunelight.training.recovery_watch import WatchedModule
@@ -143,6 +145,8 @@ class RecoveryModule(WatchedModule):
             lr_scheduler_kwargs=lr_scheduler_kwargs,
         )
         check_kind(quantization, bitsandbytes, recovery)
+        if loss != "lm" and distillation.teacher != "memory":
+            check_installed(f"distillation.teacher={distillation.teacher!r}")
         resolve_dtype(dtype)
         check_backend(compile_backend, watched=distillation.hidden_weight > 0)
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
@@ -385,6 +389,8 @@ class RecoveryModule(WatchedModule):
         Raises:
             ValueError: if it is longer than learned positions, or a token id has no embedding.
         """
+        if self.trainer.training:
+            check_batch(batch)  # the first one was checked before, others may be of another kind
         if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
             model: Any = self.model  # peft's wrapper has the config and the embeddings too
             check_readable(model, batch)
@@ -405,6 +411,32 @@ class RecoveryModule(WatchedModule):
         self.objective.finish()
 
     # --- checkpoints -------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's own unpickles a URL
+        cls, checkpoint_path: str | Path | IO[bytes], map_location: Any = "cpu", **arguments: Any
+    ) -> Self:
+        """Return a module in the state of a checkpoint, which is read without running code.
+
+        Args:
+            checkpoint_path: file on this machine, URL, or an open file.
+            map_location: see torch.load.
+            arguments: of the module, those of the run that wrote the checkpoint. What a class of
+                your own saved by `save_hyperparameters` need not be given, but for
+                `trust_remote_code`: no file may switch that on.
+
+        Raises:
+            ValueError: if the checkpoint is damaged, holds other objects than tensors and plain
+                data, or was trained on another base or in another way.
+        """
+        arguments.pop("weights_only", None)  # it is always True
+        checkpoint = read_checkpoint(checkpoint_path, map_location)
+        names = set(inspect.signature(cls.__init__).parameters) - {"self", "trust_remote_code"}
+        saved = checkpoint.get("hyper_parameters") or {}
+        module = cls(**{name: saved[name] for name in saved if name in names} | arguments)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=False)
+        return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained, and say on which base.
@@ -433,9 +465,12 @@ class RecoveryModule(WatchedModule):
         """Check that the checkpoint fits the model; load its base first where there is none.
 
         Raises:
-            ValueError: if it was trained on another base or in another way; names both.
+            ValueError: if it was trained on another base or in another way; names both. Or if a
+                fit cannot go on from it.
         """
         saved = read_metadata(checkpoint)
+        if self._trainer is not None:
+            self.resuming.check_resumable(self.trainer, checkpoint)
         if not self.run.in_training:
             self._rebuild(saved)
         if "state_dict" in checkpoint:  # else the strategy has loaded it, after it was checked

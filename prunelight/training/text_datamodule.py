@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from prunelight.calibration.windows import Windows
 from prunelight.data.document_rows import PACKINGS, cut_document, pack_documents
 from prunelight.data.instructions import instruction_example, is_instruction_row
+from prunelight.data.rows import Row
 from prunelight.data.sources import read_documents
 from prunelight.data.token_windows import (
     Bos,
@@ -232,7 +233,7 @@ class TextDataModule(LightningDataModule):
     def _build(self, role: str) -> list[Example]:
         sources = self.sources[role]
         split = "validation" if role == "validation" else "train"
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         for source in [sources] if isinstance(sources, str) else sources:
             rows += read_documents(source, split=split, text_field=self.text_field)
         texts = [row[self.text_field] for row in rows if not is_instruction_row(row)]
@@ -271,13 +272,18 @@ class TextDataModule(LightningDataModule):
         log_once(f"train: {len(documents)} documents -> {len(rows)} rows, {filled:.1%} filled")
         return [*rows]
 
-    def _instruction_examples(self, role: str, rows: Iterable[dict[str, Any]]) -> list[Example]:
-        build = partial(instruction_example, seq_len=self.seq_len, bos=self.bos)
-        pairs = [build(row, self.tokenizer) for row in rows]
+    def _instruction_examples(self, role: str, rows: Iterable[Row]) -> list[Example]:
+        pairs = [self._instruction_example(row) for row in rows]
         kept = [(torch.tensor(pair[0]), torch.tensor(pair[1])) for pair in pairs if pair]
         rule = f"the others have no response within {self.seq_len} tokens"
         log_once(f"{role}: {len(pairs)} instruction rows -> {len(kept)} examples, {rule}")
         return [*kept]
+
+    def _instruction_example(self, row: Row) -> tuple[list[int], list[int]] | None:
+        try:
+            return instruction_example(row, self.tokenizer, seq_len=self.seq_len, bos=self.bos)
+        except ValueError as error:
+            raise ValueError(f"{row.place}: {error}") from error
 
 
 def pad_examples(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Tensor]:

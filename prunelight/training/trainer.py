@@ -16,6 +16,7 @@ from prunelight.models.placement import to_device
 from prunelight.run.method import PruningMethod
 from prunelight.run.start import prune_only, tell_slow_precision
 from prunelight.run.strategies import Place
+from prunelight.runtime.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
 from prunelight.scoring.analysis import analyze
 from prunelight.training.kept_checkpoints import find_resume_point
 from prunelight.training.recovery_module import RecoveryModule
@@ -54,6 +55,8 @@ class Trainer(pl.Trainer):
         if ckpt_path == "last" and point is not None:
             ckpt_path = point.find(self)  # what other ModelCheckpoints saved last is less exact
         self.fit_ckpt_path = ckpt_path
+        if ckpt_path and str(ckpt_path).partition(":")[0] not in CHECKPOINT_WORDS:
+            check_checkpoint_path(ckpt_path)  # before minutes of pruning
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
     def prune(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> None:

@@ -104,7 +104,7 @@ def test_a_dataset_name_is_read_with_its_config_and_split(tmp_path, monkeypatch)
         ("a.csv", b"text\nhello\n", r"a\.csv' must be a file that ends in \.txt, \.jsonl"),
         ("a.jsonl", b"", r"a\.jsonl is empty"),
         ("a.jsonl", b"{oops\n", r"a\.jsonl is not \.jsonl data"),
-        ("a.jsonl", b'"text"\n', r"row 0 must be an object with fields: 'text'"),
+        ("a.jsonl", b"[1]\n", r"row 0 must be an object with fields, or a text: it is of type int"),
         ("a.json", b"[]", r"a\.json is empty"),
         ("a.parquet", b"PAR0", r"a\.parquet is not \.parquet data"),
         (
