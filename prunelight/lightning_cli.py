@@ -15,18 +15,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import lightning.pytorch as pl
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -37,7 +40,9 @@ import prunelight.callbacks
 from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.evaluation.report.report import summary_table
+from prunelight.parse_errors import parse_error
 from prunelight.run.strategies import check_strategy
+from prunelight.runtime.arguments import checked_value
 from prunelight.runtime.atomic_files import check_writable
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
@@ -120,9 +125,40 @@ class CLI(LightningCLI):
             kwargs["callbacks"] = [*given, RecoveryCheckpoint()]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:  # more devices than there are, ...
-            told = str(error).strip().splitlines()[0]
-            raise ValueError(f"no Trainer can be made of these settings: {told}") from error
+        except Exception as error:  # more devices than there are, ...
+            if our_error(error):
+                raise
+            told = " ".join(str(error).split())
+            given = ", ".join(
+                f"{name}={settings[name]}"
+                for name in settings
+                if name not in ("callbacks", "logger") and settings[name] is not None
+                if settings[name] != signature(pl.Trainer).parameters[name].default
+            )
+            raise ValueError(
+                f"no Trainer can be made of these settings ({given}): {told}"
+            ) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what jsonargparse passes: null anywhere, and plain values for a section.
+
+        Raises:
+            TypeError: naming the option.
+        """
+        trainer = self._get(self.config, "trainer")
+        for name, hint in get_type_hints(pl.Trainer.__init__).items():
+            if trainer.get(name, "") is None:
+                checked_value(f"trainer.{name}", None, hint)
+        model = self._get(self.config, "model")
+        for name, hint in get_type_hints(RecoveryModule.__init__).items():
+            settings = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+            value = model.get(name)
+            if settings and not (value is None or isinstance(value, Namespace | dict)):
+                names = ", ".join(field.name for field in fields(settings))
+                raise TypeError(
+                    f"model.{name}={value!r} must be a mapping with some of {names}; leave it out "
+                    "for the defaults"
+                )
 
     def before_fit(self) -> None:
         """Refuse a strategy, a directory or a checkpoint before any process is started."""
@@ -171,7 +207,7 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
     )
     try:
         sys.argv[1:] = find_configs(arguments)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.stderr.write(f"prunelight: error: {error}\n")
         sys.exit(2)
     try:
@@ -186,7 +222,7 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # not the 0 of a finished run
     except Exception as error:
-        ours = our_error(error) or disk_error(error)
+        ours = our_error(error) or disk_error(error) or settings_error(error)
         if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
             raise
         sys.exit(f"prunelight: error: {ours}")
@@ -230,16 +266,6 @@ def pruning_methods() -> list[str]:
     return sorted(name for name in methods if not name.endswith("Callback"))
 
 
-def parse_error(message: str) -> str:
-    """Return an error of jsonargparse in one line: of a class's arguments, what that class says."""
-    own = re.search(
-        r"class_path '[\w.]*?(\w+)':\n(.+?)(?=\n +- |\n +Given|\Z)", message, flags=re.DOTALL
-    )
-    told = f"{own[1]}: {own[2]}" if own else message
-    told = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(told.split()))
-    return f"{told.replace('a typing.Literal[', 'one of [')} (prunelight fit --help says more)"
-
-
 def find_configs(arguments: Sequence[str]) -> list[str]:
     """Replace each config name by the path of the installed config, unless a file here has it.
 
@@ -258,7 +284,10 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
 
 def _config_path(name: str) -> str:
     # "-" is the standard input; and a config may be given as text.
-    if name == "-" or Path(name).expanduser().exists() or set(name) & set(":{[\n"):
+    if name == "-" or (set(name) & set(":{[\n") and not Path(name).expanduser().is_file()):
+        return name
+    if Path(name).expanduser().exists():
+        _check_yaml(Path(name).expanduser())
         return name
     root = Path(str(files("prunelight.configs")))
     installed = {path.name: path for path in sorted(root.rglob("*.yaml"))}
@@ -269,6 +298,26 @@ def _config_path(name: str) -> str:
     raise FileNotFoundError(
         f"config {name!r} is neither a file here nor installed; installed are: {', '.join(near)}"
     )
+
+
+def _check_yaml(path: Path) -> None:
+    """Check that a config can be read.
+
+    Raises:
+        ValueError: if it is a directory, no text, or no YAML of options.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"config {str(path)!r} is no YAML file: {told}") from error
+    except RecursionError as error:
+        raise ValueError(f"config {str(path)!r} is nested too deeply") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"config {str(path)!r} must hold options, such as model.name; it holds a "
+            f"{type(config).__name__}"
+        )
 
 
 def our_error(error: BaseException | None) -> BaseException | None:
@@ -282,6 +331,16 @@ def our_error(error: BaseException | None) -> BaseException | None:
         folders = Path(frames[-1].filename).resolve().parents if frames else ()
         if isinstance(error, expected) and any(package in folders for package in PACKAGES):
             return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def settings_error(error: BaseException | None) -> BaseException | None:
+    """Return an error that Lightning raised for its own settings, if it is that."""
+    while error is not None:
+        if isinstance(error, MisconfigurationException):
+            told = " ".join(str(error).split())
+            return ValueError(f"the settings of the Trainer do not fit this run: {told}")
         error = error.__cause__ or error.__context__
     return None
 

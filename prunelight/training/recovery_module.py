@@ -58,6 +58,7 @@ from prunelight.run.preflight import preflight
 from prunelight.run.run_state import Run
 from prunelight.run.start import prepare, start_recovery
 from prunelight.run.strategies import Place, loss_weight
+from prunelight.runtime.arguments import NOT_EMPTY, above, at_least, checked
 from prunelight.training.exact_resume import ExactResume
 from prunelight.training.recovery_watch import WatchedModule
 
@@ -105,6 +106,12 @@ class RecoveryModule(WatchedModule):
         ValueError: if an argument is out of its range.
     """
 
+    @checked(
+        name=NOT_EMPTY,
+        learning_rate=above(0),
+        warmup_steps=at_least(0),
+        compile_backend=NOT_EMPTY,
+    )
     def __init__(
         self,
         name: str,
