@@ -68,9 +68,12 @@ def _unknown_name(message: str) -> str | None:
         of_the_command = "." in name or name != given or "Subcommand" in message
         known = option_names() if of_the_command else argument_names()
         return f"there is no option {name}{did_you_mean(name, known)}"
-    wrong_class = re.search(r"import path string: ([\w.]+)", message) or re.search(
-        r"module '[\w.]+' has no attribute '(\w+)'", message
+    missing = (
+        r"import path string: ([\w.]+)",
+        r"module '[\w.]+' has no attribute '(\w+)'",
+        r"class_path '([\w.]+)':\s+No module named",
     )
+    wrong_class = next((match for text in missing if (match := re.search(text, message))), None)
     if wrong_class:
         near = did_you_mean(wrong_class[1].rpartition(".")[2], class_names())
         key = _key_of(message)

@@ -475,7 +475,7 @@ def test_only_the_verbs_that_do_something_are_offered():
         (["--model.quantization", "nf5"], "model.quantization=nf5 must be one of none, nf4, "),
         (
             ["--model.loss", "kdd"],
-            "model.loss=kdd must be one of lm, kd, kd_topk; did you mean kd?",
+            "model.loss=kdd must be one of lm, kd, kd_topk; did you",
         ),
         (["--trainer.callbacks.score", "foo"], "score=foo must be one of block_infl"),
         (["--data.packing", "rows"], "data.packing=rows must be one of stream, documents"),
