@@ -34,6 +34,7 @@ from prunelight.pruning.slicing.targets import (
 )
 from prunelight.pruning.slicing.trial import sliced_perplexity
 from prunelight.runtime.arguments import SEED, at_least, checked, within
+from prunelight.runtime.finite import check_weights
 from prunelight.scoring.block_influence import block_influences
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class DynamicSlicing(SlicingCallback):
                 ratio that the parameters need, or states are NaN or Inf.
             TypeError: if the family cannot be sliced.
         """
+        check_weights(model)
         self.check(model)
         self.check_calibration(model, windows)
         influence = block_influences(model, windows).mean

@@ -23,6 +23,7 @@ from prunelight.planning.layer_choice import check_depth_target, layers_left, la
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
 from prunelight.runtime.arguments import at_least, checked, within
+from prunelight.runtime.finite import check_weights
 from prunelight.scoring.importance import magnitude_scores, taylor_scores
 from prunelight.scoring.model_variants import VariantReplay
 
@@ -80,6 +81,7 @@ class ShortenedLlama(PruningCallback):
             ValueError: if the arguments or the windows do not fit the model, or gradients are NaN
                 or Inf.
         """
+        check_weights(model)
         self.check(model)
         check_windows(model, windows)
         if self.score == "taylor":

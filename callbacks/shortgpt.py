@@ -32,6 +32,7 @@ from prunelight.planning.plan import Plan
 from prunelight.planning.steps import DropSublayers, RemoveLayers, Step
 from prunelight.pruning.drop_sublayers import check_droppable, fixed_sublayers
 from prunelight.runtime.arguments import at_least, checked, within
+from prunelight.runtime.finite import check_weights
 from prunelight.scoring.angular_distance import angular_distances
 from prunelight.scoring.block_influence import block_influences, sublayer_influences
 
@@ -131,6 +132,7 @@ class ShortGPT(PruningCallback):
             ValueError: if the arguments or the windows do not fit the model, or a hidden state is
                 NaN or Inf.
         """
+        check_weights(model)
         self.check(model)
         self.check_calibration(model, windows)
         ignored = self.ignore_first_tokens

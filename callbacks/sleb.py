@@ -26,6 +26,7 @@ from prunelight.planning.layer_choice import (
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
 from prunelight.runtime.arguments import at_least, checked, within
+from prunelight.runtime.finite import check_weights
 from prunelight.scoring.model_variants import VariantReplay
 
 
@@ -77,6 +78,7 @@ class SLEB(PruningCallback):
             ValueError: if the arguments or the windows do not fit the model.
             TypeError: if the model's layers cannot be run one by one.
         """
+        check_weights(model)
         self.check(model)
         check_windows(model, windows)
         total = len(decoder_layers(model))

@@ -34,6 +34,7 @@ from prunelight.recovery.zeros.planned_zeros import PlannedZeros
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run, plans_beside
 from prunelight.runtime.arguments import SEED, at_least, checked, within
+from prunelight.runtime.finite import check_weights
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +183,7 @@ class SliceGPT(SlicingCallback):
             ValueError: if the arguments or the windows do not fit the model.
             TypeError: if the family cannot be sliced.
         """
+        check_weights(model)
         self.check(model)
         self.check_calibration(model, windows)
         width = self._width(model)

@@ -40,6 +40,7 @@ from prunelight.planning.sliding_search import (
 from prunelight.planning.steps import MergeLayers
 from prunelight.pruning.merge_layers import check_mergeable, merged_layer
 from prunelight.runtime.arguments import at_least, checked, within
+from prunelight.runtime.finite import check_weights
 from prunelight.scoring.model_variants import MergedVariants, VariantReplay
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class SlidingLayerMerging(PruningCallback):
             ValueError: if the arguments or the windows do not fit the model.
             TypeError: if the model's layers cannot be merged, or run one by one.
         """
+        check_weights(model)
         self.check(model)
         self.check_calibration(model, windows)
         protected = self._protected(model)

@@ -36,6 +36,7 @@ from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.pruning.sparsity.sparsify import check_step
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.runtime.arguments import above, at_least, checked, within
+from prunelight.runtime.finite import check_weights
 from prunelight.scoring.weight_scores import WeightScore, weight_scores
 
 log = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ class WeightPruning(GradualZeros):
             ValueError: if arguments or windows do not fit the model, activations are NaN or Inf,
                 or a layer would be clipped and `strict` is set.
         """
+        check_weights(model)
         self.check(model)
         check_windows(model, windows)
         sizes = {name: matrix.parameter.numel() for name, matrix in matrices(model).items()}

@@ -31,6 +31,7 @@ from prunelight.pruning.prune_width import check_width
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.runtime.arguments import at_least, checked, within
+from prunelight.runtime.finite import check_weights
 from prunelight.scoring.width_scores import (
     Widths,
     allowed_groups,
@@ -173,6 +174,7 @@ class WidthPruning(PruningCallback):
                 gradients are NaN or Inf.
             TypeError: if the attention and MLP modules of the family are not known.
         """
+        check_weights(model)
         self.check(model)
         check_windows(model, windows)
         before = widths_of(model)

@@ -130,10 +130,10 @@ class CLI(LightningCLI):
                 raise
             told = " ".join(str(error).split())
             given = ", ".join(
-                f"{name}={settings[name]}"
-                for name in settings
-                if name not in ("callbacks", "logger") and settings[name] is not None
-                if settings[name] != signature(pl.Trainer).parameters[name].default
+                f"{name}={value}"
+                for name, value in vars(settings).items()
+                if name not in ("callbacks", "logger") and value is not None
+                if value != signature(pl.Trainer).parameters[name].default
             )
             raise ValueError(
                 f"no Trainer can be made of these settings ({given}): {told}"

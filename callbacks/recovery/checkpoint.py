@@ -3,27 +3,29 @@
 Lightning's ModelCheckpoint writes into a new directory at each start. After a resume it saves in
 the middle of accumulated gradients, and before a validation that the resumed run then skips.
 RecoveryCheckpoint writes `checkpoints/last.ckpt` in the run's directory, only after a complete
-optimizer step, and after the validation if one is due. Other checkpoint callbacks may stand beside
-it, for example to keep the best model.
+optimizer step, and after all other callbacks: after the validation if one is due, and after the
+end of the epoch if the batch was its last. Other checkpoint callbacks may stand beside it, for
+example to keep the best model. It saves whenever they replace a file that it names.
 
 Private names of Lightning used here: the Trainer's `_signal_connector`, ModelCheckpoint's methods
-and counters, and three of the fit loop. Tested with lightning 2.6.
+and counters, and four of the fit loop. Tested with lightning 2.6.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prunelight.run.strategies import group_of_run
 from prunelight.runtime.arguments import NOT_EMPTY, at_least, checked
+from prunelight.training.exact_resume import removals_of
+from prunelight.training.kept_checkpoints import ResumePoint, directory_of
 
 
-class RecoveryCheckpoint(ModelCheckpoint):
+class RecoveryCheckpoint(ResumePoint):
     """Write `last.ckpt` every few optimizer steps, at SIGTERM and at the end of training.
 
     `trainer.fit(..., ckpt_path="last")` finds it. The command line adds one by itself.
@@ -48,12 +50,17 @@ class RecoveryCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Set the directory, and take SIGTERM over for a fit; Lightning calls this hook.
+        """Set the directory, act last, and take SIGTERM over for a fit; Lightning calls this hook.
 
-        Lightning's own handler calls the other processes at any moment of their work, and ends a
-        validation before the step is saved.
+        What acts later would be missing in the checkpoint. Lightning's own SIGTERM handler calls
+        the other processes at any moment of their work, and ends a validation before the step is
+        saved.
         """
         self._set_directory(trainer)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        # A new list: Lightning goes through the old one at this moment.
+        others = [callback for callback in callbacks if callback is not self]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
         self._terminated = False
         self._launcher = trainer.strategy.launcher
         vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)  # of an earlier fit
@@ -71,44 +78,77 @@ class RecoveryCheckpoint(ModelCheckpoint):
         return super()._find_last_checkpoints(trainer)
 
     def _set_directory(self, trainer: Trainer) -> None:
-        if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir).resolve() / "checkpoints")
+        self.dirpath = self.dirpath or str(directory_of(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if a checkpoint is due and no validation follows."""
+        """Save if a checkpoint is due, and neither validation nor end of the epoch follows."""
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None
-        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        if not validates and not self._ends_epoch(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if a checkpoint is due; other callbacks have read the metrics by now."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save_if_due(trainer)
+        fits = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fits and not self._ends_epoch(trainer):
+            self._save_if_due(trainer, replaced=self._replaced(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing: `on_train_batch_end` has saved already."""
+        """Save if a checkpoint is due; a resumed run does not call this hook again."""
+        self._save_if_due(trainer, replaced=self._replaced(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the trained model, so that a run killed later need not train again."""
-        self._save(trainer)
+        """Save the trained model, so that a run killed later need not train again.
 
-    def _save_if_due(self, trainer: Trainer) -> None:
+        Raises:
+            SIGTERMException: if the run was told to end; the next start writes its result.
+        """
+        self._save(trainer)
+        if group_of_run(trainer).any(self._terminated):
+            trainer._signal_connector.received_sigterm = True
+            raise SIGTERMException
+
+    @staticmethod
+    def _ends_training(trainer: Trainer) -> bool:
+        """Return whether `on_train_end` follows; Lightning leaves it out where a resume starts."""
+        epochs, loop = trainer.max_epochs, trainer.fit_loop
+        return (
+            trainer.global_step >= trainer.max_steps != -1
+            or (trainer.should_stop and loop._can_stop_early)
+            or (epochs is not None and loop.epoch_progress.current.processed >= epochs != -1)
+        )
+
+    @staticmethod
+    def _ends_epoch(trainer: Trainer) -> bool:
+        return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+    @staticmethod
+    def _replaced(trainer: Trainer) -> bool:
+        """Return, on all processes, whether a file waits to be removed after a save."""
+        removals = removals_of(trainer)
+        return group_of_run(trainer).any(removals is not None and bool(removals.waiting))
+
+    def _save_if_due(self, trainer: Trainer, *, replaced: bool = False) -> None:
         step, accumulating = trainer.global_step, trainer.fit_loop._should_accumulate()
         if accumulating or step == self._last_global_step_saved:  # a checkpoint holds no gradients
+            return
+        if self._ends_training(trainer):
             return
         # All processes must save and end at the same step, but the signal reaches each at another
         # moment. They agree on the CPU, so that the device goes on working.
         terminated = group_of_run(trainer).any(self._terminated)
-        if terminated or step % self._every_n_train_steps == 0:
+        if terminated or replaced or step % self._every_n_train_steps == 0:
             self._save(trainer)
             trainer._signal_connector.received_sigterm = terminated  # Lightning ends the run now
 
     def _save(self, trainer: Trainer) -> None:
         if not getattr(trainer, "fast_dev_run", False):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            if trainer.is_global_zero and (removals := removals_of(trainer)) is not None:
+                removals.carry_out()
 
     @property
     def state_key(self) -> str:

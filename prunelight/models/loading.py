@@ -36,6 +36,7 @@ from transformers.models.auto.modeling_auto import (
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.text_decoder import reading_class, take_text_decoder
 from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.finite import check_model
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ _PROBE_SECONDS = 5
 
 # Errors of reading a damaged file, besides the UnpicklingError of pickled weights.
 _READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError)
+
+_OF_NAN = "its files are damaged or come from a training that failed: take another copy"
 
 # Files beside a model that must go with every copy of it.
 LICENCE_FILES = ("LICEN[SC]E*", "NOTICE*", "USE_POLICY*")
@@ -95,8 +98,8 @@ def load(
             you trust.
 
     Raises:
-        ValueError: if the source is unknown, damaged or incomplete, the dtype is not a floating
-            type, or the tokenizer does not fit the model.
+        ValueError: if the source is unknown, damaged or incomplete, a weight is NaN or infinite,
+            the dtype is not a floating type, or the tokenizer does not fit the model.
         TypeError: if the model is not a causal language model.
         ImportError: if a GGUF file needs the package gguf.
     """
@@ -140,6 +143,7 @@ def load(
     _fetch_licence(source)
     model.config._name_or_path = str(name)
     _check_tokenizer(model, tokenizer)
+    check_model(model, f"model {str(name)!r}", _OF_NAN)
     return model, tokenizer
 
 

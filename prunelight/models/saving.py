@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,11 +28,12 @@ from prunelight.models.loading import quiet_transformers
 from prunelight.models.placement import to_device
 from prunelight.models.sizes import is_quantized, longest_sequence, parameter_bytes
 from prunelight.models.transformers4 import add_old_names, tell_fault
-from prunelight.models.written_files import finish_files
+from prunelight.models.written_files import check_names, check_place, finish_files
 from prunelight.planning.fingerprints import library_versions, model_fingerprint
 from prunelight.planning.plan import Plan
-from prunelight.runtime.atomic_files import flush
+from prunelight.runtime.atomic_files import atomic_directory
 from prunelight.runtime.devices import free_memory
+from prunelight.runtime.finite import check_weights
 
 log = logging.getLogger(__name__)
 
@@ -80,20 +80,23 @@ def save(
             model is an error; None, if nobody asked, makes it a warning.
 
     Raises:
+        ValueError: if the directory cannot be replaced, or an extra file has a name that is taken
+            or leads elsewhere.
         FileExistsError: if the directory exists and was not written by prunelight.
         TypeError: if the model has no code to export.
+        ValueError: if a weight is NaN or infinite; names it.
         RuntimeError: if the written model differs from the model in memory; names the difference.
     """
+    check_names(extra_files or {}, with_plan=plan is not None)
+    check_place(directory)
     directory = Path(directory).expanduser()
     check_replaceable(directory)
+    check_weights(model)
     code = code_file(model.config.model_type)
     if export_remote_code or (code is not None and getattr(model.config, "auto_map", None)):
         name_remote_code(model)
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     restore_rwkv_scale(model)
-    try:
+    with atomic_directory(directory) as temporary:
         with quiet_transformers():
             # transformers cannot write packed weights of 4 or 8 bits in the layout of full ones.
             model.save_pretrained(temporary, save_original_format=not is_quantized(model))
@@ -113,9 +116,6 @@ def save(
         versions = {"fingerprint": model_fingerprint(model), "versions": library_versions()}
         facts = {"size_bytes": saved.size_bytes, "verification": saved.verification, **versions}
         (temporary / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        _replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     tell_fault(model.config)
     log.info("saved %s (%.1f MB): %s", directory, saved.size_bytes / 1e6, saved.verification)
     return saved
@@ -325,21 +325,3 @@ def _compare_files(model: PreTrainedModel, directory: Path, trust_remote_code: b
     missing = set(memory) - names_on_disk - tied
     if missing:
         raise RuntimeError(f"{len(missing)} tensors are not on disk, e.g. {min(missing)}")
-
-
-def _replace(temporary: Path, directory: Path) -> None:
-    """Rename `temporary` to `directory`; keep an old directory until the new one is in place."""
-    for file in (*temporary.rglob("*"), temporary):
-        flush(file)
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        log.info("replacing %s", directory)
-        os.replace(directory, old)
-    try:
-        os.replace(temporary, directory)
-    except OSError:
-        if old.exists():
-            os.replace(old, directory)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

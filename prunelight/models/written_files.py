@@ -7,6 +7,7 @@ import logging
 import shutil
 import stat
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,69 @@ _KEPT_FACTS = (
 
 # Fields of a tokenizer that say how it was loaded here.
 _HOW_LOADED = ("is_local", "local_files_only", "name_or_path")
+
+
+# Names that a saved directory gives to files of its own.
+_TAKEN = (
+    "config.json",
+    "generation_config.json",
+    "prunelight.json",
+    "readme.md",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.py",
+    "*tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    ".*",
+    *(pattern.lower() for pattern in LICENCE_FILES),
+)
+
+
+def check_names(files: Mapping[str, str], *, with_plan: bool = False) -> None:
+    """Check the names and texts of files that a saved directory gets besides its own.
+
+    Raises:
+        ValueError: if a name leads elsewhere, is empty, or is that of a file of ours.
+        TypeError: if a name or a text is no str.
+    """
+    for name, text in files.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise TypeError(f"extra_files={{{name!r}: ...}} must map a file name to its text")
+        if name in ("", ".", "..") or set(name) & set("/\\:\0") or len(name.encode()) > 200:
+            raise ValueError(
+                f"extra_files={{{name!r}: ...}} must be a plain file name in the saved directory, "
+                "without a folder; write it elsewhere yourself"
+            )
+        taken = [pattern for pattern in _TAKEN if fnmatch(name.lower(), pattern)]
+        if taken or (with_plan and name.lower() == "plan.json"):
+            raise ValueError(
+                f"extra_files={{{name!r}: ...}} has the name of a file that save itself writes; "
+                "take another name"
+            )
+
+
+def check_place(directory: str | Path) -> None:
+    """Check that a saved directory can take the place of what is there.
+
+    Raises:
+        ValueError: if it cannot be replaced as a whole.
+    """
+    target = Path(directory).expanduser().resolve()
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(
+            f"directory={str(directory)!r} is the current directory or one that holds it, which "
+            "cannot be replaced as a whole; give the name of a new directory in it"
+        )
+    if target.is_mount():
+        raise ValueError(
+            f"directory={str(directory)!r} is a mount point, which cannot be replaced as a whole; "
+            "give the name of a new directory in it"
+        )
 
 
 def finish_files(directory: Path, base: str) -> None:

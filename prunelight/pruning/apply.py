@@ -34,6 +34,7 @@ from prunelight.pruning.remove_layers import REMOVE_LAYERS
 from prunelight.pruning.slicing.slice_step import SLICE_HIDDEN
 from prunelight.pruning.sparsity.sparsify import SPARSIFY
 from prunelight.pruning.step_kind import StepContext, StepKind
+from prunelight.runtime.finite import check_weights
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +72,12 @@ def apply(
             `SliceOutcome`.
 
     Raises:
-        ValueError: if the plan does not fit the model; the model is then unchanged.
+        ValueError: if the plan does not fit the model, or a weight is NaN or infinite (it is
+            named); the model is then unchanged.
         TypeError: if the decoder layers cannot be found.
     """
     plan.check(model, strict=strict, num_layers=len(decoder_layers(model)))
+    check_weights(model)
     context = StepContext(windows, device, offload)
     _check_steps(model, plan.steps, context)
     before = parameter_count(model) / 1e6

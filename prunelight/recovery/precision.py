@@ -9,8 +9,24 @@ and small gradients become zero in float16.
 from __future__ import annotations
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 _TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # these cast every weight
+
+
+def weights_type(precision: str) -> torch.dtype | None:
+    """Return the type to which a Trainer's precision casts all weights; None if it casts none."""
+    return _TRUE.get(precision)
+
+
+def sharded_policy(precision: str) -> MixedPrecisionPolicy:
+    """Return in which types FSDP2 gathers weights and sums gradients.
+
+    Mixed precision computes in bfloat16, so weights are gathered in it; sums stay in float32.
+    """
+    if precision == "bf16-mixed":
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy()
 
 
 def precision_faults(dtype: torch.dtype, precision: str, recovery: str) -> list[str]:

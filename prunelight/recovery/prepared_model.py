@@ -6,6 +6,7 @@ holds RWKV's weight scale fixed meanwhile. `merged` takes all of these off again
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from prunelight.planning.fingerprints import model_fingerprint
 from prunelight.planning.plan import Plan
 from prunelight.recovery.compiled_layers import compile_layers, uncompile_layers
 from prunelight.recovery.lora import LoRA, make_trainable, merge_lora
+from prunelight.recovery.precision import sharded_policy
 from prunelight.recovery.quantization import BitsAndBytes, describe_kind, quantize
 from prunelight.recovery.sharded_weights import shard
 from prunelight.recovery.zeros.planned_zeros import PlannedZeros
@@ -81,6 +83,7 @@ class PreparedModel:
     ) -> None:
         restore_rwkv_scale(model)
         self.settings, self.in_training, self.sharded = settings, True, False
+        self._released_masks: dict[str, Tensor] | None = None
         self.fingerprint = model_fingerprint(model)
         self.config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
         # RWKV halves its weights in eval mode. Trained and checkpointed weights must not change so.
@@ -120,19 +123,28 @@ class PreparedModel:
         zeros_stay = self.settings.keep_zeros or self.settings.recovery == "none"
         return self.zeros.planned and not zeros_stay
 
-    def shard(self, mesh: DeviceMesh, same: Callable[[Any], Any]) -> None:
+    def shard(self, mesh: DeviceMesh, same: Callable[[Any], Any], precision: str) -> None:
         """Shard the model over processes, in place; `rebuild_on` gives one that can be merged."""
-        shard(self.model, mesh, same)
+        shard(self.model, mesh, same, sharded_policy(precision))
         if self.zeros.masks is not None:
             self.zeros.masks.shard()
         self.sharded = True
+
+    def release(self) -> None:
+        """Drop the weights: what `rebuild_on` needs of them stays, packed weights and shards go."""
+        if self.zeros.masks is not None:
+            self._released_masks = self.zeros.masks.state_dict()
+        self.zeros = PlannedZeros()
+        del self.model
+        gc.collect()  # peft's layers and the model's hooks refer to each other
 
     def rebuild_on(
         self, base: PreTrainedModel, plans: Sequence[Plan], trained: Mapping[str, Tensor]
     ) -> PreparedModel:
         """Return a new `PreparedModel` of the base that holds the trained parameters.
 
-        Sharded and quantized models cannot merge their adapters; the new one can.
+        Sharded and quantized models cannot merge their adapters; the new one can. Call `release`
+        before, so that there is memory for the base.
 
         Args:
             base: the weights that training began with, in full precision; changed in place.
@@ -152,8 +164,8 @@ class PreparedModel:
                 f"training began with {self.fingerprint}: it was changed meanwhile; train again"
             )
         rebuilt.model.load_state_dict(trained, strict=False)
-        if rebuilt.zeros.masks is not None and self.zeros.masks is not None:
-            rebuilt.zeros.masks.load_state_dict(self.zeros.masks.state_dict())
+        if rebuilt.zeros.masks is not None and self._released_masks is not None:
+            rebuilt.zeros.masks.load_state_dict(self._released_masks)
         return rebuilt
 
     def merged(self) -> PreTrainedModel:

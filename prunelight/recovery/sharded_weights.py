@@ -7,29 +7,40 @@ tensors unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed import all_reduce
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from prunelight.models.families.layers import decoder_layers
 
 
-def shard(model: PreTrainedModel | PeftModel, mesh: DeviceMesh, same: Callable[[Any], Any]) -> None:
+def shard(
+    model: PreTrainedModel | PeftModel,
+    mesh: DeviceMesh,
+    same: Callable[[Any], Any],
+    policy: MixedPrecisionPolicy | None = None,
+) -> None:
     """Shard a model over a mesh of one dimension, in place, layer by layer.
 
     Args:
         model: has the same weights on all processes, except adapters, which start at random.
         mesh: device mesh of the processes that train.
         same: returns rank 0's argument on all processes.
+        policy: types in which weights are gathered and gradients summed; None: as they are.
     """
+    policy = policy or MixedPrecisionPolicy()
     plain: Any = model
     if isinstance(model, PeftModel):
         plain = model.get_base_model()
@@ -38,8 +49,19 @@ def shard(model: PreTrainedModel | PeftModel, mesh: DeviceMesh, same: Callable[[
         for name, parameter in trained.items():
             parameter.data.copy_(rank_zero[name])
     for layer in decoder_layers(plain):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def load_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load whole trained parameters into a sharded model, in place; all processes must call it."""
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, dict(weights), options=options)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether parameters of a model are cut into shards."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:

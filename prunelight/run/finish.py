@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,11 @@ from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
 from prunelight.run.measurements import add_cost, measure_run_stage
 from prunelight.run.run_state import ADAPTER, FINAL, Run, plan_texts
-from prunelight.runtime.atomic_files import explaining_write_errors, newest_checkpoint
+from prunelight.runtime.atomic_files import (
+    atomic_directory,
+    explaining_write_errors,
+    newest_checkpoint,
+)
 from prunelight.runtime.measuring import measuring
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
     """Merge what was trained onto the base, which rank 0 reads again in full precision."""
     trained = gather_trained(prepared.model)
     run.holder.model = None
+    prepared.release()
 
     def merge() -> None:
         base, plans = run.read_again(), run.plans()
@@ -133,14 +136,12 @@ def _keep_adapters(run: Run, prepared: PreparedModel) -> None:
     model = prepared.model
     if not (prepared.fills_zeros and isinstance(model, PeftModel)):
         return
-    directory, temporary = run.place.root / ADAPTER, run.place.root / f".{ADAPTER}.tmp"
+    directory = run.place.root / ADAPTER
     check_replaceable(directory)
-    shutil.rmtree(temporary, ignore_errors=True)
-    # Embeddings are not adapted; "auto" would ask the hub whether they are.
-    model.save_pretrained(str(temporary), save_embedding_layers=False)
-    (temporary / MARKER).write_text(json.dumps({"versions": library_versions()}, indent=1))
-    forget_local_base(temporary / "README.md")
-    share_modes(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    with atomic_directory(directory) as temporary:
+        # Embeddings are not adapted; "auto" would ask the hub whether they are.
+        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        (temporary / MARKER).write_text(json.dumps({"versions": library_versions()}, indent=1))
+        forget_local_base(temporary / "README.md")
+        share_modes(temporary)
     log.info("saved %s", directory)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from prunelight.calibration.data_windows import calibration_windows_of, check_data
 from prunelight.calibration.shared_windows import share_windows
 from prunelight.calibration.windows import Windows, check_length, check_windows
+from prunelight.evaluation.report.writing import check_report_files
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.saving import check_replaceable
 from prunelight.recovery.lora import check_targets
@@ -31,6 +32,7 @@ from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
 from prunelight.runtime.arguments import at_least, checked_value
 from prunelight.runtime.atomic_files import check_writable
+from prunelight.runtime.finite import check_weights
 
 
 class Facts:
@@ -160,26 +162,24 @@ def methods_in_this_run(facts: Facts) -> None:
 
 
 def output(facts: Facts) -> None:
-    """The run may write its result and its report."""
-    facts.run.place.group.run_on_rank_zero(partial(check_output, facts.run.place.root))
+    """The run may write its result and its report, and no other run writes there."""
+    group = facts.run.place.group
+    group.run_on_rank_zero(partial(check_output, facts.run.place.root))
+    group.run_on_rank_zero(facts.run.hold_directory)
 
 
 def check_output(root: Path) -> None:
     """Check that a run may write its result and report.
 
     Raises:
-        FileExistsError: if there is a final/, adapter/ or report.md that prunelight did not write.
+        FileExistsError: if there is a final/, an adapter/ or a file of the report's name that
+            prunelight did not write.
         OSError: if nothing can be written there.
     """
     check_writable(root)
     check_replaceable(root / FINAL)
     check_replaceable(root / ADAPTER)
-    report = root / "report.md"
-    if report.exists() and not report.with_name("report.json").exists():
-        raise FileExistsError(
-            f"{report} exists and has no report.json of prunelight beside it; set "
-            "trainer.default_root_dir to a directory of its own"
-        )
+    check_report_files(root)
 
 
 def data(facts: Facts) -> None:
@@ -188,6 +188,14 @@ def data(facts: Facts) -> None:
 
 
 # --- the model -------------------------------------------------------------------------------
+
+
+def finite(facts: Facts) -> None:
+    """No weight of a model in memory is NaN or infinite; one that was read was looked at then."""
+    run = facts.run
+    model = facts.model
+    if not run.source:
+        check_weights(model)
 
 
 def quantizable(facts: Facts) -> None:
@@ -285,12 +293,21 @@ SETTINGS: tuple[Check, ...] = (
     methods_in_this_run,
     output,
 )
-MODEL: tuple[Check, ...] = (quantizable, trainable, adapter_targets, teacher, packing, precision)
+MODEL: tuple[Check, ...] = (
+    finite,
+    quantizable,
+    trainable,
+    adapter_targets,
+    teacher,
+    packing,
+    precision,
+)
 PRUNING = (
     *SETTINGS,
     data,
+    finite,
     methods_on_this_model,
-    *MODEL,
+    *MODEL[1:],
     training_length,
     calibration,
     held_out,
@@ -304,5 +321,5 @@ EVALUATION: tuple[Check, ...] = (
     training_length,
 )
 # Of a model that is prepared for its training already, as one from a checkpoint.
-SECOND_FIT: tuple[Check, ...] = (strategy, packing, precision)
+SECOND_FIT: tuple[Check, ...] = (strategy, output, packing, precision)
 SECOND_EVALUATION: tuple[Check, ...] = (strategy,)

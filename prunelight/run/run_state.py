@@ -25,6 +25,7 @@ from prunelight.recovery.distillation.objective import Objective
 from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.zeros.weight_masks import WeightMasks
 from prunelight.run.strategies import Place
+from prunelight.runtime.directory_lock import DirectoryLock
 from prunelight.runtime.measuring import Measurement
 
 log = logging.getLogger(__name__)
@@ -93,12 +94,28 @@ class Run:
         self.checked = False
         self.precision_losses: list[str] = []
         self._seed: int | None = None
+        self._lock: DirectoryLock | None = None
 
     def attach(self, place: Place) -> None:
         """Say where the run takes place, at the start of each verb of a Trainer."""
         if getattr(self, "place", None) != place:
             self.checked = False
         self.place = place
+
+    def hold_directory(self) -> None:
+        """Keep other processes from running in the directory of this run, until it is released.
+
+        Raises:
+            RuntimeError: if another process runs there; names it and the remedy.
+        """
+        self.release_directory()
+        self._lock = DirectoryLock(self.place.root)
+
+    def release_directory(self) -> None:
+        """Let other processes run in the directory."""
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
 
     @property
     def device(self) -> torch.device:

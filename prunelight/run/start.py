@@ -87,6 +87,7 @@ def prune_only(run: Run, methods: list[PruningMethod]) -> None:
     run.checked = False  # a fit after it has checks of its own
     assert run.record is not None
     write_report(run.place.root, run.record)
+    run.release_directory()
 
 
 def start_recovery(run: Run) -> None:

@@ -30,7 +30,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from prunelight.losses import IGNORED_LABEL
-from prunelight.recovery.sharded_weights import gather_trained
+from prunelight.recovery.sharded_weights import gather_trained, load_trained
 from prunelight.runtime.atomic_files import explaining_read_errors
 from prunelight.runtime.processes import ProcessGroup
 
@@ -144,12 +144,33 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Load weights and optimizer into their shards, after the module has checked the file."""
-        module: Any = self.lightning_module
-        with explaining_read_errors(checkpoint_path):
-            file = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
-        module.check_checkpoint(file)
+        """Load weights and optimizer into their shards, after the module has checked the file.
+
+        Raises:
+            ValueError: if the file holds weights only, or is that of another run.
+        """
+        file = self._checked_file(checkpoint_path)
+        if "optimizer_states" not in file:
+            raise ValueError(
+                f"checkpoint {checkpoint_path} holds weights without the optimizer's state, from "
+                "which no training goes on; give one that was written with save_weights_only=False"
+            )
         return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def load_weights(self, path: str | Path) -> dict[str, Any]:
+        """Load only the trained weights of a checkpoint into their shards; return the rest."""
+        file = self._checked_file(path)
+        assert self.model is not None
+        load_trained(self.model, file.pop("state_dict"))
+        return file
+
+    def _checked_file(self, path: Any) -> dict[str, Any]:
+        module: Any = self.lightning_module
+        path = self.broadcast(path)  # that of rank 0, as the strategy writes it
+        with explaining_read_errors(path):
+            file = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        module.check_checkpoint(file)
+        return dict(file)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Gather what is trained: a frozen base can be larger than the memory of one process."""

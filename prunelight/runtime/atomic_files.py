@@ -2,25 +2,100 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
+import logging
 import os
 import pickle
 import re
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
+
+ENDING = ".prunelight.tmp"  # of a name that is written to, and renamed when it is whole
+
 
 @contextmanager
 def atomic_replacement(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; rename it to `path` on success, remove it on an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Yield a temporary path; rename it to `path` on success, remove it on an error.
+
+    The temporary file is locked meanwhile: `remove_temporaries` of another process leaves it alone.
+    """
+    temporary = _temporary(path)
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
+        _try_lock(handle)
         yield temporary
         flush(temporary)
         os.replace(temporary, path)
         flush(path.parent)
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """Yield a new temporary directory; it takes the place of `directory` on success.
+
+    An old directory stays until the new one is in place. Where `directory` is a symbolic link, the
+    directory that it names is replaced and the link stays.
+    """
+    directory = directory.resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if directory.exists():  # else what a killed process left may be the only whole one
+        _remove_unused(directory.parent, directory.name)
+    temporary = _temporary(directory)
+    temporary.mkdir()
+    handle = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _try_lock(handle)
+        yield temporary
+        for file in (*temporary.rglob("*"), temporary):
+            flush(file)
+        _exchange(temporary, directory)
+    finally:
+        os.close(handle)
+        shutil.rmtree(temporary, ignore_errors=True)
+    _remove_unused(directory.parent, directory.name)
+
+
+def _exchange(temporary: Path, directory: Path) -> None:
+    """Rename `temporary` to `directory`, and remove what was there."""
+    if not directory.exists():
+        os.replace(temporary, directory)
+        return
+    log.info("replacing %s", directory)
+    old = _temporary(directory)
+    os.replace(directory, old)
+    try:
+        os.replace(temporary, directory)
+    except OSError:
+        os.replace(old, directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Return a name beside a path that no other process takes, and that says who made it."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{ENDING}")
+
+
+def _try_lock(handle: int) -> bool:
+    """Lock a file that is written to until its handle is closed; False if another has it.
+
+    On a file system without locks no leftover can be told from what is being written.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def flush(path: Path) -> None:
@@ -33,11 +108,31 @@ def flush(path: Path) -> None:
 
 
 def remove_temporaries(directories: Iterable[Path]) -> None:
-    """Remove the temporary files that a killed process left behind."""
+    """Remove the temporary files that a killed process left behind, and nothing of others.
+
+    They have a name that only prunelight gives, and no process holds their lock.
+    """
     for directory in directories:
-        for file in directory.glob(".*.tmp"):
-            if file.is_file():
-                file.unlink(missing_ok=True)
+        _remove_unused(directory, "*")
+
+
+def _remove_unused(directory: Path, name: str) -> None:
+    for path in directory.glob(f".{name if name == '*' else glob.escape(name)}.*{ENDING}"):
+        if path.is_symlink():
+            continue
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # gone by now, or of another user
+            continue
+        try:
+            if not _try_lock(handle):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -93,7 +188,7 @@ def check_writable(directory: Path) -> None:
     existing = directory.absolute()
     while not existing.exists():
         existing = existing.parent
-    probe = existing / f".writable.{os.getpid()}.tmp"
+    probe = _temporary(existing / "writable")
     with explaining_write_errors(directory):
         try:
             probe.write_bytes(b"\0")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -41,9 +43,69 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on a device."""
+def free_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Return the bytes that can still be allocated on a device; a container's limit counts.
+
+    Args:
+        device: the memory of a CUDA device, or the machine's for every other.
+        root: directory in which proc/ and sys/ are.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *free_in_groups(root)])
+
+
+def free_in_groups(root: Path = Path("/")) -> list[int]:
+    """Return the bytes that each control group of this process with a limit can still allocate.
+
+    Containers and batch systems limit memory by control groups (cgroup, versions 1 and 2), of which
+    the machine's own figures say nothing. A group is limited by those above it too.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return []
+    free = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version = _GROUPS_1 if controllers else _GROUPS_2
+        top = root / version.directory
+        # Inside a container the path may be the machine's, which is not to be seen there.
+        inner = Path(path.lstrip("/"))
+        for group in (inner, *inner.parents):
+            if (bytes_left := _free_in(top / group, version)) is not None:
+                free.append(bytes_left)
+    return free
+
+
+@dataclass(frozen=True)
+class _GroupFiles:
+    """Where a version of control groups says what a group may take, and takes."""
+
+    directory: str
+    limit: str
+    usage: str
+    cache: str  # in memory.stat: file pages that the kernel drops when memory is short
+
+
+_GROUPS_1 = _GroupFiles(
+    "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+)
+_GROUPS_2 = _GroupFiles("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+
+
+def _free_in(group: Path, files: _GroupFiles) -> int | None:
+    """Return the bytes that a group can still allocate; None without a limit."""
+    try:
+        limit = int((group / files.limit).read_text())
+        usage = int((group / files.usage).read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
+    try:
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        statistics = {}
+    return max(0, limit - usage + int(statistics.get(files.cache, 0)))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from prunelight.planning.fingerprints import fingerprint_of
 from prunelight.run.checkpoints import (
     FORMAT,
     check_format,
@@ -26,6 +28,7 @@ from prunelight.run.checkpoints import (
     quantization_keys,
     quantization_of_format_1,
 )
+from prunelight.run.checkpoints import KEY as METADATA
 from prunelight.run.run_state import Run
 from prunelight.runtime.atomic_files import (
     atomic_replacement,
@@ -35,6 +38,17 @@ from prunelight.runtime.atomic_files import (
     remove_temporaries,
 )
 from prunelight.runtime.measuring import Measurement, measuring
+from prunelight.training.kept_checkpoints import (
+    DelayedRemovals,
+    check_resume_point,
+    counters,
+    directory_of,
+    find_resume_point,
+    keepers,
+    reuse_own_files,
+    settle,
+    take_over,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +59,13 @@ VOLATILE = ("optimizer_steps", "tokens_seen", "weights_of_step")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written whole or not at all, and read without unpickling."""
+    """Lightning's checkpoint files, written whole or not at all, and read without unpickling.
+
+    Attributes:
+        removals: where removed files wait until the resume point is written; None: at once.
+    """
+
+    removals: DelayedRemovals | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -63,6 +83,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_replacement(path) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
+        if self.removals is not None:
+            self.removals.keep(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a file, once the resume point does not name it."""
+        if self.removals is None or "://" in str(path):
+            super().remove_checkpoint(path)
+        else:
+            self.removals.add(path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -91,10 +120,24 @@ class ExactResume(Callback):
         self._finished = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let checkpoints be written whole or not at all."""
+        """Let checkpoints be written whole or not at all, in directories that stay."""
         if stage == "fit":
             self._settings, self._finished = None, False
+            settle(trainer)
+            if trainer.ckpt_path is None:  # else what reads the checkpoint tells more
+                check_resume_point(trainer, lambda path: METADATA in _read(path))
             write_atomically(trainer)
+            reuse_own_files(trainer, partial(self._is_ours, trainer))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let other runs write into the directory."""
+        self.run.release_directory()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let other runs write into the directory."""
+        self.run.release_directory()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to measure the training, or go on with it."""
@@ -121,9 +164,11 @@ class ExactResume(Callback):
         checkpoint[KEY] = {
             "format": FORMAT,
             "settings": self._describe(trainer),
-            "finished": self._finished,
+            "finished": self._finished or trainer.should_stop,
             "spent": cost.so_far(trainer.strategy.root_device) if cost else {},
             "accumulating": trainer.fit_loop._should_accumulate(),
+            "keepers": counters(trainer),
+            "removals": removals.waiting if (removals := removals_of(trainer)) else [],
         }
 
     def on_load_checkpoint(
@@ -138,6 +183,11 @@ class ExactResume(Callback):
         if saved is None or trainer.state.fn != "fit":
             return
         check_same_settings(read_settings(saved), self._describe(trainer), trainer.ckpt_path)
+        take_over(trainer, checkpoint, saved.get("keepers", {}))
+        if trainer.max_steps != -1:
+            rewind_to_last_batch(checkpoint["loops"]["fit_loop"])
+        if (removals := removals_of(trainer)) is not None:
+            removals.take_over(saved.get("removals", ()), trainer)
         self.run.training_cost = Measurement(**saved["spent"])
         trainer.should_stop |= saved["finished"]
         if saved["accumulating"]:
@@ -147,6 +197,16 @@ class ExactResume(Callback):
                 trainer.ckpt_path,
             )
 
+    def identity(self, trainer: Trainer) -> str:
+        """Return what two runs have in common whose checkpoints of a step are the same."""
+        assert self.run.prepared is not None
+        return fingerprint_of(self.run.prepared.fingerprint, self._describe(trainer))
+
+    def _is_ours(self, trainer: Trainer, path: Path) -> bool:
+        """Return whether a checkpoint on disk is of a run that this one repeats."""
+        written_by = _read(path).get(METADATA, {}).get("identity")
+        return bool(written_by == self.identity(trainer))
+
     def _describe(self, trainer: Trainer) -> dict[str, Any]:
         if self._settings is None:  # reads all training data
             settings = self.run.settings
@@ -154,6 +214,15 @@ class ExactResume(Callback):
             recovery = {**self.run.describe_recovery(), "quantization": keys}
             self._settings = describe_run(trainer, recovery, self.make_optimizer, self.run.seed)
         return self._settings
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds, without its tensors' bytes; {} if it cannot be read."""
+    try:
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    except Exception:  # of another program, or damaged
+        return {}
+    return checkpoint if isinstance(checkpoint, dict) else {}
 
 
 def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,9 +241,36 @@ def write_atomically(trainer: Trainer) -> None:
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    files = trainer.strategy.checkpoint_io
+    if isinstance(files, AtomicCheckpointIO):
+        files.removals = DelayedRemovals() if find_resume_point(trainer) else None
     if trainer.is_global_zero:
         root = Path(trainer.default_root_dir)
-        remove_temporaries([root, root / "checkpoints", *root.glob("pruned-*")])
+        kept = {Path(str(keeper.dirpath)) for keeper in keepers(trainer)}
+        remove_temporaries({root, directory_of(trainer), *root.glob("pruned-*"), *kept})
+
+
+def rewind_to_last_batch(loop: dict[str, Any]) -> None:
+    """Turn the counts of a run saved at the end of an epoch into those after its last batch.
+
+    Of a run with max_steps Lightning counts the epoch twice that was just ended when it goes on,
+    and takes the batches of the one after next. In place.
+    """
+    epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    total = epochs["total"]
+    ended = total["ready"] == total["started"] == total["processed"] == total["completed"] + 1
+    if not (ended and batches["is_last_batch"]):
+        return
+    for count in ("total", "current"):
+        epochs[count]["processed"] -= 1
+        batches[count]["completed"] -= 1
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def removals_of(trainer: Trainer) -> DelayedRemovals | None:
+    """Return the files that wait to be removed; None where they are removed at once."""
+    files = trainer.strategy.checkpoint_io
+    return files.removals if isinstance(files, AtomicCheckpointIO) else None
 
 
 def seed_batch(seed: int, *position: int) -> None:

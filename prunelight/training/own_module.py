@@ -25,6 +25,8 @@ from prunelight.run.run_state import Run
 from prunelight.run.start import start
 from prunelight.run.strategies import Place
 from prunelight.runtime.measuring import measuring
+from prunelight.training.finite_training import FiniteTraining, check_saved
+from prunelight.training.kept_checkpoints import settle
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ def prune_after_setup(
 
     Lightning calls the callbacks' `setup` first, when a module may not have its model yet.
     """
+    settle(trainer)
     vars(module).pop("setup", None)  # of a start that failed before this was called
     own_setup = module.setup
 
@@ -53,6 +56,8 @@ def prune_after_setup(
         for other in recoveries:
             if other.run is not run:  # of another module, which this Trainer trained before
                 callbacks.remove(other)
+        if not any(isinstance(callback, FiniteTraining) for callback in callbacks):
+            callbacks.insert(0, FiniteTraining())  # before what keeps the best weights
         if not any(other.run is run for other in recoveries):
             callbacks.append(OwnModuleRecovery(run))
 
@@ -145,6 +150,12 @@ class OwnModuleRecovery(Callback):
         self._phase = measuring(self.run.place.device, self.run.training_cost)
         self.run.training_cost = self._phase.__enter__()
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let no checkpoint with NaN replace a good one."""
+        check_saved(trainer, checkpoint)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop to measure the training."""
         self._phase.__exit__(None, None, None)
@@ -169,3 +180,13 @@ class OwnModuleRecovery(Callback):
                 "precision": self.run.place.precision,
             }
         self.run.place.group.run_on_rank_zero(partial(save_and_report, self.run, model))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let other runs write into the directory."""
+        self.run.release_directory()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let other runs write into the directory."""
+        self.run.release_directory()

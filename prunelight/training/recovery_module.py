@@ -40,6 +40,7 @@ from prunelight.recovery.compiled_layers import check_backend
 from prunelight.recovery.distillation.objective import Distillation, Objective
 from prunelight.recovery.lora import LoRA
 from prunelight.recovery.packed_rows import model_inputs
+from prunelight.recovery.precision import sharded_policy, weights_type
 from prunelight.recovery.prepared_model import RecoverySettings
 from prunelight.recovery.quantization import BitsAndBytes, check_kind
 from prunelight.recovery.schedules import check_settings, make_schedule
@@ -60,6 +61,7 @@ from prunelight.run.start import prepare, start_recovery
 from prunelight.run.strategies import Place, loss_weight
 from prunelight.runtime.arguments import NOT_EMPTY, above, at_least, checked
 from prunelight.training.exact_resume import ExactResume
+from prunelight.training.finite_training import check_loaded, check_saved
 from prunelight.training.recovery_watch import WatchedModule
 
 
@@ -262,10 +264,13 @@ class RecoveryModule(WatchedModule):
         if self.run.place.shards_weights:
             assert self.device_mesh is not None
             mesh, same = self.device_mesh["data_parallel"], self.trainer.strategy.broadcast
+            precision = self.run.place.precision
+            if (cast := weights_type(precision)) is not None:
+                self.to(dtype=cast)  # before the shards, which are of one type for good
             if self.run.prepared is not None:
-                self.run.prepared.shard(mesh, same)
+                self.run.prepared.shard(mesh, same, precision)
             else:
-                shard(self.run.load_model(), mesh, same)
+                shard(self.run.load_model(), mesh, same, sharded_policy(precision))
 
     # --- training ----------------------------------------------------------------------------
 
@@ -351,14 +356,17 @@ class RecoveryModule(WatchedModule):
 
         Raises:
             RuntimeError: if a weight that must be zero is not.
+            ValueError: if a number is NaN or infinite; the checkpoint before stays.
         """
         prepared = self.run.prepared
         assert prepared is not None
         prepared.zeros.check()
         trained, state = trained_parameters(self), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
+        check_saved(self.trainer, checkpoint)
         checkpoint[KEY] = {
             "format": FORMAT,
+            "identity": self.resuming.identity(self.trainer),
             **self._describe_training(),
             "config": prepared.config,
             "tokens_seen": self.tokens_seen,
@@ -384,10 +392,12 @@ class RecoveryModule(WatchedModule):
         """Check that the checkpoint fits the model in training.
 
         Raises:
-            ValueError: if it was trained on another base or in another way; names both.
+            ValueError: if it was trained on another base or in another way; names both. Also if a
+                number in it is NaN or infinite.
         """
         check_same_run(read_metadata(checkpoint), self._describe_training())
         check_same_parameters(checkpoint["state_dict"], trained_parameters(self))
+        check_loaded(checkpoint, self._trainer and self.trainer.ckpt_path)
 
     def _describe_training(self) -> dict[str, Any]:
         """Return what a checkpoint says of the training, by stable keys."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,7 +18,10 @@ from prunelight.recovery.overfitting import (
     overfit_risk,
     overfitting,
 )
+from prunelight.recovery.sharded_weights import is_sharded
 from prunelight.run.run_state import Run
+from prunelight.run.strategies import FSDP2Strategy
+from prunelight.training.finite_training import FiniteTraining
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +36,16 @@ def best_checkpoint(trainer: Trainer) -> str:
 
 def restore(trainer: Trainer, module: WatchedModule, path: str) -> None:
     """Load the trained weights of a checkpoint, and the masks with them, on every rank."""
-    checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDP2Strategy):
+        checkpoint = strategy.load_weights(path)
+    else:
+        checkpoint = strategy.load_checkpoint(path, weights_only=True)
     trained = module.tokens_seen
     module.on_load_checkpoint(checkpoint)
     module.tokens_seen = trained  # in all steps: what the run took
-    trainer.strategy.load_model_state_dict(checkpoint, strict=False)
+    if not is_sharded(module):
+        trainer.strategy.load_model_state_dict(checkpoint, strict=False)
     module.restored_step = int(checkpoint["global_step"])
     log.info("the weights are those of step %d, the best: %s", module.restored_step, path)
 
@@ -55,7 +64,10 @@ class RecoveryWatch(Callback):
         self._loss: Tensor | float = 0.0  # summed since the last validation, on its device
         self._batches = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    # A run that is started again after its last step has no on_train_start and no on_train_end; its
+    # report must say the same.
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn before anything is trained, of lost precision and of too little text."""
         assert isinstance(pl_module, WatchedModule)
         run = pl_module.run
@@ -83,20 +95,20 @@ class RecoveryWatch(Callback):
             self.history.append(ValidationPoint(trainer.global_step, perplexity, loss))
             self._loss, self._batches = 0.0, 0
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of overfitting in the log and the report."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of overfitting, and take over the best weights, on every rank, before the merge."""
+        assert isinstance(pl_module, WatchedModule)
         sentence = overfitting(self.history)
         if sentence is not None:
-            assert isinstance(pl_module, WatchedModule)
             pl_module.run.warn(sentence)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the best weights, on every rank, before they are merged and saved."""
-        assert isinstance(pl_module, WatchedModule)
         path = best_checkpoint(trainer) if pl_module.restore_best else ""
         pl_module.restored_step = None
-        if path:
+        if path and Path(path).exists():
             restore(trainer, pl_module, path)
+        elif path:
+            pl_module.run.warn(
+                f"the best checkpoint {path} is gone: the result has the weights of the last step"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the validations so far: a resumed run goes on from them."""
@@ -123,11 +135,18 @@ class WatchedModule(LightningModule):
     tokens_seen: int = 0
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that watches; Lightning calls it."""
-        return [RecoveryWatch()]
+        """Return the callbacks that watch; Lightning calls it."""
+        return [FiniteTraining(), RecoveryWatch()]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Move, and cast all but trained adapters, in place: bf16-true casts whole modules."""
+        """Move, and cast all but trained adapters, in place: bf16-true casts whole modules.
+
+        Shards are cast before they are cut, see `RecoveryModule.configure_model`.
+        """
+        if is_sharded(self):
+            if not args and set(kwargs) == {"dtype"}:
+                return self
+            return super().to(*args, **kwargs)
         adapters = [p for n, p in self.named_parameters() if p.requires_grad and "lora_" in n]
         values = [parameter.data for parameter in adapters]
         super().to(*args, **kwargs)

@@ -11,11 +11,13 @@ import lightning.pytorch as pl
 
 from prunelight.calibration.data_windows import calibration_windows_of
 from prunelight.evaluation.report.analysis_report import write_analysis
+from prunelight.evaluation.report.writing import check_report_files
 from prunelight.models.placement import to_device
 from prunelight.run.method import PruningMethod
 from prunelight.run.start import prune_only
 from prunelight.run.strategies import Place
 from prunelight.scoring.analysis import analyze
+from prunelight.training.kept_checkpoints import find_resume_point
 from prunelight.training.recovery_module import RecoveryModule
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,9 @@ class Trainer(pl.Trainer):
             ckpt_path: "last" goes on where an earlier start of the same run was interrupted, if
                 there was one; a file goes on from that; null starts anew.
         """
+        point = find_resume_point(self)
+        if ckpt_path == "last" and point is not None:
+            ckpt_path = point.find(self)  # what other ModelCheckpoints saved last is less exact
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
     def prune(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> None:
@@ -74,14 +79,18 @@ class Trainer(pl.Trainer):
         """
         if not self._connect_alone(model, datamodule):
             return
+        root = Path(self.default_root_dir)
+        check_report_files(root)
+        model.run.hold_directory()
         analysis = analyze(
             to_device(model.run.load_model(), self.strategy.root_device),
             calibration_windows_of(datamodule),
             kernel=kernel,
             ignore_first_tokens=ignore_first_tokens,
         )
-        for file in write_analysis(Path(self.default_root_dir), asdict(analysis)):
+        for file in write_analysis(root, asdict(analysis)):
             log.info("wrote %s", file)
+        model.run.release_directory()
 
     def _connect_alone(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> bool:
         """Connect model and data; False on ranks that only would write the same as rank 0."""

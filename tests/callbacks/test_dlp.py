@@ -453,5 +453,5 @@ def test_weights_that_are_nan_are_refused_by_name():
     model = tiny_model()
     with torch.no_grad():
         decoder_layers(model)[3].mlp.gate_proj.weight[5, 5] = float("nan")
-    with pytest.raises(ValueError, match=r"model.layers.3.mlp.gate_proj.*NaN or Inf"):
+    with pytest.raises(ValueError, match=r"model.layers.3.mlp.gate_proj.*NaN"):
         DLP(0.5).plan(model, WINDOWS)

@@ -283,7 +283,7 @@ def test_a_fit_with_exported_code_leaves_it_beside_base_and_result(name, tmp_pat
 
 
 def test_zeros_that_nothing_describes_are_told_before_rotations_fill_them(caplog):
-    model = dense_model()
+    model = copy.deepcopy(dense_model())
     with torch.no_grad():
         for matrix in matrices(model).values():
             matrix.parameter[:, ::2] = 0

@@ -2,10 +2,12 @@
 
     python tests/end_to_end/kill_and_resume.py --kills 20 --seed 0
 
-Each round of five kills has one while Python starts, while the model is pruned, while it trains,
-while a checkpoint is written and while final/ is written. Then the run is left to end, and must
-have the losses of every batch and the final weights of an uninterrupted run, bit for bit. After
-each kill every file with a real name must load.
+The kinds of run are those of `stopped_runs.CASES`, one after another. Each round of five kills has
+one while Python starts, while the model is pruned, while it trains, while a checkpoint is written
+and while final/ is written; each is a SIGKILL or a SIGTERM. A run of two processes loses both or
+only the first. Then the run is left to end, and must have the losses of every batch, the final
+weights, the checkpoints and the report of an uninterrupted run, bit for bit. After each kill every
+file with a real name must load.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -30,53 +34,114 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import torch
 from PIL import Image
+from runs import measure_speed_briefly
 from safetensors.torch import load_file
 from stopped_runs import CASES, write_config
 
+from prunelight import lightning_cli  # noqa: F401 (imported before the fork, not after each)
 from prunelight.cli import main
+from prunelight.runtime.atomic_files import ENDING
 
 STAGES = ("start", "pruning", "training", "checkpoint", "final")
 TIMEOUT = 900  # seconds, of one start
+STEPS = 14  # optimizer steps of a run
 
 
 @dataclass
 class Count:
-    kills: int = 0
-    differences: int = 0
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CASES, 0))
+    unequal: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CASES, 0))
+    runs: int = 0
     corrupt: int = 0
-    resumes: int = 0
     told: list[str] = field(default_factory=list)
 
+    @property
+    def summary(self) -> str:
+        """What was done and found, in one line."""
+        return (
+            f"{sum(self.kills.values())} kills of {self.runs} runs, "
+            f"{sum(map(bool, self.unequal.values()))} kinds with differences, "
+            f"{self.corrupt} corrupt files"
+        )
 
-def start(arguments: list[str], root: Path) -> Process:
-    """Start the command in a process that has imported the libraries already, and nothing else."""
-    root.mkdir(parents=True, exist_ok=True)
-    process = get_context("fork").Process(target=command, args=(arguments, root))
-    process.start()
-    return process
+    def tell(self, sentence: str) -> None:
+        """Say what happened, at once."""
+        self.told.append(sentence)
+        print(sentence, flush=True)
 
 
-def command(arguments: list[str], root: Path) -> None:
+class Start:
+    """One start of a command, in a process for each rank that has imported the libraries already.
+
+    Args:
+        arguments: of the command.
+        root: directory of the run.
+        ranks: number of processes.
+    """
+
+    def __init__(self, arguments: list[str], root: Path, ranks: int) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = get_context("fork")
+        self.processes: list[Process] = [
+            context.Process(target=command, args=(arguments, root, rank, ranks, port))
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process runs."""
+        return any(process.is_alive() for process in self.processes)
+
+    def send(self, number: int, ranks: int) -> None:
+        """Send a signal to the first ranks, and wait until all are gone.
+
+        A rank that waits for one that is gone is killed; a launcher does so.
+        """
+        for process in self.processes[:ranks]:
+            if process.is_alive():
+                os.kill(process.pid or 0, number)
+        for process in self.processes[:ranks]:
+            process.join(TIMEOUT)
+        for process in self.processes:
+            process.join(20 if number == signal.SIGKILL else TIMEOUT)
+            process.kill()
+            process.join()
+
+
+def command(arguments: list[str], root: Path, rank: int, ranks: int, port: int) -> None:
     """Be the command line, with its output in a file."""
     output = os.open(root / ".output.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if ranks > 1:  # as torchrun sets them
+        places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "MASTER_PORT": port}
+        sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        launcher = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "kills"}
+        os.environ.update({k: str(v) for k, v in {**places, **sizes, **launcher}.items()})
     main(["fit", *arguments, "--trainer.default_root_dir", str(root)])
 
 
-def finish(arguments: list[str], root: Path) -> None:
-    process = start(arguments, root)
-    process.join(TIMEOUT)
-    if process.exitcode != 0:
-        process.kill()
-        raise SystemExit(f"{root} failed:\n{(root / '.output.txt').read_text()[-3000:]}")
+def finish(arguments: list[str], root: Path, ranks: int) -> None:
+    """Let a run end by itself."""
+    start = Start(arguments, root, ranks)
+    for process in start.processes:
+        process.join(TIMEOUT)
+        if process.exitcode != 0:
+            for other in start.processes:
+                other.kill()
+            raise SystemExit(f"{root} failed:\n{(root / '.output.txt').read_text()[-3000:]}")
 
 
 def moment(stage: str, root: Path, rng: random.Random) -> tuple[Callable[[], bool], float]:
     """Return what to wait for after a start, and how many seconds longer."""
     losses, begun = root / "losses.txt", time.monotonic()
     seen = losses.stat().st_size if losses.exists() else 0
-    more, pause = rng.randrange(1, 700), rng.random()
+    more, pause = rng.randrange(1, 400), rng.random()
     logs = len(list(root.glob("logs/*")))
     return {
         "start": (lambda: time.monotonic() > begun + pause, 0.0),
@@ -85,23 +150,29 @@ def moment(stage: str, root: Path, rng: random.Random) -> tuple[Callable[[], boo
             lambda: losses.exists() and losses.stat().st_size >= seen + more,
             0.02 * pause,
         ),
-        "checkpoint": (lambda: any(root.glob("checkpoints/.*.tmp")), 0.002 * pause),
-        "final": (lambda: (root / ".final.tmp").exists(), 0.5 * pause),
+        "checkpoint": (lambda: any(root.glob(f"checkpoints/.*{ENDING}")), 0.002 * pause),
+        "final": (lambda: any(root.glob(f".final.*{ENDING}")), 0.5 * pause),
     }[stage]
 
 
-def kill_at(stage: str, arguments: list[str], root: Path, rng: random.Random) -> bool:
-    """Start the command and kill it; False if it ended before."""
-    process = start(arguments, root)
+def kill_at(
+    stage: str, arguments: list[str], root: Path, ranks: int, rng: random.Random
+) -> str | None:
+    """Start the command and kill it; return how, None if it ended before."""
+    start = Start(arguments, root, ranks)
     reached, pause = moment(stage, root, rng)
+    number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+    hit = rng.randint(1, ranks)
     while not reached():
-        if not process.is_alive():
-            return False
-        time.sleep(0.0005)
+        if not all(process.is_alive() for process in start.processes):
+            start.send(signal.SIGKILL, ranks)
+            return None
+        time.sleep(0.001)
     time.sleep(pause)
-    process.kill()  # SIGKILL
-    process.join()
-    return process.exitcode == -signal.SIGKILL
+    if not start.alive:
+        return None
+    start.send(number, hit)
+    return f"{signal.Signals(number).name} to {hit} of {ranks}"
 
 
 def corrupt_files(root: Path) -> list[Path]:
@@ -145,38 +216,59 @@ def differences(root: Path, whole: Path) -> list[str]:
     mine, other = (json.loads((run / "report.json").read_text()) for run in (root, whole))
     if [stage["perplexity"] for stage in mine["stages"]] != [
         stage["perplexity"] for stage in other["stages"]
-    ] or mine["recovery"] != other["recovery"]:
+    ] or any(mine[key] != other[key] for key in ("recovery", "warnings")):
         odd.append("report")
+    if checkpoints_of(root) != checkpoints_of(whole):
+        odd.append(f"checkpoints {checkpoints_of(root)}, not {checkpoints_of(whole)}")
     return odd
 
 
-def run(work: Path, kills: int, seed: int, stages: tuple[str, ...] = STAGES) -> Count:
-    """Kill and resume until there were so many kills; return what was found."""
-    rng, count, rounds = random.Random(seed), Count(), 0
-    while count.kills < kills:
-        case = list(CASES)[rounds % len(CASES)]
-        whole, root = work / case / "whole", work / case / f"killed-{rounds}"
-        arguments = write_config(work / case, case)
+def checkpoints_of(root: Path) -> dict[str, int]:
+    """Map the name of every checkpoint to its optimizer step."""
+    return {
+        str(file.relative_to(root)): torch.load(file, weights_only=True)["global_step"]
+        for file in sorted(root.rglob("*.ckpt"))
+    }
+
+
+def run(
+    work: Path,
+    kills: int,
+    seed: int,
+    stages: tuple[str, ...] = STAGES,
+    seconds: float = float("inf"),
+) -> Count:
+    """Kill and resume until there were so many kills, or the time is over; return the count."""
+    rng, count, begun = random.Random(seed), Count(), time.monotonic()
+    measure_speed_briefly()
+    torch.set_num_threads(1)
+    while sum(count.kills.values()) < kills and time.monotonic() - begun < seconds:
+        case = list(CASES)[count.runs % len(CASES)]
+        ranks = CASES[case].get("trainer", {}).get("devices", 1)
+        whole, root = work / case / "whole", work / case / f"killed-{count.runs}"
+        arguments = write_config(work / case, case, STEPS)
         if not whole.exists():
-            finish(arguments, whole)
-        for stage in stages[: kills - count.kills]:
-            if not kill_at(stage, arguments, root, rng):
-                raise SystemExit(f"{root} ended before it could be killed at {stage}")
-            count.kills += 1
+            finish(arguments, whole, ranks)
+        for stage in stages[: kills - sum(count.kills.values())]:
+            how = kill_at(stage, arguments, root, ranks, rng)
+            if how is None:
+                count.tell(f"{case}: ended before it was killed at {stage}")
+                continue
+            count.kills[case] += 1
             broken = corrupt_files(root)
             count.corrupt += len(broken)
             batches = len(losses_of(root)) if (root / "losses.txt").exists() else 0
-            count.told.append(f"{case}: killed at {stage}, batch {batches}; corrupt {broken}")
-            print(count.told[-1], flush=True)
-            count.resumes += 1  # the next start, or the last one below
-        finish(arguments, root)
+            count.tell(f"{case}: {how} at {stage}, batch {batches}; corrupt {broken}")
+        finish(arguments, root, ranks)
         odd = differences(root, whole)
-        count.differences += len(odd)
-        count.corrupt += len(corrupt_files(root))
-        left = [str(p) for p in root.rglob(".*.tmp")]
-        count.told.append(f"{case}: ended, differences {odd}, temporaries left {left}")
-        print(count.told[-1], flush=True)
-        rounds += 1
+        broken = corrupt_files(root)
+        left = [str(path) for path in root.rglob(f".*{ENDING}")]
+        count.corrupt += len(broken)
+        count.unequal[case] += len([*odd, *left])
+        count.runs += 1
+        count.tell(f"{case}: ended, differences {odd}, temporaries left {left}, corrupt {broken}")
+        if not odd:
+            shutil.rmtree(root)
     return count
 
 
@@ -187,11 +279,8 @@ def script() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         count = run(Path(work), given.kills, given.seed)
-    print(
-        f"{count.kills} kills, {count.resumes} resumes, {count.differences} differences, "
-        f"{count.corrupt} corrupt files (seed {given.seed})"
-    )
-    sys.exit(bool(count.differences or count.corrupt))
+    print(f"{count.summary} (seed {given.seed})")
+    sys.exit(any(count.unequal.values()) or bool(count.corrupt))
 
 
 if __name__ == "__main__":

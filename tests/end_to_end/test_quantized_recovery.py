@@ -1,5 +1,6 @@
 """Recovery over a base in 4 or 8 bits: what trains, what it is merged onto, what is refused."""
 
+import gc
 import json
 import sys
 
@@ -386,3 +387,20 @@ def test_an_8_bit_optimizer_is_a_matter_of_configuration(name, tmp_path):
     assert report["recovery"]["quantization"].startswith(
         "nf4 (single quantization, compute dtype f"
     )
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_packed_weights_are_gone_before_the_merged_model_is_measured(kind, name, tmp_path):
+    data, packed = make_data(name, tmp_path), []
+    windows = data.validation_windows
+
+    def counting():  # the run asks for its held-out windows before it measures a model
+        alive = (type(thing).__name__ for thing in gc.get_objects())
+        packed.append(sum(name in ("Linear4bit", "Linear8bitLt") for name in alive))
+        return windows()
+
+    data.validation_windows = counting
+    trainer = make_trainer(tmp_path, WeightPruning(pattern="2:4"))
+    trainer.fit(make_module(name, quantization=kind), data)
+    before, quantized, recovered = packed[0], max(packed), packed[-1]
+    assert recovered == before < quantized

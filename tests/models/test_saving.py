@@ -148,12 +148,6 @@ def doubly_numbered():
     return model
 
 
-def with_nan():
-    model = tiny_model()
-    model.model.norm.weight.data[3] = float("nan")
-    return model
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -164,7 +158,6 @@ def with_nan():
         (lambda: with_config(hidden_act="nonsense"), "failed its verification: .*nonsense"),
         (unnumbered, r"generation with the cache fails .*layer_idx"),
         (doubly_numbered, "with the cache gives other tokens than without it; check .*layer_idx"),
-        (with_nan, r"model\.norm\.weight holds NaN"),
     ],
 )
 def test_a_failed_verification_says_why_and_keeps_what_was_there(
@@ -181,7 +174,7 @@ def test_a_failed_verification_says_why_and_keeps_what_was_there(
 
 def test_a_failed_first_save_leaves_nothing(tmp_path, tiny_tokenizer):
     with pytest.raises(RuntimeError, match="Nothing was kept on disk"):
-        prunelight.save(with_nan(), tiny_tokenizer, tmp_path / "out")
+        prunelight.save(with_config(rms_norm_eps=0.5), tiny_tokenizer, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

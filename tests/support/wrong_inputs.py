@@ -330,7 +330,8 @@ class Case:
     def is_named_in(self, text: str) -> bool:
         """Return whether an error names the option or its value."""
         name = self.option.rpartition(".")[2]
-        return any(part in text for part in (name, repr(self.value), str(self.value)))
+        parts = [*self.value] if isinstance(self.value, (dict, list)) else []
+        return any(str(x) in text for x in (name, repr(self.value), self.value, *parts))
 
 
 def options() -> dict[str, Any]:

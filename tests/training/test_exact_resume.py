@@ -27,6 +27,7 @@ from prunelight.recovery.lora import LoRA
 from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.run.strategies import FSDP2Strategy
+from prunelight.runtime.atomic_files import ENDING
 from prunelight.runtime.processes import ProcessGroup
 from prunelight.training.exact_resume import AtomicCheckpointIO, seed_batch
 
@@ -319,11 +320,14 @@ def test_the_command_line_tells_of_an_unwritable_directory_in_one_line(name, tmp
 
 
 def test_what_a_killed_process_left_half_written_is_removed(name, tmp_path):
-    left = tmp_path / "checkpoints" / ".last.ckpt.1.tmp"
-    left.parent.mkdir()
+    directory = tmp_path / "checkpoints"
+    left, foreign = directory / f".last.ckpt.1-ab{ENDING}", directory / ".last.ckpt.1.tmp"
+    directory.mkdir()
     left.write_bytes(b"half")
+    foreign.write_bytes(b"half")
     fit(name, tmp_path, short_gpt(), limit_train_batches=1)
     assert not left.exists()
+    assert foreign.exists()
 
 
 # --- refusals

@@ -8,6 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import launchers
 
+from prunelight.training import kept_checkpoints
+
 TRAINER = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
 
 
@@ -17,13 +19,16 @@ TRAINER = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
         # callbacks/recovery/checkpoint.py
         (TRAINER, ["_signal_connector"]),
         (TRAINER._signal_connector, ["received_sigterm", "_sigterm_notifier_fn"]),
-        (TRAINER.fit_loop, ["_data_fetcher", "_should_accumulate"]),
+        (TRAINER.fit_loop, ["_data_fetcher", "_should_accumulate", "_can_stop_early"]),
         (_TrainingEpochLoop, ["_should_check_val_fx"]),
         (
             ModelCheckpoint,
             ["_find_last_checkpoints", "_save_last_checkpoint", "_monitor_candidates"],
         ),
         (ModelCheckpoint(), ["_last_global_step_saved", "_every_n_train_steps"]),
+        # prunelight/training/kept_checkpoints.py
+        (ModelCheckpoint(), list(kept_checkpoints._COUNTERS)),
+        (ModelCheckpoint(), ["best_k_models", "kth_value", "kth_best_model_path", "file_exists"]),
         # prunelight/run/strategies.py
         (launchers, ["_MultiProcessingLauncher"]),
         (TRAINER.fit_loop._data_source, ["is_defined", "dataloader"]),

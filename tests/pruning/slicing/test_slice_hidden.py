@@ -313,6 +313,7 @@ def test_states_of_too_few_directions_are_named_by_their_site_and_rank():
 
 def test_states_that_are_nan_are_refused():
     model = copy.deepcopy(dense_model())
-    model.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    model.model.layers[2].mlp.down_proj.weight.data.fill_(3e38)
+    model.model.layers[2].post_attention_layernorm.weight.data.fill_(1e30)  # overflows
     with pytest.raises((ValueError, TypeError), match="NaN or Inf|cannot be run on its own"):
         prunelight.apply(model, plan_of(model, CUT), WINDOWS)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from prunelight.losses import counted_targets, top_k
 from prunelight.recovery.distillation.teacher_cache import TeacherCache
+from prunelight.runtime.atomic_files import ENDING
 
 
 def cache_of(data, root, directory=None, **changes):
@@ -87,7 +88,7 @@ def test_a_cache_that_was_stopped_goes_on_and_is_the_same_byte_for_byte(
         handle.remove()
     (first,) = cache.directory.glob("block-*")
     written = first.stat().st_mtime_ns
-    leftover = cache.directory / ".block-000001.safetensors.77.tmp"
+    leftover = cache.directory / f".block-000001.safetensors.77-ab{ENDING}"
     leftover.write_bytes(b"half")
     assert cache.missing() == [1]
     assert write(cache, teacher) == cached[1]
