@@ -113,7 +113,8 @@ def check_fields(settings: Any, prefix: str = "", **rules: Rule) -> None:
         TypeError: if a value has the wrong type.
         ValueError: if it breaks a rule.
     """
-    hints = _hints(type(settings))
+    kind: Any = type(settings)
+    hints = _hints(kind)
     for field in fields(settings):
         value = getattr(settings, field.name)
         right = checked_value(
