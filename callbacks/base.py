@@ -88,6 +88,16 @@ class PruningCallback(Callback, ABC):
             ValueError: if they ask for something that this model cannot give.
         """
 
+    def layers_left(self, total: int) -> int:
+        """Return how many of `total` decoder layers the method leaves, if that is known before.
+
+        A method may follow another one in a run, and finds fewer layers than the model has.
+
+        Raises:
+            ValueError: if it cannot remove as many layers as it is asked to.
+        """
+        return total
+
     def widths(self, model: PreTrainedModel) -> dict[str, int]:
         """Return widths of inputs that the method will leave, or their divisor, by what sets them.
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_deprecation
 from prunelight.callbacks.weight_pruning import WeightPruning
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.recovery.zeros.gradual_zeros import Schedule
+from prunelight.runtime.arguments import above, at_least, checked, within
 
 
 class DLP(WeightPruning):
@@ -41,6 +42,7 @@ class DLP(WeightPruning):
     """
 
     # Order and names of the arguments stay: they are part of the fingerprint of older bases.
+    @checked(sparsity=within(0, 1), alpha=at_least(0), outlier_factor=above(0))
     def __init__(
         self,
         sparsity: float | None = None,
@@ -76,5 +78,5 @@ class DLP(WeightPruning):
                 f"DLP(allocation={allocation!r}) is deprecated: that allocation is not DLP's; "
                 f"write prunelight.callbacks.WeightPruning({', '.join(written)}), which puts the "
                 "same zeros; let a run that DLP began end with DLP",
-                stacklevel=6,
+                stacklevel=7,
             )

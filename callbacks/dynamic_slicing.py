@@ -33,6 +33,7 @@ from prunelight.pruning.slicing.targets import (
     sliced_parameters,
 )
 from prunelight.pruning.slicing.trial import sliced_perplexity
+from prunelight.runtime.arguments import SEED, at_least, checked, within
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.block_influence import block_influences
 
@@ -66,6 +67,9 @@ class DynamicSlicing(SlicingCallback):
         ValueError: if an argument is out of its range.
     """
 
+    @checked(
+        slice_ratio=within(0, 1), parameter_ratio=within(0, 1), round_to=at_least(1), seed=SEED
+    )
     def __init__(
         self,
         slice_ratio: float | None = None,

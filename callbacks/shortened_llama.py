@@ -19,10 +19,10 @@ from prunelight.models.engines import check_engines, engine_patterns, known_engi
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import matrices
 from prunelight.models.families.removable import removable_layers
-from prunelight.planning.layer_choice import check_depth_target, layers_to_remove
+from prunelight.planning.layer_choice import check_depth_target, layers_left, layers_to_remove
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.importance import magnitude_scores, taylor_scores
 from prunelight.scoring.model_variants import VariantReplay
@@ -48,6 +48,7 @@ class ShortenedLlama(PruningCallback):
         ValueError: if an argument is out of its range.
     """
 
+    @checked(ratio=within(0, 1), num_layers=at_least(0))
     def __init__(
         self,
         ratio: float | None = None,
@@ -58,7 +59,6 @@ class ShortenedLlama(PruningCallback):
         loads_in: list[str] | None = None,
     ) -> None:
         check_depth_target(ratio, num_layers)
-        check_choice("score", score, SCORES)
         self.ratio, self.num_layers, self.score = ratio, num_layers, score
         self.protected = None if protected is None else list(protected)
         self.offload_activations = offload_activations
@@ -69,6 +69,10 @@ class ShortenedLlama(PruningCallback):
         self._choose(model, [0.0] * len(decoder_layers(model)))
         if self.score != "perplexity":
             matrices(model)  # raises for quantized weights
+
+    def layers_left(self, total: int) -> int:
+        """Return how many decoder layers stay; raise ValueError if too few may be removed."""
+        return layers_left(total, self.ratio, self.num_layers, self.protected or ())
 
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
         """Score the decoder layers and choose which to remove; the model is unchanged.

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.calibration.windows import Windows, check_windows
+from prunelight.calibration.windows import Windows, check_ignored
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.engines import check_engines, engine_patterns, known_engines
 from prunelight.models.families.layers import decoder_layers
@@ -23,6 +23,7 @@ from prunelight.models.families.own_classes.dropped_sublayers import SUBLAYERS
 from prunelight.models.families.removable import removable_layers
 from prunelight.planning.layer_choice import (
     check_depth_target,
+    layers_left,
     layers_to_remove,
     lowest_scores,
     resolve_indices,
@@ -30,7 +31,7 @@ from prunelight.planning.layer_choice import (
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import DropSublayers, RemoveLayers, Step
 from prunelight.pruning.drop_sublayers import check_droppable, fixed_sublayers
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.angular_distance import angular_distances
 from prunelight.scoring.block_influence import block_influences, sublayer_influences
@@ -68,6 +69,7 @@ class ShortGPT(PruningCallback):
         ValueError: if an argument is out of its range or has no effect.
     """
 
+    @checked(ratio=within(0, 1), num_layers=at_least(0), ignore_first_tokens=at_least(0))
     def __init__(
         self,
         ratio: float | None = None,
@@ -80,8 +82,6 @@ class ShortGPT(PruningCallback):
         loads_in: list[str] | None = None,
     ) -> None:
         check_depth_target(ratio, num_layers)
-        check_choice("score", score, SCORES)
-        check_choice("granularity", granularity, GRANULARITIES)
         if granularity != "layer" and score == "angular":
             raise ValueError(
                 f"score='angular' compares windows of whole layers, not granularity={granularity!r}"
@@ -91,8 +91,6 @@ class ShortGPT(PruningCallback):
                 "export_remote_code=True has no effect with granularity='layer', which leaves a "
                 "stock class; leave it out"
             )
-        if ignore_first_tokens < 0:
-            raise ValueError(f"ignore_first_tokens={ignore_first_tokens} must be at least 0")
         if ignore_first_tokens and score == "angular":
             raise ValueError(
                 f"ignore_first_tokens={ignore_first_tokens} has no effect with score='angular', "
@@ -115,6 +113,17 @@ class ShortGPT(PruningCallback):
         length = total - count + 1 if self.score == "angular" else total
         self._step(model, dict.fromkeys(("layer", *SUBLAYERS), [0.0] * length))
 
+    def layers_left(self, total: int) -> int:
+        """Return how many decoder layers stay; raise ValueError if too few may be removed."""
+        if self.granularity != "layer":
+            return total
+        return layers_left(total, self.ratio, self.num_layers, self.protected)
+
+    def check_calibration(self, model: PreTrainedModel, windows: Windows) -> None:
+        """Raise ValueError if the model cannot read the windows, or no token of them counts."""
+        super().check_calibration(model, windows)
+        check_ignored(windows, self.ignore_first_tokens)
+
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
         """Score the decoder layers and choose which to remove; the model is unchanged.
@@ -125,7 +134,7 @@ class ShortGPT(PruningCallback):
         """
         check_weights(model)
         self.check(model)
-        check_windows(model, windows)
+        self.check_calibration(model, windows)
         ignored = self.ignore_first_tokens
         if self.granularity != "layer":
             sublayers = sublayer_influences(model, windows, ignore_first_tokens=ignored)

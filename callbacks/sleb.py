@@ -19,15 +19,15 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.removable import removable_layers
 from prunelight.planning.layer_choice import (
     check_depth_target,
+    layers_left,
     layers_to_remove,
     resolve_indices,
 )
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.model_variants import VariantReplay
-from prunelight.scoring.similarity import CRITERIA
 
 
 class SLEB(PruningCallback):
@@ -46,6 +46,7 @@ class SLEB(PruningCallback):
         ValueError: if an argument is out of its range.
     """
 
+    @checked(ratio=within(0, 1), num_layers=at_least(0))
     def __init__(
         self,
         ratio: float | None = None,
@@ -55,7 +56,6 @@ class SLEB(PruningCallback):
         offload_activations: bool = False,
     ) -> None:
         check_depth_target(ratio, num_layers)
-        check_choice("criterion", criterion, CRITERIA)
         self.ratio, self.num_layers, self.criterion = ratio, num_layers, criterion
         self.protected = [0, -1] if protected is None else list(protected)
         self.offload_activations = offload_activations
@@ -65,6 +65,10 @@ class SLEB(PruningCallback):
         total = len(decoder_layers(model))
         count = layers_to_remove(self.ratio, self.num_layers, total)
         removable_layers(model).choose([0.0] * total, count, self.protected)
+
+    def layers_left(self, total: int) -> int:
+        """Return how many decoder layers stay; raise ValueError if too few may be removed."""
+        return layers_left(total, self.ratio, self.num_layers, self.protected)
 
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:

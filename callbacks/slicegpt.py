@@ -33,6 +33,7 @@ from prunelight.pruning.slicing.targets import (
 from prunelight.recovery.zeros.planned_zeros import PlannedZeros
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run, plans_beside
+from prunelight.runtime.arguments import SEED, at_least, checked, within
 from prunelight.runtime.finite import check_weights
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,9 @@ class SliceGPT(SlicingCallback):
         ValueError: if an argument is out of its range or has no effect.
     """
 
+    @checked(
+        slice_ratio=within(0, 1), parameter_ratio=within(0, 1), round_to=at_least(1), seed=SEED
+    )
     def __init__(
         self,
         slice_ratio: float | None = None,

@@ -18,11 +18,16 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.cka import CKA
-from prunelight.calibration.windows import Windows, check_windows
+from prunelight.calibration.windows import Windows, check_ignored
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.removable import removable_layers
-from prunelight.planning.layer_choice import check_depth_target, layers_to_remove, resolve_indices
+from prunelight.planning.layer_choice import (
+    check_depth_target,
+    layers_left,
+    layers_to_remove,
+    resolve_indices,
+)
 from prunelight.planning.plan import Plan
 from prunelight.planning.sliding_search import (
     BudgetExceededError,
@@ -32,12 +37,11 @@ from prunelight.planning.sliding_search import (
     slide,
     swap_layers,
 )
-from prunelight.planning.steps import MERGES, MergeLayers
+from prunelight.planning.steps import MergeLayers
 from prunelight.pruning.merge_layers import check_mergeable, merged_layer
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.model_variants import MergedVariants, VariantReplay
-from prunelight.scoring.similarity import CRITERIA
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,7 @@ class SlidingLayerMerging(PruningCallback):
         ValueError: if an argument is out of its range.
     """
 
+    @checked(ratio=within(0, 1), num_layers=at_least(0), ignore_first_tokens=at_least(0))
     def __init__(
         self,
         num_layers: int | None = None,
@@ -90,11 +95,6 @@ class SlidingLayerMerging(PruningCallback):
             check_depth_target(ratio, num_layers)
         elif not threshold <= 1:
             raise ValueError(f"threshold={threshold} must be at most 1, the dense model's own")
-        check_choice("merge", merge, MERGES)
-        check_choice("criterion", criterion, CRITERIA)
-        check_choice("limit", limit, (None, "model", "merge"))
-        if ignore_first_tokens < 0:
-            raise ValueError(f"ignore_first_tokens={ignore_first_tokens} must be at least 0")
         self.num_layers, self.ratio, self.threshold = num_layers, ratio, threshold
         self.merge, self.criterion = merge, criterion
         self.limit = limit or ("merge" if threshold is None else "model")
@@ -114,6 +114,17 @@ class SlidingLayerMerging(PruningCallback):
             )
         check_mergeable(model, self.merge)
 
+    def layers_left(self, total: int) -> int:
+        """Return how many decoder layers stay; raise ValueError if too few may be removed."""
+        if self.threshold is not None:
+            return total
+        return layers_left(total, self.ratio, self.num_layers, self.protected)
+
+    def check_calibration(self, model: PreTrainedModel, windows: Windows) -> None:
+        """Raise ValueError if the model cannot read the windows, or no token of them counts."""
+        super().check_calibration(model, windows)
+        check_ignored(windows, self.ignore_first_tokens)
+
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
         """Choose the windows to merge; the model is unchanged.
@@ -124,7 +135,7 @@ class SlidingLayerMerging(PruningCallback):
         """
         check_weights(model)
         self.check(model)
-        check_windows(model, windows)
+        self.check_calibration(model, windows)
         protected = self._protected(model)
         with VariantReplay(
             model,

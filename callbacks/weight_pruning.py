@@ -33,9 +33,9 @@ from prunelight.planning.sparsity_shares import (
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.sparsity.masks import Pattern
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
-from prunelight.pruning.sparsity.sparsify import SOLVERS, check_step
+from prunelight.pruning.sparsity.sparsify import check_step
 from prunelight.recovery.zeros.gradual_zeros import Schedule
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import above, at_least, checked, within
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.weight_scores import WeightScore, weight_scores
 
@@ -83,6 +83,7 @@ class WeightPruning(GradualZeros):
 
     follows_slicing = True
 
+    @checked(sparsity=within(0, 1), alpha=at_least(0), outlier_factor=above(0))
     def __init__(
         self,
         sparsity: float | None = None,
@@ -101,15 +102,8 @@ class WeightPruning(GradualZeros):
             raise ValueError(f'pattern={pattern} is what YAML makes of N:M; quote it: "2:4"')
         self.pattern = None if pattern is None else Pattern.parse(pattern)
         self.target = _target(sparsity, self.pattern)
-        check_choice("allocation", allocation, ALLOCATIONS)
-        check_choice("granularity", granularity, GRANULARITIES)
-        check_choice("solver", solver, SOLVERS)
-        if alpha is not None and not alpha >= 0:
-            raise ValueError(f"alpha={alpha} must be at least 0")
         if alpha and allocation == "uniform":
             raise ValueError(f"alpha={alpha} has no effect with allocation='uniform'")
-        if not outlier_factor > 0:
-            raise ValueError(f"outlier_factor={outlier_factor} must be above 0")
         if outlier_factor != 5 and allocation != "owl":
             raise ValueError(f"{outlier_factor=} has no effect with {allocation=}")
         if solver != "sparsegpt" and sparsegpt != SparseGPT():

@@ -30,10 +30,9 @@ from prunelight.planning.steps import PruneWidth
 from prunelight.pruning.prune_width import check_width
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.width_scores import (
-    SCORES,
     Widths,
     allowed_groups,
     width_scores,
@@ -75,6 +74,13 @@ class WidthPruning(PruningCallback):
             width, or no argument sets one.
     """
 
+    @checked(
+        neuron_ratio=within(0, 1),
+        head_ratio=within(0, 1),
+        intermediate_size=at_least(1),
+        num_key_value_heads=at_least(1),
+        multiple=at_least(1),
+    )
     def __init__(
         self,
         neuron_ratio: float | None = None,
@@ -94,21 +100,13 @@ class WidthPruning(PruningCallback):
         for name, ratio, other, number in pairs:
             if ratio is not None and number is not None:
                 raise ValueError(f"{name}={ratio} and {other}={number}: give one of the two")
-            if ratio is not None and not 0 <= ratio < 1:
-                raise ValueError(f"{name}={ratio} must lie in [0, 1); 0.2 removes one in five")
-            if number is not None and number < 1:
-                raise ValueError(f"{other}={number} must be at least 1")
         if all(x is None for x in (*pairs[0][1::2], *pairs[1][1::2])):
             raise ValueError("nothing to prune: give neuron_ratio, head_ratio, or what is left")
-        check_choice("score", score, SCORES)
-        check_choice("allocation", allocation, ALLOCATIONS)
         if export_remote_code and allocation == "uniform":
             raise ValueError(
                 "export_remote_code=True has no effect with allocation='uniform', which leaves a "
                 "stock class; leave it out"
             )
-        if multiple < 1:
-            raise ValueError(f"multiple={multiple} must be at least 1")
         if intermediate_size is not None and intermediate_size % multiple:
             near = max(1, round(intermediate_size / multiple)) * multiple
             raise ValueError(

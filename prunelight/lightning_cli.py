@@ -23,13 +23,17 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import lightning.pytorch as pl
 import psutil
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -42,9 +46,11 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.callbacks.recovery.progress import TrainingProgress
 from prunelight.evaluation.report.report import summary_table
+from prunelight.parse_errors import parse_error
 from prunelight.quiet_libraries import quiet_libraries
 from prunelight.run.preflight import FinishedRunError
 from prunelight.run.strategies import check_strategy
+from prunelight.runtime.arguments import checked_value
 from prunelight.runtime.atomic_files import check_writable, newest_checkpoint
 from prunelight.runtime.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
 from prunelight.runtime.progress import BesideBars
@@ -158,9 +164,40 @@ class CLI(LightningCLI):
         kwargs["callbacks"] = [*given, *added]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:  # more devices than there are, ...
-            told = str(error).strip().splitlines()[0]
-            raise ValueError(f"no Trainer can be made of these settings: {told}") from error
+        except Exception as error:  # more devices than there are, ...
+            if our_error(error):
+                raise
+            told = " ".join(str(error).split())
+            given = ", ".join(
+                f"{name}={value}"
+                for name, value in vars(settings).items()
+                if name not in ("callbacks", "logger") and value is not None
+                if value != signature(pl.Trainer).parameters[name].default
+            )
+            raise ValueError(
+                f"no Trainer can be made of these settings ({given}): {told}"
+            ) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what jsonargparse passes: null anywhere, and plain values for a section.
+
+        Raises:
+            TypeError: naming the option.
+        """
+        trainer = self._get(self.config, "trainer")
+        for name, hint in get_type_hints(pl.Trainer.__init__).items():
+            if trainer.get(name, "") is None:
+                checked_value(f"trainer.{name}", None, hint)
+        model = self._get(self.config, "model")
+        for name, hint in get_type_hints(RecoveryModule.__init__).items():
+            settings = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+            value = model.get(name)
+            if settings and not (value is None or isinstance(value, Namespace | dict)):
+                names = ", ".join(field.name for field in fields(settings))
+                raise TypeError(
+                    f"model.{name}={value!r} must be a mapping with some of {names}; leave it out "
+                    "for the defaults"
+                )
 
     def before_prune(self) -> None:
         """Count the time since Python started."""
@@ -254,7 +291,7 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
     )
     try:
         sys.argv[1:] = find_configs(arguments)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.stderr.write(f"prunelight: error: {error}\n")
         sys.exit(2)
     try:
@@ -278,7 +315,9 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
         sys.stderr.write("prunelight: stopped; the same command starts again\n")
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        ours = our_error(error) or disk_error(error) or missing_package(error)
+        ours = (
+            our_error(error) or disk_error(error) or missing_package(error) or settings_error(error)
+        )
         if isinstance(ours, FinishedRunError):
             sys.stderr.write(f"prunelight: {ours}\n")
             sys.exit(0)  # a loop that starts a killed run again ends here
@@ -325,16 +364,6 @@ def pruning_methods() -> list[str]:
     return sorted(name for name in methods if not name.endswith("Callback"))
 
 
-def parse_error(message: str) -> str:
-    """Return an error of jsonargparse in one line: of a class's arguments, what that class says."""
-    own = re.search(
-        r"class_path '[\w.]*?(\w+)':\n(.+?)(?=\n +- |\n +Given|\Z)", message, flags=re.DOTALL
-    )
-    told = f"{own[1]}: {own[2]}" if own else message
-    told = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(told.split()))
-    return f"{told.replace('a typing.Literal[', 'one of [')} (prunelight fit --help says more)"
-
-
 def find_configs(arguments: Sequence[str]) -> list[str]:
     """Replace each config name by the path of the installed config, unless a file here has it.
 
@@ -353,7 +382,10 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
 
 def _config_path(name: str) -> str:
     # "-" is the standard input; and a config may be given as text.
-    if name == "-" or Path(name).expanduser().exists() or set(name) & set(":{[\n"):
+    if name == "-" or (set(name) & set(":{[\n") and not Path(name).expanduser().is_file()):
+        return name
+    if Path(name).expanduser().exists():
+        _check_yaml(Path(name).expanduser())
         return name
     root = Path(str(files("prunelight.configs")))
     installed = {path.name: path for path in sorted(root.rglob("*.yaml"))}
@@ -364,6 +396,26 @@ def _config_path(name: str) -> str:
     raise FileNotFoundError(
         f"config {name!r} is neither a file here nor installed; installed are: {', '.join(near)}"
     )
+
+
+def _check_yaml(path: Path) -> None:
+    """Check that a config can be read.
+
+    Raises:
+        ValueError: if it is a directory, no text, or no YAML of options.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"config {str(path)!r} is no YAML file: {told}") from error
+    except RecursionError as error:
+        raise ValueError(f"config {str(path)!r} is nested too deeply") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"config {str(path)!r} must hold options, such as model.name; it holds a "
+            f"{type(config).__name__}"
+        )
 
 
 def our_error(error: BaseException | None) -> BaseException | None:
@@ -396,6 +448,16 @@ def missing_package(error: BaseException | None) -> ImportError | None:
                 f"a class or option of this run needs the package {package}, which is not "
                 f"installed; install it with: pip install {package}"
             )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def settings_error(error: BaseException | None) -> BaseException | None:
+    """Return an error that Lightning raised for its own settings, if it is that."""
+    while error is not None:
+        if isinstance(error, MisconfigurationException):
+            told = " ".join(str(error).split())
+            return ValueError(f"the settings of the Trainer do not fit this run: {told}")
         error = error.__cause__ or error.__context__
     return None
 

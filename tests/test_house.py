@@ -28,10 +28,11 @@ FLOORS = {
     "run": 8,
     "training": 9,
     "callbacks": 10,
-    "lightning_cli": 11,
-    "cli": 12,
+    "parse_errors": 11,
+    "lightning_cli": 12,
+    "cli": 13,
 }
-WITH_LIGHTNING = {"training", "callbacks", "lightning_cli"}
+WITH_LIGHTNING = {"training", "callbacks", "parse_errors", "lightning_cli"}
 # Parts of the run that speak with a Trainer.
 RUN_WITH_LIGHTNING = {"measurements.py", "strategies.py"}
 MOST_FILES = 9  # of a folder, beside __init__.py

@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prunelight.run.strategies import group_of_run
+from prunelight.runtime.arguments import NOT_EMPTY, at_least, checked
 from prunelight.training.exact_resume import removals_of
 from prunelight.training.kept_checkpoints import ResumePoint, directory_of
 
@@ -44,9 +45,8 @@ class RecoveryCheckpoint(ResumePoint):
         ValueError: if `every_n_train_steps` is below 1.
     """
 
+    @checked(every_n_train_steps=at_least(1), dirpath=NOT_EMPTY)
     def __init__(self, every_n_train_steps: int = 50, dirpath: str | None = None) -> None:
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps={every_n_train_steps} must be at least 1")
         super().__init__(
             dirpath=dirpath,
             save_top_k=0,

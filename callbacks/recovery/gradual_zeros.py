@@ -75,6 +75,12 @@ class GradualZeros(PruningCallback):
             return
         if run.place.stage != "fit":
             raise ValueError(f"{self.schedule} prunes while the model trains; use fit, not prune")
+        if sum(method.gradual for method in methods) > 1:
+            raise ValueError(
+                f"{self.schedule} stands beside another schedule, and both would zero the same "
+                "weights; give one callback a schedule, and prune with the other at fit start "
+                "(schedule=null)"
+            )
         settings = run.settings
         if settings.quantization != "none":
             raise ValueError(

@@ -12,8 +12,8 @@ import math
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from prunelight.callbacks.base import PruningCallback
 from prunelight.run.strategies import ChangedSettings
+from prunelight.runtime.arguments import at_least, checked
 from prunelight.training.recovery_watch import training_text
 
 log = logging.getLogger(__name__)
@@ -32,9 +32,10 @@ class TokenBudget(Callback):
         ValueError: if `tokens` is below 1.
     """
 
+    precedes_pruning = True  # schedules of pruning callbacks ask how many steps there are
+
+    @checked(tokens=at_least(1))
     def __init__(self, tokens: int) -> None:
-        if tokens < 1:
-            raise ValueError(f"tokens={tokens} must be at least 1")
         self.tokens = tokens
         self._changed = ChangedSettings()
 
@@ -43,7 +44,7 @@ class TokenBudget(Callback):
 
         Raises:
             ValueError: if max_steps or max_epochs of the Trainer end the training elsewhere, the
-                number of training tokens is not known, or a pruning callback comes first.
+                number of training tokens is not known.
         """
         if stage != "fit":
             return
@@ -51,13 +52,6 @@ class TokenBudget(Callback):
         if text is None:
             raise ValueError(
                 f"tokens={self.tokens} needs a prunelight TextDataModule, whose tokens are known"
-            )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        earlier = callbacks[: callbacks.index(self)]
-        if any(isinstance(callback, PruningCallback) for callback in earlier):
-            raise ValueError(
-                "TokenBudget must come before the pruning callbacks in trainer.callbacks: their "
-                "schedules ask how many steps there are"
             )
         steps = text.steps_for(self.tokens)
         self._check(trainer, steps, text.epochs(steps))

@@ -23,7 +23,8 @@ def split_windows(windows: Windows) -> tuple[Tensor, Tensor | None]:
     """Return (input_ids (N, T), attention_mask (N, T)); the mask is None without padding.
 
     Raises:
-        ValueError: if the ids are not whole numbers of shape (N, T), or the mask has another shape.
+        ValueError: if the ids are not whole numbers of shape (N, T), or the mask has another shape
+            or other numbers than 0 and 1.
     """
     ids, mask = (
         (windows, None)
@@ -40,6 +41,11 @@ def split_windows(windows: Windows) -> tuple[Tensor, Tensor | None]:
             f"attention_mask of shape {tuple(mask.shape)} must have the shape of input_ids, "
             f"{tuple(ids.shape)}"
         )
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"attention_mask holds {mask[(mask != 0) & (mask != 1)][0].item()}; it must be 1 on "
+            "tokens and 0 on padding"
+        )
     return ids, None if mask is None or bool(mask.all()) else mask
 
 
@@ -52,6 +58,20 @@ def check_windows(model: PreTrainedModel, windows: Windows) -> None:
     """
     check_length(model, split_windows(windows)[0].shape[1])
     _check_ids(model, windows)
+
+
+def check_ignored(windows: Windows, ignore_first_tokens: int) -> None:
+    """Check that tokens are left where the first ones of each window do not count.
+
+    Raises:
+        ValueError: if the windows are not longer than `ignore_first_tokens`.
+    """
+    length = split_windows(windows)[0].shape[1]
+    if ignore_first_tokens >= length:
+        raise ValueError(
+            f"ignore_first_tokens={ignore_first_tokens} must be below {length}, the tokens of a "
+            "calibration window; ignore fewer, or raise seq_len"
+        )
 
 
 def check_readable(model: PreTrainedModel, windows: Windows) -> None:

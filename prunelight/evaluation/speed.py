@@ -23,6 +23,7 @@ from prunelight.calibration.windows import Windows, check_length, micro_batches,
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.forward import evaluating, generate_tokens
 from prunelight.models.sizes import is_quantized, longest_sequence, parameter_bytes
+from prunelight.runtime.arguments import NOT_EMPTY, at_least, check_fields
 from prunelight.runtime.devices import free_memory, synchronize
 from prunelight.runtime.progress import Bar
 
@@ -172,15 +173,15 @@ class LatencyProtocol:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name, least in (("num_tokens", 1), ("batch_size", 1), ("num_warmup", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"latency.{name}={getattr(self, name)} must be at least {least}")
-        if self.num_runs < 2:
-            raise ValueError(
-                f"latency.num_runs={self.num_runs} must be at least 2, for a standard deviation"
-            )
-        if not self.prompt.strip():
-            raise ValueError("latency.prompt='' must hold text")
+        check_fields(
+            self,
+            "latency.",
+            prompt=NOT_EMPTY,
+            num_tokens=at_least(1),
+            batch_size=at_least(1),
+            num_warmup=at_least(0),
+            num_runs=at_least(2),  # for a standard deviation
+        )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,19 @@ def layers_to_remove(ratio: float | None, num_layers: int | None, total: int) ->
     return count
 
 
+def layers_left(
+    total: int, ratio: float | None, num_layers: int | None, protected: Collection[int] = ()
+) -> int:
+    """Return how many layers stay, of a model or of what earlier methods leave of it.
+
+    Raises:
+        ValueError: see `layers_to_remove`; or if too few layers may be removed.
+    """
+    count = layers_to_remove(ratio, num_layers, total)
+    lowest_scores([0.0] * total, count, protected)
+    return total - count
+
+
 def check_depth_target(ratio: float | None, num_layers: int | None) -> None:
     """Check a depth target before any model is loaded.
 

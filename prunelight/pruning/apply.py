@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.calibration.windows import Windows
+from prunelight.calibration.windows import Windows, check_windows
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.plan import Plan
@@ -98,7 +99,8 @@ def _kind_of(step: Step) -> StepKind[Any]:
 
 
 def _check_steps(model: PreTrainedModel, steps: Sequence[Step], context: StepContext) -> None:
-    """Check all steps against the model, before the first is carried out."""
+    """Check all steps against the model, and rehearse them, before the first is carried out."""
+    alone = context
     for step in steps:
         kind = _kind_of(step)
         sliced = any(isinstance(earlier, SliceHidden) for earlier in context.earlier)
@@ -110,3 +112,40 @@ def _check_steps(model: PreTrainedModel, steps: Sequence[Step], context: StepCon
         kind.check(model, step, context)
         context = context.after(step)
         check_leading(model, context.removed, context.without_attention)
+    if any(_kind_of(step).needs_windows(step) for step in steps):
+        assert context.windows is not None  # the step's own check
+        check_windows(model, context.windows)
+    if len(steps) > 1:
+        _rehearse(model, steps, alone)
+
+
+def _rehearse(model: PreTrainedModel, steps: Sequence[Step], context: StepContext) -> None:
+    """Carry out all steps on a copy of the model without weights.
+
+    A step may ask for what an earlier one took: a matrix of a dropped attention, a width that a
+    pattern divides, layers of one kind.
+
+    Raises:
+        ValueError, TypeError: naming the step that cannot be carried out after those before it.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    without_weights = {id(tensor): _on_meta(tensor) for tensor in tensors.values()}
+    copied: Any = copy.deepcopy(model, without_weights)
+    for position, step in enumerate(steps):
+        if isinstance(step, SliceHidden):  # what may follow depends on no shape that it changes
+            return
+        kind = _kind_of(step)
+        try:
+            (kind.rehearse or kind.carry_out)(copied, step, replace(context, windows=None))
+        except (ValueError, TypeError) as error:
+            raise type(error)(
+                f"steps[{position}] ({step.kind}) cannot follow the steps before it: {error}"
+            ) from error
+        context = context.after(step)
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the same shape without numbers."""
+    empty = tensor.detach().to("meta")
+    trained = tensor.requires_grad
+    return torch.nn.Parameter(empty, trained) if isinstance(tensor, torch.nn.Parameter) else empty

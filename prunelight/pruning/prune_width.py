@@ -258,4 +258,14 @@ def _carry_out(model: PreTrainedModel, step: PruneWidth, context: StepContext) -
     )
 
 
-PRUNE_WIDTH = StepKind(_check, _carry_out, follows_slicing=True)
+def _rehearse(model: PreTrainedModel, step: PruneWidth, context: StepContext) -> None:
+    prune_width(model, replace(step, correction=False), removed=context.removed)
+
+
+PRUNE_WIDTH = StepKind(
+    _check,
+    _carry_out,
+    follows_slicing=True,
+    needs_windows=lambda step: step.correction,
+    rehearse=_rehearse,
+)

@@ -61,8 +61,14 @@ class StepKind(Generic[StepT]):
         carry_out: changes the model in place. It returns a dataclass that says what the step did,
             or None where the step says all.
         follows_slicing: the step may come after a slice step of the same plan.
+        needs_windows: tells whether the step runs the model on the calibration windows.
+        rehearse: carries the step out, as far as that needs no data, in place on a model without
+            weights (on the meta device); None: by `carry_out`. `apply` sees in this way whether the
+            next steps can be carried out too.
     """
 
     check: Callable[[PreTrainedModel, StepT, StepContext], None]
     carry_out: Callable[[PreTrainedModel, StepT, StepContext], Any]
     follows_slicing: bool = False
+    needs_windows: Callable[[StepT], bool] = lambda step: False
+    rehearse: Callable[[PreTrainedModel, StepT, StepContext], Any] | None = None

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from prunelight.models.families.config_fields import check_reloadable
 from prunelight.models.families.matrices import lora_targets
@@ -24,8 +26,19 @@ from prunelight.models.families.rwkv import (
     stop_rescaling,
 )
 from prunelight.models.sizes import parameter_count
+from prunelight.runtime.arguments import (
+    NOT_EMPTY,
+    above,
+    at_least,
+    check_fields,
+    did_you_mean,
+    within,
+)
 
 log = logging.getLogger(__name__)
+
+# Modules to which peft adds a low-rank update.
+ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -49,12 +62,9 @@ class LoRA:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.r < 1:
-            raise ValueError(f"lora.r={self.r} must be at least 1")
-        if self.alpha <= 0:
-            raise ValueError(f"lora.alpha={self.alpha} must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
+        check_fields(
+            self, "lora.", r=at_least(1), alpha=above(0), dropout=within(0, 1), targets=NOT_EMPTY
+        )
 
 
 def make_trainable(
@@ -128,13 +138,17 @@ def check_targets(model: PreTrainedModel, settings: LoRA) -> None:
         ValueError: naming the targets that fit no module.
     """
     check_reloadable(model)
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    paths = {name for name, _ in model.named_modules()}
-    missing = [target for target in settings.targets or [] if target not in names | paths]
-    if missing:
+    if settings.targets is None:
+        return
+    projections = lora_targets(model)[0]
+    for target in settings.targets:
+        fitting = [m for n, m in model.named_modules() if f".{n}".endswith(f".{target}")]
+        if target and fitting and all(isinstance(module, ADAPTABLE) for module in fitting):
+            continue
+        kind = f"is a {type(fitting[0]).__name__}" if target and fitting else "fits no module"
         raise ValueError(
-            f"lora.targets={missing} fit no module of {model.config.model_type}; its projections "
-            f"are {lora_targets(model)[0]}"
+            f"lora.targets={settings.targets}: {target!r} {kind} of {model.config.model_type}; "
+            f"LoRA adapts projections, which are {projections}{did_you_mean(target, projections)}"
         )
 
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from prunelight.models.families.matrices import Matrix, matrices
 from prunelight.models.loading import DTYPES
 from prunelight.models.sizes import is_quantized
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import check_choice, check_fields
 
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 
@@ -62,6 +62,7 @@ class BitsAndBytes:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        check_fields(self, "bitsandbytes.")
         check_choice("bitsandbytes.compute_dtype", self.compute_dtype, ("auto", *DTYPES))
 
 

@@ -18,6 +18,10 @@ log = logging.getLogger(__name__)
 
 RECOVERIES = ("none", "lora", "full")
 
+# Those that step by a measured loss cannot step with the optimizer.
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+SCHEDULES = [kind.value for kind in SchedulerType if kind.value not in _BY_METRIC]
+
 
 def check_settings(
     recovery: str,
@@ -38,7 +42,7 @@ def check_settings(
             f"learning_rate={learning_rate} must be above 0 and warmup_steps={warmup_steps} "
             "at least 0"
         )
-    check_choice("lr_scheduler", lr_scheduler, [kind.value for kind in SchedulerType])
+    check_choice("lr_scheduler", lr_scheduler, SCHEDULES)
     trial_optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
         make_schedule(lr_scheduler, trial_optimizer, 0, 100, lr_scheduler_kwargs)

@@ -50,6 +50,9 @@ class PruningMethod(Protocol):
     def check(self, model: PreTrainedModel) -> None:
         """Check the arguments against the model, before any data is read."""
 
+    def layers_left(self, total: int) -> int:
+        """Return how many of the decoder layers stay, those that earlier methods left."""
+
     def widths(self, model: PreTrainedModel) -> dict[str, int]:
         """Return the widths of inputs that the method leaves, or their divisor, by source."""
 

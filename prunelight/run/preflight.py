@@ -25,6 +25,7 @@ from prunelight.calibration.data_windows import (
 from prunelight.calibration.shared_windows import share_windows
 from prunelight.calibration.windows import Windows, check_length, check_windows
 from prunelight.evaluation.report.writing import check_report_files
+from prunelight.models.families.layers import decoder_layers
 from prunelight.models.saving import MARKER, check_replaceable
 from prunelight.planning.fingerprints import without_folders
 from prunelight.recovery.lora import check_targets
@@ -36,6 +37,7 @@ from prunelight.run.measurements import can_measure, describe_evaluation, held_o
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
+from prunelight.runtime.arguments import at_least, checked_value
 from prunelight.runtime.atomic_files import check_writable
 from prunelight.runtime.finite import check_weights
 
@@ -71,6 +73,18 @@ class Facts:
             return share_windows(held_out_windows(self.run), self.run.place.group)
 
 
+# Attributes of Lightning's Trainer, which bear the names of its arguments.
+TRAINER_RULES = {
+    "accumulate_grad_batches": at_least(1),
+    "check_val_every_n_epoch": at_least(1),
+    "gradient_clip_val": at_least(0),
+    "limit_train_batches": at_least(0),
+    "limit_val_batches": at_least(0),
+    "log_every_n_steps": at_least(0),
+    "max_epochs": at_least(-1),
+    "max_steps": at_least(-1),
+}
+
 Check: TypeAlias = Callable[[Facts], None]
 
 
@@ -85,7 +99,7 @@ def preflight(run: Run, methods: Sequence[PruningMethod] = ()) -> Facts:
     with run.phases.phase("check the run"):
         for check in _checks(facts):
             # Lightning counts the steps on all processes together: none may wait elsewhere then.
-            alone = check in (strategy, methods_in_this_run, unfinished)
+            alone = check in COUNTING_STEPS
             with nullcontext() if alone else run.place.group.failing_together():
                 check(facts)
     return facts
@@ -102,6 +116,49 @@ def _checks(facts: Facts) -> tuple[Check, ...]:
 
 
 # --- settings --------------------------------------------------------------------------------
+
+
+def trainer_settings(facts: Facts) -> None:
+    """The Trainer's numbers lie in their ranges; Lightning takes some that it cannot use."""
+    trainer: Any = facts.run.place.trainer
+    for name, rule in TRAINER_RULES.items():
+        value = getattr(trainer, name)
+        checked_value(f"trainer.{name}", value, int | float | None, rule)
+    if trainer.num_sanity_val_steps < 0:  # -1 has become infinity
+        raise ValueError(
+            f"trainer.num_sanity_val_steps={trainer.num_sanity_val_steps} must be at least -1"
+        )
+    interval = trainer.val_check_interval
+    if isinstance(interval, int | float) and interval <= 0:
+        raise ValueError(
+            f"trainer.val_check_interval={interval} must be a number of batches, or a share of "
+            "the epoch in (0, 1]"
+        )
+    # Lightning compares it with the batches when the training starts, which is after the pruning.
+    if facts.run.place.stage == "fit" and trainer.datamodule is not None:
+        try:
+            trainer.fit_loop.setup_data()
+        except ValueError as error:
+            if "val_check_interval" not in str(error):
+                raise
+            raise ValueError(
+                f"trainer.val_check_interval={interval} must be at most "
+                f"{trainer.num_training_batches}, the batches of an epoch; lower it, or set "
+                "trainer.check_val_every_n_epoch=null"
+            ) from error
+
+
+def order_of_callbacks(facts: Facts) -> None:
+    """What sets the steps of the training comes before what prunes and asks for them."""
+    callbacks: list[Any] = facts.run.place.trainer.callbacks  # type: ignore[attr-defined]
+    pruning = False
+    for callback in callbacks:
+        pruning = pruning or isinstance(callback, PruningMethod)
+        if pruning and getattr(callback, "precedes_pruning", False):
+            raise ValueError(
+                f"{type(callback).__name__} must come before the pruning callbacks in "
+                "trainer.callbacks: their schedules ask how many steps there are"
+            )
 
 
 def strategy(facts: Facts) -> None:
@@ -251,8 +308,15 @@ def shardable(facts: Facts) -> None:
 
 def methods_on_this_model(facts: Facts) -> None:
     """Each method fits the model, and leaves widths that can be quantized."""
+    left = len(decoder_layers(facts.model))
     for method in facts.methods:
         method.check(facts.model)
+        try:
+            left = method.layers_left(left)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(method).__name__} finds {left} layers after the methods before it: {error}"
+            ) from error
         check_widths(method.widths(facts.model), facts.run.settings.quantization)
 
 
@@ -314,7 +378,22 @@ def held_out(facts: Facts) -> None:
     check_windows(facts.model, facts.held_out)
 
 
-SETTINGS: tuple[Check, ...] = (strategy, methods_in_this_run, output, unfinished)
+# These ask Lightning how many steps there are, on all processes together.
+COUNTING_STEPS: tuple[Check, ...] = (
+    order_of_callbacks,
+    trainer_settings,
+    strategy,
+    methods_in_this_run,
+    unfinished,
+)
+SETTINGS: tuple[Check, ...] = (
+    order_of_callbacks,
+    trainer_settings,
+    strategy,
+    methods_in_this_run,
+    output,
+    unfinished,
+)
 MODEL: tuple[Check, ...] = (
     finite,
     quantizable,
@@ -336,7 +415,13 @@ PRUNING = (
     held_out,
 )
 RECOVERY = (*SETTINGS, *MODEL, shardable, training_length, training_batches)
-EVALUATION: tuple[Check, ...] = (strategy, quantizable, shardable, training_length)
+EVALUATION: tuple[Check, ...] = (
+    trainer_settings,
+    strategy,
+    quantizable,
+    shardable,
+    training_length,
+)
 # Of a model that is prepared for its training already, as one from a checkpoint.
 SECOND_FIT: tuple[Check, ...] = (strategy, output, packing, precision)
 SECOND_EVALUATION: tuple[Check, ...] = (strategy,)

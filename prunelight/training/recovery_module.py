@@ -62,6 +62,7 @@ from prunelight.run.preflight import DATA, preflight
 from prunelight.run.run_state import MEASURED, Run
 from prunelight.run.start import prepare, start_recovery, tell_slow_precision
 from prunelight.run.strategies import ChangedSettings, Place, loss_weight
+from prunelight.runtime.arguments import NOT_EMPTY, above, at_least, checked
 from prunelight.runtime.checkpoint_files import read_checkpoint
 from prunelight.training.exact_resume import ExactResume
 from prunelight.training.finite_training import check_loaded, check_saved
@@ -111,6 +112,12 @@ class RecoveryModule(WatchedModule):
         ValueError: if an argument is out of its range.
     """
 
+    @checked(
+        name=NOT_EMPTY,
+        learning_rate=above(0),
+        warmup_steps=at_least(0),
+        compile_backend=NOT_EMPTY,
+    )
     def __init__(
         self,
         name: str,

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from prunelight.calibration.windows import Windows
-from prunelight.data.document_rows import PACKINGS, cut_document, pack_documents
+from prunelight.data.document_rows import cut_document, pack_documents
 from prunelight.data.instructions import instruction_example, is_instruction_row
 from prunelight.data.rows import Row
 from prunelight.data.sources import read_documents
@@ -38,7 +38,7 @@ from prunelight.data.token_windows import (
 )
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.loading import load_tokenizer
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import NOT_EMPTY, SEED, at_least, checked
 from prunelight.training.resumable_loader import ResumableLoader
 
 log_once = rank_zero_only(logging.getLogger(__name__).info)
@@ -74,6 +74,18 @@ class TextDataModule(LightningDataModule):
         ValueError: if a number is out of range.
     """
 
+    @checked(
+        train=NOT_EMPTY,
+        validation=NOT_EMPTY,
+        calibration=NOT_EMPTY,
+        seq_len=at_least(2),
+        batch_size=at_least(1),
+        num_calibration=at_least(1),
+        num_validation=at_least(1),
+        text_field=NOT_EMPTY,
+        seed=SEED,
+        num_workers=at_least(0),
+    )
     def __init__(
         self,
         tokenizer: str | PreTrainedTokenizerBase,
@@ -93,12 +105,6 @@ class TextDataModule(LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        lowest = {"seq_len": 2, "batch_size": 1, "num_calibration": 1, "num_validation": 1}
-        given = (seq_len, batch_size, num_calibration, num_validation)
-        for (name, low), value in zip(lowest.items(), given, strict=True):
-            if value is not None and value < low:
-                raise ValueError(f"{name}={value} must be at least {low}; raise it or leave it out")
-        check_choice("packing", packing, PACKINGS)
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         self.tokenizer = tokenizer

@@ -472,10 +472,13 @@ def test_only_the_verbs_that_do_something_are_offered():
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--model.quantization", "nf5"], "model.quantization: Expected one of ['none', 'nf4', "),
-        (["--model.loss", "kdd"], "model.loss: Expected one of ['lm', 'kd', 'kd_topk']. Got value"),
-        (["--trainer.callbacks.score", "foo"], "score: Expected one of ['block_infl"),
-        (["--data.packing", "rows"], "data.packing: Expected one of ['stream', 'documents']"),
+        (["--model.quantization", "nf5"], "model.quantization=nf5 must be one of none, nf4, "),
+        (
+            ["--model.loss", "kdd"],
+            "model.loss=kdd must be one of lm, kd, kd_topk; did you",
+        ),
+        (["--trainer.callbacks.score", "foo"], "score=foo must be one of block_infl"),
+        (["--data.packing", "rows"], "data.packing=rows must be one of stream, documents"),
     ],
 )
 def test_a_value_that_is_no_choice_is_told_in_one_line(arguments, capsys, extra, message):

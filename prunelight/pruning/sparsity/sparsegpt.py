@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunelight.calibration.statistics import finite_values
 from prunelight.pruning.sparsity.masks import Amount, Pattern, check_width, count_zeros, matrix_mask
+from prunelight.runtime.arguments import above, at_least, check_fields
 
 _LAZY = 32  # columns that are corrected one by one; later columns are corrected in one product
 
@@ -46,14 +47,10 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if not self.dampening > 0 or self.block_size < 1:
-            raise ValueError(
-                f"dampening={self.dampening} must be above 0 and block_size={self.block_size} at "
-                "least 1"
-            )
+        check_fields(self, dampening=above(0), block_size=at_least(1), group_size=at_least(1))
         if self.bits not in (None, 4, 8):
             raise ValueError(f"bits={self.bits} must be 4, 8 or left out")
-        if self.bits and (self.group_size < 1 or self.block_size % self.group_size):
+        if self.bits and self.block_size % self.group_size:
             raise ValueError(
                 f"group_size={self.group_size} must divide block_size={self.block_size}"
             )

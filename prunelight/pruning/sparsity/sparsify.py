@@ -282,4 +282,16 @@ def _carry_out(model: PreTrainedModel, step: Sparsify, context: StepContext) -> 
     )
 
 
-SPARSIFY = StepKind(_check, _carry_out, follows_slicing=True)
+def _rehearse(model: PreTrainedModel, step: Sparsify, context: StepContext) -> None:
+    """Check that the matrices are still there, and as wide as the pattern needs."""
+    sparsity = renumbered(step.sparsity, layers_path(model), context.removed)
+    check_step(model, replace(step, sparsity=sparsity))
+
+
+SPARSIFY = StepKind(
+    _check,
+    _carry_out,
+    follows_slicing=True,
+    needs_windows=lambda step: step.solver != "magnitude",
+    rehearse=_rehearse,
+)

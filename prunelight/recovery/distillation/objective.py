@@ -36,7 +36,14 @@ from prunelight.planning.plan import Plan
 from prunelight.recovery.distillation.language_head import LanguageHead, without_adapters
 from prunelight.recovery.distillation.teacher_cache import TeacherCache
 from prunelight.recovery.packed_rows import model_inputs
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import (
+    NOT_EMPTY,
+    above,
+    at_least,
+    between,
+    check_choice,
+    check_fields,
+)
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +87,16 @@ class Distillation:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.temperature <= 0:
-            raise ValueError(f"distillation.temperature={self.temperature} must be above 0")
-        if not 0 <= self.lm_weight <= 1:
-            raise ValueError(f"distillation.lm_weight={self.lm_weight} must lie in [0, 1]")
-        if self.k < 1:
-            raise ValueError(f"distillation.k={self.k} must be at least 1")
-        if self.hidden_weight < 0:
-            raise ValueError(f"distillation.hidden_weight={self.hidden_weight} must be at least 0")
-        check_choice("distillation.teacher", self.teacher, TEACHERS)
+        check_fields(
+            self,
+            "distillation.",
+            temperature=above(0),
+            lm_weight=between(0, 1),
+            k=at_least(1),
+            hidden_weight=at_least(0),
+            name=NOT_EMPTY,
+            cache=NOT_EMPTY,
+        )
 
 
 class Objective:

@@ -21,7 +21,7 @@ from prunelight.calibration.statistics import InputNorm
 from prunelight.models.families.matrices import Matrix
 from prunelight.pruning.sparsity.masks import Amount, Pattern, matrix_mask, row_mask
 from prunelight.recovery.sharded_weights import whole_tensor
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import at_least, check_fields
 from prunelight.runtime.processes import ProcessGroup
 from prunelight.scoring.weight_scores import wanda_scores
 
@@ -51,14 +51,12 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if not 0 <= self.start_step < self.end_step:
+        check_fields(self, "schedule.", start_step=at_least(0), every=at_least(1))
+        if self.start_step >= self.end_step:
             raise ValueError(
                 f"schedule.start_step={self.start_step} must be at least 0 and below "
                 f"end_step={self.end_step}"
             )
-        if self.every < 1:
-            raise ValueError(f"schedule.every={self.every} must be at least 1")
-        check_choice("schedule.curve", self.curve, CURVES)
 
     def due(self, step: int) -> bool:
         """Return whether zeros are added after this optimizer step."""
