@@ -27,9 +27,9 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.run.start import start
 from prunelight.run.strategies import Place
-from prunelight.training.exact_resume import use_safe_files
 from prunelight.training.own_module import prune_after_setup
 from prunelight.training.recovery_module import RecoveryModule
+from prunelight.training.resuming.exact_resume import use_safe_files
 from prunelight.training.trainer import pruning_methods
 
 

@@ -51,8 +51,8 @@ from prunelight.quiet_libraries import quiet_libraries
 from prunelight.run.preflight import FinishedRunError
 from prunelight.run.strategies import check_strategy
 from prunelight.runtime.arguments import checked_value
-from prunelight.runtime.atomic_files import check_writable, newest_checkpoint
-from prunelight.runtime.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
+from prunelight.runtime.files.atomic_files import check_writable, newest_checkpoint
+from prunelight.runtime.files.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
 from prunelight.runtime.progress import BesideBars
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
@@ -466,7 +466,7 @@ def disk_error(error: BaseException | None) -> OSError | None:
     """Return an error for a file that a library could not write, such as a logger's, if it is that.
 
     What prunelight itself writes says more, see `explaining_write_errors` of
-    `prunelight.runtime.atomic_files`.
+    `prunelight.runtime.files.atomic_files`.
     """
     expected = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
     while error is not None:

@@ -98,7 +98,7 @@ MOVED: dict[str, dict[str, str]] = {
             "FORMAT KEY check_format check_same_parameters check_same_run check_same_settings "
             "facts_of=read_metadata"
         ),
-        "runtime.atomic_files": "reading=explaining_read_errors",
+        "runtime.files.atomic_files": "reading=explaining_read_errors",
     },
     "choices": {
         "runtime.arguments": "check_choice",
@@ -142,7 +142,7 @@ MOVED: dict[str, dict[str, str]] = {
         "models.placement": "place_for=device_with_room to_device where_it_fits=move_if_it_fits",
     },
     "files": {
-        "runtime.atomic_files": (
+        "runtime.files.atomic_files": (
             "check_writable explaining=explaining_write_errors flush newest_checkpoint "
             "remove_temporaries replacing=atomic_replacement"
         ),
@@ -163,7 +163,7 @@ MOVED: dict[str, dict[str, str]] = {
         "scoring.importance": "magnitude_scores saliencies taylor_scores",
     },
     "loader": {
-        "training.resumable_loader": "ResumableLoader",
+        "training.resuming.resumable_loader": "ResumableLoader",
     },
     "losses": {},  # where it was; `import prunelight` imported it too
     "maps": {
@@ -243,7 +243,7 @@ MOVED: dict[str, dict[str, str]] = {
         "evaluation.report.report": "summary_table write_report",
     },
     "resume": {
-        "training.exact_resume": "AtomicCheckpointIO KEY seed_batch write_atomically",
+        "training.resuming.exact_resume": "AtomicCheckpointIO KEY seed_batch write_atomically",
         "training.resuming.run_identity": "VOLATILE describe_run",
     },
     "retraining": {
@@ -409,7 +409,7 @@ REPLACED: dict[str, dict[str, str]] = {
             "stage_of_run=measure_run_stage start_record"
         ),
     },
-    "resume": {"training.exact_resume": "ExactResume"},
+    "resume": {"training.resuming.exact_resume": "ExactResume"},
     "surgery": {
         "models.families.removable": "REFUSED_FIELDS=removable_layers",
         "models.families.shorter_config": "COUNTING_FIELDS=CutRules",

@@ -24,8 +24,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prunelight.run.strategies import group_of_run
 from prunelight.runtime.arguments import NOT_EMPTY, at_least, checked
-from prunelight.training.exact_resume import removals_of
-from prunelight.training.kept_checkpoints import ResumePoint, directory_of
+from prunelight.training.resuming.exact_resume import removals_of
+from prunelight.training.resuming.kept_checkpoints import ResumePoint, directory_of
 
 log = logging.getLogger(__name__)
 

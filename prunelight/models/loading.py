@@ -39,7 +39,7 @@ from transformers.models.auto.modeling_auto import (
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.text_decoder import reading_class, take_text_decoder
 from prunelight.runtime.arguments import check_choice
-from prunelight.runtime.atomic_files import reading_fault
+from prunelight.runtime.files.atomic_files import reading_fault
 from prunelight.runtime.finite import check_model
 
 log = logging.getLogger(__name__)

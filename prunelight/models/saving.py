@@ -30,9 +30,9 @@ from prunelight.models.transformers4 import add_old_names, tell_fault
 from prunelight.models.written_files import check_names, check_place, finish_files
 from prunelight.planning.fingerprints import library_versions, model_fingerprint
 from prunelight.planning.plan import Plan
-from prunelight.runtime.atomic_files import atomic_directory
-from prunelight.runtime.checksums import changed_files, directory_checksums, sealed, unsealed
 from prunelight.runtime.devices import free_memory
+from prunelight.runtime.files.atomic_files import atomic_directory
+from prunelight.runtime.files.checksums import changed_files, directory_checksums, sealed, unsealed
 from prunelight.runtime.finite import check_weights
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from prunelight.planning.steps import (
     renumbered,
     step_from_dict,
 )
-from prunelight.runtime.atomic_files import atomic_replacement
+from prunelight.runtime.files.atomic_files import atomic_replacement
 
 FORMAT = 1
 

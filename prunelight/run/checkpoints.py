@@ -26,12 +26,12 @@ from prunelight.planning.fingerprints import describe_windows, fingerprint_of, m
 from prunelight.recovery.quantization import FOUR_BIT, BitsAndBytes
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import MEASURED
-from prunelight.runtime.atomic_files import (
+from prunelight.runtime.files.atomic_files import (
     atomic_replacement,
     explaining_read_errors,
     explaining_write_errors,
 )
-from prunelight.runtime.checksums import sealed, unsealed
+from prunelight.runtime.files.checksums import sealed, unsealed
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from prunelight.recovery.sharded_weights import gather_trained
 from prunelight.run.checkpoints import check_base
 from prunelight.run.measurements import measure_run_stage, report
 from prunelight.run.run_state import ADAPTER, FINAL, Run, plan_texts
-from prunelight.runtime.atomic_files import (
+from prunelight.runtime.files.atomic_files import (
     atomic_directory,
     explaining_write_errors,
     newest_checkpoint,

@@ -38,7 +38,7 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
 from prunelight.runtime.arguments import at_least, checked_value
-from prunelight.runtime.atomic_files import check_writable
+from prunelight.runtime.files.atomic_files import check_writable
 from prunelight.runtime.finite import check_weights
 
 DATA = "read and tokenize the data"  # a phase

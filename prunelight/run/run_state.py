@@ -29,7 +29,7 @@ from prunelight.recovery.distillation.objective import Objective
 from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.zeros.weight_masks import WeightMasks
 from prunelight.run.strategies import Place
-from prunelight.runtime.directory_lock import DirectoryLock
+from prunelight.runtime.files.directory_lock import DirectoryLock
 from prunelight.runtime.measuring import OTHER, Measurement, Phases
 
 log = logging.getLogger(__name__)

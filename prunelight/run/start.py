@@ -51,8 +51,8 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.preflight import Facts, preflight
 from prunelight.run.run_state import Run, plan_texts, plans_beside
 from prunelight.run.teacher import prepare_teacher
-from prunelight.runtime.atomic_files import explaining_write_errors
 from prunelight.runtime.devices import device_name, slowness
+from prunelight.runtime.files.atomic_files import explaining_write_errors
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from prunelight.losses import IGNORED_LABEL
 from prunelight.recovery.sharded_weights import gather_trained, load_trained
-from prunelight.runtime.checkpoint_files import read_checkpoint
+from prunelight.runtime.files.checkpoint_files import read_checkpoint
 from prunelight.runtime.processes import ProcessGroup
 
 

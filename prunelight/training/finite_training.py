@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunelight.recovery.sharded_weights import trained_parameters
 from prunelight.run.strategies import group_of_run
-from prunelight.runtime.atomic_files import newest_checkpoint
+from prunelight.runtime.files.atomic_files import newest_checkpoint
 from prunelight.runtime.finite import check_checkpoint_tensors, check_tensors
 
 MOST_SKIPS = 20  # in a row: from torch's first scale of 65536 down to 1/16

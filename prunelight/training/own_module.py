@@ -28,7 +28,7 @@ from prunelight.run.run_state import Run
 from prunelight.run.start import start
 from prunelight.run.strategies import Place
 from prunelight.training.finite_training import FiniteTraining, check_saved
-from prunelight.training.kept_checkpoints import settle
+from prunelight.training.resuming.kept_checkpoints import settle
 
 log = logging.getLogger(__name__)
 

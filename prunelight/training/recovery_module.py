@@ -63,10 +63,10 @@ from prunelight.run.run_state import MEASURED, Run
 from prunelight.run.start import prepare, start_recovery, tell_slow_precision
 from prunelight.run.strategies import ChangedSettings, Place, loss_weight
 from prunelight.runtime.arguments import NOT_EMPTY, above, at_least, checked
-from prunelight.runtime.checkpoint_files import read_checkpoint
-from prunelight.training.exact_resume import ExactResume
+from prunelight.runtime.files.checkpoint_files import read_checkpoint
 from prunelight.training.finite_training import check_loaded, check_saved
 from prunelight.training.recovery_watch import WatchedModule
+from prunelight.training.resuming.exact_resume import ExactResume
 
 
 class RecoveryModule(WatchedModule):

@@ -39,7 +39,7 @@ from prunelight.data.token_windows import (
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.loading import load_tokenizer
 from prunelight.runtime.arguments import NOT_EMPTY, SEED, at_least, checked
-from prunelight.training.resumable_loader import ResumableLoader
+from prunelight.training.resuming.resumable_loader import ResumableLoader
 
 log_once = rank_zero_only(logging.getLogger(__name__).info)
 

@@ -16,10 +16,10 @@ from prunelight.models.placement import to_device
 from prunelight.run.method import PruningMethod
 from prunelight.run.start import prune_only, tell_slow_precision
 from prunelight.run.strategies import Place
-from prunelight.runtime.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
+from prunelight.runtime.files.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
 from prunelight.scoring.analysis import analyze
-from prunelight.training.kept_checkpoints import find_resume_point
 from prunelight.training.recovery_module import RecoveryModule
+from prunelight.training.resuming.kept_checkpoints import find_resume_point
 
 log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from stopped_runs import CASES, write_config
 
 from prunelight import lightning_cli  # noqa: F401 (imported before the fork, not after each)
 from prunelight.cli import main
-from prunelight.runtime.atomic_files import ENDING
+from prunelight.runtime.files.atomic_files import ENDING
 
 STAGES = ("start", "pruning", "training", "checkpoint", "final")
 TIMEOUT = 900  # seconds, of one start

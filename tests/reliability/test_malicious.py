@@ -11,8 +11,8 @@ from malicious import attempts, detonators, outcome
 from runs import make_data, make_module, make_trainer
 
 from prunelight.callbacks import ShortGPT
-from prunelight.runtime.atomic_files import reading_fault
-from prunelight.runtime.checkpoint_files import check_checkpoint_path, read_checkpoint
+from prunelight.runtime.files.atomic_files import reading_fault
+from prunelight.runtime.files.checkpoint_files import check_checkpoint_path, read_checkpoint
 from prunelight.training.recovery_module import RecoveryModule
 
 

@@ -13,7 +13,7 @@ from prunelight.callbacks import RecoveryCheckpoint, ShortGPT
 from prunelight.cli import main
 from prunelight.evaluation.report.writing import PICTURES, check_report_files, write_whole
 from prunelight.run.preflight import check_output
-from prunelight.runtime.directory_lock import DirectoryLock
+from prunelight.runtime.files.directory_lock import DirectoryLock
 from prunelight.training.trainer import Trainer
 
 REPORT_FILES = [

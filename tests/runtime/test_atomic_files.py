@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from prunelight.runtime.atomic_files import (
+from prunelight.runtime.files.atomic_files import (
     ENDING,
     atomic_directory,
     atomic_replacement,

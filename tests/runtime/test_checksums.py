@@ -15,7 +15,7 @@ from tiny import tiny_model
 from prunelight import load as load_model
 from prunelight.models.saving import MARKER, check_unchanged, save
 from prunelight.recovery.distillation.teacher_cache import TeacherCache
-from prunelight.runtime.checksums import (
+from prunelight.runtime.files.checksums import (
     changed_files,
     check_checkpoint_file,
     file_checksum,
@@ -23,7 +23,7 @@ from prunelight.runtime.checksums import (
     sealed,
     unsealed,
 )
-from prunelight.training.exact_resume import AtomicCheckpointIO
+from prunelight.training.resuming.exact_resume import AtomicCheckpointIO
 
 TIMES = 40  # damages of each kind of file
 

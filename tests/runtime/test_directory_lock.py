@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from prunelight.runtime import directory_lock
-from prunelight.runtime.directory_lock import DirectoryLock
+from prunelight.runtime.files import directory_lock
+from prunelight.runtime.files.directory_lock import DirectoryLock
 
 
 def hold(directory, ready, child):

@@ -29,9 +29,9 @@ from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.run.preflight import FinishedRunError
 from prunelight.run.strategies import FSDP2Strategy
-from prunelight.runtime.atomic_files import ENDING
+from prunelight.runtime.files.atomic_files import ENDING
 from prunelight.runtime.processes import ProcessGroup
-from prunelight.training.exact_resume import AtomicCheckpointIO, seed_batch
+from prunelight.training.resuming.exact_resume import AtomicCheckpointIO, seed_batch
 from prunelight.training.trainer import Trainer
 
 DROPOUT = {"lora": LoRA(dropout=0.2), "warmup_steps": 2}

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import launchers
 
-from prunelight.training import kept_checkpoints
+from prunelight.training.resuming import kept_checkpoints
 
 TRAINER = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
 
@@ -26,7 +26,7 @@ TRAINER = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
             ["_find_last_checkpoints", "_save_last_checkpoint", "_monitor_candidates"],
         ),
         (ModelCheckpoint(), ["_last_global_step_saved", "_every_n_train_steps"]),
-        # prunelight/training/kept_checkpoints.py
+        # prunelight/training/resuming/kept_checkpoints.py
         (ModelCheckpoint(), list(kept_checkpoints._COUNTERS)),
         (ModelCheckpoint(), ["best_k_models", "kth_value", "kth_best_model_path", "file_exists"]),
         # prunelight/run/strategies.py

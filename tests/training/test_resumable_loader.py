@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from prunelight.training.resumable_loader import ResumableLoader
+from prunelight.training.resuming.resumable_loader import ResumableLoader
 
 
 def make_loader(position, workers=0):

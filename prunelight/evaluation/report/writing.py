@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunelight.evaluation.report.plan_facts import Json
-from prunelight.runtime.atomic_files import atomic_replacement
+from prunelight.runtime.files.atomic_files import atomic_replacement
 
 # Names of pictures that reports and analyses write.
 PICTURES = ("layers.png", "layers-[0-9].png", "cka.png", "cka-[0-9].png", "angular_distance.png")

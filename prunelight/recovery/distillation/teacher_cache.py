@@ -33,8 +33,8 @@ from prunelight.models.forward import evaluating
 from prunelight.planning.fingerprints import fingerprint_of, library_versions
 from prunelight.recovery.distillation.language_head import LanguageHead, without_adapters
 from prunelight.recovery.packed_rows import model_inputs
-from prunelight.runtime.atomic_files import atomic_replacement, remove_temporaries
-from prunelight.runtime.checksums import CHECKSUM, sealed, unsealed
+from prunelight.runtime.files.atomic_files import atomic_replacement, remove_temporaries
+from prunelight.runtime.files.checksums import CHECKSUM, sealed, unsealed
 from prunelight.runtime.finite import check_tensors
 from prunelight.runtime.progress import show_progress
 

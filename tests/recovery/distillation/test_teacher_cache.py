@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from prunelight.losses import counted_targets, top_k
 from prunelight.recovery.distillation.teacher_cache import TeacherCache
-from prunelight.runtime.atomic_files import ENDING
+from prunelight.runtime.files.atomic_files import ENDING
 
 
 def cache_of(data, root, directory=None, **changes):

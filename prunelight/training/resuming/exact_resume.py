@@ -39,16 +39,16 @@ from prunelight.run.checkpoints import (
 from prunelight.run.measurements import TRAINING, training_cost
 from prunelight.run.preflight import refuse_finished
 from prunelight.run.run_state import Run
-from prunelight.runtime.atomic_files import (
+from prunelight.runtime.files.atomic_files import (
     atomic_replacement,
     explaining_write_errors,
     newest_checkpoint,
     remove_temporaries,
 )
-from prunelight.runtime.checkpoint_files import read_checkpoint
-from prunelight.runtime.checksums import ChecksumWriter
+from prunelight.runtime.files.checkpoint_files import read_checkpoint
+from prunelight.runtime.files.checksums import ChecksumWriter
 from prunelight.runtime.measuring import Measurement, Phases
-from prunelight.training.kept_checkpoints import (
+from prunelight.training.resuming.kept_checkpoints import (
     DelayedRemovals,
     check_resume_point,
     counters,

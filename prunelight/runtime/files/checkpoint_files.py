@@ -16,8 +16,8 @@ from urllib.parse import unquote
 import fsspec
 import torch
 
-from prunelight.runtime.atomic_files import explaining_read_errors
-from prunelight.runtime.checksums import check_checkpoint_file
+from prunelight.runtime.files.atomic_files import explaining_read_errors
+from prunelight.runtime.files.checksums import check_checkpoint_file
 
 # Lightning finds the file that each stands for.
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")

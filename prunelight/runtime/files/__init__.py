@@ -1,0 +1,1 @@
+"""Files that appear whole, are known to be whole, and have one writer."""
