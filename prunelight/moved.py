@@ -393,6 +393,7 @@ REPLACED: dict[str, dict[str, str]] = {
     "cli": {"lightning_cli": "CALLBACKS=PACKAGES PACKAGE=PACKAGES"},
     "distributed": {"runtime.processes.ProcessGroup": "on_rank_zero=run_on_rank_zero"},
     "ending": {"run.finish": "end_fit=finish"},
+    "evaluation": {"runtime.measuring": "measuring=Phases"},
     "handover": {"run.finish": "hand_over=finish save_adapter=finish"},
     "merging": {"models.families.shorter_config": "OTHER_LISTS=LISTS_NOT_PER_LAYER"},
     "plots": {

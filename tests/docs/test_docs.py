@@ -259,7 +259,8 @@ def test_scripts_exist_and_know_the_options_that_are_named(script, rest):
         read(file.with_name("common.py")) if file.parent.name == "benchmarks" else ""
     )
     for option in re.findall(r"(?<!\S)--[\w-]+", rest) if "pytest" not in rest else []:
-        assert f'"{option}"' in known, option
+        argument = option.lstrip("-").replace("-", "_")
+        assert f'"{option}"' in known or re.search(rf"^ +run\(.*\b{argument}=", known, re.M), option
 
 
 @pytest.mark.parametrize("text", fences("python"))
