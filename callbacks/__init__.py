@@ -5,6 +5,7 @@ from prunelight.callbacks.dlp import DLP
 from prunelight.callbacks.dynamic_slicing import DynamicSlicing
 from prunelight.callbacks.orthogonality import Orthogonality
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
+from prunelight.callbacks.recovery.progress import TrainingProgress
 from prunelight.callbacks.recovery.token_budget import TokenBudget
 from prunelight.callbacks.shortened_llama import ShortenedLlama
 from prunelight.callbacks.shortgpt import ShortGPT
@@ -28,6 +29,7 @@ __all__ = [
     "SlicingCallback",
     "SlidingLayerMerging",
     "TokenBudget",
+    "TrainingProgress",
     "WeightPruning",
     "WidthPruning",
 ]

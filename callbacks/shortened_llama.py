@@ -85,8 +85,14 @@ class ShortenedLlama(PruningCallback):
         elif self.score == "magnitude":
             scores = magnitude_scores(model)
         else:
+            total = len(decoder_layers(model))
             with VariantReplay(
-                model, windows, "nll", device=self.device, offload=self.offload_activations
+                model,
+                windows,
+                "nll",
+                device=self.device,
+                offload=self.offload_activations,
+                expected_forwards=total * (total + 1) // 2,
             ) as replay:
                 layers = replay.layers
                 similarities = [replay.score(i, layers[i + 1 :]) for i in range(len(layers))]

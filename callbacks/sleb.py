@@ -84,8 +84,15 @@ class SLEB(PruningCallback):
         removed: list[int] = []
         first_round: dict[int, float] = {}  # layer -> similarity without the layer, in round one
         similarity = 1.0
+        # A variant of n layers without layer i takes n - 1 - i forwards; the model itself, all.
+        forwards = total + sum(n * (n - 1) // 2 + n for n in range(total - count + 1, total + 1))
         with VariantReplay(
-            model, windows, self.criterion, device=self.device, offload=self.offload_activations
+            model,
+            windows,
+            self.criterion,
+            device=self.device,
+            offload=self.offload_activations,
+            expected_forwards=forwards,
         ) as replay:
             for _ in range(count):
                 scores = {

@@ -133,6 +133,7 @@ class SlidingLayerMerging(PruningCallback):
             ignore_first_tokens=self.ignore_first_tokens,
             device=self.device,
             offload=self.offload_activations,
+            expected_forwards=self._most_forwards(len(decoder_layers(model))),
         ) as replay:
             cka = self._cka(replay)
             merge = partial(merged_layer, model, merge=self.merge)
@@ -160,6 +161,14 @@ class SlidingLayerMerging(PruningCallback):
                 **cka,
             },
         )
+
+    def _most_forwards(self, total: int) -> int | None:
+        """Return how many layer forwards the search may take; None if it has no budget."""
+        target = self._target(total)
+        if not target:
+            return None
+        merged = self.limit == "merge"
+        return total + (total - 2) * (total - 1 if merged else total - target)
 
     def _target(self, total: int) -> int | None:
         if self.threshold is not None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from shutil import get_terminal_size
 from textwrap import fill
+from threading import Timer
 
 from prunelight.moved import serve_old_names
 from prunelight.version import __version__
@@ -63,7 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         # Its import tells of a faster kernel that training switches off: noise on a user's screen.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-        from prunelight.lightning_cli import main as run
+        # On a busy or cold machine the imports take long enough to look like a fault.
+        told = Timer(5.0, sys.stderr.write, ["importing torch, transformers and lightning ...\n"])
+        told.daemon = True
+        told.start()
+        try:
+            from prunelight.lightning_cli import main as run
+        except KeyboardInterrupt:
+            sys.exit(130)
+        finally:
+            told.cancel()
 
         run(given, DESCRIPTION, VERBS)
 

@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import psutil
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -36,9 +39,13 @@ from rich.console import Console
 import prunelight.callbacks
 from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
+from prunelight.callbacks.recovery.progress import TrainingProgress
 from prunelight.evaluation.report.report import summary_table
+from prunelight.quiet_libraries import quiet_libraries
+from prunelight.run.preflight import FinishedRunError
 from prunelight.run.strategies import check_strategy
 from prunelight.runtime.atomic_files import check_writable
+from prunelight.runtime.progress import BesideBars
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
 from prunelight.training.trainer import Trainer
@@ -58,6 +65,7 @@ USUAL = (
     "default_root_dir",
 )
 
+IMPORTED = time.time()  # when the imports of this file were done
 PACKAGES = [Path(__file__).resolve().parent, Path(prunelight.callbacks.__file__).resolve().parent]
 
 
@@ -78,6 +86,27 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with the error."""
         self.exit(2, f"prunelight: error: {parse_error(message)}\n")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the settings of a run as config.yaml beside its logs, over no file of others.
+
+    Without a logger that is the run's own directory, where the user's config may be.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the file, if it is not there yet or was written by a run.
+
+        Raises:
+            FileExistsError: if there is a file of another origin.
+        """
+        file = Path(str(trainer.log_dir or trainer.default_root_dir), self.config_filename)
+        if file.is_file() and not file.read_bytes().startswith(b"# lightning.pytorch=="):
+            raise FileExistsError(
+                f"{file} exists, and the run would write its settings there; move it, or set "
+                "trainer.logger or another trainer.default_root_dir"
+            )
+        super().setup(trainer, pl_module, stage)
 
 
 class CLI(LightningCLI):
@@ -112,20 +141,32 @@ class CLI(LightningCLI):
         given = settings.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         kept = any(isinstance(callback, RecoveryCheckpoint) for callback in given)
+        added: list[Any] = []
         if (
             self.subcommand == "fit"
             and not kept
             and settings.get("enable_checkpointing") is not False
         ):
-            kwargs["callbacks"] = [*given, RecoveryCheckpoint()]
+            added.append(RecoveryCheckpoint())
+        barred = any(isinstance(callback, ProgressBar) for callback in given)
+        if not barred and settings.get("enable_progress_bar") is not False:
+            added.append(TrainingProgress())
+        if settings.get("enable_model_summary") is None:
+            kwargs["enable_model_summary"] = False  # our log says what is trained
+        kwargs["callbacks"] = [*given, *added]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:  # more devices than there are, ...
             told = str(error).strip().splitlines()[0]
             raise ValueError(f"no Trainer can be made of these settings: {told}") from error
 
+    def before_prune(self) -> None:
+        """Count the time since Python started."""
+        self._start_clock()
+
     def before_fit(self) -> None:
         """Refuse a strategy, a directory or a checkpoint before any process is started."""
+        self._start_clock()
         settings = self.model.run.settings
         check_strategy(self.trainer, settings.quantization, settings.recovery)
         check_writable(Path(self.trainer.default_root_dir))
@@ -135,6 +176,14 @@ class CLI(LightningCLI):
                 f"ckpt_path={str(path)!r} does not exist; give a checkpoint of an earlier run "
                 "(they are in checkpoints/ of its directory)"
             )
+
+    def _start_clock(self) -> None:
+        """Let the cost table begin where Python began."""
+        run, now = self.model.run, time.time()
+        started = psutil.Process().create_time()
+        run.start_clock()
+        run.phases.add("start Python and import", IMPORTED - started)
+        run.phases.add("read the config", now - IMPORTED)
 
     def after_fit(self) -> None:
         """Show the result."""
@@ -161,9 +210,9 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
         description: shown by help, as the texts of the verbs are.
         verbs: each verb with a sentence.
     """
-    logging.basicConfig(format="%(message)s")
-    # The first start of a run has no checkpoint to go on from.
-    warnings.filterwarnings("ignore", ".*there is no last checkpoint available")
+    handler = BesideBars()
+    logging.basicConfig(format="%(message)s", handlers=[handler])
+    quiet_libraries(handler)
     # Python hides warnings of this kind, and a config may name an old class path.
     warnings.filterwarnings("default", r"prunelight\..* is now ", DeprecationWarning)
     logging.getLogger("prunelight").setLevel(
@@ -179,14 +228,26 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
             RecoveryModule,
             TextDataModule,
             trainer_class=Trainer,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs=parser_settings(description, verbs),
             auto_configure_optimizers=False,
+            seed_everything_default=int(os.environ.get("PL_GLOBAL_SEED", "0")),
         )
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # not the 0 of a finished run
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        sys.exit(128 + signal.SIGINT)  # Lightning's is 1; what is saved was told
+    except KeyboardInterrupt:
+        sys.stderr.write("prunelight: stopped; the same command starts again\n")
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         ours = our_error(error) or disk_error(error)
+        if isinstance(ours, FinishedRunError):
+            sys.stderr.write(f"prunelight: {ours}\n")
+            sys.exit(0)  # a loop that starts a killed run again ends here
         if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
             raise
         sys.exit(f"prunelight: error: {ours}")

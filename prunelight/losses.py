@@ -324,12 +324,15 @@ _LOGIT_TOKENS = 256  # tokens whose logits are copied to float32 at a time
 
 
 @torch.no_grad()
-def next_token_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def next_token_sums(
+    logits: Tensor, labels: Tensor, head: Finish | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum cross-entropy and correct predictions over all predicted tokens, computed in float32.
 
     Args:
         logits: (B, T, V); position t predicts the label at t + 1.
         labels: (B, T), -100 where a token does not count.
+        head: if given, `logits` are states (B, T, D), and this returns the logits of a chunk.
 
     Returns:
         Scalars: summed negative log-likelihood in nats (float64), number of correct predictions,
@@ -340,6 +343,8 @@ def next_token_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
     correct = torch.zeros((), dtype=torch.long, device=logits.device)
     # In chunks: a float32 copy of all logits would be the largest tensor of an evaluation.
     for part, target in zip(flat.split(_LOGIT_TOKENS), targets.split(_LOGIT_TOKENS), strict=True):
+        if head is not None:
+            part = head(part)
         loss = cross_entropy(part.float(), target, ignore_index=IGNORED_LABEL, reduction="sum")
         nll += loss.cpu().double()  # not every device has float64
         correct += (part.argmax(-1) == target).sum()

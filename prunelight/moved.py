@@ -134,7 +134,7 @@ MOVED: dict[str, dict[str, str]] = {
         "evaluation.speed": (
             "Latency LatencyProtocol Speed forward_seconds measure_latency measure_speed"
         ),
-        "runtime.measuring": "Measurement measuring peak_memory",
+        "runtime.measuring": "Measurement peak_memory",
         "runtime.devices": "device_name free_memory synchronize",
         "models.forward": "greedy_tokens",
         "models.sizes": "linear_sparsity",

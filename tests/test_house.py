@@ -15,6 +15,7 @@ from prunelight.callbacks import PruningCallback
 FLOORS = {
     "losses": 0,
     "version": 0,
+    "quiet_libraries": 0,
     "runtime": 1,
     "planning": 2,
     "data": 2,

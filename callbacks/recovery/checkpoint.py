@@ -13,6 +13,9 @@ and counters, and four of the fit loop. Tested with lightning 2.6.
 
 from __future__ import annotations
 
+import logging
+import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -23,11 +26,14 @@ from prunelight.run.strategies import group_of_run
 from prunelight.training.exact_resume import removals_of
 from prunelight.training.kept_checkpoints import ResumePoint, directory_of
 
+log = logging.getLogger(__name__)
+
 
 class RecoveryCheckpoint(ResumePoint):
-    """Write `last.ckpt` every few optimizer steps, at SIGTERM and at the end of training.
+    """Write `last.ckpt` every few optimizer steps, at SIGTERM, Ctrl-C and at the end of training.
 
-    `trainer.fit(..., ckpt_path="last")` finds it. The command line adds one by itself.
+    `trainer.fit(..., ckpt_path="last")` finds it. The command line adds one by itself. Ctrl-C ends
+    the training after the step that runs; a second Ctrl-C ends it at once.
 
     Args:
         every_n_train_steps: optimizer steps between two checkpoints; a kill costs at most so many.
@@ -48,6 +54,7 @@ class RecoveryCheckpoint(ResumePoint):
             every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,
         )
+        self._before: Any = None  # what Ctrl-C did before the training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the directory, act last, and take SIGTERM over for a fit; Lightning calls this hook.
@@ -61,7 +68,7 @@ class RecoveryCheckpoint(ResumePoint):
         # A new list: Lightning goes through the old one at this moment.
         others = [callback for callback in callbacks if callback is not self]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
-        self._terminated = False
+        self._terminated = self._interrupted = False
         self._launcher = trainer.strategy.launcher
         vars(trainer._signal_connector).pop("_sigterm_notifier_fn", None)  # of an earlier fit
         if stage == "fit":
@@ -72,6 +79,32 @@ class RecoveryCheckpoint(ResumePoint):
         if not self._terminated and self._launcher is not None:
             self._launcher.kill(signum)  # passes the signal to processes that this one started
         self._terminated = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the first Ctrl-C end the training after a step; Lightning calls this hook."""
+        super().on_train_start(trainer, pl_module)
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note_interrupt)
+
+    def _note_interrupt(self, signum: int, _: FrameType | None) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        log.warning(
+            "Ctrl-C: the training ends after this step, which is saved first; "
+            "Ctrl-C again ends it at once"
+        )
+
+    def _restore_handler(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave Ctrl-C to others again."""
+        self._restore_handler()
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         self._set_directory(trainer)
@@ -104,10 +137,15 @@ class RecoveryCheckpoint(ResumePoint):
         """Save the trained model, so that a run killed later need not train again.
 
         Raises:
-            SIGTERMException: if the run was told to end; the next start writes its result.
+            SIGTERMException, KeyboardInterrupt: if the run was told to end; the next start writes
+                its result.
         """
+        self._restore_handler()
         self._save(trainer)
-        if group_of_run(trainer).any(self._terminated):
+        group = group_of_run(trainer)
+        if group.any(self._interrupted):  # in its last step
+            raise KeyboardInterrupt
+        if group.any(self._terminated):
             trainer._signal_connector.received_sigterm = True
             raise SIGTERMException
 
@@ -115,10 +153,11 @@ class RecoveryCheckpoint(ResumePoint):
     def _ends_training(trainer: Trainer) -> bool:
         """Return whether `on_train_end` follows; Lightning leaves it out where a resume starts."""
         epochs, loop = trainer.max_epochs, trainer.fit_loop
+        progress: Any = loop.epoch_progress.current
         return (
             trainer.global_step >= trainer.max_steps != -1
             or (trainer.should_stop and loop._can_stop_early)
-            or (epochs is not None and loop.epoch_progress.current.processed >= epochs != -1)
+            or (epochs is not None and progress.processed >= epochs != -1)
         )
 
     @staticmethod
@@ -139,10 +178,13 @@ class RecoveryCheckpoint(ResumePoint):
             return
         # All processes must save and end at the same step, but the signal reaches each at another
         # moment. They agree on the CPU, so that the device goes on working.
-        terminated = group_of_run(trainer).any(self._terminated)
-        if terminated or replaced or step % self._every_n_train_steps == 0:
+        group = group_of_run(trainer)
+        ending = group.any(self._terminated or self._interrupted)
+        if ending or replaced or step % self._every_n_train_steps == 0:
             self._save(trainer)
-            trainer._signal_connector.received_sigterm = terminated  # Lightning ends the run now
+            trainer._signal_connector.received_sigterm = ending  # Lightning ends the run now
+        if ending and group.any(self._interrupted):
+            raise KeyboardInterrupt
 
     def _save(self, trainer: Trainer) -> None:
         if not getattr(trainer, "fast_dev_run", False):

@@ -26,6 +26,7 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.run.strategies import group_of_run
 from prunelight.training.recovery_module import RecoveryModule
+from prunelight.training.trainer import pruning_methods
 
 log = logging.getLogger(__name__)
 
@@ -112,10 +113,11 @@ class GradualZeros(PruningCallback):
         model = pl_module.model
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         plans = [Plan.from_dict(plan) for plan in pl_module.record.plans]
-        step = self.sparsify_step(planned_sparsity(plans, layers_path(base)))
+        own = plans[pruning_methods(trainer).index(self)]  # those beside it have other targets
+        step = self.sparsify_step(planned_sparsity(plans, layers_path(base), of=own))
         matrices = pl_module.masks.matrices
         self._growth = GradualMasks(
-            {name: (matrix, amount_of(step, name)) for name, matrix in matrices.items()},
+            {name: (matrices[name], amount_of(step, name)) for name in step.sparsity},
             self.schedule,
             self.solver,
             group_of_run(trainer),

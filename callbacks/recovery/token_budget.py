@@ -13,6 +13,7 @@ import math
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prunelight.callbacks.base import PruningCallback
+from prunelight.training.changed_settings import ChangedSettings
 from prunelight.training.recovery_watch import training_text
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class TokenBudget(Callback):
         if tokens < 1:
             raise ValueError(f"tokens={tokens} must be at least 1")
         self.tokens = tokens
+        self._changed = ChangedSettings()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Turn tokens into steps; Lightning calls this hook.
@@ -59,9 +61,9 @@ class TokenBudget(Callback):
             )
         steps = text.steps_for(self.tokens)
         self._check(trainer, steps, text.epochs(steps))
-        trainer.fit_loop.epoch_loop.max_steps = steps
+        self._changed.change(trainer.fit_loop.epoch_loop, "max_steps", steps)
         if trainer.max_epochs == _DEFAULT_EPOCHS:
-            trainer.fit_loop.max_epochs = -1
+            self._changed.change(trainer.fit_loop, "max_epochs", -1)
         log.info(
             "token budget %.2fM -> %d steps of %.0f tokens, %.2f epochs of %.2fM training tokens",
             self.tokens / 1e6,
@@ -70,6 +72,16 @@ class TokenBudget(Callback):
             text.epochs(steps),
             text.tokens / 1e6,
         )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the Trainer its steps and epochs back."""
+        self._changed.undo()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give them back after an error, too."""
+        self._changed.undo()
 
     def _check(self, trainer: Trainer, steps: int, epochs: float) -> None:
         if trainer.max_steps not in (-1, steps):

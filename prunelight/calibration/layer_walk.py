@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of
@@ -34,6 +33,7 @@ from prunelight.models.forward import (
     hidden_states_argument,
     replaced_forward,
 )
+from prunelight.runtime.progress import show_progress
 
 _PROBE_TOKENS = 8
 
@@ -120,8 +120,9 @@ class LayerWalk:
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield index and module of each decoder layer in order; the layer is on the device."""
         layers = decoder_layers(self.model)
-        quiet = self.group.rank > 0 or None
-        for index, layer in enumerate(tqdm(layers, desc=self.label, disable=quiet, leave=False)):
+        quiet = self.group.rank > 0 or not self.label
+        shown = show_progress(layers, self.label, unit="layers", quiet=quiet)
+        for index, layer in enumerate(shown):
             self._index, self._layer = index, layer
             with self.placed(layer):
                 yield index, layer

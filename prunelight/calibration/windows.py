@@ -7,13 +7,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS, group_of, own_windows
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.sizes import longest_sequence
+from prunelight.runtime.progress import show_progress
 
 # Token ids (N, T), or a mapping of input_ids (N, T) and attention_mask (N, T) with 0 on padding.
 Windows: TypeAlias = Tensor | Mapping[str, Tensor]
@@ -94,13 +94,13 @@ def micro_batches(
     """Yield keyword arguments of the model for micro-batches of `tokens` tokens, on its device.
 
     Of shared windows only this rank's rows are yielded, so sums over micro-batches must be pooled.
-    A progress bar named `label` is shown on a terminal.
+    A progress bar named `label` is shown.
     """
     ids, mask = split_windows(own_windows(windows))
     size = max(1, tokens // ids.shape[1])
     starts = range(0, ids.shape[0], size)
     quiet = not label or group_of(windows).rank > 0
-    for start in tqdm(starts, desc=label, disable=quiet or None, leave=False):
+    for start in show_progress(starts, label, unit="batches", quiet=quiet):
         batch = {"input_ids": ids[start : start + size].to(model.device)}
         if mask is not None:
             batch["attention_mask"] = mask[start : start + size].to(model.device)

@@ -1,30 +1,36 @@
 """Speed of a model in memory: prefill, decoding, generation, and F.
 
-Speeds are tokens per second on this machine: compare them within one run only.
+Speeds are tokens per second on this machine, whose clock drifts with its load: two speeds compare
+only if they were measured in turn. So a pruned model is timed beside the dense one, round by round:
+dense, pruned, pruned, dense, ... The factor is the median over the rounds.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.calibration.windows import Windows, check_length, micro_batches, split_windows
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.forward import evaluating, generate_tokens
-from prunelight.models.sizes import longest_sequence
-from prunelight.runtime.devices import synchronize
+from prunelight.models.sizes import is_quantized, longest_sequence, parameter_bytes
+from prunelight.runtime.devices import free_memory, synchronize
+from prunelight.runtime.progress import Bar
 
 _PREFILL_TOKENS = 256
 
 _DECODE_TOKENS = 24
+
+_ROUNDS = 9  # in turn; the second lowest to the second highest hold the median at 96 %
 
 
 @dataclass(frozen=True)
@@ -35,26 +41,110 @@ class Speed:
     decode: float
 
 
+@dataclass(frozen=True)
+class Factor:
+    """How a figure compares with that of the dense model: the median over rounds in turn.
+
+    Attributes:
+        median: 2.0 where the figure is twice that of the dense model.
+        low: second lowest of the rounds; the lowest, where there are fewer than 6.
+        high: second highest, likewise.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Factor:
+        """Return the factor of one ratio for each round."""
+        inner = sorted(ratios)
+        inner = inner[1:-1] if len(inner) >= 6 else inner
+        return cls(statistics.median(ratios), inner[0], inner[-1])
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model was built from: enough to build one that is as fast, with random weights."""
+
+    kind: type[PreTrainedModel]
+    config: PretrainedConfig
+    dtype: torch.dtype
+    num_bytes: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Architecture | None:
+        """Return the architecture of a model; None for packed weights, whose code needs them."""
+        if is_quantized(model):
+            return None
+        return cls(type(model), copy.deepcopy(model.config), model.dtype, parameter_bytes(model))
+
+    def build(self, device: torch.device) -> PreTrainedModel | None:
+        """Return a model with random weights on a device; None if there is no room for it."""
+        if free_memory(device) < 1.5 * self.num_bytes:
+            return None
+        devices = range(torch.cuda.device_count())
+        with torch.random.fork_rng(devices):  # the run's own random numbers stay as they are
+            model: Any = self.kind(copy.deepcopy(self.config))
+            built: PreTrainedModel = model.to(device=device, dtype=self.dtype).eval()
+            return built
+
+
 def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:
     """Measure prefill of 256 tokens (or as many as the model allows) and decoding of 24.
 
-    Returns the fastest of `repeats` measurements after a warm-up: other work on the machine only
-    adds time.
+    Returns the medians of `repeats` measurements after a warm-up.
     """
-    tokens = min(_PREFILL_TOKENS, longest_sequence(model) or _PREFILL_TOKENS)
-    ids = torch.arange(3, 3 + tokens, device=model.device)[None] % vocabulary_size(model)
-    calls = (
-        lambda: model(ids),
-        lambda: generate_tokens(model, ids[:, :16], 1),
-        lambda: generate_tokens(model, ids[:, :16], 1 + _DECODE_TOKENS),
+    (rounds,) = _in_turn([model], repeats)
+    tokens = _prompt(model).shape[1]
+    return Speed(
+        tokens / statistics.median(prefill for prefill, _ in rounds),
+        _DECODE_TOKENS / statistics.median(decode for _, decode in rounds),
     )
+
+
+def compare_speed(model: PreTrainedModel, dense: PreTrainedModel) -> tuple[Factor, Factor]:
+    """Return the factors of prefill and of decoding of a model against the dense one, in turn."""
+    ours, theirs = _in_turn([model, dense], _ROUNDS)
+    shares = _prompt(model).shape[1] / _prompt(dense).shape[1]
+    pairs = [*zip(ours, theirs, strict=True)]
+    return (
+        Factor.of([shares * other[0] / own[0] for own, other in pairs]),
+        Factor.of([other[1] / own[1] for own, other in pairs]),
+    )
+
+
+def _prompt(model: PreTrainedModel) -> torch.Tensor:
+    tokens = min(_PREFILL_TOKENS, longest_sequence(model) or _PREFILL_TOKENS)
+    return torch.arange(3, 3 + tokens, device=model.device)[None] % vocabulary_size(model)
+
+
+def _in_turn(models: Sequence[PreTrainedModel], rounds: int) -> list[list[tuple[float, float]]]:
+    """Return, for each model, seconds of prefill and of decoding in each round.
+
+    A first round warms up. Every other round goes the other way, so that a drift cancels.
+    """
+    seconds: list[list[tuple[float, float]]] = [[] for _ in models]
+    order = [*enumerate(models)]
+    with Bar("speed", (rounds + 1) * len(models), unit="measurements") as bar:
+        for number in range(rounds + 1):
+            for index, model in order if number % 2 else order[::-1]:
+                measured = _prefill_and_decode(model)
+                bar.update()
+                if number:
+                    seconds[index].append(measured)
+    return seconds
+
+
+def _prefill_and_decode(model: PreTrainedModel) -> tuple[float, float]:
+    ids = _prompt(model)
     with evaluating(model):
-        prefill, first_token, all_tokens = (
-            min([_seconds(model, call) for _ in range(repeats + 1)][1:]) for call in calls
-        )
+        prefill = _seconds(model, lambda: model(ids))
+        first_token = _seconds(model, lambda: generate_tokens(model, ids[:, :16], 1))
+        tokens = 1 + _DECODE_TOKENS
+        all_tokens = _seconds(model, lambda: generate_tokens(model, ids[:, :16], tokens))
     # The time of the first generated token includes the prompt: subtract it.
-    decode_seconds = max(all_tokens - first_token, 1e-9)
-    return Speed(tokens / prefill, _DECODE_TOKENS / decode_seconds)
+    return prefill, max(all_tokens - first_token, 1e-9)
 
 
 @dataclass(frozen=True)
@@ -110,14 +200,48 @@ def measure_latency(
     Raises:
         ValueError: if prompt and tokens are longer than the model allows.
     """
-    ids = tokenizer(protocol.prompt, return_tensors="pt")["input_ids"].to(model.device)
-    check_length(model, ids.shape[1] + protocol.num_tokens)
-    ids = ids.expand(protocol.batch_size, -1)
+    (seconds,) = _generations([model], tokenizer, protocol)
+    return _latency(seconds, protocol)
+
+
+def compare_latency(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: LatencyProtocol,
+) -> tuple[Latency, Factor]:
+    """Return the latency of a model, and its factor against the dense one, timed in turn.
+
+    Raises:
+        ValueError: if prompt and tokens are longer than a model allows.
+    """
+    ours, theirs = _generations([model, dense], tokenizer, protocol)
+    factor = Factor.of([own / other for own, other in zip(ours, theirs, strict=True)])
+    return _latency(ours, protocol), factor
+
+
+def _generations(
+    models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, protocol: LatencyProtocol
+) -> list[list[float]]:
+    """Return, for each model, the seconds of the timed generations, in turn."""
+    calls = []
+    for model in models:
+        ids = tokenizer(protocol.prompt, return_tensors="pt")["input_ids"].to(model.device)
+        check_length(model, ids.shape[1] + protocol.num_tokens)
+        ids = ids.expand(protocol.batch_size, -1)
+        calls.append(partial(generate_tokens, model, ids, protocol.num_tokens))
     total = protocol.num_warmup + protocol.num_runs
-    with evaluating(model):
-        call = partial(generate_tokens, model, ids, protocol.num_tokens)
-        rounds = tqdm(range(total), desc="latency", disable=None, leave=False)
-        seconds = [_seconds(model, call) for _ in rounds][protocol.num_warmup :]
+    seconds: list[list[float]] = [[] for _ in models]
+    with Bar("latency", total * len(models), unit="generations") as bar:
+        for _ in range(total):
+            for times, model, call in zip(seconds, models, calls, strict=True):
+                with evaluating(model):
+                    times.append(_seconds(model, call))
+                bar.update()
+    return [times[protocol.num_warmup :] for times in seconds]
+
+
+def _latency(seconds: Sequence[float], protocol: LatencyProtocol) -> Latency:
     mean = statistics.fmean(seconds)
     throughput = protocol.batch_size * protocol.num_tokens / mean
     return Latency(mean, statistics.stdev(seconds), throughput)

@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows
 from prunelight.evaluation.perplexity import evaluate
 from prunelight.evaluation.report.record import RunRecord, Stage
-from prunelight.evaluation.speed import Latency, measure_speed
+from prunelight.evaluation.speed import (
+    Architecture,
+    Factor,
+    LatencyProtocol,
+    compare_latency,
+    compare_speed,
+    measure_latency,
+    measure_speed,
+)
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count, zero_share
 from prunelight.planning.fingerprints import library_versions
 from prunelight.runtime.devices import device_name
 from prunelight.runtime.local_paths import without_folders
 
+# Fields of a Stage that say how fast it is.
+SPEEDS = (
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "latency_seconds",
+    "latency_deviation",
+    "throughput",
+    "factors",
+)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The dense model, as what a later stage is compared with: its stage, and how to build it."""
+
+    stage: Stage
+    architecture: Architecture
+
 
 def measure_stage(
     name: str,
     model: PreTrainedModel,
     windows: Windows,
-    latency_of: Callable[[PreTrainedModel], Latency] | None = None,
+    protocol: LatencyProtocol | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    beside: Beside | None = None,
+    timed: Stage | None = None,
 ) -> Stage:
     """Measure one state of a model for the report: sizes, zeros, quality on windows, and speed.
 
@@ -35,12 +64,19 @@ def measure_stage(
         name: of the stage in the report.
         model: the state to measure.
         windows: held-out windows.
-        latency_of: measures the latency of generation; None leaves the latency out.
+        protocol: by which the latency of generation is timed; None leaves it out.
+        tokenizer: of the prompt of the protocol.
+        beside: the dense model, to which speeds are compared in turn; None measures them alone.
+        timed: an earlier stage of the same architecture, whose speeds are taken.
     """
     group = group_of(windows)
     # Latency comes first: it fails early if its text is too long for the model.
-    latency = None if latency_of is None else group.run_on_rank_zero(partial(latency_of, model))
-    quality, speed = evaluate(model, windows), group.run_on_rank_zero(partial(measure_speed, model))
+    timing = None if protocol is None else (tokenizer, protocol)
+    if timed is not None:
+        speeds = {name: getattr(timed, name) for name in SPEEDS}
+    else:
+        speeds = group.run_on_rank_zero(partial(_speeds, model, beside, timing))
+    quality = evaluate(model, windows)
     return Stage(
         name=name,
         num_layers=len(decoder_layers(model)),
@@ -48,12 +84,43 @@ def measure_stage(
         size_bytes=parameter_bytes(model),
         perplexity=quality.perplexity,
         accuracy=quality.accuracy,
-        prefill_tokens_per_second=speed.prefill,
-        decode_tokens_per_second=speed.decode,
         sparsity=zero_share(model.parameters()),
         linear_sparsity=linear_sparsity(model),
-        **({} if latency is None else asdict(latency)),
+        **speeds,
     )
+
+
+def _speeds(
+    model: PreTrainedModel, beside: Beside | None, timing: tuple[Any, LatencyProtocol] | None
+) -> dict[str, Any]:
+    """Return the speeds of a stage by their names.
+
+    Beside a dense model, the figures are those of the dense stage times the factor: the clock of
+    this moment, which is not that of the dense stage, cancels.
+    """
+    dense = None if beside is None else beside.architecture.build(model.device)
+    if beside is None or dense is None:
+        told = {} if timing is None else asdict(measure_latency(model, *timing))
+        alone = measure_speed(model)
+        return {
+            **told,
+            "prefill_tokens_per_second": alone.prefill,
+            "decode_tokens_per_second": alone.decode,
+        }
+    speeds: dict[str, Any] = {}
+    factors: dict[str, Factor] = {}
+    if timing is not None and beside.stage.latency_seconds is not None:
+        latency, factor = compare_latency(model, dense, *timing)
+        factors["latency_seconds"] = factor
+        factors["throughput"] = Factor(1 / factor.median, 1 / factor.high, 1 / factor.low)
+        drift = beside.stage.latency_seconds * factor.median / latency.latency_seconds
+        speeds["latency_deviation"] = latency.latency_deviation * drift
+    prefill, decode = compare_speed(model, dense)
+    factors |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
+    for name, factor in factors.items():
+        speeds[name] = getattr(beside.stage, name) * factor.median
+    speeds["factors"] = {name: [*astuple(factor)] for name, factor in factors.items()}
+    return speeds
 
 
 def new_record(

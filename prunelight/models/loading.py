@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import transformers
 from huggingface_hub import constants, get_session, is_offline_mode, snapshot_download
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +29,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -266,7 +269,13 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the logs and progress bars of transformers; our own errors report its faults."""
+    """Silence the logs and progress bars of transformers; our own errors report its faults.
+
+    Its reader of GGUF files has a bar of its own, which the switch for bars does not reach: the
+    name `tqdm` there is private, tested with transformers 5.
+    """
+    had_gguf_bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
     verbosity = transformers.logging.get_verbosity()
     had_progress_bar = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -274,6 +283,7 @@ def quiet_transformers() -> Iterator[None]:
     try:
         yield
     finally:
+        modeling_gguf_pytorch_utils.tqdm = had_gguf_bar
         transformers.logging.set_verbosity(verbosity)
         if had_progress_bar:
             transformers.logging.enable_progress_bar()

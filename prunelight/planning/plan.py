@@ -145,19 +145,22 @@ class Plan:
                 raise ValueError(f"steps[{position}] ({step.kind}): {error}") from error
 
 
-def planned_sparsity(plans: Sequence[Plan], layers_path: str) -> dict[str, float]:
+def planned_sparsity(
+    plans: Sequence[Plan], layers_path: str, *, of: Plan | None = None
+) -> dict[str, float]:
     """Return which matrices of the final model have planned zeros: name -> share of zeros.
 
     Args:
         plans: in the order in which they were carried out.
         layers_path: dotted path of the model's decoder layers, see
             `prunelight.models.families.layers.layers_path`.
+        of: the one of the plans whose zeros count; None counts those of all.
     """
     sparsity: dict[str, float] = {}
     for plan in plans:
         for step in plan.steps:
             if isinstance(step, Sparsify):
-                sparsity |= step.sparsity
+                sparsity |= step.sparsity if of is None or plan is of else {}
             elif isinstance(step, MergeLayers) and step.merge in ("difference_sum", "mean"):
                 # A sum or mean of zeros and other weights is not zero.
                 mixed = {n for n in sparsity if layer_of(n, layers_path) in step.named}

@@ -8,9 +8,16 @@ and small gradients become zero in float16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+_SLOW = 3.0  # times as long as float32; a busy machine measures up to 2 where there is no reason
+_COMPUTED = {
+    **dict.fromkeys(("bf16-true", "bf16-mixed"), torch.bfloat16),
+    **dict.fromkeys(("16-true", "16-mixed"), torch.float16),
+}
 _TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # these cast every weight
 
 
@@ -27,6 +34,31 @@ def sharded_policy(precision: str) -> MixedPrecisionPolicy:
     if precision == "bf16-mixed":
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return MixedPrecisionPolicy()
+
+
+def slow_precision(
+    dtype: torch.dtype, precision: str, recovery: str, slowness: Callable[[torch.dtype], float]
+) -> str | None:
+    """Return a warning if the device of a run computes slowly in what it takes; most do not.
+
+    The dtype of a run never changes with the machine: the option is named, and not set.
+
+    Args:
+        dtype: dtype of the model's weights.
+        precision: precision of the Trainer.
+        recovery: "lora", "full" or "none", which trains nothing.
+        slowness: returns how many times as long as in float32 the device takes in a dtype.
+    """
+    trained = _COMPUTED.get(precision, dtype) if recovery != "none" else dtype
+    for used, option in ((dtype, "model.dtype=float32"), (trained, "trainer.precision=32-true")):
+        times = slowness(used)
+        if times > _SLOW:
+            name = str(used).removeprefix("torch.")
+            return (
+                f"{name} takes about {times:.0f} times as long as float32 on this machine, "
+                f"which has no instructions for it; set {option} if time matters"
+            )
+    return None
 
 
 def precision_faults(dtype: torch.dtype, precision: str, recovery: str) -> list[str]:

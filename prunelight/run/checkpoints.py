@@ -11,10 +11,11 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, split_windows
@@ -25,13 +26,18 @@ from prunelight.planning.fingerprints import describe_windows, fingerprint_of, m
 from prunelight.recovery.quantization import FOUR_BIT, BitsAndBytes
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import MEASURED
-from prunelight.runtime.atomic_files import atomic_replacement, explaining_write_errors
+from prunelight.runtime.atomic_files import (
+    atomic_replacement,
+    explaining_read_errors,
+    explaining_write_errors,
+)
 from prunelight.runtime.checksums import sealed, unsealed
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # of what a recovery keeps in a checkpoint
 KEY = "prunelight"  # of a checkpoint: what the module that wrote it said of its training
+RESUME_KEY = "prunelight_resume"  # of a checkpoint: what a resumed run needs and is compared by
 # What format 1 said in words.
 _ZEROS_OF_FORMAT_1 = {"not kept": "not_kept", "growing": "gradual"}
 _QUANTIZATION_OF_FORMAT_1 = re.compile(r"(\w+) \((\w+) quantization, compute dtype (\w+)\)")
@@ -183,6 +189,41 @@ def read_metadata(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         metadata["zeros"] = _ZEROS_OF_FORMAT_1.get(metadata["zeros"], metadata["zeros"])
         metadata["quantization"] = quantization_of_format_1(metadata["quantization"])
     return metadata
+
+
+@dataclass(frozen=True)
+class TrainingEnd:
+    """The end of a training, as its last checkpoint tells it.
+
+    Attributes:
+        step: optimizer steps that were trained.
+        planned: steps that were to be trained; early stopping may have ended it before.
+        settings: what the losses depended on, see `describe_run` of the training.
+    """
+
+    step: int
+    planned: float
+    settings: Mapping[str, Any]
+
+
+def training_end(path: Path) -> TrainingEnd | None:
+    """Return the end of the training that wrote a checkpoint; None if it was interrupted.
+
+    Only the numbers are read: tensors stay on disk.
+    """
+    with explaining_read_errors(path):
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    return end_of(checkpoint)
+
+
+def end_of(checkpoint: Mapping[str, Any]) -> TrainingEnd | None:
+    """Return the end of the training that a checkpoint tells of; None if it was interrupted."""
+    saved, step = checkpoint.get(RESUME_KEY), int(checkpoint.get("global_step", 0))
+    if saved is None or not saved["finished"]:
+        return None
+    # Checkpoints of version 0.2 tell the plan only where the learning rate decays.
+    planned = saved.get("planned_steps", saved["settings"].get("scheduled_steps"))
+    return TrainingEnd(step, step if planned is None else planned, saved["settings"])
 
 
 def quantization_keys(kind: str, options: BitsAndBytes) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from prunelight.evaluation.report.report import write_report
 from prunelight.models.placement import move_if_it_fits
 from prunelight.models.saving import MARKER, SavedModel, check_replaceable, save
 from prunelight.models.written_files import forget_local_base, share_modes
@@ -23,14 +22,13 @@ from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
 from prunelight.run.checkpoints import check_base
-from prunelight.run.measurements import add_cost, measure_run_stage
+from prunelight.run.measurements import measure_run_stage, report
 from prunelight.run.run_state import ADAPTER, FINAL, Run, plan_texts
 from prunelight.runtime.atomic_files import (
     atomic_directory,
     explaining_write_errors,
     newest_checkpoint,
 )
-from prunelight.runtime.measuring import measuring
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +42,9 @@ def finish(run: Run) -> None:
     prepared, group = run.prepared, run.place.group
     assert prepared is not None
     if prepared.merges_in_place:
-        group.run_on_rank_zero(partial(_keep_adapters, run, prepared))
-        model = run.holder.model = prepared.merged()
+        with run.phases.phase("merge"):
+            group.run_on_rank_zero(partial(_keep_adapters, run, prepared))
+            model = run.holder.model = prepared.merged()
         group.run_on_rank_zero(partial(_save_and_report, run, prepared, model))
     else:
         _finish_on_base(run, prepared)
@@ -53,7 +52,8 @@ def finish(run: Run) -> None:
 
 def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
     """Merge what was trained onto the base, which rank 0 reads again in full precision."""
-    trained = gather_trained(prepared.model)
+    with run.phases.phase("merge"):
+        trained = gather_trained(prepared.model)
     run.holder.model = None
     prepared.release()
 
@@ -61,9 +61,11 @@ def _finish_on_base(run: Run, prepared: PreparedModel) -> None:
         if run.base is not None:
             check_base(run.base)
         base, plans = run.read_again(), run.plans()
-        rebuilt = prepared.rebuild_on(base, plans, trained)
-        _keep_adapters(run, rebuilt)
-        _save_and_report(run, rebuilt, rebuilt.merged())
+        with run.phases.phase("merge"):
+            rebuilt = prepared.rebuild_on(base, plans, trained)
+            _keep_adapters(run, rebuilt)
+            merged = rebuilt.merged()
+        _save_and_report(run, rebuilt, merged)
 
     run.place.group.run_on_rank_zero(merge)
     run.use_result(run.place.root / FINAL)
@@ -80,20 +82,17 @@ def save_and_report(run: Run, model: PreTrainedModel) -> None:
     model = move_if_it_fits(model, run.place.device)
     checkpoint = newest_checkpoint(run.place.root / "checkpoints")
     with (
-        measuring(model.device) as saving,
+        run.phases.phase("save and verify final"),
         explaining_write_errors(run.place.root / FINAL, checkpoint),
     ):
         saved = _save_final(run, model)
     if (record := run.record) is None:
         return
-    if run.training_cost is not None:
-        add_cost(record, "recover", run.training_cost)
-    add_cost(record, "save and verify final", saving)
     record.verification[Path(saved.directory).name] = saved.verification
     if run.settings.recovery != "none":
         _measure_result(run, model, saved)
     with explaining_write_errors(run.place.root / "report.md", checkpoint):
-        for file in write_report(run.place.root, record):
+        for file in report(run, record):
             log.info("wrote %s", file)
 
 
@@ -123,9 +122,12 @@ def _note_recovery(run: Run, prepared: PreparedModel, model: PreTrainedModel) ->
 def _measure_result(run: Run, model: PreTrainedModel, saved: SavedModel) -> None:
     """Add the recovered model to the record, and warn if the recovery made it worse."""
     assert run.record is not None
-    before = run.record.stages[-1].perplexity
-    stage = replace(measure_run_stage(run, "recovered", model), size_bytes=saved.size_bytes)
-    run.record.stages.append(stage)
+    stages = run.record.stages
+    before = stages[-1].perplexity
+    with run.phases.phase("evaluate recovered"):
+        stage = measure_run_stage(run, "recovered", model, earlier=stages)
+    stage = replace(stage, size_bytes=saved.size_bytes)
+    stages.append(stage)
     if stage.perplexity > before:
         run.warn(
             f"the recovery made the model worse: perplexity {before:.4g} before, "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -12,23 +13,29 @@ from transformers import PretrainedConfig, PreTrainedModel
 from prunelight.calibration.data_windows import has_validation_batches, validation_windows_of
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.evaluation.report.record import Cost, RunRecord, Stage
-from prunelight.evaluation.speed import measure_latency
-from prunelight.evaluation.stages import measure_stage, new_record
+from prunelight.evaluation.report.report import write_report, write_texts
+from prunelight.evaluation.stages import Beside, measure_stage, new_record
 from prunelight.models.engines import loads_in, misreadings
+from prunelight.models.families.layers import decoder_layers
 from prunelight.models.placement import move_if_it_fits, to_device
-from prunelight.models.sizes import stored_bytes
+from prunelight.models.sizes import is_quantized, parameter_count, stored_bytes
 from prunelight.planning.fingerprints import describe_windows, model_fingerprint
 from prunelight.run.run_state import Run
 from prunelight.runtime.local_paths import without_folders
-from prunelight.runtime.measuring import Measurement, measuring
+from prunelight.runtime.measuring import Measurement
 
 log = logging.getLogger(__name__)
 
 
 def measure_run_stage(
-    run: Run, name: str, model: PreTrainedModel, windows: Windows | None = None
+    run: Run,
+    name: str,
+    model: PreTrainedModel,
+    windows: Windows | None = None,
+    *,
+    earlier: Sequence[Stage] = (),
 ) -> Stage:
-    """Measure one state of a run's model.
+    """Measure one state of a run's model, its speed in turn with the dense model's.
 
     Args:
         run: that the model belongs to.
@@ -36,13 +43,22 @@ def measure_run_stage(
         model: in that state.
         windows: held-out windows of this process, where all processes measure together; None
             takes all of them.
+        earlier: stages of this run; the first is the dense model. A model of the shape of one of
+            them is as fast, and its speed is not measured again.
     """
-    timing = None
-    if run.latency is not None:
-        tokenizer = run.checked_tokenizer()
-        timing = partial(measure_latency, tokenizer=tokenizer, protocol=run.latency)
     windows = held_out_windows(run) if windows is None else windows
-    return measure_stage(name, model, windows, timing)
+    beside = Beside(earlier[0], run.dense) if earlier and run.dense else None
+    tokenizer = None if run.latency is None else run.checked_tokenizer()
+    timed = next((stage for stage in earlier if _same_shape(stage, model)), None)
+    return measure_stage(name, model, windows, run.latency, tokenizer, beside=beside, timed=timed)
+
+
+def _same_shape(stage: Stage, model: PreTrainedModel) -> bool:
+    """Whether a model has the shape of a stage's: zeros and trained values make none faster."""
+    if is_quantized(model) or stage.name not in ("dense", "pruned"):
+        return False
+    shape = (len(decoder_layers(model)), parameter_count(model))
+    return shape == (stage.num_layers, stage.parameters)
 
 
 def held_out_windows(run: Run) -> Windows:
@@ -73,7 +89,8 @@ def start_record(run: Run, model: PreTrainedModel) -> RunRecord:
     described = describe_evaluation(run)
     record = new_record(run.name, model, model_fingerprint(model), described)
     model = move_if_it_fits(model, run.place.device)
-    record.stages.append(measure_run_stage(run, "dense", model))
+    with run.phases.phase("evaluate dense"):
+        record.stages.append(measure_run_stage(run, "dense", model))
     return record
 
 
@@ -86,11 +103,10 @@ def add_quantized(run: Run, model: PreTrainedModel) -> None:
     if record is None or any(stage.name == "quantized" for stage in record.stages):
         return
     full, model = record.stages[-1], to_device(model, run.place.device)
-    with measuring(model.device) as phase:
-        stage = measure_run_stage(run, "quantized", model)
+    with run.phases.phase("evaluate quantized"):
+        stage = measure_run_stage(run, "quantized", model, earlier=record.stages)
     same = {n: getattr(full, n) for n in ("parameters", "sparsity", "linear_sparsity")}
     record.stages.append(replace(stage, size_bytes=stored_bytes(model), **same))
-    add_cost(record, "evaluate quantized", phase)
 
 
 def add_engines(record: RunRecord, dense: PretrainedConfig, pruned: PretrainedConfig) -> None:
@@ -104,7 +120,44 @@ def add_engines(record: RunRecord, dense: PretrainedConfig, pruned: PretrainedCo
             record.warnings.append(text)
 
 
-def add_cost(record: RunRecord, name: str, phase: Measurement) -> None:
-    """Add what a phase cost to the record of a run."""
-    forwards = phase.seconds / record.forward_seconds
-    record.costs.append(Cost(name, phase.seconds, forwards, phase.peak_bytes))
+TRAINING = "recover"  # the phase that earlier starts of a run share
+
+
+def training_cost(run: Run) -> Measurement:
+    """Return what the training took up to now, over all starts."""
+    run.phases.lap()
+    row, earlier = run.phases.rows.get(TRAINING, Measurement()), run.earlier_training
+    return Measurement(row.seconds + earlier.seconds, max(row.peak_bytes, earlier.peak_bytes))
+
+
+def note_costs(run: Run, record: RunRecord, without: Collection[str] = ()) -> None:
+    """Put into the record what the phases of this start took, beside what it reuses.
+
+    Args:
+        run: whose phases are told.
+        record: of the run.
+        without: names of phases to leave out.
+    """
+    costs = [cost for cost in record.costs if cost.reused]
+    run.phases.lap()
+    if run.earlier_training.seconds:  # nothing may be left of it in this start
+        run.phases.rows.setdefault(TRAINING, Measurement())
+    for name, phase in run.phases.rows.items():
+        if name in without:
+            continue
+        earlier = run.earlier_training.seconds if name == TRAINING else 0.0
+        total = training_cost(run) if name == TRAINING else phase
+        forwards = total.seconds / record.forward_seconds
+        costs.append(Cost(name, total.seconds, forwards, total.peak_bytes, earlier_seconds=earlier))
+    record.costs = costs
+
+
+def report(run: Run, record: RunRecord) -> list[Path]:
+    """Write the report, whose costs include its own; return its files."""
+    with run.phases.phase("write the report"):
+        note_costs(run, record)
+        write_report(run.place.root, record)
+    note_costs(run, record)
+    files = write_texts(run.place.root, record)
+    run.phases.stop()
+    return files

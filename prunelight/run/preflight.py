@@ -7,6 +7,7 @@ and the text read, when the first check asks for it. Nothing is computed before 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -20,17 +21,21 @@ from prunelight.calibration.data_windows import calibration_windows_of, check_da
 from prunelight.calibration.shared_windows import share_windows
 from prunelight.calibration.windows import Windows, check_length, check_windows
 from prunelight.evaluation.report.writing import check_report_files
-from prunelight.models.saving import check_replaceable
+from prunelight.models.saving import MARKER, check_replaceable
 from prunelight.recovery.lora import check_targets
 from prunelight.recovery.packed_rows import check_packed
 from prunelight.recovery.precision import precision_faults
 from prunelight.recovery.quantization import check_quantizable, check_trainable, check_widths
-from prunelight.run.measurements import held_out_windows
+from prunelight.run.checkpoints import TrainingEnd, training_end
+from prunelight.run.measurements import can_measure, describe_evaluation, held_out_windows
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
 from prunelight.runtime.atomic_files import check_writable
 from prunelight.runtime.finite import check_weights
+from prunelight.runtime.local_paths import without_folders
+
+DATA = "read and tokenize the data"  # a phase
 
 
 class Facts:
@@ -52,12 +57,14 @@ class Facts:
     @cached_property
     def windows(self) -> Windows:
         """The calibration windows, of which each process feeds its share."""
-        return share_windows(calibration_windows_of(self.run.place.data), self.run.place.group)
+        with self.run.phases.phase(DATA):
+            return share_windows(calibration_windows_of(self.run.place.data), self.run.place.group)
 
     @cached_property
     def held_out(self) -> Windows:
         """The held-out windows, of which each process evaluates its share."""
-        return share_windows(held_out_windows(self.run), self.run.place.group)
+        with self.run.phases.phase(DATA):
+            return share_windows(held_out_windows(self.run), self.run.place.group)
 
 
 Check: TypeAlias = Callable[[Facts], None]
@@ -71,11 +78,12 @@ def preflight(run: Run, methods: Sequence[PruningMethod] = ()) -> Facts:
         RuntimeError: on the other processes, if one failed.
     """
     facts = Facts(run, methods)
-    for check in _checks(facts):
-        # Lightning counts the steps on all processes together: none may wait elsewhere meanwhile.
-        alone = check in (strategy, methods_in_this_run)
-        with nullcontext() if alone else run.place.group.failing_together():
-            check(facts)
+    with run.phases.phase("check the run"):
+        for check in _checks(facts):
+            # Lightning counts the steps on all processes together: none may wait elsewhere then.
+            alone = check in (strategy, methods_in_this_run, unfinished)
+            with nullcontext() if alone else run.place.group.failing_together():
+                check(facts)
     return facts
 
 
@@ -123,6 +131,78 @@ def check_output(root: Path) -> None:
     check_replaceable(root / FINAL)
     check_replaceable(root / ADAPTER)
     check_report_files(root)
+
+
+def unfinished(facts: Facts) -> None:
+    """Something is left to do, if the run goes on where an earlier one ended."""
+    place = facts.run.place
+    path = place.resumes_from if place.stage == "fit" else None
+    end = None if path is None else training_end(path)
+    if path is not None and end is not None and _is_the_same_run(facts, end):
+        refuse_finished(facts.run, path, end, place.optimizer_steps())
+
+
+def _is_the_same_run(facts: Facts, end: TrainingEnd) -> bool:
+    """Whether the report of a finished run is of the model, methods and settings of this one.
+
+    What differs otherwise is refused later, by the fingerprint of the base.
+    """
+    run, told = facts.run, _told(facts.run)
+    given = [[type(method).__name__, _as_json(method.arguments())] for method in facts.methods]
+    plans = [[plan["method"], plan["arguments"]] for plan in told.get("plans", [])]
+    same_dtype = run.dtype in ("auto", told.get("dtype"))
+    same_model = told.get("model") == without_folders(run.name)
+    same_settings = run.is_same_training is None or run.is_same_training(end.settings)
+    return given == plans and same_dtype and same_model and same_settings
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _told(run: Run) -> dict[str, Any]:
+    """Return what the report of an earlier start says; nothing, if there is none."""
+    try:
+        told: dict[str, Any] = json.loads((run.place.root / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return told
+
+
+class FinishedRunError(ValueError):
+    """Nothing is left to do: the result of a run is complete."""
+
+
+def refuse_finished(run: Run, checkpoint: Path, end: TrainingEnd, planned: float) -> None:
+    """Refuse to train what is trained, saved and reported already.
+
+    A run that was killed after its training, before all of that was on disk, goes on.
+
+    Args:
+        run: that would go on.
+        checkpoint: the last one of the training.
+        end: of the training.
+        planned: optimizer steps that this start is to have.
+
+    Raises:
+        FinishedRunError: if nothing is left to do.
+    """
+    # Each is written after the one before it.
+    files = [checkpoint, run.place.root / FINAL / MARKER]
+    if can_measure(run):
+        files.append(run.place.root / "report.md")
+        then, now = _told(run).get("evaluation", {}), describe_evaluation(run)
+        if any(then.get(key) != now.get(key) for key in ("fingerprint", "latency")):
+            return  # it is measured anew
+    if planned > end.planned or not all(file.is_file() for file in files):
+        return
+    times = [file.stat().st_mtime_ns for file in files]
+    if times == sorted(times):
+        raise FinishedRunError(
+            f"nothing is left to do: {run.place.root / FINAL} holds the result of {end.step} "
+            "steps. To train on from there, raise trainer.max_steps (or max_epochs, or tokens); "
+            "for another run, set another trainer.default_root_dir"
+        )
 
 
 def data(facts: Facts) -> None:
@@ -222,7 +302,7 @@ def held_out(facts: Facts) -> None:
     check_windows(facts.model, facts.held_out)
 
 
-SETTINGS: tuple[Check, ...] = (strategy, methods_in_this_run, output)
+SETTINGS: tuple[Check, ...] = (strategy, methods_in_this_run, output, unfinished)
 MODEL: tuple[Check, ...] = (
     finite,
     quantizable,

@@ -6,18 +6,22 @@ the module that trains only holds the model, and says how it recovers by `Recove
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.evaluation.report.record import RunRecord
-from prunelight.evaluation.speed import LatencyProtocol
+from prunelight.evaluation.report.report import summary_table
+from prunelight.evaluation.speed import Architecture, LatencyProtocol
 from prunelight.models.loading import load
 from prunelight.models.saving import MARKER
 from prunelight.planning.plan import Plan
@@ -26,7 +30,7 @@ from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.zeros.weight_masks import WeightMasks
 from prunelight.run.strategies import Place
 from prunelight.runtime.directory_lock import DirectoryLock
-from prunelight.runtime.measuring import Measurement
+from prunelight.runtime.measuring import OTHER, Measurement, Phases
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +61,12 @@ class Run:
         record: of the run so far, for the report; None where nothing is measured.
         gradual: a method prunes while the model trains.
         prepared: the model in training; None before `start.prepare`.
-        training_cost: of the training over all its starts; None before it.
+        phases: where the time of this start goes.
+        earlier_training: what earlier starts of the same training took.
+        dense: what the dense model was built from, to compare speeds with; None if not known.
         place: where the run takes place; set by `attach`.
         describe_recovery: returns how far the recovery is, for report and checkpoints.
+        is_same_training: returns whether a checkpoint's settings are this run's; None: not known.
         dense_fault: what `generation_fault` says of the dense model; None if nobody asked.
         checked: the pruning has done the preflight of this fit, recovery need not do it again.
         precision_losses: what dtype, precision and recovery lose together, one sentence each.
@@ -89,7 +96,10 @@ class Run:
         self.record: RunRecord | None = None
         self.gradual = False
         self.prepared: PreparedModel | None = None
-        self.training_cost: Measurement | None = None
+        self.phases = Phases()
+        self.earlier_training = Measurement()
+        self.dense: Architecture | None = None
+        self.is_same_training: Callable[[Mapping[str, Any]], bool] | None = None
         self.dense_fault: str | None = None
         self.checked = False
         self.precision_losses: list[str] = []
@@ -101,6 +111,15 @@ class Run:
         if getattr(self, "place", None) != place:
             self.checked = False
         self.place = place
+        self.phases.device, self.phases.quiet = place.device, place.trainer.global_rank > 0
+        if place.stage in ("fit", "prune") and not self.phases.running:
+            self.start_clock()
+
+    def start_clock(self, phase: str = OTHER) -> None:
+        """Measure the run from now on, unless that began before; what no phase has is `phase`'s."""
+        if not self.phases.running and self.record is not None:  # of an earlier fit
+            self.record.costs = [replace(cost, reused=True) for cost in self.record.costs]
+        self.phases.begin(phase)
 
     def hold_directory(self) -> None:
         """Keep other processes from running in the directory of this run, until it is released.
@@ -151,9 +170,10 @@ class Run:
 
     def _read(self, source: str | Path) -> PreTrainedModel:
         self.source = source
-        model, self.tokenizer = load(
-            source, dtype=self.dtype, trust_remote_code=self.trust_remote_code
-        )
+        with self.phases.phase("load the model"):
+            model, self.tokenizer = load(
+                source, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+            )
         self.holder.model = model
         return model
 
@@ -170,6 +190,29 @@ class Run:
         """Load the merged result of the run; the base stays what training began with."""
         self.forget_model()
         self._read(directory)
+
+    @property
+    def final(self) -> Path | None:
+        """Directory of the result, with weights that others can load; None before it is there."""
+        place = getattr(self, "place", None)
+        directory = None if place is None else place.root / FINAL
+        return directory if directory is not None and (directory / MARKER).is_file() else None
+
+    def summary(self) -> str:
+        """Return as text what the command line shows at the end: figures, costs and directories.
+
+        Raises:
+            ValueError: before the first measurement.
+        """
+        if self.record is None:
+            raise ValueError("nothing is measured yet; call summary after trainer.fit")
+        text = io.StringIO()
+        console = Console(width=120, file=text, highlight=False)
+        console.print(summary_table(self.record))
+        for what, directory in (("Model", self.final), ("Report", self.place.root / "report.md")):
+            if directory is not None and directory.exists():
+                console.print(f"{what}: {directory.resolve()}", soft_wrap=True)
+        return text.getvalue()
 
     @property
     def in_training(self) -> bool:

@@ -10,22 +10,26 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import split_windows
 from prunelight.evaluation.report.record import RunRecord
-from prunelight.evaluation.report.report import write_report
-from prunelight.evaluation.speed import forward_seconds
+from prunelight.evaluation.speed import Architecture, forward_seconds
 from prunelight.evaluation.stages import new_record
 from prunelight.models.families.own_classes.registration import code_file
+from prunelight.models.loading import DTYPES, check_hub, find_source, load_config
 from prunelight.models.placement import device_with_room, move_if_it_fits, to_device
 from prunelight.models.saving import SavedModel, check_replaceable, generation_fault, save
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of
 from prunelight.planning.plan import Plan
+from prunelight.recovery.precision import slow_precision
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.run.checkpoints import (
     base_fingerprints,
@@ -34,12 +38,13 @@ from prunelight.run.checkpoints import (
     write_measured,
 )
 from prunelight.run.measurements import (
-    add_cost,
     add_engines,
     add_quantized,
     can_measure,
     describe_evaluation,
     measure_run_stage,
+    note_costs,
+    report,
     start_record,
 )
 from prunelight.run.method import PruningMethod
@@ -47,8 +52,7 @@ from prunelight.run.preflight import Facts, preflight
 from prunelight.run.run_state import Run, plan_texts, plans_beside
 from prunelight.run.teacher import prepare_teacher
 from prunelight.runtime.atomic_files import explaining_write_errors
-from prunelight.runtime.devices import device_name
-from prunelight.runtime.measuring import measuring
+from prunelight.runtime.devices import device_name, slowness
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,25 @@ class Base:
     fingerprint: str
 
 
+def tell_slow_precision(run: Run) -> None:
+    """Warn, before anything is read, if this device computes slowly in the dtype of the run."""
+    place, dtype = run.place, DTYPES.get(run.dtype)
+    if place.device.type != "cpu" or place.trainer.global_rank > 0:
+        return
+    if run.model is not None:
+        dtype = run.model.dtype
+    elif dtype is None:  # "auto": the checkpoint's own, float32 for GGUF
+        source = find_source(run.name)
+        dtype = torch.float32
+        if source.gguf_file is None:
+            config = load_config(check_hub(source), trust_remote_code=run.trust_remote_code)
+            dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    times = partial(slowness, device=place.device)
+    told = slow_precision(dtype, place.precision, run.settings.recovery, times)
+    if told is not None:
+        log.warning(told)
+
+
 def start(run: Run, methods: list[PruningMethod]) -> None:
     """Make, or find, the pruned base of a run and load it on every process.
 
@@ -69,8 +92,10 @@ def start(run: Run, methods: list[PruningMethod]) -> None:
         RuntimeError: on the other processes, if one failed.
     """
     facts = preflight(run, methods)
+    run.dense = Architecture.of(facts.model)
     with run.place.group.failing_together():
-        base, record = _find_base(facts)
+        with run.phases.phase("fingerprint model and data"):
+            base, record = _find_base(facts)
         if record is None:
             _make_base(facts, base)
         else:
@@ -91,7 +116,7 @@ def prune_only(run: Run, methods: list[PruningMethod]) -> None:
     start(run, methods)
     run.checked = False  # a fit after it has checks of its own
     assert run.record is not None
-    write_report(run.place.root, run.record)
+    report(run, run.record)
     run.release_directory()
 
 
@@ -101,6 +126,8 @@ def start_recovery(run: Run) -> None:
         preflight(run)
     run.checked = False  # the next fit checks again
     prepare_teacher(run)
+    if run.dense is None:
+        run.dense = Architecture.of(run.load_model())
     if run.record is None and can_measure(run):
         record = partial(start_record, run, run.load_model())
         run.record = run.place.group.run_on_rank_zero(record)
@@ -109,9 +136,10 @@ def start_recovery(run: Run) -> None:
 def prepare(run: Run) -> PreparedModel:
     """Make the model trainable, in place, before the optimizer exists: in bits, with adapters."""
     settings = replace(run.settings, gradual=run.gradual, seed=run.seed)
-    run.prepared = PreparedModel(
-        run.load_model(), run.plans(), settings, partial(add_quantized, run), run.device
-    )
+    with run.phases.phase("prepare the training"):
+        run.prepared = PreparedModel(
+            run.load_model(), run.plans(), settings, partial(add_quantized, run), run.device
+        )
     run.holder.model = run.prepared.model
     if run.prepared.zeros.warning and settings.recovery != "none":
         run.warn(run.prepared.zeros.warning)
@@ -152,11 +180,15 @@ def _reuse_base(facts: Facts, base: Base, record: RunRecord) -> None:
     device = group.run_on_rank_zero(lambda: device_name(place))
     if not same or record.device != device:
         dense = to_device(facts.model, place)
-        stages = [measure_run_stage(run, "dense", dense, facts.held_out)]
+        with run.phases.phase("evaluate dense"):
+            stages = [measure_run_stage(run, "dense", dense, facts.held_out)]
         if len(record.stages) > 1:
             run.use_result(base.directory)
             pruned = move_if_it_fits(run.load_model(), run.place.device)
-            stages.append(measure_run_stage(run, "pruned", pruned, facts.held_out))
+            with run.phases.phase("evaluate pruned"):
+                stages.append(
+                    measure_run_stage(run, "pruned", pruned, facts.held_out, earlier=stages)
+                )
         record.device, record.stages, record.evaluation = device, stages, described
     group.run_on_rank_zero(lambda: write_measured(base.directory, record))
 
@@ -164,17 +196,19 @@ def _reuse_base(facts: Facts, base: Base, record: RunRecord) -> None:
 def _make_base(facts: Facts, base: Base) -> None:
     """Measure, score, plan, apply and save, all processes together."""
     run, group = facts.run, facts.run.place.group
+    earlier = {*run.phases.rows}  # phases that the base does not need
     model = move_if_it_fits(facts.model, run.place.device)
     record = new_record(run.name, model, base.fingerprint, describe_evaluation(run))
-    run.dense_fault = group.run_on_rank_zero(partial(generation_fault, model))
+    with run.phases.phase("evaluate dense"):
+        run.dense_fault = group.run_on_rank_zero(partial(generation_fault, model))
     _measure(facts, record, "dense", model)
     dense = copy.deepcopy(model.config)
     model, plans = _prune(facts, record, model)
     if not all(method.gradual for method in facts.methods):
         _measure(facts, record, "pruned", model)
-    with measuring(model.device) as phase, explaining_write_errors(base.directory):
+    with run.phases.phase("save and verify pruned"), explaining_write_errors(base.directory):
         saved = group.run_on_rank_zero(partial(_save_base, facts, base.directory, model, plans))
-    add_cost(record, "save and verify pruned", phase)
+    note_costs(run, record, without=earlier)
     add_engines(record, dense, model.config)
     record.verification[base.directory.name] = saved.verification
     record.stages[-1] = replace(record.stages[-1], size_bytes=saved.size_bytes)
@@ -183,11 +217,12 @@ def _make_base(facts: Facts, base: Base) -> None:
 
 def _measure(facts: Facts, record: RunRecord, name: str, model: PreTrainedModel) -> None:
     """Add one state of the model to the record; the first one also gives F."""
-    with measuring(model.device) as phase:
-        record.stages.append(measure_run_stage(facts.run, name, model, facts.held_out))
-    if name == "dense":
-        record.forward_seconds = forward_seconds(model, facts.windows)
-    add_cost(record, f"evaluate {name}", phase)
+    run = facts.run
+    with run.phases.phase(f"evaluate {name}"):
+        stage = measure_run_stage(run, name, model, facts.held_out, earlier=record.stages)
+        record.stages.append(stage)
+        if name == "dense":
+            record.forward_seconds = forward_seconds(model, facts.windows)
 
 
 def _prune(
@@ -196,18 +231,27 @@ def _prune(
     """Score, plan and apply each method in turn; gradual ones apply while the model trains."""
     plans: list[Plan] = []
     for method in facts.methods:
-        method.device = facts.run.place.device
-        with measuring(model.device) as phase:
+        device = facts.run.place.device
+        name, phase = type(method).__name__, facts.run.phases.phase
+        with phase(f"score and plan ({name})"), _computing_on(device, method):
             plan = method.plan(model, facts.windows)
         plans.append(plan)
-        add_cost(record, f"score and plan ({plan.method})", phase)
         if method.gradual:
             continue
-        with measuring(model.device) as phase:
+        with phase(f"apply ({name})"), _computing_on(device, method):
             model = method.apply(model, plan, facts.windows, record.outcomes)
-        add_cost(record, f"apply ({plan.method})", phase)
     record.plans = [plan.to_dict() for plan in plans]
     return model, plans
+
+
+@contextmanager
+def _computing_on(device: torch.device, method: PruningMethod) -> Iterator[None]:
+    """Let a method compute on the run's device, and afterwards where it did before."""
+    before, method.device = method.device, device
+    try:
+        yield
+    finally:
+        method.device = before
 
 
 def _save_base(

@@ -103,6 +103,15 @@ class Place:
         return "prune" if stage is None else stage.value
 
     @property
+    def resumes_from(self) -> Path | None:
+        """The checkpoint that a fit of prunelight's Trainer goes on from; None if not known."""
+        asked = getattr(self.trainer, "fit_ckpt_path", None)
+        if asked is None or "://" in str(asked):
+            return None
+        path = self.root / "checkpoints" / "last.ckpt" if asked == "last" else Path(asked)
+        return path if path.is_file() else None
+
+    @property
     def precision(self) -> str:
         """Precision of the Trainer, such as "bf16-mixed"."""
         return str(self.trainer.precision)

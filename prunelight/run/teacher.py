@@ -22,9 +22,7 @@ from prunelight.planning.fingerprints import model_fingerprint
 from prunelight.recovery.distillation.objective import Objective, kept_layers
 from prunelight.recovery.distillation.teacher_cache import TeacherCache
 from prunelight.recovery.quantization import BitsAndBytes, quantize
-from prunelight.run.measurements import add_cost
 from prunelight.run.run_state import Run, plans_beside
-from prunelight.runtime.measuring import measuring
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +101,8 @@ def prepare_teacher(run: Run) -> None:
     name = settings.name or run.name
     source = TeacherSource(name, run.dtype, settings.teacher, run.trust_remote_code)
     if objective.kind == "kd":
-        teacher = source.load(run.place.device)
+        with run.phases.phase("load the teacher"):
+            teacher = source.load(run.place.device)
         kept = _kept_layers(run, teacher, name) if settings.hidden_weight else []
         objective.use_teacher(teacher, kept)
     else:
@@ -140,7 +139,8 @@ def _whole_cache(run: Run, objective: Objective, source: TeacherSource) -> Teach
     facts, teacher = _dense_facts(run, settings.name), None
     if facts is None:
         _release(run)
-        teacher = source.load(place.device)
+        with run.phases.phase("load the teacher"):
+            teacher = source.load(place.device)
         dtype = str(teacher.dtype).removeprefix("torch.")  # as a RunRecord has it
         facts = {"fingerprint": model_fingerprint(teacher), "dtype": dtype}
     cache = TeacherCache(
@@ -158,11 +158,10 @@ def _whole_cache(run: Run, objective: Objective, source: TeacherSource) -> Teach
         group.run_on_rank_zero(cache.open)
         if blocks := [block for block in cache.missing() if block % group.size == group.rank]:
             _release(run)
-            teacher = teacher or source.load(place.device)
-            with place.in_precision(), measuring(teacher.device) as phase:
+            with run.phases.phase("load the teacher"):
+                teacher = teacher or source.load(place.device)
+            with place.in_precision(), run.phases.phase("ask the teacher"):
                 cache.write(teacher, blocks, progress=group.rank == 0)
-            if run.record is not None:
-                add_cost(run.record, "ask the teacher", phase)
     del teacher
     if run.model is None:
         run.read_again()

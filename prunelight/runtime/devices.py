@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def slowness(dtype: torch.dtype, device: torch.device) -> float:
+    """Return how many times as long as in float32 a product takes in a dtype; 1 but on a CPU.
+
+    A CPU without instructions for a dtype converts it all the time. The product is timed, some
+    hundredths of a second long: what torch and oneDNN do with the CPU is what counts.
+    """
+    if device.type != "cpu" or dtype == torch.float32:
+        return 1.0
+    seconds: dict[torch.dtype, list[float]] = {dtype: [], torch.float32: []}
+    for _ in range(7):
+        for kind, times in seconds.items():  # in turn: the clock drifts with the machine's load
+            rows, weight = (torch.ones(n, 512, dtype=kind) for n in (128, 512))
+            start = time.perf_counter()
+            torch.nn.functional.linear(rows, weight)
+            times.append(time.perf_counter() - start)
+    return min(seconds[dtype][1:]) / min(seconds[torch.float32][1:])
 
 
 def device_name(device: torch.device) -> str:

@@ -1,4 +1,8 @@
-"""Measuring one phase of a run: wall time and peak memory."""
+"""Where the time of a run goes: every second belongs to one phase, named for the report.
+
+Phases nest. The time of an inner phase does not count for the one around it, so the rows add up to
+the time of the run. With each phase goes the peak of memory in it.
+"""
 
 from __future__ import annotations
 
@@ -9,51 +13,110 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from prunelight.runtime.devices import synchronize
+from prunelight.runtime.progress import Bar
+
+OTHER = "all else"  # between the phases
 
 
 @dataclass
 class Measurement:
-    """Seconds and peak memory of one phase; filled in when the phase ends."""
+    """Seconds and peak memory of one phase."""
 
     seconds: float = 0.0
     peak_bytes: int = 0
-    started: float | None = None  # time.perf_counter() at the start; None outside the phase
-
-    def so_far(self, device: torch.device) -> dict[str, Any]:
-        """Return seconds and peak bytes up to now, for a phase that a later run continues."""
-        if self.started is None:
-            return {"seconds": self.seconds, "peak_bytes": self.peak_bytes}
-        seconds = self.seconds + time.perf_counter() - self.started
-        return {"seconds": seconds, "peak_bytes": max(self.peak_bytes, peak_memory(device))}
 
 
-@contextmanager
-def measuring(
-    device: torch.device, measurement: Measurement | None = None
-) -> Iterator[Measurement]:
-    """Measure a phase: wall seconds, and the peak of allocated CUDA memory or of process memory.
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """One entry into a phase; equal to itself only."""
 
-    A `measurement` from before an interruption is continued: seconds add up, the larger peak stays.
+    name: str
+
+
+class Phases:
+    """The phases of one run, in the order in which each first began.
+
+    Attributes:
+        rows: name -> seconds and peak memory of a phase.
+        device: whose peak memory is measured.
+        quiet: show no bars, as on all processes but the first.
     """
-    measurement = measurement or Measurement()
-    _reset_peak(device)
-    synchronize(device)
-    measurement.started = time.perf_counter()
-    try:
-        yield measurement
-    finally:
-        synchronize(device)
-        totals = measurement.so_far(device)
-        measurement.seconds, measurement.peak_bytes = totals["seconds"], totals["peak_bytes"]
-        measurement.started = None
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Measurement] = {}
+        self.device = torch.device("cpu")
+        self.quiet = False
+        self._stack: list[_Entry] = []
+        self._since: float | None = None  # None while nothing is measured
+
+    @property
+    def running(self) -> bool:
+        """Whether time is measured."""
+        return self._since is not None
+
+    def begin(self, name: str = OTHER) -> None:
+        """Measure from now on, anew if it was stopped; time outside of the phases is `name`'s."""
+        if self._since is None:
+            reset_peak(self.device)
+            self.rows.clear()
+            self._since = time.perf_counter()
+            self._stack = [_Entry(name)]
+        else:
+            self.lap()
+            self._stack[0] = _Entry(name)
+
+    def stop(self) -> None:
+        """Measure no more, until `begin`: what follows is not part of the run."""
+        self.lap()
+        self._since, self._stack = None, []
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add time that was measured elsewhere, such as that of imports."""
+        row = self.rows.setdefault(name, Measurement())
+        row.seconds += seconds
+        row.peak_bytes = max(row.peak_bytes, peak_memory(self.device))
+
+    @contextmanager
+    def phase(self, name: str, *, shown: bool = True) -> Iterator[None]:
+        """Measure what happens inside, and show that it runs.
+
+        Args:
+            name: of the row that it counts for.
+            shown: show a bar for it; not where a bar of its own tells more.
+        """
+        if self._since is None:
+            self.begin()
+        self.lap()
+        entry = _Entry(name)
+        self._stack.append(entry)
+        self.rows.setdefault(name, Measurement())
+        try:
+            with Bar(name, quiet=self.quiet or not shown):
+                yield
+        finally:
+            if entry in self._stack:  # not after a `stop` inside
+                self.lap()
+                del self._stack[self._stack.index(entry) :]
+
+    def lap(self) -> None:
+        """Count the time since the last lap for the phase that runs, so that the rows are whole."""
+        if self._since is None:
+            return
+        synchronize(self.device)
+        now = time.perf_counter()
+        row = self.rows.setdefault(self._stack[-1].name, Measurement())
+        row.seconds += now - self._since
+        row.peak_bytes = max(row.peak_bytes, peak_memory(self.device))
+        self._since = now
+        reset_peak(self.device)
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """Begin to look for the peak of memory anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_walk import LayerWalk
@@ -24,6 +23,7 @@ from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.sliding_search import BudgetExceededError, Groups
+from prunelight.runtime.progress import Bar
 from prunelight.scoring.similarity import Similarity, similarity_to
 
 
@@ -43,7 +43,8 @@ class VariantLayer:
 class VariantReplay:
     """Similarity of variants to a model, which is unchanged; a context manager.
 
-    `LayerWalk` and `similarity_to` describe the arguments.
+    `LayerWalk` and `similarity_to` describe the arguments; `expected_forwards` is the number of
+    layer forwards that the caller expects at most, for the progress bar.
 
     Attributes:
         walk: the walk over the model.
@@ -68,8 +69,10 @@ class VariantReplay:
         ignore_first_tokens: int = 0,
         device: torch.device | None = None,
         offload: bool = False,
+        expected_forwards: int | None = None,
     ) -> None:
         self.walk = LayerWalk(model, windows, device=device, offload=offload)
+        self.expected_forwards = expected_forwards
         self.criterion, self.ignore_first_tokens = criterion, ignore_first_tokens
         self.layers = [VariantLayer(layer, i) for i, layer in enumerate(decoder_layers(model))]
         self.inputs: list[list[Tensor]] = []
@@ -80,6 +83,9 @@ class VariantReplay:
         """Run the model once, layer by layer, and keep the input of each layer."""
         with ExitStack() as stack:
             stack.enter_context(self.walk)
+            total, quiet = self.expected_forwards, self.walk.group.rank > 0
+            bar = Bar(f"variants by {self.criterion}", total, unit="layer forwards", quiet=quiet)
+            self._bar = stack.enter_context(bar)
             self.inputs = [list(self.walk.states)]
             self._embeddings, self._first = self.inputs[0], self.layers[0].layer
             self._extend()
@@ -87,9 +93,6 @@ class VariantReplay:
             self._similarity: Similarity = similarity_to(
                 self.walk, self.inputs[-1], self.criterion, ignore_first_tokens=ignored
             )
-            quiet = self.walk.group.rank > 0 or None
-            bar = tqdm(desc=self.criterion, unit=" variants", disable=quiet, leave=False)
-            self._bar = stack.enter_context(bar)
             self._stack = stack.pop_all()
         return self
 
@@ -111,7 +114,6 @@ class VariantReplay:
         for layer in layers:
             states = self._run(layer, states)
         self.measurements += 1
-        self._bar.update()
         similarity = self._similarity(states)
         return -math.inf if math.isnan(similarity) else similarity
 
@@ -145,6 +147,7 @@ class VariantReplay:
 
     def _run(self, variant_layer: VariantLayer, states: Sequence[Tensor]) -> list[Tensor]:
         self.layer_forwards += 1
+        self._bar.update()
         layer, index = variant_layer.layer, variant_layer.index
         with self.walk.placed(layer):
             return [

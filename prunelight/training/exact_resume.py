@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,22 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from prunelight.models.saving import MARKER
 from prunelight.planning.fingerprints import fingerprint_of
 from prunelight.run.checkpoints import (
     FORMAT,
     check_format,
     check_same_settings,
+    end_of,
     quantization_keys,
     quantization_of_format_1,
 )
 from prunelight.run.checkpoints import KEY as METADATA
+from prunelight.run.checkpoints import (
+    RESUME_KEY as KEY,
+)
+from prunelight.run.measurements import TRAINING, training_cost
+from prunelight.run.preflight import refuse_finished
 from prunelight.run.run_state import Run
 from prunelight.runtime.atomic_files import (
     atomic_replacement,
@@ -38,7 +46,7 @@ from prunelight.runtime.atomic_files import (
     remove_temporaries,
 )
 from prunelight.runtime.checksums import ChecksumWriter, check_checkpoint_file
-from prunelight.runtime.measuring import Measurement, measuring
+from prunelight.runtime.measuring import Measurement, Phases
 from prunelight.training.kept_checkpoints import (
     DelayedRemovals,
     check_resume_point,
@@ -50,21 +58,31 @@ from prunelight.training.kept_checkpoints import (
     settle,
     take_over,
 )
-from prunelight.training.resuming.run_identity import describe_run, differences, tell_own_classes
+from prunelight.training.resuming.run_identity import (
+    OF_THE_MODEL,
+    describe_run,
+    differences,
+    tell_own_classes,
+    without,
+)
 
 log = logging.getLogger(__name__)
-
-KEY = "prunelight_resume"  # of a checkpoint, under which `ExactResume` keeps its state
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written whole or not at all, and read without unpickling.
+
+    Args:
+        phases: of the run, to which the time for checkpoints is added.
 
     Attributes:
         removals: where removed files wait until the resume point is written; None: at once.
     """
 
     removals: DelayedRemovals | None = None
+
+    def __init__(self, phases: Phases | None = None) -> None:
+        self.phases = phases or Phases()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -78,7 +96,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        with explaining_write_errors(path, newest_checkpoint(path.parent)):
+        writing = explaining_write_errors(path, newest_checkpoint(path.parent))
+        with self.phases.phase("write checkpoints"), writing:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_replacement(path) as temporary, temporary.open("wb") as file:
                 writer: Any = ChecksumWriter(file)
@@ -102,7 +121,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: if the file is damaged or holds other objects.
         """
-        with explaining_read_errors(path):
+        with self.phases.phase("read a checkpoint"), explaining_read_errors(path):
             if Path(path).is_file():  # of this machine
                 check_checkpoint_file(Path(path))
             return super().load_checkpoint(path, map_location, weights_only=True)
@@ -112,7 +131,7 @@ class ExactResume(Callback):
     """What a RecoveryModule adds to its trainer: whole checkpoints, seeds, settings, time spent.
 
     Args:
-        run: whose training is resumed; its `training_cost` is measured here.
+        run: whose training is resumed; its phases are measured here.
         make_optimizer: called with parameters.
         given_arguments: returns the module's arguments that differ from their defaults.
     """
@@ -125,6 +144,7 @@ class ExactResume(Callback):
     ) -> None:
         self.run, self.make_optimizer, self.given_arguments = run, make_optimizer, given_arguments
         self._phase: Any = None
+        self._validation: Any = None
         self._settings: dict[str, Any] | None = None
         self._finished = False
 
@@ -135,24 +155,14 @@ class ExactResume(Callback):
             settle(trainer)
             if trainer.ckpt_path is None:  # else what reads the checkpoint tells more
                 check_resume_point(trainer, lambda path: METADATA in _read(path))
-            write_atomically(trainer)
+            write_atomically(trainer, self.run.phases)
             reuse_own_files(trainer, partial(self._is_ours, trainer))
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let other runs write into the directory."""
-        self.run.release_directory()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Let other runs write into the directory."""
-        self.run.release_directory()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the settings that it starts with; start to measure the training, or go on."""
-        self._describe(trainer)
-        self._phase = measuring(trainer.strategy.root_device, self.run.training_cost)
-        self.run.training_cost = self._phase.__enter__()
+        self.describe(trainer)
+        self._phase = self.run.phases.phase(TRAINING, shown=False)
+        self._phase.__enter__()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -166,16 +176,42 @@ class ExactResume(Callback):
         torch.manual_seed(self.run.seed)
         self._finished = True
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to measure a validation during the fit."""
+        if trainer.state.fn == "fit":
+            self._validation = self.run.phases.phase("validate during the training", shown=False)
+            self._validation.__enter__()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop to measure the validation."""
+        if self._validation is not None:
+            self._validation.__exit__(None, None, None)
+            self._validation = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop to measure the run, and let other runs write into the directory."""
+        self.run.phases.stop()
+        self.run.release_directory()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Stop to measure a run that failed; after Ctrl-C say how it goes on."""
+        self.run.phases.stop()
+        self.run.release_directory()
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            log.warning(how_it_goes_on(trainer))
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what a resumed run needs, and what it is compared by."""
-        cost = self.run.training_cost
         checkpoint[KEY] = {
             "format": FORMAT,
-            "settings": self._describe(trainer),
+            "settings": self.describe(trainer),
             "finished": self._finished or trainer.should_stop,
-            "spent": cost.so_far(trainer.strategy.root_device) if cost else {},
+            "planned_steps": trainer.estimated_stepping_batches,
+            "spent": asdict(training_cost(self.run)),
             "accumulating": trainer.fit_loop._should_accumulate(),
             "keepers": counters(trainer),
             "removals": removals.waiting if (removals := removals_of(trainer)) else [],
@@ -192,16 +228,31 @@ class ExactResume(Callback):
         saved = checkpoint.get(KEY)
         if saved is None or trainer.state.fn != "fit":
             return
-        settings, ours = read_settings(saved), self._describe(trainer)
+        settings, ours = read_settings(saved), self.describe(trainer)
+        step, planned = checkpoint["global_step"], trainer.estimated_stepping_batches
+        end = end_of(checkpoint)
+        longer = end is not None and planned > end.planned
+        if longer:
+            settings |= {name: ours[name] for name in ("scheduled_steps", "schedule")}
         check_same_settings(*differences(settings, ours), trainer.ckpt_path)
         tell_own_classes(settings, ours, trainer.ckpt_path)
+        if end is not None:
+            refuse_finished(self.run, Path(str(trainer.ckpt_path)), end, planned)
         take_over(trainer, checkpoint, saved.get("keepers", {}))
         if trainer.max_steps != -1:
             rewind_to_last_batch(checkpoint["loops"]["fit_loop"])
         if (removals := removals_of(trainer)) is not None:
             removals.take_over(saved.get("removals", ()), trainer)
-        self.run.training_cost = Measurement(**saved["spent"])
-        trainer.should_stop |= saved["finished"]
+        self.run.earlier_training = Measurement(**saved["spent"])
+        if longer:
+            self.run.warn(
+                f"the training of {step} steps was finished and goes on to step {planned}; a "
+                "learning rate that decays jumps to what the longer schedule has there, so the "
+                f"result need not be that of one training of {planned} steps"
+            )
+        else:
+            trainer.should_stop |= saved["finished"]
+            log.info("going on from step %d: %s", step, trainer.ckpt_path)
         if saved["accumulating"]:
             log.warning(
                 "%s was written between the batches of accumulate_grad_batches, whose gradients it "
@@ -212,22 +263,42 @@ class ExactResume(Callback):
     def identity(self, trainer: Trainer) -> str:
         """Return what two runs have in common whose checkpoints of a step are the same."""
         assert self.run.prepared is not None
-        return fingerprint_of(self.run.prepared.fingerprint, self._describe(trainer))
+        return fingerprint_of(self.run.prepared.fingerprint, self.describe(trainer))
 
     def _is_ours(self, trainer: Trainer, path: Path) -> bool:
         """Return whether a checkpoint on disk is of a run that this one repeats."""
         written_by = _read(path).get(METADATA, {}).get("identity")
         return bool(written_by == self.identity(trainer))
 
-    def _describe(self, trainer: Trainer) -> dict[str, Any]:
+    def describe(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what the losses of the run depend on, once its model is prepared."""
         if self._settings is None:  # reads all training data
-            settings = self.run.settings
-            keys = quantization_keys(settings.quantization, settings.bitsandbytes)
-            recovery = {**self.run.describe_recovery(), "quantization": keys}
-            self._settings = describe_run(
-                trainer, self.run, self.make_optimizer, self.given_arguments(), recovery
-            )
+            self._settings = self._describe(trainer)
         return self._settings
+
+    def is_same_training(self, trainer: Trainer, settings: Mapping[str, Any]) -> bool:
+        """Return whether a checkpoint's settings are this run's, as far as no model is needed."""
+        ours = without(self._describe(trainer), OF_THE_MODEL)
+        return not any(differences(without(settings, OF_THE_MODEL), ours))
+
+    def _describe(self, trainer: Trainer) -> dict[str, Any]:
+        settings = self.run.settings
+        keys = quantization_keys(settings.quantization, settings.bitsandbytes)
+        recovery = {**self.run.describe_recovery(), "quantization": keys}
+        return describe_run(
+            trainer, self.run, self.make_optimizer, self.given_arguments(), recovery
+        )
+
+
+def how_it_goes_on(trainer: Trainer) -> str:
+    """Return what to do after Ctrl-C, by what is on disk."""
+    root = Path(trainer.default_root_dir)
+    newest = newest_checkpoint(root / "checkpoints")
+    if newest is not None:
+        return f"stopped; {newest} is saved, and the same command goes on from there"
+    bases = [directory for directory in root.glob("pruned-*") if (directory / MARKER).is_file()]
+    kept = f", with {bases[0]}, which is complete" if bases else ""
+    return f"stopped before a step was trained; the same command starts again{kept}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -248,13 +319,13 @@ def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def write_atomically(trainer: Trainer) -> None:
+def write_atomically(trainer: Trainer, phases: Phases) -> None:
     """Let a trainer write checkpoints whole or not at all, unless it was given its own way.
 
     Also removes what a killed process left half-written.
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO(phases)
     files = trainer.strategy.checkpoint_io
     if isinstance(files, AtomicCheckpointIO):
         files.removals = DelayedRemovals() if find_resume_point(trainer) else None

@@ -33,11 +33,16 @@ _REMEDY = (
 class FiniteTraining(Callback):
     """Ends a fit, with an error, once its loss or its weights are NaN or infinite."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier fit."""
+    def __init__(self) -> None:
         # The first optimizer step with a loss that is no number, and that loss, on the device.
         self._bad_step: Tensor | None = None
         self._bad_loss: Tensor | None = None
+        self._step = self._skips = 0
+        self._scale: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier fit."""
+        self._bad_step = self._bad_loss = None
         self._step = trainer.global_step
         self._scale, self._skips = _scale_of(trainer), 0
 

@@ -20,11 +20,11 @@ from prunelight.recovery.lora import merge_lora
 from prunelight.recovery.prepared_model import RecoverySettings
 from prunelight.recovery.zeros.planned_zeros import PlannedZeros
 from prunelight.run.finish import save_and_report
+from prunelight.run.measurements import TRAINING
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.run.start import start
 from prunelight.run.strategies import Place
-from prunelight.runtime.measuring import measuring
 from prunelight.training.finite_training import FiniteTraining, check_saved
 from prunelight.training.kept_checkpoints import settle
 
@@ -147,8 +147,8 @@ class OwnModuleRecovery(Callback):
         if self._zeros.masks is not None:
             for optimizer in trainer.optimizers:
                 self._zeros.masks.watch(optimizer)
-        self._phase = measuring(self.run.place.device, self.run.training_cost)
-        self.run.training_cost = self._phase.__enter__()
+        self._phase = self.run.phases.phase(TRAINING, shown=False)
+        self._phase.__enter__()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -182,11 +182,13 @@ class OwnModuleRecovery(Callback):
         self.run.place.group.run_on_rank_zero(partial(save_and_report, self.run, model))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let other runs write into the directory."""
+        """Stop to measure the run, and let other runs write into the directory."""
+        self.run.phases.stop()
         self.run.release_directory()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Let other runs write into the directory."""
+        self.run.phases.stop()
         self.run.release_directory()

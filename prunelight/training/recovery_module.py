@@ -37,6 +37,7 @@ from prunelight.moved import (
     set_moved_attribute,
 )
 from prunelight.recovery.compiled_layers import check_backend
+from prunelight.recovery.distillation.language_head import LanguageHead
 from prunelight.recovery.distillation.objective import Distillation, Objective
 from prunelight.recovery.lora import LoRA
 from prunelight.recovery.packed_rows import model_inputs
@@ -56,10 +57,11 @@ from prunelight.run.checkpoints import (
     read_metadata,
 )
 from prunelight.run.finish import finish
-from prunelight.run.preflight import preflight
+from prunelight.run.preflight import DATA, preflight
 from prunelight.run.run_state import MEASURED, Run
-from prunelight.run.start import prepare, start_recovery
+from prunelight.run.start import prepare, start_recovery, tell_slow_precision
 from prunelight.run.strategies import Place, loss_weight
+from prunelight.training.changed_settings import ChangedSettings
 from prunelight.training.exact_resume import ExactResume
 from prunelight.training.finite_training import check_loaded, check_saved
 from prunelight.training.recovery_watch import WatchedModule
@@ -172,6 +174,9 @@ class RecoveryModule(WatchedModule):
         self.val_accuracy = TokenAccuracy()
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
         self.resuming = ExactResume(self.run, self._make_optimizer, self.given_arguments)
+        self.changed = ChangedSettings()
+        self._own_tokens = 0  # of this process, that `tokens_seen` does not hold yet
+        self._evaluation_head: LanguageHead | None = None
 
     def sibling(self, **changes: Any) -> RecoveryModule:
         """Return a new RecoveryModule with the same arguments, but for these.
@@ -223,6 +228,19 @@ class RecoveryModule(WatchedModule):
         return self.run.record
 
     @property
+    def final(self) -> Path | None:
+        """Directory of the result after `trainer.fit`; None before. Any program may load it."""
+        return self.run.final
+
+    def summary(self) -> str:
+        """Return figures, costs and directories of the run as text, after `trainer.fit`.
+
+        Raises:
+            ValueError: before the first measurement.
+        """
+        return self.run.summary()
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Tokenizer of the model; set it together with `model`."""
         return self.run.tokenizer
@@ -259,7 +277,7 @@ class RecoveryModule(WatchedModule):
         else:
             start_recovery(self.run)
             if self.recovery == "none":
-                self.trainer.limit_train_batches = 0
+                self.changed.change(self.trainer, "limit_train_batches", 0)
 
     def configure_model(self) -> None:
         """Make the model trainable, before the optimizer exists. Lightning calls it."""
@@ -293,14 +311,39 @@ class RecoveryModule(WatchedModule):
         mask = batch.get("attention_mask")
         loss = self.objective(self.model, batch)
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
-        self.tokens_seen += tokens * self.trainer.world_size
+        self._own_tokens += tokens
         self.log("train/loss", loss, prog_bar=True)
         return loss * loss_weight(self.trainer, batch["labels"])
 
+    def count_tokens(self) -> None:
+        """Add what all processes have trained on to `tokens_seen`; all must call this."""
+        (total,) = self.run.place.group.totals(self._own_tokens)
+        self.tokens_seen += int(total)
+        self._own_tokens = 0
+
+    def on_validation_epoch_start(self) -> None:
+        """See how the loss can be taken without all logits."""
+        self._evaluation_head = self.objective.separable_head(self.model)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        """Let go of the head."""
+        self._evaluation_head = None
+
+    on_test_epoch_end = on_validation_epoch_end
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch to perplexity and next-token accuracy."""
-        logits = self(batch["input_ids"], batch.get("attention_mask"))
-        nll, correct, tokens = next_token_sums(logits, batch["labels"])
+        if self._evaluation_head is not None:
+            inputs: dict[str, Tensor] = {
+                n: batch[n] for n in ("input_ids", "attention_mask") if n in batch
+            }
+            sums = self._evaluation_head.next_token_sums(model_inputs(inputs), batch["labels"])
+        else:
+            logits = self(batch["input_ids"], batch.get("attention_mask"))
+            sums = next_token_sums(logits, batch["labels"])
+        nll, correct, tokens = sums
         self.val_perplexity.update(nll, tokens)
         self.val_accuracy.update(correct, tokens)
         prefix = "test" if self.trainer.testing else "val"
@@ -329,7 +372,13 @@ class RecoveryModule(WatchedModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Let Lightning call what watches the recovery, and what makes a resume exact."""
-        return [*super().configure_callbacks(), self.resuming]
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            # Lightning asks for callbacks first of all, then for the data.
+            self.run.start_clock(DATA)
+            self.run.attach(Place(self.trainer))
+            self.run.is_same_training = partial(self.resuming.is_same_training, self.trainer)
+            tell_slow_precision(self.run)
+        return [*super().configure_callbacks(), self.resuming, self.changed]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check, while a batch is on the CPU, that the model can read it.
@@ -352,7 +401,8 @@ class RecoveryModule(WatchedModule):
         self.objective.start(self.model)
 
     def on_train_end(self) -> None:
-        """Let go of the teacher."""
+        """Count the last tokens, and let go of the teacher."""
+        self.count_tokens()
         self.objective.finish()
 
     # --- checkpoints -------------------------------------------------------------------------
@@ -366,6 +416,7 @@ class RecoveryModule(WatchedModule):
         """
         prepared = self.run.prepared
         assert prepared is not None
+        self.count_tokens()
         prepared.zeros.check()
         trained, state = trained_parameters(self), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
@@ -392,7 +443,7 @@ class RecoveryModule(WatchedModule):
             self.check_checkpoint(checkpoint)
         if self.masks is not None:
             self.masks.load_state_dict(saved["masks"])
-        self.tokens_seen = saved["tokens_seen"]
+        self.tokens_seen, self._own_tokens = saved["tokens_seen"], 0
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits the model in training.
@@ -403,7 +454,7 @@ class RecoveryModule(WatchedModule):
         """
         check_same_run(read_metadata(checkpoint), self._describe_training())
         check_same_parameters(checkpoint["state_dict"], trained_parameters(self))
-        check_loaded(checkpoint, self._trainer and self.trainer.ckpt_path)
+        check_loaded(checkpoint, self.trainer.ckpt_path if self._trainer else None)
 
     def _describe_training(self) -> dict[str, Any]:
         """Return what a checkpoint says of the training, by stable keys."""

@@ -20,8 +20,9 @@ from prunelight.recovery.overfitting import (
 )
 from prunelight.recovery.sharded_weights import is_sharded
 from prunelight.run.run_state import Run
-from prunelight.run.strategies import FSDP2Strategy
-from prunelight.training.finite_training import FiniteTraining
+from prunelight.run.strategies import FSDP2Strategy, group_of_run
+from prunelight.runtime.processes import ProcessGroup
+from prunelight.training.finite_training import FiniteTraining, loss_of
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +63,17 @@ class RecoveryWatch(Callback):
     def __init__(self) -> None:
         self.history: list[ValidationPoint] = []
         self._loss: Tensor | float = 0.0  # summed since the last validation, on its device
-        self._batches = 0
+        self._batches: float = 0
+        self._group = ProcessGroup()
 
     # A run that is started again after its last step has no on_train_start and no on_train_end; its
     # report must say the same.
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn before anything is trained, of lost precision and of too little text."""
-        assert isinstance(pl_module, WatchedModule)
+        if not isinstance(pl_module, WatchedModule):  # a later fit of the same Trainer
+            return
+        self._group = group_of_run(trainer)
         run = pl_module.run
         for loss in run.precision_losses:
             run.warn(loss)
@@ -85,19 +89,26 @@ class RecoveryWatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Add the loss of a batch, without waiting for the device."""
-        self._loss, self._batches = self._loss + outputs["loss"].detach(), self._batches + 1
+        loss = loss_of(outputs)
+        if loss is None:
+            return
+        # Lightning has divided it by the batches of an optimizer step.
+        loss = loss.detach() * trainer.accumulate_grad_batches
+        self._loss, self._batches = self._loss + loss, self._batches + 1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the result of a validation during training."""
         if self._batches and METRIC in trainer.callback_metrics:
-            loss = float(self._loss) / self._batches
+            loss, batches = self._group.totals(float(self._loss), self._batches)
+            loss /= batches
             perplexity = float(trainer.callback_metrics[METRIC])
             self.history.append(ValidationPoint(trainer.global_step, perplexity, loss))
             self._loss, self._batches = 0.0, 0
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of overfitting, and take over the best weights, on every rank, before the merge."""
-        assert isinstance(pl_module, WatchedModule)
+        if not isinstance(pl_module, WatchedModule):
+            return
         sentence = overfitting(self.history)
         if sentence is not None:
             pl_module.run.warn(sentence)
@@ -111,12 +122,17 @@ class RecoveryWatch(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the validations so far: a resumed run goes on from them."""
-        return {"history": [(e.step, e.perplexity, e.training_loss) for e in self.history]}
+        """Return the validations so far and the loss since then; all processes must call this."""
+        totals = self._group.totals(float(self._loss), self._batches)
+        loss, batches = (total / self._group.size for total in totals)
+        history = [(e.step, e.perplexity, e.training_loss) for e in self.history]
+        return {"history": history, "loss": loss, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the validations of the run that wrote the checkpoint."""
         self.history = [ValidationPoint(*values) for values in state_dict["history"]]
+        # Not in checkpoints of version 0.2.
+        self._loss, self._batches = state_dict.get("loss", 0.0), state_dict.get("batches", 0)
 
 
 class WatchedModule(LightningModule):

@@ -14,7 +14,7 @@ from prunelight.evaluation.report.analysis_report import write_analysis
 from prunelight.evaluation.report.writing import check_report_files
 from prunelight.models.placement import to_device
 from prunelight.run.method import PruningMethod
-from prunelight.run.start import prune_only
+from prunelight.run.start import prune_only, tell_slow_precision
 from prunelight.run.strategies import Place
 from prunelight.scoring.analysis import analyze
 from prunelight.training.kept_checkpoints import find_resume_point
@@ -24,7 +24,13 @@ log = logging.getLogger(__name__)
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, which resumes by itself, with the verbs prune and analyze."""
+    """Lightning's Trainer, which resumes by itself, with the verbs prune and analyze.
+
+    Attributes:
+        fit_ckpt_path: what the last fit was to go on from.
+    """
+
+    fit_ckpt_path: str | Path | None = None
 
     def fit(  # type: ignore[override]  # no weights_only: it is always True
         self,
@@ -47,6 +53,7 @@ class Trainer(pl.Trainer):
         point = find_resume_point(self)
         if ckpt_path == "last" and point is not None:
             ckpt_path = point.find(self)  # what other ModelCheckpoints saved last is less exact
+        self.fit_ckpt_path = ckpt_path
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
     def prune(self, model: RecoveryModule, datamodule: pl.LightningDataModule) -> None:
@@ -99,6 +106,7 @@ class Trainer(pl.Trainer):
         model.trainer = self
         self.datamodule = datamodule
         model.run.attach(Place(self))
+        tell_slow_precision(model.run)
         return self.is_global_zero
 
 

@@ -291,7 +291,7 @@ def test_a_final_directory_that_is_not_ours_is_refused_before_any_work(name, tmp
 
 def test_a_report_that_is_not_ours_is_refused(name, tmp_path):
     (tmp_path / "report.md").write_text("my thesis")
-    with pytest.raises(FileExistsError, match="has no report.json of prunelight beside it"):
+    with pytest.raises(FileExistsError, match="report.md exists and was not written by prunelight"):
         make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(
             make_module(name), make_data(name, tmp_path)
         )

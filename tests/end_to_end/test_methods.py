@@ -244,6 +244,10 @@ def test_depth_and_sparsity_combine_in_list_order(make, name, tmp_path):
 
 INSIDE_LAYERS = {
     "DLP then width": ("lora", lambda: [DLP(0.5), WidthPruning(neuron_ratio=0.25, multiple=8)]),
+    "DLP by linear then width": (
+        "lora",
+        lambda: [DLP(0.5, granularity="linear"), WidthPruning(neuron_ratio=0.25, multiple=8)],
+    ),
     "width then DLP": ("full", lambda: [WidthPruning(neuron_ratio=0.25, multiple=8), DLP(0.5)]),
     "zeros then MLPs dropped": (
         "full",

@@ -1,11 +1,14 @@
 """A stage of a run: quality, size and zeros of a model, told together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny_model, token_windows
 
 from prunelight.evaluation.perplexity import evaluate
-from prunelight.evaluation.stages import measure_stage
+from prunelight.evaluation.speed import Architecture
+from prunelight.evaluation.stages import Beside, measure_stage
 from prunelight.models.families.matrices import dense_weights, matrices
 from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count
 
@@ -60,3 +63,19 @@ def test_a_model_in_four_bits_is_reported_without_its_zeros():
     assert linear_sparsity(model) == 0
     stage = measure_stage("pruned", model, token_windows())
     assert (stage.sparsity, stage.linear_sparsity) == (0, 0)
+
+
+def test_a_stage_beside_the_dense_model_has_its_clock_times_the_factor():
+    dense, small = tiny_model(), tiny_model(num_hidden_layers=2)
+    first = measure_stage("dense", dense, token_windows())
+    assert first.factors == {}
+    drifted = replace(first, prefill_tokens_per_second=1e9, decode_tokens_per_second=1e3)
+    beside = Beside(drifted, Architecture.of(dense))
+    stage = measure_stage("pruned", small, token_windows(), beside=beside)
+    median, low, high = stage.factors["prefill_tokens_per_second"]
+    assert low <= median <= high
+    assert stage.prefill_tokens_per_second == pytest.approx(1e9 * median)
+    # What has its shape is as fast.
+    same = measure_stage("recovered", small, token_windows(), beside=beside, timed=stage)
+    assert same.factors == stage.factors
+    assert same.decode_tokens_per_second == stage.decode_tokens_per_second

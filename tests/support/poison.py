@@ -32,9 +32,9 @@ def poison(model: nn.Module, name: str, fault: str) -> None:
         tensors[name].view(-1)[-1] = FAULTS[fault]
 
 
-def poison_file(file: Path, name: str, fault: str) -> None:
+def poison_file(file: Path, name: str, fault: str, metadata: dict[str, str] | None = None) -> None:
     """Put one number that is none at the end of a tensor in a safetensors file, in place."""
     tensors = load_file(file)
     tensors[name] = tensors[name].clone()
     tensors[name].view(-1)[-1] = FAULTS[fault]
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, file, metadata=metadata or {"format": "pt"})

@@ -43,7 +43,13 @@ def make_record(**changes: Any) -> RunRecord:
         "stages": [
             Stage("dense", 10, 134_500_000, 269_000_000, 20.0, 0.5, 1000.0, 20.0),
             Stage("pruned", 7, 113_300_000, 226_600_000, 300.0, 0.25, 1240.0, 25.0),
-            Stage("recovered", 7, 113_300_000, 226_600_000, 25.0, 0.45, 1240.0, 25.0),
+            Stage(
+                *("recovered", 7, 113_300_000, 226_600_000, 25.0, 0.45, 1240.0, 25.0),
+                factors={
+                    "prefill_tokens_per_second": [1.24, 1.2, 1.3],
+                    "decode_tokens_per_second": [1.25, 0.9, 1.4],
+                },
+            ),
         ],
         "costs": [
             Cost("score and plan", 2.2, 1.1, 600, reused=True),

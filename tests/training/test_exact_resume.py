@@ -27,10 +27,12 @@ from prunelight.cli import main
 from prunelight.recovery.lora import LoRA
 from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.zeros.gradual_zeros import Schedule
+from prunelight.run.preflight import FinishedRunError
 from prunelight.run.strategies import FSDP2Strategy
 from prunelight.runtime.atomic_files import ENDING
 from prunelight.runtime.processes import ProcessGroup
 from prunelight.training.exact_resume import AtomicCheckpointIO, seed_batch
+from prunelight.training.trainer import Trainer
 
 DROPOUT = {"lora": LoRA(dropout=0.2), "warmup_steps": 2}
 
@@ -175,21 +177,129 @@ def test_adapters_start_from_the_seed_alone():
 
 
 @pytest.mark.parametrize("stop", [False, True], ids=["ended", "stopped early"])
-def test_a_finished_run_started_again_trains_nothing_and_leaves_the_same(stop, name, tmp_path):
-    def callbacks():
-        early = EarlyStopping("val/perplexity", stopping_threshold=1e9, verbose=False)
-        return [short_gpt(), *([early] if stop else [])]
-
-    whole, _ = fit(name, tmp_path, *callbacks())
+def test_a_run_killed_before_its_report_trains_nothing_and_leaves_the_same(stop, name, tmp_path):
+    whole, _ = fit(name, tmp_path, *ending(stop))
     assert {row[0] for row in whole.seen} == ({0} if stop else {0, 1})
     weights, report = final(tmp_path), json.loads((tmp_path / "report.json").read_text())
-    again, _ = fit(name, tmp_path, *callbacks())
+    (tmp_path / "report.md").unlink()
+    again, _ = fit(name, tmp_path, *ending(stop))
     assert again.seen == []
     assert all(torch.equal(weights[key], value) for key, value in final(tmp_path).items())
     later = json.loads((tmp_path / "report.json").read_text())
     assert later["recovery"] == report["recovery"]
     spent = [{c["name"]: c["seconds"] for c in r["costs"]}["recover"] for r in (report, later)]
     assert spent[0] == pytest.approx(spent[1], abs=0.05)
+
+
+def ending(early):
+    stop = EarlyStopping("val/perplexity", stopping_threshold=1e9, verbose=False)
+    return [short_gpt(), *([stop] if early else [])]
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["ended", "stopped early"])
+def test_a_finished_run_started_again_is_refused_and_keeps_its_files(early, name, tmp_path):
+    fit(name, tmp_path, *ending(early))
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "final").iterdir()}
+    with pytest.raises(FinishedRunError, match=r"final holds the result of \d+ steps"):
+        fit(name, tmp_path, *ending(early))
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "final").iterdir()}
+
+
+def test_our_trainer_refuses_a_finished_run_before_it_loads_a_model(name, tmp_path):
+    trainer = {"max_steps": 2, "logger": False, "enable_progress_bar": False}
+
+    def start(**changes):
+        callbacks = [short_gpt(), RecoveryCheckpoint(1)]
+        made = Trainer(**{**trainer, **changes}, default_root_dir=tmp_path, callbacks=callbacks)
+        module = make_module(name)
+        made.fit(module, make_data(name, tmp_path))
+        return module
+
+    start()
+    held = Path(name, "model.safetensors")
+    with pytest.raises(FinishedRunError, match="raise trainer.max_steps"), hidden(held):
+        start()
+    assert start(max_steps=3).describe_recovery()["optimizer_steps"] == 3
+    with pytest.raises(FinishedRunError), hidden(held):
+        start(max_steps=3)
+
+
+@contextmanager
+def hidden(file):
+    """A file that is not there: who reads it fails."""
+    other = file.rename(file.with_suffix(".hidden"))
+    try:
+        yield
+    finally:
+        other.rename(file)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("longer", [{"max_epochs": 3}, {"max_steps": 11, "max_epochs": -1}])
+def test_a_finished_run_trains_on_with_more_steps_into_a_new_result(
+    schedule, longer, name, tmp_path
+):
+    model = {"lr_scheduler": schedule, "warmup_steps": 0}
+    fit(name, tmp_path / "whole", short_gpt(), model=model, **longer)
+    first, _ = fit(name, tmp_path / "parts", short_gpt(), model=model)
+    before = final(tmp_path / "parts")
+    rest, module = fit(name, tmp_path / "parts", short_gpt(), model=model, **longer)
+    assert rest.seen[0][2] == first.seen[-1][2] + 1
+    whole = json.loads((tmp_path / "whole" / "report.json").read_text())["recovery"]
+    parts = json.loads((tmp_path / "parts" / "report.json").read_text())["recovery"]
+    assert parts["optimizer_steps"] == whole["optimizer_steps"]
+    # Lightning counts an epoch more where max_steps ends the training: its order is another one.
+    if schedule == "constant" and "max_steps" not in longer:  # as one run
+        assert_same(tmp_path / "parts", tmp_path / "whole")
+    else:
+        assert any(not torch.equal(before[key], x) for key, x in final(tmp_path / "parts").items())
+        assert "need not be that of one training" in module.record.warnings[0]
+    with pytest.raises(FinishedRunError):
+        fit(name, tmp_path / "parts", short_gpt(), model=model, **longer)
+
+
+class CtrlC(pl.Callback):
+    """Presses Ctrl-C at the third call of a hook, as often as it is told."""
+
+    def __init__(self, hook, times=1):
+        self.calls, self.times = 0, times
+        setattr(self, hook, self.press)
+
+    def press(self, *_):
+        self.calls += 1
+        if self.calls == 3:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+def test_ctrl_c_saves_the_step_and_the_run_goes_on_from_there(hook, times, name, tmp_path, caplog):
+    fit(name, tmp_path / "whole", short_gpt())
+    every = 100 if times == 1 else 1  # the second one does not wait for a save
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        fit(name, tmp_path / "parts", short_gpt(), CtrlC(hook, times), every=every)
+    assert "the same command goes on from there" in caplog.text
+    signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+    rest, _ = fit(name, tmp_path / "parts", short_gpt(), every=every)
+    assert rest.seen[0][:2] == (0, 3 if times == 1 else 2)
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_ctrl_c_before_the_training_says_that_nothing_is_lost(name, tmp_path, caplog):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        fit(name, tmp_path, short_gpt(), PressAtFitStart())
+    signal.signal(signal.SIGINT, before)
+    assert "stopped before a step was trained" in caplog.text
+    assert "pruned-" in caplog.text  # which is not made again
+    fit(name, tmp_path, short_gpt())
+
+
+class PressAtFitStart(pl.Callback):
+    def on_fit_start(self, trainer, pl_module):
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize(

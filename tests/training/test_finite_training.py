@@ -10,6 +10,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from poison import FAULTS
 from runs import make_data, make_module, make_trainer, write_model
 
+import prunelight
+from prunelight.callbacks import ShortGPT
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.recovery.sharded_weights import trained_parameters
 from prunelight.runtime.finite import check_checkpoint_tensors
@@ -234,3 +236,31 @@ def test_full_float16_training_that_fails_says_so(name, tmp_path):
     trainer, told = train(name, tmp_path, recovery="full", dtype="float16", learning_rate=10.0)
     assert trainer.global_step <= INTERVAL
     assert "the training loss is nan at optimizer step" in told or "holds" in told
+
+
+# --- a module of the user's own --------------------------------------------------------------
+
+
+class Own(pl.LightningModule):
+    """Trains in its own way, and diverges after a step."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def setup(self, stage):
+        self.model, self.tokenizer = prunelight.load(self.name)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(**batch).loss
+        return loss * float("nan") if self.global_step == STEP else loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.model.parameters(), lr=1e-3)
+
+
+def test_a_module_of_the_users_own_ends_alike(name, tmp_path):
+    trainer, told = train(name, tmp_path, ShortGPT(num_layers=1), module=Own(name), every=2)
+    assert f"the training loss is nan at optimizer step {STEP + 1}, " in told
+    assert trainer.global_step == 2 * INTERVAL
+    assert last_checkpoint(tmp_path)["global_step"] == STEP - 1

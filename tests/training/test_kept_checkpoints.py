@@ -4,7 +4,7 @@ import random
 
 import pytest
 import runs
-from checkpoint_settings import Stop, draw, draw_stop, fit, result
+from checkpoint_settings import CHOICES, Stop, draw, draw_stop, fit, result
 from runs import write_model
 
 
@@ -38,6 +38,42 @@ def check(name, root, seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_stopped_run_leaves_the_files_scores_and_weights_of_a_whole_one(name, tmp_path, seed):
     check(name, tmp_path, seed)
+
+
+@pytest.mark.parametrize("filename", ["best", "{step}"])
+def test_the_best_step_without_dirpath_survives_a_new_version_of_the_logs(name, tmp_path, filename):
+    settings = {key: values[0] for key, values in CHOICES.items()}
+    settings |= {"filename": filename, "interval": 2, "every": 1}
+    whole = fit(name, tmp_path / "whole", settings, Stop(None, 0))
+    (score,) = whole.checkpoint_callbacks[0].best_k_models.values()
+    assert fit(name, tmp_path / "run", settings, Stop("on_train_batch_start", 11)) is None
+    resumed = fit(name, tmp_path / "run", settings, Stop(None, 0))
+    assert result(resumed) == result(whole)
+    assert resumed.checkpoint_callbacks[0].best_model_score == score
+    assert len(list((tmp_path / "run" / "logs").iterdir())) == 2
+
+
+def test_a_run_that_was_moved_finds_its_best_step(name, tmp_path):
+    settings = {key: values[0] for key, values in CHOICES.items()} | {"filename": "{step}"}
+    whole = fit(name, tmp_path / "whole", settings, Stop(None, 0))
+    first = fit(name, tmp_path / "first", settings, Stop("on_train_epoch_end", 3))
+    assert first is None
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert result(fit(name, tmp_path / "second", settings, Stop(None, 0))) == result(whole)
+
+
+def test_a_best_checkpoint_that_is_gone_is_told(name, tmp_path, caplog):
+    settings = {key: values[0] for key, values in CHOICES.items()} | {"filename": "best"}
+    fit(name, tmp_path, settings, Stop("on_train_epoch_end", 3))
+    (tmp_path / "checkpoints" / "best.ckpt").unlink()
+    fit(name, tmp_path, settings, Stop(None, 0))
+    assert "best.ckpt is gone, which was kept for val/perplexity" in caplog.text
+
+
+def test_a_name_of_the_resume_point_is_refused(name, tmp_path):
+    settings = {key: values[0] for key, values in CHOICES.items()} | {"filename": "last"}
+    with pytest.raises(ValueError, match=r"filename='last'\) would write over"):
+        fit(name, tmp_path, settings, Stop(None, 0))
 
 
 @pytest.mark.slow

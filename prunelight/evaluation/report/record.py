@@ -38,6 +38,8 @@ class Stage:
     latency_seconds: float | None = None
     latency_deviation: float | None = None
     throughput: float | None = None
+    # Speed -> median, low and high of its factor against the dense model, measured in turn.
+    factors: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Cost:
     forwards: float  # seconds in units of F
     peak_bytes: int
     reused: bool = False  # taken from an earlier run with the same fingerprint
+    earlier_seconds: float = 0.0  # of `seconds`: taken by earlier starts of the same training
 
 
 @dataclass

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,17 @@ from prunelight.evaluation.report.plan_facts import (
     explained_variance,
     percent,
 )
-from prunelight.evaluation.report.record import RunRecord
+from prunelight.evaluation.report.record import RunRecord, Stage
 from prunelight.evaluation.report.writing import bullets, markdown_table, write_whole
 from prunelight.planning.steps import SliceHidden, Sparsify
 
 
 def summary_table(record: RunRecord) -> Table:
     """Return the table for a console: one column a stage, costs in the caption."""
-    costs = ["{}: {} F, peak {} checkpoints".format(*row) for row in _cost_rows(record)]
+    costs = [
+        "{}: {} ({} F), peak {} ({} checkpoints)".format(*row)
+        for row in _cost_rows(record, least=0.01)
+    ]
     title, caption = escape(f"{_methods(record)}: {record.model}"), escape("\n".join(costs))
     table = Table(title=title, caption=caption, caption_justify="left")
     for index, name in enumerate(["", *(stage.name for stage in record.stages)]):
@@ -54,9 +58,32 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
         record: of the run.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    names, sections, outcomes = ["report.json"], [], iter(record.outcomes)
+    _write_record(directory, record)
+    sections, pictures = _plan_sections(record)
+    for name, draw in pictures.items():
+        write_whole(directory / name, draw())
+    write_whole(directory / "report.md", _markdown(record, sections))
+    return [directory / name for name in ("report.json", *pictures, "report.md")]
+
+
+def write_texts(directory: Path, record: RunRecord) -> list[Path]:
+    """Write report.json and report.md once more, without drawing the pictures; return all paths."""
+    _write_record(directory, record)
+    sections, pictures = _plan_sections(record)
+    write_whole(directory / "report.md", _markdown(record, sections))
+    return [directory / name for name in ("report.json", *pictures, "report.md")]
+
+
+def _write_record(directory: Path, record: RunRecord) -> None:
     text = json.dumps(record.to_dict(), indent=2, allow_nan=False)
-    write_whole(directory / names[0], text + "\n")
+    write_whole(directory / "report.json", text + "\n")
+
+
+def _plan_sections(record: RunRecord) -> tuple[list[str], dict[str, Callable[[], Any]]]:
+    """Return the sections on the plans, and the pictures in them: name -> what draws it."""
+    sections: list[str] = []
+    pictures: dict[str, Callable[[], Any]] = {}
+    outcomes = iter(record.outcomes)
     for plan in _plans(record):
         step_outcomes: list[Json] = []
         for step in plan.steps:
@@ -67,18 +94,18 @@ def write_report(directory: Path, record: RunRecord) -> list[Path]:
         last = {x.kind: outcome for x, outcome in zip(plan.steps, step_outcomes, strict=True)}
         together = {name: value for outcome in last.values() for name, value in outcome.items()}
         sections += _plan_section(plan, step_outcomes) + _layer_table(plan, together)
+        number = len(pictures) + 1
         if plan.score_lists() or any(step.has_outcome for step in plan.steps):
-            names.append(f"layers-{len(names)}.png" if len(names) > 1 else "layers.png")
+            name = f"layers-{number}.png" if number > 1 else "layers.png"
             what = "widths" if plan.steps_of(SliceHidden) else "scores"
-            sections.append(f"![{what} of the decoder layers]({names[-1]})")
-            write_whole(directory / names[-1], plot_layers(plan, together))
+            sections.append(f"![{what} of the decoder layers]({name})")
+            pictures[name] = partial(plot_layers, plan, together)
+            number += 1
         if "cka" in plan.found:
-            names.append(f"cka-{len(names)}.png")
-            sections.append(f"![CKA of the hidden states, merged windows outlined]({names[-1]})")
-            figure = plot_cka(plan.found["cka"], plan.title, plan.merged_groups)
-            write_whole(directory / names[-1], figure)
-    write_whole(directory / "report.md", _markdown(record, sections))
-    return [directory / name for name in (*names, "report.md")]
+            name = f"cka-{number}.png"
+            sections.append(f"![CKA of the hidden states, merged windows outlined]({name})")
+            pictures[name] = partial(plot_cka, plan.found["cka"], plan.title, plan.merged_groups)
+    return sections, pictures
 
 
 def _plans(record: RunRecord) -> list[PlanFacts]:
@@ -201,16 +228,24 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
         parts.append("\n".join(["> [!WARNING]", *(f"> - {text}" for text in record.warnings)]))
     stages = [stage.name for stage in record.stages]
     parts.append(markdown_table(["", *stages], _stage_rows(record)))
+    if any(stage.factors for stage in record.stages):
+        parts.append(
+            "Speeds: each model was timed in turn with the dense one. The factor is the median "
+            "over the rounds, with the second lowest and second highest; where these lie on both "
+            "sides of 1, no difference shows beyond noise. Figures are the dense model's times "
+            "the factor. A model of the shape of an earlier one is as fast, and has its figures."
+        )
     parts += [*(f"## {title}\n\n{text}" for title, text in record.sections.items()), *plan_sections]
     if record.costs:
-        head = ["phase", "time in F", "peak memory in checkpoints", "in decoder layers", "seconds"]
+        head = ["phase", "time", "in F", "peak memory", "in checkpoints", "in decoder layers"]
         unit = record.forward_seconds
         parts += [
             "## Cost",
             markdown_table(head, _cost_rows(record)),
             "F is one forward of the calibration set through the dense model"
             f"{f' ({unit:.3g} s here)' if math.isfinite(unit) else ''}. Peak memory is that of the "
-            "whole process on a CPU, what torch allocated on CUDA.",
+            "whole process on a CPU, what torch allocated on CUDA. The time of a phase does not "
+            "count for the one around it; reused rows do not count for this start.",
         ]
     where = {"device": record.device, "dtype": record.dtype, "fingerprint": record.fingerprint}
     for title, values, otherwise in (
@@ -294,7 +329,11 @@ def _stage_rows(record: RunRecord) -> list[list[str]]:
             if value is None:
                 row.append("")
                 continue
-            change = _change(value, base, factor=name.endswith(_SPEEDS))
+            speed = name.endswith(_SPEEDS)
+            if speed and _is_noise(stage, name):
+                row.append("no difference beyond noise")
+                continue
+            change = _factor(stage, name) if speed else _change(value, base)
             spread = stage.latency_deviation if name == "latency_seconds" else None
             shown = show(value) + (f" ± {spread:.3f}" if spread is not None else "")
             row.append(shown + ("" if stage is dense or show is percent else change))
@@ -302,24 +341,59 @@ def _stage_rows(record: RunRecord) -> list[list[str]]:
     return rows
 
 
-def _change(value: float, base: float | None, *, factor: bool) -> str:
+def _factor(stage: Stage, name: str) -> str:
+    """Return how much faster a stage is than the dense one, if both were timed in turn."""
+    if name not in stage.factors:
+        return ""
+    median, low, high = stage.factors[name]
+    return f" (\u00d7{median:.3g}, {low:.3g} to {high:.3g})"
+
+
+def _is_noise(stage: Stage, name: str) -> bool:
+    """Whether the factor of a speed may as well be 1: its rounds lie on both sides of it."""
+    _, low, high = stage.factors.get(name, (math.nan, math.nan, math.nan))
+    return low <= 1 <= high
+
+
+def _change(value: float, base: float | None) -> str:
     if base is None or not (math.isfinite(value) and math.isfinite(base) and base > 0):
         return ""
-    if factor or value > 10 * base:
+    if value > 10 * base:
         return f" (\u00d7{value / base:.3g})"
     return f" ({round(100 * (value / base - 1), 1) + 0.0:+.1f} %)"  # + 0.0: never "-0.0 %"
 
 
-def _cost_rows(record: RunRecord) -> list[list[str]]:
+def _cost_rows(record: RunRecord, least: float = 0.0) -> list[list[str]]:
+    """Return one row a phase, and one for all phases of this start.
+
+    Args:
+        record: of the run.
+        least: share of the time of this start that a phase must have taken to be told.
+    """
+    ours = [cost for cost in record.costs if not cost.reused]
+    seconds = math.fsum(cost.seconds - cost.earlier_seconds for cost in ours)
     rows = []
     for cost in record.costs:
         name = f"{cost.name} (reused)" if cost.reused else cost.name
-        peaks = [
-            f"{cost.peak_bytes / x:.3g}" for x in (record.checkpoint_bytes, record.layer_bytes)
-        ]
-        forwards = f"{cost.forwards:.3g}" if math.isfinite(cost.forwards) else "?"
-        rows.append([name, forwards, *peaks, f"{cost.seconds:.3g}"])
+        if cost.earlier_seconds:
+            name += f" ({_duration(cost.earlier_seconds)} of it in earlier starts)"
+        if cost.reused or cost.seconds >= least * seconds:
+            rows.append(_cost_row(record, name, cost.seconds, cost.peak_bytes))
+    if len(ours) > 1:
+        peak = max(cost.peak_bytes for cost in ours)
+        rows.append(_cost_row(record, "this start, all in all", seconds, peak))
     return rows
+
+
+def _cost_row(record: RunRecord, name: str, seconds: float, peak_bytes: int) -> list[str]:
+    unit = record.forward_seconds
+    forwards = f"{seconds / unit:.3g}" if math.isfinite(unit) else "?"
+    peaks = [f"{peak_bytes / x:.3g}" for x in (record.checkpoint_bytes, record.layer_bytes)]
+    return [name, _duration(seconds), forwards, f"{peak_bytes / 1e9:.3g} GB", *peaks]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds / 60:.3g} min"
 
 
 def _sparsified(record: RunRecord) -> bool:

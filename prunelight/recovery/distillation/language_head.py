@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunelight.losses import TokenLoss, linear_loss, module_loss
+from prunelight.losses import TokenLoss, linear_loss, module_loss, next_token_sums
 from prunelight.models.families.config_fields import logits_finish
 from prunelight.models.forward import evaluating, replaced_forward
 
@@ -93,6 +93,31 @@ class LanguageHead:
         """Return the model's logits (..., V) for inputs of its head, (..., D)."""
         logits: Tensor = self.module(states)
         return logits if self.finish is None else self.finish(logits)
+
+    @torch.no_grad()
+    def next_token_sums(
+        self, inputs: Mapping[str, Any], labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `losses.next_token_sums` does of all logits, which are never held at once.
+
+        Args:
+            inputs: arguments of the model's forward.
+            labels: (B, T), -100 where a token does not count.
+        """
+        sums: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        @torch.compiler.disable
+        def forward(states: Tensor) -> Tensor:
+            def logits(part: Tensor) -> Tensor:
+                out: Tensor = plain_forward(part)
+                return out if self.finish is None else self.finish(out)
+
+            sums.append(next_token_sums(states, labels, logits))
+            return states[..., :1]
+
+        with replaced_forward(self.module, forward) as plain_forward:
+            self.model(**inputs)
+        return sums[0]
 
     def loss(self, inputs: Mapping[str, Any], loss: TokenLoss, tokens: Tensor) -> Tensor:
         """Return the mean loss over the tokens that count; never holds the logits of all of them.

@@ -155,6 +155,13 @@ class Objective:
                 without_adapters(model).config.model_type,
             )
 
+    def separable_head(self, model: Any) -> LanguageHead | None:
+        """Return the head of a model if its loss can be computed in chunks; all must call this."""
+        if self._head is not None:  # in a training, of the same model
+            return self._head if self._is_separable else None
+        head = LanguageHead(model)
+        return head if self.chunked and head.is_separable() else None
+
     def finish(self) -> None:
         """Drop the teacher from memory."""
         self.teacher = self._head = None

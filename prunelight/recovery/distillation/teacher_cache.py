@@ -26,7 +26,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
 from prunelight.losses import counted_targets, top_k
@@ -36,6 +35,8 @@ from prunelight.recovery.distillation.language_head import LanguageHead, without
 from prunelight.recovery.packed_rows import model_inputs
 from prunelight.runtime.atomic_files import atomic_replacement, remove_temporaries
 from prunelight.runtime.checksums import CHECKSUM, sealed, unsealed
+from prunelight.runtime.finite import check_tensors
+from prunelight.runtime.progress import show_progress
 
 log = logging.getLogger(__name__)
 
@@ -119,12 +120,15 @@ class TeacherCache:
 
         Raises:
             ValueError: if the files are for another teacher or data (names both fingerprints), the
-                format is newer, a file is damaged, or the disk is too small for missing files.
+                format is newer, a file is damaged or holds NaN, or the disk is too small for
+                missing files.
         """
         file = self.directory / DESCRIPTION
         if file.exists():
             self._check(file)
         missing = self.missing(whole=True)
+        for block in set(range(self.num_blocks)) - set(missing):
+            self._check_finite(block)
         if not missing:
             log.info("reusing the teacher cache %s", self.directory)
             return
@@ -141,6 +145,20 @@ class TeacherCache:
             )
         with atomic_replacement(file) as temporary:
             temporary.write_text(sealed(self.description), encoding="utf-8")
+
+    def _check_finite(self, block: int) -> None:
+        """Check the probabilities of a file, in one pass; the training then finds them in memory.
+
+        Raises:
+            ValueError: if one is NaN or infinite; names the file.
+        """
+        with _open_tensors(self._file(block)) as tensors:
+            name = "log_probabilities"
+            check_tensors(
+                [(name, tensors.get_tensor(name))],
+                str(self._file(block)),
+                "delete it, and the next run makes it again",
+            )
 
     def _check(self, file: Path) -> None:
         try:
@@ -225,12 +243,18 @@ class TeacherCache:
         head = LanguageHead(teacher)
         separable = head.is_separable()
         with evaluating(without_adapters(teacher)):
-            for block in tqdm(blocks, desc="teacher cache", disable=None if progress else True):
+            shown = show_progress(blocks, "teacher cache", unit="files", quiet=not progress)
+            for block in shown:
                 parts = [
                     self._top_k(head, separable, self.batches(indices))
                     for indices in self._micro_batches(block)
                 ]
                 ids, log_probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
+                check_tensors(
+                    [("log_probabilities", log_probabilities)],
+                    f"what the teacher says of training examples from {block * BLOCK}",
+                    "hold it in bfloat16 or float32 if float16 is too narrow for it",
+                )
                 tensors = {"ids": ids.to(self._ids_dtype), "log_probabilities": log_probabilities}
                 with atomic_replacement(self._file(block)) as temporary:
                     temporary.write_bytes(sealed_tensors(tensors, self._seal(block)))

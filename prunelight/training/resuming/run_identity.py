@@ -46,6 +46,8 @@ LATER_KEYS = (
     "callbacks",
     "teacher",
 )
+# Keys that are not known before the model, its plans and its teacher are loaded.
+OF_THE_MODEL = ("dtype", "calibration", "teacher")
 # Of a recovery's description: they grow, or are paths.
 VOLATILE = ("optimizer_steps", "tokens_seen", "weights_of_step", "distillation.cache")
 

@@ -252,3 +252,12 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused_before_anything_is_writ
     with pytest.raises(ValueError, match=message):
         trainer.fit(make_module(name, **arguments), data)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_schedule_has_the_target_of_its_own_plan_whatever_stands_beside_it(first, name, tmp_path):
+    gradual, other = DLP(0.75, schedule=SCHEDULE), WeightPruning(0.25, solver="magnitude")
+    methods = [gradual, other] if first else [other, gradual]
+    trainer, module = make_trainer(tmp_path, *methods), make_module(name, recovery="full")
+    trainer.fit(module, make_data(name, tmp_path))
+    assert module.record.stages[-1].linear_sparsity == pytest.approx(0.75, abs=0.03)

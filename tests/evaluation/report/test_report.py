@@ -51,13 +51,31 @@ def test_the_table_shows_figures_and_changes_against_dense() -> None:
         "226.6 (-15.8 %)",
         "25 (+25.0 %)",
         "0.4500 (-10.0 %)",
-        "1,240 (\u00d71.24)",
-        "25 (\u00d71.25)",
+        "1,240 (\u00d71.24, 1.2 to 1.3)",
+        "no difference",  # 1 lies within its rounds
     ):
         assert cell in text
     assert "300 (\u00d715)" in text  # +1400 % would be harder to read
-    assert "score and plan (reused): 1.1 F, peak 2 checkpoints" in text
-    assert "recovery: 15 F, peak 3 checkpoints" in text
+    assert "score and plan (reused): 2.2 s (1.1 F), peak 6e-07 GB (2 checkpoints)" in text
+    assert "recovery: 30 s (15 F), peak 9e-07 GB (3 checkpoints)" in text
+
+
+def test_the_costs_of_this_start_are_summed_without_what_earlier_ones_took(tmp_path: Path) -> None:
+    costs = [
+        Cost("score and plan", 50.0, 25.0, 10**9, reused=True),
+        Cost("recover", 300.0, 150.0, 3 * 10**9, earlier_seconds=120.0),
+        Cost("write the report", 0.6, 0.3, 2 * 10**9),
+    ]
+    text = markdown(tmp_path, make_record(costs=costs))
+    assert "| recover (2 min of it in earlier starts) | 5 min | 150 | 3 GB |" in text
+    assert "| this start, all in all | 3.01 min | 90.3 | 3 GB |" in text
+    assert "write the report" not in printed(make_record(costs=costs))  # under 1 %
+
+
+def test_speeds_that_were_not_measured_in_turn_are_not_compared(tmp_path: Path) -> None:
+    text = markdown(tmp_path, make_record(stages=make_record().stages[:2]))
+    assert "| prefill tokens/s | 1,000 | 1,240 |" in text
+    assert "in turn" not in text
 
 
 def test_the_table_fits_into_100_columns_and_keeps_brackets_of_names() -> None:
@@ -76,7 +94,7 @@ def test_the_table_of_an_unchanged_model_says_plus_zero() -> None:
 def test_a_cost_without_a_known_unit_is_marked(tmp_path: Path) -> None:
     costs = [Cost("recovery", 30.0, math.nan, 900)]
     record = make_record(costs=costs, forward_seconds=math.nan)
-    assert "recovery: ? F" in printed(record)
+    assert "recovery: 30 s (? F)" in printed(record)
     assert "through the dense model. Peak" in markdown(tmp_path, record)
 
 
@@ -106,7 +124,7 @@ def test_the_markdown_holds_all_that_was_recorded(tmp_path: Path) -> None:
     for phrase in (
         "perplexity 20 -> 25 (+25.0 %)",
         "> - Only 8 windows were measured.",
-        "| recovery | 15 | 3 | 30 | 30 |",
+        "| recovery | 30 s | 15 | 9e-07 GB | 3 | 30 |",
         "F is one forward of the calibration set through the dense model (2 s here).",
         "- tokens seen: 1000",
         "- text: held-out text",
@@ -390,12 +408,17 @@ def test_a_model_that_already_had_a_class_of_ours_is_loaded_with_it(tmp_path: Pa
 def test_latency_is_told_with_its_deviation_where_it_was_measured(tmp_path: Path) -> None:
     stages = [
         replace(make_record().stages[0], latency_seconds=2.0, latency_deviation=0.1, throughput=64),
-        replace(make_record().stages[1], latency_seconds=1.0, latency_deviation=0.2),
+        replace(
+            make_record().stages[1],
+            latency_seconds=1.0,
+            latency_deviation=0.2,
+            factors={"latency_seconds": [0.5, 0.45, 0.6]},
+        ),
         make_record().stages[2],
     ]
     write_report(tmp_path, make_record(stages=stages))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| latency (s) | 2.000 ± 0.100 | 1.000 ± 0.200 (\u00d70.5) |  |" in text
+    assert "| latency (s) | 2.000 ± 0.100 | 1.000 ± 0.200 (\u00d70.5, 0.45 to 0.6) |  |" in text
     assert "| throughput (tokens/s) | 64 |  |  |" in text
     write_report(tmp_path, make_record())
     assert "latency" not in (tmp_path / "report.md").read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from poison import FAULTS, poison_file
 from runs import make_data
 from safetensors import safe_open
 
@@ -160,6 +161,15 @@ def test_a_damaged_file_is_named(copied):
     with pytest.raises(
         ValueError, match="block-000001.safetensors is damaged .it is another file of this"
     ):
+        copied.open()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_probability_that_is_no_number_is_found_when_the_cache_is_opened(fault, copied):
+    file = copied.directory / "block-000001.safetensors"
+    poison_file(file, "log_probabilities", fault, {"fingerprint": copied.fingerprint})
+    message = rf"block-000001.safetensors: log_probabilities holds {fault}; delete it"
+    with pytest.raises(ValueError, match=message):
         copied.open()
 
 
