@@ -21,12 +21,14 @@ from lightning.pytorch.callbacks import (
     Timer,
     TQDMProgressBar,
 )
+from lightning.pytorch.cli import SaveConfigCallback
 from option_changes import needlessly_refused, options, verdicts
 from stopped_runs import LossLog, Terminate
 
 from prunelight.callbacks import DLP, RecoveryCheckpoint, ShortGPT, TokenBudget
 from prunelight.losses import IGNORED_LABEL
 from prunelight.recovery.schedules import describe_schedule
+from prunelight.training.recovery_watch import RecoveryWatch
 from prunelight.training.resuming import run_identity
 from prunelight.training.resuming.run_identity import (
     describe_callbacks,
@@ -137,8 +139,12 @@ def test_callbacks_count_with_what_they_are_given():
 def test_callbacks_that_only_show_write_or_end_do_not_count():
     shown = [RichProgressBar(), TQDMProgressBar(), LearningRateMonitor(), Timer("00:01:00:00")]
     written = [RecoveryCheckpoint(3), ModelCheckpoint(), ModelCheckpoint(monitor="train/loss")]
+    cli = type("SaveConfig", (SaveConfigCallback,), {"__module__": "prunelight.lightning_cli"})
+    added = [RecoveryWatch(), SaveConfigCallback(None, {"a": 1}), cli(None, {"a": 1})]
+    later = type("Later", (pl.Callback,), {"__module__": "prunelight.training.later"})
+    added += [later(), type("Later", (pl.Callback,), {"__module__": "prunelight.lightning_cli"})()]
     methods_and_own = [ShortGPT(num_layers=1), TokenBudget(9), LossLog(), Terminate()]
-    assert describe_callbacks([*shown, *written, *methods_and_own]) == {}
+    assert describe_callbacks([*shown, *written, *added, *methods_and_own]) == {}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
 
 from prunelight.planning.fingerprints import model_fingerprint
 from prunelight.recovery.schedules import describe_schedule
@@ -100,7 +101,7 @@ TOLD_OF_DATA = frozenset(
 )
 HARMLESS_CALLBACKS = frozenset(
     {
-        *("RecoveryCheckpoint", "RecoveryWatch", "ExactResume", "SaveConfigCallback"),
+        "RecoveryCheckpoint",
         *("ModelSummary", "RichModelSummary", "DeviceStatsMonitor", "LearningRateMonitor"),
         *("ThroughputMonitor", "OnExceptionCheckpoint"),
         *("Timer", "TokenBudget"),  # where training ends, as max_steps
@@ -130,6 +131,8 @@ READ_OFF_TRAINER: dict[str, Callable[[Trainer], Any]] = {
         trainer._accelerator_connector.use_distributed_sampler
     ),
 }
+# Callbacks that the package adds itself: they are no arguments, and each version has others.
+OUR_OWN_WORK = ("prunelight.training.", "prunelight.lightning_cli")
 LIBRARIES = ("prunelight", "lightning", "pytorch_lightning")
 
 
@@ -261,7 +264,9 @@ def is_harmless(callback: Callback) -> bool:
 
     A ModelCheckpoint only chooses the weights of the result if it watches the validation.
     """
-    if isinstance(callback, PruningMethod | ProgressBar):
+    if isinstance(callback, PruningMethod | ProgressBar | SaveConfigCallback):
+        return True
+    if type(callback).__module__.startswith(OUR_OWN_WORK):
         return True
     if type(callback) is ModelCheckpoint:
         return not str(callback.monitor).startswith("val/")
