@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, split_windows
@@ -28,9 +27,9 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import MEASURED
 from prunelight.runtime.files.atomic_files import (
     atomic_replacement,
-    explaining_read_errors,
     explaining_write_errors,
 )
+from prunelight.runtime.files.checkpoint_files import read_checkpoint
 from prunelight.runtime.files.checksums import sealed, unsealed
 
 log = logging.getLogger(__name__)
@@ -209,11 +208,12 @@ class TrainingEnd:
 def training_end(path: Path) -> TrainingEnd | None:
     """Return the end of the training that wrote a checkpoint; None if it was interrupted.
 
-    Only the numbers are read: tensors stay on disk.
+    Tensors stay on disk; the checksum of the file is checked.
+
+    Raises:
+        ValueError: if the file is damaged.
     """
-    with explaining_read_errors(path):
-        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-    return end_of(checkpoint)
+    return end_of(read_checkpoint(path, mmap=True))
 
 
 def end_of(checkpoint: Mapping[str, Any]) -> TrainingEnd | None:

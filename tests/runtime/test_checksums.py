@@ -31,6 +31,7 @@ TIMES = 40  # damages of each kind of file
 @pytest.fixture
 def checkpoint(tmp_path):
     content = {"state_dict": {"x": torch.rand(300)}, "global_step": 3, "callbacks": {"a": [1, 2]}}
+    content["pytorch-lightning_version"] = "2.6"
     AtomicCheckpointIO().save_checkpoint(content, tmp_path / "last.ckpt")
     return tmp_path / "last.ckpt"
 
@@ -108,9 +109,12 @@ def test_each_byte_of_a_checkpoint_counts(tmp_path):
 
 
 def test_a_checkpoint_of_an_older_version_loads_and_its_damaged_tensors_do_not(tmp_path):
-    torch.save({"x": torch.arange(999)}, tmp_path / "old.ckpt")
+    content = {"pytorch-lightning_version": "2.6", "state_dict": {"x": torch.arange(999)}}
+    torch.save(content, tmp_path / "old.ckpt")
     assert not has_checksum(tmp_path / "old.ckpt")
-    assert len(AtomicCheckpointIO().load_checkpoint(tmp_path / "old.ckpt")["x"]) == 999
+    assert (
+        len(AtomicCheckpointIO().load_checkpoint(tmp_path / "old.ckpt")["state_dict"]["x"]) == 999
+    )
     data = bytearray((tmp_path / "old.ckpt").read_bytes())
     data[len(data) // 2] ^= 4
     (tmp_path / "old.ckpt").write_bytes(data)

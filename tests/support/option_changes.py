@@ -108,7 +108,7 @@ OTHER: dict[str, Any] = {
     "model.quantization": "int8",
     "model.distillation.name": "{root}/copy",
     "model.distillation.cache": "{root}/cache",
-    "model.latency": {"num_tokens": 2, "num_warmup": 0, "num_runs": 1},
+    "model.latency": {"num_tokens": 2, "num_warmup": 0, "num_runs": 2},
     "data.train": "{root}/other.txt",
     "data.validation": "{root}/other.txt",
     "data.calibration": "{root}/other.txt",

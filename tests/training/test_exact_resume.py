@@ -27,6 +27,7 @@ from prunelight.cli import main
 from prunelight.recovery.lora import LoRA
 from prunelight.recovery.prepared_model import PreparedModel, RecoverySettings
 from prunelight.recovery.zeros.gradual_zeros import Schedule
+from prunelight.run.checkpoints import training_end
 from prunelight.run.preflight import FinishedRunError
 from prunelight.run.strategies import FSDP2Strategy
 from prunelight.runtime.files.atomic_files import ENDING
@@ -514,6 +515,17 @@ def copy_of(run, root):
         if base.name != Path(checkpoint["prunelight"]["base"]).name:
             shutil.rmtree(base)
     return root
+
+
+@pytest.mark.parametrize("left", [0, 3, 30, 400])
+def test_a_checkpoint_of_which_little_is_left_is_one_line(left, interrupted, name, tmp_path):
+    root = copy_of(interrupted, tmp_path / "run")
+    file = root / "checkpoints" / "last.ckpt"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(FileExistsError, match=r"last.ckpt is not a whole checkpoint[^\n]*$"):
+        fit(name, root, short_gpt())
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged[^\n]*$"):
+        training_end(file)  # where the command line names the file
 
 
 @pytest.mark.parametrize(
