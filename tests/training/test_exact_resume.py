@@ -31,6 +31,7 @@ from prunelight.run.checkpoints import training_end
 from prunelight.run.preflight import FinishedRunError
 from prunelight.run.strategies import FSDP2Strategy
 from prunelight.runtime.files.atomic_files import ENDING
+from prunelight.runtime.files.checkpoint_files import check_checkpoint_path
 from prunelight.runtime.processes import ProcessGroup
 from prunelight.training.resuming.exact_resume import AtomicCheckpointIO, seed_batch
 from prunelight.training.trainer import Trainer
@@ -526,6 +527,8 @@ def test_a_checkpoint_of_which_little_is_left_is_one_line(left, interrupted, nam
         fit(name, root, short_gpt())
     with pytest.raises(ValueError, match=r"last.ckpt is damaged[^\n]*$"):
         training_end(file)  # where the command line names the file
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged[^\n]*$"):
+        check_checkpoint_path(file)
 
 
 @pytest.mark.parametrize(

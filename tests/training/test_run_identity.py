@@ -1,5 +1,6 @@
 """What the identity of a run holds, and what a resume with one option changed comes to."""
 
+import inspect
 import logging
 import re
 from dataclasses import dataclass
@@ -202,6 +203,44 @@ def test_data_counts_by_what_it_says_and_its_own_arguments():
     assert describe_data(with_validation())["data"] == {"class": "Data", "validation": "def"}
 
 
+def test_arguments_that_are_harmless_or_told_elsewhere_are_left_out():
+    """Each name stands here again: without it the argument would count twice, or needlessly."""
+    of_module = (
+        "latency trust_remote_code gradient_checkpointing name dtype recovery lora learning_rate "
+        "warmup_steps lr_scheduler lr_scheduler_kwargs optimizer loss distillation quantization "
+        "bitsandbytes"
+    )
+    given = {**dict.fromkeys(of_module.split(), 1), "keep_zeros": False}
+    assert a_run(given=given)["model"] == {"keep_zeros": False}
+    of_data = (
+        "num_workers trust_remote_code tokenizer train text_field bos seq_len batch_size packing "
+        "seed validation num_validation calibration num_calibration"
+    )
+    names = of_data.split()
+    parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in (*names, "new")]
+    given = {**dict.fromkeys(names, 1), "new": 2, "__signature__": inspect.Signature(parameters)}
+    data = type("Data", (), {**given, "describe_training": lambda self: {}})()
+    assert describe_data(data) == {"data": {"class": "Data", "new": 2}}
+
+
+def test_arguments_of_callbacks_that_only_show_or_write_are_left_out():
+    of_callbacks = (
+        "verbose log_rank_zero_only dirpath filename save_last save_weights_only "
+        "save_on_exception auto_insert_metric_name enable_version_counter"
+    )
+    of_strategies = (
+        "accelerator device parallel_devices cluster_environment checkpoint_io precision_plugin "
+        "timeout process_group_backend start_method config"
+    )
+    assert set(of_callbacks.split()) == run_identity.HARMLESS_IN_CALLBACKS
+    assert set(of_strategies.split()) == run_identity.HARMLESS_IN_STRATEGY
+    shown = (
+        "RecoveryCheckpoint ModelSummary RichModelSummary DeviceStatsMonitor LearningRateMonitor "
+        "ThroughputMonitor OnExceptionCheckpoint Timer TokenBudget"
+    )
+    assert set(shown.split()) == run_identity.HARMLESS_CALLBACKS
+
+
 def test_a_schedule_counts_with_the_defaults_of_transformers():
     assert describe_schedule("cosine", 100) == {"num_cycles": 0.5}
     assert describe_schedule("constant", 100) == {}
@@ -270,6 +309,8 @@ def test_plans_count_by_what_they_were_made_from():
 
 
 def test_what_an_older_version_did_not_write_is_not_compared():
+    names = "own_classes dtype schedule model trainer data methods calibration callbacks teacher"
+    assert set(names.split()) == set(run_identity.LATER_KEYS)
     ours = {"seed": 1, **{key: {"a": "x"} for key in run_identity.LATER_KEYS}}
     assert differences({"seed": 1}, ours) == ({}, {})
     for key in (key for key in run_identity.LATER_KEYS if key != run_identity.OWN_CLASSES):

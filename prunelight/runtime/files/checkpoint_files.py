@@ -118,14 +118,13 @@ def read_checkpoint(
         with explaining_read_errors(path), _opened(path) as stream:
             return _as_checkpoint(torch.load(stream, map_location, weights_only=True))
     _check_file(path)
-    if local_file(path).is_file():  # a pipe gives its bytes once
-        with explaining_read_errors(path):
-            check_checkpoint_file(local_file(path))
     return _read_file(path, map_location, mmap=mmap)
 
 
 def _read_file(path: str | Path, map_location: Any, *, mmap: bool) -> dict[str, Any]:
     with explaining_read_errors(path):
+        if local_file(path).is_file():  # a pipe gives its bytes once
+            check_checkpoint_file(local_file(path))
         # The tensors of torch's older format cannot stay on disk.
         lazily = mmap and zipfile.is_zipfile(local_file(path))
         return _as_checkpoint(
