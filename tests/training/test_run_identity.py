@@ -29,6 +29,7 @@ from stopped_runs import LossLog, Terminate
 from prunelight.callbacks import DLP, RecoveryCheckpoint, ShortGPT, TokenBudget
 from prunelight.losses import IGNORED_LABEL
 from prunelight.recovery.schedules import describe_schedule
+from prunelight.run.checkpoints import check_same_run, check_same_settings
 from prunelight.training.recovery_watch import RecoveryWatch
 from prunelight.training.resuming import run_identity
 from prunelight.training.resuming.run_identity import (
@@ -249,8 +250,8 @@ def test_a_schedule_counts_with_the_defaults_of_transformers():
     assert describe_schedule("warmup_stable_decay", 200)["num_decay_steps"] == 20
 
 
-def a_run(**changes):
-    trainer = make_trainer(max_steps=8, gradient_clip_val=0.5, limit_train_batches=4)
+def a_run(max_steps=8, **changes):
+    trainer = make_trainer(max_steps=max_steps, gradient_clip_val=0.5, limit_train_batches=4)
     trainer.fit_loop.setup_data = lambda: None
     trainer.datamodule = Data()
     run = SimpleNamespace(seed=3, prepared=SimpleNamespace(dtype=torch.bfloat16), record=None)
@@ -300,6 +301,8 @@ def test_a_schedule_that_is_not_constant_counts_with_its_steps():
     told = a_run(recovery={"lr_scheduler": "cosine"})
     assert told["scheduled_steps"] == 8
     assert told["schedule"] == {"num_cycles": 0.5}
+    told = a_run(max_steps=40, recovery={"lr_scheduler": "warmup_stable_decay"})
+    assert told["schedule"]["num_decay_steps"] == 4
     assert a_run(recovery={})["scheduled_steps"] is None
 
 
@@ -328,6 +331,30 @@ def test_a_setting_that_only_one_side_has_differs():
     assert differences({}, {"alpha": 1}) == ({}, {"alpha": 1})
     nested = ({"model": {"a": {"b": 1}, "c": 2}}, {"model": {"c": 2}})
     assert differences(*nested) == ({"model.a.b": 1}, {})
+
+
+def test_settings_that_differ_are_refused_with_both_sides():
+    check_same_settings({}, {}, "last.ckpt")
+    words = "last.ckpt was written by a run with {}, this one has {}: going on would give neither"
+    for then, now, told in (
+        ({"a": 1}, {"a": 2}, ("a=1", "a=2")),
+        ({"a": 1}, {}, ("a=1", "a unset")),
+        ({}, {"b": None, "a": 2}, ("a unset, b unset", "a=2, b=None")),
+    ):
+        with pytest.raises(ValueError, match=words.format(*told)):
+            check_same_settings(then, now, "last.ckpt")
+
+
+@pytest.mark.parametrize("key", ["fingerprint", "recovery", "zeros", "quantization"])
+def test_a_checkpoint_of_another_training_is_refused(key):
+    saved = {"fingerprint": "a", "recovery": "lora", "zeros": "not_kept", "base": "b"}
+    saved |= {"quantization": {"kind": "none"}}
+    check_same_run(saved, {**saved, "base": "moved"})
+    other = {"kind": "nf4"} if key == "quantization" else "other"
+    with pytest.raises(
+        ValueError, match="the checkpoint was trained by lora with quantization non"
+    ):
+        check_same_run(saved, {**saved, key: other})
 
 
 def test_what_grows_or_is_a_path_does_not_count():
