@@ -346,7 +346,7 @@ def test_settings_that_differ_are_refused_with_both_sides():
 
 
 @pytest.mark.parametrize("key", ["fingerprint", "recovery", "zeros", "quantization"])
-def test_a_checkpoint_of_another_training_is_refused(key):
+def test_a_checkpoint_of_another_training_does_not_fit(key):
     saved = {"fingerprint": "a", "recovery": "lora", "zeros": "not_kept", "base": "b"}
     saved |= {"quantization": {"kind": "none"}}
     check_same_run(saved, {**saved, "base": "moved"})
