@@ -378,7 +378,7 @@ def test_offloading_is_no_reason_to_prune_again(tmp_path):
         ),
         (
             {"sparsity": 0.5, "solver": "magic"},
-            "solver='magic' must be one of wanda, sparsegpt, magnitude",
+            "solver='magic' must be one of wanda, sparsegpt",
         ),
         ({"sparsity": 0.5, "granularity": "row"}, "granularity='row' must be one of layer, linear"),
         ({"sparsity": 0.5, "alpha": -0.1}, "alpha=-0.1 must be at least 0"),
