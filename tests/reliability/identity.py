@@ -54,7 +54,15 @@ SWAPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
 
 def mutants(tree: ast.Module, names: tuple[str, ...] | None) -> Iterator[tuple[str, ast.Module]]:
     """What was changed, and the changed module, for each small change of the named parts."""
+    types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript)
+        for inner in ast.walk(node.slice)
+    }
     for place, node in enumerate(ast.walk(tree)):
+        if id(node) in types:  # dict[str, Any]
+            continue
         if names is not None and not _inside(tree, node, names):
             continue
         for what in _changes(node):

@@ -252,6 +252,7 @@ def test_a_schedule_counts_with_the_defaults_of_transformers():
 def a_run(**changes):
     trainer = make_trainer(max_steps=8, gradient_clip_val=0.5, limit_train_batches=4)
     trainer.fit_loop.setup_data = lambda: None
+    trainer.datamodule = Data()
     run = SimpleNamespace(seed=3, prepared=SimpleNamespace(dtype=torch.bfloat16), record=None)
     run.objective = None
     optimizer = partial(torch.optim.AdamW, lr=0.25)
@@ -282,7 +283,9 @@ def test_the_description_of_a_run_is_complete():
         "methods": {},
         "calibration": [],
         "teacher": None,
-        "own_classes": {},
+        "own_classes": {"Data": {"class": "Data"}},
+        "data.tokens": "abc",
+        "data": {"class": "Data"},
     }
     assert {*run_identity.LATER_KEYS} == {"schedule", "dtype", "model", "trainer", "data"} | {
         "callbacks",
@@ -311,6 +314,7 @@ def test_plans_count_by_what_they_were_made_from():
 def test_what_an_older_version_did_not_write_is_not_compared():
     names = "own_classes dtype schedule model trainer data methods calibration callbacks teacher"
     assert set(names.split()) == set(run_identity.LATER_KEYS)
+    assert set(run_identity.OF_THE_MODEL) == {"dtype", "calibration", "teacher"}
     ours = {"seed": 1, **{key: {"a": "x"} for key in run_identity.LATER_KEYS}}
     assert differences({"seed": 1}, ours) == ({}, {})
     for key in (key for key in run_identity.LATER_KEYS if key != run_identity.OWN_CLASSES):
