@@ -165,7 +165,7 @@ class CLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except Exception as error:  # more devices than there are, ...
-            if our_error(error):
+            if our_error(error) or missing_package(error):
                 raise
             told = " ".join(str(error).split())
             given = ", ".join(

@@ -88,6 +88,10 @@ def _wrong_value(message: str) -> str | None:
         return "model.name is missing; name a model, such as model.name: smollm2-135m"
     if key == "config":
         return f"the config is no valid YAML: {message.partition(':')[2]}"
+    file = re.search(r"Unable to load config '([^']*)'", message)
+    if key and file:
+        names = [name.removeprefix(f"{key}.") for name in option_names() if f"{key}." in name]
+        return f"{key}={file[1]} must be a mapping with some of {', '.join(names)}, or a file of it"
     value = re.search(r"(?:Given value|Got value): (.*)\Z", message, flags=re.DOTALL)
     rules = re.search(r"Subtypes: \[(.*)\]$", message, flags=re.MULTILINE) or re.search(
         r"Expected an? (.*?)\. Got value", message, flags=re.DOTALL

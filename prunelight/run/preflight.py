@@ -134,18 +134,23 @@ def trainer_settings(facts: Facts) -> None:
             f"trainer.val_check_interval={interval} must be a number of batches, or a share of "
             "the epoch in (0, 1]"
         )
-    # Lightning compares it with the batches when the training starts, which is after the pruning.
-    if facts.run.place.stage == "fit" and trainer.datamodule is not None:
-        try:
-            trainer.fit_loop.setup_data()
-        except ValueError as error:
-            if "val_check_interval" not in str(error):
-                raise
-            raise ValueError(
-                f"trainer.val_check_interval={interval} must be at most "
-                f"{trainer.num_training_batches}, the batches of an epoch; lower it, or set "
-                "trainer.check_val_every_n_epoch=null"
-            ) from error
+
+
+def validation_interval(facts: Facts) -> None:
+    """A validation comes before the epoch ends; Lightning looks only when the training starts."""
+    trainer: Any = facts.run.place.trainer
+    if facts.run.place.stage != "fit" or trainer.datamodule is None:
+        return
+    try:
+        trainer.fit_loop.setup_data()
+    except ValueError as error:
+        if "val_check_interval" not in str(error):
+            raise
+        raise ValueError(
+            f"trainer.val_check_interval={trainer.val_check_interval} must be at most "
+            f"{trainer.num_training_batches}, the batches of an epoch; lower it, or set "
+            "trainer.check_val_every_n_epoch=null"
+        ) from error
 
 
 def order_of_callbacks(facts: Facts) -> None:
@@ -385,6 +390,7 @@ COUNTING_STEPS: tuple[Check, ...] = (
     strategy,
     methods_in_this_run,
     unfinished,
+    validation_interval,
 )
 SETTINGS: tuple[Check, ...] = (
     order_of_callbacks,
@@ -411,10 +417,11 @@ PRUNING = (
     *MODEL[1:],
     training_length,
     training_batches,
+    validation_interval,
     calibration,
     held_out,
 )
-RECOVERY = (*SETTINGS, *MODEL, shardable, training_length, training_batches)
+RECOVERY = (*SETTINGS, *MODEL, shardable, training_length, training_batches, validation_interval)
 EVALUATION: tuple[Check, ...] = (
     trainer_settings,
     strategy,

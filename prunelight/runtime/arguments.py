@@ -32,10 +32,12 @@ class Rule:
     Attributes:
         text: the rule in words, what follows "must".
         holds: tells whether a value keeps it.
+        remedy: says what a value that breaks it was meant to be, if that is known.
     """
 
     text: str
     holds: Callable[[Any], bool]
+    remedy: Callable[[Any], str] = lambda _: ""
 
 
 def at_least(low: float) -> Rule:
@@ -50,12 +52,18 @@ def above(low: float) -> Rule:
 
 def within(low: float, high: float) -> Rule:
     """Return the rule of a number in [low, high)."""
-    return Rule(f"lie in [{low}, {high})", lambda value: low <= value < high)
+    return Rule(f"lie in [{low}, {high})", lambda value: low <= value < high, _share(low, high))
 
 
 def between(low: float, high: float) -> Rule:
     """Return the rule of a number in [low, high]."""
-    return Rule(f"lie in [{low}, {high}]", lambda value: low <= value <= high)
+    return Rule(f"lie in [{low}, {high}]", lambda value: low <= value <= high, _share(low, high))
+
+
+def _share(low: float, high: float) -> Callable[[Any], str]:
+    """Return the remedy of a share that was given in percent."""
+    is_share = (low, high) == (0, 1)
+    return lambda value: f"; {value / 100:g} is {value:g} %" if is_share and 1 < value < 100 else ""
 
 
 NOT_EMPTY = Rule("not be empty", lambda value: bool(value.strip() if _is(str, value) else value))
@@ -154,7 +162,9 @@ def checked_value(
         raise wrong(f"{name}={value!r} must be {_words(hint)}{_remedy(default)}")
     right = _own(value, fitting[0])
     if rule is not None and right is not None and not rule.holds(right):
-        raise ValueError(f"{name}={value!r} must {rule.text}{_remedy(default)}")
+        raise ValueError(
+            f"{name}={value!r} must {rule.text}{rule.remedy(right) or _remedy(default)}"
+        )
     return right
 
 

@@ -154,7 +154,7 @@ def test_ties_go_to_the_lower_index():
         ({"ratio": 0.2, "num_layers": 1}, "ratio=0.2 and num_layers=1: give exactly one"),
         ({"ratio": -0.2}, r"ratio=-0.2 must lie in \[0, 1\)"),
         ({"ratio": 1.0}, r"ratio=1.0 must lie in \[0, 1\)"),
-        ({"ratio": 20}, r"ratio=20 must lie in \[0, 1\); 0.2 removes one layer in five"),
+        ({"ratio": 20}, r"ratio=20 must lie in \[0, 1\); 0.2 is 20 %"),
         ({"num_layers": -1}, "num_layers=-1 must be at least 0"),
         ({"ratio": 0.2, "score": "magic"}, "score='magic' must be one of block_influence, angular"),
         ({"ratio": 0.2, "ignore_first_tokens": -1}, "ignore_first_tokens=-1 must be at least 0"),

@@ -302,7 +302,7 @@ def test_a_threshold_that_merges_nothing_warns(model, caplog):
         (SlidingLayerMerging, {"num_layers": 2, "ratio": 0.5}, "num_layers=2, ratio=0.5, .*one of"),
         (SlidingLayerMerging, {"num_layers": 2, "threshold": 0.5}, "threshold=0.5: give exactly"),
         (SlidingLayerMerging, {"threshold": 1.5}, "threshold=1.5 must be at most 1"),
-        (SlidingLayerMerging, {"threshold": math.nan}, "threshold=nan must be at most 1"),
+        (SlidingLayerMerging, {"threshold": math.nan}, "threshold=nan must be a finite number"),
         (SlidingLayerMerging, {"num_layers": -1}, "num_layers=-1 must be at least 0"),
         (SlidingLayerMerging, {"ratio": 1.0}, r"ratio=1.0 must lie in \[0, 1\)"),
         (SlidingLayerMerging, {"num_layers": 1, "merge": "sum"}, "merge='sum' must be one of top"),
@@ -372,7 +372,10 @@ def test_a_plan_by_hand_may_mix_layers_of_one_kind_only():
 
 
 def test_windows_without_a_token_that_counts_are_refused(model):
-    with pytest.raises(ValueError, match="ignore_first_tokens=16 leaves no token to count"):
+    with pytest.raises(
+        ValueError,
+        match="ignore_first_tokens=16 must be below 16",
+    ):
         SlidingLayerMerging(num_layers=1, ignore_first_tokens=16).plan(model, WINDOWS)
 
 

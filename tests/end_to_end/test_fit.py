@@ -299,7 +299,7 @@ def test_a_report_that_is_not_ours_is_refused(name, tmp_path):
 
 def test_lora_targets_that_fit_nothing_are_refused_before_any_pruning(name, tmp_path):
     module = make_module(name, lora=LoRA(targets=["q_porj"]))
-    with pytest.raises(ValueError, match=r"lora.targets=\['q_porj'\] fit no module of llama"):
+    with pytest.raises(ValueError, match="'q_porj' fits no module of llama"):
         make_trainer(tmp_path, ShortGPT(num_layers=2)).fit(module, make_data(name, tmp_path))
     assert not list(tmp_path.glob("pruned-*"))
 
@@ -309,7 +309,7 @@ def test_lora_targets_that_fit_nothing_are_refused_before_any_pruning(name, tmp_
     [
         ({"recovery": "qlora"}, "recovery='qlora' must be one of none, lora, full"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
-        ({"warmup_steps": -1}, "warmup_steps=-1 at least 0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
         ({"dtype": "int8"}, "dtype='int8' must be one of"),
         ({"lr_scheduler": "linaer"}, "lr_scheduler='linaer' must be one of linear, cosine"),
     ],

@@ -27,6 +27,7 @@ from prunelight.models.families.shorter_config import CutRules, cut_config
 from prunelight.planning.layer_choice import lowest_scores
 from prunelight.planning.layer_pattern import pattern_fits
 from prunelight.pruning.remove_layers import remove_layers
+from prunelight.runtime.files.checksums import unsealed
 
 
 @cache
@@ -192,7 +193,7 @@ def test_a_run_warns_of_a_program_that_reads_its_result_wrong(tmp_path, caplog):
     warning = "llama.cpp reads it wrong: it derives no_rope_layers from a layer's place"
     assert warning in caplog.text
     (measured,) = root.glob("pruned-*/measured.json")
-    record = RunRecord.from_dict(json.loads(measured.read_text()))
+    record = RunRecord.from_dict(unsealed(measured.read_text()))
     assert set(record.loads_in) == set(ENGINES)
     assert record.loads_in["llama.cpp"].startswith("no: reads it wrong")
     assert [text for text in record.warnings if warning in text]
@@ -209,6 +210,6 @@ def test_a_run_does_not_warn_of_what_the_dense_model_had_already(tmp_path, caplo
     trainer.fit(make_module(name), make_data(name, tmp_path))
     assert "reads it wrong" not in caplog.text
     (measured,) = root.glob("pruned-*/measured.json")
-    record = RunRecord.from_dict(json.loads(measured.read_text()))
+    record = RunRecord.from_dict(unsealed(measured.read_text()))
     assert "ignores sliding_window=8" in record.loads_in["llama.cpp"]
     assert not [text for text in record.warnings if "llama.cpp" in text]

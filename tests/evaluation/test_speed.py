@@ -75,7 +75,7 @@ def test_a_generation_longer_than_the_model_allows_is_refused(tiny_tokenizer):
         ({"batch_size": 0}, "latency.batch_size=0 must be at least 1"),
         ({"num_warmup": -1}, "latency.num_warmup=-1 must be at least 0"),
         ({"num_runs": 1}, "latency.num_runs=1 must be at least 2"),
-        ({"prompt": " "}, "latency.prompt='' must hold text"),
+        ({"prompt": " "}, "latency.prompt=' ' must not be empty"),
     ],
 )
 def test_a_bad_protocol_is_refused(arguments, message):

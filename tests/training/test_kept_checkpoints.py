@@ -76,7 +76,7 @@ def test_a_name_of_the_resume_point_is_refused(name, tmp_path):
         fit(name, tmp_path, settings, Stop(None, 0))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(100, 200))
 def test_every_way_to_keep_checkpoints_survives_stops_at_every_hook(name, tmp_path, seed):
     check(name, tmp_path, seed)

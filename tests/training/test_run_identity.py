@@ -480,7 +480,7 @@ def test_an_option_that_changes_numbers_is_refused(name, told):
     assert re.search(REFUSED[name], told[name])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", ["lora", "kd", "kd_topk"])
 def test_each_option_changed_once_is_refused_or_changes_nothing(case, tmp_path):
     told = verdicts(case, tmp_path)

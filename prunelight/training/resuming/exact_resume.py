@@ -61,6 +61,7 @@ from prunelight.training.resuming.kept_checkpoints import (
 )
 from prunelight.training.resuming.run_identity import (
     OF_THE_MODEL,
+    OWN_CLASSES,
     describe_run,
     differences,
     tell_own_classes,
@@ -276,7 +277,8 @@ class ExactResume(Callback):
     def identity(self, trainer: Trainer) -> str:
         """Return what two runs have in common whose checkpoints of a step are the same."""
         assert self.run.prepared is not None
-        return fingerprint_of(self.run.prepared.fingerprint, self.describe(trainer))
+        known = without(self.describe(trainer), (OWN_CLASSES,))
+        return fingerprint_of(self.run.prepared.fingerprint, known)
 
     def _is_ours(self, trainer: Trainer, path: Path) -> bool:
         """Return whether a checkpoint on disk is of a run that this one repeats."""

@@ -65,12 +65,7 @@ def test_a_budget_that_the_trainer_contradicts_is_refused(name, tmp_path, argume
 def test_a_budget_comes_first_so_that_a_gradual_schedule_can_ask_it(name, tmp_path):
     budget, gradual = TokenBudget(tokens=256), DLP(sparsity=0.5, schedule=Schedule(0, 9))
     with pytest.raises(ValueError, match="TokenBudget must come before the pruning callbacks"):
-        set_up(
-            budget_trainer(tmp_path, gradual, budget),
-            budget,
-            make_module(name),
-            make_data(name, tmp_path),
-        )
+        budget_trainer(tmp_path, gradual, budget).fit(make_module(name), make_data(name, tmp_path))
     with pytest.raises(ValueError, match="end_step=9 must not come after the end of training, 4"):
         budget_trainer(tmp_path, budget, gradual).fit(make_module(name), make_data(name, tmp_path))
 

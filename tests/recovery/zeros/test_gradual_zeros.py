@@ -24,7 +24,7 @@ from prunelight.runtime.processes import ProcessGroup
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"start_step": -1, "end_step": 2}, "start_step=-1 must be at least 0 and below"),
+        ({"start_step": -1, "end_step": 2}, "start_step=-1 must be at least 0"),
         ({"start_step": 3, "end_step": 3}, "start_step=3 must be at least 0 and below end_step=3"),
         ({"start_step": 0, "end_step": 9, "every": 0}, "schedule.every=0 must be at least 1"),
         ({"start_step": 0, "end_step": 9, "curve": "sine"}, "curve='sine' must be one of cubic, l"),
