@@ -140,7 +140,7 @@ class WeightPruning(GradualZeros):
         names = matrices(model)
         share = share_of_matrices(model)
         if share < _LEAST_SHARE:
-            ((dense, *_), *_) = dense_places(model).values() or [["anything"]]
+            dense = next(iter(dense_places(model).values()), ["anything"])[0]
             raise TypeError(
                 f"only {100 * share:.0f} % of the weights in the decoder layers of "
                 f"{model.config.model_type} can be sparsified; not {dense}, for instance"

@@ -50,11 +50,16 @@ class InputStatistics(Generic[Statistic]):
             for owner, members in self._by_owner().items()
             if not members[0].fused or _runs_experts(owner)
         ]
-        unmarked = [m for m in self.matrices if m.fused and not _runs_experts(m.owner)]
-        direct = [m for m in self.matrices if m.read_directly and not m.fused]
-        products = WeightProducts([*unmarked, *direct], partial(self._add_product, mask))
+        # Whose inputs no module's forward gets.
+        unseen = [
+            matrix
+            for matrix in self.matrices
+            if (not _runs_experts(matrix.owner) if matrix.fused else matrix.read_directly)
+        ]
+        products = WeightProducts(unseen, partial(self._add_product, mask))
         try:
-            with products if unmarked or direct else nullcontext():
+            # It would look at every product of the forwards, for nothing.
+            with products if unseen else nullcontext():
                 yield
         finally:
             self._inputs.clear()

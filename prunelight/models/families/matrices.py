@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -173,9 +172,10 @@ def dense_weights(model: PreTrainedModel) -> dict[str, str]:
 
 def dense_places(model: PreTrainedModel) -> dict[str, list[str]]:
     """Return which weights of the decoder layers stay dense: why -> their names inside a layer."""
-    places: dict[str, dict[str, None]] = {}
+    places: dict[str, dict[str, None]] = {}  # the names as keys, so that each comes once
+    prefix = f"{layers_path(model)}."
     for name, reason in dense_weights(model).items():
-        place = name.removeprefix(f"{layers_path(model)}.").partition(".")[2]
+        place = name.removeprefix(prefix).partition(".")[2]
         places.setdefault(reason, {})[place] = None
     return {reason: [*names] for reason, names in places.items()}
 
@@ -193,11 +193,11 @@ def decoder_weights(model: PreTrainedModel) -> list[Tensor]:
     Raises:
         TypeError: if a projection is quantized.
     """
-    weights = []
+    weights, prefix = [], layers_path(model)
     for path, module in decoder_layers(model).named_modules():
         linear = isinstance(module, (nn.Linear, Conv1D))
         if linear:
-            _check_unpacked(f"{layers_path(model)}.{path}", module)
+            _check_unpacked(f"{prefix}.{path}", module)
         names = _own_matrices(module) if linear else _own_weights(module)
         weights += [getattr(module, name) for name in names]
     return weights
@@ -372,12 +372,10 @@ def _is_plain(linear: Any) -> bool:
     if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     weight: Tensor = linear.weight
-    if not weight.is_floating_point() or weight.shape != _widths(linear)[::-1]:
+    if weight.shape != _widths(linear)[::-1]:
         return True  # packed, by a library whose classes stand for linear ones
-    shapes = {name: p.to("meta") for name, p in linear.named_parameters()}  # nothing is computed
-    inputs = torch.empty(1, 1, weight.shape[1], dtype=weight.dtype, device="meta")
     try:
-        output = functional_call(linear, shapes, (inputs,))
+        output = linear(weight.new_zeros(1, 1, weight.shape[1]))
     except (RuntimeError, TypeError):
         return False
     return isinstance(output, Tensor) and output.shape == (1, 1, weight.shape[0])

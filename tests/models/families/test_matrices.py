@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model, token_windows
 from tiny_families import tiny_family
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
@@ -128,6 +128,30 @@ def test_what_mixes_streams_or_scales_heads_stays_dense():
     for family, place in (("gemma3n_text", "altup.modality_router"), ("doge", "self_attn.dt_proj")):
         reasons = dense_weights(tiny_family(family))
         assert any(place in name and why == GATE for name, why in reasons.items()), family
+
+
+class Scaled(nn.Linear):
+    """A linear class with a forward of its own that reads more than its parameters."""
+
+    def __init__(self, inputs, outputs, *, registered):
+        super().__init__(inputs, outputs, bias=False)
+        scale = torch.full((outputs,), 2.0)
+        if registered:
+            self.register_buffer("scale", scale)
+        else:
+            self.scale = scale
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_linear_class_that_reads_more_than_its_parameters_is_pruned(registered):
+    model, expected = tiny_model("llama"), {*matrices(tiny_model("llama"))}
+    for layer in decoder_layers(model):
+        old = layer.mlp.up_proj
+        layer.mlp.up_proj = Scaled(old.in_features, old.out_features, registered=registered)
+    assert {*matrices(model)} == expected
 
 
 def test_cross_attentions_that_never_run_stay_dense():
