@@ -480,6 +480,15 @@ class RecoveryModule(WatchedModule):
             self.resuming.check_resumable(self.trainer, checkpoint)
         if not self.run.in_training:
             self._rebuild(saved)
+        self.load_trained(checkpoint)
+
+    def load_trained(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what a checkpoint says of the training, beside its weights, in place.
+
+        Raises:
+            ValueError: if it was trained on another base or in another way; names both.
+        """
+        saved = read_metadata(checkpoint)
         if "state_dict" in checkpoint:  # else the strategy has loaded it, after it was checked
             self.check_checkpoint(checkpoint)
         if self.masks is not None:

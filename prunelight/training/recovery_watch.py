@@ -43,7 +43,7 @@ def restore(trainer: Trainer, module: WatchedModule, path: str) -> None:
     else:
         checkpoint = strategy.load_checkpoint(path, weights_only=True)
     trained = module.tokens_seen
-    module.on_load_checkpoint(checkpoint)
+    module.load_trained(checkpoint)
     module.tokens_seen = trained  # in all steps: what the run took
     if not is_sharded(module):
         trainer.strategy.load_model_state_dict(checkpoint, strict=False)
@@ -149,6 +149,10 @@ class WatchedModule(LightningModule):
     restore_best: bool
     restored_step: int | None = None
     tokens_seen: int = 0
+
+    def load_trained(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what a checkpoint says of the training, beside its weights, in place."""
+        raise NotImplementedError
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the callbacks that watch; Lightning calls it."""

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import runs
-from checkpoint_settings import CHOICES, Stop, draw, draw_stop, fit, result
+from checkpoint_settings import CHOICES, LateStop, Stop, draw, draw_stop, fit, result
 from runs import write_model
 
 
@@ -51,6 +51,15 @@ def test_the_best_step_without_dirpath_survives_a_new_version_of_the_logs(name, 
     assert result(resumed) == result(whole)
     assert resumed.checkpoint_callbacks[0].best_model_score == score
     assert len(list((tmp_path / "run" / "logs").iterdir())) == 2
+
+
+def test_a_run_that_ends_after_its_last_step_still_takes_the_best_weights(name, tmp_path):
+    settings = {key: values[0] for key, values in CHOICES.items()}
+    settings |= {"filename": "best", "interval": 1, "save_weights_only": True}
+    whole = fit(name, tmp_path / "whole", settings, Stop(None, 0))
+    assert fit(name, tmp_path / "run", settings, Stop("on_train_end", 1)) is None
+    assert fit(name, tmp_path / "run", settings, LateStop("on_fit_end", 1)) is None
+    assert result(fit(name, tmp_path / "run", settings, Stop(None, 0))) == result(whole)
 
 
 def test_a_run_that_was_moved_finds_its_best_step(name, tmp_path):

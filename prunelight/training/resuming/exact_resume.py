@@ -261,13 +261,12 @@ class ExactResume(Callback):
             )
 
     def check_resumable(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-        """Check that a fit can go on from a checkpoint; after its end one only gives best weights.
+        """Check that a fit can go on from a checkpoint.
 
         Raises:
             ValueError: if it holds weights alone.
         """
-        resumes = trainer.state.fn == "fit" and not self._finished
-        if resumes and "optimizer_states" not in checkpoint:
+        if trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
             raise ValueError(
                 f"{trainer.ckpt_path} holds weights without the optimizer's state,"
                 " so that no training can go on from it; give another checkpoint, or "
