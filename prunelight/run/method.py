@@ -6,7 +6,7 @@ in `prunelight.callbacks` are such methods; a run needs no callback.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -66,3 +66,21 @@ class PruningMethod(Protocol):
         self, model: PreTrainedModel, plan: Plan, windows: Windows, outcomes: list[dict[str, Any]]
     ) -> PreTrainedModel:
         """Carry out a plan; `outcomes` gets what each step did."""
+
+
+def methods_among(callbacks: Iterable[Any]) -> list[PruningMethod]:
+    """Return the callbacks that are pruning methods, in their order.
+
+    Raises:
+        TypeError: if one can plan and apply, and lacks something else that a run asks of a method;
+            it would prune nothing.
+    """
+    members = [*PruningMethod.__annotations__, *vars(PruningMethod)]
+    for callback in callbacks:
+        missing = [m for m in members if not m.startswith("_") and not hasattr(callback, m)]
+        if missing and not {"plan", "apply"}.intersection(missing):
+            raise TypeError(
+                f"{type(callback).__name__} lacks {', '.join(missing)} of a pruning method; derive "
+                "it from prunelight.callbacks.PruningCallback"
+            )
+    return [callback for callback in callbacks if isinstance(callback, PruningMethod)]

@@ -417,9 +417,9 @@ PRUNING = (
     *MODEL[1:],
     training_length,
     training_batches,
-    validation_interval,
     calibration,
     held_out,
+    validation_interval,
 )
 RECOVERY = (*SETTINGS, *MODEL, shardable, training_length, training_batches, validation_interval)
 EVALUATION: tuple[Check, ...] = (

@@ -13,7 +13,7 @@ from prunelight.calibration.data_windows import calibration_windows_of
 from prunelight.evaluation.report.analysis_report import write_analysis
 from prunelight.evaluation.report.writing import check_report_files
 from prunelight.models.placement import to_device
-from prunelight.run.method import PruningMethod
+from prunelight.run.method import PruningMethod, methods_among
 from prunelight.run.start import prune_only, tell_slow_precision
 from prunelight.run.strategies import Place
 from prunelight.runtime.files.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
@@ -116,4 +116,4 @@ class Trainer(pl.Trainer):
 def pruning_methods(trainer: pl.Trainer) -> list[PruningMethod]:
     """Return the callbacks of a Trainer that are pruning methods, in the order they act in."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, PruningMethod)]
+    return methods_among(callbacks)

@@ -33,7 +33,6 @@ TOLD = (
     "has fingerprint",
     "holds ids",
     "pruning anew",
-    "not a whole checkpoint",
 )
 
 

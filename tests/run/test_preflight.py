@@ -101,3 +101,21 @@ def test_a_sibling_has_what_was_set_on_the_module(name):
     sibling = module.sibling(quantization="none")
     assert sibling.learning_rate == 3e-4
     assert sibling.name == name
+
+
+class AlmostMethod(Callback):
+    """Plans and applies, as a method written before `layers_left` was asked for."""
+
+    version, device, gradual, slices = 1, None, False, False
+    follows_slicing, puts_zeros, drops_sublayers, export_remote_code = True, False, False, False
+
+    def plan(self, model, windows): ...
+
+    def apply(self, model, plan, windows, outcomes): ...
+
+
+def test_a_method_that_lacks_a_part_is_named_instead_of_left_out(name, tmp_path):
+    trainer = quiet_trainer(tmp_path, AlmostMethod(), ShortGPT(num_layers=1))
+    lacks = r"AlmostMethod lacks arguments, check_run, check, layers_left, .*derive it from"
+    with pytest.raises(TypeError, match=lacks):
+        trainer.fit(make_module(name), make_data(name, tmp_path))

@@ -532,7 +532,7 @@ def test_a_checkpoint_of_which_little_is_left_is_one_line(left, interrupted, nam
     root = copy_of(interrupted, tmp_path / "run")
     file = root / "checkpoints" / "last.ckpt"
     file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(FileExistsError, match=r"last.ckpt is not a whole checkpoint[^\n]*$"):
+    with pytest.raises(FileExistsError, match=r"last.ckpt is damaged, or no checkpoint[^\n]*$"):
         fit(name, root, short_gpt())
     with pytest.raises(ValueError, match=r"last.ckpt is damaged[^\n]*$"):
         training_end(file)  # where the command line names the file
@@ -545,7 +545,7 @@ def test_a_checkpoint_of_which_little_is_left_is_one_line(left, interrupted, nam
     [
         ("pruned-*/config.json", r"is not as it was saved: config.json was changed; delete the"),
         ("pruned-*/model.safetensors", r"is not as it was saved: model.safetensors was changed"),
-        ("checkpoints/last.ckpt", r"last.ckpt is damaged, .*its bytes are not those that were wr"),
+        ("checkpoints/last.ckpt", r"last.ckpt is damaged, or no checkpoint of prunelight"),
     ],
 )
 def test_damage_to_base_or_checkpoint_is_told_of(pattern, told, interrupted, name, tmp_path):
@@ -554,7 +554,7 @@ def test_damage_to_base_or_checkpoint_is_told_of(pattern, told, interrupted, nam
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises((ValueError, FileExistsError), match=told):
         fit(name, root, short_gpt())
 
 

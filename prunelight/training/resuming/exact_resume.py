@@ -316,12 +316,11 @@ def how_it_goes_on(trainer: Trainer) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds, without its tensors' bytes; {} if it cannot be read."""
+    """Return what a checkpoint holds, its tensors on disk; {} if it is damaged or of others."""
     try:
-        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-    except Exception:  # of another program, or damaged
+        return read_checkpoint(path, mmap=True)
+    except (ValueError, OSError):
         return {}
-    return checkpoint if isinstance(checkpoint, dict) else {}
 
 
 def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,21 +43,21 @@ class ResumePoint(ModelCheckpoint):
         return file if file.is_file() else None
 
 
-def check_resume_point(trainer: Trainer, is_readable: Callable[[Path], bool]) -> None:
+def check_resume_point(trainer: Trainer, is_ours: Callable[[Path], bool]) -> None:
     """Check that the resume point replaces no file of others.
 
     Args:
         trainer: of the run.
-        is_readable: whether a checkpoint was written by a run of prunelight.
+        is_ours: whether a file is a whole checkpoint of a run of prunelight.
 
     Raises:
         FileExistsError: if it would.
     """
     point = find_resume_point(trainer)
     file = point and point.find(trainer)
-    if file and not is_readable(file):
+    if file and not is_ours(file):
         raise FileExistsError(
-            f"{file} is not a whole checkpoint of prunelight, and the run would write there; move "
+            f"{file} is damaged, or no checkpoint of prunelight, and the run would write there; move "
             "or delete it, or set trainer.default_root_dir to a directory of its own"
         )
 
