@@ -144,7 +144,7 @@ def test_a_foreign_last_checkpoint_is_not_overwritten(name, tmp_path, content):
     trainer = Trainer(
         accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[RecoveryCheckpoint()]
     )
-    with pytest.raises(FileExistsError, match="last.ckpt is damaged, or no checkpoint of prunelight"):
+    with pytest.raises(FileExistsError, match="last.ckpt is damaged, or no checkpoint of prune"):
         trainer.fit(make_module(name), datamodule=make_data(name, tmp_path), ckpt_path=None)
     assert file.read_bytes() == before
 

@@ -57,8 +57,8 @@ def check_resume_point(trainer: Trainer, is_ours: Callable[[Path], bool]) -> Non
     file = point and point.find(trainer)
     if file and not is_ours(file):
         raise FileExistsError(
-            f"{file} is damaged, or no checkpoint of prunelight, and the run would write there; move "
-            "or delete it, or set trainer.default_root_dir to a directory of its own"
+            f"{file} is damaged, or no checkpoint of prunelight, and the run would write there; "
+            "move or delete it, or set trainer.default_root_dir to a directory of its own"
         )
 
 
