@@ -5,9 +5,9 @@
 The kinds of run are those of `stopped_runs.CASES`, one after another. Each round of five kills has
 one while Python starts, while the model is pruned, while it trains, while a checkpoint is written
 and while final/ is written; each is a SIGKILL or a SIGTERM. A run of two processes loses both or
-only the first. Then the run is left to end, and must have the losses of every batch, the final
-weights, the checkpoints and the report of an uninterrupted run, bit for bit. After each kill every
-file with a real name must load.
+only the first. After each kill every file with a real name must load, and a copy of the directory
+is left to end. So is the directory itself after the last kill. Each must have the losses of every
+batch, the final weights, the checkpoints and the report of an uninterrupted run, bit for bit.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Count:
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CASES, 0))
     unequal: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CASES, 0))
     runs: int = 0
+    results: int = 0  # runs that were left to end after a kill
     corrupt: int = 0
     told: list[str] = field(default_factory=list)
 
@@ -60,7 +61,7 @@ class Count:
         """What was done and found, in one line."""
         return (
             f"{sum(self.kills.values())} kills of {self.runs} runs, "
-            f"{sum(map(bool, self.unequal.values()))} kinds with differences, "
+            f"{sum(self.unequal.values())} of {self.results} results with differences, "
             f"{self.corrupt} corrupt files"
         )
 
@@ -259,17 +260,26 @@ def run(
             count.corrupt += len(broken)
             batches = len(losses_of(root)) if (root / "losses.txt").exists() else 0
             count.tell(f"{case}: {how} at {stage}, batch {batches}; corrupt {broken}")
-        finish(arguments, root, ranks)
-        odd = differences(root, whole)
-        broken = corrupt_files(root)
-        left = [str(path) for path in root.rglob(f".*{ENDING}")]
-        count.corrupt += len(broken)
-        count.unequal[case] += len([*odd, *left])
+            copy = work / case / f"resumed-{sum(count.kills.values())}"
+            shutil.copytree(root, copy)
+            compare(case, arguments, copy, whole, count)
+        compare(case, arguments, root, whole, count)
         count.runs += 1
-        count.tell(f"{case}: ended, differences {odd}, temporaries left {left}, corrupt {broken}")
-        if not odd:
-            shutil.rmtree(root)
     return count
+
+
+def compare(case: str, arguments: list[str], root: Path, whole: Path, count: Count) -> None:
+    """Let a killed run end, and count it if it differs from the whole one."""
+    finish(arguments, root, CASES[case].get("trainer", {}).get("devices", 1))
+    odd = differences(root, whole)
+    broken = corrupt_files(root)
+    left = [str(path) for path in root.rglob(f".*{ENDING}")]
+    count.corrupt += len(broken)
+    count.unequal[case] += bool(odd or left)
+    count.results += 1
+    count.tell(f"{case}: ended, differences {odd}, temporaries left {left}, corrupt {broken}")
+    if not odd:
+        shutil.rmtree(root)
 
 
 def script() -> None:
