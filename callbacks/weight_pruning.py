@@ -265,12 +265,17 @@ def _target(sparsity: float | None, pattern: Pattern | None) -> float:
     """Return the share of zeros that the arguments ask for.
 
     Raises:
-        ValueError: unless exactly one of the two is given, and the share lies in [0, 1).
+        ValueError: unless exactly one of the two is given, the share lies in [0, 1), and the
+            pattern makes zeros.
     """
     if (sparsity is None) == (pattern is None):
         raise ValueError(
             f"sparsity={sparsity} and pattern={pattern}: give exactly one of the two (a pattern "
             "N:M says its sparsity, 1 - N / M)"
+        )
+    if pattern is not None and pattern.kept == pattern.of:
+        raise ValueError(
+            f"pattern={pattern} keeps all weights: N:M keeps N of M, such as 2:4; lower N"
         )
     target = pattern.sparsity if pattern is not None else sparsity
     assert target is not None

@@ -233,9 +233,18 @@ class WidthPruning(PruningCallback):
             elif kind == "heads":
                 blocks = [min(allowed, key=lambda count: abs(count - mean))] * len(most)
             else:
-                blocks = [min(max(1, round(mean / block)), *most)] * len(most)
+                self._check_rounding(mean, block)
+                blocks = [min(round(mean / block), *most)] * len(most)
             counts[kind] = [number * block for number in blocks]
         return counts
+
+    def _check_rounding(self, mean: float, block: int) -> None:
+        """Raise ValueError if `neuron_ratio` leaves less than half of the smallest width."""
+        if round(mean / block) == 0:
+            raise ValueError(
+                f"neuron_ratio={self.neuron_ratio} would keep {mean:.3g} neurons, the least is "
+                f"multiple={block}; lower one of the two"
+            )
 
     def _check_number(self, kind: str, numbers: Sequence[int], block: int) -> None:
         """Raise ValueError if the layers have less than is to be kept."""

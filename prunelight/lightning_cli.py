@@ -23,12 +23,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import lightning.pytorch as pl
 import psutil
@@ -46,7 +45,7 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.callbacks.recovery.progress import TrainingProgress
 from prunelight.evaluation.report.report import summary_table
-from prunelight.parse_errors import parse_error
+from prunelight.parse_errors import our_callbacks, parse_error, settings_of
 from prunelight.quiet_libraries import quiet_libraries
 from prunelight.run.preflight import FinishedRunError
 from prunelight.run.strategies import check_strategy
@@ -165,9 +164,9 @@ class CLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except Exception as error:  # more devices than there are, ...
-            if our_error(error) or missing_package(error):
+            if our_error(error):
                 raise
-            told = " ".join(str(error).split())
+            told = " ".join(str(missing_package(error) or error).split())
             given = ", ".join(
                 f"{name}={value}"
                 for name, value in vars(settings).items()
@@ -188,16 +187,13 @@ class CLI(LightningCLI):
         for name, hint in get_type_hints(pl.Trainer.__init__).items():
             if trainer.get(name, "") is None:
                 checked_value(f"trainer.{name}", None, hint)
-        model = self._get(self.config, "model")
-        for name, hint in get_type_hints(RecoveryModule.__init__).items():
-            settings = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
-            value = model.get(name)
-            if settings and not (value is None or isinstance(value, Namespace | dict)):
-                names = ", ".join(field.name for field in fields(settings))
-                raise TypeError(
-                    f"model.{name}={value!r} must be a mapping with some of {names}; leave it out "
-                    "for the defaults"
-                )
+        check_sections("model", RecoveryModule, self._get(self.config, "model"))
+        given = trainer.get("callbacks") or []
+        known = {made.__name__: made for made in our_callbacks()}
+        for entry in given if isinstance(given, list) else [given]:
+            name = entry.class_path.rpartition(".")[2]
+            if name in known:
+                check_sections(name, known[name], entry.get("init_args") or {})
 
     def before_prune(self) -> None:
         """Count the time since Python started."""
@@ -324,6 +320,21 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
         if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
             raise
         sys.exit(f"prunelight: error: {ours}")
+
+
+def check_sections(owner: str, made: type, values: Mapping[str, Any] | Namespace) -> None:
+    """Check that each argument that is a section of settings got a mapping.
+
+    Raises:
+        TypeError: naming the argument and what it may hold.
+    """
+    for name, within in settings_of(made).items():
+        value = values.get(name)
+        if not (value is None or isinstance(value, Namespace | dict)):
+            raise TypeError(
+                f"{owner}.{name}={value!r} must be a mapping with some of {', '.join(within)}; "
+                "leave it out for the defaults"
+            )
 
 
 def parser_settings(description: str, verbs: Mapping[str, str]) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def _wrong_value(message: str) -> str | None:
     file = re.search(r"Unable to load config '([^']*)'", message)
     if key and file:
         names = [name.removeprefix(f"{key}.") for name in option_names() if f"{key}." in name]
+        names = names or names_within(key)
         return f"{key}={file[1]} must be a mapping with some of {', '.join(names)}, or a file of it"
     value = re.search(r"(?:Given value|Got value): (.*)\Z", message, flags=re.DOTALL)
     rules = re.search(r"Subtypes: \[(.*)\]$", message, flags=re.MULTILINE) or re.search(
@@ -144,12 +145,10 @@ def option_names() -> list[str]:
         ("data", TextDataModule),
         ("trainer", lightning.pytorch.Trainer),
     ):
-        hints = get_type_hints(made.__init__)
+        within = settings_of(made)
         for argument in inspect.signature(made).parameters:
             names.append(f"{section}.{argument}")
-            hint = hints.get(argument)
-            settings = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
-            names += [f"{names[-1]}.{field.name}" for part in settings for field in fields(part)]
+            names += [f"{names[-1]}.{name}" for name in within.get(argument, ())]
     return names
 
 
@@ -159,8 +158,32 @@ def argument_names() -> list[str]:
     for module in (prunelight.callbacks, lightning.pytorch.callbacks):
         for made in (getattr(module, name) for name in module.__all__):
             names += [*inspect.signature(made).parameters]
-            if module is prunelight.callbacks:
-                for hint in get_type_hints(made.__init__).values():
-                    settings = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
-                    names += [field.name for part in settings for field in fields(part)]
+    for made in our_callbacks():
+        names += [name for within in settings_of(made).values() for name in within]
     return [*dict.fromkeys(names)]
+
+
+def names_within(argument: str) -> list[str]:
+    """Return the settings that an argument of our callbacks holds, such as `sparsegpt`."""
+    return next(
+        (kept[argument] for made in our_callbacks() if argument in (kept := settings_of(made))), []
+    )
+
+
+def our_callbacks() -> list[type]:
+    """Return the classes of `prunelight.callbacks`."""
+    return [getattr(prunelight.callbacks, name) for name in prunelight.callbacks.__all__]
+
+
+def settings_of(made: type) -> dict[str, list[str]]:
+    """Return the names inside each argument of a class that is a dataclass of settings."""
+    hints = get_type_hints(made.__init__)  # type: ignore[misc]
+    within = {
+        name: [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
+        for name, hint in hints.items()
+    }
+    return {
+        name: [field.name for part in parts for field in fields(part)]
+        for name, parts in within.items()
+        if parts
+    }

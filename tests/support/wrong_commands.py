@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import random
 import shutil
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from runs import TEXT, write_model
+from runs import write_model
 from warm_command import End, call
 from wrong_inputs import Case, config_of
+
+# Of many different tokens, which sliced embeddings need.
+_SYMBOLS = string.digits + string.ascii_letters + string.punctuation
+TEXT = " ".join(_SYMBOLS[start : start + 9] for start in range(len(_SYMBOLS) - 9)) * 3
 
 
 @dataclass(frozen=True)
