@@ -44,11 +44,25 @@ def parse_error(message: str) -> str:
     own = re.search(
         r"class_path '[\w.]*?(\w+)':\n(.+?)(?=\n +- |\n +Given|\Z)", message, flags=re.DOTALL
     )
-    told = _unknown_name(message) or _wrong_value(message)
+    told = _no_section(message) or _unknown_name(message) or _wrong_value(message)
     if told is None:
         text = f"{own[1]}: {own[2]}" if own else message
         told = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(text.split()))
     return f"{' '.join(told.split())} {_MORE}"
+
+
+def _no_section(message: str) -> str | None:
+    """Return the error of a plain value for an argument that holds settings, such as `lora`."""
+    key = _key_of(message)
+    value = re.search(r"Unable to load config '([^']*)'|Given value: ([^{\[\n]+)\Z", message)
+    if key is None or value is None:
+        return None
+    names = [name.removeprefix(f"{key}.") for name in option_names() if name.startswith(f"{key}.")]
+    names = names or names_within(key)
+    if not names:
+        return None
+    given = _short(value[1] or value[2])
+    return f"{key}={given} must be a mapping with some of {', '.join(names)}, or a file of it"
 
 
 def _unknown_name(message: str) -> str | None:
@@ -88,11 +102,6 @@ def _wrong_value(message: str) -> str | None:
         return "model.name is missing; name a model, such as model.name: smollm2-135m"
     if key == "config":
         return f"the config is no valid YAML: {message.partition(':')[2]}"
-    file = re.search(r"Unable to load config '([^']*)'", message)
-    if key and file:
-        names = [name.removeprefix(f"{key}.") for name in option_names() if f"{key}." in name]
-        names = names or names_within(key)
-        return f"{key}={file[1]} must be a mapping with some of {', '.join(names)}, or a file of it"
     value = re.search(r"(?:Given value|Got value): (.*)\Z", message, flags=re.DOTALL)
     rules = re.search(r"Subtypes: \[(.*)\]$", message, flags=re.MULTILINE) or re.search(
         r"Expected an? (.*?)\. Got value", message, flags=re.DOTALL
@@ -113,6 +122,8 @@ def _wrong_value(message: str) -> str | None:
     near = did_you_mean(value[1], choices) if choices else ""
     one_of = [f"one of {', '.join(dict.fromkeys(choices))}"] if choices else []
     rule = " or ".join([*one_of, *kinds, *lists])
+    if rule == _WORDS["str"]:
+        rule += "; put it in quotes"
     return f"{key}={_short(value[1])} must be {rule}{near}" if rule else None
 
 

@@ -297,7 +297,8 @@ def test_a_model_without_sublayers_recovers_and_its_report_says_how_to_load_it(a
 def test_analyze_draws_and_prunes_nothing(arguments, tmp_path):
     main(["analyze", *arguments, "--kernel", "rbf"])
     found = sorted(path.name for path in (tmp_path / "run").iterdir())
-    names = {"analysis.json", "analysis.md", "angular_distance.png", "cka.png", "layers.png"}
+    pictures = {f"analysis-{name}.png" for name in ("angular_distance", "cka", "layers")}
+    names = {"analysis.json", "analysis.md", *pictures}
     assert names <= set(found)
     assert not {name for name in found if name.startswith(("pruned", "final", "report"))}
     analysis = json.loads((tmp_path / "run" / "analysis.json").read_text())

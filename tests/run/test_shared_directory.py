@@ -18,7 +18,7 @@ from prunelight.training.trainer import Trainer
 
 REPORT_FILES = [
     *("report.md", "report.json", "analysis.md", "analysis.json"),
-    *("layers.png", "layers-2.png", "cka.png", "cka-3.png", "angular_distance.png"),
+    *("layers.png", "layers-2.png", "cka.png", "cka-3.png", "analysis-cka.png"),
 ]
 
 
@@ -45,6 +45,19 @@ def test_every_name_that_a_run_writes_is_known_to_the_check(name, tmp_path):
     check_report_files(tmp_path)
     (tmp_path / "report.md").unlink()  # a kill came before it was written
     check_report_files(tmp_path)
+
+
+def test_an_analysis_leaves_the_report_that_lies_beside_it(name, tmp_path):
+    trainer = make_trainer(tmp_path, ShortGPT(num_layers=1), max_epochs=1)
+    module, data = make_module(name), make_data(name, tmp_path)
+    trainer.fit(module, data)
+    report = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=tmp_path).analyze(
+        make_module(name), data
+    )
+    assert (tmp_path / "analysis.md").is_file()
+    kept = {file: file.read_bytes() for file in report if file.name != ".prunelight.lock"}
+    assert kept.items() <= report.items()
 
 
 def test_a_picture_of_an_older_version_is_known_by_its_report(tmp_path):

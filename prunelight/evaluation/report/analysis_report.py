@@ -27,9 +27,11 @@ def write_analysis(directory: Path, analysis: Json) -> list[Path]:
     angles = analysis["angular_distance"]
     files: dict[str, str | Figure] = {
         "analysis.json": json.dumps(analysis, indent=1) + "\n",
-        "cka.png": plot_cka(analysis["cka"], f"CKA between hidden states: {name}"),
-        "angular_distance.png": plot_angles(angles, f"Angular distance over windows: {name}"),
-        "layers.png": plot_states(analysis, name),
+        "analysis-cka.png": plot_cka(analysis["cka"], f"CKA between hidden states: {name}"),
+        "analysis-angular_distance.png": plot_angles(
+            angles, f"Angular distance over windows: {name}"
+        ),
+        "analysis-layers.png": plot_states(analysis, name),
         "analysis.md": _markdown(analysis),
     }
     for file, content in files.items():
@@ -53,11 +55,11 @@ def _markdown(analysis: Json) -> str:
     parts = [
         f"# Analysis: {analysis['model']['name']}",
         "\n".join(lines),
-        "![CKA between hidden states](cka.png)",
+        "![CKA between hidden states](analysis-cka.png)",
         "Bright blocks along the diagonal are runs of layers whose states are much alike.",
-        "![angular distance over windows](angular_distance.png)",
+        "![angular distance over windows](analysis-angular_distance.png)",
         "The white dots are the windows of each size whose input and output differ least.",
-        "![Block Influence, token norms, attention sinks](layers.png)",
+        "![Block Influence, token norms, attention sinks](analysis-layers.png)",
         "## Made from",
         bullets(facts),
     ]

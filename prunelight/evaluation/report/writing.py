@@ -10,7 +10,10 @@ from prunelight.evaluation.report.plan_facts import Json
 from prunelight.runtime.files.atomic_files import atomic_replacement
 
 # Names of pictures that reports and analyses write.
-PICTURES = ("layers.png", "layers-[0-9].png", "cka.png", "cka-[0-9].png", "angular_distance.png")
+PICTURES = (
+    *("layers.png", "layers-[0-9].png", "cka.png", "cka-[0-9].png"),
+    *("analysis-layers.png", "analysis-cka.png", "analysis-angular_distance.png"),
+)
 
 _MARK = b"prunelight"  # in the facts of a picture that was written here
 

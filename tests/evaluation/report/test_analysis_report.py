@@ -18,7 +18,13 @@ WINDOWS = token_windows(4, 24)
 def test_the_files_are_pictures_and_text(tmp_path):
     found = asdict(prunelight.analyze(tiny_model(), WINDOWS))
     files = write_analysis(tmp_path / "new", found)
-    names = ["analysis.json", "cka.png", "angular_distance.png", "layers.png", "analysis.md"]
+    names = [
+        "analysis.json",
+        "analysis-cka.png",
+        "analysis-angular_distance.png",
+        "analysis-layers.png",
+        "analysis.md",
+    ]
     assert [file.name for file in files] == names
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(names)
     assert json.loads(files[0].read_text()) == found
