@@ -32,6 +32,8 @@ _PREFILL_TOKENS = 256
 _DECODE_TOKENS = 24
 
 _ROUNDS = 9  # in turn; the second lowest to the second highest hold the median at 96 %
+_PATIENCE = 60.0  # seconds; then no further round begins, once there are
+_LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Architecture:
 def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:
     """Measure prefill of 256 tokens (or as many as the model allows) and decoding of 24.
 
-    Returns the medians of `repeats` measurements after a warm-up.
+    Returns the medians of `repeats` measurements after a warm-up; of fewer, down to 3, where they
+    take more than a minute.
     """
     (rounds,) = _in_turn([model], repeats)
     tokens = _prompt(model).shape[1]
@@ -105,7 +108,10 @@ def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:
 
 
 def compare_speed(model: PreTrainedModel, dense: PreTrainedModel) -> tuple[Factor, Factor]:
-    """Return the factors of prefill and of decoding of a model against the dense one, in turn."""
+    """Return the factors of prefill and of decoding of a model against the dense one, in turn.
+
+    Over 9 rounds, or fewer, down to 3, where they take more than a minute.
+    """
     ours, theirs = _in_turn([model, dense], _ROUNDS)
     shares = _prompt(model).shape[1] / _prompt(dense).shape[1]
     pairs = [*zip(ours, theirs, strict=True)]
@@ -126,9 +132,11 @@ def _in_turn(models: Sequence[PreTrainedModel], rounds: int) -> list[list[tuple[
     A first round warms up. Every other round goes the other way, so that a drift cancels.
     """
     seconds: list[list[tuple[float, float]]] = [[] for _ in models]
-    order = [*enumerate(models)]
+    order, begun = [*enumerate(models)], time.monotonic()
     with Bar("speed", (rounds + 1) * len(models), unit="measurements") as bar:
         for number in range(rounds + 1):
+            if number > _LEAST_ROUNDS and time.monotonic() - begun > _PATIENCE:
+                break
             for index, model in order if number % 2 else order[::-1]:
                 measured = _prefill_and_decode(model)
                 bar.update()

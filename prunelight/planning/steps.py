@@ -400,8 +400,11 @@ def _mean(values: Collection[float]) -> float:
 
 
 def _sorted_indices(name: str, indices: Iterable[Any]) -> tuple[int, ...]:
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
-        raise ValueError(f"{name}={list(indices)} must be a list of whole numbers")
+    if not isinstance(indices, Iterable) or isinstance(indices, str | Mapping):
+        raise ValueError(f"{name}={indices!r} must be a list of whole numbers")
+    for index in indices:
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise ValueError(f"{name} holds {index!r}; it must be a list of whole numbers")
     return tuple(sorted(indices))
 
 
@@ -417,8 +420,11 @@ def step_from_dict(value: Mapping[str, Any]) -> Step:
     """Build a step from its JSON form.
 
     Raises:
+        TypeError: if it is no object, or a value has the wrong type.
         ValueError: if the kind is unknown or the keys are not those of its fields.
     """
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{value!r} must be an object with a kind: {', '.join(sorted(STEPS))}")
     keys = dict(value)
     kind = keys.pop("kind", None)
     if kind not in STEPS:

@@ -104,6 +104,15 @@ def test_the_factor_holds_on_a_machine_that_gets_slower_all_the_time(monkeypatch
         assert factor.low > 1
 
 
+def test_a_slow_model_is_measured_in_three_rounds(monkeypatch):
+    monkeypatch.setattr(speed, "_PATIENCE", 0.0)
+    monkeypatch.setattr(speed, "_ROUNDS", 9)
+    model, prompts = tiny_model(), []
+    model.register_forward_pre_hook(lambda _, inputs: prompts.extend(inputs))  # of prefill alone
+    compare_speed(model, tiny_model())
+    assert len(prompts) == 1 + 3
+
+
 def test_latency_is_compared_in_turn(tiny_tokenizer):
     protocol = LatencyProtocol("w5 w6", num_tokens=2, num_warmup=0, num_runs=5)
     latency, factor = compare_latency(slowed(0.03), slowed(0.15), tiny_tokenizer, protocol)

@@ -163,11 +163,11 @@ def test_a_value_of_the_wrong_type_is_named(tmp_path, key, value):
     ("step", "message"),
     [
         ({"kind": "melt"}, "kind='melt' is not a known kind"),
-        ({"kind": "remove_layers", "layers": 3}, "not iterable"),
+        ({"kind": "remove_layers", "layers": 3}, "layers=3 must be a list of whole numbers"),
         ({"kind": "remove_layers", "layers": "12"}, "must be a list of whole numbers"),
         ({"kind": "remove_layers", "layers": [1.5]}, "must be a list of whole numbers"),
-        ("remove_layers", "dictionary"),
-        (7, "not iterable"),
+        ("remove_layers", "must be an object with a kind"),
+        (7, "7 must be an object with a kind"),
     ],
 )
 def test_a_bad_step_in_a_file_is_named_by_file_and_position(tmp_path, step, message):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 import tempfile
 from collections import Counter
@@ -22,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from rows import Row, run
 from warm_command import End
-from wrong_commands import TinyRun, misspellings, random_configs, whole_runs
+from wrong_commands import TinyRun, misspellings, random_config, whole_runs
 from wrong_inputs import Case, option_cases
 from wrong_plans import try_plan
 
@@ -60,16 +61,18 @@ def measure(options: argparse.Namespace) -> list[Row]:
         rows = row("values of options", ((c, tiny.end_of(c)) for c in option_cases()))
         rows += row("names and files", ((c, tiny.call(c)) for c in misspellings(tiny)))
         rows += row("combinations", ((c, tiny.call(c)) for c in whole_runs(tiny)))
-        edits = [(seed, tiny.call(case)) for seed, case in random_configs(tiny, options.configs)]
-    bad = [end for _, end in edits if end.kind not in ("one line", "first forward")]
-    refused = sum(end.kind == "one line" for _, end in edits)
+        seeds = [random.Random(seed) for seed in range(options.configs)]
+        edits = [tiny.call(random_config(tiny, draw)) for draw in seeds]
+    bad = [end for end in edits if end.kind not in ("one line", "first forward")]
+    refused = sum(end.kind == "one line" for end in edits)
     for end in bad:
         print(f"config -> {end.kind}: {end.text}"[:400])
     note = f"{refused} refused, the others are still right"
     rows.append(
         Row("edits of a config: one line or a run", len(edits), len(edits) - len(bad), note)
     )
-    plans = [try_plan(seed, family) for seed in range(options.plans) for family in FAMILIES]
+    numbers = range(options.plans)
+    plans = [try_plan(random.Random(seed), family) for seed in numbers for family in FAMILIES]
     note = f"{sum(map(bool, plans))} refused with the model bit for bit as it was"
     rows.append(Row("plans: carried out whole or refused", len(plans), len(plans), note))
     return rows

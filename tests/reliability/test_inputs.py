@@ -8,8 +8,9 @@ from collections import defaultdict
 
 import lightning.pytorch as pl
 import pytest
+from drawn import drawn
 from warm_command import call
-from wrong_commands import TinyRun, misspellings, random_configs, whole_runs
+from wrong_commands import TinyRun, misspellings, random_config, whole_runs
 from wrong_inputs import RANGES, TARGETS, option_cases, options
 
 from prunelight import callbacks
@@ -57,9 +58,12 @@ def test_methods_that_exclude_each_other_are_one_line_and_others_run(tiny):
 
 
 def test_random_edits_of_a_config_are_one_line_or_a_run(tiny):
-    for seed, command in random_configs(tiny, 12):
-        end = tiny.call(command)
-        assert end.kind in ("one line", "first forward"), (seed, end)
+    @drawn(12)
+    def check(draw):
+        end = tiny.call(random_config(tiny, draw))
+        assert end.kind in ("one line", "first forward"), end
+
+    check()
 
 
 def test_the_errors_of_the_command_line_name_value_rule_and_remedy(tiny):

@@ -1,4 +1,4 @@
-"""Rows and files that datasets hold in practice, and that a reader may stumble over; seeded."""
+"""Rows and files that datasets hold in practice, and that a reader may stumble over."""
 
 from __future__ import annotations
 
@@ -71,9 +71,8 @@ def odd_row(draw: random.Random) -> Any:
     )
 
 
-def rows_with_one_odd(seed: int) -> tuple[list[Any], int]:
+def rows_with_one_odd(draw: random.Random) -> tuple[list[Any], int]:
     """Return a few rows and which of them is odd."""
-    draw = random.Random(seed)
     rows: list[Any] = [dict(GOOD) for _ in range(4)]
     index = draw.randrange(len(rows))
     rows[index] = odd_row(draw)

@@ -188,8 +188,8 @@ def whole_runs(tiny: TinyRun) -> Iterator[Command]:
         yield Command(name, "", True, _callbacks(tiny, *callbacks))
 
 
-def random_configs(tiny: TinyRun, number: int) -> Iterator[tuple[int, Command]]:
-    """Yield configs with a few random edits of their text."""
+def random_config(tiny: TinyRun, draw: random.Random) -> Command:
+    """Return a fit whose config has a few random edits in its text."""
     parts = [
         ":",
         "-",
@@ -225,11 +225,8 @@ def random_configs(tiny: TinyRun, number: int) -> Iterator[tuple[int, Command]]:
     entry = {"class_path": "ShortGPT", "init_args": {"num_layers": 2, "protected": [0]}}
     config["trainer"] = {**config["trainer"], "callbacks": [entry]}
     text = yaml.safe_dump(config)
-    for seed in range(number):
-        draw, edited = random.Random(seed), text
-        for _ in range(draw.randint(1, 3)):
-            place = draw.randrange(len(edited))
-            cut = draw.choice([0, 0, 1, 5, 20])
-            edited = edited[:place] + draw.choice(parts) + edited[place + cut :]
-        path = tiny.write(edited, "edited.yaml")
-        yield seed, Command(f"edit {seed}", "", False, ("fit", "--config", path))
+    for _ in range(draw.randint(1, 3)):
+        place = draw.randrange(len(text))
+        cut = draw.choice([0, 0, 1, 5, 20])
+        text = text[:place] + draw.choice(parts) + text[place + cut :]
+    return Command("edit", "", False, ("fit", "--config", tiny.write(text, "edited.yaml")))

@@ -1,6 +1,6 @@
 """Plans at random, as a hand or a program may write them: several steps, odd values, odd JSON.
 
-Most cannot be carried out. What a plan asks for is drawn from a seed, so each can be made again.
+Most cannot be carried out.
 """
 
 from __future__ import annotations
@@ -56,18 +56,17 @@ def random_step(draw: random.Random, names: list[str], hidden_size: int) -> dict
     return {"kind": kind, "sparsity": shares, "solver": solver, "pattern": pattern}
 
 
-def random_plan(seed: int, model: PreTrainedModel) -> dict[str, Any]:
+def random_plan(draw: random.Random, model: PreTrainedModel) -> dict[str, Any]:
     """Return a plan for the model, in JSON."""
-    draw = random.Random(seed)
     names = [*matrices(model)]
     steps = [random_step(draw, names, model.config.hidden_size) for _ in range(draw.randint(1, 4))]
     plan = Plan("by hand", {}, describe_model(model), ()).to_dict()
     return {**plan, "steps": steps}
 
 
-def edited(plan: dict[str, Any], seed: int) -> dict[str, Any]:
+def edited(plan: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Return the plan with one value, key or entry changed somewhere, as an edit may do."""
-    draw, plan = random.Random(seed), copy.deepcopy(plan)
+    plan = copy.deepcopy(plan)
     places: list[tuple[Any, Any]] = []
 
     def walk(value: Any) -> None:
@@ -109,15 +108,15 @@ def check_same_bits(before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
         assert torch.equal(old, new)
 
 
-def try_plan(seed: int, family: str) -> str | None:
+def try_plan(draw: random.Random, family: str) -> str | None:
     """Apply a random plan, every second one edited; return why it was refused.
 
     A refused plan must leave the model as it was.
     """
-    model, draw = tiny_model(family), random.Random(seed)
-    plan = random_plan(seed, model)
-    if seed % 2:
-        plan = edited(plan, seed)
+    model = tiny_model(family)
+    plan = random_plan(draw, model)
+    if draw.random() >= 0.5:
+        plan = edited(plan, draw)
     windows = token_windows(8, 16)
     sevens = {"input_ids": windows, "attention_mask": torch.full_like(windows, 7)}
     odd = (None, windows + 10_000, windows[:, :0], sevens)
