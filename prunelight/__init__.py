@@ -5,6 +5,7 @@ is imported at its first use, so that `import prunelight` is quick. After it, tr
 sliced models, and models without some attentions or MLPs, by plain `from_pretrained`.
 """
 
+import logging
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from prunelight.version import __version__ as __version__
 _repository = Path(__file__).resolve().parent.parent
 if (_repository / "pyproject.toml").is_file() and (_repository / "callbacks").is_dir():
     __path__.append(str(_repository))
+
+# Its import, which peft needs, tells of a faster kernel that training switches off: noise.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from prunelight import moved as _moved  # noqa: E402
 from prunelight.models.families.own_classes import registration as _registration  # noqa: E402

@@ -7,7 +7,6 @@ Help and version need the standard library alone. Verbs with a config go to
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from shutil import get_terminal_size
@@ -62,8 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif given == ["--version"]:
         sys.stdout.write(f"prunelight {__version__}\n")
     else:
-        # Its import tells of a faster kernel that training switches off: noise on a user's screen.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         # On a busy or cold machine the imports take long enough to look like a fault.
         told = Timer(5.0, sys.stderr.write, ["importing torch, transformers and lightning ...\n"])
         told.daemon = True

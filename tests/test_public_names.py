@@ -44,6 +44,12 @@ def fresh(code, *arguments):
     return done.stdout.strip()
 
 
+def test_imports_print_nothing():
+    code = "import prunelight.callbacks; from prunelight import RecoveryModule, TextDataModule"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")
+
+
 @pytest.mark.parametrize(
     "code",
     [
