@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import lightning.pytorch as pl
-import psutil
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
@@ -52,6 +51,7 @@ from prunelight.run.strategies import check_strategy
 from prunelight.runtime.arguments import checked_value
 from prunelight.runtime.files.atomic_files import check_writable, newest_checkpoint
 from prunelight.runtime.files.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
+from prunelight.runtime.measuring import process_age
 from prunelight.runtime.progress import BesideBars
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
@@ -72,7 +72,7 @@ USUAL = (
     "default_root_dir",
 )
 
-IMPORTED = time.time()  # when the imports of this file were done
+IMPORTED = time.perf_counter()  # when the imports of this file were done
 PACKAGES = [Path(__file__).resolve().parent, Path(prunelight.callbacks.__file__).resolve().parent]
 
 
@@ -246,11 +246,10 @@ class CLI(LightningCLI):
 
     def _start_clock(self) -> None:
         """Let the cost table begin where Python began."""
-        run, now = self.model.run, time.time()
-        started = psutil.Process().create_time()
+        run, reading = self.model.run, time.perf_counter() - IMPORTED
         run.start_clock()
-        run.phases.add("start Python and import", IMPORTED - started)
-        run.phases.add("read the config", now - IMPORTED)
+        run.phases.add("start Python and import", process_age() - reading)
+        run.phases.add("read the config", reading)
 
     def after_fit(self) -> None:
         """Show the result."""

@@ -6,6 +6,7 @@ the time of the run. With each phase goes the peak of memory in it.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from prunelight.runtime.devices import synchronize
@@ -113,6 +115,18 @@ class Phases:
         row.peak_bytes = max(row.peak_bytes, peak_memory(self.device))
         self._since = now
         reset_peak(self.device)
+
+
+def process_age() -> float:
+    """Return the seconds since this process started.
+
+    On Linux by the clock that counts from the boot: the date of the boot is known to a second only.
+    """
+    if sys.platform == "linux":
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5)
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    return time.time() - psutil.Process().create_time()
 
 
 def reset_peak(device: torch.device) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +33,10 @@ def run(script: str, measure: Callable[[argparse.Namespace], list[Row]], **optio
     rows = measure(parser.parse_args())
     RESULTS.mkdir(exist_ok=True)
     command = " ".join(["python", f"tests/reliability/{script}.py", *sys.argv[1:]])
-    kept = {"command": command, "rows": [asdict(row) for row in rows]}
+    revision = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip()
+    measured = f"{date.today().isoformat()} ({commit})"
+    kept = {"command": command, "measured": measured, "rows": [asdict(row) for row in rows]}
     (RESULTS / f"{script}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     for row in rows:
         print(f"{row.passed} of {row.tried}  {row.what}  {row.note}")

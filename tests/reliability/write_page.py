@@ -6,6 +6,7 @@ python tests/reliability/write_page.py            # then the page
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -17,27 +18,46 @@ INTRODUCTION = """# Reliability
 <!-- Written by `python tests/reliability/write_page.py`; do not edit. -->
 
 What was tried to make a run end wrong, and how often it ended right or said so in one line. All of
-it ran on CPUs, with gloo where there are two processes. Each table stands under its command.
+it ran on CPUs, with gloo where there are two processes, on tiny random models; only the run of
+`quickstart.yaml` is of SmolLM2-135M-Instruct, from a Q4_1 GGUF and de-quantized.
 """
+HEADINGS = {
+    "kills": "Kills",
+    "damage": "Damaged files",
+    "identity": "Other settings on resume",
+    "inputs": "Wrong input",
+    "malicious": "Files that hold code",
+    "strategies": "One process, DDP and FSDP2",
+    "cost_table": "Where the time goes",
+}
 
 
-def table(result: Path) -> str:
-    """The rows of one script as a Markdown table under its command."""
-    kept = json.loads(result.read_text(encoding="utf-8"))
+def section(script: str) -> str:
+    """The rows of one script as a Markdown table, with what the script does and its command."""
+    kept = json.loads((RESULTS / f"{script}.json").read_text(encoding="utf-8"))
+    source = Path(__file__).with_name(f"{script}.py").read_text(encoding="utf-8")
+    summary = str(ast.get_docstring(ast.parse(source))).partition("\n\n")[0]
+    rows = [
+        f"| {row['what']} | {row['tried']} | {row['passed']} | {row['note']} |"
+        for row in kept["rows"]
+    ]
     lines = [
-        f"`{kept['command']}`",
+        f"## {HEADINGS[script]}",
+        "",
+        " ".join(summary.split()),
         "",
         "| tried | times | right | |",
         "| --- | ---: | ---: | --- |",
+        *rows,
+        "",
+        f"Measured {kept['measured']} by `{kept['command']}`.",
     ]
-    for row in kept["rows"]:
-        lines.append(f"| {row['what']} | {row['tried']} | {row['passed']} | {row['note']} |")
     return "\n".join(lines) + "\n"
 
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([INTRODUCTION, *(table(result) for result in sorted(RESULTS.glob("*.json")))])
+    return "\n".join([INTRODUCTION, *map(section, HEADINGS)])
 
 
 if __name__ == "__main__":

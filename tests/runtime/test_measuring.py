@@ -1,6 +1,7 @@
 """Time and memory of the phases of a run, and what memory is free."""
 
 import mmap
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from prunelight.runtime.devices import free_memory
-from prunelight.runtime.measuring import OTHER, Phases
+from prunelight.runtime.measuring import OTHER, Phases, process_age
 
 CPU = torch.device("cpu")
 
@@ -71,3 +72,14 @@ def test_a_phase_that_is_open_at_the_stop_does_no_harm_later():
 
 def test_free_memory_is_what_this_machine_has():
     assert 0 < free_memory(CPU) < 2**50
+
+
+def test_the_age_of_a_process_counts_from_its_start():
+    code = "import prunelight.runtime.measuring as m, time; print(m.process_age(), time.time())"
+    begun = time.time()
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    age, ended = map(float, told.split())
+    assert 0.9 * (ended - begun) - 0.1 < age < ended - begun + 0.05
+    before = process_age()
+    time.sleep(0.2)
+    assert 0.15 < process_age() - before < 1.0

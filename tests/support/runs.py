@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,6 +16,9 @@ from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
 
 TEXT = "The river runs past the old mill and down to the sea. " * 40
+# Of many different tokens, which sliced embeddings need.
+_SYMBOLS = string.digits + string.ascii_letters + string.punctuation
+VARIED_TEXT = " ".join(_SYMBOLS[start : start + 9] for start in range(len(_SYMBOLS) - 9)) * 3
 SEQ_LEN = 32
 
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import random
 import shutil
-import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from runs import write_model
+from runs import VARIED_TEXT, write_model
 from warm_command import End, call
 from wrong_inputs import Case, config_of
-
-# Of many different tokens, which sliced embeddings need.
-_SYMBOLS = string.digits + string.ascii_letters + string.punctuation
-TEXT = " ".join(_SYMBOLS[start : start + 9] for start in range(len(_SYMBOLS) - 9)) * 3
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class TinyRun:
     def __init__(self, root: Path) -> None:
         self.root, self.count = root, 0
         text, model = root / "text.txt", root / "model"
-        text.write_text(TEXT, encoding="utf-8")
+        text.write_text(VARIED_TEXT, encoding="utf-8")
         write_model(model, hidden_size=64, intermediate_size=128)
         self.config: dict[str, Any] = {
             "model": {"name": str(model), "warmup_steps": 0},
