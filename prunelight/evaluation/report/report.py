@@ -231,9 +231,10 @@ def _markdown(record: RunRecord, plan_sections: list[str]) -> str:
     if any(stage.factors for stage in record.stages):
         parts.append(
             "Speeds: each model was timed in turn with the dense one. The factor is the median "
-            "over the rounds, with the second lowest and second highest; where these lie on both "
-            "sides of 1, no difference shows beyond noise. Figures are the dense model's times "
-            "the factor. A model of the shape of an earlier one is as fast, and has its figures."
+            "over the rounds, with the second lowest and second highest (of fewer than 6 rounds, "
+            "the lowest and highest). Where these lie on both sides of 1, no difference shows "
+            "beyond noise. Figures are the dense model's times the factor. A model of the shape of "
+            "an earlier one is as fast, and has its figures."
         )
     parts += [*(f"## {title}\n\n{text}" for title, text in record.sections.items()), *plan_sections]
     if record.costs:
