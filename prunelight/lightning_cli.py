@@ -31,7 +31,7 @@ from typing import Any, NoReturn, get_type_hints
 
 import lightning.pytorch as pl
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -133,7 +133,14 @@ class CLI(LightningCLI):
         return super().init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the data use the model's own tokenizer; order the help."""
+        """Let the data use the model's own tokenizer; order the help.
+
+        For an argument that may be an object jsonargparse reads a text that names a file or a URL
+        as a config, and imports the classes in it. Here the tokenizer is a name and nothing else.
+        The attribute is private, tested with jsonargparse 4.53.
+        """
+        tokenizer: Any = next(a for a in parser._actions if a.dest == "data.tokenizer")
+        tokenizer._typehint = str
         parser.link_arguments("model.name", "data.tokenizer")
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         show_usual_options(parser)
@@ -276,6 +283,8 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
         description: shown by help, as the texts of the verbs are.
         verbs: each verb with a sentence.
     """
+    # Lightning lets configs come from other machines; they name classes, which are imported.
+    set_parsing_settings(config_read_mode_urls_enabled=False, config_read_mode_fsspec_enabled=False)
     handler = BesideBars()
     logging.basicConfig(format="%(message)s", handlers=[handler])
     quiet_libraries(handler)

@@ -98,7 +98,7 @@ def _unknown_name(message: str) -> str | None:
 def _wrong_value(message: str) -> str | None:
     """Return the error of a value that is none of an option's."""
     key = _key_of(message)
-    if key in ("data.tokenizer", "tokenizer") and message.rstrip().endswith("Given value: None"):
+    if key == "model.name" and re.search(r"(?:value:|value type:.*value:) None\s*\Z", message):
         return "model.name is missing; name a model, such as model.name: smollm2-135m"
     if key == "config":
         return f"the config is no valid YAML: {message.partition(':')[2]}"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -84,6 +86,9 @@ TRAINER_RULES = {
     "max_epochs": at_least(-1),
     "max_steps": at_least(-1),
 }
+
+# What a RecoveryModule logs, and which end of it is best.
+METRICS = {"val/perplexity": "min", "val/accuracy": "max", "train/loss": "min"}
 
 Check: TypeAlias = Callable[[Facts], None]
 
@@ -170,6 +175,38 @@ def strategy(facts: Facts) -> None:
     """The strategy leaves the right model in the right process."""
     settings = facts.run.settings
     facts.run.place.check_strategy(settings.quantization, settings.recovery)
+
+
+def evaluated_checkpoint(facts: Facts) -> None:
+    """A checkpoint of a recovery is evaluated under one device or DDP."""
+    place: Any = facts.run.place
+    if place.shards_weights and place.trainer.ckpt_path:
+        raise ValueError(
+            f"ckpt_path={str(place.trainer.ckpt_path)!r} is evaluated under one device or ddp; "
+            "evaluate final/ instead, or set trainer.strategy=auto"
+        )
+
+
+def watched_metrics(facts: Facts) -> None:
+    """Callbacks that watch a metric of ours name it right, and know which end of it is best."""
+    if facts.run.settings.recovery == "own" or facts.run.place.stage != "fit":
+        return
+    for callback in facts.run.place.trainer.callbacks:  # type: ignore[attr-defined]
+        monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+        if not isinstance(callback, ModelCheckpoint | EarlyStopping) or monitor is None:
+            continue
+        name = type(callback).__name__
+        near = get_close_matches(monitor, METRICS, n=1, cutoff=0.75)
+        if monitor not in METRICS and near:
+            raise ValueError(
+                f"{name}(monitor={monitor!r}): the metrics are {', '.join(METRICS)}; did you mean "
+                f"{near[0]}?"
+            )
+        if monitor in METRICS and mode != METRICS[monitor]:
+            raise ValueError(
+                f"{name}(monitor={monitor!r}, mode={mode!r}) would keep the worst step; set "
+                f"mode={METRICS[monitor]!r}"
+            )
 
 
 def methods_in_this_run(facts: Facts) -> None:
@@ -396,6 +433,7 @@ SETTINGS: tuple[Check, ...] = (
     order_of_callbacks,
     trainer_settings,
     strategy,
+    watched_metrics,
     methods_in_this_run,
     output,
     unfinished,
@@ -425,10 +463,11 @@ RECOVERY = (*SETTINGS, *MODEL, shardable, training_length, training_batches, val
 EVALUATION: tuple[Check, ...] = (
     trainer_settings,
     strategy,
+    evaluated_checkpoint,
     quantizable,
     shardable,
     training_length,
 )
 # Of a model that is prepared for its training already, as one from a checkpoint.
 SECOND_FIT: tuple[Check, ...] = (strategy, output, packing, precision)
-SECOND_EVALUATION: tuple[Check, ...] = (strategy,)
+SECOND_EVALUATION: tuple[Check, ...] = (strategy, evaluated_checkpoint)

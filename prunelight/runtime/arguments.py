@@ -184,7 +184,7 @@ def check_choice(name: str, value: object, known: Iterable[object]) -> None:
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:
     """Return "; did you mean ...?" for the nearest of some names, "" if none is near."""
-    folded = {str(choice).casefold(): str(choice) for choice in known}
+    folded = {str(choice).casefold(): str(choice) for choice in known if choice != name}
     given = str(name).casefold()
     near = [other for other in _OTHER_NAMES.get(given, ()) if other in folded]
     near = near or get_close_matches(given, folded, n=1, cutoff=0.5)

@@ -2,7 +2,8 @@
 
 The loss is looked at once a logging interval, so that the device need not be waited for after each
 batch. A loss scaler skips the optimizer steps whose gradients overflow float16. Some skips in a row
-are its search for a scale; more than `MOST_SKIPS` of them have no end.
+are its search for a scale; more than `MOST_SKIPS` of them have no end. It also skips a step whose
+loss is no number, which one batch may have; several in a row are no matter of the scale.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ class FiniteTraining(Callback):
         self._bad_loss: Tensor | None = None
         self._step = self._skips = 0
         self._scale: float | None = None
+        self._trained = False  # an optimizer step of this fit was not skipped
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier fit."""
         self._bad_step = self._bad_loss = None
         self._step = trainer.global_step
-        self._scale, self._skips = _scale_of(trainer), 0
+        self._scale, self._skips, self._trained = _scale_of(trainer), 0, False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
@@ -56,9 +58,8 @@ class FiniteTraining(Callback):
         """
         before, self._step = self._step, trainer.global_step
         stepped = self._step > before
-        if self._scale is None:
-            self._note(loss_of(outputs), before + 1)
-        elif stepped:
+        self._note(loss_of(outputs), before + 1)
+        if self._scale is not None and stepped:
             self._count_skips(trainer)
         if stepped and (self._skips > MOST_SKIPS or self._step % _interval(trainer) == 0):
             self._check(trainer, pl_module)
@@ -72,13 +73,17 @@ class FiniteTraining(Callback):
             self._bad_loss = torch.zeros((), device=loss.device)
         first = ~loss.isfinite() & (self._bad_step == 0)
         self._bad_step = torch.where(first, step, self._bad_step)
+        if self._scale is not None:  # the step was skipped: nothing is lost if the next is right
+            self._bad_step = torch.where(loss.isfinite(), 0, self._bad_step)
         self._bad_loss = torch.where(first, loss, self._bad_loss)
 
     def _count_skips(self, trainer: Trainer) -> None:
         scale = _scale_of(trainer)
         assert scale is not None
         assert self._scale is not None
-        self._skips = self._skips + 1 if scale < self._scale else 0
+        skipped = scale < self._scale
+        self._skips = self._skips + 1 if skipped else 0
+        self._trained = self._trained or not skipped
         self._scale = scale
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,10 +95,17 @@ class FiniteTraining(Callback):
         """End the fit before its last weights are kept."""
         self._check(trainer, pl_module)
         self._check_weights(trainer, pl_module)
+        if group_of_run(trainer).any(self._skips > 0 and not self._trained):
+            raise RuntimeError(
+                f"the loss scaler skipped all {self._skips} optimizer steps: nothing is trained. To "
+                f"go on, train for more steps, or {_REMEDY}"
+            )
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
         """Raise on all processes if one has seen a loss that is no number."""
         step = 0 if self._bad_step is None else int(self._bad_step)
+        if self._scale is not None and step >= trainer.global_step:
+            step = 0  # one batch
         group = group_of_run(trainer)
         if group.any(step > 0):
             losses = group.gather((step, 0.0 if self._bad_loss is None else float(self._bad_loss)))

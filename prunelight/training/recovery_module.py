@@ -18,7 +18,6 @@ from typing import IO, Any, Literal, Self
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -282,6 +281,8 @@ class RecoveryModule(WatchedModule):
     def setup(self, stage: str) -> None:
         """Check the run, and load the model if no callback did. Lightning calls it."""
         self.run.attach(Place(self.trainer))
+        if stage == "fit":
+            self.tokens_seen = self._own_tokens = 0  # a checkpoint brings its own
         if self.run.in_training or stage != "fit":
             preflight(self.run)
         else:
@@ -520,11 +521,6 @@ class RecoveryModule(WatchedModule):
 
     def _rebuild(self, saved: dict[str, Any]) -> None:
         """Load the base that a checkpoint names and prepare it as in training."""
-        if self._trainer and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            raise ValueError(
-                "ckpt_path of a recovery loads under one device or ddp; evaluate final/ instead, "
-                "or set trainer.strategy=auto"
-            )
         if (Path(saved["base"]) / "config.json").is_file():
             if (Path(saved["base"]) / MEASURED).is_file():  # a pruned base
                 check_base(Path(saved["base"]))

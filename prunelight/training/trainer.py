@@ -29,9 +29,11 @@ class Trainer(pl.Trainer):
 
     Attributes:
         fit_ckpt_path: what the last fit was to go on from.
+        resumes_itself: the last fit goes on by itself if it is started again.
     """
 
     fit_ckpt_path: str | Path | None = None
+    resumes_itself: bool = False
 
     def fit(  # type: ignore[override]  # no weights_only: it is always True
         self,
@@ -51,6 +53,7 @@ class Trainer(pl.Trainer):
             ckpt_path: "last" goes on where an earlier start of the same run was interrupted, if
                 there was one; a file goes on from that; null starts anew.
         """
+        self.resumes_itself = ckpt_path == "last"
         point = find_resume_point(self)
         if ckpt_path == "last" and point is not None:
             ckpt_path = point.find(self)  # what other ModelCheckpoints saved last is less exact

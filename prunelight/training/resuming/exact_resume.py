@@ -55,6 +55,7 @@ from prunelight.training.resuming.kept_checkpoints import (
     directory_of,
     find_resume_point,
     keepers,
+    retire_resume_point,
     reuse_own_files,
     settle,
     take_over,
@@ -161,6 +162,8 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the settings that it starts with; start to measure the training, or go on."""
         self.describe(trainer)
+        if trainer.ckpt_path is None and trainer.is_global_zero:
+            retire_resume_point(trainer)
         self._phase = self.run.phases.phase(TRAINING, shown=False)
         self._phase.__enter__()
 
@@ -306,10 +309,12 @@ class ExactResume(Callback):
 
 def how_it_goes_on(trainer: Trainer) -> str:
     """Return what to do after Ctrl-C, by what is on disk."""
-    root = Path(trainer.default_root_dir)
-    newest = newest_checkpoint(root / "checkpoints")
-    if newest is not None:
-        return f"stopped; {newest} is saved, and the same command goes on from there"
+    root, point = Path(trainer.default_root_dir), find_resume_point(trainer)
+    saved = (point and point.find(trainer)) or newest_checkpoint(root / "checkpoints")
+    if saved is not None and getattr(trainer, "resumes_itself", False):
+        return f"stopped; {saved} is saved, and the same command goes on from there"
+    if saved is not None:
+        return f"stopped; {saved} is saved: ckpt_path={str(saved)!r} goes on from there"
     bases = [directory for directory in root.glob("pruned-*") if (directory / MARKER).is_file()]
     kept = f", with {bases[0]}, which is complete" if bases else ""
     return f"stopped before a step was trained; the same command starts again{kept}"

@@ -20,6 +20,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from prunelight.runtime.files.checksums import check_checkpoint_file
+
 log = logging.getLogger(__name__)
 
 DIRECTORY = "checkpoints"  # in the directory of a run
@@ -60,6 +62,19 @@ def check_resume_point(trainer: Trainer, is_ours: Callable[[Path], bool]) -> Non
             f"{file} is damaged, or no checkpoint of prunelight, and the run would write there; "
             "move or delete it, or set trainer.default_root_dir to a directory of its own"
         )
+
+
+def retire_resume_point(trainer: Trainer) -> None:
+    """Give the resume point of an earlier run another name, where this run starts anew.
+
+    It tells of files that this run writes over: nothing may go on from it by itself.
+    """
+    point = find_resume_point(trainer)
+    file = point and point.find(trainer)
+    if file:
+        earlier = file.with_name(f"{file.stem}-earlier{file.suffix}")
+        file.replace(earlier)
+        log.info("starting anew: the last checkpoint of the earlier run is now %s", earlier)
 
 
 def directory_of(trainer: Trainer) -> Path:
@@ -192,6 +207,8 @@ def _present(
 ) -> dict[str, Any]:
     """Return the state of a ModelCheckpoint with the files that are there."""
     best = {move(path): score for path, score in state["best_k_models"].items()}
+    for path in best:
+        check_kept(path, keeper)
     there = {path: score for path, score in best.items() if Path(path).exists()}
     moved = {
         **state,
@@ -218,6 +235,23 @@ def _present(
         "kth_best_model_path": order[-1] if order else "",
         "kth_value": there[order[-1]] if order else torch.tensor(_worst(keeper)),
     }
+
+
+def check_kept(path: str, keeper: ModelCheckpoint) -> None:
+    """Check that a file that is kept for its score holds the bytes that were written.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    file = Path(path)
+    try:
+        if file.is_file():
+            check_checkpoint_file(file)
+    except ValueError as error:
+        raise ValueError(
+            f"{file}, which is kept for {keeper.monitor}, is damaged ({error}); put a whole copy "
+            "there, or delete it to end with the best of what is left and of what follows"
+        ) from error
 
 
 def _worst(keeper: ModelCheckpoint) -> float:

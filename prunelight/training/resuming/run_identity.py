@@ -152,7 +152,7 @@ def describe_run(
         arguments: of the module that differ from their defaults.
         recovery: settings of the recovery.
     """
-    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1, 1))])  # Muon takes matrices only
     name = str(recovery.get("lr_scheduler", "constant"))
     constant = name.startswith("constant")
     steps = None if constant else trainer.estimated_stepping_batches
