@@ -44,11 +44,12 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.callbacks.recovery.progress import TrainingProgress
 from prunelight.evaluation.report.report import summary_table
+from prunelight.models.loading import MOST_LETTERS
 from prunelight.parse_errors import our_callbacks, parse_error, settings_of
 from prunelight.quiet_libraries import quiet_libraries
-from prunelight.run.preflight import FinishedRunError
+from prunelight.run.preflight import FinishedRunError, check_root
 from prunelight.run.strategies import check_strategy
-from prunelight.runtime.arguments import checked_value
+from prunelight.runtime.arguments import between, checked_value
 from prunelight.runtime.files.atomic_files import check_writable, newest_checkpoint
 from prunelight.runtime.files.checkpoint_files import CHECKPOINT_WORDS, check_checkpoint_path
 from prunelight.runtime.measuring import process_age
@@ -148,6 +149,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: object) -> pl.Trainer:
         """Log to CSV files inside the run's own directory, unless told otherwise."""
         settings = self._get(self.config_init, "trainer", default={})
+        check_root(settings.get("default_root_dir"))
         if settings.get("logger") is None:
             root = settings.get("default_root_dir") or Path.cwd()
             # A row at a time: those that wait in memory are lost when the process is killed.
@@ -183,6 +185,17 @@ class CLI(LightningCLI):
             raise ValueError(
                 f"no Trainer can be made of these settings ({given}): {told}"
             ) from error
+
+    def _set_seed(self) -> None:
+        """Set the seed; LightningCLI calls it.
+
+        Raises:
+            ValueError: if it is out of the range that numpy takes.
+        """
+        seed = self._get(self.config, "seed_everything")
+        if isinstance(seed, int) and not isinstance(seed, bool):
+            checked_value("seed_everything", seed, int, between(0, 2**32 - 1))
+        super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
         """Refuse what jsonargparse passes: null anywhere, and plain values for a section.
@@ -228,6 +241,8 @@ class CLI(LightningCLI):
             FileNotFoundError: if it is a file that does not exist.
         """
         path, verb = self._get(self.config_init, "ckpt_path"), str(self.subcommand)
+        if path == "":
+            raise ValueError("ckpt_path='' must be the file of a checkpoint, last, or null")
         if not path or (path == "last" and verb == "fit"):  # fit starts anew where there is none
             return
         callbacks = self.trainer.checkpoint_callbacks
@@ -295,6 +310,7 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
     )
     try:
         sys.argv[1:] = find_configs(arguments)
+        seed = default_seed()
     except (FileNotFoundError, ValueError) as error:
         sys.stderr.write(f"prunelight: error: {error}\n")
         sys.exit(2)
@@ -307,7 +323,7 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
             save_config_kwargs={"overwrite": True},
             parser_kwargs=parser_settings(description, verbs),
             auto_configure_optimizers=False,
-            seed_everything_default=int(os.environ.get("PL_GLOBAL_SEED", "0")),
+            seed_everything_default=seed,
         )
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # not the 0 of a finished run
@@ -320,7 +336,11 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         ours = (
-            our_error(error) or disk_error(error) or missing_package(error) or settings_error(error)
+            our_error(error)
+            or disk_error(error)
+            or missing_package(error)
+            or settings_error(error)
+            or union_error(error)
         )
         if isinstance(ours, FinishedRunError):
             sys.stderr.write(f"prunelight: {ours}\n")
@@ -328,6 +348,18 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
         if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
             raise
         sys.exit(f"prunelight: error: {ours}")
+
+
+def default_seed() -> int:
+    """Return the seed that the environment gives, 0 without one.
+
+    Raises:
+        ValueError: if it is no number.
+    """
+    text = os.environ.get("PL_GLOBAL_SEED", "0")
+    if not text.lstrip("-").isdecimal():
+        raise ValueError(f"PL_GLOBAL_SEED={text!r} in the environment must be a whole number")
+    return int(text)
 
 
 def check_sections(owner: str, made: type, values: Mapping[str, Any] | Namespace) -> None:
@@ -401,6 +433,10 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
 
 def _config_path(name: str) -> str:
     # "-" is the standard input; and a config may be given as text.
+    if len(name) > MOST_LETTERS and not set(name) & set(":{[\n"):
+        raise FileNotFoundError(
+            f"config {name[:40]!r}... is no file: its name has {len(name)} letters"
+        )
     if name == "-" or (set(name) & set(":{[\n") and not Path(name).expanduser().is_file()):
         return name
     if Path(name).expanduser().exists():
@@ -479,6 +515,15 @@ def settings_error(error: BaseException | None) -> BaseException | None:
             return ValueError(f"the settings of the Trainer do not fit this run: {told}")
         error = error.__cause__ or error.__context__
     return None
+
+
+def union_error(error: BaseException) -> ValueError | None:
+    """Return what a class refuses that jsonargparse makes for one of several kinds of value."""
+    refusals = re.findall(r"^  - (.+)$", str(error), flags=re.MULTILINE)
+    told = [text for text in refusals if not text.startswith(("Expected ", "Not a valid subclass"))]
+    if not (isinstance(error, ValueError) and "Union subtypes" in str(error) and told):
+        return None
+    return ValueError(f"a class of the config cannot be made: {told[0]}")
 
 
 def disk_error(error: BaseException | None) -> OSError | None:

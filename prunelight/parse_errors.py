@@ -35,12 +35,18 @@ _WORDS = {
 }
 
 
+_EXAMPLES = {"callbacks": "ShortGPT", "logger": "CSVLogger", "optimizer": "torch.optim.AdamW"}
+
+
 def parse_error(message: str) -> str:
     """Return an error of jsonargparse in one line: value, rule and remedy.
 
     Args:
         message: what jsonargparse says, often in many lines.
     """
+    message = re.sub(
+        r"'\w+' object has no attribute 'keys'", "init_args must be a mapping", message
+    )
     own = re.search(
         r"class_path '[\w.]*?(\w+)':\n(.+?)(?=\n +- |\n +Given|\Z)", message, flags=re.DOTALL
     )
@@ -80,6 +86,11 @@ def _unknown_name(message: str) -> str | None:
         given = option[1] or option[2].partition("=")[0]
         name = given.lstrip("-")
         of_the_command = "." in name or name != given or "Subcommand" in message
+        if name == "class_path" or name.partition(".")[0] in class_names():
+            return (
+                "a class is given as class_path: NAME and its arguments as init_args: {...}, both "
+                "in one mapping"
+            )
         known = option_names() if of_the_command else argument_names()
         return f"there is no option {name}{did_you_mean(name, known)}"
     missing = (
@@ -91,6 +102,8 @@ def _unknown_name(message: str) -> str | None:
     if wrong_class:
         near = did_you_mean(wrong_class[1].rpartition(".")[2], class_names())
         key = _key_of(message)
+        if key and wrong_class[1] in class_names():
+            return f"{key}: {wrong_class[1]} is no class for this option"
         return f"{key}: there is no class {wrong_class[1]}{near}" if key else None
     return None
 
@@ -111,8 +124,9 @@ def _wrong_value(message: str) -> str | None:
     if "lightning.pytorch" in rules[1] or "Callable" in rules[1]:
         if "Problem with given" in message:  # what the class itself says
             return None
-        words = "a class_path with init_args"
-        return f"{key}={_short(value[1])} must be {words}, such as ShortGPT; see --{key}.help"
+        example = _EXAMPLES.get(key.rpartition(".")[2])
+        words = "a class_path with init_args" + (f", such as {example}" if example else "")
+        return f"{key}={_short(value[1])} must be {words}; see --{key}.help"
     literals = re.findall(r"Literal\[(.*?)\]", rules[1])
     choices = [str(choice) for text in literals for choice in ast.literal_eval(f"[{text}]")]
     rest = re.sub(r"typing\.Literal\[.*?\]", "", rules[1])

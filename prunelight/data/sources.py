@@ -5,6 +5,7 @@ Deliberately not done: streaming corpora larger than memory.
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -31,7 +32,9 @@ SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 DATASET_NAME = re.compile(r"([^:\[\]]+)(?::([^\[\]]+))?(?:\[(.+)\])?")  # name:config[split]
 
 
-def read_documents(source: str, *, split: str = "train", text_field: str = "text") -> list[Row]:
+def read_documents(
+    source: str | os.PathLike[str], *, split: str = "train", text_field: str = "text"
+) -> list[Row]:
     """Read a source as rows; each row holds a text, or an instruction with its response.
 
     Rows that are a string alone become texts, and rows that are a list of messages conversations.
@@ -50,6 +53,7 @@ def read_documents(source: str, *, split: str = "train", text_field: str = "text
         FileNotFoundError: if `source` is written like a path and does not exist.
         ValueError: if `source` cannot be read, is empty, or has a row without text or instruction.
     """
+    source = os.fspath(source)
     read = enumerate(_read_source(source, split, text_field))
     rows = [_checked_row(row, f"{source}: row {i}{line}", text_field) for i, (row, line) in read]
     if not any(is_instruction_row(row) or row[text_field].strip() for row in rows):

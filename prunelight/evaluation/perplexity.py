@@ -17,6 +17,7 @@ from prunelight.calibration.windows import (
 )
 from prunelight.losses import next_token_sums
 from prunelight.models.forward import evaluating
+from prunelight.runtime.finite import check_is_model
 
 # Tokens of a micro-batch. Its logits (tokens, vocabulary) are the largest tensor of an evaluation.
 _EVALUATION_TOKENS = 1024
@@ -52,6 +53,7 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
         ValueError: if windows are not token ids, the model cannot read them, or nothing is
             predicted.
     """
+    check_is_model(model)
     ids, _ = split_windows(windows)
     check_readable(model, windows)
     labels = next_token_labels(own_windows(windows))

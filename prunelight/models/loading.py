@@ -180,6 +180,9 @@ def _load_tokenizer(source: Source, name: str, trust: bool) -> PreTrainedTokeniz
             ) from error
 
 
+MOST_LETTERS = 255  # that file systems take in a name; hub ids have fewer
+
+
 def find_source(name: str) -> Source:
     """Return the source that a model name stands for; looks at files, not at the network.
 
@@ -193,8 +196,10 @@ def find_source(name: str) -> Source:
             return _gguf_source(file)
         log.info("package %s is not installed: loading %s from the hub", package, hub_id)
         return Source(hub_id)
+    if len(name) > MOST_LETTERS:
+        raise ValueError(f"model {name[:40]!r}... has {len(name)} letters, more than any path")
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _gguf_source(path)
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -76,6 +76,11 @@ def apply(
             named); the model is then unchanged.
         TypeError: if the decoder layers cannot be found.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan is of type {type(plan).__name__}; it must be a Plan, from a callback's plan, "
+            "Plan.load of a file or Plan.from_dict"
+        )
     plan.check(model, strict=strict, num_layers=len(decoder_layers(model)))
     check_weights(model)
     context = StepContext(windows, device, offload)

@@ -41,6 +41,7 @@ from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
 from prunelight.runtime.arguments import at_least, checked_value
 from prunelight.runtime.files.atomic_files import check_writable
+from prunelight.runtime.files.checkpoint_files import is_url
 from prunelight.runtime.finite import check_weights
 
 DATA = "read and tokenize the data"  # a phase
@@ -124,8 +125,9 @@ def _checks(facts: Facts) -> tuple[Check, ...]:
 
 
 def trainer_settings(facts: Facts) -> None:
-    """The Trainer's numbers lie in their ranges; Lightning takes some that it cannot use."""
+    """The Trainer's values lie in their ranges; Lightning takes some that it cannot use."""
     trainer: Any = facts.run.place.trainer
+    check_root(trainer.default_root_dir)
     for name, rule in TRAINER_RULES.items():
         value = getattr(trainer, name)
         checked_value(f"trainer.{name}", value, int | float | None, rule)
@@ -133,11 +135,24 @@ def trainer_settings(facts: Facts) -> None:
         raise ValueError(
             f"trainer.num_sanity_val_steps={trainer.num_sanity_val_steps} must be at least -1"
         )
-    interval = trainer.val_check_interval
+    interval = getattr(trainer, "val_check_interval", None)  # none where it is a time
     if isinstance(interval, int | float) and interval <= 0:
         raise ValueError(
             f"trainer.val_check_interval={interval} must be a number of batches, or a share of "
             "the epoch in (0, 1]"
+        )
+
+
+def check_root(root: Any) -> None:
+    """Check that a run writes to this machine.
+
+    Raises:
+        ValueError: if the directory is a URL.
+    """
+    if is_url(root):
+        raise ValueError(
+            f"trainer.default_root_dir={str(root)!r} must be a directory of this machine; copy the "
+            "result from there afterwards"
         )
 
 

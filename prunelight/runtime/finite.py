@@ -63,12 +63,30 @@ def check_model(model: nn.Module, holder: str, remedy: str) -> None:
             raise ValueError(_told(holder, name, fault, remedy))
 
 
+def check_is_model(model: object) -> None:
+    """Check that a model was given.
+
+    Raises:
+        TypeError: if not; says what it is.
+    """
+    if isinstance(model, tuple):
+        raise TypeError(
+            "model is a tuple; prunelight.load returns two things: model, tokenizer = load(...)"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is of type {type(model).__name__}; it must be a transformers model, such as "
+            "the first thing that prunelight.load returns"
+        )
+
+
 def check_weights(model: nn.Module) -> None:
     """Check that the weights of a model in memory are finite, before they are pruned or saved.
 
     Raises:
         ValueError: naming the first tensor with NaN or an infinite number.
     """
+    check_is_model(model)
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     check_model(
         model,

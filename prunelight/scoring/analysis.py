@@ -38,6 +38,7 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.models.forward import evaluating, forward_without_head, watching_layers
 from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.finite import check_is_model
 from prunelight.runtime.processes import ProcessGroup
 from prunelight.scoring.angular_distance import angular_distance
 
@@ -87,6 +88,7 @@ def analyze(
             counts.
         TypeError: if the decoder layers cannot be found, or the model is sliced.
     """
+    check_is_model(model)
     check_choice("kernel", kernel, KERNELS)
     if is_sliced(model):
         raise TypeError(

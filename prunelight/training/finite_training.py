@@ -97,8 +97,8 @@ class FiniteTraining(Callback):
         self._check_weights(trainer, pl_module)
         if group_of_run(trainer).any(self._skips > 0 and not self._trained):
             raise RuntimeError(
-                f"the loss scaler skipped all {self._skips} optimizer steps: nothing is trained. To "
-                f"go on, train for more steps, or {_REMEDY}"
+                f"the loss scaler skipped all {self._skips} optimizer steps: nothing is trained. "
+                f"To go on, train for more steps, or {_REMEDY}"
             )
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:

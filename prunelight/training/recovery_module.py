@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from peft import PeftModel
@@ -381,12 +382,29 @@ class RecoveryModule(WatchedModule):
     def _make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         return (self.optimizer or partial(AdamW, lr=self.learning_rate))(parameters)
 
+    def _check_optimizer(self) -> None:
+        """Check, on one weight, that the optimizer takes a step; before anything is pruned.
+
+        Raises:
+            ValueError: if its arguments or its kind do not suit the training.
+        """
+        probe = nn.Parameter(torch.zeros(1, 1))
+        probe.grad = torch.zeros(1, 1)
+        try:
+            self._make_optimizer([probe]).step(lambda: 0.0)
+        except Exception as error:  # of any class that the user names
+            told = " ".join(str(error).split())
+            raise ValueError(
+                f"the optimizer cannot take a step: {told}; change model.optimizer"
+            ) from error
+
     def configure_callbacks(self) -> list[Callback]:
         """Let Lightning call what watches the recovery, and what makes a resume exact."""
         if self._trainer is not None and self.trainer.state.fn == "fit":
             # Lightning asks for callbacks first of all, then for the data.
             self.run.start_clock(DATA)
             self.run.attach(Place(self.trainer))
+            self._check_optimizer()
             self.run.is_same_training = partial(self.resuming.is_same_training, self.trainer)
             tell_slow_precision(self.run)
         return [*super().configure_callbacks(), self.resuming, self.changed]

@@ -86,7 +86,14 @@ def draw_stop(rng: random.Random) -> Stop:
     return rng.choice((Stop, LateStop))(rng.choice(HOOKS), rng.randint(1, 4))
 
 
-def fit(name: str, root: Path, settings: dict[str, Any], stop: Stop) -> Trainer | None:
+def fit(
+    name: str,
+    root: Path,
+    settings: dict[str, Any],
+    stop: Stop,
+    *,
+    ckpt_path: str | None = "last",
+) -> Trainer | None:
     """Start a run, or start it again; return its Trainer, None if it was stopped."""
     root.mkdir(exist_ok=True)
     pl.seed_everything(3, verbose=False)
@@ -128,7 +135,8 @@ def fit(name: str, root: Path, settings: dict[str, Any], stop: Stop) -> Trainer 
         warmup_steps=12,
     )
     try:
-        trainer.fit(module, make_data(name, root, seq_len=16, num_validation=2))
+        data = make_data(name, root, seq_len=16, num_validation=2)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
     except Stopped:
         return None
     return trainer

@@ -282,7 +282,7 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on_from_there(hook, times, name,
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
         fit(name, tmp_path / "parts", short_gpt(), CtrlC(hook, times), every=every)
-    assert "the same command goes on from there" in caplog.text
+    assert "goes on from there" in caplog.text
     signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
     rest, _ = fit(name, tmp_path / "parts", short_gpt(), every=every)
     assert rest.seen[0][:2] == (0, 3 if times == 1 else 2)

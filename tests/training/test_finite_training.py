@@ -225,6 +225,15 @@ def test_endless_skipping_ends_the_run(name, tmp_path):
     last_checkpoint(tmp_path)
 
 
+def test_a_short_run_of_which_every_step_is_skipped_is_no_success(name, tmp_path):
+    trainer = make_trainer(
+        tmp_path, Overflow(range(1000)), plugins=scaler(), max_epochs=20, max_steps=6
+    )
+    with pytest.raises(RuntimeError, match="skipped all 6 optimizer steps: nothing is trained"):
+        trainer.fit(make_module(name), make_data(name, tmp_path))
+    assert not (tmp_path / "final").exists()
+
+
 def test_with_a_scaler_weights_that_are_no_numbers_end_the_run_at_once(name, tmp_path):
     poison = Poison("model.norm.weight", "NaN")
     trainer, told = train(name, tmp_path, poison, recovery="full", plugins=scaler(), every=100)

@@ -79,6 +79,28 @@ def test_a_best_checkpoint_that_is_gone_is_told(name, tmp_path, caplog):
     assert "best.ckpt is gone, which was kept for val/perplexity" in caplog.text
 
 
+def test_a_start_anew_that_is_killed_leaves_no_resume_point_of_the_run_before(name, tmp_path):
+    settings = {key: values[0] for key, values in CHOICES.items()}
+    settings |= {"filename": "best", "interval": 1, "every": 3}
+    whole = fit(name, tmp_path / "whole", settings, Stop(None, 0))
+    root = tmp_path / "run"
+    assert fit(name, root, settings, Stop("on_train_batch_start", 5)) is None
+    assert fit(name, root, settings, Stop("on_train_batch_start", 3), ckpt_path=None) is None
+    (root / "checkpoints" / "last-earlier.ckpt").unlink()
+    assert result(fit(name, root, settings, Stop(None, 0))) == result(whole)
+
+
+def test_a_damaged_best_checkpoint_is_told_before_the_training_goes_on(name, tmp_path):
+    settings = {key: values[0] for key, values in CHOICES.items()} | {"filename": "best"}
+    fit(name, tmp_path, settings, Stop("on_train_epoch_end", 3))
+    file = tmp_path / "checkpoints" / "best.ckpt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"best.ckpt, which is kept for val/perplexity, is damag"):
+        fit(name, tmp_path, settings, Stop(None, 0))
+
+
 def test_a_name_of_the_resume_point_is_refused(name, tmp_path):
     settings = {key: values[0] for key, values in CHOICES.items()} | {"filename": "last"}
     with pytest.raises(ValueError, match=r"filename='last'\) would write over"):

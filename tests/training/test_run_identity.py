@@ -486,3 +486,9 @@ def test_each_option_changed_once_is_refused_or_changes_nothing(case, tmp_path):
     told = verdicts(case, tmp_path)
     assert {name: verdict for name, verdict in told.items() if verdict.startswith("FAULT")} == {}
     assert needlessly_refused(told) == {}
+
+
+@pytest.mark.parametrize(("interval", "told"), [("00:00:00:10", 10.0), (2, 2), (0.5, 0.5)])
+def test_a_validation_by_the_clock_is_compared_too(interval, told):
+    trainer = pl.Trainer(val_check_interval=interval, logger=False, accelerator="cpu")
+    assert describe_trainer(trainer)["val_check_interval"] == told

@@ -103,6 +103,14 @@ def test_the_running_loss_is_the_mean_of_all_batches_since_the_last_validation(
     assert module.tokens_seen == 6 * 2 * SEQ_LEN
 
 
+def test_a_second_fit_counts_its_own_tokens(name, tmp_path):
+    module = make_module(name)
+    for root in ("first", "second"):
+        trainer = make_trainer(tmp_path / root, max_epochs=1, limit_train_batches=2)
+        trainer.fit(module, make_data(name, tmp_path))
+        assert module.tokens_seen == 2 * 2 * SEQ_LEN
+
+
 def test_running_loss_and_tokens_are_those_of_a_run_without_interruption(name, tmp_path):
     settings = {"max_epochs": 1, "limit_train_batches": 4, "val_check_interval": 4}
     told = []

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from prunelight.models.families.architectures import architecture_of
 from prunelight.models.families.config_fields import decoder_config
+from prunelight.runtime.finite import check_is_model
 
 # An argument of a layer's forward with such a name is what the layer before it computed.
 CARRIED = "prev_"
@@ -76,8 +77,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Return the model's decoder layers (Mamba mixers and RWKV blocks included).
 
     Raises:
-        TypeError: if the layers cannot be found, see `layers_path`.
+        TypeError: if there is no model, or the layers cannot be found, see `layers_path`.
     """
+    check_is_model(model)
     layers = model.get_submodule(layers_path(model))
     assert isinstance(layers, nn.ModuleList)
     if next(iter(inspect.signature(layers[0].forward).parameters)).startswith(CARRIED):

@@ -125,6 +125,10 @@ READ_OFF_TRAINER: dict[str, Callable[[Trainer], Any]] = {
     "accelerator": lambda trainer: type(trainer.accelerator).__name__,
     "strategy": lambda trainer: described(trainer.strategy, HARMLESS_IN_STRATEGY),
     "plugins": lambda trainer: type(trainer.precision_plugin).__name__,
+    "val_check_interval": lambda trainer: (
+        getattr(trainer, "val_check_interval", None)
+        or getattr(trainer, "_val_check_time_interval", None)
+    ),
     "deterministic": lambda _: torch.are_deterministic_algorithms_enabled(),
     "benchmark": lambda _: torch.backends.cudnn.benchmark,
     "use_distributed_sampler": lambda trainer: (
