@@ -15,7 +15,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -208,7 +207,7 @@ def watched_metrics(facts: Facts) -> None:
         return
     for callback in facts.run.place.trainer.callbacks:  # type: ignore[attr-defined]
         monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
-        if not isinstance(callback, ModelCheckpoint | EarlyStopping) or monitor is None:
+        if not isinstance(monitor, str) or mode not in ("min", "max"):
             continue
         name = type(callback).__name__
         near = get_close_matches(monitor, METRICS, n=1, cutoff=0.75)
