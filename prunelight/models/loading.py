@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import pickle
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -173,7 +174,7 @@ def _load_tokenizer(source: Source, name: str, trust: bool) -> PreTrainedTokeniz
             return AutoTokenizer.from_pretrained(
                 source.location, trust_remote_code=trust, **source.keywords
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, struct.error) as error:
             raise ValueError(
                 f"no tokenizer can be loaded from {name!r}: {source.explain(error)}; save one "
                 "beside the weights (tokenizer.save_pretrained)"
@@ -241,10 +242,12 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
             config = AutoConfig.from_pretrained(
                 source.location, trust_remote_code=trust_remote_code, **source.keywords
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of the config's own class, by what a value breaks there
             if Path(source.location).is_dir():
                 file = Path(source.location, source.gguf_file or "config.json")
                 raise ValueError(f"{file} cannot be read: {_first_line(error)}") from error
+            if not isinstance(error, (OSError, ValueError, KeyError)):
+                raise
             packages = [
                 package for package, hub_id in BUNDLED.values() if hub_id == source.location
             ]

@@ -315,10 +315,12 @@ def refuse_finished(run: Run, checkpoint: Path, end: TrainingEnd, planned: float
         return
     times = [file.stat().st_mtime_ns for file in files]
     if times == sorted(times):
+        is_early = end.step < end.planned < float("inf")
+        early = f", where it ended before step {end.planned:.0f}" if is_early else ""
         raise FinishedRunError(
             f"nothing is left to do: {run.place.root / FINAL} holds the result of {end.step} "
-            "steps. To train on from there, raise trainer.max_steps (or max_epochs, or tokens); "
-            "for another run, set another trainer.default_root_dir"
+            f"steps{early}. To train on from there, raise trainer.max_steps (or max_epochs, or "
+            "tokens); for another run, set another trainer.default_root_dir"
         )
 
 

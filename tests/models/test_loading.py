@@ -315,7 +315,7 @@ def test_a_cut_safetensors_file_is_named(directory, length):
         prunelight.load(directory)
 
 
-@pytest.mark.parametrize("content", [b"", b"rubbish" * 99])
+@pytest.mark.parametrize("content", [b"", b"rubbish" * 99, b"GGUF\x03\0\0\0garbage"])
 def test_damaged_pickled_weights_are_refused(directory, content):
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(content)
@@ -355,6 +355,24 @@ def test_a_config_that_is_no_json_is_named(directory):
         prunelight.load(directory)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        3,
+        {"num_hidden_layers": "x"},
+        {"num_attention_heads": 0},
+        {"hidden_size": 65},
+        {"dtype": "float7"},
+    ],
+)
+def test_a_config_with_a_value_that_its_class_refuses_is_named(directory, change):
+    file = directory / "config.json"
+    config = {**json.loads(file.read_text()), **change} if isinstance(change, dict) else change
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^[^\n]*cannot be read: [^\n]*$"):
+        prunelight.load(directory)
+
+
 # GGUF
 
 
@@ -372,7 +390,7 @@ def test_a_gguf_file_that_does_not_exist_is_named(tmp_path):
         prunelight.load(tmp_path / "gone.gguf")
 
 
-@pytest.mark.parametrize("content", [b"", b"rubbish" * 99])
+@pytest.mark.parametrize("content", [b"", b"rubbish" * 99, b"GGUF\x03\0\0\0garbage"])
 def test_a_damaged_gguf_file_is_named(tmp_path, content):
     pytest.importorskip("gguf")
     (tmp_path / "bad.gguf").write_bytes(content)
