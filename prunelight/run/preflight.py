@@ -192,7 +192,7 @@ def strategy(facts: Facts) -> None:
 
 
 def evaluated_checkpoint(facts: Facts) -> None:
-    """A checkpoint of a recovery is evaluated under one device or DDP."""
+    """A checkpoint of a recovery is evaluated under one device or DDP, but by its own module."""
     place: Any = facts.run.place
     if place.shards_weights and place.trainer.ckpt_path:
         raise ValueError(
@@ -486,4 +486,4 @@ EVALUATION: tuple[Check, ...] = (
 )
 # Of a model that is prepared for its training already, as one from a checkpoint.
 SECOND_FIT: tuple[Check, ...] = (strategy, output, packing, precision)
-SECOND_EVALUATION: tuple[Check, ...] = (strategy, evaluated_checkpoint)
+SECOND_EVALUATION: tuple[Check, ...] = (strategy,)

@@ -148,3 +148,9 @@ def test_what_torch_advises_is_not_passed_on(tmp_path):
         with pytest.raises(Exception, match="weights_only") as torch_says:
             torch.load(tmp_path / "a.ckpt", weights_only=True)
         assert re.fullmatch(r"it holds [\w.]+, which is code", reading_fault(torch_says.value))
+
+
+def test_a_url_that_nobody_answers_for_is_told_before_any_work():
+    pytest.importorskip("aiohttp")
+    with pytest.raises(OSError, match=r"checkpoint http://127.0.0.1:9/last.ckpt cannot be read"):
+        check_checkpoint_path("http://127.0.0.1:9/last.ckpt")

@@ -47,10 +47,12 @@ def check_checkpoint_path(path: str | Path) -> None:
     Raises:
         ValueError: if it is a directory, a URL that is not read, or no checkpoint.
         FileNotFoundError: if there is no such file on this machine.
+        OSError: if nobody answers for the URL.
         ImportError: if the URL needs a package that is not installed.
     """
     if is_url(path) and not _is_local(path):
         _check_url(str(path))
+        _opened(str(path)).close()  # what nobody answers for is told before minutes of work
         return
     _check_file(path)
     if local_file(path).is_file():  # a pipe gives its bytes once
