@@ -191,16 +191,6 @@ def strategy(facts: Facts) -> None:
     facts.run.place.check_strategy(settings.quantization, settings.recovery)
 
 
-def evaluated_checkpoint(facts: Facts) -> None:
-    """A checkpoint of a recovery is evaluated under one device or DDP, but by its own module."""
-    place: Any = facts.run.place
-    if place.shards_weights and place.trainer.ckpt_path:
-        raise ValueError(
-            f"ckpt_path={str(place.trainer.ckpt_path)!r} is evaluated under one device or ddp; "
-            "evaluate final/ instead, or set trainer.strategy=auto"
-        )
-
-
 def watched_metrics(facts: Facts) -> None:
     """Callbacks that watch a metric of ours name it right, and know which end of it is best."""
     if facts.run.settings.recovery == "own" or facts.run.place.stage != "fit":
@@ -479,7 +469,6 @@ RECOVERY = (*SETTINGS, *MODEL, shardable, training_length, training_batches, val
 EVALUATION: tuple[Check, ...] = (
     trainer_settings,
     strategy,
-    evaluated_checkpoint,
     quantizable,
     shardable,
     training_length,

@@ -158,6 +158,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             ValueError: if the file holds weights only, or is that of another run.
         """
+        module: Any = self.lightning_module
+        if not module.run.in_training:
+            raise ValueError(
+                f"ckpt_path={str(checkpoint_path)!r} is evaluated under one device or ddp; "
+                "evaluate final/ instead, or set trainer.strategy=auto"
+            )
         file = self._checked_file(checkpoint_path)
         if "optimizer_states" not in file:
             raise ValueError(
