@@ -156,14 +156,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Load weights and optimizer into their shards, after the module has checked the file.
 
         Raises:
-            ValueError: if the file holds weights only, or is that of another run.
+            ValueError: if the file holds weights only, or is that of another run; or if the module
+                is not in training.
         """
-        module: Any = self.lightning_module
-        if not module.run.in_training:
-            raise ValueError(
-                f"ckpt_path={str(checkpoint_path)!r} is evaluated under one device or ddp; "
-                "evaluate final/ instead, or set trainer.strategy=auto"
-            )
         file = self._checked_file(checkpoint_path)
         if "optimizer_states" not in file:
             raise ValueError(
@@ -183,6 +178,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = self.broadcast(path)  # that of rank 0, as the strategy writes it
         file = read_checkpoint(path, mmap=True)
         module: Any = self.lightning_module
+        if not module.run.in_training:
+            raise ValueError(
+                f"ckpt_path={str(path)!r} is evaluated under one device or ddp; evaluate final/ "
+                "instead, or set trainer.strategy=auto"
+            )
         module.check_checkpoint(file)
         return file
 
