@@ -44,7 +44,7 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.callbacks.recovery.progress import TrainingProgress
 from prunelight.evaluation.report.report import summary_table
-from prunelight.models.loading import MOST_LETTERS
+from prunelight.models.loading import MOST_LETTERS, longest_part
 from prunelight.parse_errors import our_callbacks, parse_error, settings_of
 from prunelight.quiet_libraries import quiet_libraries
 from prunelight.run.preflight import FinishedRunError, check_root
@@ -357,9 +357,12 @@ def default_seed() -> int:
         ValueError: if it is no number.
     """
     text = os.environ.get("PL_GLOBAL_SEED", "0")
-    if not text.lstrip("-").isdecimal():
-        raise ValueError(f"PL_GLOBAL_SEED={text!r} in the environment must be a whole number")
-    return int(text)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(
+            f"PL_GLOBAL_SEED={text!r} in the environment must be a whole number"
+        ) from error
 
 
 def check_sections(owner: str, made: type, values: Mapping[str, Any] | Namespace) -> None:
@@ -433,7 +436,7 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
 
 def _config_path(name: str) -> str:
     # "-" is the standard input; and a config may be given as text.
-    if len(name) > MOST_LETTERS and not set(name) & set(":{[\n"):
+    if longest_part(name) > MOST_LETTERS and not set(name) & set(":{[\n"):
         raise FileNotFoundError(
             f"config {name[:40]!r}... is no file: its name has {len(name)} letters"
         )
@@ -519,11 +522,12 @@ def settings_error(error: BaseException | None) -> BaseException | None:
 
 def union_error(error: BaseException) -> ValueError | None:
     """Return what a class refuses that jsonargparse makes for one of several kinds of value."""
-    refusals = re.findall(r"^  - (.+)$", str(error), flags=re.MULTILINE)
-    told = [text for text in refusals if not text.startswith(("Expected ", "Not a valid subclass"))]
-    if not (isinstance(error, ValueError) and "Union subtypes" in str(error) and told):
+    if not isinstance(error, ValueError) or "Union subtypes" not in str(error):
         return None
-    return ValueError(f"a class of the config cannot be made: {told[0]}")
+    of_other_kinds = ("Expected ", "Not a valid subclass")
+    refusals = re.findall(r"^  - (.+)$", str(error), flags=re.MULTILINE)
+    reasons = [text for text in refusals if not text.startswith(of_other_kinds)]
+    return ValueError(f"a class of the config cannot be made: {reasons[0]}") if reasons else None
 
 
 def disk_error(error: BaseException | None) -> OSError | None:

@@ -111,7 +111,7 @@ def _unknown_name(message: str) -> str | None:
 def _wrong_value(message: str) -> str | None:
     """Return the error of a value that is none of an option's."""
     key = _key_of(message)
-    if key == "model.name" and re.search(r"(?:value:|value type:.*value:) None\s*\Z", message):
+    if key == "model.name" and re.search(r"value: None\s*\Z", message):
         return "model.name is missing; name a model, such as model.name: smollm2-135m"
     if key == "config":
         return f"the config is no valid YAML: {message.partition(':')[2]}"
@@ -190,9 +190,8 @@ def argument_names() -> list[str]:
 
 def names_within(argument: str) -> list[str]:
     """Return the settings that an argument of our callbacks holds, such as `sparsegpt`."""
-    return next(
-        (kept[argument] for made in our_callbacks() if argument in (kept := settings_of(made))), []
-    )
+    sections = map(settings_of, our_callbacks())
+    return next((within[argument] for within in sections if argument in within), [])
 
 
 def our_callbacks() -> list[type]:

@@ -181,7 +181,12 @@ def _load_tokenizer(source: Source, name: str, trust: bool) -> PreTrainedTokeniz
             ) from error
 
 
-MOST_LETTERS = 255  # that file systems take in a name; hub ids have fewer
+MOST_LETTERS = 255  # that file systems take in each name of a path; hub ids have fewer
+
+
+def longest_part(path: str) -> int:
+    """Return the length of the longest name in a path."""
+    return max(map(len, path.split("/")))
 
 
 def find_source(name: str) -> Source:
@@ -197,7 +202,7 @@ def find_source(name: str) -> Source:
             return _gguf_source(file)
         log.info("package %s is not installed: loading %s from the hub", package, hub_id)
         return Source(hub_id)
-    if len(name) > MOST_LETTERS:
+    if longest_part(name) > MOST_LETTERS:
         raise ValueError(f"model {name[:40]!r}... has {len(name)} letters, more than any path")
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":

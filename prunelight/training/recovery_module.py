@@ -383,19 +383,21 @@ class RecoveryModule(WatchedModule):
         return (self.optimizer or partial(AdamW, lr=self.learning_rate))(parameters)
 
     def _check_optimizer(self) -> None:
-        """Check, on one weight, that the optimizer takes a step; before anything is pruned.
+        """Check that the optimizer takes a step, before anything is pruned.
+
+        On one weight, where the run computes: some optimizers know one kind of device only.
 
         Raises:
             ValueError: if its arguments or its kind do not suit the training.
         """
-        probe = nn.Parameter(torch.zeros(1, 1))
-        probe.grad = torch.zeros(1, 1)
+        probe = nn.Parameter(torch.zeros(1, 1, device=self.run.device))
+        probe.grad = torch.zeros_like(probe)
         try:
             self._make_optimizer([probe]).step(lambda: 0.0)
         except Exception as error:  # of any class that the user names
-            told = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"the optimizer cannot take a step: {told}; change model.optimizer"
+                f"the optimizer cannot take a step: {reason}; change model.optimizer"
             ) from error
 
     def configure_callbacks(self) -> list[Callback]:

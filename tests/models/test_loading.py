@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -353,6 +354,13 @@ def test_a_config_that_is_no_json_is_named(directory):
     (directory / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json cannot be read: .*not a valid JSON"):
         prunelight.load(directory)
+
+
+def test_a_long_path_of_short_names_is_a_path(directory, tmp_path):
+    deep = tmp_path.joinpath(*["d" * 60] * 6)
+    shutil.copytree(directory, deep)
+    assert len(str(deep)) > 255
+    prunelight.load(deep)
 
 
 @pytest.mark.parametrize(

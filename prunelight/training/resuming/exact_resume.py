@@ -55,6 +55,7 @@ from prunelight.training.resuming.kept_checkpoints import (
     directory_of,
     find_resume_point,
     keepers,
+    resume_file,
     retire_resume_point,
     reuse_own_files,
     settle,
@@ -309,8 +310,8 @@ class ExactResume(Callback):
 
 def how_it_goes_on(trainer: Trainer) -> str:
     """Return what to do after Ctrl-C, by what is on disk."""
-    root, point = Path(trainer.default_root_dir), find_resume_point(trainer)
-    saved = (point and point.find(trainer)) or newest_checkpoint(root / "checkpoints")
+    root = Path(trainer.default_root_dir)
+    saved = resume_file(trainer) or newest_checkpoint(root / "checkpoints")
     if saved is not None and getattr(trainer, "resumes_itself", False):
         return f"stopped; {saved} is saved, and the same command goes on from there"
     if saved is not None:

@@ -55,8 +55,7 @@ def check_resume_point(trainer: Trainer, is_ours: Callable[[Path], bool]) -> Non
     Raises:
         FileExistsError: if it would.
     """
-    point = find_resume_point(trainer)
-    file = point and point.find(trainer)
+    file = resume_file(trainer)
     if file and not is_ours(file):
         raise FileExistsError(
             f"{file} is damaged, or no checkpoint of prunelight, and the run would write there; "
@@ -69,8 +68,7 @@ def retire_resume_point(trainer: Trainer) -> None:
 
     It tells of files that this run writes over: nothing may go on from it by itself.
     """
-    point = find_resume_point(trainer)
-    file = point and point.find(trainer)
+    file = resume_file(trainer)
     if file:
         earlier = file.with_name(f"{file.stem}-earlier{file.suffix}")
         file.replace(earlier)
@@ -86,6 +84,12 @@ def find_resume_point(trainer: Trainer) -> ResumePoint | None:
     """Return the callback that writes the file from which a run is resumed."""
     points = [point for point in trainer.checkpoint_callbacks if isinstance(point, ResumePoint)]
     return points[0] if points else None
+
+
+def resume_file(trainer: Trainer) -> Path | None:
+    """Return the file from which a run can be resumed, if there is one already."""
+    point = find_resume_point(trainer)
+    return None if point is None else point.find(trainer)
 
 
 def keepers(trainer: Trainer) -> list[ModelCheckpoint]:
