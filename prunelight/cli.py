@@ -8,7 +8,9 @@ Help and version need the standard library alone. Verbs with a config go to
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from shutil import get_terminal_size
 from textwrap import fill
 from threading import Timer
@@ -23,6 +25,13 @@ VERBS = {
     "validate": "Measure perplexity and accuracy on the validation windows.",
     "test": "The same, logged as test/perplexity and test/accuracy.",
     "analyze": "Draw what the model's hidden states look like; nothing is pruned.",
+}
+# Verbs without a Trainer: the module of each in `prunelight.commands`.
+COMMANDS = {
+    "evaluate": "Measure a model on text and tasks, alone or against the dense one.",
+    "compare": "Run a contest of methods at equal size, and draw one page to decide from.",
+    "report": "Draw the report of a run or of a comparison again.",
+    "export": "Write a saved model as GGUF, for CTranslate2 or as DeciLM, and prove the result.",
 }
 # A verb without a config: it looks at the structure of a model alone.
 FAMILIES = {"families [MODEL]": "Say what each kind of pruning can do with a model, by its config."}
@@ -51,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given:
         sys.stderr.write(help_text())
         sys.exit(2)
-    verbs = {*VERBS, "families"}
+    verbs = {*VERBS, *COMMANDS, "families"}
     if {"-h", "--help"} & set(given) and not verbs & set(given):
         sys.stdout.write(help_text())
     elif given[0] == "families":
@@ -60,19 +69,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(given[1:])
     elif given == ["--version"]:
         sys.stdout.write(f"prunelight {__version__}\n")
+    elif given[0] in COMMANDS:
+        with _telling_slow_imports():
+            command = import_module(f"prunelight.commands.{given[0]}")
+        command.main(given[1:])
     else:
-        # On a busy or cold machine the imports take long enough to look like a fault.
-        told = Timer(5.0, sys.stderr.write, ["importing torch, transformers and lightning ...\n"])
-        told.daemon = True
-        told.start()
-        try:
+        with _telling_slow_imports():
             from prunelight.lightning_cli import main as run
-        except KeyboardInterrupt:
-            sys.exit(130)
-        finally:
-            told.cancel()
 
         run(given, DESCRIPTION, VERBS)
+
+
+@contextmanager
+def _telling_slow_imports() -> Iterator[None]:
+    """On a busy or cold machine the imports take long enough to look like a fault."""
+    told = Timer(5.0, sys.stderr.write, ["importing torch, transformers and lightning ...\n"])
+    told.daemon = True
+    told.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        told.cancel()
 
 
 def help_text() -> str:
@@ -82,7 +101,7 @@ def help_text() -> str:
 {DESCRIPTION}
 
 verbs:
-{_rows({**VERBS, **FAMILIES})}
+{_rows({**VERBS, **COMMANDS, **FAMILIES})}
 
 options that most runs need:
 {_rows(OPTIONS)}

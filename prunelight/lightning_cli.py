@@ -13,14 +13,11 @@ place of a private method of Lightning, tested with 2.6.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import re
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -45,6 +42,11 @@ from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.callbacks.recovery.progress import TrainingProgress
 from prunelight.evaluation.report.report import summary_table
 from prunelight.models.loading import MOST_LETTERS, longest_part
+from prunelight.one_line_errors import (
+    missing_package,
+    one_line_error,
+    our_error,
+)
 from prunelight.parse_errors import our_callbacks, parse_error, settings_of
 from prunelight.quiet_libraries import quiet_libraries
 from prunelight.run.preflight import FinishedRunError, check_root
@@ -74,7 +76,6 @@ USUAL = (
 )
 
 IMPORTED = time.perf_counter()  # when the imports of this file were done
-PACKAGES = [Path(__file__).resolve().parent, Path(prunelight.callbacks.__file__).resolve().parent]
 
 
 class Parser(LightningArgumentParser):
@@ -335,13 +336,7 @@ def main(arguments: Sequence[str], description: str, verbs: Mapping[str, str]) -
         sys.stderr.write("prunelight: stopped; the same command starts again\n")
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        ours = (
-            our_error(error)
-            or disk_error(error)
-            or missing_package(error)
-            or settings_error(error)
-            or union_error(error)
-        )
+        ours = one_line_error(error) or settings_error(error)
         if isinstance(ours, FinishedRunError):
             sys.stderr.write(f"prunelight: {ours}\n")
             sys.exit(0)  # a loop that starts a killed run again ends here
@@ -476,73 +471,11 @@ def _check_yaml(path: Path) -> None:
         )
 
 
-def our_error(error: BaseException | None) -> BaseException | None:
-    """Return the error in a chain of causes that prunelight raised on purpose, if there is one.
-
-    It is one whose last frame is in our code. jsonargparse wraps errors of constructors in its own.
-    """
-    expected = (ValueError, TypeError, OSError, ImportError, RuntimeError)
-    while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        folders = Path(frames[-1].filename).resolve().parents if frames else ()
-        if isinstance(error, expected) and any(package in folders for package in PACKAGES):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def missing_package(error: BaseException | None) -> ImportError | None:
-    """Return an error for a package that another library misses, such as a logger's, if it is that.
-
-    What prunelight itself needs is told where it is needed, in `our_error`.
-    """
-    while error is not None:
-        text = " ".join(str(error).split())
-        needed = re.search(r"No module named '(\w+)|Try running `pip install -U '?([\w.-]+)", text)
-        needed = needed or re.search(r"`?pip install (?:-U )?['\"]?([\w.-]+)()", text)
-        if needed and (isinstance(error, ImportError) or "ModuleNotFoundError" in text):
-            package = (needed[1] or needed[2]).replace("tensorboardX", "tensorboard")
-            return ImportError(
-                f"a class or option of this run needs the package {package}, which is not "
-                f"installed; install it with: pip install {package}"
-            )
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def settings_error(error: BaseException | None) -> BaseException | None:
     """Return an error that Lightning raised for its own settings, if it is that."""
     while error is not None:
         if isinstance(error, MisconfigurationException):
             told = " ".join(str(error).split())
             return ValueError(f"the settings of the Trainer do not fit this run: {told}")
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def union_error(error: BaseException) -> ValueError | None:
-    """Return what a class refuses that jsonargparse makes for one of several kinds of value."""
-    if not isinstance(error, ValueError) or "Union subtypes" not in str(error):
-        return None
-    of_other_kinds = ("Expected ", "Not a valid subclass")
-    refusals = re.findall(r"^  - (.+)$", str(error), flags=re.MULTILINE)
-    reasons = [text for text in refusals if not text.startswith(of_other_kinds)]
-    return ValueError(f"a class of the config cannot be made: {reasons[0]}") if reasons else None
-
-
-def disk_error(error: BaseException | None) -> OSError | None:
-    """Return an error for a file that a library could not write, such as a logger's, if it is that.
-
-    What prunelight itself writes says more, see `explaining_write_errors` of
-    `prunelight.runtime.files.atomic_files`.
-    """
-    expected = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in expected:
-            return OSError(
-                f"cannot write {error.filename or 'a file of the run'}: {error.strerror}; "
-                "checkpoints that were written before are intact. Start the same command again "
-                "when there is room"
-            )
         error = error.__cause__ or error.__context__
     return None

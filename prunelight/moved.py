@@ -104,7 +104,8 @@ MOVED: dict[str, dict[str, str]] = {
         "runtime.arguments": "check_choice",
     },
     "cli": {
-        "lightning_cli": "CLI Parser disk_error find_configs our_error parse_error",
+        "lightning_cli": "CLI Parser find_configs parse_error",
+        "one_line_errors": "disk_error our_error",
         "training.trainer": "Trainer",
     },
     "components": {

@@ -16,6 +16,7 @@ FLOORS = {
     "losses": 0,
     "version": 0,
     "quiet_libraries": 0,
+    "one_line_errors": 0,
     "runtime": 1,
     "planning": 2,
     "data": 2,
@@ -24,19 +25,22 @@ FLOORS = {
     "scoring": 5,
     "evaluation": 5,
     "pruning": 6,
+    "export": 6,
     "recovery": 7,
     "run": 8,
     "training": 9,
     "callbacks": 10,
+    "comparison": 11,
     "parse_errors": 11,
-    "lightning_cli": 12,
-    "cli": 13,
+    "commands": 12,
+    "lightning_cli": 13,
+    "cli": 14,
 }
-WITH_LIGHTNING = {"training", "callbacks", "parse_errors", "lightning_cli"}
+WITH_LIGHTNING = {"training", "callbacks", "comparison", "parse_errors", "lightning_cli"}
 # Parts of the run that speak with a Trainer.
 RUN_WITH_LIGHTNING = {"measurements.py", "strategies.py"}
 MOST_FILES = 9  # of a folder, beside __init__.py
-MOST_ARROWS = 75  # between folders
+MOST_ARROWS = 100  # between folders
 FILES = sorted(
     file
     for folder in ("prunelight", "callbacks")

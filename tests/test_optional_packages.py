@@ -10,9 +10,9 @@ import pytest
 from runs import write_model
 
 from prunelight.cli import main
-from prunelight.lightning_cli import missing_package
 from prunelight.models import loading
 from prunelight.models.loading import load
+from prunelight.one_line_errors import missing_package
 from prunelight.recovery.distillation.objective import Distillation
 from prunelight.training.recovery_module import RecoveryModule
 

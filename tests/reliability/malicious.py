@@ -43,7 +43,7 @@ from prunelight import Plan, load
 from prunelight.callbacks import ShortGPT
 from prunelight.cli import main
 from prunelight.data.sources import read_documents
-from prunelight.lightning_cli import our_error
+from prunelight.one_line_errors import our_error
 from prunelight.recovery.distillation.objective import Distillation
 from prunelight.run.strategies import FSDP2Strategy
 from prunelight.training.recovery_module import RecoveryModule

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prunelight.callbacks import ShortGPT
-from prunelight.lightning_cli import our_error
+from prunelight.one_line_errors import our_error
 
 IDS = "it must be a LongTensor"
 

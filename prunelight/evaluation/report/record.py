@@ -40,6 +40,8 @@ class Stage:
     throughput: float | None = None
     # Speed -> median, low and high of its factor against the dense model, measured in turn.
     factors: dict[str, list[float]] = field(default_factory=dict)
+    # Name of an examiner (tasks, probes, divergence, ...) -> what it found, as JSON.
+    examined: dict[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""How a verb without a Trainer runs: a parser whose errors are one line, logs, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+from prunelight.one_line_errors import one_line_error
+from prunelight.quiet_libraries import quiet_libraries
+from prunelight.runtime.progress import BesideBars
+
+
+class VerbParser(ArgumentParser):
+    """jsonargparse's parser; an error is one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with the error in one line."""
+        text = " ".join(str(message).split())
+        self.exit(2, f"prunelight: error: {text} ({self.prog} --help says more)\n")
+
+
+def run_verb(
+    parser: VerbParser, arguments: Sequence[str], verb: Callable[[Namespace], Any]
+) -> None:
+    """Parse arguments and run a verb; an error that is no fault of ours ends in one line.
+
+    Args:
+        parser: of the verb.
+        arguments: what follows the verb on the command line.
+        verb: is called with what was parsed.
+    """
+    handler = BesideBars()
+    logging.basicConfig(format="%(message)s", handlers=[handler])
+    quiet_libraries(handler)
+    first = int(os.environ.get("RANK", "0")) == 0  # torchrun starts several
+    logging.getLogger("prunelight").setLevel(logging.INFO if first else logging.ERROR)
+    given = parser.parse_args([*arguments])
+    try:
+        verb(given)
+    except KeyboardInterrupt:
+        sys.stderr.write("prunelight: stopped; the same command starts again\n")
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        ours = one_line_error(error)
+        if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
+            raise
+        sys.exit(f"prunelight: error: {ours}")

@@ -1,0 +1,1 @@
+"""What serving a model costs on this machine, beside what its shape promises."""
