@@ -391,7 +391,7 @@ MOVED: dict[str, dict[str, str]] = {
 REPLACED: dict[str, dict[str, str]] = {
     "architecture": {"models.families.outline": "INDEX_ATTRIBUTES=Outline"},
     "callbacks.base": {"run.start": "prune_base=start"},
-    "cli": {"lightning_cli": "CALLBACKS=PACKAGES PACKAGE=PACKAGES"},
+    "cli": {"one_line_errors": "CALLBACKS=PACKAGES PACKAGE=PACKAGES"},
     "distributed": {"runtime.processes.ProcessGroup": "on_rank_zero=run_on_rank_zero"},
     "ending": {"run.finish": "end_fit=finish"},
     "evaluation": {"runtime.measuring": "measuring=Phases"},
