@@ -56,7 +56,8 @@ class Divergence:
         same_top1: share of tokens at which both have the same most likely token, with its interval.
         right_token_change: mean change of the probability of the right token, in [-1, 1].
         right_token_change_rms: root of the mean square of that change.
-        right_token_change_percentiles: percentile ("1", "5", "25", "50", "75", "95", "99") -> value.
+        right_token_change_percentiles: percentile ("1", "5", "25", "50", "75", "95", "99") -> its
+            value.
         ln_perplexity_ratio: ln(perplexity of the model / perplexity of the reference), with its
             interval; both on the same windows.
         tokens: compared tokens.
