@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -31,7 +32,7 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
@@ -148,13 +149,11 @@ class CLI(LightningCLI):
         show_usual_options(parser)
 
     def instantiate_trainer(self, **kwargs: object) -> pl.Trainer:
-        """Log to CSV files inside the run's own directory, unless told otherwise."""
+        """Log inside the run's own directory, see `loggers_of`."""
         settings = self._get(self.config_init, "trainer", default={})
         check_root(settings.get("default_root_dir"))
-        if settings.get("logger") is None:
-            root = settings.get("default_root_dir") or Path.cwd()
-            # A row at a time: those that wait in memory are lost when the process is killed.
-            kwargs["logger"] = CSVLogger(root, name="logs", flush_logs_every_n_steps=1)
+        root = Path(settings.get("default_root_dir") or Path.cwd())
+        kwargs["logger"] = loggers_of(settings.get("logger"), root)
         given = settings.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         kept = any(isinstance(callback, RecoveryCheckpoint) for callback in given)
@@ -358,6 +357,29 @@ def default_seed() -> int:
         raise ValueError(
             f"PL_GLOBAL_SEED={text!r} in the environment must be a whole number"
         ) from error
+
+
+def loggers_of(given: Logger | list[Logger] | bool | None, root: Path) -> list[Logger] | bool:
+    """Return the loggers of a run: CSV files always, TensorBoard if it is installed.
+
+    Args:
+        given: `trainer.logger`: what logs beside the CSV files; true or null is the default, false
+            logs nothing.
+        root: directory of the run.
+    """
+    if given is False:
+        return False
+    # A row at a time: those that wait in memory are lost when the process is killed.
+    table = CSVLogger(root, name="logs", flush_logs_every_n_steps=1)
+    if given is None or given is True:
+        names = ("tensorboard", "tensorboardX")
+        if not any(find_spec(name) for name in names):
+            return [table]
+        # One directory for all starts of a run, so that its curves go on after a resume.
+        board = TensorBoardLogger(root, name="", version="tensorboard", default_hp_metric=False)
+        return [table, board]
+    loggers = given if isinstance(given, list) else [given]
+    return loggers if any(isinstance(x, CSVLogger) for x in loggers) else [*loggers, table]
 
 
 def check_sections(owner: str, made: type, values: Mapping[str, Any] | Namespace) -> None:
