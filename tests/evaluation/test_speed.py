@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_model, token_windows
 
 from prunelight.evaluation import speed
+from prunelight.evaluation.serving.measured import ServingProtocol
 from prunelight.evaluation.speed import (
     Architecture,
     Factor,
@@ -96,21 +97,12 @@ def slowed(seconds, growth=1.0):
 
 
 def test_the_factor_holds_on_a_machine_that_gets_slower_all_the_time(monkeypatch):
-    monkeypatch.setattr(speed, "_ROUNDS", 3)
+    monkeypatch.setattr(speed, "_ALONE", ServingProtocol(8, 4, batch_size=1, num_rounds=3))
     prefill, decode = compare_speed(slowed(0.04, 1.02), slowed(0.12, 1.02))
     for factor in (prefill, decode):
         assert factor.low <= factor.median <= factor.high
         assert 1.5 < factor.median < 4
         assert factor.low > 1
-
-
-def test_a_slow_model_is_measured_in_three_rounds(monkeypatch):
-    monkeypatch.setattr(speed, "_PATIENCE", 0.0)
-    monkeypatch.setattr(speed, "_ROUNDS", 9)
-    model, prompts = tiny_model(), []
-    model.register_forward_pre_hook(lambda _, inputs: prompts.extend(inputs))  # of prefill alone
-    compare_speed(model, tiny_model())
-    assert len(prompts) == 1 + 3
 
 
 def test_latency_is_compared_in_turn(tiny_tokenizer):

@@ -11,6 +11,7 @@ from text_tokenizers import make_tokenizer
 from tiny import tiny_model
 
 from prunelight.evaluation import speed
+from prunelight.evaluation.serving.measured import ServingProtocol
 from prunelight.recovery.lora import LoRA
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
@@ -24,7 +25,7 @@ SEQ_LEN = 32
 
 def measure_speed_briefly() -> None:
     """Spare tiny runs two thirds of their time, which goes into speeds that no test looks at."""
-    speed._DECODE_TOKENS = speed._ROUNDS = 1
+    speed._ALONE = ServingProtocol(new_tokens=2, batch_size=1, num_rounds=1)
     speed.measure_speed.__kwdefaults__["repeats"] = 1
 
 
