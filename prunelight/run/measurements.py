@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from prunelight.models.sizes import is_quantized, parameter_count, stored_bytes
 from prunelight.planning.fingerprints import describe_windows, model_fingerprint, without_folders
 from prunelight.run.run_state import Run
 from prunelight.runtime.measuring import Measurement
+from prunelight.runtime.origin import command_line, date_now, machine_facts, without_paths
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +154,17 @@ def note_costs(run: Run, record: RunRecord, without: Collection[str] = ()) -> No
     record.costs = costs
 
 
+def note_origin(run: Run, record: RunRecord) -> None:
+    """Put into the record when, by which command, where and from which data it was made."""
+    sources = getattr(run.place.data, "sources", {})
+    record.date, record.command = date_now(), command_line(sys.argv)
+    record.machine, record.seed = machine_facts(), run.seed
+    record.data = {role: without_paths(str(source)) for role, source in sources.items()}
+
+
 def report(run: Run, record: RunRecord) -> list[Path]:
     """Write the report, whose costs include its own; return its files."""
+    note_origin(run, record)
     with run.phases.phase("write the report"):
         note_costs(run, record)
         write_report(run.place.root, record)
