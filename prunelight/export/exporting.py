@@ -251,7 +251,6 @@ def _replacing(target: Target, path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with explaining_write_errors(path):
         if target.suffix:
-            record_of(path).unlink(missing_ok=True)  # of the export that is replaced
             with atomic_replacement(path) as temporary:
                 yield temporary
         else:

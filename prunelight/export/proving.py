@@ -49,9 +49,10 @@ class Proof:
     def line(self) -> str:
         """Return the proof in one sentence."""
         return (
-            f"{self.engine} {self.version} computes the same from it: largest difference of a "
-            f"log-probability {self.largest_difference:.2g}, mean KL {self.mean_kl:.2g}, same "
-            f"most probable token at {self.same_top:.1%} of {self.positions} positions"
+            f"{self.engine} {self.version} read it back: mean KL {self.mean_kl:.2g} nats from "
+            f"transformers in float32, same most probable token at {self.same_top:.1%} of "
+            f"{self.positions} positions, largest difference of a log-probability "
+            f"{self.largest_difference:.2g}"
         )
 
 

@@ -70,7 +70,7 @@ class Reading:
     note: str = ""
 
 
-class NotReadableError(RuntimeError):
+class NotReadableError(ImportError):
     """The program that reads an export is not here; the message names its pip line."""
 
 
