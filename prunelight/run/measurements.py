@@ -55,6 +55,7 @@ def measure_run_stage(
     beside = Beside(earlier[0], run.dense) if earlier and run.dense else None
     tokenizer = None if run.latency is None else run.checked_tokenizer()
     timed = next((stage for stage in earlier if _same_shape(stage, model)), None)
+    run.phases.lap()  # what serving costs resets the peak of memory
     stage = measure_stage(name, model, windows, run.latency, tokenizer, beside=beside, timed=timed)
     return examine_stage(run, stage, model, earlier, group_of(windows))
 

@@ -190,7 +190,7 @@ def _reuse_base(facts: Facts, base: Base, record: RunRecord) -> None:
         record.stages = _measure_base(
             facts, base, record.stages, partial(_stage_examined_again, changed)
         )
-    asked = {examiner.examines for examiner in examiners_of(run)}
+    asked = {"serving", *(examiner.examines for examiner in examiners_of(run))}
     record.stages = [_without_others(stage, asked) for stage in record.stages]
     record.device, record.evaluation = device, describe_evaluation(run)
     group.run_on_rank_zero(lambda: write_measured(base.directory, record))
