@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from prunelight.calibration.data_windows import has_validation_batches, validation_windows_of
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.evaluation.report.record import Cost, RunRecord, Stage
-from prunelight.evaluation.report.report import write_report, write_texts
+from prunelight.evaluation.report.report import write_pictures, write_texts
 from prunelight.evaluation.stages import Beside, measure_stage, new_record
 from prunelight.models.engines import loads_in, misreadings
 from prunelight.models.families.layers import decoder_layers
@@ -166,7 +166,7 @@ def report(run: Run, record: RunRecord) -> list[Path]:
     note_origin(run, record)
     with run.phases.phase("write the report"):
         note_costs(run, record)
-        write_report(run.place.root, record)
+        write_pictures(run.place.root, record)
     note_costs(run, record)
     files = write_texts(run.place.root, record)
     run.phases.stop()
