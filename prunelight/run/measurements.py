@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from prunelight.calibration.data_windows import has_validation_batches, validation_windows_of
+from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, split_windows
+from prunelight.evaluation.examiners import Examiner, examiners_among, random_state_kept
 from prunelight.evaluation.report.record import Cost, RunRecord, Stage
 from prunelight.evaluation.report.report import write_pictures, write_texts
 from prunelight.evaluation.stages import Beside, measure_stage, new_record
@@ -24,6 +27,7 @@ from prunelight.planning.fingerprints import describe_windows, model_fingerprint
 from prunelight.run.run_state import Run
 from prunelight.runtime.measuring import Measurement
 from prunelight.runtime.origin import command_line, date_now, machine_facts, without_paths
+from prunelight.runtime.processes import ProcessGroup
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ def measure_run_stage(
     *,
     earlier: Sequence[Stage] = (),
 ) -> Stage:
-    """Measure one state of a run's model, its speed in turn with the dense model's.
+    """Measure one state of a run's model, its speed in turn with the dense model's; examine it.
 
     Args:
         run: that the model belongs to.
@@ -51,7 +55,43 @@ def measure_run_stage(
     beside = Beside(earlier[0], run.dense) if earlier and run.dense else None
     tokenizer = None if run.latency is None else run.checked_tokenizer()
     timed = next((stage for stage in earlier if _same_shape(stage, model)), None)
-    return measure_stage(name, model, windows, run.latency, tokenizer, beside=beside, timed=timed)
+    run.phases.lap()  # what serving costs resets the peak of memory
+    stage = measure_stage(name, model, windows, run.latency, tokenizer, beside=beside, timed=timed)
+    return examine_stage(run, stage, model, earlier, group_of(windows))
+
+
+def examiners_of(run: Run) -> list[Examiner]:
+    """Return what examines each stage of a run: its own examiners, and callbacks of its Trainer."""
+    callbacks: list[Any] = run.place.trainer.callbacks  # type: ignore[attr-defined]
+    return [*run.examiners, *examiners_among(callbacks)]
+
+
+def examine_stage(
+    run: Run,
+    stage: Stage,
+    model: PreTrainedModel,
+    earlier: Sequence[Stage],
+    group: ProcessGroup,
+    only: Collection[str] | None = None,
+) -> Stage:
+    """Return a stage with the answers of the examiners of a run; each is a phase of its own.
+
+    Args:
+        run: that the model belongs to.
+        stage: what is measured of the model already.
+        model: in the state of the stage.
+        earlier: stages of this run; the first is the dense model.
+        group: the processes that measure together.
+        only: names of the examiners to ask; None asks all.
+    """
+    examined = dict(stage.examined)
+    for examiner in examiners_of(run):
+        name = examiner.examines
+        if only is not None and name not in only:
+            continue
+        with run.phases.phase(f"examine {stage.name}: {name}"), random_state_kept():
+            examined[name] = examiner.examine(model, run.checked_tokenizer(), earlier, group)
+    return replace(stage, examined=examined)
 
 
 def _same_shape(stage: Stage, model: PreTrainedModel) -> bool:
@@ -77,12 +117,25 @@ def can_measure(run: Run) -> bool:
 
 
 def describe_evaluation(run: Run) -> dict[str, Any]:
-    """Return facts about the held-out windows: source, numbers and fingerprint."""
+    """Return facts about the held-out windows, and the settings of what examines the stages."""
     data = run.place.data
     source = getattr(data, "sources", {}).get("validation", type(data).__name__)
     windows = describe_windows(*split_windows(held_out_windows(run)))
     timing = {} if run.latency is None else {"latency": asdict(run.latency)}
-    return {"source": without_folders(str(source)), **windows, **timing}
+    examined = {each.examines: each.describe_examination() for each in examiners_of(run)}
+    settings = {"examined": json.loads(json.dumps(examined))} if examined else {}
+    return {"source": without_folders(str(source)), **windows, **timing, **settings}
+
+
+def measures_the_same(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two evaluations measure text and speed alike, whatever else they examine."""
+    return all(then.get(key) == now.get(key) for key in ("fingerprint", "latency"))
+
+
+def changed_examinations(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Return which examiners of an evaluation gave no answer, or had other settings, then."""
+    before, after = then.get("examined", {}), now.get("examined", {})
+    return {name for name, settings in after.items() if before.get(name) != settings}
 
 
 def start_record(run: Run, model: PreTrainedModel) -> RunRecord:

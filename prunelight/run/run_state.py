@@ -19,6 +19,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunelight.evaluation.examiners import Examiner
 from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.report.report import summary_table
 from prunelight.evaluation.speed import Architecture, LatencyProtocol
@@ -55,6 +56,7 @@ class Run:
         settings: how the model is recovered.
         objective: what the recovery learns from.
         latency: protocol by which generation is timed for the report; None: not at all.
+        examiners: of each stage of the report, beside the callbacks that are examiners.
         tokenizer: of the model, once it is loaded.
         source: where `model` can be read again; "" for a model that exists only in memory.
         base: directory of the pruned base; None before the pruning.
@@ -84,11 +86,13 @@ class Run:
         settings: RecoverySettings = RecoverySettings(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
         latency: LatencyProtocol | None = None,
+        examiners: Sequence[Examiner] = (),
         describe_recovery: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.holder, self.name, self.dtype = holder, name, dtype
         self.trust_remote_code, self.settings = trust_remote_code, settings
         self.objective, self.latency = objective, latency
+        self.examiners = [*examiners]
         self.describe_recovery = describe_recovery
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.source: str | Path = ""
