@@ -229,7 +229,8 @@ def write(figures: list[dict[str, Any]]) -> None:
         if "refused" in figure:
             to = FORMATS[figure["format"]].to
             state = f"{figure['model']}: {figure['state']}"
-            reasons.setdefault((to, figure["refused"]), []).append(state)
+            reason = figure["refused"].partition("; written are")[0]
+            reasons.setdefault((to, reason), []).append(state)
     told = {
         "title": "Why there is no export",
         **facts,

@@ -97,7 +97,7 @@ class GgufTarget:
 
     def check_reader(self, source: Source, options: ExportOptions) -> None:
         """Check that llama.cpp or transformers reads the export; see `Target.check_reader`."""
-        if find_llama_cpp(options) is None and not transformers_reads(_architecture(source)):
+        if find_llama_cpp(options) is None and not transformers_reads(source.config):
             raise NotReadableError(
                 "no program is here that reads the export back, to prove it: " + PIP_LINE
             )
@@ -298,12 +298,6 @@ def _check_quantizer(options: ExportOptions) -> Any:
             "--engine_python names"
         )
     return llama_cpp
-
-
-def _architecture(source: Source) -> str:
-    import gguf
-
-    return gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[check_family(source).architecture]]
 
 
 def _write(
