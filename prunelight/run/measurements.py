@@ -24,7 +24,7 @@ from prunelight.evaluation.probes.examiner import (
     collapse_warnings,
 )
 from prunelight.evaluation.report.record import Cost, RunRecord, Stage
-from prunelight.evaluation.report.report import write_report, write_texts
+from prunelight.evaluation.report.report import write_pictures, write_texts
 from prunelight.evaluation.stages import Beside, measure_stage, new_record
 from prunelight.models.engines import loads_in, misreadings
 from prunelight.models.families.layers import decoder_layers
@@ -249,7 +249,7 @@ def report(run: Run, record: RunRecord) -> list[Path]:
     note_origin(run, record)
     with run.phases.phase("write the report"):
         note_costs(run, record)
-        write_report(run.place.root, record)
+        write_pictures(run.place.root, record)
     note_costs(run, record)
     files = write_texts(run.place.root, record)
     run.phases.stop()
