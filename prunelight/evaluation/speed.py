@@ -17,14 +17,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.calibration.windows import Windows, check_length, micro_batches, split_windows
-from prunelight.evaluation.serving.measured import ServingProtocol, compare_batches, measure_cost
+from prunelight.evaluation.serving.measured import ServingProtocol, measure_cost
 from prunelight.evaluation.serving.timing import Spread, in_turn, seconds_of
 from prunelight.models.forward import evaluating, generate_tokens
 from prunelight.models.sizes import is_quantized, parameter_bytes
 from prunelight.runtime.arguments import NOT_EMPTY, at_least, check_fields
 from prunelight.runtime.devices import free_memory
-
-Factor = Spread  # of a figure against that of the dense model: 2.0 where it is twice as high
 
 _ALONE = ServingProtocol(new_tokens=25, batch_size=1)
 
@@ -73,16 +71,6 @@ def measure_speed(model: PreTrainedModel, *, repeats: int = 5) -> Speed:
     (cost,) = measure_cost([model], replace(_ALONE, num_rounds=repeats))
     single = cost.single
     return Speed(single.prefill_tokens_per_second.median, single.decode_tokens_per_second.median)
-
-
-def compare_speed(model: PreTrainedModel, dense: PreTrainedModel) -> tuple[Spread, Spread]:
-    """Return the factors of prefill and of decoding of a model against the dense one, in turn.
-
-    Over 9 rounds, or fewer, down to 3, where they take more than a minute.
-    """
-    own, other = measure_cost([model, dense], _ALONE)
-    prefill, decode = compare_batches(own.single, other.single)
-    return prefill, decode
 
 
 @dataclass(frozen=True)

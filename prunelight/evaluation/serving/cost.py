@@ -68,11 +68,7 @@ def serving_cost(
 
 
 class ServingExaminer:
-    """Measures the cost of serving each stage of a run, in turn with the dense model.
-
-    Beside the dense stage, figures are those of the dense stage times the factor: the clock of this
-    moment, which is not that of the dense stage, cancels. A model of the shape of an earlier stage
-    is as fast, and is not timed again.
+    """Measures the cost of serving each stage of a run, as `stage_cost` does.
 
     Args:
         dense: what the dense model was built from; None measures each stage alone.
@@ -88,7 +84,7 @@ class ServingExaminer:
         self, dense: Architecture | None = None, protocol: ServingProtocol | None = None
     ) -> None:
         self.dense = dense
-        self.protocol = BRIEFLY if protocol is None else protocol
+        self.protocol = protocol or BRIEFLY
 
     def check_examination(self, name: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Check nothing: lengths are clipped to what the model allows."""
@@ -109,26 +105,44 @@ class ServingExaminer:
         return measured
 
     def _examine(self, model: PreTrainedModel, earlier: Sequence[Stage]) -> Json:
-        found = [
-            stage.examined[self.examines] for stage in earlier if self.examines in stage.examined
-        ]
-        first = found[0] if found else None
-        own = _facts(model, shape_cost(model))
-        same = next((other for other in found if _same_shape(own, other)), None)
-        dense = None if first is None or same is not None else self._build_dense(model)
-        if same is not None:
-            own |= {name: same[name] for name in ("batches", "ratios", "notes") if name in same}
-        elif first is None or dense is None:
-            own |= _timed(measure_cost([model], self.protocol)[0])
-        else:
-            cost, other = measure_cost([model, dense], self.protocol)
-            own |= _timed(cost)
-            own["ratios"] = _ratios(cost, other, own["shape"], first["shape"])
-            _undo_drift(own, first)
-        return own | {"verdicts": verdicts(own, first)}
+        dense = self.dense.build(model.device) if earlier and self.dense is not None else None
+        return stage_cost(model, dense, earlier, self.protocol)
 
-    def _build_dense(self, model: PreTrainedModel) -> PreTrainedModel | None:
-        return None if self.dense is None else self.dense.build(model.device)
+
+def stage_cost(
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    earlier: Sequence[Stage],
+    protocol: ServingProtocol | None = None,
+) -> Json:
+    """Return what serving a stage of a run costs: "serving" of `serving_cost`.
+
+    Beside a dense model, figures are those of the dense stage times the factor: the clock of this
+    moment, which is not that of the dense stage, cancels. A model of the shape of an earlier stage
+    is as fast, and is not timed again.
+
+    Args:
+        model: in the state that is measured.
+        dense: a model that is as fast as the dense one; None times the model alone.
+        earlier: stages measured before; the first is the dense model.
+        protocol: how it is timed; None for a brief one.
+    """
+    protocol = BRIEFLY if protocol is None else protocol
+    known = [stage.examined["serving"] for stage in earlier if "serving" in stage.examined]
+    own = _facts(model, shape_cost(model))
+    first = known[0] if known else None
+    same = next((other for other in known if _same_shape(own, other)), None)
+    if same is not None:
+        own |= {name: same[name] for name in ("batches", "ratios", "notes") if name in same}
+    elif dense is None:
+        own |= _timed(measure_cost([model], protocol)[0])
+    else:
+        cost, other = measure_cost([model, dense], protocol)
+        first = _facts(dense, shape_cost(dense)) if first is None else first
+        own |= _timed(cost)
+        own["ratios"] = _ratios(cost, other, own["shape"], first["shape"])
+        _undo_drift(own, first)
+    return own | {"verdicts": verdicts(own, first)}
 
 
 # As all stages of a run are timed: as many prompt tokens at batch 8 as at batch 1.
@@ -218,7 +232,7 @@ def _decode_bytes(shape: Json, batch: TimedBatch) -> float:
 def _undo_drift(own: Json, first: Json) -> None:
     """Give rates by the clock of the dense stage: its rate times the factor, in place."""
     for size, ratios in own["ratios"].items():
-        batch, dense = own["batches"][size], first["batches"].get(size)
+        batch, dense = own["batches"][size], first.get("batches", {}).get(size)
         if dense is None:
             continue
         for rate in RATES:

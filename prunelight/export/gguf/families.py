@@ -7,7 +7,7 @@ llama.cpp's own converter (directory `conversion` of its source, version 0.19 of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,7 +34,6 @@ class GgufFamily:
         head: "tied" takes no head beside the embedding, "always" needs one, "own" takes either.
         free_heads: whether heads may have another width than hidden_size / num_attention_heads.
         activations: of the MLP that the architecture computes.
-        cures_pattern: whether the file says which layers have a window, in any order.
         needs: field of the config -> the values with which the architecture computes the same.
     """
 
@@ -45,13 +44,21 @@ class GgufFamily:
     head: Literal["own", "tied", "always"] = "own"
     free_heads: bool = True
     activations: tuple[str, ...] = ("silu",)
-    cures_pattern: bool = False
     needs: Mapping[str, tuple[Any, ...]] | None = None
 
 
-_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_pytorch_tanh_fast")
+_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 # Rotations that the file can describe; of others, llama.cpp's converter knows more.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Parameters of yarn that no key changes; llama.cpp's value of each, None where it derives it.
+YARN_DEFAULTS: dict[str, Any] = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "truncate": True,
+}
 
 
 def _window_keys(config: Any) -> Keys:
@@ -111,6 +118,11 @@ def _phi3_keys(config: Any) -> Keys:
     }
 
 
+def _gpt2_keys(config: Any) -> Keys:
+    neurons = config.n_inner or 4 * config.hidden_size
+    return {"head_count_kv": config.num_attention_heads, "feed_forward_length": neurons}
+
+
 _LLAMA = GgufFamily("LLAMA", permutes=True)
 FAMILIES: dict[str, GgufFamily] = {
     "llama": _LLAMA,
@@ -125,21 +137,39 @@ FAMILIES: dict[str, GgufFamily] = {
     ),
     "gemma": GgufFamily("GEMMA", adds_one=True, head="tied", activations=_GELU),
     "gemma2": GgufFamily(
-        "GEMMA2", _gemma2_keys, adds_one=True, head="tied", activations=_GELU, cures_pattern=True
+        "GEMMA2",
+        _gemma2_keys,
+        adds_one=True,
+        head="tied",
+        activations=_GELU,
+        needs={"use_bidirectional_attention": (False, None), "attention_bias": (False,)},
     ),
     "gemma3_text": GgufFamily(
         "GEMMA3",
         _gemma3_keys,
         adds_one=True,
         activations=_GELU,
-        cures_pattern=True,
-        needs={"attn_logit_softcapping": (None,)},
+        needs={
+            "attn_logit_softcapping": (None,),
+            "use_bidirectional_attention": (False, None),
+            "attention_bias": (False,),
+        },
     ),
     "cohere2": GgufFamily(
-        "COHERE2", _cohere2_keys, head="tied", free_heads=False, cures_pattern=True
+        "COHERE2",
+        _cohere2_keys,
+        head="tied",
+        free_heads=False,
+        needs={"attention_bias": (False,)},
     ),
     "smollm3": GgufFamily(
-        "SMOLLM3", permutes=True, needs={"attention_bias": (False,), "mlp_bias": (False,)}
+        "SMOLLM3",
+        permutes=True,
+        needs={
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "use_sliding_window": (False,),
+        },
     ),
     "olmo2": GgufFamily(
         "OLMO2", head="always", free_heads=False, needs={"attention_bias": (False,)}
@@ -149,7 +179,6 @@ FAMILIES: dict[str, GgufFamily] = {
         _window_keys,
         head="always",
         free_heads=False,
-        cures_pattern=True,
         needs={"attention_bias": (False,)},
     ),
     "phi3": GgufFamily("PHI3", _phi3_keys, free_heads=False),
@@ -157,7 +186,18 @@ FAMILIES: dict[str, GgufFamily] = {
     "starcoder2": GgufFamily(
         "STARCODER2", free_heads=False, activations=_GELU, needs={"use_bias": (True,)}
     ),
-    "gpt2": GgufFamily("GPT2", free_heads=False, activations=_GELU),
+    "gpt2": GgufFamily(
+        "GPT2",
+        _gpt2_keys,
+        free_heads=False,
+        activations=_GELU,
+        needs={
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "reorder_and_upcast_attn": (False,),
+            "add_cross_attention": (False,),
+        },
+    ),
 }
 
 
@@ -173,7 +213,7 @@ def model_keys(config: Any, family: GgufFamily) -> Keys:
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": _neurons(config),
+        "feed_forward_length": getattr(config, "intermediate_size", 0),
         "head_count": heads,
         "head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
         "key_length": head_dim(config),
@@ -184,11 +224,6 @@ def model_keys(config: Any, family: GgufFamily) -> Keys:
         if (value := getattr(config, field, None)) is not None:
             keys["layer_norm_rms_eps" if field == "rms_norm_eps" else "layer_norm_eps"] = value
     return {**keys, **rope_keys(config), **family.keys(config)}
-
-
-def _neurons(config: Any) -> int | Sequence[int]:
-    neurons = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-    return neurons or 4 * config.hidden_size
 
 
 def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
@@ -216,7 +251,4 @@ def rope_keys(config: Any) -> Keys:
         keys["rope_scaling_factor"] = float(rope["factor"])
     if kind == "yarn":
         keys["rope_scaling_orig_ctx_len"] = rope["original_max_position_embeddings"]
-        for field in ("beta_fast", "beta_slow"):
-            if rope.get(field) is not None:
-                keys[f"rope_scaling_yarn_{field}"] = float(rope[field])
     return keys
