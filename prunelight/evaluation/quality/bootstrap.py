@@ -48,7 +48,7 @@ def mean_interval(
     if not weights.sum() > 0:
         raise ValueError("no window counts a token; give windows of two tokens or more")
     value = math.fsum(values) / math.fsum(weights)
-    if len(values) < 2:
+    if len(values) < 2 or not math.isfinite(value):
         return Interval(value, math.nan, math.nan)
     draws = _draws(len(values), seed)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -27,8 +27,10 @@ from prunelight.evaluation.quality.token_losses import (
     EVALUATION_TOKENS,
     chunks,
     labelled_batches,
+    of_windows,
 )
 from prunelight.losses import IGNORED_LABEL
+from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.forward import evaluating
 from prunelight.runtime.finite import check_is_model
 from prunelight.runtime.processes import ProcessGroup
@@ -36,20 +38,21 @@ from prunelight.runtime.processes import ProcessGroup
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 # Rows of what is found of a token.
-_KL, _SAME_TOP1, _NLL, _REFERENCE_NLL, _CORRECT, _REFERENCE_CORRECT = range(6)
+FOUND = ("kl", "same_top1", "nll", "reference_nll", "correct", "reference_correct")
+_KL, _SAME_TOP1, _NLL, _REFERENCE_NLL, _CORRECT, _REFERENCE_CORRECT = range(len(FOUND))
 
 
-def check_same_vocabulary(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+def check_same_vocabulary(model_tokens: int, reference_tokens: int) -> None:
     """Check that two models give logits over as many tokens.
 
     Raises:
         ValueError: if they do not.
     """
-    ours, theirs = (m.get_output_embeddings().weight.shape[0] for m in (model, reference))
-    if ours != theirs:
+    if model_tokens != reference_tokens:
         raise ValueError(
-            f"the model gives logits of {ours} tokens and its reference of {theirs}; a reference "
-            "must have the same tokenizer: give the model that was pruned"
+            f"the model gives logits of {model_tokens} tokens and its reference of "
+            f"{reference_tokens}; a reference must have the same tokenizer: give the model that "
+            "was pruned"
         )
 
 
@@ -80,7 +83,7 @@ def against_reference(
     for each in (model, reference):
         check_is_model(each)
         check_readable(each, text.ids)
-    check_same_vocabulary(model, reference)
+    check_same_vocabulary(vocabulary_size(model), vocabulary_size(reference))
     windows = share_windows(text.ids, group or ProcessGroup())
     tokens: list[Tensor] = []  # of each window (6, T - 1); NaN where no token counts
     with evaluating(model), evaluating(reference):
@@ -115,13 +118,19 @@ def compare_logits(logits: Tensor, reference_logits: Tensor, targets: Tensor) ->
     parts = []
     pairs = zip(chunks(logits, targets), chunks(reference_logits, targets), strict=True)
     for (ours, target), (theirs, _) in pairs:
-        parts.append(_compare_chunk(ours.float(), theirs.float(), target))
-    return torch.cat(parts, dim=1).cpu().double().view(6, *targets.shape)
+        parts.append(compare_tokens(ours.float(), theirs.float().log_softmax(-1), target))
+    return of_windows(parts, targets).double()
 
 
-def _compare_chunk(logits: Tensor, reference_logits: Tensor, target: Tensor) -> Tensor:
-    """Return the same of a chunk of tokens, (6, M) float32."""
-    log_q, log_p = logits.log_softmax(-1), reference_logits.log_softmax(-1)
+def compare_tokens(logits: Tensor, log_p: Tensor, target: Tensor) -> Tensor:
+    """Return the same of a few tokens, (6, M) float32.
+
+    Args:
+        logits: (M, V) of the model, float32.
+        log_p: (M, V), log-probabilities of the reference, float32.
+        target: (M,), IGNORED_LABEL where none counts.
+    """
+    log_q = logits.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     # A token that the reference rules out adds q alone; 0 times infinity would be NaN.
     ratio = torch.where(p > 0, log_p - log_q, 0.0)
@@ -144,11 +153,12 @@ def divergence_of(found: np.ndarray) -> Divergence:
     """Return the divergence from what was found of each token.
 
     Args:
-        found: (N, 6, P) as `compare_logits` gives it for N windows; NaN where no token counts.
+        found: (N, 6, P) as `compare_logits` gives it for N windows; same top-1 is NaN where no
+            token counts. Other figures are NaN for a model of NaN logits, and so is the result.
     """
-    sums = {row: np.nansum(found[:, row], axis=1) for row in range(found.shape[1])}
-    counts = (~np.isnan(found[:, _KL])).sum(axis=1)
-    counted = ~np.isnan(found[:, _KL])
+    counted = ~np.isnan(found[:, _SAME_TOP1])  # (N, P)
+    counts = counted.sum(axis=1)
+    sums = np.where(counted[:, None], found, 0.0).sum(axis=2).T  # (6, N)
     kl = found[:, _KL][counted]
     change = np.exp(-found[:, _NLL][counted]) - np.exp(-found[:, _REFERENCE_NLL][counted])
     percentiles = np.percentile(change, PERCENTILES)
@@ -156,7 +166,7 @@ def divergence_of(found: np.ndarray) -> Divergence:
         kl=mean_interval(sums[_KL], counts),
         kl_median=float(np.median(kl)),
         kl_p99=float(np.percentile(kl, 99)),
-        kl_by_position=by_position(found[:, _KL]),
+        kl_by_position=by_position(found[:, _KL], counted),
         same_top1=mean_interval(sums[_SAME_TOP1], counts),
         right_token_change=float(change.mean()),
         right_token_change_rms=float(np.sqrt(np.square(change).mean())),
@@ -170,22 +180,24 @@ def divergence_of(found: np.ndarray) -> Divergence:
     )
 
 
-def by_position(kl: np.ndarray) -> list[tuple[int, float]]:
+def by_position(kl: np.ndarray, counted: np.ndarray) -> list[tuple[int, float]]:
     """Return the mean KL of ranges of positions that double: 1, 2 to 3, 4 to 7, ...
 
     A position is the number of tokens that the model has read.
 
     Args:
-        kl: (N, P) of each window and position; NaN where no token counts.
+        kl: (N, P) of each window and position.
+        counted: (N, P), which of them count.
 
     Returns:
         First position of each range, and the mean there; ranges without a token are left out.
     """
     ranges, first = [], 1
     while first <= kl.shape[1]:
-        part = kl[:, first - 1 : 2 * first - 1]
-        if not np.isnan(part).all():
-            ranges.append((first, float(np.nanmean(part))))
+        columns = slice(first - 1, 2 * first - 1)
+        part = kl[:, columns][counted[:, columns]]
+        if len(part):
+            ranges.append((first, float(part.mean())))
         first *= 2
     return ranges
 
@@ -194,8 +206,10 @@ def _window_sums(
     found: np.ndarray, nll: int, correct: int
 ) -> tuple[Sequence[float], Sequence[int], Sequence[int]]:
     """Return negative log-likelihood, tokens and correct predictions of each window."""
+    counted = ~np.isnan(found[:, _SAME_TOP1])
+    sums = np.where(counted[:, None], found, 0.0).sum(axis=2)
     return (
-        np.nansum(found[:, nll], axis=1).tolist(),
-        (~np.isnan(found[:, nll])).sum(axis=1).tolist(),
-        np.nansum(found[:, correct], axis=1).astype(int).tolist(),
+        sums[:, nll].tolist(),
+        counted.sum(axis=1).tolist(),
+        sums[:, correct].astype(int).tolist(),
     )

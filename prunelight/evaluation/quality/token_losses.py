@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import own_windows
@@ -58,11 +58,20 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses = cross_entropy(part.float(), target, ignore_index=IGNORED_LABEL, reduction="none")
         nll.append(losses)
         correct.append(part.argmax(-1) == target)
-    shape = targets.shape
-    return torch.cat(nll).cpu().double().view(shape), torch.cat(correct).cpu().view(shape)
+    return of_windows(nll, targets).double(), of_windows(correct, targets)
 
 
 def chunks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits (M, V) that predict, and their targets (M,), a few tokens at a time."""
-    flat, targets = logits[:, :-1].reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    yield from zip(flat.split(CHUNK), targets.split(CHUNK), strict=True)
+    """Yield logits (M, V) and their targets (M,), a few tokens at a time.
+
+    The last position of each window comes too, with IGNORED_LABEL: to leave it out would copy all
+    logits.
+    """
+    flat, padded = logits.flatten(0, 1), pad(targets, (0, 1), value=IGNORED_LABEL).flatten()
+    yield from zip(flat.split(CHUNK), padded.split(CHUNK), strict=True)
+
+
+def of_windows(parts: list[Tensor], targets: Tensor) -> Tensor:
+    """Return what was found of the tokens of chunks, (..., M) each, as (..., B, T - 1)."""
+    found = torch.cat(parts, dim=-1).cpu()
+    return found.view(*found.shape[:-1], len(targets), -1)[..., :-1]

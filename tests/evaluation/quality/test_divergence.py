@@ -118,9 +118,22 @@ def test_a_token_that_the_reference_rules_out_is_no_nan():
 
 def test_positions_are_put_together_in_ranges_that_double():
     kl = np.array([[1.0, 2, 4, 8, 8, 8, 8, 3]])
-    assert by_position(kl) == [(1, 1.0), (2, 3.0), (4, 8.0), (8, 3.0)]
-    kl[0, 0] = np.nan
-    assert by_position(kl)[0] == (2, 3.0)
+    counted = np.ones_like(kl, dtype=bool)
+    assert by_position(kl, counted) == [(1, 1.0), (2, 3.0), (4, 8.0), (8, 3.0)]
+    counted[0, 0] = False
+    assert by_position(kl, counted)[0] == (2, 3.0)
+
+
+def test_a_model_of_nan_logits_has_nan_figures_and_not_those_of_its_good_tokens(models):
+    broken = tiny_model("llama", seed=0)
+    broken.get_input_embeddings().weight.data[int(TEXT.ids[2, 7])] = math.nan
+    ours, theirs, divergence = against_reference(broken, models[1], TEXT)
+    assert ours.tokens == theirs.tokens == 5 * 39
+    assert math.isnan(ours.perplexity.value)
+    assert math.isfinite(theirs.perplexity.value)
+    assert math.isnan(divergence.kl.value)
+    assert math.isnan(divergence.kl_p99)
+    assert math.isnan(text_quality(broken, TEXT).perplexity.value)
 
 
 def test_tokens_that_do_not_count_change_nothing():

@@ -7,8 +7,8 @@ from text_tokenizers import make_tokenizer
 from prunelight.evaluation.quality.text_windows import check_text_length, text_windows
 
 WIKI = (
-    " \n = River = \n \n The river runs past the mill . \n \n = = Mill = = \n It is old . \n" * 20
-)
+    " \n = River = \n \n The river runs past the mill . \n \n = = Mill = = \n It is old . \n"
+) * 20
 
 
 @pytest.fixture
