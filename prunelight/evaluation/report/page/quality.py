@@ -94,7 +94,6 @@ def divergence_section(stages: Sequence[Stage]) -> Section:
     if grid is None:
         return Section("Divergence", [])
     drawn: list[Markup] = []
-    by_name = {stage.name: stage for stage in stages}
     lines = {name: _by_position(told[name].get("kl_by_position")) for name in told}
     if lines := {name: line for name, line in lines.items() if len(line[0]) > 1}:
         chart = charts.line_chart(
