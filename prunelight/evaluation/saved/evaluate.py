@@ -7,8 +7,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from math import exp
 from pathlib import Path
 
+from prunelight.evaluation.probes.examiner import (
+    VERSION,
+    probe_results,
+    probes_json,
+    samples_json,
+)
+from prunelight.evaluation.probes.probing import run_probes
+from prunelight.evaluation.probes.results import compare_probes
+from prunelight.evaluation.probes.samples import samples
 from prunelight.evaluation.quality.divergence import against_reference
 from prunelight.evaluation.quality.text_quality import text_quality
 from prunelight.evaluation.quality.text_windows import (
@@ -22,14 +32,21 @@ from prunelight.evaluation.saved.record import FORMAT, Record, check_out
 from prunelight.evaluation.saved.settings import EvaluationSettings
 from prunelight.evaluation.saved.subject import Subject, check_same_tokenizer, find_device
 from prunelight.evaluation.serving.cost import serving_cost
+from prunelight.evaluation.tasks.catalog import spelled_out
+from prunelight.evaluation.tasks.flips import flips_between
+from prunelight.evaluation.tasks.results import TaskResult
+from prunelight.evaluation.tasks.running import run_tasks
+from prunelight.evaluation.tasks.task_set import TaskSet, check_tasks
 from prunelight.planning.fingerprints import fingerprint_of, library_versions, without_folders
 from prunelight.runtime.devices import device_name
 from prunelight.runtime.origin import command_line, date_now, machine_facts
 from prunelight.runtime.processes import ProcessGroup
+from prunelight.runtime.progress import Bar
 
 log = logging.getLogger(__name__)
 
 PAPER_SEQ_LEN = 2048  # tokens of a window in the papers' tables
+_QUESTIONS = 8  # of a forward
 
 
 def evaluate_saved(
@@ -73,7 +90,8 @@ def evaluate_saved(
         dense = Subject(reference, dtype=dtype, device=place, trust=trust_remote_code)
         check_same_tokenizer(subject, dense)
     texts = _texts(subject, dense, settings)
-    return _Evaluation(subject, dense, settings, texts, Record(folder, group)).run()
+    tasks = [_task_set(subject, name, settings) for name in spelled_out(settings.tasks)]
+    return _Evaluation(subject, dense, settings, texts, tasks, Record(folder, group)).run()
 
 
 def out_folder(name: str, out: str | Path | None) -> Path:
@@ -100,6 +118,18 @@ def _texts(
     return texts
 
 
+def _task_set(subject: Subject, name: str, settings: EvaluationSettings) -> TaskSet:
+    """Return one task or group, with its rows; each is a part of its own."""
+    return check_tasks(
+        [name],
+        tasks_dir=settings.tasks_dir,
+        limit=settings.limit,
+        num_fewshot=settings.num_fewshot,
+        apply_chat_template=settings.apply_chat_template,
+        tokenizer=subject.tokenizer,
+    )
+
+
 class _Evaluation:
     """One evaluation whose input was checked."""
 
@@ -109,19 +139,19 @@ class _Evaluation:
         dense: Subject | None,
         settings: EvaluationSettings,
         texts: list[TextWindows],
+        tasks: list[TaskSet],
         record: Record,
     ) -> None:
         self.subject, self.dense, self.settings = subject, dense, settings
-        self.texts, self.record, self.group = texts, record, record.group
+        self.texts, self.tasks, self.record, self.group = texts, tasks, record, record.group
 
     def run(self) -> Json:
         """Measure what is not on disk yet, and write the result."""
         result = self._facts()
-        for measured in (*self._on_texts(), *self._serving()):
+        for measured in self._on_texts():
             for name, value in measured.items():
-                if isinstance(value, list):
-                    value = [*result.get(name, []), *value]
-                result[name] = value
+                result[name] = [*result.get(name, []), *value]
+        result |= self._probes(result) | self._on_tasks() | self._serving()
         return self.record.finish(result)
 
     def _on_texts(self) -> Iterator[Json]:
@@ -145,18 +175,91 @@ class _Evaluation:
             "divergence": [asdict(divergence)],
         }
 
-    def _serving(self) -> Iterator[Json]:
-        if self.settings.cost:
-            dense = None if self.dense is None else self.dense.model
-            measure = partial(serving_cost, self.subject.model, dense)
-            yield self.record.part(
-                "serving", self._key("serving"), lambda: self.group.run_on_rank_zero(measure)
-            )
+    def _on_tasks(self) -> Json:
+        """Return the results of tasks, and the flips between model and reference."""
+        if not self.tasks:
+            return {}
+        ours = self._task_results(self.subject)
+        told: Json = {"tasks": {name: asdict(each) for name, each in ours.items()}}
+        if self.dense is not None:
+            theirs = self._task_results(self.dense)
+            told["reference_tasks"] = {name: asdict(each) for name, each in theirs.items()}
+            flips = flips_between(theirs, ours)
+            told["flips"] = {name: asdict(each) for name, each in flips.items()}
+        return told
+
+    def _task_results(self, subject: Subject) -> dict[str, TaskResult]:
+        results: dict[str, TaskResult] = {}
+        for tasks in self.tasks:
+            key = self._key_of(subject, tasks.describe(), self.settings.batch_size)
+            label = f"task {tasks.names[0]} of {without_folders(subject.name)}"
+            told = self.record.part(label, key, partial(self._ask, subject, tasks))
+            results |= {name: task_result(each) for name, each in told.items()}
+        return results
+
+    def _ask(self, subject: Subject, tasks: TaskSet) -> Json:
+        results = run_tasks(
+            subject.model,
+            subject.tokenizer,
+            tasks,
+            batch_size=self.settings.batch_size or _QUESTIONS,
+            group=self.group,
+        )
+        return {name: asdict(each) for name, each in results.items()}
+
+    def _probes(self, measured: Json) -> Json:
+        """Return what probes find, samples side by side, and a warning for each hidden collapse.
+
+        Args:
+            measured: the texts, by whose perplexity a collapse is hidden.
+        """
+        if not self.settings.probes:
+            return {}
+        ours = self._probe(self.subject)
+        if self.dense is None:
+            return {"probes": ours["probes"], "samples": ours["samples"]}
+        theirs = self._probe(self.dense)
+        found, reference = probe_results(ours["probes"]), probe_results(theirs["probes"])
+        pairs = zip(ours["samples"], theirs["samples"], strict=False)
+        ratios = [
+            float(each["ln_perplexity_ratio"]["value"]) for each in measured.get("divergence", [])
+        ]
+        warnings = [
+            warning
+            for ratio in ratios[:1]
+            for warning in compare_probes(reference, found, perplexity_ratio=exp(ratio))
+        ]
+        return {
+            "probes": probes_json(found, reference),
+            "reference_probes": theirs["probes"],
+            "samples": [{**own, "reference": other["text"]} for own, other in pairs],
+            "warnings": warnings,
+        }
+
+    def _probe(self, subject: Subject) -> Json:
+        label = f"probes of {without_folders(subject.name)}"
+        key = self._key_of(subject, "probes", VERSION)
+        measure = partial(_probe, subject)
+        return self.record.part(label, key, lambda: self.group.run_on_rank_zero(measure))
+
+    def _serving(self) -> Json:
+        if not self.settings.cost:
+            return {}
+        dense = None if self.dense is None else self.dense.model
+        measure = partial(serving_cost, self.subject.model, dense)
+        return self.record.part(
+            "serving", self._key("serving"), lambda: self.group.run_on_rank_zero(measure)
+        )
 
     def _key(self, *depends: object) -> str:
         """Return the fingerprint of a part that depends on the models and on further values."""
         models = [None if each is None else each.fingerprint for each in self._both]
         return fingerprint_of(models, self._circumstances, *depends)
+
+    def _key_of(self, subject: Subject, *depends: object) -> str:
+        """Return the fingerprint of a part that depends on one model and on further values."""
+        circumstances = {**self._circumstances, "dtypes": [str(subject.model.dtype)]}
+        return fingerprint_of(subject.fingerprint, circumstances, *depends)
 
     @property
     def _both(self) -> tuple[Subject, Subject | None]:
@@ -196,3 +299,16 @@ class _Evaluation:
                 "processes": self.group.size,
             },
         }
+
+
+def _probe(subject: Subject) -> Json:
+    """Return what probes find of a model, and its samples."""
+    with Bar(f"probes of {without_folders(subject.name)}"):
+        generated = samples(subject.model, subject.tokenizer)
+        results = run_probes(subject.model, subject.tokenizer, generated=generated)
+    return {"probes": probes_json(results), "samples": samples_json(generated)}
+
+
+def task_result(told: Json) -> TaskResult:
+    """Return the result of a task of what evaluation.json holds of it."""
+    return TaskResult(**{**told, "parts": [task_result(part) for part in told["parts"]]})

@@ -38,7 +38,10 @@ def evaluation_notes(result: Json) -> list[str]:
     notes = [f"{text['text']}: {text['protocol']}." for text in result.get("texts", [])]
     if notes:
         notes.append("In brackets: 95 % bootstrap intervals over windows, paired for a change.")
-    return [*notes, *result.get("serving", {}).get("verdicts", [])]
+    if "flips" in result:
+        notes.append("Tasks: +- is the standard error; lost: right in the reference, now wrong.")
+    warnings = [f"WARNING: {text}" for text in result.get("warnings", [])]
+    return [*notes, *result.get("serving", {}).get("verdicts", []), *warnings]
 
 
 def evaluation_rows(result: Json) -> list[Row]:
@@ -49,7 +52,7 @@ def evaluation_rows(result: Json) -> list[Row]:
     divergences = result.get("divergence") or [None] * len(texts)
     for text, reference, divergence in zip(texts, references, divergences, strict=True):
         rows += _text_rows(text, reference, divergence)
-    return rows + _serving_rows(result)
+    return [*rows, *_task_rows(result), *_probe_rows(result), *_serving_rows(result)]
 
 
 def _size_rows(result: Json) -> list[Row]:
@@ -90,6 +93,42 @@ def _text_rows(text: Json, reference: Json | None, divergence: Json | None) -> l
         ("    RMS", "", "", f"{float(divergence['right_token_change_rms']):.4f}"),
         ("    5 % to 95 %", "", "", spread),
     ]
+
+
+def _task_rows(result: Json) -> list[Row]:
+    references, flips = result.get("reference_tasks", {}), result.get("flips", {})
+    rows: list[Row] = []
+    for name, task in result.get("tasks", {}).items():
+        reference, flipped, change = references.get(name), flips.get(name), ""
+        if reference is not None:
+            change = f"{float(task['value']) - float(reference['value']):+.3f}"
+        if flipped is not None:
+            change += f"; {flipped['right_to_wrong']} lost, {flipped['wrong_to_right']} won"
+        label = f"{name}, {task['metric']}, {task['num_questions']} questions"
+        rows.append((label, _score(task), _score(reference), change))
+    return rows
+
+
+def _score(task: Json | None) -> str:
+    if task is None:
+        return ""
+    error = "" if task["stderr"] is None else f" +-{float(task['stderr']):.3f}"
+    return f"{float(task['value']):.3f}{error}"
+
+
+def _probe_rows(result: Json) -> list[Row]:
+    probes, references = result.get("probes", {}), result.get("reference_probes", {})
+    rows: list[Row] = [("collapse probes", "", "", "")] if probes else []
+    for name, probe in probes.items():
+        own, other = (_share(each) for each in (probe, references.get(name)))
+        rows.append((f"  {name.replace('_', ' ')}", own, other, probe.get("verdict", "")))
+    return rows
+
+
+def _share(probe: Json | None) -> str:
+    if probe is None or not probe["total"]:
+        return ""
+    return f"{probe['right']} of {probe['total']}"
 
 
 def _serving_rows(result: Json) -> list[Row]:
