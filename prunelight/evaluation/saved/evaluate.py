@@ -90,7 +90,8 @@ def evaluate_saved(
         dense = Subject(reference, dtype=dtype, device=place, trust=trust_remote_code)
         check_same_tokenizer(subject, dense)
     texts = _texts(subject, dense, settings)
-    tasks = [_task_set(subject, name, settings) for name in spelled_out(settings.tasks)]
+    names = spelled_out(settings.tasks) if settings.tasks else []
+    tasks = [_task_set(subject, name, settings) for name in names]
     return _Evaluation(subject, dense, settings, texts, tasks, Record(folder, group)).run()
 
 

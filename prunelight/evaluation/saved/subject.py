@@ -11,7 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunelight.evaluation.report.plan_facts import Json
 from prunelight.models.families.config_fields import decoder_config, maximum_length
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.loading import check_hub, find_source, load, load_config, load_tokenizer
+from prunelight.models.loading import (
+    check_hub,
+    find_source,
+    load,
+    load_config,
+    load_tokenizer,
+    resolve_dtype,
+)
 from prunelight.models.placement import to_device
 from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count
 from prunelight.planning.fingerprints import model_fingerprint, without_folders
@@ -30,11 +37,12 @@ class Subject:
         trust: run Python code that comes with the model.
 
     Raises:
-        ValueError: if the name is none of a model, or it has no tokenizer.
+        ValueError: if the name is none of a model, it has no tokenizer, or the dtype is unknown.
     """
 
     def __init__(self, name: str, *, dtype: str, device: torch.device, trust: bool) -> None:
         check_is_no_run(name)
+        resolve_dtype(dtype)
         self.name, self.dtype, self.device, self.trust = name, dtype, device, trust
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(name, trust_remote_code=trust)
 

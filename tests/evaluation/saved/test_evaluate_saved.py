@@ -190,7 +190,9 @@ def test_models_and_texts_that_cannot_be_measured_are_refused(places, tmp_path, 
     tokenizer = make_tokenizer(bos_token="<s>")
     tokenizer.add_tokens(["river"])
     tokenizer.save_pretrained(other)
-    refused(r"another tokenizer than .* \(1 entries of .* give the model that was", reference=str(other))
+    refused(
+        r"another tokenizer than .* \(1 entries of .* give the model that was", reference=str(other)
+    )
     refused("does not exist", asked=settings(places, "none.txt"), kind=FileNotFoundError)
     (tmp_path / "blank.txt").write_text(" \n")
     refused("is empty; give a source that holds text", asked=settings(tmp_path, "blank.txt"))
