@@ -54,6 +54,7 @@ USES = {
         lambda name: RecoveryModule(name, quantization="int8"),
         lambda name: RecoveryModule(name, loss="kd", distillation=Distillation(teacher="nf4")),
     ],
+    "ctranslate2": [lambda name: export(name, "ctranslate2")],
     "gguf": [lambda name: load(f"{name}/a.gguf"), lambda name: export(name, "gguf")],
     "llama_cpp": [lambda name: export(name, "gguf", quantize="q4_k_m")],
     "xllamacpp": [lambda name: export(name, "gguf", engine_python=sys.executable)],

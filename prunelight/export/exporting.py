@@ -103,7 +103,7 @@ def export(
         target.write(source, model, tokenizer, temporary, options)
         proof = None
         if readable:
-            windows = proof_windows(model, tokenizer)
+            windows = proof_windows(model, tokenizer, longest=target.longest_text(source))
             reading = target.read_back(source, temporary, windows, options)
             proof = compare(reading, source_logits(model, windows))
             if options.quantize is None:

@@ -115,6 +115,9 @@ class Target(Protocol):
             ImportError: if a package is missing that writes the format; names its pip line.
         """
 
+    def longest_text(self, source: Source) -> int | None:
+        """Return the tokens of a text that the engine reads as transformers does; None for all."""
+
     def check_reader(self, source: Source, options: ExportOptions) -> None:
         """Check, without the export, that `read_back` will find a program that reads it.
 

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,21 @@ from prunelight.calibration.data_windows import has_validation_batches, validati
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.evaluation.examiners import Examiner, examiners_among, random_state_kept
+from prunelight.evaluation.probes.dense_divergence import DenseDivergence
+from prunelight.evaluation.probes.examiner import (
+    ProbesExaminer,
+    SamplesExaminer,
+    collapse_warnings,
+)
 from prunelight.evaluation.report.record import Cost, RunRecord, Stage
-from prunelight.evaluation.report.report import write_report, write_texts
+from prunelight.evaluation.report.report import write_pictures, write_texts
 from prunelight.evaluation.stages import Beside, measure_stage, new_record
 from prunelight.models.engines import loads_in, misreadings
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.placement import move_if_it_fits, to_device
 from prunelight.models.sizes import is_quantized, parameter_count, stored_bytes
 from prunelight.planning.fingerprints import describe_windows, model_fingerprint, without_folders
-from prunelight.run.run_state import Run
+from prunelight.run.run_state import DENSE_PREDICTIONS, Run
 from prunelight.runtime.measuring import Measurement
 from prunelight.runtime.origin import command_line, date_now, machine_facts, without_paths
 from prunelight.runtime.processes import ProcessGroup
@@ -62,8 +69,22 @@ def measure_run_stage(
 
 def examiners_of(run: Run) -> list[Examiner]:
     """Return what examines each stage of a run: its own examiners, and callbacks of its Trainer."""
+    return [*_own_examiners(run), *added_examiners(run)]
+
+
+def added_examiners(run: Run) -> list[Examiner]:
+    """Return the callbacks of a run's Trainer that examine each stage."""
     callbacks: list[Any] = run.place.trainer.callbacks  # type: ignore[attr-defined]
-    return [*run.examiners, *examiners_among(callbacks)]
+    return examiners_among(callbacks)
+
+
+def _own_examiners(run: Run) -> list[Examiner]:
+    if not run.probes:
+        return []
+    samples = SamplesExaminer()
+    directory = partial(Path, run.place.root, DENSE_PREDICTIONS)
+    divergence = DenseDivergence(directory, partial(held_out_windows, run))
+    return [samples, ProbesExaminer(samples), divergence]
 
 
 def examine_stage(
@@ -127,6 +148,13 @@ def describe_evaluation(run: Run) -> dict[str, Any]:
     return {"source": without_folders(str(source)), **windows, **timing, **settings}
 
 
+def warn_of_collapse(record: RunRecord) -> None:
+    """Warn, now and in the record, of what perplexity hides of its last stage."""
+    for text in collapse_warnings(record.stages):
+        log.warning(text)
+        record.warnings.append(text)
+
+
 def measures_the_same(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether two evaluations measure text and speed alike, whatever else they examine."""
     return all(then.get(key) == now.get(key) for key in ("fingerprint", "latency"))
@@ -145,6 +173,7 @@ def start_record(run: Run, model: PreTrainedModel) -> RunRecord:
     model = move_if_it_fits(model, run.place.device)
     with run.phases.phase("evaluate dense"):
         record.stages.append(measure_run_stage(run, "dense", model))
+    record.evaluation = describe_evaluation(run)  # files of the dense model are there now
     return record
 
 
@@ -161,6 +190,7 @@ def add_quantized(run: Run, model: PreTrainedModel) -> None:
         stage = measure_run_stage(run, "quantized", model, earlier=record.stages)
     same = {n: getattr(full, n) for n in ("parameters", "sparsity", "linear_sparsity")}
     record.stages.append(replace(stage, size_bytes=stored_bytes(model), **same))
+    warn_of_collapse(record)
 
 
 def add_engines(record: RunRecord, dense: PretrainedConfig, pruned: PretrainedConfig) -> None:
@@ -219,7 +249,7 @@ def report(run: Run, record: RunRecord) -> list[Path]:
     note_origin(run, record)
     with run.phases.phase("write the report"):
         note_costs(run, record)
-        write_report(run.place.root, record)
+        write_pictures(run.place.root, record)
     note_costs(run, record)
     files = write_texts(run.place.root, record)
     run.phases.stop()

@@ -35,6 +35,7 @@ from prunelight.recovery.precision import precision_faults
 from prunelight.recovery.quantization import check_quantizable, check_trainable, check_widths
 from prunelight.run.checkpoints import TrainingEnd, training_end
 from prunelight.run.measurements import (
+    added_examiners,
     can_measure,
     changed_examinations,
     describe_evaluation,
@@ -233,7 +234,7 @@ def examinations(facts: Facts) -> None:
         return
     for examiner in examiners_of(run):
         examiner.check_examination(run.name, run.tokenizer)
-    added = [each for each in examiners_of(run) if each not in run.examiners]
+    added = added_examiners(run)
     if added and not facts.methods and not can_measure(run):
         raise ValueError(
             f"{type(added[0]).__name__} examines the stages of the report, and without held-out "

@@ -19,7 +19,6 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunelight.evaluation.examiners import Examiner
 from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.report.report import summary_table
 from prunelight.evaluation.speed import Architecture, LatencyProtocol
@@ -36,6 +35,7 @@ from prunelight.runtime.measuring import OTHER, Measurement, Phases
 log = logging.getLogger(__name__)
 
 FINAL, ADAPTER = "final", "adapter"  # directories of a run
+DENSE_PREDICTIONS = "dense_predictions"  # of the dense model, with which stages are compared
 MEASURED = "measured.json"  # beside the pruned base: the record of the run so far
 
 
@@ -56,7 +56,7 @@ class Run:
         settings: how the model is recovered.
         objective: what the recovery learns from.
         latency: protocol by which generation is timed for the report; None: not at all.
-        examiners: of each stage of the report, beside the callbacks that are examiners.
+        probes: ask probes, samples and divergence at each stage of the report.
         tokenizer: of the model, once it is loaded.
         source: where `model` can be read again; "" for a model that exists only in memory.
         base: directory of the pruned base; None before the pruning.
@@ -86,13 +86,13 @@ class Run:
         settings: RecoverySettings = RecoverySettings(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
         latency: LatencyProtocol | None = None,
-        examiners: Sequence[Examiner] = (),
+        probes: bool = True,
         describe_recovery: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.holder, self.name, self.dtype = holder, name, dtype
         self.trust_remote_code, self.settings = trust_remote_code, settings
         self.objective, self.latency = objective, latency
-        self.examiners = [*examiners]
+        self.probes = probes
         self.describe_recovery = describe_recovery
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.source: str | Path = ""

@@ -69,7 +69,12 @@ def make_data(name: str, directory: Path, **arguments: object) -> TextDataModule
 
 def make_module(name: str, **arguments: object) -> RecoveryModule:
     """Return a module that trains fast and without randomness."""
-    settings = {"lora": LoRA(dropout=0.0), "learning_rate": 1e-2, "warmup_steps": 0}
+    settings = {
+        "lora": LoRA(dropout=0.0),
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "probes": False,  # which are tested where they matter, and slow a tiny run down
+    }
     return RecoveryModule(name, **{**settings, **arguments})
 
 

@@ -7,7 +7,7 @@ llama.cpp's own converter (directory `conversion` of its source, version 0.19 of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ class GgufFamily:
     needs: Mapping[str, tuple[Any, ...]] | None = None
 
 
-_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_pytorch_tanh_fast")
+_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 # Rotations that the file can describe; of others, llama.cpp's converter knows more.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -111,6 +111,11 @@ def _phi3_keys(config: Any) -> Keys:
     }
 
 
+def _gpt2_keys(config: Any) -> Keys:
+    neurons = config.n_inner or 4 * config.hidden_size
+    return {"head_count_kv": config.num_attention_heads, "feed_forward_length": neurons}
+
+
 _LLAMA = GgufFamily("LLAMA", permutes=True)
 FAMILIES: dict[str, GgufFamily] = {
     "llama": _LLAMA,
@@ -157,7 +162,7 @@ FAMILIES: dict[str, GgufFamily] = {
     "starcoder2": GgufFamily(
         "STARCODER2", free_heads=False, activations=_GELU, needs={"use_bias": (True,)}
     ),
-    "gpt2": GgufFamily("GPT2", free_heads=False, activations=_GELU),
+    "gpt2": GgufFamily("GPT2", _gpt2_keys, free_heads=False, activations=_GELU),
 }
 
 
@@ -173,7 +178,7 @@ def model_keys(config: Any, family: GgufFamily) -> Keys:
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": _neurons(config),
+        "feed_forward_length": getattr(config, "intermediate_size", 0),
         "head_count": heads,
         "head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
         "key_length": head_dim(config),
@@ -184,11 +189,6 @@ def model_keys(config: Any, family: GgufFamily) -> Keys:
         if (value := getattr(config, field, None)) is not None:
             keys["layer_norm_rms_eps" if field == "rms_norm_eps" else "layer_norm_eps"] = value
     return {**keys, **rope_keys(config), **family.keys(config)}
-
-
-def _neurons(config: Any) -> int | Sequence[int]:
-    neurons = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-    return neurons or 4 * config.hidden_size
 
 
 def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
@@ -37,7 +38,8 @@ from prunelight.export.gguf.tensors import gguf_tensors, weights_on_disk
 from prunelight.export.gguf.tokenizers import tokenizer_facts, tokenizer_keys
 from prunelight.export.gguf.writing import write_gguf
 from prunelight.export.targets import Bound, ExportOptions, NotReadableError, Reading, Source
-from prunelight.models.engines import READINGS, ByPlace, OtherWindows
+from prunelight.export.widths import block_warnings, parallel_warnings
+from prunelight.models.engines import READINGS, ByPlace, OtherWindows, has_windows
 from prunelight.models.families.config_fields import head_dim
 from prunelight.models.families.own_classes.registration import PREFIX, family_of
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
@@ -51,8 +53,6 @@ _COMMAND = (
 # llama.cpp's own quantizations that most people use; its quantizer falls back where a row does not
 # divide by 256.
 QUANTIZATIONS = ("q2_k", "q3_k_m", "q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "iq4_xs")
-_BLOCK = 256  # of K-quants
-_PARALLEL = (2, 4, 8)  # numbers of devices that share a layer
 
 
 # llama.cpp takes GELU from a table in float16, hence 0.03 in float32 too.
@@ -86,7 +86,13 @@ class GgufTarget:
         tokenizer_facts(load_tokenizer(str(source.directory)))
         if options.quantize is not None:
             _check_quantizer(options)
-        return [*warnings, *width_warnings(source.config, options)]
+        config = source.config
+        widths = [*block_warnings(config, options.quantize), *parallel_warnings(config)]
+        return [*warnings, *widths]
+
+    def longest_text(self, source: Source) -> int | None:
+        """Return the window, where llama.cpp ignores it; see `Target.longest_text`."""
+        return ignored_window(source.config)
 
     def check_reader(self, source: Source, options: ExportOptions) -> None:
         """Check that llama.cpp or transformers reads the export; see `Target.check_reader`."""
@@ -168,12 +174,21 @@ def check_readings(source: Source) -> list[str]:
     for reading in READINGS[ENGINE].get(family_of(config.model_type), ()):
         if isinstance(reading, ByPlace) and reading.key is not None:
             continue  # the file lists the kinds of the layers
-        if (fault := reading.fault(config)) is None:
-            continue
-        if not isinstance(reading, OtherWindows):
+        if not isinstance(reading, OtherWindows) and (fault := reading.fault(config)):
             raise ValueError(f"llama.cpp {fault}")
-        warnings.append(f"llama.cpp {fault.removeprefix('reads it wrong: ')}")
+    if window := ignored_window(config):
+        warnings.append(
+            f"llama.cpp ignores the windows of this family; the export's context ends at {window} "
+            "tokens, within which nothing differs"
+        )
     return warnings
+
+
+def ignored_window(config: Any) -> int | None:
+    """Return the window of a model whose windows llama.cpp ignores; None for none."""
+    readings = READINGS[ENGINE].get(family_of(config.model_type), ())
+    ignores = any(isinstance(reading, OtherWindows) for reading in readings)
+    return int(config.sliding_window) if ignores and has_windows(config) else None
 
 
 def check_fields(source: Source, family: GgufFamily) -> None:
@@ -215,35 +230,6 @@ def check_fields(source: Source, family: GgufFamily) -> None:
         )
 
 
-def width_warnings(config: Any, options: ExportOptions) -> list[str]:
-    """Return warnings about widths that do not divide as quantizations and devices want them."""
-    widths = {
-        "hidden_size": config.hidden_size,
-        "the width of MLPs": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-    }
-    warnings = []
-    odd = [f"{name} {width}" for name, width in widths.items() if width % _BLOCK]
-    if odd and options.quantize is not None and not options.quantize.endswith("_0"):
-        warnings.append(
-            f"{', '.join(odd)}: no multiple of {_BLOCK}; llama.cpp keeps such matrices in larger "
-            f"types than {options.quantize}"
-        )
-    counts = {
-        **widths,
-        "heads": config.num_attention_heads,
-        "key-value heads": getattr(config, "num_key_value_heads", None)
-        or config.num_attention_heads,
-    }
-    for devices in _PARALLEL:
-        if uneven := [f"{name} {n}" for name, n in counts.items() if n % devices]:
-            warnings.append(
-                f"{', '.join(uneven)}: does not divide by {devices}; tensor parallelism over "
-                f"{devices} devices or more will refuse the model"
-            )
-            break
-    return warnings
-
-
 def sample_texts() -> list[str]:
     """Return texts that both tokenizers must split alike: prose, numbers, code and odd spaces."""
     prose = files("prunelight.data").joinpath("sample", "validation.txt").read_text("utf-8")
@@ -266,6 +252,17 @@ def check_same_tokens(text: str, expected: Sequence[int], read: Sequence[int]) -
         f"{[*read][place : place + 5]} where the tokenizer makes {[*expected][place : place + 5]} "
         f"({text[:30]!r}...); please report the tokenizer"
     )
+
+
+def file_name(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the name that the file gives the model.
+
+    llama.cpp lets tokens take the spaces after them where the name has "phi-3" in it, and fails
+    there without Phi-3's tokens. So a model has that in its name if it has these tokens.
+    """
+    name = re.sub("phi-?3", "phi", source.directory.resolve().name, flags=re.IGNORECASE)
+    has_tokens = {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= {*tokenizer.get_vocab()}
+    return f"{name} (phi-3)" if source.config.model_type == "phi3" and has_tokens else name
 
 
 def _check_quantizer(options: ExportOptions) -> Any:
@@ -299,7 +296,9 @@ def _write(
 ) -> None:
     family, config = check_family(source), model.config
     weights = weights_on_disk(model)
-    keys = {"name": source.directory.resolve().name, **model_keys(config, family)}
+    keys = {"name": file_name(source, tokenizer), **model_keys(config, family)}
+    if window := ignored_window(source.config):
+        keys["context_length"] = min(window, keys["context_length"])
     if is_uneven(config):
         keys |= deci_keys(config)
         weights = with_zero_neurons(config, weights)
