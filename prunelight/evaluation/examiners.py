@@ -46,7 +46,7 @@ class Examiner(Protocol):
         tokenizer: PreTrainedTokenizerBase,
         earlier: Sequence[Stage],
         group: ProcessGroup,
-    ) -> Json:
+    ) -> Any:
         """Return what is found of a model, as JSON values.
 
         Args:

@@ -127,9 +127,10 @@ def collapse_warnings(stages: Sequence[Stage]) -> list[str]:
         stages: of a run; the first is the dense model.
     """
     dense, last = stages[0], stages[-1]
-    told = [stage.examined.get(ProbesExaminer.examines) for stage in (dense, last)]
-    if dense is last or told[0] is None or told[1] is None:
+    before, after = (stage.examined.get(ProbesExaminer.examines) for stage in (dense, last))
+    if dense is last or before is None or after is None:
         return []
     ratio = last.perplexity / dense.perplexity
-    warnings = compare_probes(*map(probe_results, told), perplexity_ratio=ratio)
+    results = probe_results(before), probe_results(after)
+    warnings = compare_probes(*results, perplexity_ratio=ratio)
     return [f"{last.name}: {text}" for text in warnings]

@@ -6,7 +6,7 @@ gives alone. What a tokenizer cannot express, such as brackets without tokens, i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -16,6 +16,7 @@ from prunelight.evaluation.probes.questions import Line
 
 EXAMPLES = 3  # lines at the beginning of a row that are not asked
 _MOST_LINES = 400  # that are tried; a tokenizer may express few
+_FIRST_LINES = 20  # of which it expresses one, or none of the others is tried
 
 
 @dataclass(frozen=True)
@@ -85,35 +86,39 @@ def _expressible(
     lines: Iterable[Line], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[Place]]]:
     """Yield tokens and places of the lines that the tokenizer expresses."""
-    for line in lines:
+    expressed = 0
+    for number, line in enumerate(lines):
+        if number == _FIRST_LINES and not expressed:
+            return
         text = "".join(part.text for part in line)
         ids = _encoded(tokenizer, text)
-        places, end = [], 0
+        places, begin, start = [], 0, 0
         for part in line:
-            begin, end = end, end + len(part.text)
+            end = begin + len(part.text)
+            stop = _common(ids, _encoded(tokenizer, text[:end]))
             if part.asked:
-                places.append(_place(tokenizer, ids, text, begin, end, part.options))
-        whole = tokenizer.decode(ids).split() == text.split()
+                options = [_encoded(tokenizer, text[:begin] + each) for each in part.options]
+                places.append(_place(ids, start, stop, options))
+            begin, start = end, stop
+        whole = str(tokenizer.decode(ids)).split() == text.split()
         known = [place for place in places if place is not None]
         if whole and len(known) == len(places):
+            expressed += 1
             yield ids, known
 
 
-def _place(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    text: str,
-    begin: int,
-    end: int,
-    options: tuple[str, ...],
-) -> Place | None:
-    """Return where text[begin:end] stands in the ids; None where it has no tokens of its own."""
-    start = _common(ids, _encoded(tokenizer, text[:begin]))
-    stop = _common(ids, _encoded(tokenizer, text[:end]))
-    others = [_encoded(tokenizer, text[:begin] + option) for option in options]
+def _place(ids: list[int], start: int, stop: int, options: Sequence[list[int]]) -> Place | None:
+    """Return the place ids[start:stop]; None where an answer or an option has no tokens of its own.
+
+    Args:
+        ids: of a line.
+        start: how many of them the text before the answer gives.
+        stop: how many of them the text up to the end of the answer gives.
+        options: ids of the text before the answer and each option.
+    """
     # Options may begin alike, as " )" and " ]" do where the space has a token of its own.
-    start = max(start, min((_common(others[0], other) for other in others[1:]), default=0))
-    firsts = tuple(other[start] for other in others if len(other) > start)
+    start = max(start, min((_common(options[0], other) for other in options[1:]), default=0))
+    firsts = tuple(option[start] for option in options if len(option) > start)
     if not 0 < start < stop or len({*firsts}) != len(options):
         return None
     return Place(start, stop, firsts) if not options or ids[start] in firsts else None

@@ -65,7 +65,7 @@ def samples(
     ids = [start + tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     shortest = min(map(len, ids), default=0)
     batches = [[row[:shortest] for row in ids]] if shortest else []
-    shown = [[tokenizer.decode(row, skip_special_tokens=True) for row in b] for b in batches]
+    shown = [[_text(tokenizer, row) for row in batch] for batch in batches]
     if tokenizer.chat_template is not None:
         batches.append([_chat(tokenizer)])
         shown.append([QUESTION])
@@ -75,7 +75,7 @@ def samples(
         if count:
             rows = _continued(model, torch.tensor(batch), count, tokenizer.eos_token_id)
             found += [
-                Sample(text, tokenizer.decode(row, skip_special_tokens=True), tuple(row))
+                Sample(text, _text(tokenizer, row), tuple(row))
                 for text, row in zip(texts, rows, strict=True)
             ]
     return found
@@ -103,6 +103,10 @@ def generation_probes(
         "new_trigrams": ProbeResult(new, total, note=short),
         "length": ProbeResult(written, new_tokens * len(found)),
     }
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode([*ids], skip_special_tokens=True))
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase) -> list[int]:
