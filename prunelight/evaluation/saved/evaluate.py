@@ -110,12 +110,19 @@ def _texts(
         ValueError: if a text cannot be read, fills no window, or its windows are too long.
     """
     seq_len = settings.seq_len or min(PAPER_SEQ_LEN, subject.context or PAPER_SEQ_LEN)
-    taken = {"max_windows": settings.max_windows, "keep_tail": settings.keep_tail}
     texts = []
     for source in settings.texts:
         for each in (subject, dense):
             check_text_length(seq_len, each.context if each is not None else None)
-        texts.append(text_windows(subject.tokenizer, source, seq_len, **taken))
+        texts.append(
+            text_windows(
+                subject.tokenizer,
+                source,
+                seq_len,
+                max_windows=settings.max_windows,
+                keep_tail=settings.keep_tail,
+            )
+        )
     return texts
 
 
