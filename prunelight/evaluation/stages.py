@@ -12,14 +12,13 @@ from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows
 from prunelight.evaluation.perplexity import evaluate
 from prunelight.evaluation.report.record import RunRecord, Stage
+from prunelight.evaluation.serving.cost import stage_cost, stage_speeds
+from prunelight.evaluation.serving.timing import Spread
 from prunelight.evaluation.speed import (
     Architecture,
-    Factor,
     LatencyProtocol,
     compare_latency,
-    compare_speed,
     measure_latency,
-    measure_speed,
 )
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count, zero_share
@@ -69,12 +68,8 @@ def measure_stage(
         timed: an earlier stage of the same architecture, whose speeds are taken.
     """
     group = group_of(windows)
-    # Latency comes first: it fails early if its text is too long for the model.
     timing = None if protocol is None else (tokenizer, protocol)
-    if timed is not None:
-        speeds = {name: getattr(timed, name) for name in SPEEDS}
-    else:
-        speeds = group.run_on_rank_zero(partial(_speeds, model, beside, timing))
+    speeds = group.run_on_rank_zero(partial(_speeds, model, beside, timed, timing))
     quality = evaluate(model, windows)
     return Stage(
         name=name,
@@ -90,36 +85,52 @@ def measure_stage(
 
 
 def _speeds(
-    model: PreTrainedModel, beside: Beside | None, timing: tuple[Any, LatencyProtocol] | None
+    model: PreTrainedModel,
+    beside: Beside | None,
+    timed: Stage | None,
+    timing: tuple[Any, LatencyProtocol] | None,
 ) -> dict[str, Any]:
-    """Return the speeds of a stage by their names.
+    """Return the fields of a stage that tell what serving it costs.
 
     Beside a dense model, the figures are those of the dense stage times the factor: the clock of
     this moment, which is not that of the dense stage, cancels.
     """
+    if timed is not None:
+        speeds = {name: getattr(timed, name) for name in SPEEDS}
+        earlier = [timed] if beside is None else [beside.stage, timed]
+        return speeds | {"examined": {"serving": stage_cost(model, None, earlier)}}
     dense = None if beside is None else beside.architecture.build(model.device)
-    if beside is None or dense is None:
-        told = {} if timing is None else asdict(measure_latency(model, *timing))
-        alone = measure_speed(model)
-        return {
-            **told,
-            "prefill_tokens_per_second": alone.prefill,
-            "decode_tokens_per_second": alone.decode,
-        }
-    speeds: dict[str, Any] = {}
-    factors: dict[str, Factor] = {}
-    if timing is not None and beside.stage.latency_seconds is not None:
-        latency, factor = compare_latency(model, dense, *timing)
-        factors["latency_seconds"] = factor
-        factors["throughput"] = Factor(1 / factor.median, 1 / factor.high, 1 / factor.low)
-        drift = beside.stage.latency_seconds * factor.median / latency.latency_seconds
-        speeds["latency_deviation"] = latency.latency_deviation * drift
-    prefill, decode = compare_speed(model, dense)
-    factors |= {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
-    for name, factor in factors.items():
-        speeds[name] = getattr(beside.stage, name) * factor.median
-    speeds["factors"] = {name: [*astuple(factor)] for name, factor in factors.items()}
-    return speeds
+    # Latency comes first: it fails early if its text is too long for the model.
+    latency = _latency(model, dense, beside, timing)
+    serving = stage_cost(model, dense, [] if beside is None else [beside.stage])
+    speeds = stage_speeds(serving)
+    if beside is not None:
+        for name, (median, _, _) in speeds["factors"].items():
+            speeds[name] = getattr(beside.stage, name) * median
+    factors = speeds["factors"] | latency.pop("factors", {})
+    return {**speeds, **latency, "factors": factors, "examined": {"serving": serving}}
+
+
+def _latency(
+    model: PreTrainedModel,
+    dense: PreTrainedModel | None,
+    beside: Beside | None,
+    timing: tuple[Any, LatencyProtocol] | None,
+) -> dict[str, Any]:
+    """Return the fields of a stage that tell its latency by a protocol; none without one."""
+    if timing is None:
+        return {}
+    if beside is None or dense is None or beside.stage.latency_seconds is None:
+        return asdict(measure_latency(model, *timing))
+    latency, factor = compare_latency(model, dense, *timing)
+    rate = Spread(1 / factor.median, 1 / factor.high, 1 / factor.low)
+    drift = beside.stage.latency_seconds * factor.median / latency.latency_seconds
+    return {
+        "latency_seconds": latency.latency_seconds * drift,
+        "latency_deviation": latency.latency_deviation * drift,
+        "throughput": latency.throughput / drift,
+        "factors": {"latency_seconds": [*astuple(factor)], "throughput": [*astuple(rate)]},
+    }
 
 
 def new_record(

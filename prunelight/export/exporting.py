@@ -103,7 +103,7 @@ def export(
         target.write(source, model, tokenizer, temporary, options)
         proof = None
         if readable:
-            windows = proof_windows(model, tokenizer)
+            windows = proof_windows(model, tokenizer, longest=target.longest_text(source))
             reading = target.read_back(source, temporary, windows, options)
             proof = compare(reading, source_logits(model, windows))
             if options.quantize is None:
@@ -251,7 +251,6 @@ def _replacing(target: Target, path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with explaining_write_errors(path):
         if target.suffix:
-            record_of(path).unlink(missing_ok=True)  # of the export that is replaced
             with atomic_replacement(path) as temporary:
                 yield temporary
         else:

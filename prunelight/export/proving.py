@@ -49,22 +49,28 @@ class Proof:
     def line(self) -> str:
         """Return the proof in one sentence."""
         return (
-            f"{self.engine} {self.version} computes the same from it: largest difference of a "
-            f"log-probability {self.largest_difference:.2g}, mean KL {self.mean_kl:.2g}, same "
-            f"most probable token at {self.same_top:.1%} of {self.positions} positions"
+            f"{self.engine} {self.version} read it back: mean KL {self.mean_kl:.2g} nats from "
+            f"transformers in float32, same most probable token at {self.same_top:.1%} of "
+            f"{self.positions} positions, largest difference of a log-probability "
+            f"{self.largest_difference:.2g}"
         )
 
 
 def proof_windows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, tokens: int = _TOKENS
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, longest: int | None = None
 ) -> list[list[int]]:
     """Return two fixed windows of token ids: real text, and random ids without special tokens.
 
     Where layers attend to a window of tokens, the texts are longer than it, up to 1,024 tokens.
+
+    Args:
+        model: the source.
+        tokenizer: of the model.
+        longest: tokens of a text that the engine reads as transformers does; None for all.
     """
     window = getattr(model.config, "sliding_window", None) or 0
-    length = tokens + (window if window <= _LONGEST_WINDOW else 0)
-    length = min(length, longest_sequence(model) or length)
+    length = _TOKENS + (window if window <= _LONGEST_WINDOW else 0)
+    length = min(length, longest or length, longest_sequence(model) or length)
     (document,) = read_documents(_SAMPLE)[:1]
     size = vocabulary_size(model)
     (text,) = tokenize(tokenizer, [document["text"][: 40 * length]])

@@ -70,7 +70,7 @@ class Reading:
     note: str = ""
 
 
-class NotReadableError(RuntimeError):
+class NotReadableError(ImportError):
     """The program that reads an export is not here; the message names its pip line."""
 
 
@@ -114,6 +114,9 @@ class Target(Protocol):
             ValueError: if the target cannot hold the model; says what it could take.
             ImportError: if a package is missing that writes the format; names its pip line.
         """
+
+    def longest_text(self, source: Source) -> int | None:
+        """Return the tokens of a text that the engine reads as transformers does; None for all."""
 
     def check_reader(self, source: Source, options: ExportOptions) -> None:
         """Check, without the export, that `read_back` will find a program that reads it.

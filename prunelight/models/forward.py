@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from prunelight.models.families.config_fields import decoder_config
 from prunelight.models.families.layers import decoder_layers, first_tensor
@@ -99,9 +100,21 @@ def forward_without_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) ->
 
 
 def generate_tokens(
-    model: PreTrainedModel, ids: Tensor, count: int, *, use_cache: bool = True
+    model: PreTrainedModel,
+    ids: Tensor,
+    count: int,
+    *,
+    use_cache: bool = True,
+    streamer: BaseStreamer | None = None,
 ) -> Tensor:
     """Continue ids (B, T) greedily by exactly `count` tokens; the model's mode is left as it is.
+
+    Args:
+        model: that generates.
+        ids: the prompts, (B, T).
+        count: new tokens of each prompt.
+        use_cache: keep keys, values and states instead of computing them again.
+        streamer: gets the prompts, and then each new token as soon as it is there.
 
     Returns:
         Token ids, (B, T + count).
@@ -115,6 +128,7 @@ def generate_tokens(
         min_new_tokens=count,
         max_new_tokens=count,
         pad_token_id=0 if pad_id is None else pad_id,
+        streamer=streamer,
     )
     return tokens
 

@@ -60,21 +60,39 @@ def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:
 
 def parameter_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of all parameters, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return tensor_bytes(model.parameters())
 
 
-@torch.no_grad()
 def zero_share(parameters: Iterable[Tensor]) -> float:
     """Return the share of exact zeros among all weights, tied ones once, in [0, 1].
 
     The share is 0 without weights, and for packed 4-bit or 8-bit weights, whose zeros do not show.
     """
-    weights = list({id(parameter): parameter for parameter in parameters}.values())
+    weights = [*parameters]
+    nonzero = nonzero_count(weights)
+    total = sum(weight.numel() for weight in _distinct(weights))
+    return (total - nonzero) / total if total and nonzero is not None else 0.0
+
+
+@torch.no_grad()
+def nonzero_count(parameters: Iterable[Tensor]) -> int | None:
+    """Return the number of weights that are not zero, tied ones once.
+
+    None for packed 4-bit or 8-bit weights, whose zeros do not show, and for weights without values.
+    """
+    weights = _distinct(parameters)
     if any(not w.is_floating_point() or w.element_size() == 1 or w.is_meta for w in weights):
-        return 0.0
-    total = sum(weight.numel() for weight in weights)
-    nonzero = sum(int(torch.count_nonzero(weight)) for weight in weights)
-    return (total - nonzero) / total if total else 0.0
+        return None
+    return sum(int(torch.count_nonzero(weight)) for weight in weights)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors, the same one once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _distinct(tensors))
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [*{id(tensor): tensor for tensor in tensors}.values()]
 
 
 def linear_sparsity(model: PreTrainedModel) -> float:

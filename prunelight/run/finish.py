@@ -22,7 +22,7 @@ from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
 from prunelight.run.checkpoints import check_base
-from prunelight.run.measurements import measure_run_stage, report
+from prunelight.run.measurements import measure_run_stage, report, warn_of_collapse
 from prunelight.run.run_state import ADAPTER, FINAL, Run, plan_texts
 from prunelight.runtime.files.atomic_files import (
     atomic_directory,
@@ -128,6 +128,7 @@ def _measure_result(run: Run, model: PreTrainedModel, saved: SavedModel) -> None
         stage = measure_run_stage(run, "recovered", model, earlier=stages)
     stage = replace(stage, size_bytes=saved.size_bytes)
     stages.append(stage)
+    warn_of_collapse(run.record)
     if stage.perplexity > before:
         run.warn(
             f"the recovery made the model worse: perplexity {before:.4g} before, "

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from prunelight.calibration.data_windows import has_validation_batches, validation_windows_of
+from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, split_windows
+from prunelight.evaluation.examiners import Examiner, examiners_among, random_state_kept
+from prunelight.evaluation.probes.dense_divergence import DenseDivergence
+from prunelight.evaluation.probes.examiner import (
+    ProbesExaminer,
+    SamplesExaminer,
+    collapse_warnings,
+)
 from prunelight.evaluation.report.record import Cost, RunRecord, Stage
-from prunelight.evaluation.report.report import write_report, write_texts
+from prunelight.evaluation.report.report import write_pictures, write_texts
 from prunelight.evaluation.stages import Beside, measure_stage, new_record
 from prunelight.models.engines import loads_in, misreadings
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.placement import move_if_it_fits, to_device
 from prunelight.models.sizes import is_quantized, parameter_count, stored_bytes
 from prunelight.planning.fingerprints import describe_windows, model_fingerprint, without_folders
-from prunelight.run.run_state import Run
+from prunelight.run.run_state import DENSE_PREDICTIONS, Run
 from prunelight.runtime.measuring import Measurement
+from prunelight.runtime.origin import command_line, date_now, machine_facts, without_paths
+from prunelight.runtime.processes import ProcessGroup
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +47,7 @@ def measure_run_stage(
     *,
     earlier: Sequence[Stage] = (),
 ) -> Stage:
-    """Measure one state of a run's model, its speed in turn with the dense model's.
+    """Measure one state of a run's model, its speed in turn with the dense model's; examine it.
 
     Args:
         run: that the model belongs to.
@@ -49,7 +62,57 @@ def measure_run_stage(
     beside = Beside(earlier[0], run.dense) if earlier and run.dense else None
     tokenizer = None if run.latency is None else run.checked_tokenizer()
     timed = next((stage for stage in earlier if _same_shape(stage, model)), None)
-    return measure_stage(name, model, windows, run.latency, tokenizer, beside=beside, timed=timed)
+    run.phases.lap()  # what serving costs resets the peak of memory
+    stage = measure_stage(name, model, windows, run.latency, tokenizer, beside=beside, timed=timed)
+    return examine_stage(run, stage, model, earlier, group_of(windows))
+
+
+def examiners_of(run: Run) -> list[Examiner]:
+    """Return what examines each stage of a run: its own examiners, and callbacks of its Trainer."""
+    return [*_own_examiners(run), *added_examiners(run)]
+
+
+def added_examiners(run: Run) -> list[Examiner]:
+    """Return the callbacks of a run's Trainer that examine each stage."""
+    callbacks: list[Any] = run.place.trainer.callbacks  # type: ignore[attr-defined]
+    return examiners_among(callbacks)
+
+
+def _own_examiners(run: Run) -> list[Examiner]:
+    if not run.probes:
+        return []
+    samples = SamplesExaminer()
+    directory = partial(Path, run.place.root, DENSE_PREDICTIONS)
+    divergence = DenseDivergence(directory, partial(held_out_windows, run))
+    return [samples, ProbesExaminer(samples), divergence]
+
+
+def examine_stage(
+    run: Run,
+    stage: Stage,
+    model: PreTrainedModel,
+    earlier: Sequence[Stage],
+    group: ProcessGroup,
+    only: Collection[str] | None = None,
+) -> Stage:
+    """Return a stage with the answers of the examiners of a run; each is a phase of its own.
+
+    Args:
+        run: that the model belongs to.
+        stage: what is measured of the model already.
+        model: in the state of the stage.
+        earlier: stages of this run; the first is the dense model.
+        group: the processes that measure together.
+        only: names of the examiners to ask; None asks all.
+    """
+    examined = dict(stage.examined)
+    for examiner in examiners_of(run):
+        name = examiner.examines
+        if only is not None and name not in only:
+            continue
+        with run.phases.phase(f"examine {stage.name}: {name}"), random_state_kept():
+            examined[name] = examiner.examine(model, run.checked_tokenizer(), earlier, group)
+    return replace(stage, examined=examined)
 
 
 def _same_shape(stage: Stage, model: PreTrainedModel) -> bool:
@@ -75,12 +138,32 @@ def can_measure(run: Run) -> bool:
 
 
 def describe_evaluation(run: Run) -> dict[str, Any]:
-    """Return facts about the held-out windows: source, numbers and fingerprint."""
+    """Return facts about the held-out windows, and the settings of what examines the stages."""
     data = run.place.data
     source = getattr(data, "sources", {}).get("validation", type(data).__name__)
     windows = describe_windows(*split_windows(held_out_windows(run)))
     timing = {} if run.latency is None else {"latency": asdict(run.latency)}
-    return {"source": without_folders(str(source)), **windows, **timing}
+    examined = {each.examines: each.describe_examination() for each in examiners_of(run)}
+    settings = {"examined": json.loads(json.dumps(examined))} if examined else {}
+    return {"source": without_folders(str(source)), **windows, **timing, **settings}
+
+
+def warn_of_collapse(record: RunRecord) -> None:
+    """Warn, now and in the record, of what perplexity hides of its last stage."""
+    for text in collapse_warnings(record.stages):
+        log.warning(text)
+        record.warnings.append(text)
+
+
+def measures_the_same(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two evaluations measure text and speed alike, whatever else they examine."""
+    return all(then.get(key) == now.get(key) for key in ("fingerprint", "latency"))
+
+
+def changed_examinations(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Return which examiners of an evaluation gave no answer, or had other settings, then."""
+    before, after = then.get("examined", {}), now.get("examined", {})
+    return {name for name, settings in after.items() if before.get(name) != settings}
 
 
 def start_record(run: Run, model: PreTrainedModel) -> RunRecord:
@@ -90,6 +173,7 @@ def start_record(run: Run, model: PreTrainedModel) -> RunRecord:
     model = move_if_it_fits(model, run.place.device)
     with run.phases.phase("evaluate dense"):
         record.stages.append(measure_run_stage(run, "dense", model))
+    record.evaluation = describe_evaluation(run)  # files of the dense model are there now
     return record
 
 
@@ -106,6 +190,7 @@ def add_quantized(run: Run, model: PreTrainedModel) -> None:
         stage = measure_run_stage(run, "quantized", model, earlier=record.stages)
     same = {n: getattr(full, n) for n in ("parameters", "sparsity", "linear_sparsity")}
     record.stages.append(replace(stage, size_bytes=stored_bytes(model), **same))
+    warn_of_collapse(record)
 
 
 def add_engines(record: RunRecord, dense: PretrainedConfig, pruned: PretrainedConfig) -> None:
@@ -151,11 +236,20 @@ def note_costs(run: Run, record: RunRecord, without: Collection[str] = ()) -> No
     record.costs = costs
 
 
+def note_origin(run: Run, record: RunRecord) -> None:
+    """Put into the record when, by which command, where and from which data it was made."""
+    sources = getattr(run.place.data, "sources", {})
+    record.date, record.command = date_now(), command_line(sys.argv)
+    record.machine, record.seed = machine_facts(), run.seed
+    record.data = {role: without_paths(str(source)) for role, source in sources.items()}
+
+
 def report(run: Run, record: RunRecord) -> list[Path]:
     """Write the report, whose costs include its own; return its files."""
+    note_origin(run, record)
     with run.phases.phase("write the report"):
         note_costs(run, record)
-        write_report(run.place.root, record)
+        write_pictures(run.place.root, record)
     note_costs(run, record)
     files = write_texts(run.place.root, record)
     run.phases.stop()

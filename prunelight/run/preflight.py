@@ -34,7 +34,15 @@ from prunelight.recovery.packed_rows import check_packed
 from prunelight.recovery.precision import precision_faults
 from prunelight.recovery.quantization import check_quantizable, check_trainable, check_widths
 from prunelight.run.checkpoints import TrainingEnd, training_end
-from prunelight.run.measurements import can_measure, describe_evaluation, held_out_windows
+from prunelight.run.measurements import (
+    added_examiners,
+    can_measure,
+    changed_examinations,
+    describe_evaluation,
+    examiners_of,
+    held_out_windows,
+    measures_the_same,
+)
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import ADAPTER, FINAL, Run
 from prunelight.run.teacher import check_teacher
@@ -219,6 +227,21 @@ def methods_in_this_run(facts: Facts) -> None:
         method.check_run(facts.run, facts.methods)
 
 
+def examinations(facts: Facts) -> None:
+    """What examines the stages of the report can do so, and there is a report."""
+    run = facts.run
+    if run.place.stage not in ("fit", "prune"):
+        return
+    for examiner in examiners_of(run):
+        examiner.check_examination(run.name, run.tokenizer)
+    added = added_examiners(run)
+    if added and not facts.methods and not can_measure(run):
+        raise ValueError(
+            f"{type(added[0]).__name__} examines the stages of the report, and without held-out "
+            "text there is none; give the data a validation text, or remove the callback"
+        )
+
+
 def output(facts: Facts) -> None:
     """The run may write its result and its report, and no other run writes there."""
     group = facts.run.place.group
@@ -299,7 +322,8 @@ def refuse_finished(run: Run, checkpoint: Path, end: TrainingEnd, planned: float
     if can_measure(run):
         files.append(run.place.root / "report.md")
         then, now = _told(run).get("evaluation", {}), describe_evaluation(run)
-        if any(then.get(key) != now.get(key) for key in ("fingerprint", "latency")):
+        is_old = "examined" not in then  # written before stages were examined
+        if not measures_the_same(then, now) or (not is_old and changed_examinations(then, now)):
             return  # it is measured anew
     if planned > end.planned or not all(file.is_file() for file in files):
         return
@@ -441,6 +465,7 @@ SETTINGS: tuple[Check, ...] = (
     strategy,
     watched_metrics,
     methods_in_this_run,
+    examinations,
     output,
     unfinished,
 )

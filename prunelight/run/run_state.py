@@ -35,6 +35,7 @@ from prunelight.runtime.measuring import OTHER, Measurement, Phases
 log = logging.getLogger(__name__)
 
 FINAL, ADAPTER = "final", "adapter"  # directories of a run
+DENSE_PREDICTIONS = "dense_predictions"  # of the dense model, with which stages are compared
 MEASURED = "measured.json"  # beside the pruned base: the record of the run so far
 
 
@@ -55,6 +56,7 @@ class Run:
         settings: how the model is recovered.
         objective: what the recovery learns from.
         latency: protocol by which generation is timed for the report; None: not at all.
+        probes: ask probes, samples and divergence at each stage of the report.
         tokenizer: of the model, once it is loaded.
         source: where `model` can be read again; "" for a model that exists only in memory.
         base: directory of the pruned base; None before the pruning.
@@ -84,11 +86,13 @@ class Run:
         settings: RecoverySettings = RecoverySettings(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
         latency: LatencyProtocol | None = None,
+        probes: bool = True,
         describe_recovery: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.holder, self.name, self.dtype = holder, name, dtype
         self.trust_remote_code, self.settings = trust_remote_code, settings
         self.objective, self.latency = objective, latency
+        self.probes = probes
         self.describe_recovery = describe_recovery
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.source: str | Path = ""

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedModel
 
+from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import split_windows
-from prunelight.evaluation.report.record import RunRecord
+from prunelight.evaluation.probes.examiner import collapse_warnings
+from prunelight.evaluation.report.record import RunRecord, Stage
 from prunelight.evaluation.speed import Architecture, forward_seconds
 from prunelight.evaluation.stages import new_record
 from prunelight.models.families.own_classes.registration import code_file
@@ -41,11 +44,16 @@ from prunelight.run.measurements import (
     add_engines,
     add_quantized,
     can_measure,
+    changed_examinations,
     describe_evaluation,
+    examine_stage,
+    examiners_of,
     measure_run_stage,
+    measures_the_same,
     note_costs,
     report,
     start_record,
+    warn_of_collapse,
 )
 from prunelight.run.method import PruningMethod
 from prunelight.run.preflight import Facts, preflight
@@ -174,23 +182,58 @@ def _reuse_base(facts: Facts, base: Base, record: RunRecord) -> None:
     run, group = facts.run, facts.run.place.group
     log.info("reusing %s: same model, arguments and calibration", base.directory)
     record.costs = [replace(cost, reused=True) for cost in record.costs]
-    described = describe_evaluation(run)
-    same = all(record.evaluation.get(k) == described.get(k) for k in ("fingerprint", "latency"))
+    now = group.run_on_rank_zero(partial(describe_evaluation, run))
     place = device_with_room(facts.model, run.place.device)
     device = group.run_on_rank_zero(lambda: device_name(place))
-    if not same or record.device != device:
-        dense = to_device(facts.model, place)
-        with run.phases.phase("evaluate dense"):
-            stages = [measure_run_stage(run, "dense", dense, facts.held_out)]
-        if len(record.stages) > 1:
-            run.use_result(base.directory)
-            pruned = move_if_it_fits(run.load_model(), run.place.device)
-            with run.phases.phase("evaluate pruned"):
-                stages.append(
-                    measure_run_stage(run, "pruned", pruned, facts.held_out, earlier=stages)
-                )
-        record.device, record.stages, record.evaluation = device, stages, described
+    changed = changed_examinations(record.evaluation, now)
+    if not measures_the_same(record.evaluation, now) or record.device != device:
+        _measure_base(facts, base, record, _stage_anew)
+    elif changed:
+        log.info("examining the base again: %s", ", ".join(sorted(changed)))
+        again = partial(_stage_examined_again, changed)
+        _measure_base(facts, base, record, again)
+    asked = {"serving", *(examiner.examines for examiner in examiners_of(run))}
+    record.stages = [_without_others(stage, asked) for stage in record.stages]
+    record.device, record.evaluation = device, describe_evaluation(run)
     group.run_on_rank_zero(lambda: write_measured(base.directory, record))
+
+
+# Called as measure(facts, a stage of the record, its model, stages measured before).
+MeasureStage: TypeAlias = Callable[[Facts, Stage, PreTrainedModel, list[Stage]], Stage]
+
+
+def _measure_base(facts: Facts, base: Base, record: RunRecord, measure: MeasureStage) -> None:
+    """Measure the stages of a base that is there again: the dense and the pruned model."""
+    run, stages = facts.run, record.stages
+    for number in range(len(stages)):
+        told = collapse_warnings(stages[: number + 1])
+        record.warnings = [text for text in record.warnings if text not in told]
+    model = to_device(facts.model, device_with_room(facts.model, run.place.device))
+    record.stages = []
+    for stage in stages:
+        if stage.name == "pruned":
+            run.use_result(base.directory)
+            model = move_if_it_fits(run.load_model(), run.place.device)
+        record.stages.append(measure(facts, stage, model, record.stages))
+        warn_of_collapse(record)
+
+
+def _without_others(stage: Stage, asked: set[str]) -> Stage:
+    """Return a stage without the answers of examiners that are not asked any more."""
+    answers = {name: answer for name, answer in stage.examined.items() if name in asked}
+    return replace(stage, examined=answers)
+
+
+def _stage_anew(facts: Facts, stage: Stage, model: PreTrainedModel, earlier: list[Stage]) -> Stage:
+    with facts.run.phases.phase(f"evaluate {stage.name}"):
+        return measure_run_stage(facts.run, stage.name, model, facts.held_out, earlier=earlier)
+
+
+def _stage_examined_again(
+    changed: set[str], facts: Facts, stage: Stage, model: PreTrainedModel, earlier: list[Stage]
+) -> Stage:
+    group = group_of(facts.held_out)
+    return examine_stage(facts.run, stage, model, earlier, group, only=changed)
 
 
 def _make_base(facts: Facts, base: Base) -> None:
@@ -210,6 +253,7 @@ def _make_base(facts: Facts, base: Base) -> None:
         saved = group.run_on_rank_zero(partial(_save_base, facts, base.directory, model, plans))
     note_costs(run, record, without=earlier)
     add_engines(record, dense, model.config)
+    record.evaluation = describe_evaluation(run)  # files of the dense model are there now
     record.verification[base.directory.name] = saved.verification
     record.stages[-1] = replace(record.stages[-1], size_bytes=saved.size_bytes)
     group.run_on_rank_zero(lambda: write_measured(base.directory, record))
@@ -221,6 +265,7 @@ def _measure(facts: Facts, record: RunRecord, name: str, model: PreTrainedModel)
     with run.phases.phase(f"evaluate {name}"):
         stage = measure_run_stage(run, name, model, facts.held_out, earlier=record.stages)
         record.stages.append(stage)
+        warn_of_collapse(record)
         if name == "dense":
             record.forward_seconds = forward_seconds(model, facts.windows)
 

@@ -6,11 +6,12 @@ the time of the run. With each phase goes the peak of memory in it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,3 +150,25 @@ def peak_memory(device: torch.device) -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@contextmanager
+def memory_growth(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns by how many bytes the peak inside passed what was held before.
+
+    The peak is looked for anew, so `Phases.lap` before it keeps the peak of a phase.
+    """
+    release_freed_memory(device)
+    reset_peak(device)
+    before = peak_memory(device)
+    yield lambda: max(0, peak_memory(device) - before)
+
+
+def release_freed_memory(device: torch.device) -> None:
+    """Give freed memory back, as far as that can be asked for, so that its use shows again."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+        if trim is not None:
+            trim(0)

@@ -27,6 +27,7 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.run.start import start
 from prunelight.run.strategies import Place
+from prunelight.training.curves import TrainingCurves
 from prunelight.training.finite_training import FiniteTraining, check_saved
 from prunelight.training.resuming.kept_checkpoints import settle
 
@@ -58,10 +59,15 @@ def prune_after_setup(
         for other in recoveries:
             if other.run is not run:  # of another module, which this Trainer trained before
                 callbacks.remove(other)
+        callbacks[:] = [
+            callback
+            for callback in callbacks
+            if not isinstance(callback, TrainingCurves) or callback.run is run
+        ]
         if not any(isinstance(callback, FiniteTraining) for callback in callbacks):
             callbacks.insert(0, FiniteTraining())  # before what keeps the best weights
         if not any(other.run is run for other in recoveries):
-            callbacks.append(OwnModuleRecovery(run))
+            callbacks += [TrainingCurves(run), OwnModuleRecovery(run)]
 
     module.setup = setup  # type: ignore[method-assign]
 

@@ -100,6 +100,8 @@ class RecoveryModule(WatchedModule):
         bitsandbytes: Settings of 4 bits.
         latency: also time generation by this protocol for each column of the report.
         trust_remote_code: run Python code that comes with the model.
+        probes: show at each stage of the report what perplexity hides: collapse probes, samples of
+            text, and the divergence from the dense model. False leaves them out.
 
     The defaults are those with which the depth-pruning papers recover. To recover a model that is
     already in memory, set `module.model` and `module.tokenizer` before the fit. Zeros count as
@@ -140,6 +142,7 @@ class RecoveryModule(WatchedModule):
         bitsandbytes: BitsAndBytes = BitsAndBytes(),  # noqa: B008 (frozen)
         latency: LatencyProtocol | None = None,
         trust_remote_code: bool = False,
+        probes: bool = True,
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key in _ARGUMENTS}
         super().__init__()
@@ -178,6 +181,7 @@ class RecoveryModule(WatchedModule):
             ),
             objective=self.objective,
             latency=latency,
+            probes=probes,
             describe_recovery=self.describe_recovery,
         )
         self.val_perplexity = TokenPerplexity()

@@ -22,6 +22,7 @@ from prunelight.recovery.sharded_weights import is_sharded
 from prunelight.run.run_state import Run
 from prunelight.run.strategies import FSDP2Strategy, group_of_run
 from prunelight.runtime.processes import ProcessGroup
+from prunelight.training.curves import TrainingCurves
 from prunelight.training.finite_training import FiniteTraining, loss_of
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class WatchedModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the callbacks that watch; Lightning calls it."""
-        return [FiniteTraining(), RecoveryWatch()]
+        return [FiniteTraining(), RecoveryWatch(), TrainingCurves(self.run)]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move, and cast all but trained adapters, in place: bf16-true casts whole modules.

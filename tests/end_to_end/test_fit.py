@@ -37,7 +37,7 @@ def test_the_run_directory_holds_base_plan_result_report_and_picture(fitted, tmp
     for file in (base / "plan.json", base / "config.json", tmp_path / "final" / "plan.json"):
         assert file.is_file()
     assert prunelight.Plan.load(base / "plan.json").method == "ShortGPT"
-    for report in ("report.md", "report.json", "layers.png"):
+    for report in ("report.md", "report.json", "report.html", "layers.png"):
         assert (tmp_path / report).stat().st_size > 0
     assert not list(tmp_path.glob(".*tmp*")), "nothing half-written is left"
 

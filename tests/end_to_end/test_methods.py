@@ -34,6 +34,8 @@ from prunelight.pruning.sparsity.masks import Pattern
 from prunelight.pruning.sparsity.sparsify import amount_of
 
 RECOVERIES = ("lora", "full")
+# Methods whose stages are asked by the probes too; one of each kind of result, for the time.
+PROBED = ("ShortGPT by number", "sublayers dropped", "width by layer", "SliceGPT", "DLP, gradual")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,9 @@ def recovery(request):
 
 def fit(method, recovery, name, root, **arguments):
     pl.seed_everything(0, verbose=False)  # adapters start from random numbers
-    module, data = make_module(name, recovery=recovery), make_data(name, root)
+    probes = recovery == "lora" and any(method is METHODS[kind] for kind in PROBED)
+    module = make_module(name, recovery=recovery, probes=probes)
+    data = make_data(name, root)
     make_trainer(root, method.make()).fit(module, data, weights_only=True, **arguments)
     return AutoModelForCausalLM.from_pretrained(root / "final")
 
@@ -64,6 +68,17 @@ def root(method, recovery, name, tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     fit(method, recovery, name, directory)
     return directory
+
+
+def test_probes_are_asked_of_every_kind_of_result(method, recovery, root):
+    if recovery != "lora" or not any(method is METHODS[kind] for kind in PROBED):
+        pytest.skip("this run is not probed, for the time")
+    stages = json.loads((root / "report.json").read_text())["stages"]
+    for stage in stages:
+        answers = stage["examined"]
+        assert answers["probes"]["sums_2_digits"]["score"] is not None
+        assert all(sample["text"] for sample in answers["samples"])
+        assert stage["name"] == "dense" or answers["divergence"]["long_text"]["kl_by_position"]
 
 
 def zeros_of(weight, share, step):

@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import prunelight
 from prunelight.callbacks import DLP, ShortGPT, WeightPruning
+from prunelight.evaluation.perplexity import perplexity
+from prunelight.evaluation.probes.probing import run_probes
+from prunelight.evaluation.probes.results import WELL, compare_probes
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import matrices
 from prunelight.models.forward import greedy_tokens
@@ -180,3 +183,17 @@ def test_the_first_layers_get_the_zeros_of_an_independent_implementation(smollm2
     for one, theirs in zip(matrices(model).values(), matrices(other).values(), strict=True):
         equal = (one.parameter == 0) == (theirs.parameter == 0)
         assert equal.float().mean().item() > 0.999, one.name
+
+
+def test_two_layers_less_collapse_where_perplexity_says_that_all_is_well(smollm2, windows):
+    dense, tokenizer = smollm2
+    plan = ShortGPT(num_layers=2).plan(dense, windows[0])
+    pruned = prunelight.apply(copy.deepcopy(dense), plan)
+    ratio = perplexity(pruned, windows[1]) / perplexity(dense, windows[1])
+    assert ratio < WELL
+    before, after = (run_probes(model, tokenizer, generated=()) for model in (dense, pruned))
+    for known in ("counting", "brackets", "quotes", "copying"):
+        assert before[known].score > 0.4, "the dense model answers"
+    warnings = compare_probes(before, after, perplexity_ratio=ratio)
+    assert any("the probe copying" in text for text in warnings)
+    assert compare_probes(before, before) == []

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from text_tokenizers import make_tokenizer
 from tiny import tiny_model
 
-from prunelight.evaluation import speed
+from prunelight.evaluation.serving import cost
+from prunelight.evaluation.serving.measured import ServingProtocol
 from prunelight.recovery.lora import LoRA
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
@@ -24,8 +25,9 @@ SEQ_LEN = 32
 
 def measure_speed_briefly() -> None:
     """Spare tiny runs two thirds of their time, which goes into speeds that no test looks at."""
-    speed._DECODE_TOKENS = speed._ROUNDS = 1
-    speed.measure_speed.__kwdefaults__["repeats"] = 1
+    cost.BRIEFLY = ServingProtocol(
+        8, 2, batch_size=2, batch_prompt_tokens=4, num_rounds=1, num_batch_rounds=1
+    )
 
 
 def write_model(directory: Path, family: str = "llama", **changes: object) -> str:
@@ -67,7 +69,12 @@ def make_data(name: str, directory: Path, **arguments: object) -> TextDataModule
 
 def make_module(name: str, **arguments: object) -> RecoveryModule:
     """Return a module that trains fast and without randomness."""
-    settings = {"lora": LoRA(dropout=0.0), "learning_rate": 1e-2, "warmup_steps": 0}
+    settings = {
+        "lora": LoRA(dropout=0.0),
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "probes": False,  # which are tested where they matter, and slow a tiny run down
+    }
     return RecoveryModule(name, **{**settings, **arguments})
 
 

@@ -150,6 +150,8 @@ def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(
     assert_same(root, tmp_path / "whole")
     reports = [json.loads((r / "report.json").read_text()) for r in (root, tmp_path / "whole")]
     assert reports[0]["recovery"] == reports[1]["recovery"]
+    assert reports[0]["curves"] == reports[1]["curves"]
+    assert reports[0]["curves"]["train_loss"]
     assert not list(root.rglob(".*tmp"))
 
 
@@ -189,6 +191,7 @@ def test_a_run_killed_before_its_report_trains_nothing_and_leaves_the_same(stop,
     assert all(torch.equal(weights[key], value) for key, value in final(tmp_path).items())
     later = json.loads((tmp_path / "report.json").read_text())
     assert later["recovery"] == report["recovery"]
+    assert later["curves"] == report["curves"]
     spent = [{c["name"]: c["seconds"] for c in r["costs"]}["recover"] for r in (report, later)]
     assert spent[0] == pytest.approx(spent[1], abs=0.05)
 

@@ -207,9 +207,9 @@ def test_data_counts_by_what_it_says_and_its_own_arguments():
 def test_arguments_that_are_harmless_or_told_elsewhere_are_left_out():
     """Each name stands here again: without it the argument would count twice, or needlessly."""
     of_module = (
-        "latency trust_remote_code gradient_checkpointing name dtype recovery lora learning_rate "
-        "warmup_steps lr_scheduler lr_scheduler_kwargs optimizer loss distillation quantization "
-        "bitsandbytes"
+        "latency probes trust_remote_code gradient_checkpointing name dtype recovery lora "
+        "learning_rate warmup_steps lr_scheduler lr_scheduler_kwargs optimizer loss distillation "
+        "quantization bitsandbytes"
     )
     given = {**dict.fromkeys(of_module.split(), 1), "keep_zeros": False}
     assert a_run(given=given)["model"] == {"keep_zeros": False}

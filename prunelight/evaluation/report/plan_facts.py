@@ -162,5 +162,31 @@ def explained_variance(step: SliceHidden, outcome: Json) -> dict[str, list[float
     return by_sublayer(outcome["explained_variance"]) if measured else {}
 
 
+def layer_columns(plan: PlanFacts, outcome: Json) -> dict[str, list[str]]:
+    """Return one cell a decoder layer: scores, widths, zeros of the last step, removed or kept."""
+    num_layers = plan.num_layers
+    columns = {"layer": [str(layer) for layer in range(num_layers)]}
+    for name, scores in plan.score_lists().items():
+        missing = num_layers - len(scores)
+        title = name.replace("_", " ") + (" from here" if missing else "")
+        columns[title] = _cells(scores) + [""] * missing
+    for step in plan.steps_of(SliceHidden):
+        widths, explained = by_sublayer(step.residual_dims), explained_variance(step, outcome)
+        columns |= {f"width at {name}": [*map(str, x)] for name, x in widths.items()}
+        columns |= {f"explained variance at {name}": _cells(x) for name, x in explained.items()}
+    for sparsify in plan.steps_of(Sparsify)[-1:]:
+        zeros = plan.layer_zeros(sparsify, outcome)
+        columns["sparsity"] = [percent(x) if math.isfinite(x) else "" for x in zeros.layers]
+        if zeros.errors:
+            columns["reconstruction error"] = [f"{error:.4g}" for error in zeros.errors]
+    if layer_outcomes := plan.layer_outcomes():
+        columns["fate"] = [layer_outcomes.get(i, "kept") for i in range(num_layers)]
+    return columns
+
+
+def _cells(values: Sequence[float]) -> list[str]:
+    return ["" if math.isnan(value) else f"{value:.4g}" for value in values]
+
+
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan

@@ -83,6 +83,13 @@ class RunRecord:
     outcomes: list[Json] = field(default_factory=list)
     sections: dict[str, str] = field(default_factory=dict)  # title -> Markdown, of studies
     loads_in: dict[str, str] = field(default_factory=dict)  # program -> whether it reads the result
+    date: str = ""  # of the report, in UTC
+    command: str = ""  # without folders of the machine
+    machine: Json = field(default_factory=dict)
+    seed: int | None = None
+    data: Json = field(default_factory=dict)  # role -> source
+    # Name of a curve -> [optimizer step, value] of each point.
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def to_dict(self) -> Json:
         """Return strict JSON data: NaN and infinities become "NaN", "Infinity" and "-Infinity".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,18 @@ if TYPE_CHECKING:
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown: the first column is text, the others are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def code_span(text: str) -> str:
+    """Return any text as code within a line of Markdown, on one line and cut at 300 letters."""
+    shown = " ".join(text.split())
+    shown = shown if len(shown) <= 300 else f"{shown[:300]} ..."
+    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
+    ticks = "`" * (longest + 1)
+    return f"{ticks} {shown} {ticks}" if longest else f"{ticks}{shown}{ticks}"
 
 
 def write_whole(path: Path, content: str | Figure) -> None:
@@ -50,6 +61,9 @@ def check_report_files(directory: Path) -> None:
     for name, start in starts.items():
         if texts[name] is not None and not str(texts[name]).startswith(start):
             _refuse(directory / name)
+    page = _text(directory / "report.html")
+    if page is not None and '<meta name="generator" content="prunelight">' not in page[:2000]:
+        _refuse(directory / "report.html")
     for name in ("report.json", "analysis.json"):
         text = _text(directory / name)
         if text is not None and '"model"' not in text:

@@ -81,7 +81,7 @@ TOLD_OF_TRAINER = frozenset(
         "limit_train_batches",
     }
 )
-HARMLESS_IN_MODULE = frozenset({"latency", "trust_remote_code", "gradient_checkpointing"})
+HARMLESS_IN_MODULE = frozenset({"latency", "probes", "trust_remote_code", "gradient_checkpointing"})
 TOLD_OF_MODULE = frozenset(
     {
         "name",  # the base is known by its weights

@@ -27,7 +27,7 @@ from prunelight.planning.steps import Sparsify
 def test_each_plan_with_scores_gets_its_own_picture(tmp_path: Path) -> None:
     plans = [make_plan(scores={}), make_plan(), make_plan(method="Second")]
     names = [path.name for path in write_report(tmp_path, make_record(plans=plans))]
-    assert names == ["report.json", "layers.png", "layers-2.png", "report.md"]
+    assert names == ["report.json", "layers.png", "layers-2.png", "report.html", "report.md"]
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert text.index("(layers.png)") < text.index("## Second") < text.index("(layers-2.png)")
 

@@ -100,7 +100,12 @@ def test_a_cost_without_a_known_unit_is_marked(tmp_path: Path) -> None:
 
 def test_the_report_names_every_file_it_wrote(tmp_path: Path) -> None:
     written = write_report(tmp_path / "new" / "run", make_record())
-    assert [path.name for path in written] == ["report.json", "layers.png", "report.md"]
+    assert [path.name for path in written] == [
+        "report.json",
+        "layers.png",
+        "report.html",
+        "report.md",
+    ]
     assert sorted(written) == sorted((tmp_path / "new" / "run").iterdir())
 
 

@@ -150,8 +150,8 @@ def line_chart(
                 low, high = (_finite(side) for side in bands[name])
                 look = {"color": COLOURS[number % 7], "alpha": 0.18, "linewidth": 0}
                 axes.fill_between(_finite(xs), low, high, **look)
-        for name, level in (levels or {}).items():
-            draw_level(axes, level, name)
+        for number, (name, level) in enumerate((levels or {}).items()):
+            draw_level(axes, level, name, number)
         if log:
             _use_logarithm(axes)
         axes.set_xlabel(x_label)
@@ -209,8 +209,8 @@ def scatter(
                 axes.errorbar(
                     xs, ys, yerr=[*zip(*half, strict=True)], ecolor=look["color"], **style
                 )
-        for name, level in (levels or {}).items():
-            draw_level(axes, level, name)
+        for number, (name, level) in enumerate((levels or {}).items()):
+            draw_level(axes, level, name, number)
         if log:
             _use_logarithm(axes)
         axes.set_xlabel(x_label)
@@ -324,9 +324,11 @@ def shade(axes: Axes, places: Iterable[int], label: str = "") -> None:
         axes.axvspan(first - 0.5, last + 0.5, color=_PALE, linewidth=0, zorder=0, **name)
 
 
-def draw_level(axes: Axes, level: float, label: str) -> None:
-    """Draw a level across the chart."""
-    axes.axhline(level, color="#1a1a1a", linewidth=1.2, linestyle="--", label=label, zorder=4)
+def draw_level(axes: Axes, level: float, label: str, number: int = 0) -> None:
+    """Draw a level across the chart; its number among several gives it a look of its own."""
+    look: dict[str, Any] = {"color": ("#1a1a1a", "#8a4b00", GREY)[number % 3]}
+    look["linestyle"] = ("--", ":", "-.")[number % 3]
+    axes.axhline(level, linewidth=1.4, label=label, zorder=4, **look)
 
 
 def _name_places(axes: Axes, labels: Sequence[str]) -> None:
@@ -341,7 +343,7 @@ def _name_places(axes: Axes, labels: Sequence[str]) -> None:
 def _short(text: str) -> str:
     """Return a text that leaves room for the chart."""
     text = printable(text)
-    return text if len(text) <= 48 else f"{text[:45]}..."
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _use_logarithm(axes: Axes) -> None:

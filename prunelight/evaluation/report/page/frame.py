@@ -8,6 +8,7 @@ from others. This module needs neither torch nor lightning.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,11 +36,6 @@ class Section:
     parts: Sequence[Markup | str]
     lead: str = ""
 
-    @property
-    def anchor(self) -> str:
-        """Return the name of the section within the page."""
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
-
 
 def render_page(
     title: str,
@@ -66,18 +62,43 @@ def render_page(
         .render(
             title=title,
             verdict=[verdict] if isinstance(verdict, str) else list(verdict),
-            sections=[
-                Section(section.title, [_piece(part) for part in section.parts], section.lead)
-                for section in sections
-                if section.parts
-            ],
+            sections=_placed([section for section in sections if section.parts]),
             kicker=kicker,
             warnings=list(warnings),
             footer=footer,
             style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
         )
     )
-    return printable(text)
+    return _with_own_ids(printable(text))
+
+
+def _placed(sections: Sequence[Section]) -> list[dict[str, Any]]:
+    """Return sections as the template reads them, each with a name of its own within the page."""
+    taken: Counter[str] = Counter()
+    placed = []
+    for section in sections:
+        anchor = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") or "section"
+        taken[anchor] += 1
+        anchor += f"-{taken[anchor]}" if taken[anchor] > 1 else ""
+        parts = [_piece(part) for part in section.parts]
+        told = {"title": section.title, "lead": section.lead}
+        placed.append({"anchor": anchor, "parts": parts, **told})
+    return placed
+
+
+def _with_own_ids(page: str) -> str:
+    """Return a page on which two equal charts, or sections of equal names, share no id."""
+    seen: Counter[str] = Counter()
+
+    def renamed(match: re.Match[str]) -> str:
+        body, prefix = match[0], re.search(r'id="(c[0-9a-f]{8}-)', match[0])
+        if prefix is None:
+            return body
+        seen[prefix[1]] += 1
+        number = seen[prefix[1]]
+        return body if number == 1 else body.replace(prefix[1], f"{prefix[1]}{number}-")
+
+    return re.sub(r"<svg .*?</svg>", renamed, page, flags=re.DOTALL)
 
 
 def printable(text: str) -> str:

@@ -1,0 +1,131 @@
+"""Windows of a text by the protocol of the pruning papers, with a sentence that states it.
+
+The papers read WikiText-2 raw as rows, join the rows by a blank line, tokenise all of it at once,
+cut it into windows that do not overlap, and leave out the tail that fills no window (SparseGPT,
+arXiv:2301.00774, and those after it). A text file of that form is given the same rows here.
+"""
+
+# N windows, T tokens of a window
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from prunelight.data.instructions import is_instruction_row
+from prunelight.data.sources import SAMPLES, read_documents
+from prunelight.data.token_windows import Bos, bos_token_id, pack_windows
+
+# A heading of WikiText's raw form, on a line of its own: " = Robert Boulter = ".
+_HEADING = re.compile(r"^ = [^=\n].*[^=\n]? = ?$", re.MULTILINE)
+_BLANK_LINE = "\n\n"
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """Windows of one text.
+
+    Attributes:
+        text: name of the text, without folders.
+        protocol: how the windows were made, in one sentence.
+        ids: token ids, LongTensor (N, T).
+    """
+
+    text: str
+    protocol: str
+    ids: Tensor
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a window."""
+        return self.ids.shape[1]
+
+
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | Path,
+    seq_len: int,
+    *,
+    max_windows: int | None = None,
+    bos: Bos = "auto",
+    text_field: str = "text",
+    split: str = "test",
+) -> TextWindows:
+    """Return the windows of a text, in its order.
+
+    Args:
+        tokenizer: of the model.
+        source: what `prunelight.read_documents` takes.
+        seq_len: tokens of a window.
+        max_windows: take the first so many windows; None takes all.
+        bos: whether each window starts with the BOS token, see `calibration_windows`.
+        text_field: name of the field that holds the text of a row.
+        split: of a dataset whose name gives no split.
+
+    Raises:
+        ValueError: if the source cannot be read, holds instructions, fills no window, or a number
+            is out of range.
+        FileNotFoundError: if `source` is written like a path and does not exist.
+    """
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows={max_windows} must be at least 1, or null for all windows")
+    rows = read_documents(source, split=split, text_field=text_field)
+    if any(is_instruction_row(row) for row in rows):
+        raise ValueError(
+            f"text={str(source)!r} holds instructions; perplexity is measured on text: give a "
+            f"source with a text field, such as {next(iter(SAMPLES))}"
+        )
+    text, joined = _one_text([row[text_field] for row in rows])
+    start = bos_token_id(tokenizer, bos)
+    # Without a BOS token for each window the tokenizer adds its own tokens once, as in the papers.
+    tokens = tokenizer(text, add_special_tokens=start is None, verbose=False)["input_ids"]
+    windows = pack_windows(tokens, seq_len, bos_token_id=start)
+    if len(windows) == 0:
+        raise ValueError(
+            f"text={str(source)!r} has {len(tokens)} tokens, which fill no window of "
+            f"seq_len={seq_len}; give more text or a smaller seq_len"
+        )
+    taken = windows[:max_windows]
+    name = str(source) if str(source) in SAMPLES or not Path(source).exists() else Path(source).name
+    counted = (
+        f"{len(taken)} of {len(windows)}" if len(taken) < len(windows) else f"all {len(taken)}"
+    )
+    first = ", each behind a BOS token" if start is not None else ""
+    protocol = (
+        f"{joined}; {counted} windows of {seq_len} tokens that do not overlap{first}; every token "
+        "of a window but the first is predicted"
+    )
+    return TextWindows(name, protocol, taken)
+
+
+def _one_text(texts: Sequence[str]) -> tuple[str, str]:
+    """Return rows as one text, and how they were joined."""
+    if len(texts) > 1:
+        return _BLANK_LINE.join(texts), f"{len(texts)} documents joined by a blank line"
+    (text,) = texts
+    if not _is_wikitext(text):
+        return text, "one text as it stands"
+    # Rows as `datasets` gives them: a line with its end, or "" for a blank one.
+    rows = [f"{line}\n" if line.strip() else "" for line in text.removesuffix("\n").split("\n")]
+    return _BLANK_LINE.join(rows), "WikiText's rows joined by a blank line"
+
+
+def _is_wikitext(text: str) -> bool:
+    """Return whether a text is of WikiText's raw form: headings in " = ", blanks of one space."""
+    head = text[:20_000]
+    return _HEADING.search(head) is not None and "\n \n" in head
+
+
+def check_text_length(text: TextWindows, longest: int | None) -> None:
+    """Check that a model can read the windows of a text.
+
+    Raises:
+        ValueError: if they are longer than its context.
+    """
+    if longest is not None and text.seq_len > longest:
+        raise ValueError(f"seq_len={text.seq_len} must be at most {longest}, the model's context")

@@ -1,0 +1,31 @@
+"""What two processes find of a tiny model on shared windows; rank 0 writes it (torchrun)."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+from tiny import tiny_model, token_windows
+
+from prunelight.evaluation.quality.divergence import against_reference
+from prunelight.evaluation.quality.text_quality import text_quality
+from prunelight.evaluation.quality.text_windows import TextWindows
+from prunelight.runtime.processes import ProcessGroup
+
+
+def measure(group=None):
+    """Return quality and divergence of one tiny model against another."""
+    text = TextWindows("text", "protocol", token_windows(7, 24))
+    model, reference = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
+    found = [text_quality(model, text, batch_tokens=24, group=group)]
+    found += against_reference(model, reference, text, batch_tokens=24, group=group)
+    return [asdict(each) for each in found]
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    result = measure(ProcessGroup.of_default_group())
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(result))
+    dist.destroy_process_group()
