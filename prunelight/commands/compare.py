@@ -55,19 +55,16 @@ def _installed(argument: str) -> str:
 
 
 def show(summary: Summary) -> None:
-    """Print the table and the verdict."""
+    """Print a table for each part, and the verdict; the files have the intervals too."""
     console = Console()
     columns = head(summary)
-    table = Table()
-    for position, name in enumerate(columns):
-        table.add_column(name, justify="left" if position == 0 else "right")
-    for title, part in lines(summary):
-        table.add_section()
-        if title:
-            table.add_row(f"[italic]{title}[/italic]")
+    for title, part in lines(summary, intervals=False):
+        table = Table(title=title or "the dense model", title_justify="left")
+        for position, name in enumerate(columns):
+            table.add_column(name, justify="left" if position == 0 else "right")
         for line in part:
             table.add_row(*line)
-    console.print(table)
+        console.print(table)
     for sentence in verdict(summary):
         console.print(sentence)
     console.print(f"Table and page: {Path(summary.settings.out).expanduser().resolve()}")

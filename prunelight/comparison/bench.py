@@ -9,6 +9,7 @@ import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -21,6 +22,7 @@ from prunelight.data.instructions import is_instruction_row
 from prunelight.data.rows import Row
 from prunelight.data.sources import read_documents
 from prunelight.data.token_windows import bos_token_id, pack_windows, tokenize_documents
+from prunelight.evaluation.quality.text_windows import TextWindows, text_windows
 from prunelight.evaluation.speed import forward_seconds
 from prunelight.models.loading import load
 from prunelight.models.placement import to_device
@@ -84,14 +86,29 @@ class Bench:
         return self._calibration[seed]
 
     @cached_property
-    def texts(self) -> dict[str, torch.Tensor]:
-        """Name of each held-out text -> its windows, (num_windows, seq_len)."""
+    def texts(self) -> dict[str, TextWindows]:
+        """Name of each held-out text -> its windows."""
         data, texts = self.settings.data, {}
         for name, source in data.texts.items():
-            windows = text_windows(self.tokenizer, source, data)
-            check_readable(self.dense, windows)
+            windows = held_out_text(self.tokenizer, name, source, data)
+            check_readable(self.dense, windows.ids)
             texts[name] = windows
         return texts
+
+    @cached_property
+    def task_set(self) -> Any:
+        """The tasks, checked and loaded; None without any."""
+        settings = self.settings
+        if not settings.tasks:
+            return None
+        from prunelight.evaluation.tasks.task_set import check_tasks
+
+        return check_tasks(
+            settings.tasks,
+            tasks_dir=settings.tasks_dir,
+            limit=settings.limit,
+            tokenizer=self.tokenizer,
+        )
 
     @cached_property
     def forward_seconds(self) -> float:
@@ -104,7 +121,7 @@ class Bench:
             str(seed): describe_windows(*split_windows(self.calibration(seed)))["fingerprint"]
             for seed in self.settings.seeds
         }
-        texts = {name: describe_windows(windows) for name, windows in self.texts.items()}
+        texts = {name: describe_windows(text.ids) for name, text in self.texts.items()}
         return {"calibration": calibration, "texts": texts}
 
 
@@ -119,25 +136,42 @@ def data_arguments(data: DataSettings) -> dict[str, Any]:
     }
 
 
-def text_windows(
-    tokenizer: PreTrainedTokenizerBase, source: str, data: DataSettings
-) -> torch.Tensor:
-    """Return the first windows of a text, LongTensor (num_windows, seq_len); none overlap.
+def held_out_text(
+    tokenizer: PreTrainedTokenizerBase, name: str, source: str, data: DataSettings
+) -> TextWindows:
+    """Return the first windows of a text, by the protocol of `prunelight evaluate`.
+
+    Rows of instructions become plain text, joined by the EOS token.
 
     Raises:
         ValueError: if the text is too short.
     """
     rows = read_documents(source, text_field=data.text_field)
-    documents = [plain_text(row, data.text_field) for row in rows]
-    stream = tokenize_documents(tokenizer, documents)
-    bos = bos_token_id(tokenizer, data.bos)
-    windows = pack_windows(stream, data.seq_len, bos_token_id=bos)
-    if len(windows) < data.num_windows:
+    if any(is_instruction_row(row) for row in rows):
+        stream = tokenize_documents(tokenizer, [plain_text(row, data.text_field) for row in rows])
+        start = bos_token_id(tokenizer, data.bos)
+        ids = pack_windows(stream, data.seq_len, bos_token_id=start)[: data.num_windows]
+        protocol = (
+            f"{len(rows)} instructions with their responses as plain text, joined by the EOS token; "
+            f"the first {data.num_windows} windows of {data.seq_len} tokens that do not overlap"
+        )
+        text = TextWindows(name, protocol, ids)
+    else:
+        text = text_windows(
+            tokenizer,
+            source,
+            data.seq_len,
+            max_windows=data.num_windows,
+            bos=data.bos,
+            text_field=data.text_field,
+        )
+        text = replace(text, text=name)
+    if len(text.ids) < data.num_windows:
         raise ValueError(
-            f"the text {source} holds {len(windows)} windows of seq_len={data.seq_len}, "
+            f"the text {source} holds {len(text.ids)} windows of seq_len={data.seq_len}, and "
             f"num_windows={data.num_windows} are asked for; lower one of them, or give more text"
         )
-    return windows[: data.num_windows]
+    return text
 
 
 def plain_text(row: Row, text_field: str) -> str:

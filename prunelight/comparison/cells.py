@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from prunelight.comparison.bench import Bench, bench_of, settings_of
+from prunelight.comparison.bench import Bench, bench_of
 from prunelight.comparison.fits import recovered_model
 from prunelight.comparison.grid import DENSE, FORMAT, Cell, one_line, write_json
 from prunelight.comparison.measuring import measure

@@ -64,7 +64,9 @@ def compare(settings: ComparisonSettings, command: str = "") -> Summary:
         if grid is None:
             grid = _new_grid(settings, entrants)
             write_grid(out, key, settings, grid)
-        results = run_missing(settings, grid.cells, lambda rows: _tell(settings, grid, rows, command))
+        results = run_missing(
+            settings, grid.cells, lambda rows: _tell(settings, grid, rows, command)
+        )
         return _tell(settings, grid, results, command)
     finally:
         lock.release()
@@ -91,7 +93,9 @@ def run_missing(
     out = Path(settings.out).expanduser()
     found = {cell.fingerprint: read_result(out, cell) for cell in cells}
     results = {name: result for name, result in found.items() if result is not None}
-    missing = [*{cell.fingerprint: cell for cell in cells if cell.fingerprint not in results}.values()]
+    missing = [
+        *{cell.fingerprint: cell for cell in cells if cell.fingerprint not in results}.values()
+    ]
     if results and missing:
         log.info("%d of %d cells are there already", len(results), len(found))
     start = time.perf_counter()

@@ -7,7 +7,6 @@ keeps the cells of the last start. So a finished comparison is shown again witho
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable
@@ -98,12 +97,13 @@ def _short(value: Any) -> Any:
 def start_key(settings: ComparisonSettings) -> str:
     """Return what identifies a start without reading the model: settings and states of files."""
     values = settings.to_dict()
-    for name in ("out", "launcher", "keep_models"):
+    for name in ("out", "launcher", "keep_models", "tasks_dir"):
         del values[name]
     data = settings.data
     given = [data.calibration] if isinstance(data.calibration, str) else data.calibration
     sources = [*given, *data.texts.values()]
-    return fingerprint_of(values, model_files(settings), [_file_state(s) for s in sources], _versions())
+    states = [model_files(settings), [_file_state(s) for s in sources], _task_files(settings)]
+    return fingerprint_of(values, states, _versions())
 
 
 def model_files(settings: ComparisonSettings) -> list[Any]:
@@ -126,14 +126,13 @@ def _file_state(source: str) -> list[Any]:
     return [source, *(_state(file) if file.is_file() else ())]
 
 
-def task_files(settings: ComparisonSettings) -> str:
-    """Return a digest of names and sizes of the data files of tasks; "" for those of the hub."""
-    if settings.tasks_dir is None or not settings.tasks:
-        return ""
-    root, digest = Path(settings.tasks_dir).expanduser(), hashlib.sha256()
-    for file in sorted(root.rglob("*.json*")):
-        digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
-    return digest.hexdigest()[:16]
+def _task_files(settings: ComparisonSettings) -> list[Any]:
+    """Return names, sizes and times of the data files of the tasks; nothing of those of the hub."""
+    if settings.tasks_dir is None:
+        return []
+    root = Path(settings.tasks_dir).expanduser()
+    files = [file for name in settings.tasks for file in sorted((root / name).rglob("*.json*"))]
+    return [[str(file.relative_to(root)), *_state(file)] for file in files]
 
 
 def _versions() -> dict[str, str]:
@@ -184,7 +183,7 @@ def grid_facts(settings: ComparisonSettings, bench: Bench) -> dict[str, Any]:
             "dtype": str(dense.dtype).removeprefix("torch."),
         },
         **bench.facts(),
-        "tasks": [settings.tasks, settings.limit, task_files(settings)],
+        "tasks": None if bench.task_set is None else bench.task_set.describe(),
         "versions": _versions(),
     }
 

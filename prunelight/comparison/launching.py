@@ -7,7 +7,6 @@ each process takes one for itself: it holds a lock of the device's name, which e
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -46,7 +45,7 @@ def run_cells(settings: ComparisonSettings, cells: Sequence[Cell]) -> Iterator[d
     """
     text = json.dumps(settings.to_dict())
     launcher = settings.launcher
-    if launcher.kind == "sequential" or len(cells) == 1 and launcher.kind == "joblib":
+    if launcher.kind == "sequential" or (len(cells) == 1 and launcher.kind == "joblib"):
         device = launcher.devices[0] if launcher.devices else None
         for cell in cells:
             yield run_cell(text, cell, device)

@@ -111,9 +111,7 @@ def _entrant(entry: Any) -> Entrant:
             f"methods holds {entry!r}; each must be a mapping with class_path, such as "
             "prunelight.callbacks.ShortGPT, and init_args"
         )
-    check_keys(
-        f"the method {entry['class_path']}", {**entry}, ("class_path", "init_args", "label")
-    )
+    check_keys(f"the method {entry['class_path']}", {**entry}, ("class_path", "init_args", "label"))
     made = _class_of(entry["class_path"])
     arguments = entry.get("init_args") or {}
     if not isinstance(arguments, Mapping):

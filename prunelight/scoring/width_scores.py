@@ -30,8 +30,8 @@ from prunelight.models.families.matrices import Matrix, layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import dropped
 from prunelight.models.forward import evaluating, forward_without_head
 from prunelight.scoring.importance import saliencies
-from prunelight.scoring.weight_scores import wanda_scores
 from prunelight.scoring.remembered import remembered
+from prunelight.scoring.weight_scores import wanda_scores
 
 KINDS = ("heads", "neurons")
 

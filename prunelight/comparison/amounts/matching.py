@@ -106,11 +106,15 @@ def _depth(entrant: Entrant, model: PreTrainedModel) -> Iterator[Rung]:
     if granularity != "layer":
         names = sublayers_of(model)
         parts = {
-            "attention": [parameter_count(layer.get_submodule(names.attention)) for layer in layers],
+            "attention": [
+                parameter_count(layer.get_submodule(names.attention)) for layer in layers
+            ],
             "mlp": [parameter_count(layer.get_submodule(names.mlp)) for layer in layers],
         }
-        sizes = [*parts["attention"], *parts["mlp"]] if granularity == "sublayer" else (
-            parts[granularity]
+        sizes = (
+            [*parts["attention"], *parts["mlp"]]
+            if granularity == "sublayer"
+            else (parts[granularity])
         )
         most = len(sizes) - 1
     for number in range(1, most + 1):

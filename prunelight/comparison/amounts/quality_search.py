@@ -117,7 +117,13 @@ def _cells(
 ) -> list[Cell]:
     group = "zeros" if entrant.puts_zeros else "parameters"
     cells = cells_of(
-        settings, facts, entrant, rung, asked=rung.share, group=group, fault=fault,
+        settings,
+        facts,
+        entrant,
+        rung,
+        asked=rung.share,
+        group=group,
+        fault=fault,
         with_tasks=with_tasks and bool(settings.tasks),
     )
     return cells if with_tasks else [cell for cell in cells if not cell.recovered]

@@ -147,7 +147,9 @@ def summarize(
         command=command,
         date=time.strftime("%Y-%m-%d %H:%M"),
         device=next((r["device"] for _, r in cells if r and not r["failed"]), ""),
-        forward_seconds=next((r["forward_seconds"] for _, r in cells if r and not r["failed"]), None),
+        forward_seconds=next(
+            (r["forward_seconds"] for _, r in cells if r and not r["failed"]), None
+        ),
     )
     if settings.quality_target is None:
         _rank(summary, dict(zip(map(id, rows), results, strict=True)))
@@ -176,7 +178,9 @@ def _row(
         row.perplexity[text["text"]] = math.exp(one.value), low, high
     if results[0].get("divergence"):
         for name, key in (("kl", "window_kl"), ("same_top1", "window_same_top1")):
-            one = paired([window_means(results, "divergence", key)], counts, lower_is_better=True)[0]
+            one = paired([window_means(results, "divergence", key)], counts, lower_is_better=True)[
+                0
+            ]
             setattr(row, name, (one.value, one.low, one.high))
     for name, task in (results[0].get("tasks") or {}).items():
         of_task = [result["tasks"][name] for result in results]
@@ -217,14 +221,10 @@ def _rank(summary: Summary, results: dict[int, list[Result]]) -> None:
         of_rows = [results[id(row)] for row in taking_part]
         counts = [text["window_tokens"] for text in of_rows[0][0]["texts"]]
         sums = [window_means(of_row, "texts", "window_nll") for of_row in of_rows]
-        for row, place in zip(
-            taking_part, paired(sums, counts, lower_is_better=True), strict=True
-        ):
+        for row, place in zip(taking_part, paired(sums, counts, lower_is_better=True), strict=True):
             row.on_text = place
         tasks = [
-            name
-            for name, task in (of_rows[0][0].get("tasks") or {}).items()
-            if task["outcomes"]
+            name for name, task in (of_rows[0][0].get("tasks") or {}).items() if task["outcomes"]
         ]
         if not tasks:
             continue

@@ -15,13 +15,18 @@ def head(summary: Summary) -> list[str]:
     tasks = [*summary.settings.tasks] if not dense.tasks else [*dense.tasks]
     columns = ["method", "removed", "zeros", *texts, "KL", "same top-1"]
     for name in tasks:
-        columns += [name, "flips"]
+        columns += [name, f"flips {name}"]
     return [*columns, "time (F)", "text", *(["tasks"] if tasks else [])]
 
 
-def lines(summary: Summary) -> list[tuple[str, list[list[str]]]]:
-    """Return (title of a part, its rows); the dense model is the first part."""
-    parts = [("", [_line(summary, summary.dense)])]
+def lines(summary: Summary, *, intervals: bool = True) -> list[tuple[str, list[list[str]]]]:
+    """Return (title of a part, its rows); the dense model is the first part.
+
+    Args:
+        summary: of the comparison.
+        intervals: give those of perplexity and divergence too.
+    """
+    parts = [("", [_line(summary, summary.dense, intervals)])]
     for (group, asked, recovered), rows in summary.contests().items():
         if asked is None:
             title = "as far as the limit allows"
@@ -29,7 +34,7 @@ def lines(summary: Summary) -> list[tuple[str, list[list[str]]]]:
             title = f"{asked:.3g} {'zeros' if group == 'zeros' else 'of the parameters removed'}"
         title += ", recovered" if recovered else ""
         ordered = sorted(rows, key=_order)
-        parts.append((title, [_line(summary, row) for row in ordered]))
+        parts.append((title, [_line(summary, row, intervals) for row in ordered]))
     return parts
 
 
@@ -39,28 +44,34 @@ def _order(row: Row) -> tuple[bool, float]:
     return not row.measured, value
 
 
-def _line(summary: Summary, row: Row) -> list[str]:
-    width = len(head(summary))
+def _line(summary: Summary, row: Row, intervals: bool) -> list[str]:
+    columns = head(summary)
     if not row.measured:
         told = "not run yet" if row.missing else row.failed
-        return [row.label, told, *[""] * (width - 2)]
-    texts = [interval(row.perplexity[name]) for name in summary.settings.data.texts]
-    kl = "" if row.kl is None else interval(row.kl, 3)
-    same = "" if row.same_top1 is None else interval(row.same_top1, 3)
-    cells = [row.label, f"{row.share_removed:.1%}", f"{row.zeros:.1%}", *texts, kl, same]
-    for name in head(summary)[len(cells) : -3 : 2] if row.tasks else ():
-        value, error = row.tasks[name]
-        cells.append(f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}"))
-        flips = row.flips.get(name)
-        told = row.label != "dense" and flips is not None
-        cells.append(f"-{flips[0]:.0f} +{flips[1]:.0f}" if told and flips else "")
-    if not row.tasks:
-        cells += [""] * (width - len(cells) - 2)
-    cells.append("" if row.prune_forwards is None else f"{row.prune_forwards:.1f}")
-    cells.append(place(row.on_text))
-    if summary.dense.tasks or summary.settings.tasks:
-        cells.append(place(row.on_tasks))
-    return cells[:width]
+        return [row.label, told, *[""] * (len(columns) - 2)]
+    show = interval if intervals else value
+    cells = {
+        "method": row.label,
+        "removed": f"{row.share_removed:.1%}",
+        "zeros": f"{row.zeros:.1%}",
+        **{f"perplexity {name}": show(found) for name, found in row.perplexity.items()},
+        "KL": "" if row.kl is None else show(row.kl, 3),
+        "same top-1": "" if row.same_top1 is None else show(row.same_top1, 3),
+        "time (F)": "" if row.prune_forwards is None else f"{row.prune_forwards:.1f}",
+        "text": place(row.on_text),
+        "tasks": place(row.on_tasks),
+    }
+    for name, (accuracy, error) in row.tasks.items():
+        cells[name] = f"{accuracy:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    if row is not summary.dense:
+        for name, (wrong, right) in row.flips.items():
+            cells[f"flips {name}"] = f"-{wrong:.0f} +{right:.0f}"
+    return [cells.get(name, "") for name in columns]
+
+
+def value(values: Sequence[float], digits: int = 2) -> str:
+    """Return a value without its interval."""
+    return f"{values[0]:.{digits}f}"
 
 
 def interval(values: Sequence[float], digits: int = 2) -> str:

@@ -80,8 +80,10 @@ def _reached(summary: Summary, group: str, rows: Sequence[Row], recovered: bool)
     target = summary.settings.quality_target
     assert target is not None
     name, limit = target
-    rule = f"KL to the dense model at most {limit:g}" if name == "max_kld" else (
-        f"at least {limit:.1%} of the most likely tokens kept"
+    rule = (
+        f"KL to the dense model at most {limit:g}"
+        if name == "max_kld"
+        else (f"at least {limit:.1%} of the most likely tokens kept")
     )
 
     def share(row: Row) -> float:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from prunelight.comparison.grid import write_json
-from prunelight.comparison.telling.table import head, lines
 from prunelight.comparison.telling.summary import Summary
+from prunelight.comparison.telling.table import head, lines
 from prunelight.comparison.telling.verdict import verdict
 from prunelight.evaluation.report.writing import markdown_table, write_whole
 
