@@ -134,16 +134,16 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def family_config(name: str) -> PretrainedConfig:
-    """Return the config of a case."""
+def family_config(name: str, **tokens: int) -> PretrainedConfig:
+    """Return the config of a case; `tokens` are the size of another vocabulary and its ids."""
     family, changes = FAMILIES[name]
-    return AutoConfig.for_model(family, **{**_COMMON, **changes})
+    return AutoConfig.for_model(family, **{**_COMMON, **changes, **tokens})
 
 
-def family_model(name: str) -> PreTrainedModel:
+def family_model(name: str, **tokens: int) -> PreTrainedModel:
     """Build a random model whose layers matter: at the usual initialisation they hardly do."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(family_config(name)).float().eval()
+    model = AutoModelForCausalLM.from_config(family_config(name, **tokens)).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -34,7 +34,6 @@ class GgufFamily:
         head: "tied" takes no head beside the embedding, "always" needs one, "own" takes either.
         free_heads: whether heads may have another width than hidden_size / num_attention_heads.
         activations: of the MLP that the architecture computes.
-        cures_pattern: whether the file says which layers have a window, in any order.
         needs: field of the config -> the values with which the architecture computes the same.
     """
 
@@ -45,13 +44,21 @@ class GgufFamily:
     head: Literal["own", "tied", "always"] = "own"
     free_heads: bool = True
     activations: tuple[str, ...] = ("silu",)
-    cures_pattern: bool = False
     needs: Mapping[str, tuple[Any, ...]] | None = None
 
 
 _GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 # Rotations that the file can describe; of others, llama.cpp's converter knows more.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Parameters of yarn that no key changes; llama.cpp's value of each, None where it derives it.
+YARN_DEFAULTS: dict[str, Any] = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "truncate": True,
+}
 
 
 def _window_keys(config: Any) -> Keys:
@@ -130,21 +137,39 @@ FAMILIES: dict[str, GgufFamily] = {
     ),
     "gemma": GgufFamily("GEMMA", adds_one=True, head="tied", activations=_GELU),
     "gemma2": GgufFamily(
-        "GEMMA2", _gemma2_keys, adds_one=True, head="tied", activations=_GELU, cures_pattern=True
+        "GEMMA2",
+        _gemma2_keys,
+        adds_one=True,
+        head="tied",
+        activations=_GELU,
+        needs={"use_bidirectional_attention": (False, None), "attention_bias": (False,)},
     ),
     "gemma3_text": GgufFamily(
         "GEMMA3",
         _gemma3_keys,
         adds_one=True,
         activations=_GELU,
-        cures_pattern=True,
-        needs={"attn_logit_softcapping": (None,)},
+        needs={
+            "attn_logit_softcapping": (None,),
+            "use_bidirectional_attention": (False, None),
+            "attention_bias": (False,),
+        },
     ),
     "cohere2": GgufFamily(
-        "COHERE2", _cohere2_keys, head="tied", free_heads=False, cures_pattern=True
+        "COHERE2",
+        _cohere2_keys,
+        head="tied",
+        free_heads=False,
+        needs={"attention_bias": (False,)},
     ),
     "smollm3": GgufFamily(
-        "SMOLLM3", permutes=True, needs={"attention_bias": (False,), "mlp_bias": (False,)}
+        "SMOLLM3",
+        permutes=True,
+        needs={
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "use_sliding_window": (False,),
+        },
     ),
     "olmo2": GgufFamily(
         "OLMO2", head="always", free_heads=False, needs={"attention_bias": (False,)}
@@ -154,7 +179,6 @@ FAMILIES: dict[str, GgufFamily] = {
         _window_keys,
         head="always",
         free_heads=False,
-        cures_pattern=True,
         needs={"attention_bias": (False,)},
     ),
     "phi3": GgufFamily("PHI3", _phi3_keys, free_heads=False),
@@ -162,7 +186,18 @@ FAMILIES: dict[str, GgufFamily] = {
     "starcoder2": GgufFamily(
         "STARCODER2", free_heads=False, activations=_GELU, needs={"use_bias": (True,)}
     ),
-    "gpt2": GgufFamily("GPT2", _gpt2_keys, free_heads=False, activations=_GELU),
+    "gpt2": GgufFamily(
+        "GPT2",
+        _gpt2_keys,
+        free_heads=False,
+        activations=_GELU,
+        needs={
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "reorder_and_upcast_attn": (False,),
+            "add_cross_attention": (False,),
+        },
+    ),
 }
 
 
@@ -216,7 +251,4 @@ def rope_keys(config: Any) -> Keys:
         keys["rope_scaling_factor"] = float(rope["factor"])
     if kind == "yarn":
         keys["rope_scaling_orig_ctx_len"] = rope["original_max_position_embeddings"]
-        for field in ("beta_fast", "beta_slow"):
-            if rope.get(field) is not None:
-                keys[f"rope_scaling_yarn_{field}"] = float(rope[field])
     return keys

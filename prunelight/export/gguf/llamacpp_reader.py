@@ -68,6 +68,8 @@ def read_with_llama_cpp(job: Job) -> dict[str, np.ndarray[Any, Any]]:
             type_k=llama_cpp.GGML_TYPE_F32,  # the cache is float16 otherwise
             type_v=llama_cpp.GGML_TYPE_F32,
             flash_attn=False,
+            # The package's defaults would stand before what the file says.
+            **dict.fromkeys(("yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"), -1.0),
             n_gpu_layers=0,
             verbose=False,
         )

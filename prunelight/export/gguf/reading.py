@@ -22,15 +22,17 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
-from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from prunelight.export.gguf import llamacpp_reader
+from prunelight.export.gguf.families import rope_parameters
 from prunelight.export.targets import ExportOptions, NotReadableError, Reading
+from prunelight.models.families.config_fields import head_dim
 from prunelight.models.forward import evaluating
 from prunelight.models.loading import quiet_transformers
 
 VARIABLE = "PRUNELIGHT_LLAMA_CPP_PYTHON"
 PIP_LINE = "pip install xllamacpp (a wheel), or llama-cpp-python (it builds llama.cpp)"
+_READ_BY_TRANSFORMERS = ("llama", "mistral", "qwen2", "starcoder2")
 _WEAK = (
     "llama.cpp itself did not read the export: the package transformers read its tensors and keys. "
     f"For the proof in llama.cpp: {PIP_LINE}"
@@ -125,9 +127,14 @@ def read_with_llama_cpp(
     return Reading("llama.cpp", version, logits, positions), ids
 
 
-def transformers_reads(architecture: str) -> bool:
-    """Return whether transformers reads GGUFs of one of llama.cpp's architectures."""
-    return architecture in GGUF_CONFIG_MAPPING
+def transformers_reads(config: Any) -> bool:
+    """Return whether transformers reads the GGUF of a model as it reads the model.
+
+    It ignores keys for windows, rotations and heads, and knows few families: see tests/export.
+    """
+    natural = head_dim(config) * config.num_attention_heads == config.hidden_size
+    plain = rope_parameters(config).get("rope_type", "default") == "default"
+    return config.model_type in _READ_BY_TRANSFORMERS and natural and plain
 
 
 def read_with_transformers(file: Path, windows: Sequence[Sequence[int]]) -> Reading:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunelight.export.gguf.families import (
     FAMILIES,
     ROPE_TYPES,
+    YARN_DEFAULTS,
     GgufFamily,
     model_keys,
     rope_parameters,
@@ -96,7 +97,7 @@ class GgufTarget:
 
     def check_reader(self, source: Source, options: ExportOptions) -> None:
         """Check that llama.cpp or transformers reads the export; see `Target.check_reader`."""
-        if find_llama_cpp(options) is None and not transformers_reads(_architecture(source)):
+        if find_llama_cpp(options) is None and not transformers_reads(source.config):
             raise NotReadableError(
                 "no program is here that reads the export back, to prove it: " + PIP_LINE
             )
@@ -222,19 +223,37 @@ def check_fields(source: Source, family: GgufFamily) -> None:
             f"for the width of a head in this family, and it is {head_dim(config)}; prune neurons "
             "or layers, not heads, for llama.cpp"
         )
-    kind = rope_parameters(config).get("rope_type", "default")
+    check_rope(source)
+
+
+def check_rope(source: Source) -> None:
+    """Check that llama.cpp rotates queries and keys as the config says.
+
+    Raises:
+        ValueError: if it does not; names the parameter, and what it could be.
+    """
+    rope = rope_parameters(source.config)
+    remedy = _COMMAND.format(directory=source.directory)
+    kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise ValueError(
             f"positions rotated with rope_type={kind!r} are not written here, only "
             f"{', '.join(ROPE_TYPES)}; {remedy}"
         )
+    fixed = YARN_DEFAULTS if kind == "yarn" else {}
+    for name, default in fixed.items():
+        if (value := rope.get(name)) not in (None, default):
+            raise ValueError(
+                f"llama.cpp takes {name}={default} for rope_type='yarn', and the model has "
+                f"{value}; use another engine"
+            )
 
 
 def sample_texts() -> list[str]:
     """Return texts that both tokenizers must split alike: prose, numbers, code and odd spaces."""
     prose = files("prunelight.data").joinpath("sample", "validation.txt").read_text("utf-8")
     odd = "It's 3.14, 12345 or 2026?  Don't\tpanic!\n\n  for i in range(10):\n    x += 1  # ü 日本"
-    return [prose[:2000], odd]
+    return [prose[:2000].strip(), odd]
 
 
 def check_same_tokens(text: str, expected: Sequence[int], read: Sequence[int]) -> None:
@@ -279,12 +298,6 @@ def _check_quantizer(options: ExportOptions) -> Any:
             "--engine_python names"
         )
     return llama_cpp
-
-
-def _architecture(source: Source) -> str:
-    import gguf
-
-    return gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[check_family(source).architecture]]
 
 
 def _write(
