@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,7 @@ from prunelight.commands.running import VerbParser, run_verb
 from prunelight.comparison.contest import compare
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.comparison.telling.summary import Summary
-from prunelight.comparison.telling.table import head, lines
+from prunelight.comparison.telling.table import lines, short_head
 from prunelight.comparison.telling.verdict import verdict
 
 
@@ -56,12 +57,14 @@ def _installed(argument: str) -> str:
 
 def show(summary: Summary) -> None:
     """Print a table for each part, and the verdict; the files have the intervals too."""
-    console = Console()
-    columns = head(summary)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    columns = short_head(summary)
     for title, part in lines(summary, intervals=False):
         table = Table(title=title or "the dense model", title_justify="left")
         for position, name in enumerate(columns):
-            table.add_column(name, justify="left" if position == 0 else "right")
+            table.add_column(
+                name, justify="left" if position == 0 else "right", no_wrap=position == 0
+            )
         for line in part:
             table.add_row(*line)
         console.print(table)

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from prunelight.comparison.amounts.quality_search import search
-from prunelight.comparison.bench import Bench
-from prunelight.comparison.cells import read_result
-from prunelight.comparison.fits import check_recovery
 from prunelight.comparison.grid import (
     Cell,
     Grid,
@@ -26,8 +23,11 @@ from prunelight.comparison.grid import (
     start_key,
     write_grid,
 )
-from prunelight.comparison.launching import check_launcher, run_cells
 from prunelight.comparison.methods import entrants_of
+from prunelight.comparison.running.bench import Bench
+from prunelight.comparison.running.cells import read_result
+from prunelight.comparison.running.fits import check_recovery
+from prunelight.comparison.running.launching import check_launcher, run_cells
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.comparison.telling.summary import Summary, summarize
 from prunelight.comparison.telling.writing import check_outputs, write_outputs
@@ -64,9 +64,11 @@ def compare(settings: ComparisonSettings, command: str = "") -> Summary:
         if grid is None:
             grid = _new_grid(settings, entrants)
             write_grid(out, key, settings, grid)
-        results = run_missing(
-            settings, grid.cells, lambda rows: _tell(settings, grid, rows, command)
-        )
+
+        def tell(found: dict[str, dict[str, Any]]) -> None:
+            _tell(settings, grid, found, command)
+
+        results = run_missing(settings, grid.cells, tell)
         return _tell(settings, grid, results, command)
     finally:
         lock.release()

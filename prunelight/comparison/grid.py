@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from prunelight.comparison.amounts.matching import Rung, nearest
-from prunelight.comparison.bench import Bench
 from prunelight.comparison.methods import Entrant
+from prunelight.comparison.running.bench import Bench
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import find_source
@@ -254,15 +254,15 @@ def check_same_contest(settings: ComparisonSettings, out: Path) -> None:
         return
     then, now = kept["settings"], json.loads(json.dumps(settings.to_dict()))
     for name, value in now.items():
-        if name in _MAY_CHANGE or then.get(name) == value:
+        if name in _MAY_CHANGE or name not in then or then[name] == value:
             continue
         old = then.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
             inner = next(k for k in {**value, **old} if value.get(k) != old.get(k))
             name, value, old = f"{name}.{inner}", value.get(inner), old.get(inner)
         raise ValueError(
-            f"{out} holds another comparison, with {name}={old!r} instead of {value!r}; set another "
-            "out, or delete that directory"
+            f"{out} holds another comparison, with {name}={old!r} instead of {value!r}; set "
+            "another out, or delete that directory"
         )
 
 

@@ -143,7 +143,7 @@ class ComparisonSettings:
         recovery: null, or a mapping of model, data and trainer as in a fit: then each pruned model
             is also recovered.
         seeds: each draws other calibration windows and another order of training.
-        equal: what methods are compared at: "parameters", or "latency" of decoding.
+        equal: what methods are compared at: "parameters".
         serving: measure also what serving costs on this machine.
         max_kld: instead of `amounts`: prune each method as far as KL(dense || pruned) stays below.
         min_top1: instead of `amounts`: as far as so large a share of tokens keeps its most likely
@@ -163,7 +163,7 @@ class ComparisonSettings:
     limit: int | None = None
     recovery: dict[str, Any] | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
-    equal: Literal["parameters", "latency"] = "parameters"
+    equal: Literal["parameters"] = "parameters"
     serving: bool = False
     max_kld: float | None = None
     min_top1: float | None = None

@@ -1,1 +1,1 @@
-"""How much a method removes: arguments for a target, and the largest amount that keeps a quality."""
+"""How much a method removes: for a target share, or as far as a quality is kept."""

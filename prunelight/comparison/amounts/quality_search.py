@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prunelight.comparison.amounts.matching import Rung, ladder
-from prunelight.comparison.bench import Bench
 from prunelight.comparison.grid import Cell, cells_of, one_line
 from prunelight.comparison.methods import Entrant
+from prunelight.comparison.running.bench import Bench
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.comparison.statistics import Paired, paired
 

@@ -19,12 +19,17 @@ def head(summary: Summary) -> list[str]:
     return [*columns, "time (F)", "text", *(["tasks"] if tasks else [])]
 
 
+def short_head(summary: Summary) -> list[str]:
+    """Return the columns that fit a terminal."""
+    return [name for name in head(summary) if not name.startswith("flips ")]
+
+
 def lines(summary: Summary, *, intervals: bool = True) -> list[tuple[str, list[list[str]]]]:
     """Return (title of a part, its rows); the dense model is the first part.
 
     Args:
         summary: of the comparison.
-        intervals: give those of perplexity and divergence too.
+        intervals: give those of perplexity and divergence, and the flips.
     """
     parts = [("", [_line(summary, summary.dense, intervals)])]
     for (group, asked, recovered), rows in summary.contests().items():
@@ -45,7 +50,7 @@ def _order(row: Row) -> tuple[bool, float]:
 
 
 def _line(summary: Summary, row: Row, intervals: bool) -> list[str]:
-    columns = head(summary)
+    columns = head(summary) if intervals else short_head(summary)
     if not row.measured:
         told = "not run yet" if row.missing else row.failed
         return [row.label, told, *[""] * (len(columns) - 2)]

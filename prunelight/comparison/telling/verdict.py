@@ -1,4 +1,4 @@
-"""The verdict of a comparison, in sentences for someone who sees such a table for the first time."""
+"""The verdict of a comparison, in sentences for someone who sees it for the first time."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def verdict(summary: Summary) -> list[str]:
             sentences += _of_contest(summary, group, asked, recovered, measured)
     if any(row.group == "zeros" and row.measured for row in summary.rows[1:]):
         sentences.append(
-            "Zeros are a group of their own: the weights are stored as before, so that a model with "
-            "zeros is as large and as fast as the dense one unless a special kernel reads it."
+            "Zeros are a group of their own: the weights are stored as before, so that a model "
+            "with zeros is as large and as fast as the dense one unless a special kernel reads it."
         )
     sentences += _failures(summary)
     if summary.num_missing:
@@ -70,8 +70,8 @@ def _of_contest(
         ratio = math.exp(mean_log_perplexity(best) - mean_log_perplexity(summary.dense))
         if ratio > _POOR:
             sentences.append(
-                f"Even the best one has {ratio:.1f} times the dense perplexity: plan for a recovery, "
-                "or remove less."
+                f"Even the best one has {ratio:.1f} times the dense perplexity: plan for a "
+                "recovery, or remove less."
             )
     return sentences
 

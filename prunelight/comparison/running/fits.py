@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
-from prunelight.comparison.bench import Bench, data_arguments
 from prunelight.comparison.grid import Cell
+from prunelight.comparison.running.bench import Bench, data_arguments
 from prunelight.comparison.settings import ComparisonSettings, check_keys
 from prunelight.models.loading import load
 from prunelight.models.placement import to_device

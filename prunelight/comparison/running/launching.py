@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from prunelight.comparison.cells import run_cell
 from prunelight.comparison.grid import Cell
+from prunelight.comparison.running.cells import run_cell
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.runtime.files.directory_lock import DirectoryLock
 

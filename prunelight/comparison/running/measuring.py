@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunelight.comparison.bench import Bench
+from prunelight.comparison.running.bench import Bench
 from prunelight.evaluation.quality.divergence import against_reference
 from prunelight.evaluation.quality.text_quality import text_quality
 from prunelight.evaluation.serving.cost import serving_cost

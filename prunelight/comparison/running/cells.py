@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from prunelight.comparison.bench import Bench, bench_of
-from prunelight.comparison.fits import recovered_model
 from prunelight.comparison.grid import DENSE, FORMAT, Cell, one_line, write_json
-from prunelight.comparison.measuring import measure
 from prunelight.comparison.methods import entrants_of
+from prunelight.comparison.running.bench import Bench, bench_of
+from prunelight.comparison.running.fits import recovered_model
+from prunelight.comparison.running.measuring import measure
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.sizes import linear_sparsity, parameter_count, zero_share
 from prunelight.one_line_errors import our_error

@@ -152,7 +152,7 @@ def held_out_text(
         start = bos_token_id(tokenizer, data.bos)
         ids = pack_windows(stream, data.seq_len, bos_token_id=start)[: data.num_windows]
         protocol = (
-            f"{len(rows)} instructions with their responses as plain text, joined by the EOS token; "
+            f"{len(rows)} instructions with their responses as plain text, joined by EOS tokens; "
             f"the first {data.num_windows} windows of {data.seq_len} tokens that do not overlap"
         )
         text = TextWindows(name, protocol, ids)
