@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
+from prunelight.models.engines import loads_in
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.families.own_classes.registration import code_file
 from prunelight.models.families.rwkv import restore_rwkv_scale
@@ -108,7 +109,7 @@ def save(
             (temporary / name).write_text(text, encoding="utf-8")
         if plan is not None:
             plan.save(temporary / "plan.json")
-        finish_files(temporary, model.config._name_or_path)
+        finish_files(temporary, model.config._name_or_path, loads_in(model))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         saved = SavedModel(
             str(directory), size, verify(model, temporary, trust_remote_code, dense_fault)

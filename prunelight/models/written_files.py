@@ -9,30 +9,14 @@ import stat
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.repocard import metadata_load, metadata_save
 
-from prunelight.models.loading import LICENCE_FILES, find_source
+from prunelight.models.card.model_card import CARD, is_local_path, write_card
+from prunelight.models.loading import BUNDLED, LICENCE_FILES, find_source
 
 log = logging.getLogger(__name__)
-
-CARD = "README.md"
-
-# Facts of a model card that hold for the pruned model too; its text describes another model.
-_KEPT_FACTS = (
-    "license",
-    "license_name",
-    "license_link",
-    "language",
-    "base_model",
-    "datasets",
-    "pipeline_tag",
-    "library_name",
-    "tags",
-)
 
 # Fields of a tokenizer that say how it was loaded here.
 _HOW_LOADED = ("is_local", "local_files_only", "name_or_path")
@@ -101,19 +85,22 @@ def check_place(directory: str | Path) -> None:
         )
 
 
-def finish_files(directory: Path, base: str) -> None:
+def finish_files(directory: Path, base: str, loads_in: Mapping[str, str] | None = None) -> None:
     """Bring licence and tags of the base into a saved directory, and take local facts out of it.
 
     Args:
-        directory: what `save_pretrained` wrote.
+        directory: what `save_pretrained` wrote, with the plans.
         base: name of the model that was pruned, what `prunelight.load` takes; "" for none.
+        loads_in: program -> whether it reads the model, for the card.
     """
     forget_loading(directory)
-    if (folder := _folder_of(base)) is not None:
+    folder = _folder_of(base)
+    if folder is not None:
         for pattern in LICENCE_FILES:
             for file in folder.glob(pattern):
                 shutil.copyfile(file, directory / file.name)
-        write_card(folder / CARD, directory / CARD, base)
+    hub_id = BUNDLED[base][1] if base in BUNDLED else base
+    write_card(directory, None if folder is None else folder / CARD, hub_id, loads_in or {})
     share_modes(directory)
 
 
@@ -137,57 +124,10 @@ def forget_loading(directory: Path) -> None:
     kept = {
         name: value
         for name, value in values.items()
-        if name not in _HOW_LOADED and not _is_local_path(value)
+        if name not in _HOW_LOADED and not is_local_path(value)
     }
     text = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     file.write_text(text, encoding="utf-8")
-
-
-def write_card(source: Path, target: Path, base: str) -> None:
-    """Write a model card with the facts of the base's card; none if the base has no card.
-
-    Args:
-        source: the base's card.
-        target: the card to write.
-        base: name of the base; a hub id becomes the card's `base_model`.
-    """
-    facts = _facts_of(source)
-    if not facts:
-        return
-    kept = {name: facts[name] for name in _KEPT_FACTS if facts.get(name)}
-    kept = {name: value for name, value in kept.items() if not _is_local_path(value)}
-    if not Path(base).expanduser().exists():
-        kept["base_model"] = base
-    tags = kept.get("tags") or []
-    kept["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), "prunelight"]))
-    of = f" from `{kept['base_model']}`" if isinstance(kept.get("base_model"), str) else ""
-    text = f"\nPruned{of} with prunelight. The files `plan*.json`, if any, say what was removed.\n"
-    target.write_text(text, encoding="utf-8")
-    metadata_save(target, kept)
-
-
-def forget_local_base(card: Path) -> None:
-    """Remove a base that is a path of this machine from the card that peft wrote, in place."""
-    facts = _facts_of(card)
-    if not _is_local_path(base := facts.get("base_model")):
-        return
-    tags = [tag for tag in facts.get("tags") or [] if str(base) not in tag]
-    metadata_save(card, {**{k: v for k, v in facts.items() if k != "base_model"}, "tags": tags})
-
-
-def _facts_of(card: Path) -> Mapping[str, Any]:
-    """Return the facts in the first lines of a model card; none, if it has none."""
-    try:
-        return metadata_load(card) or {}
-    except OSError:
-        return {}
-    except Exception as error:  # of YAML; a card of others must not end a save
-        log.warning("%s is not read: %s", card.name, str(error).partition("\n")[0])
-        return {}
-
-
-def _is_local_path(value: Any) -> bool:
-    return isinstance(value, str) and len(value) > 1 and Path(value).is_absolute()
 
 
 def _folder_of(base: str) -> Path | None:

@@ -15,9 +15,11 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from prunelight.evaluation.report.page.card_figures import card_figures
+from prunelight.models.card.model_card import add_to_card, forget_local_base
 from prunelight.models.placement import move_if_it_fits
 from prunelight.models.saving import MARKER, SavedModel, check_replaceable, save
-from prunelight.models.written_files import forget_local_base, share_modes
+from prunelight.models.written_files import share_modes
 from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
@@ -92,6 +94,8 @@ def save_and_report(run: Run, model: PreTrainedModel) -> None:
     if run.settings.recovery != "none":
         _measure_result(run, model, saved)
     with explaining_write_errors(run.place.root / "report.md", checkpoint):
+        # The report comes last: with it the run is over, and nothing is done again.
+        add_to_card(Path(saved.directory), card_figures(record))
         for file in report(run, record):
             log.info("wrote %s", file)
 

@@ -10,7 +10,7 @@ from runs import local_paths, make_data, write_model
 from transformers import AutoTokenizer
 
 import prunelight
-from prunelight.models.written_files import forget_local_base
+from prunelight.models.card.model_card import forget_local_base
 
 CARD = """---
 license: other
@@ -63,6 +63,8 @@ def test_licence_and_tags_of_the_base_stay(tmp_path, base):
     card = tmp_path / "out" / "README.md"
     expected = {"license": "other", "license_name": "parrot", "license_link": "LICENSE"}
     assert metadata_load(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
         **expected,
         "language": ["en"],
         "tags": ["parrots", "prunelight"],
@@ -70,14 +72,16 @@ def test_licence_and_tags_of_the_base_stay(tmp_path, base):
     assert "at length" not in card.read_text()
 
 
-def test_a_card_that_is_no_yaml_is_left_out(tmp_path, base, caplog):
+def test_a_card_that_is_no_yaml_gives_no_facts(tmp_path, base, caplog):
     broken = tmp_path / "broken"
     write_model(broken)
     (broken / "README.md").write_text("---\na: [b\n---\n")
     model, tokenizer = prunelight.load(broken)
     prunelight.save(model, tokenizer, tmp_path / "out")
     assert "README.md is not read" in caplog.text
-    assert not (tmp_path / "out" / "README.md").exists()
+    card = metadata_load(tmp_path / "out" / "README.md")
+    assert card["tags"] == ["prunelight"]
+    assert "license" not in card
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

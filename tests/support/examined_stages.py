@@ -80,6 +80,17 @@ def serving(factor: float) -> dict[str, Any]:
     }
 
 
+def probes(name: str, value: float) -> dict[str, Any]:
+    right = int(20 * value)
+    found = {"right": right, "total": 20, "chance": 0.0, "note": "", "score": value}
+    unasked = {"right": 0, "total": 0, "chance": 0.0, "note": "no digits", "score": None}
+    verdicts = {"dense": {}, "pruned": {"verdict": "collapsed"}, "recovered": {"verdict": "kept"}}
+    return {
+        "sums_2_digits": found | verdicts[name],
+        "brackets": unasked | ({"verdict": "not asked"} if verdicts[name] else {}),
+    }
+
+
 def samples(text: str) -> list[dict[str, str]]:
     return [{"prompt": f"Once {HOSTILE}", "text": text}, {"prompt": "2 + 2 =", "text": " 4\n\n"}]
 
@@ -93,6 +104,7 @@ def make_examined_record(**changes: Any) -> RunRecord:
                 "arc_easy": task(value, text),
                 "hellaswag": task(value - 0.1, "1" * 40, task="hellaswag", metric="acc"),
             },
+            "probes": probes(name, value),
             "samples": samples(name + HOSTILE),
             "serving": serving(factor),
             **({"divergence": divergence(kl)} if kl else {}),

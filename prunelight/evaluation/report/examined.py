@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from prunelight.evaluation.probes.results import COLLAPSED, PROBES
 from prunelight.evaluation.report.figures import count, decimal
 from prunelight.evaluation.report.plan_facts import Json
 from prunelight.evaluation.report.record import Stage
@@ -168,6 +169,47 @@ def divergence_grid(stages: Sequence[Stage]) -> Grid | None:
 def _shown(divergence: Json, key: str) -> str:
     value = divergence.get(key)
     return f"{value:,}" if key == "tokens" and _number(value) else interval(value)
+
+
+# --- probes ----------------------------------------------------------------------------------
+
+
+def probes_of(stage: Stage) -> dict[str, Json]:
+    """Return what the collapse probes found of a stage: name of a probe -> its figures."""
+    return {n: x for n, x in part(stage, "probes").items() if isinstance(x, dict) and "total" in x}
+
+
+def probe_names(stages: Sequence[Stage]) -> list[str]:
+    """Return the probes that any stage was asked, in their order."""
+    return list(dict.fromkeys(name for stage in stages for name in probes_of(stage)))
+
+
+def asks(name: str) -> str:
+    """Return what a probe asks, in words."""
+    return PROBES[name].asks if name in PROBES else name.replace("_", " ")
+
+
+def collapsed(stage: Stage) -> list[str]:
+    """Return the probes by which a stage collapsed."""
+    return [name for name, one in probes_of(stage).items() if one.get("verdict") == COLLAPSED]
+
+
+def probe_grid(stages: Sequence[Stage]) -> Grid | None:
+    """Return one row a probe: the right answers of each stage, and the verdict on the last."""
+    names, told = probe_names(stages), [stage for stage in stages if probes_of(stage)]
+    if not names:
+        return None
+    rows = []
+    for name in names:
+        results = [probes_of(stage).get(name, {}) for stage in told]
+        rows.append([asks(name), *map(_right, results), str(results[-1].get("verdict", ""))])
+    return Grid(["the model ...", *(stage.name for stage in told), "verdict"], rows)
+
+
+def _right(result: Json) -> str:
+    if result.get("note"):
+        return "not asked"
+    return f"{result['right']} of {result['total']}" if result.get("total") else ""
 
 
 # --- serving ---------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from prunelight.evaluation.report.examined import (
     divergence_grid,
+    probe_grid,
     samples_beside,
     serving_grid,
     task_grid,
@@ -281,6 +282,7 @@ def _examined_sections(record: RunRecord) -> list[str]:
     parts: list[str] = []
     for title, grid in (
         ("Tasks", task_grid(record.stages)),
+        ("Collapse probes", probe_grid(record.stages)),
         ("Divergence from the dense model", divergence_grid(record.stages)),
         ("Cost of serving", serving_grid(record.stages)),
     ):

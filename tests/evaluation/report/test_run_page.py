@@ -29,7 +29,8 @@ def test_a_page_with_everything_is_whole_and_runs_nothing() -> None:
     assert HOSTILE in reader.text
     assert "<script" not in page
     assert "<img" not in page
-    expected = ["Warning", "Before and after", "Tasks", "Divergence", "Samples"]
+    expected = ["Warning", "Before and after", "Tasks", "Collapse probes"]
+    expected += ["Divergence", "Samples"]
     expected += ["What ShortGPT decided", "Training", "Cost of serving", "Loads in"]
     expected += ["Time and memory of the run", "Where this comes from"]
     assert headings(page) == expected
@@ -155,6 +156,15 @@ def test_an_interval_around_one_is_a_tie_on_text() -> None:
     assert "it is a tie with the dense model" in verdict_of(replace(record, stages=stages))[0]
 
 
+def test_the_verdict_names_probes_that_collapsed() -> None:
+    record = make_examined_record()
+    assert "no collapse in the 1 probe that" in " ".join(verdict_of(record))
+    fallen = " ".join(verdict_of(replace(record, stages=record.stages[:2])))
+    assert "Collapse: it no longer does what" in fallen
+    assert "adds two numbers of two digits" in fallen
+    assert "Not measured" not in fallen
+
+
 # --- tasks: flips and ties
 
 
@@ -218,6 +228,7 @@ def test_the_markdown_has_the_same_figures_in_short(tmp_path) -> None:
         "## Tasks",
         "| arc_easy (acc_norm, 0-shot, 100 questions) | 0.800 ± 0.020 | 0.500 ± 0.020 |",
         "10 / 0 of 100 | differs |",
+        "| adds two numbers of two digits | 16 of 20 | 10 of 20 | 14 of 20 | kept |",
         "| same most likely token | 0.71 (0.7 to 0.72) | 0.71 (0.7 to 0.72) |",
         "| batch 1: decode tokens/s | 20 (19 to 21) | 24.8 (23.6 to 26) | 24.8 (23.6 to 26) |",
         "After `2 + 2 =`:",

@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from prunelight.evaluation.report.examined import (
+    asks,
+    collapsed,
     divergence_grid,
     divergences,
+    probe_grid,
+    probe_names,
+    probes_of,
     samples_beside,
     task_grid,
     task_names,
@@ -56,6 +61,33 @@ def task_section(stages: Sequence[Stage]) -> Section:
     return Section("Tasks", [drawn, table(grid.head, grid.rows)], lead)
 
 
+def probe_section(stages: Sequence[Stage]) -> Section:
+    """Return the collapse probes; without parts if none was asked."""
+    grid = probe_grid(stages)
+    if grid is None:
+        return Section("Collapse probes", [])
+    names, told = probe_names(stages), [stage for stage in stages if probes_of(stage)]
+    scores = {s.name: [probes_of(s).get(n, {}).get("score") for n in names] for s in told}
+    chart = charts.bar_chart(
+        scores,
+        [name.replace("_", " ") for name in names],
+        alt="Share of right answers above chance: "
+        + "; ".join(f"{row[0]}: {', '.join(row[1:])}" for row in grid.rows),
+        y_label="right above chance",
+        log=False,
+        top=1.0,
+        wide=True,
+    )
+    fallen = {asks(name) for name in collapsed(told[-1])}
+    marked = [number for number, row in enumerate(grid.rows) if row[0] in fallen]
+    lead = (
+        "Cheap questions that show a collapse which perplexity hides. A probe counts where the "
+        "dense model passes half of it; it has collapsed where the model loses half of that."
+    )
+    drawn = figure(chart, "Share of right answers above those of guessing.", wide=True)
+    return Section("Collapse probes", [table(grid.head, grid.rows, marked=marked), drawn], lead)
+
+
 def divergence_section(stages: Sequence[Stage]) -> Section:
     """Return how far predictions moved from the dense model's; without parts if not measured."""
     grid, told = divergence_grid(stages), divergences(stages)
@@ -72,6 +104,19 @@ def divergence_section(stages: Sequence[Stage]) -> Section:
         )
         words = "A rise to the right: the model loses its hold on long texts."
         drawn.append(figure(chart, f"KL to the dense model by position. {words}"))
+    long = {
+        name: x["long_text"] for name, x in told.items() if isinstance(x.get("long_text"), dict)
+    }
+    lines = {name: _by_position(x.get("kl_by_position")) for name, x in long.items()}
+    if lines := {name: line for name, line in lines.items() if len(line[0]) > 1}:
+        chart = charts.line_chart(
+            lines,
+            alt="Mean KL to the dense model by position in one long text",
+            x_label="position of the token",
+            y_label="KL (nats)",
+        )
+        words = "The same in one long text, up to the context that the dense model reads."
+        drawn.append(figure(chart, words))
     changes = {
         name: _percentiles(told[name].get("right_token_change_percentiles")) for name in told
     }

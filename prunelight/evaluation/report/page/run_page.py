@@ -36,6 +36,7 @@ from prunelight.evaluation.report.page.frame import (
 )
 from prunelight.evaluation.report.page.quality import (
     divergence_section,
+    probe_section,
     sample_section,
     task_section,
 )
@@ -48,6 +49,7 @@ def run_page(record: RunRecord) -> str:
     sections = [
         _stages_section(record),
         task_section(record.stages),
+        probe_section(record.stages),
         divergence_section(record.stages),
         sample_section(record.stages),
         *decision_sections(record),

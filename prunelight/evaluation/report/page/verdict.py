@@ -9,12 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from prunelight.evaluation.probes.results import COLLAPSED
 from prunelight.evaluation.report.examined import (
+    asks,
+    collapsed,
     divergences,
     is_tie,
     mean_of_tasks,
     measured_names,
     middle,
+    probes_of,
     ratios_of,
     task_names,
     tasks_of,
@@ -44,7 +48,8 @@ def verdict_of(record: RunRecord) -> list[str]:
     """Return the verdict on a run; the first sentence says the most."""
     dense, last = record.stages[0], record.stages[-1]
     sentences = [_headline(record, dense, last), _what_was_done(record)]
-    sentences += _on_speed(dense, last) + _on_tasks(dense, last) + _on_divergence(last)
+    sentences += _on_tasks(dense, last) + _on_probes(dense, last) + _on_divergence(last)
+    sentences += _on_speed(dense, last)
     sentences.append(_not_measured(record))
     return [sentence for sentence in sentences if sentence]
 
@@ -140,6 +145,19 @@ def _on_tasks(dense: Stage, last: Stage) -> list[str]:
         told = "differs beyond noise on each" if len(names) > 1 else "differs beyond noise"
     tasks = f"{len(names)} tasks" if len(names) > 1 else names[0]
     return [f"On {tasks}: {words}; {told}."]
+
+
+def _on_probes(dense: Stage, last: Stage) -> list[str]:
+    counted = [
+        name for name, one in probes_of(last).items() if one.get("verdict") in ("kept", COLLAPSED)
+    ]
+    if last is dense or not counted:
+        return []
+    if fallen := collapsed(last):
+        told = _listed([asks(name) for name in fallen])
+        return [f"Collapse: it no longer does what the dense model does in these probes: {told}."]
+    probes = "probes that count" if len(counted) > 1 else "probe that counts"
+    return [f"It shows no collapse in the {len(counted)} {probes}."]
 
 
 def _on_divergence(last: Stage) -> list[str]:

@@ -1,0 +1,1 @@
+"""README.md of a saved directory: the card that the hub shows."""
