@@ -5,6 +5,7 @@ The table is written after every cell. So a contest that is stopped has a table 
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -22,16 +23,20 @@ from prunelight.comparison.grid import (
     read_grid,
     start_key,
     write_grid,
+    write_json,
 )
 from prunelight.comparison.methods import entrants_of
-from prunelight.comparison.running.bench import Bench
+from prunelight.comparison.running.bench import Bench, bench_of
 from prunelight.comparison.running.cells import read_result
 from prunelight.comparison.running.fits import check_recovery
 from prunelight.comparison.running.launching import check_launcher, run_cells
 from prunelight.comparison.settings import ComparisonSettings
+from prunelight.comparison.telling.page import page
 from prunelight.comparison.telling.summary import Summary, summarize
-from prunelight.comparison.telling.writing import check_outputs, write_outputs
-from prunelight.runtime.files.atomic_files import check_writable
+from prunelight.comparison.telling.verdict import verdict
+from prunelight.comparison.telling.writing import check_outputs, json_of, markdown
+from prunelight.evaluation.report.writing import write_whole
+from prunelight.runtime.files.atomic_files import check_writable, explaining_write_errors
 from prunelight.runtime.files.directory_lock import DirectoryLock
 
 log = logging.getLogger(__name__)
@@ -75,7 +80,11 @@ def compare(settings: ComparisonSettings, command: str = "") -> Summary:
 
 
 def _new_grid(settings: ComparisonSettings, entrants: Sequence[Any]) -> Grid:
-    bench = Bench(settings, "cpu")
+    launcher = settings.launcher
+    if launcher.kind == "sequential":  # the cells run here, with the same model
+        bench = bench_of(json.dumps(settings.to_dict()), next(iter(launcher.devices), None))
+    else:
+        bench = Bench(settings, "cpu")
     if settings.quality_target is None:
         return make_grid(settings, entrants, bench)
     facts = grid_facts(settings, bench)
@@ -130,5 +139,9 @@ def _tell(
 ) -> Summary:
     pairs = [(cell, results.get(cell.fingerprint)) for cell in grid.cells]
     summary = summarize(settings, grid.facts, pairs, command)
-    write_outputs(Path(settings.out).expanduser(), summary)
+    out, told = Path(settings.out).expanduser(), verdict(summary)
+    write_json(out / "comparison.json", {**json_of(summary), "verdict": told})
+    with explaining_write_errors(out):
+        write_whole(out / "comparison.md", markdown(summary, told))
+        write_whole(out / "report.html", page(summary, told))
     return summary

@@ -1,15 +1,13 @@
-"""comparison.json, comparison.md and report.html: written whole, after every cell."""
+"""comparison.json and comparison.md as texts, and the check of what they would replace."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from prunelight.comparison.grid import write_json
 from prunelight.comparison.telling.summary import Summary
 from prunelight.comparison.telling.table import head, lines
-from prunelight.comparison.telling.verdict import verdict
-from prunelight.evaluation.report.writing import markdown_table, write_whole
+from prunelight.evaluation.report.writing import markdown_table
 
 _TITLE = "# Comparison of pruning methods: "
 
@@ -30,7 +28,7 @@ def check_outputs(out: Path) -> None:
     Raises:
         FileExistsError: if there is a file of a name that it writes, of another origin.
     """
-    starts = {"comparison.md": _TITLE, "comparison.json": "{"}
+    starts = {"comparison.md": _TITLE, "comparison.json": "{", "report.html": "<!DOCTYPE html>"}
     for name, start in starts.items():
         file = out / name
         if file.exists() and not (
@@ -39,13 +37,6 @@ def check_outputs(out: Path) -> None:
             raise FileExistsError(
                 f"{file} exists and is none of a comparison; set another out, or move it"
             )
-
-
-def write_outputs(out: Path, summary: Summary) -> None:
-    """Write comparison.json and comparison.md."""
-    told = verdict(summary)
-    write_json(out / "comparison.json", {**json_of(summary), "verdict": told})
-    write_whole(out / "comparison.md", markdown(summary, told))
 
 
 def json_of(summary: Summary) -> dict[str, object]:
