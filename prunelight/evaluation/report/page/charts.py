@@ -154,6 +154,8 @@ def line_chart(
             draw_level(axes, level, name, number)
         if log:
             _use_logarithm(axes)
+        if all(float(x).is_integer() for xs, _ in series.values() for x in xs if x is not None):
+            axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(x_label)
         axes.set_ylabel(f"{y_label} (log scale)" if log else y_label)
         told = [*series] if len(series) > 1 or levels else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
@@ -46,7 +47,7 @@ def training_section(record: RunRecord) -> Section:
             y_label=label,
             levels=levels,
             marks=len(points) <= 30,
-            log=False if name == "learning_rate" else None,
+            log=_is_wide([*values, *levels.values()]) if levels else None,
         )
         drawn.append(figure(chart, words))
     trained = record.recovery.get("mode") not in (None, "none")
@@ -55,6 +56,12 @@ def training_section(record: RunRecord) -> Section:
     if trained:
         parts.append(details("Settings of the recovery", facts(settings)))
     return Section("Training", parts)
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    """Whether a curve would be flat beside its levels on a linear scale."""
+    finite = [value for value in values if math.isfinite(value)]
+    return bool(finite) and min(finite) > 0 and max(finite) > 4 * min(finite)
 
 
 def serving_section(record: RunRecord) -> Section:

@@ -154,7 +154,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         tie = low <= 1 <= high
         value = "as dense" if tie else f"{median:.2f} \u00d7"
         note = "no difference beyond noise" if tie else f"{low:.2f} to {high:.2f}"
-        told.append((f"Speed, {what}", value, note))
+        told.append((f"{what.partition(',')[0].capitalize()} speed", value, note))
     return told
 
 
