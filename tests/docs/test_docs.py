@@ -20,6 +20,7 @@ from tiny import FAMILIES, NUM_LAYERS, tiny_model, token_windows
 import prunelight
 import prunelight.callbacks
 from prunelight.callbacks import ShortGPT, WeightPruning, WidthPruning
+from prunelight.cli import COMMANDS, main
 from prunelight.lightning_cli import CLI, find_configs
 from prunelight.models.families.architectures import ARCHITECTURES
 from prunelight.models.families.layers import decoder_layers
@@ -237,6 +238,12 @@ def test_a_page_with_figures_says_which_model_they_are_from(page):
 def test_commands_parse(words, capsys):
     if words[0] == "families":  # it takes no config; tests/pruning/test_abilities.py runs it
         assert len(words) <= 2
+        return
+    if words[0] in COMMANDS:  # each has a parser of its own
+        with pytest.raises(SystemExit):
+            main([words[0], "--help"])
+        told = re.findall(r"--\w+", capsys.readouterr().out)
+        assert {word for word in words if word.startswith("--")} <= {*told}
         return
     parse(words, capsys)
 

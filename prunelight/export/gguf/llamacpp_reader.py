@@ -43,7 +43,7 @@ def probe() -> dict[str, str]:
 def read(job: Job) -> None:
     """Carry out a job with the package that is here."""
     reader = read_with_llama_cpp if package() == "llama_cpp" else read_with_xllamacpp
-    arrays = reader(job)
+    arrays: Any = reader(job)
     np.savez(job["output"], **arrays)
 
 

@@ -315,6 +315,7 @@ def _write(
     if is_uneven(config):
         keys |= deci_keys(config)
         weights = with_zero_neurons(config, weights)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
     keys |= tokenizer_keys(tokenizer, vocabulary)
     write_gguf(out, family.architecture, keys, gguf_tensors(config, weights, family), dtype)

@@ -172,7 +172,8 @@ def _kind(
 
 def _merges(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     pairs = facts["model"]["merges"]
-    return [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in pairs]
+    split = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in pairs)
+    return [(first, second) for first, second in split]
 
 
 def _scores(facts: Mapping[str, Any], tokens: list[str]) -> list[float]:

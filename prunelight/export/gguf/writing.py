@@ -60,11 +60,9 @@ def _announce(writer: Any, tensor: GgufTensor, dtype: str) -> None:
     import gguf
 
     kind = gguf.GGMLQuantizationType[encoding(tensor.name, tensor.shape, dtype)]
-    numbers = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
-    if kind.name in numbers:
-        stored, shape = numbers[kind.name], tensor.shape
-    else:
-        stored = np.dtype(np.uint8)
+    stored: np.dtype[Any] = np.dtype({"F32": "float32", "F16": "float16"}.get(kind.name, "uint8"))
+    shape = tensor.shape
+    if stored.itemsize == 1:
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
     size = prod(shape) * stored.itemsize
     writer.add_tensor_info(tensor.name, shape, stored, size, raw_dtype=kind)

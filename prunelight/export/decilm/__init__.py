@@ -1,0 +1,1 @@
+"""DeciLM, vLLM's class for layers that differ."""
