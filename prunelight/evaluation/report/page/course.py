@@ -34,11 +34,11 @@ def training_section(record: RunRecord) -> Section:
         points = record.curves.get(name) or []
         if len(points) < (1 if name == "validation_perplexity" else 2):
             continue
-        levels = {}
+        levels: dict[str, float] = {}
         if name == "validation_perplexity":
             stages = {stage.name: stage.perplexity for stage in record.stages}
-            known = {name: stages[name] for name in ("dense", "pruned") if name in stages}
-            levels = {name: value for name, value in known.items() if math.isfinite(value)}
+            wanted = [stage for stage in ("dense", "pruned") if stage in stages]
+            levels = {x: stages[x] for x in wanted if math.isfinite(stages[x])}
         values = [value for _, value in points]
         chart = charts.line_chart(
             {label: ([step for step, _ in points], values)},
