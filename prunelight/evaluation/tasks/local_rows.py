@@ -95,7 +95,7 @@ class RowFiles:
 
 
 def _read(file: Path) -> Iterator[tuple[int, Row]]:
-    for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for line, text in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not text.strip():
             continue
         try:
