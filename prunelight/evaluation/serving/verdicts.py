@@ -117,8 +117,7 @@ def _shape(serving: Json, dense: Json) -> str:
     if serving["num_layers"] != dense["num_layers"] and dense["num_layers"]:
         left = f"{serving['num_layers']} of {dense['num_layers']} layers"
     parts = [
-        f"{name} {ratio['measured'][0]:.2f}x of an ideal {ratio['ideal']:.2f}x"
-        + (f" at batch {size}" if size != "1" else "")
+        f"{name} {_factor(ratio)}" + (f" at batch {size}" if size != "1" else "")
         for size, ratios in serving.get("ratios", {}).items()
         for name, ratio in (
             ("prefill", ratios["prefill_tokens_per_second"]),
@@ -129,3 +128,11 @@ def _shape(serving: Json, dense: Json) -> str:
     if cache != other_cache and other_cache:
         parts.append(f"cache {_percent(cache / other_cache)} as large")
     return f"{left}: {', '.join(parts)}."
+
+
+def _factor(ratio: Json) -> str:
+    """Return a factor beside its ideal; in words, where its rounds lie on both sides of 1."""
+    median, low, high = ratio["measured"]
+    if low <= 1 <= high:
+        return f"no faster beyond noise (ideal {ratio['ideal']:.2f}x)"
+    return f"{median:.2f}x of an ideal {ratio['ideal']:.2f}x"

@@ -55,6 +55,9 @@ def test_a_smaller_shape_is_told_against_its_ideal():
     (narrow,) = verdicts(cost(80, 80, ratios={"1": factors, "8": factors}), cost())
     assert narrow.startswith("80.0 % of the parameters: prefill 1.21x")
     assert narrow.endswith("decode 1.22x of an ideal 1.19x at batch 8.")
+    factors["decode_tokens_per_second"]["measured"] = [0.63, 0.5, 1.4]
+    (noisy,) = verdicts(cost(80, 80, layers=24, ratios={"1": factors}), cost())
+    assert "decode no faster beyond noise (ideal 1.19x), cache" in noisy
 
 
 def test_zeros_and_layers_get_a_sentence_each_and_the_dense_model_none():
