@@ -70,7 +70,7 @@ class Entrant:
         Raises:
             ValueError, TypeError: if an argument is none of the method's, or out of its range.
         """
-        hints = get_type_hints(self.made.__init__)  # type: ignore[misc]
+        hints = get_type_hints(self.made.__init__)
         arguments = {
             name: _as_settings(value, hints.get(name), f"{self.label}.{name}")
             for name, value in {**self.arguments, **amount}.items()

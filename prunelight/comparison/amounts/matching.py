@@ -140,7 +140,7 @@ def _width(entrant: Entrant, model: PreTrainedModel) -> Iterator[Rung]:
         return size / (widths.neurons if kind == "neurons" else widths.groups)
 
     removed_heads = 0.0
-    wanted = getattr(method, "num_key_value_heads", None), getattr(method, "head_ratio", None)
+    wanted: Any = getattr(method, "num_key_value_heads", None), getattr(method, "head_ratio", None)
     if wanted != (None, None):
         kept = wanted[0] or fmean(widths.groups for widths in before) * (1 - wanted[1])
         if getattr(method, "allocation", "uniform") == "uniform":

@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -80,12 +80,16 @@ class Catalog:
         folders = _folders(names, root, files)
         self.manager = TaskManager(include_path=[*folders, *own], include_defaults=False)
         self.index: dict[str, Any] = self.manager.task_index
+        for name in names:
+            # A name that no task file mentions is no tag of theirs either.
+            if name not in self.index and not any(name in text for text in files.values()):
+                raise self._unknown(name, _declarations(files))
         if not all(self._is_whole(name, root, folders, files) for name in names):
             self.manager = TaskManager(include_path=[*own])
             self.index = self.manager.task_index
         for name in names:
             if name not in self.index:
-                raise ValueError(f"task {name!r} is unknown to lm-eval{self._near(name)}")
+                raise self._unknown(name, ())
 
     def leaves(self, name: str) -> Iterator[str]:
         """Yield the tasks of a task, group or tag, depth first."""
@@ -116,9 +120,10 @@ class Catalog:
             return not any(name in text for text in others)
         return True
 
-    def _near(self, name: str) -> str:
-        near = get_close_matches(name, self.manager.all_tasks, n=3)
-        return f"; the nearest names are {', '.join(near)}" if near else ""
+    def _unknown(self, name: str, others: Iterable[str]) -> ValueError:
+        near = get_close_matches(name, {*self.index, *others}, n=3)
+        names = f"; the nearest names are {', '.join(near)}" if near else ""
+        return ValueError(f"task {name!r} is unknown to lm-eval{names}")
 
 
 def _members(config: dict[str, Any]) -> Iterator[str]:
@@ -141,15 +146,20 @@ def _task_files(root: Path) -> dict[Path, str]:
     }
 
 
-def _folders(names: Sequence[str], root: Path, files: dict[Path, str]) -> list[Path]:
-    """Return the folders of lm-eval's that declare the names, where one folder does."""
+def _declarations(files: dict[Path, str]) -> dict[str, set[Path]]:
+    """Return the files that declare each task and group."""
     declared: dict[str, set[Path]] = defaultdict(set)
     for file, text in files.items():
         for name in _DECLARATION.findall(text):
-            declared[name].add(_top(file, root))
-    return sorted(
-        {folder for name in names if len(declared[name]) == 1 for folder in declared[name]}
-    )
+            declared[name].add(file)
+    return declared
+
+
+def _folders(names: Sequence[str], root: Path, files: dict[Path, str]) -> list[Path]:
+    """Return the folders of lm-eval's that declare the names, where one folder does."""
+    declared = _declarations(files)
+    tops = [{_top(file, root) for file in declared.get(name, ())} for name in names]
+    return sorted({folder for folders in tops if len(folders) == 1 for folder in folders})
 
 
 def _top(file: Path, root: Path) -> Path:

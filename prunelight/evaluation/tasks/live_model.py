@@ -24,7 +24,7 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
-class LiveModel(HFLM):  # type: ignore[misc]
+class LiveModel(HFLM):
     """A model in memory, as lm-eval asks it.
 
     To lm-eval every process is alone: `rank` is 0 and `world_size` is 1, and each gets all answers.

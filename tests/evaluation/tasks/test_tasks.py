@@ -113,6 +113,36 @@ def test_metrics_are_exactly_those_of_the_command_line_of_lm_eval(
     }
 
 
+REAL_ROWS = [
+    ("To keep bread fresh,", "put it into a closed box.", "put it into a bucket of water.", 0),
+    ("How do you open a jar?", "Hit the lid until it melts.", "Turn the lid to the left.", 1),
+    ("To boil an egg,", "heat water and put the egg in.", "heat sand and put the egg on it.", 0),
+    ("To dry wet shoes,", "freeze them over night.", "stuff them with paper.", 1),
+    ("How do you sharpen a pencil?", "Use a pencil sharpener.", "Use a rubber.", 0),
+]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_real_model_has_exactly_the_metrics_of_the_command_line(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    names = ("goal", "sol1", "sol2", "label")
+    rows = [dict(zip(names, values, strict=True)) for values in REAL_ROWS]
+    write_rows(tmp_path / "piqa/validation.jsonl", rows)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "yamls").mkdir()
+    file, stock = tmp_path / "piqa/validation.jsonl", stock_file("piqa")
+    text = STOCK.format(stock=stock, task="piqa", split="validation", file=file, others="")
+    (tmp_path / "yamls/piqa.yaml").write_text(text)
+    theirs = command_line(
+        tmp_path / "model", ["piqa"], tmp_path / "yamls", tmp_path / "out", "--batch_size", "2"
+    )
+    task_set = check_tasks(["piqa"], tasks_dir=tmp_path)
+    ours = run_tasks(model, tokenizer, task_set, batch_size=2)["piqa"]
+    assert ours.metrics == without_filter(theirs["piqa"])
+
+
 # --- laws
 
 
