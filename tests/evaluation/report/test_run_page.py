@@ -17,6 +17,7 @@ from prunelight.evaluation.report.page.run_page import run_page
 from prunelight.evaluation.report.page.verdict import GRADES, grade, verdict_of
 from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.report.report import write_report
+from prunelight.evaluation.report.writing import markdown_table
 
 
 def headings(page: str) -> list[str]:
@@ -231,6 +232,14 @@ def test_the_chart_of_scores_has_the_cut_and_says_what_low_means() -> None:
 
 
 # --- Markdown
+
+
+def test_a_bar_in_a_cell_is_escaped_once() -> None:
+    assert markdown_table(["a"], [["x|y"], [r"x\|y"], ["x\ny"]]).splitlines()[2:] == [
+        r"| x\|y |",
+        r"| x\|y |",
+        "| x y |",
+    ]
 
 
 def test_the_markdown_has_the_same_figures_in_short(tmp_path) -> None:
