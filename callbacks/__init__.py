@@ -12,6 +12,7 @@ from prunelight.callbacks.shortgpt import ShortGPT
 from prunelight.callbacks.sleb import SLEB
 from prunelight.callbacks.slicegpt import SliceGPT, SlicingCallback
 from prunelight.callbacks.sliding_layer_merging import SlidingLayerMerging
+from prunelight.callbacks.task_evaluation import TaskEvaluation
 from prunelight.callbacks.weight_pruning import WeightPruning
 from prunelight.callbacks.width_pruning import WidthPruning
 from prunelight.moved import serve_old_names
@@ -28,6 +29,7 @@ __all__ = [
     "SliceGPT",
     "SlicingCallback",
     "SlidingLayerMerging",
+    "TaskEvaluation",
     "TokenBudget",
     "TrainingProgress",
     "WeightPruning",

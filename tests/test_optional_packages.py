@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from runs import write_model
 
+from prunelight.callbacks import TaskEvaluation
 from prunelight.cli import main
+from prunelight.evaluation.tasks.task_set import check_tasks
 from prunelight.export.decilm.reading import find_vllm
 from prunelight.export.exporting import export
 from prunelight.export.targets import ExportOptions
@@ -26,7 +28,7 @@ SOURCES = [*(ROOT / "prunelight").rglob("*.py"), *(ROOT / "callbacks").rglob("*.
 MODULES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
 # Modules that come with a package we ask for.
 BROUGHT = {"fsspec": "lightning", "numpy": "torch", "accelerate": "peft", "yaml": "lightning"}
-BROUGHT |= {"packaging": "transformers"}
+BROUGHT |= {"packaging": "transformers", "markupsafe": "jinja2"}
 
 
 def required():
@@ -58,6 +60,10 @@ USES = {
     ],
     "ctranslate2": [lambda name: export(name, "ctranslate2")],
     "gguf": [lambda name: load(f"{name}/a.gguf"), lambda name: export(name, "gguf")],
+    "lm_eval": [
+        lambda name: check_tasks(["piqa"]),
+        lambda name: TaskEvaluation(["piqa"]).check_examination(name, None),
+    ],
     "llama_cpp": [lambda name: export(name, "gguf", quantize="q4_k_m")],
     "vllm": [lambda _: find_vllm(ExportOptions("f32", engine_python=sys.executable))],
     "xllamacpp": [lambda name: export(name, "gguf", engine_python=sys.executable)],

@@ -19,6 +19,7 @@ from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows, last_positions, micro_batches
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.forward import evaluating, forward_without_head, watching_layers
+from prunelight.scoring.remembered import remembered
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -31,6 +32,7 @@ def angular_distance(x: Tensor, y: Tensor) -> Tensor:
     return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)) / math.pi
 
 
+@remembered
 def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> list[float]:
     """Score every run of `size` consecutive decoder layers by angular distance.
 

@@ -28,6 +28,7 @@ from prunelight.calibration.windows import (
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.forward import evaluating, forward_without_head, watching_layers
+from prunelight.scoring.remembered import remembered
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def block_influence(inputs: Tensor, outputs: Tensor) -> Tensor:
     return 1 - cosine_similarity(inputs.float(), outputs.float(), dim=-1).mean()
 
 
+@remembered
 def block_influences(
     model: PreTrainedModel, windows: Windows, *, ignore_first_tokens: int = 0
 ) -> BlockInfluence:
@@ -74,6 +76,7 @@ def block_influences(
     return _influences(model, windows, ignore_first_tokens, names, lambda x, y: [(x, y)])["layer"]
 
 
+@remembered
 def sublayer_influences(
     model: PreTrainedModel, windows: Windows, *, ignore_first_tokens: int = 0
 ) -> dict[str, BlockInfluence]:

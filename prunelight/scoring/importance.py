@@ -19,6 +19,7 @@ from prunelight.calibration.windows import Windows, micro_batches, next_token_la
 from prunelight.losses import IGNORED_LABEL, next_token_loss
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.forward import evaluating
+from prunelight.scoring.remembered import remembered
 
 _TRAINING_TOKENS = 1024  # of a micro-batch with gradients
 
@@ -81,6 +82,7 @@ def saliencies(
     return ordered
 
 
+@remembered
 def taylor_scores(model: PreTrainedModel, windows: Windows) -> list[float]:
     """Return sum |W * dL/dW| over all parameters of each decoder layer, including its norms."""
     layers = decoder_layers(model)

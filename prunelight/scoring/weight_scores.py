@@ -18,11 +18,13 @@ from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import InputNorm, exact_median, finite_values
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.matrices import Matrix, layer_matrices
+from prunelight.scoring.remembered import remembered
 
 # Summary of the Wanda scores of a layer's weights: DLP's paper, DLP's released code, OWL.
 WeightScore: TypeAlias = Literal["median", "mean", "outlier_ratio"]
 
 
+@remembered
 @torch.no_grad()
 def weight_scores(
     model: PreTrainedModel,

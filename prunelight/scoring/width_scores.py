@@ -30,6 +30,7 @@ from prunelight.models.families.matrices import Matrix, layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import dropped
 from prunelight.models.forward import evaluating, forward_without_head
 from prunelight.scoring.importance import saliencies
+from prunelight.scoring.remembered import remembered
 from prunelight.scoring.weight_scores import wanda_scores
 
 KINDS = ("heads", "neurons")
@@ -142,6 +143,7 @@ def projection_parts(
     return {"heads": heads, "neurons": neurons}
 
 
+@remembered
 @torch.no_grad()
 def width_scores(
     model: PreTrainedModel, windows: Windows, score: str, kinds: Collection[str] = KINDS

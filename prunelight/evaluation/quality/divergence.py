@@ -82,9 +82,9 @@ def against_reference(
     """
     for each in (model, reference):
         check_is_model(each)
-        check_readable(each, text.ids)
+        check_readable(each, text.windows)
     check_same_vocabulary(vocabulary_size(model), vocabulary_size(reference))
-    windows = share_windows(text.ids, group or ProcessGroup())
+    windows = share_windows(text.windows, group or ProcessGroup())
     tokens: list[Tensor] = []  # of each window (6, T - 1); NaN where no token counts
     with evaluating(model), evaluating(reference):
         for batch, targets in labelled_batches(

@@ -44,8 +44,8 @@ def text_quality(
         ValueError: if the model cannot read the windows.
     """
     check_is_model(model)
-    check_readable(model, text.ids)
-    windows = share_windows(text.ids, group or ProcessGroup())
+    check_readable(model, text.windows)
+    windows = share_windows(text.windows, group or ProcessGroup())
     rows: list[tuple[float, int, int]] = []
     with evaluating(model):
         for batch, targets in labelled_batches(

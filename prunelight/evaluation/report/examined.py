@@ -270,8 +270,18 @@ def ratios_of(stage: Stage) -> list[Ratio]:
             measured = told.get("measured") or []
             if len(measured) == 3 and all(map(_number, measured)):
                 what = f"{_RATES.get(rate, rate)}, batch {size}"
-                found.append(Ratio(what, *measured, float(told.get("ideal") or math.nan)))
+                median, low, high = map(float, measured)
+                ideal = float(told.get("ideal") or math.nan)
+                found.append(Ratio(what, median, low, high, ideal))
     return found
+
+
+def speeds_of(stage: Stage) -> list[tuple[str, float, float, float]]:
+    """Return what is faster than the dense model, and how much: name, median, low, high."""
+    if ratios := ratios_of(stage):
+        return [(x.what, x.median, x.low, x.high) for x in ratios]
+    known = [(what, stage.factors[rate]) for rate, what in _RATES.items() if rate in stage.factors]
+    return [(what, median, low, high) for what, (median, low, high) in known]
 
 
 def verdicts_of(stage: Stage) -> list[str]:

@@ -7,7 +7,7 @@ ratio of bytes that memory delivers for a token: weights and cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,8 @@ from prunelight.evaluation.speed import Architecture
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.sizes import is_quantized
 from prunelight.runtime.processes import ProcessGroup
+
+_ROUNDS_ALONE = 5  # of a model that is compared with no other
 
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
@@ -135,7 +137,8 @@ def stage_cost(
     if same is not None:
         own |= {name: same[name] for name in ("batches", "ratios", "notes") if name in same}
     elif dense is None:
-        own |= _timed(measure_cost([model], protocol)[0])
+        rounds = min(protocol.num_rounds, _ROUNDS_ALONE)
+        own |= _timed(measure_cost([model], replace(protocol, num_rounds=rounds))[0])
     else:
         cost, other = measure_cost([model, dense], protocol)
         first = _facts(dense, shape_cost(dense)) if first is None else first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,27 +119,42 @@ def measure_cost(
     """Measure models in turn, such as a pruned one and the dense one.
 
     Every model gets prompts of the same length. The larger batch is left out, with a note, where
-    there is no memory for it.
+    there is no memory for it, or batch 1 alone took twice as long as the patience.
 
     Raises:
         ValueError: if prompt and new tokens are longer than a model allows.
     """
     lengths = _lengths(models, protocol)
+    begun = time.monotonic()
     single = _measure(models, 1, lengths[0], protocol.num_rounds, protocol)
     notes = _clipped(lengths[0], protocol)
     batch: list[TimedBatch] | list[None] = [None] * len(models)
     if protocol.batch_size > 1:
-        needed = protocol.batch_size * max(alone.working_bytes for alone in single)
-        free = min(free_memory(model.device) for model in models)
-        if needed * lengths[1] <= free * lengths[0]:
+        obstacle = _obstacle(models, single, lengths, time.monotonic() - begun, protocol)
+        if obstacle is None:
             size, rounds = protocol.batch_size, protocol.num_batch_rounds
             batch = _measure(models, size, lengths[1], rounds, protocol)
         else:
-            notes += (
-                f"batch {protocol.batch_size} was left out: it needs about {needed / 1e9:.1f} GB, "
-                f"and {free / 1e9:.1f} GB are free",
-            )
+            notes += (f"batch {protocol.batch_size} was left out: {obstacle}",)
     return [MeasuredCost(one, many, notes) for one, many in zip(single, batch, strict=True)]
+
+
+def _obstacle(
+    models: Sequence[PreTrainedModel],
+    single: Sequence[TimedBatch],
+    lengths: tuple[int, int],
+    seconds: float,
+    protocol: ServingProtocol,
+) -> str | None:
+    """Return what speaks against the larger batch: memory, or time; None if nothing does."""
+    growth = max(alone.working_bytes for alone in single) * lengths[1] / lengths[0]
+    needed = protocol.batch_size * growth
+    free = min(free_memory(model.device) for model in models)
+    if needed > free:
+        return f"it needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    if seconds > 2 * protocol.patience:
+        return f"batch 1 took {seconds:.0f} s, and patience ends after {protocol.patience:.0f} s"
+    return None
 
 
 def compare_batches(own: TimedBatch, other: TimedBatch) -> tuple[Spread, Spread]:

@@ -72,6 +72,10 @@ def verdicts(serving: Json, dense: Json | None) -> list[str]:
     return [*lines, _shape(serving, dense)]
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def _zero_share(serving: Json) -> float:
     shape = serving["shape"]
     return 0.0 if shape["nonzeros"] is None else 1 - shape["nonzeros"] / shape["parameters"]
@@ -85,7 +89,7 @@ def _has_zeros(serving: Json, dense: Json | None) -> bool:
 def _zeros(serving: Json, dense: Json | None) -> str:
     """Say what this hardware gains from zeros, and why."""
     share, place = _zero_share(serving), serving["hardware"]
-    start = f"{share:.1%} of the weights are zero. "
+    start = f"{_percent(share)} of the weights are zero. "
     if serving["zeros_pattern"] is None:
         return start + (
             f"This machine ({place}) gains no speed and no memory: zeros without a pattern are "
@@ -109,7 +113,7 @@ def _zeros(serving: Json, dense: Json | None) -> str:
 def _shape(serving: Json, dense: Json) -> str:
     """Say how much faster a smaller shape is, against the ideal."""
     own, other = serving["shape"], dense["shape"]
-    left = f"{own['parameters'] / other['parameters']:.1%} of the parameters"
+    left = f"{_percent(own['parameters'] / other['parameters'])} of the parameters"
     if serving["num_layers"] != dense["num_layers"] and dense["num_layers"]:
         left = f"{serving['num_layers']} of {dense['num_layers']} layers"
     parts = [
@@ -123,5 +127,5 @@ def _shape(serving: Json, dense: Json) -> str:
     ]
     cache, other_cache = own["cache_bytes"], other["cache_bytes"]
     if cache != other_cache and other_cache:
-        parts.append(f"cache {cache / other_cache:.1%}")
+        parts.append(f"cache {_percent(cache / other_cache)} as large")
     return f"{left}: {', '.join(parts)}."

@@ -60,7 +60,7 @@ def read(job: dict[str, Any]) -> None:
         (answer,) = engine.generate(prompt, sampling, use_tqdm=False)
         rows = [[place[t].logprob for t in range(size)] for place in answer.prompt_logprobs[1:]]
         arrays[f"logits{index}"] = np.array(rows, dtype=np.float32)
-    np.savez(job["output"], **arrays)
+    np.savez(job["output"], **arrays)  # type: ignore[arg-type]  # names of arrays
 
 
 def main(verb: str, file: str = "") -> None:

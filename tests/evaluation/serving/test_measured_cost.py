@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -109,6 +109,12 @@ def test_a_batch_for_which_there_is_no_memory_is_left_out_and_told(monkeypatch):
     (cost,) = measure_cost([tiny_model()], BRIEF)
     assert cost.batch is None
     assert "batch 4 was left out: it needs about" in cost.notes[0]
+
+
+def test_a_batch_after_a_batch_1_that_took_too_long_is_left_out_and_told():
+    (cost,) = measure_cost([tiny_model()], replace(BRIEF, patience=0.0))
+    assert cost.batch is None
+    assert "batch 4 was left out: batch 1 took 0 s, and patience ends after 0 s" in cost.notes
 
 
 def test_a_short_context_clips_the_usual_prompt_and_is_told():

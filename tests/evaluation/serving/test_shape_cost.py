@@ -25,6 +25,13 @@ NOT_GENERATING = {
     "xlstm": "its cells take other head widths than the tiny ones",
 }
 
+# Families that torch's counter does not count, or not in full, and why.
+NOT_COUNTED = {
+    "dbrx": "the counter follows gradients, and fails without them",
+    "xlnet": "the counter follows gradients, and fails without them",
+    "inkling2_text": "its eager attention is fused on a CPU too, which torch has no formula for",
+}
+
 
 def ids(tokens=TOKENS):
     return torch.arange(3, 3 + tokens)[None] % V
@@ -54,9 +61,16 @@ def test_multiply_adds_are_those_that_torch_counts(family):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_GENERATING])
+@pytest.mark.parametrize("family", [x for x in FAMILIES if x not in NOT_GENERATING | NOT_COUNTED])
 def test_multiply_adds_of_every_family_are_those_that_torch_counts(family):
     check_against_torch(tiny_family(family))
+
+
+@pytest.mark.parametrize("family", NOT_COUNTED)
+def test_a_family_that_torch_does_not_count_is_counted(family):
+    cost = shape_cost(tiny_family(family), prompt_tokens=TOKENS)
+    assert 0 < cost.decode_decoder_multiply_adds < cost.prefill_decoder_multiply_adds
+    assert cost.cache_bytes > 0
 
 
 @pytest.mark.parametrize(("kind", "family"), own_models.EVERY)

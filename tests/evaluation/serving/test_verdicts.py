@@ -25,7 +25,7 @@ def cost(parameters=100, nonzeros=100, place="CPU, Some 3000", pattern=None, lay
         (
             "CPU, Some 3000",
             None,
-            "50.0% of the weights are zero. This machine (CPU, Some 3000) gains no speed and no "
+            "50.0 % of the weights are zero. This machine (CPU, Some 3000) gains no speed and no "
             "memory: zeros without a pattern are stored and multiplied like other values.",
         ),
         (
@@ -50,10 +50,10 @@ def test_a_smaller_shape_is_told_against_its_ideal():
     (line,) = verdicts(cost(80, 80, layers=24, ratios={"1": factors}), cost())
     assert line == (
         "24 of 30 layers: prefill 1.21x of an ideal 1.25x, decode 1.22x of an ideal 1.19x, "
-        "cache 80.0%."
+        "cache 80.0 % as large."
     )
     (narrow,) = verdicts(cost(80, 80, ratios={"1": factors, "8": factors}), cost())
-    assert narrow.startswith("80.0% of the parameters: prefill 1.21x")
+    assert narrow.startswith("80.0 % of the parameters: prefill 1.21x")
     assert narrow.endswith("decode 1.22x of an ideal 1.19x at batch 8.")
 
 

@@ -28,7 +28,7 @@ HATCHES = ("", "////", "\\\\\\\\", "xxxx", "----", "||||", "++++")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 GREY, _PALE = "#595959", "#f6dccb"
-_SVG_SETTINGS = {
+_SVG_SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "prunelight",
     "text.parse_math": False,
@@ -88,7 +88,11 @@ def bar_chart(
         width = 0.8 / max(len(rows), 1)
         for number, (name, row) in enumerate(rows.items()):
             places = [i + (number - (len(rows) - 1) / 2) * width for i in range(len(row))]
-            bars = {"color": COLOURS[number % 7], "hatch": HATCHES[number % 7], "label": name}
+            bars: dict[str, Any] = {
+                "color": COLOURS[number % 7],
+                "hatch": HATCHES[number % 7],
+                "label": name,
+            }
             axes.bar(places, row, width, **bars, zorder=2)
             if errors and name in errors:
                 half = _finite(errors[name])
@@ -143,7 +147,8 @@ def line_chart(
 
     def draw(axes: Axes) -> None:
         for number, (name, (xs, ys)) in enumerate(series.items()):
-            look = {"color": COLOURS[number % 7], "linestyle": DASHES[number % 7], "label": name}
+            look: dict[str, Any] = {"color": COLOURS[number % 7], "label": name}
+            look["linestyle"] = DASHES[number % 7]
             mark = MARKS[number % 7] if marks else ""
             axes.plot(_finite(xs), _finite(ys), marker=mark, markersize=4, linewidth=1.6, **look)
             if bands and name in bands:
@@ -154,6 +159,8 @@ def line_chart(
             draw_level(axes, level, name, number)
         if log:
             _use_logarithm(axes)
+        if all(float(x).is_integer() for xs, _ in series.values() for x in xs if x is not None):
+            axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(x_label)
         axes.set_ylabel(f"{y_label} (log scale)" if log else y_label)
         told = [*series] if len(series) > 1 or levels else []
@@ -194,13 +201,14 @@ def scatter(
 
     def draw(axes: Axes) -> None:
         if front:
-            xs, ys = zip(*sorted(front), strict=True)
-            axes.plot(xs, ys, color="#9a9a9a", linewidth=2.5, label="front", zorder=1)
+            joined = sorted(front)
+            places, levels_of = [x for x, _ in joined], [y for _, y in joined]
+            axes.plot(places, levels_of, color="#9a9a9a", linewidth=2.5, label="front", zorder=1)
         for number, (name, row) in enumerate(points.items()):
             xs, ys = [x for x, _ in row], [y for _, y in row]
-            look = {"color": COLOURS[number % 7], "label": name}
+            look: dict[str, Any] = {"color": COLOURS[number % 7], "label": name}
             # Series beyond the palette take hollow marks, so that none looks like another.
-            hollow = {"markerfacecolor": "white"} if number >= 7 else {}
+            hollow: dict[str, Any] = {"markerfacecolor": "white"} if number >= 7 else {}
             axes.plot(xs, ys, MARKS[number % 7], markersize=7, zorder=3, **look, **hollow)
             if intervals and name in intervals:
                 sides = zip(ys, intervals[name], strict=True)
@@ -305,7 +313,7 @@ def svg_of(
         if axes.images:
             axes.grid(visible=False)
         for written in drawing.findobj(Text):
-            written.set_text(_short(written.get_text()))  # type: ignore[attr-defined]
+            written.set_text(_short(written.get_text()))
         no_facts = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         drawing.savefig(text, format="svg", metadata=no_facts, transparent=True)
     return _inline(text.getvalue(), alt)
@@ -320,7 +328,7 @@ def shade(axes: Axes, places: Iterable[int], label: str = "") -> None:
         else:
             runs.append([place, place])
     for number, (first, last) in enumerate(runs):
-        name = {"label": label} if label and not number else {}
+        name: dict[str, Any] = {"label": label} if label and not number else {}
         axes.axvspan(first - 0.5, last + 0.5, color=_PALE, linewidth=0, zorder=0, **name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
@@ -33,11 +34,11 @@ def training_section(record: RunRecord) -> Section:
         points = record.curves.get(name) or []
         if len(points) < (1 if name == "validation_perplexity" else 2):
             continue
-        levels = {}
+        levels: dict[str, float] = {}
         if name == "validation_perplexity":
             stages = {stage.name: stage.perplexity for stage in record.stages}
-            known = {name: stages[name] for name in ("dense", "pruned") if name in stages}
-            levels = {name: value for name, value in known.items() if math.isfinite(value)}
+            wanted = [stage for stage in ("dense", "pruned") if stage in stages]
+            levels = {x: stages[x] for x in wanted if math.isfinite(stages[x])}
         values = [value for _, value in points]
         chart = charts.line_chart(
             {label: ([step for step, _ in points], values)},
@@ -46,7 +47,7 @@ def training_section(record: RunRecord) -> Section:
             y_label=label,
             levels=levels,
             marks=len(points) <= 30,
-            log=False if name == "learning_rate" else None,
+            log=_is_wide([*values, *levels.values()]) if levels else None,
         )
         drawn.append(figure(chart, words))
     trained = record.recovery.get("mode") not in (None, "none")
@@ -55,6 +56,12 @@ def training_section(record: RunRecord) -> Section:
     if trained:
         parts.append(details("Settings of the recovery", facts(settings)))
     return Section("Training", parts)
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    """Whether a curve would be flat beside its levels on a linear scale."""
+    finite = [value for value in values if math.isfinite(value)]
+    return bool(finite) and min(finite) > 0 and max(finite) > 4 * min(finite)
 
 
 def serving_section(record: RunRecord) -> Section:

@@ -140,7 +140,12 @@ def _parts(carried: Carried) -> list[Markup | str]:
     plan, outcome = carried.plan, carried.together
     drawn = [*_score_figures(plan), *_zero_figures(plan, outcome)]
     drawn += [*_width_figures(plan, outcome), *_kept_figures(plan), *_cka_figures(plan)]
-    parts: list[Markup | str] = [figures(drawn)] if drawn else []
+    parts: list[Markup | str] = []
+    if len(drawn) == 1:  # alone it takes the whole width, unless it is a map
+        alone = _score_figures(plan, wide="cka" not in plan.found) or drawn
+        parts.append(alone[0] if len(alone) == 1 else figures(drawn))
+    elif drawn:
+        parts.append(figures(drawn))
     for step, own in zip(carried.plan.steps, carried.outcomes, strict=True):
         if isinstance(step, Sparsify) and own.get("notes"):
             parts.append(bullets([str(note) for note in own["notes"]]))
@@ -188,13 +193,14 @@ def cut_of(scores: Sequence[float], gone: Sequence[int], *, high_goes: bool) -> 
     return sign * (max(below) + min(above)) / 2
 
 
-def _score_figures(plan: PlanFacts) -> list[Markup]:
+def _score_figures(plan: PlanFacts, *, wide: bool = False) -> list[Markup]:
     lists = {n: x for n, x in plan.score_lists().items() if not n.endswith("_first_token")}
     if "layer_redundancy" in lists:  # which is 1 - influence, stretched
         lists.pop("block_influence", None)
     if len(lists) > 1 and plan.steps_of(Sparsify):
         return [_projections_figure(lists)]
-    return [_score_figure(plan, name, scores) for name, scores in lists.items()]
+    wide = wide or plan.num_layers > _MANY
+    return [_score_figure(plan, name, scores, wide) for name, scores in lists.items()]
 
 
 def _projections_figure(lists: dict[str, list[float]]) -> Markup:
@@ -212,7 +218,7 @@ def _projections_figure(lists: dict[str, list[float]]) -> Markup:
     return figure(chart, meaning.words)
 
 
-def _score_figure(plan: PlanFacts, name: str, scores: list[float]) -> Markup:
+def _score_figure(plan: PlanFacts, name: str, scores: list[float], wide: bool) -> Markup:
     meaning = meaning_of(name)
     sublayer = name.removesuffix("_influence")
     dropped = [i for step in plan.steps for i in step.dropped_sublayers.get(sublayer, ())]
@@ -238,9 +244,9 @@ def _score_figure(plan: PlanFacts, name: str, scores: list[float]) -> Markup:
         line=None if cut is None else (cut, "cut"),
         shaded=[layer for layer in gone if layer < len(scores)],
         shaded_label="merged away" if merged else "removed",
-        wide=plan.num_layers > _MANY,
+        wide=wide,
     )
-    return figure(chart, words.strip(), wide=plan.num_layers > _MANY)
+    return figure(chart, words.strip(), wide=wide)
 
 
 def _told(label: str, values: Sequence[float], gone: Sequence[int] = ()) -> str:

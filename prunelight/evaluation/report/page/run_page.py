@@ -13,7 +13,7 @@ from prunelight.evaluation.report.examined import (
     interval,
     mean_of_tasks,
     middle,
-    ratios_of,
+    speeds_of,
     tasks_of,
 )
 from prunelight.evaluation.report.figures import count, decimal, plans_of, sparsified, stage_rows
@@ -146,15 +146,14 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     top = middle(divergences([last]).get(last.name, {}).get("same_top1"))
     if math.isfinite(top):
         told.append(("Same next token", f"{100 * top:.1f} %", "as the dense model"))
-    speeds = [(x.what, x.median, x.low, x.high) for x in ratios_of(last) if "batch 1" in x.what]
-    if not speeds:
-        names = {"prefill_tokens_per_second": "prefill", "decode_tokens_per_second": "decode"}
-        speeds = [(what, *last.factors[n]) for n, what in names.items() if n in last.factors]
+    speeds = [
+        speed for speed in speeds_of(last) if not speed[0][-1:].isdigit() or speed[0].endswith(" 1")
+    ]
     for what, median, low, high in speeds:
         tie = low <= 1 <= high
         value = "as dense" if tie else f"{median:.2f} \u00d7"
         note = "no difference beyond noise" if tie else f"{low:.2f} to {high:.2f}"
-        told.append((f"Speed, {what}", value, note))
+        told.append((f"{what.partition(',')[0].capitalize()} speed", value, note))
     return told
 
 

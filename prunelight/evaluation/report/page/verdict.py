@@ -19,7 +19,7 @@ from prunelight.evaluation.report.examined import (
     measured_names,
     middle,
     probes_of,
-    ratios_of,
+    speeds_of,
     task_names,
     tasks_of,
     verdicts_of,
@@ -109,16 +109,9 @@ def _what_was_done(record: RunRecord) -> str:
 
 
 def _on_speed(dense: Stage, last: Stage) -> list[str]:
-    if told := verdicts_of(last):
-        return told
-    told = []
-    for ratio in ratios_of(last):
-        told.append((ratio.what, ratio.median, ratio.low, ratio.high))
-    if not told:
-        names = {"prefill_tokens_per_second": "prefill", "decode_tokens_per_second": "decode"}
-        for name, what in names.items():
-            if name in last.factors:
-                told.append((what, *last.factors[name]))
+    if sentences := verdicts_of(last):
+        return sentences
+    told = speeds_of(last)
     if not told or last is dense:
         return []
     words = [

@@ -1,0 +1,73 @@
+"""`prunelight compare --config compare_25.yaml`: a contest of methods at equal size."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.table import Table
+
+from prunelight.commands.running import VerbParser, run_verb
+from prunelight.comparison.contest import compare
+from prunelight.comparison.settings import ComparisonSettings
+from prunelight.comparison.telling.summary import Summary
+from prunelight.comparison.telling.table import lines, short_head
+from prunelight.comparison.telling.verdict import verdict
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the verb."""
+    parser = _parser()
+    given = [_installed(argument) for argument in arguments]
+
+    def run(values: Namespace) -> None:
+        made = parser.instantiate(values)
+        names = ComparisonSettings.__dataclass_fields__
+        settings = ComparisonSettings(**{name: made[name] for name in names})
+        show(compare(settings, shlex.join(["prunelight", "compare", *arguments])))
+
+    run_verb(parser, given, run)
+
+
+def _parser() -> VerbParser:
+    parser = VerbParser(
+        prog="prunelight compare",
+        description="Run a contest of methods at equal size, and draw one page to decide from. The "
+        "same command goes on where it was stopped.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any options.")
+    parser.add_class_arguments(ComparisonSettings, None)
+    return parser
+
+
+def _installed(argument: str) -> str:
+    """Return the path of an installed config for its bare name, or the argument as it is."""
+    option, equals, name = argument.rpartition("=")
+    if not name.endswith(".yaml") or Path(name).expanduser().exists():
+        return argument
+    root = Path(str(files("prunelight.configs")))
+    found = [path for path in root.rglob("*.yaml") if path.name == Path(name).name]
+    return f"{option}{equals}{found[0]}" if found else argument
+
+
+def show(summary: Summary) -> None:
+    """Print a table for each part, and the verdict; the files have the intervals too."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    columns = short_head(summary)
+    for title, part in lines(summary, intervals=False):
+        table = Table(title=title or "the dense model", title_justify="left")
+        for position, name in enumerate(columns):
+            table.add_column(
+                name, justify="left" if position == 0 else "right", no_wrap=position == 0
+            )
+        for line in part:
+            table.add_row(*line)
+        console.print(table)
+    for sentence in verdict(summary):
+        console.print(sentence)
+    console.print(f"Table and page: {Path(summary.settings.out).expanduser().resolve()}")

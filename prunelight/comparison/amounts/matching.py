@@ -1,0 +1,179 @@
+"""Which argument of a method removes a share of all parameters: found by counting, not by trying.
+
+Layers, neurons and widths come in whole numbers. So each method has a ladder of choices, with the
+share of all parameters that each removes, and the nearest choice is taken. The table of a
+comparison gives the share that was counted on the pruned model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunelight.callbacks.slicegpt import SliceGPT
+from prunelight.comparison.methods import Entrant
+from prunelight.models.families.architectures import sublayers_of
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.sizes import parameter_count
+from prunelight.pruning.slicing.shared_rotation import shared_parameters
+from prunelight.pruning.slicing.slice_hidden import check_sliceable
+from prunelight.pruning.slicing.targets import allowed_widths, residual_dims, sliced_parameters
+from prunelight.scoring.width_scores import allowed_groups, projection_parts, widths_of
+
+STEP = 0.01  # between shares that need no whole number
+_NEAR_ENOUGH = 0.75  # of a target that is out of reach: what is taken instead
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A choice on the ladder of a method.
+
+    Attributes:
+        arguments: of the method.
+        share: of all parameters that this removes; of zeros, for a method that puts zeros.
+    """
+
+    arguments: dict[str, Any]
+    share: float
+
+
+def nearest(entrant: Entrant, model: PreTrainedModel, target: float) -> Rung:
+    """Return the choice whose share is nearest to a target; of equal ones, the smaller.
+
+    Args:
+        entrant: the method.
+        model: the dense model.
+        target: share of all parameters to remove, or of zeros.
+
+    Raises:
+        ValueError, TypeError: if the method cannot prune this model, or not so far.
+    """
+    if entrant.puts_zeros:
+        return Rung({"sparsity": target}, target)
+    if _meets_parameters(entrant):
+        return Rung({"parameter_ratio": target}, target)
+    rungs = ladder(entrant, model)
+    best = min(rungs, key=lambda rung: (abs(rung.share - target), rung.share))
+    if best.share < _NEAR_ENOUGH * target and best is rungs[-1]:
+        raise ValueError(
+            f"{entrant.label} can remove at most {best.share:.1%} of the parameters of this model, "
+            f"not {target:.1%}; lower the amount"
+        )
+    return best
+
+
+def ladder(entrant: Entrant, model: PreTrainedModel) -> list[Rung]:
+    """Return all choices of a method for a model, from the least to the most that it removes.
+
+    Raises:
+        ValueError, TypeError: if the method cannot prune this model, or there is no choice.
+    """
+    if entrant.puts_zeros:
+        rungs = [Rung({"sparsity": share}, share) for share in _shares(0.95)]
+    elif _meets_parameters(entrant):
+        rungs = [Rung({"parameter_ratio": share}, share) for share in _shares(0.9)]
+    elif entrant.kind == "depth":
+        rungs = [*_depth(entrant, model)]
+    elif entrant.kind == "width":
+        rungs = [*_width(entrant, model)]
+    else:
+        rungs = [*_slicing(entrant, model)]
+    rungs = sorted((rung for rung in rungs if rung.share > 0), key=lambda rung: rung.share)
+    if not rungs:
+        raise ValueError(f"{entrant.label} cannot make this model smaller")
+    return rungs
+
+
+def _shares(most: float) -> list[float]:
+    return [round(STEP * number, 6) for number in range(1, round(most / STEP) + 1)]
+
+
+def _meets_parameters(entrant: Entrant) -> bool:
+    """Whether a slicing finds its widths for a share of parameters by itself, in small steps."""
+    return entrant.kind == "slicing" and not issubclass(entrant.made, SliceGPT)
+
+
+def _depth(entrant: Entrant, model: PreTrainedModel) -> Iterator[Rung]:
+    """Yield numbers of decoder layers, or of sublayers, all of their mean size."""
+    layers, total = decoder_layers(model), parameter_count(model)
+    granularity = entrant.arguments.get("granularity", "layer")
+    sizes = [parameter_count(layer) for layer in layers]
+    most = len(layers) - 1
+    if granularity != "layer":
+        names = sublayers_of(model)
+        parts = {
+            "attention": [
+                parameter_count(layer.get_submodule(names.attention)) for layer in layers
+            ],
+            "mlp": [parameter_count(layer.get_submodule(names.mlp)) for layer in layers],
+        }
+        sizes = (
+            [*parts["attention"], *parts["mlp"]]
+            if granularity == "sublayer"
+            else (parts[granularity])
+        )
+        most = len(sizes) - 1
+    for number in range(1, most + 1):
+        yield Rung({"num_layers": number}, number * fmean(sizes) / total)
+
+
+def _width(entrant: Entrant, model: PreTrainedModel) -> Iterator[Rung]:
+    """Yield numbers of MLP neurons; heads go as the config says, beside them."""
+    total, before = parameter_count(model), widths_of(model)
+    method = entrant.make({"neuron_ratio": 0.0})
+    multiple = getattr(method, "multiple", 1)
+    parts = [projection_parts(model, i, widths) for i, widths in enumerate(before)]
+    if not parts[0]["neurons"]:
+        raise TypeError(f"{model.config.model_type} has experts, whose neurons cannot be pruned")
+
+    def unit(index: int, kind: str) -> float:
+        """Parameters of one neuron, or of one key-value group, of a layer."""
+        size = 0
+        for part in parts[index][kind]:
+            weight, bias = part.matrix.parameter, getattr(part.matrix.owner, "bias", None)
+            size += weight.numel() if part.dim or bias is None else weight.numel() + bias.numel()
+        widths = before[index]
+        return size / (widths.neurons if kind == "neurons" else widths.groups)
+
+    removed_heads = 0.0
+    wanted: Any = getattr(method, "num_key_value_heads", None), getattr(method, "head_ratio", None)
+    if wanted != (None, None):
+        kept = wanted[0] or fmean(widths.groups for widths in before) * (1 - wanted[1])
+        if getattr(method, "allocation", "uniform") == "uniform":
+            kept = min(allowed_groups(model), key=lambda count: abs(count - kept))
+        removed_heads = sum(
+            (widths.groups - kept) * unit(i, "heads") for i, widths in enumerate(before)
+        )
+    sizes, mean = [unit(i, "neurons") for i in range(len(before))], fmean(w.neurons for w in before)
+    for blocks in range(1, min(widths.neurons for widths in before) // multiple + 1):
+        kept = blocks * multiple
+        removed = sum((w.neurons - kept) * size for w, size in zip(before, sizes, strict=True))
+        ratio = 1 - kept / mean
+        if 0 <= ratio < 1:
+            yield Rung({"neuron_ratio": ratio}, (removed + removed_heads) / total)
+
+
+def _slicing(entrant: Entrant, model: PreTrainedModel) -> Iterator[Rung]:
+    """Yield widths of SliceGPT."""
+    check_sliceable(model)
+    method: Any = entrant.make({"slice_ratio": 0.0})
+    hidden, total = model.config.hidden_size, parameter_count(model)
+    layers = model.config.num_hidden_layers
+    shared = method.rotation == "shared"
+    widths = (
+        allowed_widths(model, method.round_to)
+        if shared
+        else range(method.round_to, hidden + 1, method.round_to)
+    )
+    for width in widths:
+        if shared:
+            left = shared_parameters(model, width)
+        else:
+            left = sliced_parameters(
+                model, residual_dims(model, [width] * layers, method.embedding)
+            )
+        yield Rung({"slice_ratio": 1 - width / hidden}, 1 - left / total)

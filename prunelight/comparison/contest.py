@@ -1,0 +1,147 @@
+"""The contest from start to end: check, make the grid, run what is missing, tell.
+
+The table is written after every cell. So a contest that is stopped has a table of what is done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prunelight.comparison.amounts.quality_search import search
+from prunelight.comparison.grid import (
+    Cell,
+    Grid,
+    check_same_contest,
+    dense_cell,
+    grid_facts,
+    make_grid,
+    read_grid,
+    start_key,
+    write_grid,
+    write_json,
+)
+from prunelight.comparison.methods import entrants_of
+from prunelight.comparison.running.bench import Bench, bench_of
+from prunelight.comparison.running.cells import read_result
+from prunelight.comparison.running.fits import check_recovery
+from prunelight.comparison.running.launching import check_launcher, run_cells
+from prunelight.comparison.settings import ComparisonSettings
+from prunelight.comparison.telling.page import page
+from prunelight.comparison.telling.summary import Summary, summarize
+from prunelight.comparison.telling.verdict import verdict
+from prunelight.comparison.telling.writing import check_outputs, json_of, markdown
+from prunelight.evaluation.report.writing import write_whole
+from prunelight.runtime.files.atomic_files import check_writable, explaining_write_errors
+from prunelight.runtime.files.directory_lock import DirectoryLock
+
+log = logging.getLogger(__name__)
+
+
+def compare(settings: ComparisonSettings, command: str = "") -> Summary:
+    """Run a comparison, or what is left of it, and write its table and page.
+
+    Args:
+        settings: of the comparison.
+        command: by which it was started, for the page.
+
+    Raises:
+        ValueError, TypeError, ImportError, OSError: naming the setting, the rule and the remedy.
+        RuntimeError: if another process runs the same comparison.
+    """
+    check_launcher(settings)
+    entrants = entrants_of(settings.methods)
+    for entrant in entrants:
+        entrant.check()
+    check_recovery(settings)
+    out = Path(settings.out).expanduser()
+    check_writable(out)
+    check_outputs(out)
+    check_same_contest(settings, out)
+    lock = DirectoryLock(out)
+    try:
+        key = start_key(settings)
+        grid = read_grid(out, key)
+        if grid is None:
+            grid = _new_grid(settings, entrants)
+            write_grid(out, key, settings, grid)
+
+        def tell(found: dict[str, dict[str, Any]]) -> None:
+            _tell(settings, grid, found, command)
+
+        results = run_missing(settings, grid.cells, tell)
+        return _tell(settings, grid, results, command)
+    finally:
+        lock.release()
+
+
+def _new_grid(settings: ComparisonSettings, entrants: Sequence[Any]) -> Grid:
+    launcher = settings.launcher
+    if launcher.kind == "sequential":  # the cells run here, with the same model
+        bench = bench_of(json.dumps(settings.to_dict()), next(iter(launcher.devices), None))
+    else:
+        bench = Bench(settings, "cpu")
+    if settings.quality_target is None:
+        return make_grid(settings, entrants, bench)
+    facts = grid_facts(settings, bench)
+
+    def run(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        results = run_missing(settings, cells)
+        return [results[cell.fingerprint] for cell in cells]
+
+    chosen = search(settings, facts, entrants, bench, run)
+    return Grid(facts, [dense_cell(settings, facts), *chosen])
+
+
+def run_missing(
+    settings: ComparisonSettings, cells: Sequence[Cell], tell: Any = None
+) -> dict[str, dict[str, Any]]:
+    """Run the cells that have no result yet; return fingerprint -> result of all."""
+    out = Path(settings.out).expanduser()
+    found = {cell.fingerprint: read_result(out, cell) for cell in cells}
+    results = {name: result for name, result in found.items() if result is not None}
+    missing = [
+        *{cell.fingerprint: cell for cell in cells if cell.fingerprint not in results}.values()
+    ]
+    if results and missing:
+        log.info("%d of %d cells are there already", len(results), len(found))
+    start = time.perf_counter()
+    for number, result in enumerate(run_cells(settings, missing) if missing else (), 1):
+        cell = Cell(**result["cell"])
+        results[cell.fingerprint] = result
+        spent = time.perf_counter() - start
+        left = spent / number * (len(missing) - number)
+        told = f"failed: {result['failed']}" if result["failed"] else _in_short(result)
+        log.info(
+            "cell %d of %d: %s: %s (%s so far, about %s left)",
+            *(number, len(missing), cell.title, told, _minutes(spent), _minutes(left)),
+        )
+        if tell is not None and number < len(missing):
+            tell(results)
+    return results
+
+
+def _in_short(result: dict[str, Any]) -> str:
+    texts = ", ".join(f"{x['text']} {x['perplexity']['value']:.2f}" for x in result["texts"])
+    return f"{result['share_removed']:.1%} fewer parameters, perplexity {texts}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _tell(
+    settings: ComparisonSettings, grid: Grid, results: dict[str, dict[str, Any]], command: str
+) -> Summary:
+    pairs = [(cell, results.get(cell.fingerprint)) for cell in grid.cells]
+    summary = summarize(settings, grid.facts, pairs, command)
+    out, told = Path(settings.out).expanduser(), verdict(summary)
+    write_json(out / "comparison.json", {**json_of(summary), "verdict": told})
+    with explaining_write_errors(out):
+        write_whole(out / "comparison.md", markdown(summary, told))
+        write_whole(out / "report.html", page(summary, told))
+    return summary

@@ -1,0 +1,315 @@
+"""The cells of a comparison, each with the fingerprint by which its result is found again.
+
+A cell is a method with its arguments, a seed, and whether it is recovered. Its fingerprint covers
+all that its result depends on: model, arguments, windows, texts, tasks and versions. `grid.json`
+keeps the cells of the last start. So a finished comparison is shown again without its model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from prunelight.comparison.amounts.matching import Rung, nearest
+from prunelight.comparison.methods import Entrant
+from prunelight.comparison.running.bench import Bench
+from prunelight.comparison.settings import ComparisonSettings
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.loading import find_source
+from prunelight.planning.fingerprints import describe_model, fingerprint_of, library_versions
+from prunelight.runtime.files.atomic_files import atomic_replacement, explaining_write_errors
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+DENSE = "dense"
+# What another comparison in the same directory may differ in: its cells stand beside the others.
+_MAY_CHANGE = (
+    *("methods", "amounts", "zeros", "seeds", "max_kld", "min_top1", "keep_models", "launcher"),
+    *("out", "tasks_dir"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of the grid.
+
+    Attributes:
+        label: of the method; "dense" for the dense model.
+        method: class path of the method.
+        arguments: all that the method is made with.
+        asked: share that was asked for; None for the dense model.
+        group: what `asked` is a share of: "parameters" or "zeros".
+        seed: of calibration windows and training.
+        recovered: the pruned model is trained.
+        with_tasks: the tasks are asked too.
+        fault: why the method cannot be asked for so much, in one line.
+        fingerprint: names the directory of the cell.
+    """
+
+    label: str
+    method: str = ""
+    arguments: dict[str, Any] | None = None
+    asked: float | None = None
+    group: str = "parameters"
+    seed: int = 0
+    recovered: bool = False
+    with_tasks: bool = True
+    fault: str = ""
+    fingerprint: str = ""
+
+    @property
+    def title(self) -> str:
+        """The cell in words."""
+        if self.label == DENSE:
+            return "the dense model"
+        of = "zeros" if self.group == "zeros" else "of the parameters"
+        given = ", ".join(f"{k}={_short(v)}" for k, v in (self.arguments or {}).items())
+        recovered = ", recovered" if self.recovered else ""
+        return f"{self.label}, {self.asked:.3g} {of}{recovered} ({given}; seed {self.seed})"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All cells of a start.
+
+    Attributes:
+        facts: what identifies model, windows and texts.
+        cells: the dense one first.
+    """
+
+    facts: dict[str, Any]
+    cells: list[Cell]
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+# --- the identity of a start ------------------------------------------------------------------
+
+
+def start_key(settings: ComparisonSettings) -> str:
+    """Return what identifies a start without reading the model: settings and states of files."""
+    values = settings.to_dict()
+    for name in ("out", "launcher", "keep_models", "tasks_dir"):
+        del values[name]
+    data = settings.data
+    given = [data.calibration] if isinstance(data.calibration, str) else data.calibration
+    sources = [*given, *data.texts.values()]
+    states = [model_files(settings), [_file_state(s) for s in sources], _task_files(settings)]
+    return fingerprint_of(values, states, _versions())
+
+
+def model_files(settings: ComparisonSettings) -> list[Any]:
+    """Return names, sizes and times of the files of a local model; its name for one of the hub."""
+    source = find_source(settings.model.name)
+    place = Path(source.location)
+    if not place.is_dir():
+        return [source.location]
+    names = [place / source.gguf_file] if source.gguf_file else sorted(place.iterdir())
+    return [[file.name, *_state(file)] for file in names if file.is_file()]
+
+
+def _state(file: Path) -> tuple[int, int]:
+    facts = file.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _file_state(source: str) -> list[Any]:
+    file = Path(source).expanduser()
+    return [source, *(_state(file) if file.is_file() else ())]
+
+
+def _task_files(settings: ComparisonSettings) -> list[Any]:
+    """Return names, sizes and times of the data files of the tasks; nothing of those of the hub."""
+    if settings.tasks_dir is None:
+        return []
+    root = Path(settings.tasks_dir).expanduser()
+    files = [file for name in settings.tasks for file in sorted((root / name).rglob("*.json*"))]
+    return [[str(file.relative_to(root)), *_state(file)] for file in files]
+
+
+def _versions() -> dict[str, str]:
+    versions = library_versions()
+    try:
+        versions["lm_eval"] = version("lm_eval")
+    except PackageNotFoundError:
+        versions["lm_eval"] = ""
+    return versions
+
+
+# --- the grid ---------------------------------------------------------------------------------
+
+
+def make_grid(settings: ComparisonSettings, entrants: Iterable[Entrant], bench: Bench) -> Grid:
+    """Return the grid of a comparison; loads the model and reads the texts.
+
+    Raises:
+        ValueError: if a text or the calibration does not suffice.
+    """
+    facts = grid_facts(settings, bench)
+    cells = [dense_cell(settings, facts)]
+    for entrant in entrants:
+        group = "zeros" if entrant.puts_zeros else "parameters"
+        for asked in settings.zeros_shares if entrant.puts_zeros else settings.amounts:
+            rung, fault = Rung({}, asked), ""
+            try:
+                rung = nearest(entrant, bench.dense, asked)
+                entrant.make(rung.arguments).check(bench.dense)
+            except (ValueError, TypeError) as error:
+                fault = one_line(error)
+            cells += cells_of(settings, facts, entrant, rung, asked=asked, group=group, fault=fault)
+    return Grid(facts, cells)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def grid_facts(settings: ComparisonSettings, bench: Bench) -> dict[str, Any]:
+    """Return what all results depend on."""
+    dense = bench.dense
+    return {
+        "model": {
+            **describe_model(dense, len(decoder_layers(dense))),
+            "parameters": bench.parameters,
+            "dtype": str(dense.dtype).removeprefix("torch."),
+        },
+        **bench.facts(),
+        "tasks": None if bench.task_set is None else bench.task_set.describe(),
+        "versions": _versions(),
+    }
+
+
+def dense_cell(settings: ComparisonSettings, facts: dict[str, Any]) -> Cell:
+    """Return the cell of the dense model."""
+    return _named(settings, facts, Cell(DENSE))
+
+
+def cells_of(
+    settings: ComparisonSettings,
+    facts: dict[str, Any],
+    entrant: Entrant,
+    rung: Rung,
+    *,
+    asked: float,
+    group: str,
+    fault: str = "",
+    with_tasks: bool = True,
+) -> list[Cell]:
+    """Return the cells of a method at an amount: of each seed, pruned and recovered."""
+    cells = []
+    for recovered in (False, True) if settings.recovery else (False,):
+        for seed in settings.seeds:
+            cell = Cell(
+                label=entrant.label,
+                method=f"{entrant.made.__module__}.{entrant.made.__qualname__}",
+                arguments={**entrant.arguments, **rung.arguments},
+                asked=asked,
+                group=group,
+                seed=seed,
+                recovered=recovered,
+                with_tasks=with_tasks,
+                fault=fault,
+            )
+            cells.append(_named(settings, facts, cell, entrant.made.version))
+    return cells
+
+
+def _named(
+    settings: ComparisonSettings, facts: dict[str, Any], cell: Cell, method_version: int = 0
+) -> Cell:
+    """Return the cell with its fingerprint: all that its result depends on, and its fault."""
+    seed = str(cell.seed)
+    model = {key: value for key, value in facts["model"].items() if key != "name"}
+    depends: list[Any] = [FORMAT, model, facts["texts"], facts["versions"], settings.serving]
+    if cell.with_tasks:
+        depends.append(facts["tasks"])
+    if cell.label != DENSE:
+        arguments = cell.arguments
+        depends += [cell.method, method_version, arguments, facts["calibration"][seed], cell.fault]
+    if cell.recovered:
+        depends += [settings.recovery, cell.seed]
+    return replace(cell, fingerprint=fingerprint_of(depends))
+
+
+# --- its file ---------------------------------------------------------------------------------
+
+
+def check_same_contest(settings: ComparisonSettings, out: Path) -> None:
+    """Check that a directory holds no other comparison; one with more or fewer cells is the same.
+
+    Raises:
+        ValueError: naming the first setting that differs, and the remedy.
+    """
+    kept = _read(out)
+    if kept is None:
+        return
+    then, now = kept["settings"], json.loads(json.dumps(settings.to_dict()))
+    for name, value in now.items():
+        if name in _MAY_CHANGE or name not in then or then[name] == value:
+            continue
+        old = then.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            inner = next(k for k in {**value, **old} if value.get(k) != old.get(k))
+            name, value, old = f"{name}.{inner}", value.get(inner), old.get(inner)
+        raise ValueError(
+            f"{out} holds another comparison, with {name}={old!r} instead of {value!r}; set "
+            "another out, or delete that directory"
+        )
+
+
+def read_grid(out: Path, key: str) -> Grid | None:
+    """Return the grid of an earlier start with the same key; None without one."""
+    kept = _read(out)
+    if kept is None or kept["key"] != key:
+        return None
+    return Grid(kept["facts"], [Cell(**cell) for cell in kept["cells"]])
+
+
+def write_grid(out: Path, key: str, settings: ComparisonSettings, grid: Grid) -> None:
+    """Write `grid.json`, whole or not at all."""
+    write_json(
+        out / "grid.json",
+        {
+            "format": FORMAT,
+            "key": key,
+            "settings": settings.to_dict(),
+            "facts": grid.facts,
+            "cells": [asdict(cell) for cell in grid.cells],
+        },
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with explaining_write_errors(path), atomic_replacement(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _read(out: Path) -> dict[str, Any] | None:
+    """Return what `grid.json` holds.
+
+    Raises:
+        FileExistsError: if a file of the name is none of ours.
+    """
+    file = out / "grid.json"
+    if not file.is_file():
+        return None
+    try:
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if kept["format"] == FORMAT and {"key", "settings", "facts", "cells"} <= {*kept}:
+            return kept
+    except (ValueError, KeyError, TypeError, OSError):
+        pass
+    raise FileExistsError(
+        f"{file} is no grid of this version of prunelight; set another out, or move the file"
+    )

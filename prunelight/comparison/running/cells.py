@@ -1,0 +1,147 @@
+"""One cell: prune a copy of the dense model, measure it, write its result whole.
+
+`result.json` in the cell's directory is written last. A cell without it is run again from its
+start, or where its training stopped. A method that cannot prune this model is a result too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunelight.comparison.grid import DENSE, FORMAT, Cell, one_line, write_json
+from prunelight.comparison.methods import entrants_of
+from prunelight.comparison.running.bench import Bench, bench_of
+from prunelight.comparison.running.fits import recovered_model
+from prunelight.comparison.running.measuring import measure
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.sizes import linear_sparsity, parameter_count, zero_share
+from prunelight.one_line_errors import our_error
+from prunelight.planning.fingerprints import library_versions
+from prunelight.runtime.devices import device_name, synchronize
+from prunelight.scoring.remembered import remembering_scores
+
+log = logging.getLogger(__name__)
+
+RESULT = "result.json"
+
+
+def cell_directory(out: Path, cell: Cell) -> Path:
+    """Return the directory of a cell."""
+    return out / "cells" / cell.fingerprint
+
+
+def read_result(out: Path, cell: Cell) -> dict[str, Any] | None:
+    """Return the result of a cell; None if it is not there or damaged, so that it is run again."""
+    file = cell_directory(out, cell) / RESULT
+    try:
+        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if result.get("format") == FORMAT else None
+
+
+def run_cell(settings: str, cell: Cell, device: str | None = None) -> dict[str, Any]:
+    """Run a cell in this process, write its result and return it.
+
+    Args:
+        settings: of the comparison, as JSON text.
+        cell: to run.
+        device: where models compute.
+    """
+    bench = bench_of(settings, device)
+    out = Path(bench.settings.out).expanduser()
+    try:
+        result = _result(bench, cell, cell_directory(out, cell))
+    except Exception as error:
+        ours = our_error(error)
+        if ours is None:
+            log.warning("%s failed: %s", cell.title, one_line(error), exc_info=True)
+        reason = one_line(ours or error)
+        result = {"failed": reason if ours else f"{type(error).__name__}: {reason}"}
+        if ours is None or isinstance(ours, OSError):
+            return _complete(result, cell)  # not kept: the next start tries again
+    result = _complete(result, cell)
+    write_json(cell_directory(out, cell) / RESULT, result)
+    if not bench.settings.keep_models:
+        shutil.rmtree(cell_directory(out, cell) / "fit", ignore_errors=True)
+    return result
+
+
+def _complete(result: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "cell": asdict(cell),
+        "failed": None,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "versions": library_versions(),
+        **result,
+    }
+
+
+def _result(bench: Bench, cell: Cell, directory: Path) -> dict[str, Any]:
+    if cell.fault:
+        return {"failed": cell.fault}
+    facts: dict[str, Any] = {}
+    if cell.label == DENSE:
+        model = bench.dense
+    else:
+        entries = {"class_path": cell.method, "init_args": {}, "label": cell.label}
+        (entrant,) = entrants_of([entries])
+        method = entrant.make(cell.arguments or {})
+        if cell.recovered:
+            model, facts = recovered_model(bench, cell, method, directory / "fit")
+        else:
+            model, facts = _pruned(bench, cell, method)
+    start = time.perf_counter()
+    found = measure(model, bench, tasks=cell.with_tasks)
+    seconds = {**facts.pop("seconds", {}), "measure": time.perf_counter() - start}
+    parameters = parameter_count(model)
+    return {
+        **facts,
+        **found,
+        "parameters": parameters,
+        "dense_parameters": bench.parameters,
+        "share_removed": 1 - parameters / bench.parameters,
+        "zeros": linear_sparsity(model),
+        "zeros_of_all": zero_share(model.parameters()),
+        "layers": len(decoder_layers(model)),
+        "seconds": seconds,
+        "forward_seconds": bench.forward_seconds,
+        "device": device_name(bench.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _pruned(bench: Bench, cell: Cell, method: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the pruned model, and how it was pruned."""
+    windows = bench.calibration(cell.seed)
+    method.check(bench.dense)
+    method.check_calibration(bench.dense, windows)
+    bench.forward_seconds  # noqa: B018 (measured before the load of a cell)
+    method.device = bench.device
+    with remembering_scores(bench.memory) as memory:
+        before, start = memory.seconds_spared, time.perf_counter()
+        plan = method.plan(bench.dense, windows)
+        synchronize(bench.device)
+        planned = time.perf_counter() - start + memory.seconds_spared - before
+    outcomes: list[dict[str, Any]] = []
+    model = bench.copy_of_dense()
+    start = time.perf_counter()
+    with torch.no_grad():
+        model = method.apply(model, plan, windows, outcomes)
+    synchronize(bench.device)
+    applied = time.perf_counter() - start
+    return model, {
+        "plan": plan.to_dict(),
+        "outcomes": outcomes,
+        "seconds": {"plan": planned, "apply": applied},
+        "prune_forwards": (planned + applied) / bench.forward_seconds,
+    }

@@ -1,0 +1,1 @@
+"""What a comparison says: its table, its verdict, its page."""

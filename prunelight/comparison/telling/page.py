@@ -1,0 +1,211 @@
+"""The page of a comparison: one file to decide from, in the frame of a run's report."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from markupsafe import Markup
+
+from prunelight.comparison.statistics import Paired
+from prunelight.comparison.telling.summary import Row, Summary, mean_log_perplexity
+from prunelight.comparison.telling.table import head, interval, lines, place
+from prunelight.comparison.telling.writing import HOW_TO_READ
+from prunelight.evaluation.report.page.charts import bar_chart, scatter
+from prunelight.evaluation.report.page.frame import (
+    Section,
+    details,
+    facts,
+    figure,
+    heading,
+    paragraph,
+    render_page,
+    table,
+)
+
+
+def page(summary: Summary, told: list[str]) -> str:
+    """Return report.html of a comparison.
+
+    Args:
+        summary: of the comparison.
+        told: its verdict.
+    """
+    model = summary.facts["model"]
+    sections = [
+        Section("All methods", _tables(summary), lead=HOW_TO_READ[2]),
+        Section(
+            "Size against quality",
+            _fronts(summary),
+            lead=(
+                "Lower and further right is better. The grey line joins the methods that no "
+                "other one beats in both."
+            ),
+        ),
+        Section(
+            "Differences from the best",
+            _differences(summary),
+            lead=(
+                "All methods of a part are compared on the same windows and the same questions. "
+                "Where the interval of the difference holds 0, the method ties with the best."
+            ),
+        ),
+        Section("Tasks", _tasks(summary)),
+        Section("How it was measured", _measured(summary)),
+    ]
+    return render_page(
+        f"Which method keeps {model['name']} best?",
+        told,
+        sections,
+        kicker="prunelight compare",
+    )
+
+
+def _tables(summary: Summary) -> list[Markup]:
+    parts: list[Markup] = []
+    columns = head(summary)
+    (_, dense), *others = lines(summary)
+    for title, rows in others:
+        marked = [i + 1 for i, row in enumerate(rows) if "best" in row[-2:]]
+        parts += [heading(title), table(columns, [*dense, *rows], marked=marked)]
+    parts += [paragraph(text, "note") for text in HOW_TO_READ[:2]]
+    return parts
+
+
+def _fronts(summary: Summary) -> list[Markup]:
+    """One chart for methods that remove parameters, one for those that put zeros."""
+    parts = []
+    names = {
+        "parameters": "share of all parameters removed (%)",
+        "zeros": "share of zeros in the decoder layers (%)",
+    }
+    for group, label in names.items():
+        for recovered in (False, True):
+            rows = [
+                row
+                for row in summary.rows[1:]
+                if row.measured and (row.group, row.recovered) == (group, recovered)
+            ]
+            if len(rows) < 2:
+                continue
+            points: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                points.setdefault(row.label, []).append(_point(row))
+            levels = {}
+            if summary.dense.measured:
+                levels["dense"] = math.exp(mean_log_perplexity(summary.dense))
+            best = ", ".join(row.label for row in rows if row.on_front)
+            chart = scatter(
+                points,
+                alt=f"Perplexity against {label}; not beaten in both: {best}",
+                x_label=label,
+                y_label="perplexity, mean over the texts",
+                front=[_point(row) for row in rows if row.on_front],
+                levels=levels,
+                wide=True,
+            )
+            caption = f"{'Recovered' if recovered else 'Pruned'} models; not beaten in both: {best}"
+            parts.append(figure(chart, caption, wide=True))
+    return parts
+
+
+def _point(row: Row) -> tuple[float, float]:
+    share = row.zeros if row.group == "zeros" else row.share_removed
+    return 100 * share, math.exp(mean_log_perplexity(row))
+
+
+def _differences(summary: Summary) -> list[Markup]:
+    parts: list[Markup] = []
+    columns = ["method", "perplexity, times the best", "", "mean accuracy, less the best", ""]
+    titles = [title for title, _ in lines(summary)[1:]]
+    for title, rows in zip(titles, summary.contests().values(), strict=True):
+        ranked = sorted(
+            (row for row in rows if row.on_text is not None),
+            key=lambda row: row.on_text.value if row.on_text else 0.0,
+        )
+        cells = [
+            [
+                row.label,
+                _ratio(row.on_text),
+                place(row.on_text),
+                _less(row.on_tasks),
+                place(row.on_tasks),
+            ]
+            for row in ranked
+        ]
+        if len(cells) > 1:
+            parts += [heading(title), table(columns, cells)]
+    return parts
+
+
+def _ratio(paired: Paired | None) -> str:
+    if paired is None:
+        return ""
+    differences = (paired.difference, paired.difference_low, paired.difference_high)
+    return interval([math.exp(x) for x in differences], 3)
+
+
+def _less(paired: Paired | None) -> str:
+    if paired is None:
+        return ""
+    differences = (paired.difference, paired.difference_low, paired.difference_high)
+    return interval([100 * x for x in differences], 1) + " points"
+
+
+def _tasks(summary: Summary) -> list[Markup]:
+    parts: list[Markup] = []
+    titles = [title for title, _ in lines(summary)[1:]]
+    for title, rows in zip(titles, summary.contests().values(), strict=True):
+        measured = [row for row in (summary.dense, *rows) if row.measured and row.tasks]
+        names = [*summary.dense.tasks]
+        if len(measured) < 2 or not names:
+            continue
+        chart = bar_chart(
+            {name: [row.tasks[name][0] for row in measured] for name in names},
+            [row.label for row in measured],
+            alt=f"Accuracy of each method on {', '.join(names)}: {title}",
+            y_label="accuracy",
+            errors={name: [row.tasks[name][1] for row in measured] for name in names},
+            log=False,
+            wide=True,
+        )
+        parts.append(figure(chart, f"{title}; bars of one standard error", wide=True))
+    return parts
+
+
+def _measured(summary: Summary) -> list[Markup]:
+    settings, data = summary.settings, summary.settings.data
+    model = summary.facts["model"]
+    seconds = summary.forward_seconds
+    values: dict[str, Any] = {
+        "model": f"{model['name']}, {model['parameters'] / 1e6:.1f}M parameters, {model['dtype']}",
+        "fingerprint of the model": model["fingerprint"],
+        "texts": ", ".join(f"{name} ({source})" for name, source in data.texts.items()),
+        "windows of each text": f"{data.num_windows} of {data.seq_len} tokens",
+        "calibration": f"{data.num_calibration} windows of {data.calibration}",
+        "tasks": ", ".join(settings.tasks) or "none",
+        "questions of each task": "all"
+        if settings.limit is None
+        else f"the first {settings.limit}",
+        "seeds": ", ".join(map(str, settings.seeds)),
+        "recovery": "none" if settings.recovery is None else "see comparison.json",
+        "device": summary.device,
+        "F": "" if seconds is None else f"{seconds:.2f} s, one forward of the calibration windows",
+        "date": summary.date,
+        "command": summary.command or "from Python",
+        **{f"version of {name}": x for name, x in summary.facts["versions"].items() if x},
+    }
+    arguments = [
+        [
+            row.label,
+            row.contest[0],
+            "" if row.asked is None else f"{row.asked:.3g}",
+            str(row.arguments),
+        ]
+        for row in summary.rows[1:]
+    ]
+    columns = ["method", "amount is a share of", "asked", "arguments"]
+    return [
+        facts(values),
+        details("The arguments of each method", table(columns, arguments, numbers=False)),
+    ]

@@ -1,0 +1,263 @@
+"""From results of cells to rows, rankings, ties and fronts: plain data that table and page show."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import Any
+
+from prunelight.comparison.grid import DENSE, Cell
+from prunelight.comparison.settings import ComparisonSettings
+from prunelight.comparison.statistics import Paired, front, paired
+
+Result = dict[str, Any]
+
+
+@dataclass
+class Row:
+    """A method at an amount, all seeds together.
+
+    Attributes:
+        label: of the method; "dense" for the dense model.
+        group: what `asked` is a share of: "parameters" or "zeros".
+        asked: share that was asked for; None for the dense model.
+        recovered: the model was trained after the pruning.
+        arguments: of the method.
+        failed: why there is no result, in one line; "" if there is one.
+        missing: its cells are not run yet.
+        share_removed: of all parameters, counted on the model.
+        zeros: share of zeros in the weights of decoder layers, counted on the model.
+        layers: decoder layers that are left.
+        perplexity: text -> value, low and high of the 95 % interval.
+        kl: KL(dense || model) in nats, mean over the texts, with its interval.
+        same_top1: share of tokens with the dense model's most likely next token, likewise.
+        tasks: task -> value and standard error of its headline metric.
+        flips: task -> questions that went right to wrong, and wrong to right.
+        mean_accuracy: over the tasks; None without tasks.
+        prune_forwards: time to score and prune, in F.
+        serving: what serving costs, where it was measured.
+        on_text: the method beside the best of its group, by mean ln perplexity.
+        on_tasks: the same by mean accuracy.
+        on_front: no other row of the group is smaller and as good.
+    """
+
+    label: str
+    group: str
+    asked: float | None
+    recovered: bool
+    arguments: dict[str, Any]
+    failed: str = ""
+    missing: bool = False
+    share_removed: float = 0.0
+    zeros: float = 0.0
+    layers: int = 0
+    perplexity: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    kl: tuple[float, float, float] | None = None
+    same_top1: tuple[float, float, float] | None = None
+    tasks: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    flips: dict[str, tuple[float, float]] = field(default_factory=dict)
+    mean_accuracy: float | None = None
+    prune_forwards: float | None = None
+    serving: dict[str, Any] = field(default_factory=dict)
+    on_text: Paired | None = None
+    on_tasks: Paired | None = None
+    on_front: bool = False
+
+    @property
+    def contest(self) -> tuple[str, float | None, bool]:
+        """What the row is compared within: group, amount, recovered."""
+        return self.group, self.asked, self.recovered
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a result."""
+        return not self.failed and not self.missing
+
+
+@dataclass
+class Summary:
+    """All that a comparison found.
+
+    Attributes:
+        settings: of the comparison.
+        facts: what identifies model, windows and texts.
+        rows: the dense one first.
+        command: by which it was started.
+        date: of the summary.
+        device: that the cells ran on.
+        forward_seconds: F.
+    """
+
+    settings: ComparisonSettings
+    facts: dict[str, Any]
+    rows: list[Row]
+    command: str
+    date: str
+    device: str
+    forward_seconds: float | None
+
+    @property
+    def dense(self) -> Row:
+        """The row of the dense model."""
+        return self.rows[0]
+
+    @property
+    def num_missing(self) -> int:
+        """Rows whose cells are not all run yet."""
+        return sum(row.missing for row in self.rows)
+
+    def contests(self) -> dict[tuple[str, float | None, bool], list[Row]]:
+        """Return the rows by what they are compared within, without the dense one."""
+        found: dict[tuple[str, float | None, bool], list[Row]] = {}
+        searched = self.settings.quality_target is not None
+        for row in self.rows[1:]:
+            group, asked, recovered = row.contest
+            found.setdefault((group, None if searched else asked, recovered), []).append(row)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"format": 1, **asdict(self)}
+
+
+def summarize(
+    settings: ComparisonSettings,
+    facts: dict[str, Any],
+    cells: Sequence[tuple[Cell, Result | None]],
+    command: str = "",
+) -> Summary:
+    """Return the summary of cells, of which some may not be run yet."""
+    grouped: dict[Any, list[tuple[Cell, Result | None]]] = {}
+    for cell, result in cells:
+        key = (cell.label, cell.group, cell.asked, cell.recovered, cell.fault)
+        grouped.setdefault(key, []).append((cell, result))
+    of_dense = next((r for c, r in cells if c.label == DENSE and r), None)
+    rows, results = [], []
+    for members in grouped.values():
+        of_row = [result for _, result in members if result is not None]
+        rows.append(_row(members, of_row, of_dense))
+        results.append(of_row)
+    summary = Summary(
+        settings=settings,
+        facts=facts,
+        rows=rows,
+        command=command,
+        date=time.strftime("%Y-%m-%d %H:%M"),
+        device=next((r["device"] for _, r in cells if r and not r["failed"]), ""),
+        forward_seconds=next(
+            (r["forward_seconds"] for _, r in cells if r and not r["failed"]), None
+        ),
+    )
+    if settings.quality_target is None:
+        _rank(summary, dict(zip(map(id, rows), results, strict=True)))
+    for group in ("parameters", "zeros"):
+        _mark_front(rows, group)
+    return summary
+
+
+def _row(
+    members: Sequence[tuple[Cell, Result | None]], results: Sequence[Result], dense: Result | None
+) -> Row:
+    cell = members[0][0]
+    row = Row(cell.label, cell.group, cell.asked, cell.recovered, cell.arguments or {})
+    row.failed = next((result["failed"] for result in results if result["failed"]), "")
+    row.missing = not row.failed and len(results) < len(members)
+    if not row.measured:
+        return row
+    row.share_removed = fmean(result["share_removed"] for result in results)
+    row.zeros = fmean(result["zeros"] for result in results)
+    row.layers = results[0]["layers"]
+    counts = [text["window_tokens"] for text in results[0]["texts"]]
+    for position, text in enumerate(results[0]["texts"]):
+        nll = window_means(results, "texts", "window_nll")[position]
+        one = paired([[nll]], [counts[position]], lower_is_better=True)[0]
+        low, high = math.exp(one.low), math.exp(one.high)
+        row.perplexity[text["text"]] = math.exp(one.value), low, high
+    if results[0].get("divergence"):
+        for name, key in (("kl", "window_kl"), ("same_top1", "window_same_top1")):
+            one = paired([window_means(results, "divergence", key)], counts, lower_is_better=True)[
+                0
+            ]
+            setattr(row, name, (one.value, one.low, one.high))
+    for name, task in (results[0].get("tasks") or {}).items():
+        of_task = [result["tasks"][name] for result in results]
+        errors = [x["stderr"] for x in of_task if x["stderr"] is not None]
+        row.tasks[name] = fmean(x["value"] for x in of_task), fmean(errors) if errors else None
+        reference = ((dense or {}).get("tasks") or {}).get(name)
+        if reference and task["outcomes"] and task["fingerprint"] == reference["fingerprint"]:
+            row.flips[name] = _flips(reference["outcomes"], [x["outcomes"] for x in of_task])
+    row.mean_accuracy = fmean(value for value, _ in row.tasks.values()) if row.tasks else None
+    times = [result["prune_forwards"] for result in results if "prune_forwards" in result]
+    row.prune_forwards = fmean(times) if times else None
+    row.serving = results[0].get("serving") or {}
+    return row
+
+
+def window_means(results: Sequence[Result], section: str, key: str) -> list[list[float]]:
+    """Return [text][window]: a figure of each window, the mean over the seeds."""
+    texts = range(len(results[0][section]))
+    return [
+        [fmean(seeds) for seeds in zip(*(r[section][text][key] for r in results), strict=True)]
+        for text in texts
+    ]
+
+
+def _flips(reference: str, outcomes: Sequence[str]) -> tuple[float, float]:
+    """Return questions that went right to wrong and wrong to right, the mean over the seeds."""
+    wrong = fmean(sum(a > b for a, b in zip(reference, o, strict=True)) for o in outcomes)
+    right = fmean(sum(a < b for a, b in zip(reference, o, strict=True)) for o in outcomes)
+    return wrong, right
+
+
+def _rank(summary: Summary, results: dict[int, list[Result]]) -> None:
+    """Compare the methods of each contest: on the same windows, and on the same questions."""
+    for rows in summary.contests().values():
+        taking_part = [row for row in rows if row.measured]
+        if not taking_part:
+            continue
+        of_rows = [results[id(row)] for row in taking_part]
+        counts = [text["window_tokens"] for text in of_rows[0][0]["texts"]]
+        sums = [window_means(of_row, "texts", "window_nll") for of_row in of_rows]
+        for row, place in zip(taking_part, paired(sums, counts, lower_is_better=True), strict=True):
+            row.on_text = place
+        tasks = [
+            name for name, task in (of_rows[0][0].get("tasks") or {}).items() if task["outcomes"]
+        ]
+        if not tasks:
+            continue
+        answers = [[_answers(of_row, name) for name in tasks] for of_row in of_rows]
+        questions = [[1.0] * len(answers[0][i]) for i in range(len(tasks))]
+        for row, place in zip(
+            taking_part, paired(answers, questions, lower_is_better=False), strict=True
+        ):
+            row.on_tasks = place
+
+
+def _answers(results: Sequence[Result], task: str) -> list[float]:
+    """Return 1 for a right and 0 for a wrong answer of each question, the mean over the seeds."""
+    of_seeds = [[float(x) for x in result["tasks"][task]["outcomes"]] for result in results]
+    return [fmean(seeds) for seeds in zip(*of_seeds, strict=True)]
+
+
+def mean_log_perplexity(row: Row) -> float:
+    """Return the mean over the texts of ln perplexity."""
+    return fmean(math.log(value) for value, _, _ in row.perplexity.values())
+
+
+def _mark_front(rows: Sequence[Row], group: str) -> None:
+    """Mark what no other row of the group beats in size (or zeros) and in perplexity."""
+    for recovered in (False, True):
+        of_group = [
+            row
+            for row in rows[1:]
+            if row.measured and row.group == group and row.recovered == recovered
+        ]
+        points = [
+            (-(row.zeros if group == "zeros" else row.share_removed), mean_log_perplexity(row))
+            for row in of_group
+        ]
+        for index in front(points):
+            of_group[index].on_front = True

@@ -1,0 +1,75 @@
+"""comparison.json and comparison.md as texts, and the check of what they would replace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from prunelight.comparison.telling.summary import Summary
+from prunelight.comparison.telling.table import head, lines
+from prunelight.evaluation.report.writing import markdown_table
+
+_TITLE = "# Comparison of pruning methods: "
+
+HOW_TO_READ = (
+    "Perplexity is of held-out text, lower is better; KL is how far the next-token distributions "
+    "are from those of the dense model, in nats; same top-1 is the share of tokens whose most "
+    "likely next token stayed. In brackets: 95 % bootstrap intervals over windows.",
+    "Flips: -a questions went from right to wrong, +b from wrong to right. Time: scoring and "
+    "pruning, in F, one forward of the calibration windows through the dense model.",
+    "best and tie: methods of one part are compared on the same windows and the same questions "
+    "(paired bootstrap). Those whose difference from the best may be 0 tie with it.",
+)
+
+
+def check_outputs(out: Path) -> None:
+    """Check that a comparison replaces no file of others.
+
+    Raises:
+        FileExistsError: if there is a file of a name that it writes, of another origin.
+    """
+    starts = {"comparison.md": _TITLE, "comparison.json": "{", "report.html": "<!DOCTYPE html>"}
+    for name, start in starts.items():
+        file = out / name
+        if file.exists() and not (
+            file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(start)
+        ):
+            raise FileExistsError(
+                f"{file} exists and is none of a comparison; set another out, or move it"
+            )
+
+
+def json_of(summary: Summary) -> dict[str, object]:
+    """Return the summary as JSON values."""
+    values: dict[str, object] = json.loads(json.dumps(summary.to_dict()))
+    return values
+
+
+def markdown(summary: Summary, told: list[str]) -> str:
+    """Return comparison.md."""
+    settings, facts = summary.settings, summary.facts
+    parts = [f"{_TITLE}{facts['model']['name']}", *told]
+    columns = head(summary)
+    rows = []
+    for title, part in lines(summary):
+        if title:
+            rows.append([f"*{title}*", *[""] * (len(columns) - 1)])
+        rows += [[cell.replace("|", "\\|") for cell in line] for line in part]
+    parts += [markdown_table(columns, rows), *HOW_TO_READ, _facts(summary)]
+    if settings.tasks and settings.limit:
+        parts.append(f"Tasks: the first {settings.limit} questions of each.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(summary: Summary) -> str:
+    settings, facts = summary.settings, summary.facts
+    data = settings.data
+    texts = ", ".join(f"{name} ({source})" for name, source in data.texts.items())
+    f = "" if summary.forward_seconds is None else f" F = {summary.forward_seconds:.2f} s."
+    return (
+        f"Model {facts['model']['name']} ({facts['model']['parameters'] / 1e6:.1f}M parameters, "
+        f"{facts['model']['dtype']}, fingerprint {facts['model']['fingerprint']}). Texts: {texts}, "
+        f"{data.num_windows} windows of {data.seq_len} tokens each. Calibration: "
+        f"{data.num_calibration} windows of {data.calibration}. Seeds {settings.seeds}. Device: "
+        f"{summary.device}.{f} {summary.date}. Command: {summary.command or 'from Python'}"
+    )

@@ -1,0 +1,1 @@
+"""One model by its name, alone or beside its reference: measured part by part, kept in a file."""

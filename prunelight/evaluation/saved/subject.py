@@ -1,0 +1,133 @@
+"""A model that is measured, by its name: what is checked before its weights are read."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunelight.evaluation.report.plan_facts import Json
+from prunelight.models.families.config_fields import decoder_config, maximum_length
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.loading import (
+    check_hub,
+    find_source,
+    load,
+    load_config,
+    load_tokenizer,
+    resolve_dtype,
+)
+from prunelight.models.placement import to_device
+from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count
+from prunelight.planning.fingerprints import model_fingerprint, without_folders
+
+# Cut apart differently by tokenizers of one vocabulary: digits, spaces, accents, blank lines.
+_PROBE_TEXT = "The river 12,345 (naïve) runs\n\n past  the old mill. "
+
+
+class Subject:
+    """A model to measure: its tokenizer at once, its weights when they are asked for.
+
+    Args:
+        name: what `prunelight.load` takes.
+        dtype: of the weights.
+        device: on which it runs.
+        trust: run Python code that comes with the model.
+
+    Raises:
+        ValueError: if the name is none of a model, it has no tokenizer, or the dtype is unknown.
+    """
+
+    def __init__(self, name: str, *, dtype: str, device: torch.device, trust: bool) -> None:
+        check_is_no_run(name)
+        resolve_dtype(dtype)
+        self.name, self.dtype, self.device, self.trust = name, dtype, device, trust
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(name, trust_remote_code=trust)
+
+    @cached_property
+    def context(self) -> int | None:
+        """The longest text in tokens that the model reads, by its config; None without a limit."""
+        config = load_config(check_hub(find_source(self.name)), trust_remote_code=self.trust)
+        return maximum_length(decoder_config(config))
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model on its device."""
+        model, _ = load(self.name, dtype=self.dtype, trust_remote_code=self.trust)
+        return to_device(model, self.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the weights."""
+        return model_fingerprint(self.model)
+
+    @property
+    def facts(self) -> Json:
+        """Name, fingerprint and sizes; `zeros` is their share in the decoder's linear layers."""
+        try:
+            num_layers = len(decoder_layers(self.model))
+        except TypeError:  # of a structure that is not known
+            num_layers = None
+        return {
+            "name": without_folders(self.name.rstrip("/")),
+            "fingerprint": self.fingerprint,
+            "parameters": parameter_count(self.model),
+            "layers": num_layers,
+            "size_bytes": parameter_bytes(self.model),
+            "zeros": linear_sparsity(self.model),
+        }
+
+
+def check_is_no_run(name: str) -> None:
+    """Check that a name is not that of a run, whose models are in directories below it.
+
+    Raises:
+        ValueError: if it is; names the models.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir() or (path / "config.json").is_file():
+        return
+    models = sorted(file.parent.name for file in path.glob("*/config.json"))
+    if models:
+        raise ValueError(
+            f"{name!r} is no model but holds some: give one of {', '.join(models[:4])} in it"
+        )
+
+
+def check_same_tokenizer(subject: Subject, dense: Subject) -> None:
+    """Check that two models read a text as the same tokens.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    ours, theirs = subject.tokenizer.get_vocab(), dense.tokenizer.get_vocab()
+    apart = [each.tokenizer(_PROBE_TEXT)["input_ids"] for each in (subject, dense)]
+    if ours == theirs and apart[0] == apart[1]:
+        return
+    num_other = len({*ours.items()} ^ {*theirs.items()})
+    how = f"{num_other} entries of the vocabularies differ" if num_other else "they cut texts apart"
+    raise ValueError(
+        f"reference={dense.name!r} has another tokenizer than {subject.name!r} ({how}), so their "
+        "probabilities cannot be compared; give the model that was pruned, or no reference"
+    )
+
+
+def find_device(device: str) -> torch.device:
+    """Return a device by its name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device={device!r} cannot be used here ({reason}); give cpu, cuda, cuda:N or auto"
+        ) from error
+    return place
