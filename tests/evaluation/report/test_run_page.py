@@ -165,6 +165,17 @@ def test_the_verdict_names_probes_that_collapsed() -> None:
     assert "Not measured" not in fallen
 
 
+def test_a_speed_within_noise_is_called_no_difference_whatever_its_median() -> None:
+    record = make_examined_record()
+    last = record.stages[-1]
+    rate = {"measured": [0.63, 0.5, 1.1], "ideal": 1.19}
+    found = last.examined["serving"] | {"ratios": {"1": {"decode_tokens_per_second": rate}}}
+    stages = [*record.stages[:2], replace(last, examined=last.examined | {"serving": found})]
+    text = " ".join(verdict_of(replace(record, stages=stages)))
+    assert "decode, batch 1 no difference beyond noise" in text
+    assert "Decoding is 1.24" not in text
+
+
 # --- tasks: flips and ties
 
 
