@@ -92,6 +92,11 @@ def _missing(file: Path) -> str:
     directory = file.parent
     if not directory.is_dir() or (file.name != REPORT and not file.exists()):
         return f"{file} does not exist; {_REMEDY}"
+    if (directory / "comparison.json").is_file():
+        return (
+            f"{directory} holds a comparison; the `prunelight compare` command that made it draws "
+            "its page again within seconds, as it reuses finished cells"
+        )
     if any(directory.glob("pruned-*/measured.json")):
         return (
             f"{directory} has no {REPORT}: the run has not ended; start the same command again, "

@@ -21,8 +21,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from prunelight.export.targets import Bound, ExportOptions, Reading, Source
 from prunelight.export.tokenizer_files import copy_tokenizer
-from prunelight.models.engines import check_engine, has_windows
+from prunelight.models.engines import NO, has_windows, loads_in
+from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.families.own_classes.registration import PREFIX
+from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
 from prunelight.models.loading import quiet_transformers
 
 if TYPE_CHECKING:
@@ -127,10 +129,12 @@ def check_model(config: PretrainedConfig) -> None:
     """
     kind = config.model_type
     if kind.startswith(PREFIX):
+        other = "or export with --to gguf or --to decilm, which hold layers that differ"
+        if kind.startswith(SLICED_PREFIX):
+            other = "slicing leaves what no export holds but SliceGPT(rotation='shared') in GGUF"
         raise ValueError(
             f"CTranslate2 cannot hold {kind}: it keeps layers that are all alike. Remove or merge "
-            "whole layers, narrow all MLPs alike, or zero weights for it; or export with "
-            "--to gguf or --to decilm, which hold layers that differ"
+            f"whole layers, narrow all MLPs alike, or zero weights for it; {other}"
         )
     families = converted_families()
     if families is not None and type(config).__name__ not in families:
@@ -149,7 +153,9 @@ def check_model(config: PretrainedConfig) -> None:
             f"CTranslate2 handles sliding_window={config.sliding_window} otherwise than "
             f"transformers, for texts longer than it; {_OTHERS}"
         )
-    check_engine(config, ENGINE)
+    answer = loads_in(config)[ENGINE]
+    if answer.startswith(NO):
+        raise ValueError(f"CTranslate2 {answer.removeprefix(NO)}; or {_OTHERS}")
 
 
 def converted_families() -> frozenset[str] | None:
@@ -196,9 +202,17 @@ def _converter(
             return copy.deepcopy(model)  # also of the weights: they are quantized in place
 
         def load_tokenizer(self, *_: Any, **__: Any) -> PreTrainedTokenizerBase:
-            return tokenizer
+            return _with_tokens_below(tokenizer, vocabulary_size(model))
 
     return Converter(str(directory))
+
+
+def _with_tokens_below(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerBase:
+    """Return the tokenizer without ids that the model has no embedding for."""
+    known = {token: index for token, index in tokenizer.get_vocab().items() if index < size}
+    shorter = copy.copy(tokenizer)
+    shorter.get_vocab = lambda: known  # type: ignore[method-assign]
+    return shorter
 
 
 def _name_missing_tokens(file: Path) -> None:

@@ -21,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from prunelight.models.engines import loads_in
 from prunelight.models.families.config_fields import vocabulary_size
+from prunelight.models.families.own_classes.layer_statement import state_layers
 from prunelight.models.families.own_classes.registration import code_file
 from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.forward import evaluating, greedy_tokens
@@ -103,6 +104,7 @@ def save(
             model.save_pretrained(temporary, save_original_format=not is_quantized(model))
             tokenizer.save_pretrained(temporary)
             add_old_names(model.config, temporary)
+            state_layers(model.config, temporary)
         if code is not None and getattr(model.config, "auto_map", None):
             shutil.copyfile(code, temporary / code.name)
         for name, text in (extra_files or {}).items():

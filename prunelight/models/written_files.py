@@ -100,7 +100,8 @@ def finish_files(directory: Path, base: str, loads_in: Mapping[str, str] | None 
             for file in folder.glob(pattern):
                 shutil.copyfile(file, directory / file.name)
     hub_id = BUNDLED[base][1] if base in BUNDLED else base
-    write_card(directory, None if folder is None else folder / CARD, hub_id, loads_in or {})
+    card = None if folder is None else folder / CARD
+    write_card(directory, card, hub_id, loads_in or {}, _gguf_of(base))
     share_modes(directory)
 
 
@@ -128,6 +129,14 @@ def forget_loading(directory: Path) -> None:
     }
     text = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     file.write_text(text, encoding="utf-8")
+
+
+def _gguf_of(base: str) -> str | None:
+    """Return the name of the GGUF file that a model is read from; None if it is no GGUF."""
+    try:
+        return None if not base else find_source(base).gguf_file
+    except (ImportError, ValueError, OSError):  # the base is gone
+        return None
 
 
 def _folder_of(base: str) -> Path | None:

@@ -24,7 +24,7 @@ from prunelight.planning.fingerprints import library_versions
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.recovery.sharded_weights import gather_trained
 from prunelight.run.checkpoints import check_base
-from prunelight.run.measurements import measure_run_stage, report, warn_of_collapse
+from prunelight.run.measurements import measure_run_stage, note_origin, report, warn_of_collapse
 from prunelight.run.run_state import ADAPTER, FINAL, Run, plan_texts
 from prunelight.runtime.files.atomic_files import (
     atomic_directory,
@@ -95,6 +95,7 @@ def save_and_report(run: Run, model: PreTrainedModel) -> None:
         _measure_result(run, model, saved)
     with explaining_write_errors(run.place.root / "report.md", checkpoint):
         # The report comes last: with it the run is over, and nothing is done again.
+        note_origin(run, record)
         add_to_card(Path(saved.directory), card_figures(record))
         for file in report(run, record):
             log.info("wrote %s", file)

@@ -77,6 +77,12 @@ FORMATS = {
             "q4_k_m": {"quantize": "q4_k_m"},
         }.items()
     },
+    "CTranslate2 f32": Format("ctranslate2", {"dtype": "f32"}),
+    **{
+        f"CTranslate2 {kind} (KL)": Format("ctranslate2", {"dtype": kind}, None, "mean_kl", _FEW)
+        for kind in ("f16", "bf16", "int8")
+    },
+    "DeciLM f32": Format("decilm", {"dtype": "f32"}, "VLLM_PYTHON", models=("llama",)),
 }
 
 

@@ -214,6 +214,7 @@ def test_the_attention_of_the_first_layer_must_be_there(tmp_path, tiny_tokenizer
     source = saved(tmp_path, own_model("dropped", "llama"), tiny_tokenizer)
     config = json.loads((source / "config.json").read_text())
     config["drop_attention"][0] = True
+    del config["per_layer_config"]
     (source / "config.json").write_text(json.dumps(config))
     assert "fails without the attention of layer 0" in refusal(source)
 

@@ -1,6 +1,7 @@
 """The card of a saved directory: the hub reads it, it says what was done, and it stays sealed."""
 
 import json
+import re
 
 import pytest
 from huggingface_hub import ModelCard
@@ -73,6 +74,18 @@ def test_metadata_goes_round_and_a_hub_id_is_the_base(tmp_path):
     assert "Pruned from `org/model` with prunelight." in before
 
 
+def test_weights_from_a_gguf_are_told_of_in_each_later_card(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    write_card(tmp_path, None, "org/model", {}, "model-q4_1.gguf")
+    first = (tmp_path / "README.md").rename(tmp_path / "first.md")
+    write_card(tmp_path, first, "", {})
+    words = "The dense weights were read from the GGUF file `model-q4_1.gguf`, which may hold fewer"
+    assert words in first.read_text()
+    assert words in (tmp_path / "README.md").read_text()
+    write_card(tmp_path, None, "", {})
+    assert "GGUF" not in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["", "/home/me/model", "../model", "a/b/c", "x y"])
 def test_what_is_no_hub_id_is_no_base(name, tmp_path):
     (tmp_path / "config.json").write_text("{}")
@@ -123,5 +136,6 @@ def test_the_card_of_a_run_has_its_recovered_figures_and_no_folder(base, tmp_pat
     recovered = module.record.stages[-1].perplexity
     assert f"{recovered:.4g}"[:4] in text
     assert "windows of 32 tokens of `text.txt`" in text
+    assert re.search(r"Recovered on \d+ tokens of `text.txt`\.", text)
     assert str(tmp_path) not in text
     check_unchanged(tmp_path / "run" / "final")

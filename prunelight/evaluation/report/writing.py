@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown: the first column is text, the others are numbers."""
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    # A bar ends a cell, unless it is escaped, by the caller or here.
+    cells = [[re.sub(r"(?<!\\)\|", r"\\|", " ".join(cell.split())) for cell in row] for row in rows]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -37,11 +37,16 @@ _KEPT_FACTS = (
 )
 # Between these comments stands what a run measured.
 _BEGIN, _END = "<!-- figures of the run -->", "<!-- end of the figures -->"
+_GGUF = "The dense weights were read from the GGUF file"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def write_card(
-    directory: Path, base_card: Path | None, base: str, loads_in: Mapping[str, str]
+    directory: Path,
+    base_card: Path | None,
+    base: str,
+    loads_in: Mapping[str, str],
+    gguf_file: str | None = None,
 ) -> None:
     """Write the card of a saved directory; its plans are read from `plan*.json` there.
 
@@ -50,6 +55,7 @@ def write_card(
         base_card: card of the model that was pruned, if it has one.
         base: hub id of that model; "" if it has none.
         loads_in: program -> whether it reads the model.
+        gguf_file: file that the base's weights were read from, if it was a GGUF.
     """
     files = sorted(directory.glob("plan*.json"), key=lambda file: (len(file.name), file.name))
     plans = {file.name: plan for file in files if (plan := _read_plan(file)) is not None}
@@ -60,7 +66,8 @@ def write_card(
     title = f"{str(of).rpartition('/')[2]}, pruned" if of else "A pruned language model"
     parts = [
         f"# {title}",
-        f"Pruned{f' from `{of}`' if of else ''} with prunelight.",
+        f"Pruned{f' from `{of}`' if of else ''} with prunelight."
+        + _on_weights(base_card, gguf_file),
         *(["## What was done", _what_was_done(plans)] if plans else []),
         f"{_BEGIN}\n{_END}",
         "## How to load it",
@@ -137,6 +144,21 @@ def _card_facts(known: Mapping[str, Any], base: str, plans: Sequence[Plan]) -> d
     tags = [*([tags] if isinstance(tags, str) else tags), *(own or ["prunelight"])]
     kept["tags"] = list(dict.fromkeys(tags))
     return {"library_name": "transformers", "pipeline_tag": "text-generation", **kept}
+
+
+def _on_weights(base_card: Path | None, gguf_file: str | None) -> str:
+    """Return the word that the dense weights were de-quantized, also where an earlier card says so.
+
+    Figures of such a model are not those of the base in full precision.
+    """
+    if gguf_file is not None:
+        return f" {_GGUF} `{gguf_file}`, which may hold fewer bits, and converted."
+    try:
+        text = "" if base_card is None else base_card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    told = re.search(rf"{re.escape(_GGUF)} `[^`\n]*`[^\n.]*\.", text)
+    return f" {told[0]}" if told else ""
 
 
 def _read_plan(file: Path) -> Plan | None:

@@ -87,6 +87,10 @@ def test_a_run_without_a_report_is_told_why(tmp_path):
         draw_again(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="has no report.json; give the directory"):
         draw_again(tmp_path)
+    (tmp_path / "contest").mkdir()
+    (tmp_path / "contest" / "comparison.json").touch()
+    with pytest.raises(FileNotFoundError, match="holds a comparison; the `prunelight compare`"):
+        draw_again(tmp_path / "contest")
     (tmp_path / "pruned-1").mkdir()
     (tmp_path / "pruned-1" / "measured.json").touch()
     with pytest.raises(FileNotFoundError, match="the run has not ended; start the same command"):

@@ -17,6 +17,7 @@ from prunelight.evaluation.report.page.run_page import run_page
 from prunelight.evaluation.report.page.verdict import GRADES, grade, verdict_of
 from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.report.report import write_report
+from prunelight.evaluation.report.writing import markdown_table
 
 
 def headings(page: str) -> list[str]:
@@ -165,6 +166,17 @@ def test_the_verdict_names_probes_that_collapsed() -> None:
     assert "Not measured" not in fallen
 
 
+def test_a_speed_within_noise_is_called_no_difference_whatever_its_median() -> None:
+    record = make_examined_record()
+    last = record.stages[-1]
+    rate = {"measured": [0.63, 0.5, 1.1], "ideal": 1.19}
+    found = last.examined["serving"] | {"ratios": {"1": {"decode_tokens_per_second": rate}}}
+    stages = [*record.stages[:2], replace(last, examined=last.examined | {"serving": found})]
+    text = " ".join(verdict_of(replace(record, stages=stages)))
+    assert "decode, batch 1 no difference beyond noise" in text
+    assert "Decoding is 1.24" not in text
+
+
 # --- tasks: flips and ties
 
 
@@ -220,6 +232,14 @@ def test_the_chart_of_scores_has_the_cut_and_says_what_low_means() -> None:
 
 
 # --- Markdown
+
+
+def test_a_bar_in_a_cell_is_escaped_once() -> None:
+    assert markdown_table(["a"], [["x|y"], [r"x\|y"], ["x\ny"]]).splitlines()[2:] == [
+        r"| x\|y |",
+        r"| x\|y |",
+        "| x y |",
+    ]
 
 
 def test_the_markdown_has_the_same_figures_in_short(tmp_path) -> None:

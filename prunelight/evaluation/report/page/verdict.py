@@ -50,6 +50,8 @@ def verdict_of(record: RunRecord) -> list[str]:
     sentences = [_headline(record, dense, last), _what_was_done(record)]
     sentences += _on_tasks(dense, last) + _on_probes(dense, last) + _on_divergence(last)
     sentences += _on_speed(dense, last)
+    if sparsified(record):  # what this hardware gains of zeros, and why
+        sentences += verdicts_of(last)
     sentences.append(_not_measured(record))
     return [sentence for sentence in sentences if sentence]
 
@@ -109,8 +111,6 @@ def _what_was_done(record: RunRecord) -> str:
 
 
 def _on_speed(dense: Stage, last: Stage) -> list[str]:
-    if sentences := verdicts_of(last):
-        return sentences
     told = speeds_of(last)
     if not told or last is dense:
         return []

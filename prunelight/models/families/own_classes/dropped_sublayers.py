@@ -7,6 +7,9 @@ its norm, computes nothing, and an attention takes no room in the cache. The fir
 kind of layer must stay: transformers counts the tokens of the cache there. Assisted generation
 crops caches, which in transformers 5.23 fails on an empty one of a sliding window.
 
+A saved config.json also states what was dropped as transformers' `per_layer_config` does, which the
+models of these families do not read. The lists count; a statement that differs is an error.
+
 This file needs only torch and transformers: it is what `export_remote_code` puts beside a model.
 """
 
@@ -65,6 +68,39 @@ class DroppedSublayer(nn.Module):
         return (zero, None) if self.pair else zero
 
 
+class _WithSkips:
+    """What the registered config classes add to those of their family."""
+
+    @property
+    def per_layer_config(self) -> Any:
+        """The configs of the layers, as transformers gives them for every model."""
+        return super().per_layer_config  # type: ignore[misc]
+
+    @per_layer_config.setter
+    def per_layer_config(self, stated: dict[str, dict[str, Any]] | None) -> None:
+        """Check that what config.json states is what the lists say; nothing is stored."""
+        said = layer_settings(self)
+        if stated is not None and {int(index): stated[index] for index in stated} != said:
+            raise ValueError(
+                f"per_layer_config={stated} differs from drop_attention and drop_mlp, which say "
+                f"{said}; change both, or delete per_layer_config"
+            )
+
+
+def layer_settings(config: Any) -> dict[int, dict[str, Any]]:
+    """Return what the layers skip, as transformers states it.
+
+    Returns:
+        layer -> {"skip": names of sublayers}, as in `per_layer_config`.
+    """
+    flags = {name: getattr(config, f"drop_{name}", None) or [] for name in SUBLAYERS}
+    skipped = {
+        index: [name for name in SUBLAYERS if index < len(flags[name]) and flags[name][index]]
+        for index in range(config.num_hidden_layers)
+    }
+    return {index: {"skip": names} for index, names in skipped.items() if names}
+
+
 class _WithDropped:
     """What the registered classes add to the classes of their family."""
 
@@ -113,7 +149,7 @@ def _make(family: str) -> Any:
         "sublayer_names": "dict[str, str] | None",
     }
     fields |= dict.fromkeys(fields["__annotations__"])
-    config = type(f"{name}Config", (stock_config,), fields)
+    config = type(f"{name}Config", (_WithSkips, stock_config), fields)
     body = {**here, "config_class": config}
     stock_base: Any = MODEL_MAPPING[stock_config]
     base = type(f"{name}Model", (_WithDropped, stock_base), body)

@@ -6,8 +6,9 @@ registered class here, whose config has one number a layer: `layer_attention_hea
 holds for all layers. Beside a list, the stock field says how wide the dense model was. A layer is
 that of its family, built from a config of its own widths.
 
-transformers' `per_layer_config` could say the same, but the models of these families do not read
-it. Here a config answers that question too: transformers asks it for the sizes of caches.
+transformers' `per_layer_config` says the same, but the models of these families do not read it. A
+config answers that question: transformers asks it for the sizes of caches. A saved config.json
+states it too; the lists count, and a statement that differs from them is an error.
 
 This file needs only torch and transformers: it is what `export_remote_code` puts beside a model.
 """
@@ -94,6 +95,16 @@ class _WithWidths:
         """The configs of the layers, which transformers asks for the shapes of a static cache."""
         return LayerConfigs(self)
 
+    @per_layer_config.setter
+    def per_layer_config(self, stated: dict[str, dict[str, Any]] | None) -> None:
+        """Check that what config.json states is what the lists say; nothing is stored."""
+        said = layer_settings(self)
+        if stated is not None and {int(index): stated[index] for index in stated} != said:
+            raise ValueError(
+                f"per_layer_config={stated} differs from {', '.join(LISTS)}, which say {said}; "
+                "change both, or delete per_layer_config"
+            )
+
 
 class _OfWidths:
     """What the registered model classes add to those of their family."""
@@ -118,6 +129,21 @@ def widths_of_layer(config: Any, index: int) -> dict[str, int]:
     """Return the fields of the stock config that have values of their own in a layer."""
     lists = {field: getattr(config, name, None) for name, field in LISTS.items()}
     return {field: numbers[index] for field, numbers in lists.items() if numbers is not None}
+
+
+def layer_settings(config: Any) -> dict[int, dict[str, Any]]:
+    """Return the settings of the layers that differ from the config's, as transformers states them.
+
+    Returns:
+        layer -> field -> value, as in `per_layer_config`.
+    """
+    layers = range(config.num_hidden_layers)
+    widths = {index: widths_of_layer(config, index) for index in layers}
+    other = {
+        index: {name: value for name, value in fields.items() if value != getattr(config, name)}
+        for index, fields in widths.items()
+    }
+    return {index: fields for index, fields in other.items() if fields}
 
 
 def layers_of(model: Any) -> nn.ModuleList:
