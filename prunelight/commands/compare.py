@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
@@ -29,7 +30,17 @@ def main(arguments: Sequence[str]) -> None:
         made = parser.instantiate(values)
         names = ComparisonSettings.__dataclass_fields__
         settings = ComparisonSettings(**{name: made[name] for name in names})
-        show(compare(settings, shlex.join(["prunelight", "compare", *arguments])))
+        try:
+            show(compare(settings, shlex.join(["prunelight", "compare", *arguments])))
+        except (KeyboardInterrupt, SystemExit) as stop:  # Lightning ends a fit by SystemExit
+            if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            out = Path(settings.out).expanduser()
+            sys.stderr.write(
+                f"prunelight: stopped; {out / 'comparison.md'} has what is done, and the same "
+                "command goes on from there\n"
+            )
+            sys.exit(128 + signal.SIGINT)
 
     run_verb(parser, given, run)
 

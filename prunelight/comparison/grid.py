@@ -70,8 +70,9 @@ class Cell:
             return "the dense model"
         of = "zeros" if self.group == "zeros" else "of the parameters"
         given = ", ".join(f"{k}={_short(v)}" for k, v in (self.arguments or {}).items())
+        given = f"{given}; " if given else ""
         recovered = ", recovered" if self.recovered else ""
-        return f"{self.label}, {self.asked:.3g} {of}{recovered} ({given}; seed {self.seed})"
+        return f"{self.label}, {self.asked:.3g} {of}{recovered} ({given}seed {self.seed})"
 
 
 @dataclass(frozen=True)

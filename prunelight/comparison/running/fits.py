@@ -124,6 +124,7 @@ def _parse(settings: ComparisonSettings, seed: int, directory: Path) -> Namespac
             "name": model.name,
             "dtype": model.dtype,
             "trust_remote_code": model.trust_remote_code,
+            "probes": False,  # of the fit's own report, which a comparison does not show
             **(recovery.get("model") or {}),
         },
         "data": {
@@ -144,6 +145,6 @@ def _parse(settings: ComparisonSettings, seed: int, directory: Path) -> Namespac
     except Exception as error:  # argparse's own, or what jsonargparse passes on
         told = " ".join(str(error).split())
         raise ValueError(f"recovery cannot be read: {told[:300]}") from error
-    made = parser.instantiate_classes(parsed)
+    made = parser.instantiate(parsed)
     made.trainer = {**(recovery.get("trainer") or {})}
     return made

@@ -49,9 +49,12 @@ def _of_contest(
     if summary.dense.measured:
         dense = " and ".join(f"{x[0]:.1f}" for x in summary.dense.perplexity.values())
         sentences[0] += f" (dense: {dense})"
-    sentences[0] += f"; {_ties([row.label for row in rows if row.on_text and row.on_text.ties])}."
+    if len(rows) > 1:
+        ties = _ties([row.label for row in rows if row.on_text and row.on_text.ties])
+        sentences[0] += f"; {ties}"
+    sentences[0] += "."
     first = next((row for row in rows if row.on_tasks and row.on_tasks.best), None)
-    if first is not None:
+    if first is not None and len(rows) > 1:
         dense_mean = summary.dense.mean_accuracy
         beside = f" (dense: {dense_mean:.1%})" if dense_mean is not None else ""
         ties = _ties([row.label for row in rows if row.on_tasks and row.on_tasks.ties])
@@ -109,11 +112,13 @@ def _ties(labels: Sequence[str]) -> str:
 
 
 def _failures(summary: Summary) -> list[str]:
+    searched = summary.settings.quality_target is not None
+    without = "has no result" if searched else "did not take part"
     failed: dict[str, list[str]] = {}
     for row in summary.rows[1:]:
         if row.failed:
             failed.setdefault(row.failed, []).append(row.label)
     return [
-        f"{', '.join(dict.fromkeys(labels))} did not take part: {reason.rstrip('.')}."
+        f"{', '.join(dict.fromkeys(labels))} {without}: {reason.rstrip('.')}."
         for reason, labels in failed.items()
     ]

@@ -1,0 +1,231 @@
+"""A contest of tiny models from start to end: cells, reuse, failures, searches, recovery."""
+
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs import write_model
+
+from prunelight.comparison.amounts.quality_search import quality_of
+from prunelight.comparison.contest import compare
+from prunelight.comparison.settings import (
+    ComparisonSettings,
+    DataSettings,
+    LauncherSettings,
+    ModelSettings,
+)
+
+METHODS = [
+    {"class_path": "prunelight.callbacks.ShortGPT"},
+    {"class_path": "prunelight.callbacks.SLEB"},
+    {"class_path": "prunelight.callbacks.WidthPruning", "init_args": {"multiple": 8}},
+    {"class_path": "prunelight.callbacks.DLP"},
+    {
+        "class_path": "prunelight.callbacks.SliceGPT",  # of the whole width: it cannot go so far
+        "init_args": {"round_to": 32},
+    },
+]
+DATA = DataSettings(seq_len=32, num_calibration=4, num_windows=6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("compared") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def contest(model, tmp_path_factory):
+    settings = ComparisonSettings(
+        ModelSettings(model, "float32"),
+        METHODS,
+        zeros=[0.5],
+        data=DATA,
+        out=str(tmp_path_factory.mktemp("contest") / "out"),
+    )
+    return settings, compare(settings, "prunelight compare")
+
+
+def rows_of(summary):
+    return {row.label: row for row in summary.rows}
+
+
+def results_of(settings):
+    return {file: file.stat().st_mtime_ns for file in Path(settings.out).rglob("result.json")}
+
+
+def test_every_method_has_a_row_and_one_of_each_group_is_best(contest):
+    _, summary = contest
+    rows = rows_of(summary)
+    assert [*rows] == ["dense", "ShortGPT", "SLEB", "WidthPruning", "DLP", "SliceGPT"]
+    places = [row.on_text for row in summary.rows if row.on_text]
+    assert sum(place.best for place in places) == 2  # of parameters, of zeros
+    assert rows["DLP"].share_removed == 0
+    assert rows["DLP"].zeros == pytest.approx(0.5, abs=0.03)
+    for name in ("ShortGPT", "SLEB", "WidthPruning"):
+        assert 0.15 < rows[name].share_removed < 0.35
+        assert rows[name].kl[0] > 0
+        assert rows[name].prune_forwards > 0
+
+
+def test_a_method_that_cannot_prune_this_model_is_a_row_with_its_reason(contest):
+    settings, summary = contest
+    assert "SliceGPT cannot make this model smaller" in rows_of(summary)["SliceGPT"].failed
+    text = (Path(settings.out) / "comparison.md").read_text(encoding="utf-8")
+    assert "SliceGPT did not take part: SliceGPT cannot make this model smaller." in text
+
+
+def test_the_figures_are_those_of_an_evaluation_by_itself(contest):
+    import prunelight
+    from prunelight.evaluation.quality.text_quality import text_quality
+    from prunelight.evaluation.quality.text_windows import text_windows
+
+    settings, summary = contest
+    dense, tokenizer = prunelight.load(settings.model.name, dtype="float32")
+    text = text_windows(tokenizer, "sample:validation", 32, max_windows=6)
+    alone = text_quality(dense, text).perplexity.value
+    assert rows_of(summary)["dense"].perplexity["wikitext2"][0] == pytest.approx(alone)
+
+
+def test_files_hold_the_verdict_the_table_and_a_page_without_network(contest):
+    settings, summary = contest
+    out = Path(settings.out)
+    told = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    assert len(told["rows"]) == len(summary.rows)
+    assert told["verdict"][0].startswith("At 25% fewer parameters, ")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert told["verdict"][0].partition(" (dense")[0] in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert len(page.encode()) < 2_000_000
+
+
+def test_a_second_run_computes_nothing_and_loads_no_model(contest, caplog):
+    settings, summary = contest
+    before = results_of(settings)
+    with caplog.at_level(logging.INFO, "prunelight"):
+        again = compare(settings, "prunelight compare")
+    assert results_of(settings) == before
+    assert "loading" not in caplog.text
+    assert again.rows == summary.rows
+
+
+def test_a_lost_cell_alone_is_run_again_and_gives_the_same(contest):
+    settings, summary = contest
+    before = results_of(settings)
+    lost = next(
+        file
+        for file in before
+        if json.loads(file.read_text(encoding="utf-8"))["cell"]["label"] == "SLEB"
+    )
+    lost.write_text('{"format": 1, "cell"', encoding="utf-8")  # as a full disk leaves it
+    again = compare(settings)
+    after = results_of(settings)
+    assert {file for file in before if after[file] != before[file]} == {lost}
+    for row, new in zip(summary.rows, again.rows, strict=True):
+        assert (row.label, row.perplexity, row.kl) == (new.label, new.perplexity, new.kl)
+
+
+def test_more_amounts_join_the_same_comparison_and_other_settings_are_refused(contest):
+    settings, _ = contest
+    before = results_of(settings)
+    more = compare(replace(settings, amounts=[0.1, 0.25], methods=METHODS[:1]))
+    assert [row.asked for row in more.rows] == [None, 0.1, 0.25]
+    assert len(results_of(settings)) == len(before) + 1
+    other = replace(settings, data=replace(DATA, num_windows=5))
+    with pytest.raises(ValueError, match=r"holds another comparison, with data.num_windows=6 inst"):
+        compare(other)
+    compare(settings)  # what the next test of this module finds
+
+
+def test_files_of_others_are_not_replaced(contest, tmp_path):
+    settings, _ = contest
+    (tmp_path / "comparison.md").write_text("mine", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="is none of a comparison; set another out"):
+        compare(replace(settings, out=str(tmp_path)))
+    (tmp_path / "comparison.md").unlink()
+    (tmp_path / "grid.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="is no grid of this version"):
+        compare(replace(settings, out=str(tmp_path)))
+
+
+def test_too_short_a_text_is_refused(contest, tmp_path):
+    settings, _ = contest
+    long = replace(settings, data=replace(DATA, num_windows=10**6), out=str(tmp_path))
+    with pytest.raises(ValueError, match="num_windows=1000000 are asked for; lower one of them"):
+        compare(long)
+
+
+def test_processes_side_by_side_give_the_same(contest, tmp_path):
+    settings, summary = contest
+    launcher = LauncherSettings("joblib", n_jobs=2)
+    wanted = ["dense", "ShortGPT", "DLP"]
+    methods = [METHODS[0], METHODS[3]]
+    both = compare(replace(settings, methods=methods, out=str(tmp_path), launcher=launcher))
+    rows, alone = rows_of(both), rows_of(summary)
+    assert [*rows] == wanted
+    for name in wanted:
+        assert rows[name].perplexity["wikitext2"] == pytest.approx(
+            alone[name].perplexity["wikitext2"]
+        )
+
+
+@pytest.mark.parametrize("name", ["max_kld", "min_top1"])
+def test_a_search_takes_the_most_that_keeps_the_limit(name, model, tmp_path):
+    limit = {"max_kld": 0.0012, "min_top1": 0.4}[name]
+    settings = ComparisonSettings(
+        ModelSettings(model, "float32"),
+        [METHODS[0], METHODS[3]],
+        data=DATA,
+        out=str(tmp_path / "out"),
+        **{name: limit},
+    )
+    summary = compare(settings)
+
+    def keeps(result):
+        measured = quality_of([result], name)
+        return measured.high <= limit if name == "max_kld" else measured.low >= limit
+
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in results_of(settings)]
+    for row in summary.rows[1:]:
+        tried = [r for r in results if r["cell"]["label"] == row.label and not r["cell"]["fault"]]
+        assert len(tried) <= math.ceil(math.log2(96)) + 1
+        kept = [r["cell"]["asked"] for r in tried if keeps(r)]
+        lost = [r["cell"]["asked"] for r in tried if not keeps(r)]
+        if row.failed:
+            assert f"no amount keeps {name}" in row.failed
+            assert not kept
+        else:
+            assert row.asked == max(kept)
+        assert not kept or not lost or max(kept) < min(lost)
+    again = compare(settings)
+    assert again.rows == summary.rows
+
+
+@pytest.mark.slow
+def test_recovered_cells_are_fits_that_are_measured_like_the_others(model, tmp_path):
+    settings = ComparisonSettings(
+        ModelSettings(model, "float32"),
+        METHODS[:1],
+        data=DATA,
+        seeds=[0, 1],
+        recovery={
+            "model": {"recovery": "full", "learning_rate": 0.01, "warmup_steps": 0},
+            "data": {"batch_size": 2, "num_validation": 2},
+            "trainer": {"max_steps": 6, "num_sanity_val_steps": 0},
+        },
+        out=str(tmp_path / "out"),
+    )
+    summary = compare(settings)
+    dense, pruned, recovered = summary.rows
+    assert not recovered.failed
+    assert (pruned.recovered, recovered.recovered) == (False, True)
+    assert pruned.share_removed == recovered.share_removed > 0
+    for name in dense.perplexity:
+        assert recovered.perplexity[name][0] < pruned.perplexity[name][0]
+    assert not [*Path(settings.out).rglob("*.safetensors")], "models are removed once measured"
+    before = results_of(settings)
+    assert len(before) == 5
+    assert compare(settings).rows == summary.rows
+    assert results_of(settings) == before
