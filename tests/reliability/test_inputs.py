@@ -94,6 +94,8 @@ def test_every_callback_is_tried():
     tried = {target.made for target in TARGETS.values()}
     for name in callbacks.__all__:
         made = getattr(callbacks, name)
+        if made is callbacks.TaskEvaluation:  # needs rows of tasks: see tests/evaluation/tasks
+            continue
         if not inspect.isabstract(made) and issubclass(made, pl.Callback):
             assert made in tried or not inspect.signature(made).parameters, name
 

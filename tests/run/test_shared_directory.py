@@ -17,7 +17,7 @@ from prunelight.runtime.files.directory_lock import DirectoryLock
 from prunelight.training.trainer import Trainer
 
 REPORT_FILES = [
-    *("report.md", "report.json", "analysis.md", "analysis.json"),
+    *("report.md", "report.json", "report.html", "analysis.md", "analysis.json"),
     *("layers.png", "layers-2.png", "cka.png", "cka-3.png", "analysis-cka.png"),
 ]
 
@@ -41,7 +41,7 @@ def test_every_name_that_a_run_writes_is_known_to_the_check(name, tmp_path):
     trainer.fit(make_module(name), make_data(name, tmp_path))
     written = {file.name for file in tmp_path.iterdir() if file.is_file()}
     written -= {"text.txt", ".prunelight.lock"}
-    assert written <= {"report.md", "report.json", *PICTURES}
+    assert written <= {"report.md", "report.json", "report.html", *PICTURES}
     check_report_files(tmp_path)
     (tmp_path / "report.md").unlink()  # a kill came before it was written
     check_report_files(tmp_path)
