@@ -13,12 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-DRAWS = 2000
-_LOW, _HIGH = 2.5, 97.5  # percentiles of a 95 % interval
-
-Array = NDArray[np.float64]
+from prunelight.evaluation.quality.bootstrap import DRAWS, PERCENTILES, Array, resamples
 
 
 @dataclass(frozen=True)
@@ -77,9 +73,9 @@ def paired(
     best = int(np.argmin(values) if lower_is_better else np.argmax(values))
     results = []
     for method, value in enumerate(values):
-        low, high = np.percentile(drawn[method], (_LOW, _HIGH))
+        low, high = np.percentile(drawn[method], PERCENTILES)
         differences = drawn[method] - drawn[best]
-        less, more = np.percentile(differences, (_LOW, _HIGH))
+        less, more = np.percentile(differences, PERCENTILES)
         results.append(
             Paired(
                 value=float(value),
@@ -107,8 +103,7 @@ def _bootstrap(
     for text, count in enumerate(counts):
         weights = np.asarray(count, dtype=np.float64)  # (N,)
         of_text = np.array([method[text] for method in sums], dtype=np.float64)  # (M, N)
-        # How often a draw holds each window, (R, N): sums over a draw are products with it.
-        times = generator.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), draws)
+        times = resamples(len(weights), generator, draws)  # (R, N)
         tokens = times @ weights  # (R,)
         values += of_text.sum(1) / weights.sum() / len(counts)
         drawn += (of_text @ times.T) / np.maximum(tokens, 1e-30) / len(counts)

@@ -7,20 +7,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.calibration.shared_windows import group_of, own_windows
-from prunelight.calibration.windows import (
-    Windows,
-    check_readable,
-    micro_batches,
-    next_token_labels,
-    split_windows,
-)
+from prunelight.calibration.shared_windows import group_of
+from prunelight.calibration.windows import Windows, check_readable, split_windows
+from prunelight.evaluation.quality.token_losses import EVALUATION_TOKENS, labelled_batches
 from prunelight.losses import next_token_sums
 from prunelight.models.forward import evaluating
 from prunelight.runtime.finite import check_is_model
-
-# Tokens of a micro-batch. Its logits (tokens, vocabulary) are the largest tensor of an evaluation.
-_EVALUATION_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -56,13 +48,12 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
     check_is_model(model)
     ids, _ = split_windows(windows)
     check_readable(model, windows)
-    labels = next_token_labels(own_windows(windows))
-    sums, start = torch.zeros(3, dtype=torch.float64), 0
+    sums = torch.zeros(3, dtype=torch.float64)
     with evaluating(model):
-        for batch in micro_batches(model, windows, tokens=_EVALUATION_TOKENS, label="evaluation"):
-            batch_labels = labels[start : start + len(batch["input_ids"])]
-            start += len(batch_labels)
-            sums += torch.stack(next_token_sums(model(**batch).logits, batch_labels)).double()
+        for batch, labels in labelled_batches(
+            model, windows, tokens=EVALUATION_TOKENS, label="evaluation"
+        ):
+            sums += torch.stack(next_token_sums(model(**batch).logits, labels)).double()
     nll, correct, tokens = group_of(windows).sum(sums)
     if tokens == 0:
         raise ValueError(

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from prunelight.evaluation.quality.results import Interval
 
-_DRAWS = 2000
-_PERCENTILES = (2.5, 97.5)
+DRAWS = 2000
+PERCENTILES = (2.5, 97.5)  # of a 95 % interval
 
 Array = NDArray[np.float64]
 
@@ -50,10 +50,10 @@ def mean_interval(
     value = math.fsum(values) / math.fsum(weights)
     if len(values) < 2 or not math.isfinite(value):
         return Interval(value, math.nan, math.nan)
-    draws = _draws(len(values), seed)
+    draws = resamples(len(values), np.random.default_rng(seed))
     with np.errstate(invalid="ignore", divide="ignore"):
         means = (draws @ values) / (draws @ weights)
-    low, high = np.nanpercentile(means, _PERCENTILES)
+    low, high = np.nanpercentile(means, PERCENTILES)
     return Interval(value, float(low), float(high))
 
 
@@ -66,7 +66,7 @@ def perplexity_interval(nll: Sequence[float], tokens: Sequence[int], *, seed: in
         seed: of the draws.
     """
     mean = mean_interval(nll, tokens, seed=seed)
-    return Interval(*(_exp(x) for x in (mean.value, mean.low, mean.high)))
+    return Interval(*(exp_or_infinity(x) for x in (mean.value, mean.low, mean.high)))
 
 
 def paired_difference(
@@ -85,41 +85,25 @@ def paired_difference(
     Raises:
         ValueError: if the models were not measured on the same windows.
     """
-    return mean_interval(_differences(nll, reference_nll), tokens, seed=seed)
-
-
-def paired_mean_difference(
-    values: Sequence[float], reference_values: Sequence[float], *, seed: int = 0
-) -> Interval:
-    """Return the mean difference of values of the same items, such as answers, with its interval.
-
-    Args:
-        values: (N,), one of each item.
-        reference_values: (N,), the same of the reference.
-        seed: of the draws.
-
-    Raises:
-        ValueError: if the items are not the same.
-    """
-    return mean_interval(_differences(values, reference_values), seed=seed)
-
-
-def _differences(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    if len(values) != len(others):
+    if len(nll) != len(reference_nll):
         raise ValueError(
-            f"{len(values)} and {len(others)} values cannot be paired; measure both models on the "
-            "same windows or questions"
+            f"{len(nll)} and {len(reference_nll)} values cannot be paired; measure both models on "
+            "the same windows"
         )
-    return [a - b for a, b in zip(values, others, strict=True)]
+    differences = [a - b for a, b in zip(nll, reference_nll, strict=True)]
+    return mean_interval(differences, tokens, seed=seed)
 
 
-def _draws(count: int, seed: int) -> Array:
-    """Return how often each of `count` windows is in each draw, (R, N)."""
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(count, np.full(count, 1 / count), size=_DRAWS).astype(np.float64)
+def resamples(count: int, generator: np.random.Generator, draws: int = DRAWS) -> Array:
+    """Return how often each draw holds each of `count` windows, (R, N).
+
+    Sums over a draw are products with it.
+    """
+    return generator.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 
 
-def _exp(value: float) -> float:
+def exp_or_infinity(value: float) -> float:
+    """Return the exponential of a value; infinity where a float cannot hold it."""
     try:
         return math.exp(value)
     except OverflowError:

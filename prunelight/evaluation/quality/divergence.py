@@ -87,13 +87,13 @@ def against_reference(
     windows = share_windows(text.windows, group or ProcessGroup())
     tokens: list[Tensor] = []  # of each window (6, T - 1); NaN where no token counts
     with evaluating(model), evaluating(reference):
-        for batch, targets in labelled_batches(
+        for batch, labels in labelled_batches(
             model, windows, tokens=batch_tokens, label=f"divergence on {text.text}"
         ):
             ours = model(**batch).logits
             moved = {name: value.to(reference.device) for name, value in batch.items()}
             theirs = reference(**moved).logits.to(ours.device)
-            tokens += compare_logits(ours, theirs, targets).unbind(1)
+            tokens += compare_logits(ours, theirs, labels[:, 1:]).unbind(1)
     tokens = [window for part in group_of(windows).gather(tokens) for window in part]
     found = torch.stack(tokens).numpy()  # (N, 6, T - 1)
     qualities = [

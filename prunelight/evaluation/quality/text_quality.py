@@ -48,9 +48,10 @@ def text_quality(
     windows = share_windows(text.windows, group or ProcessGroup())
     rows: list[tuple[float, int, int]] = []
     with evaluating(model):
-        for batch, targets in labelled_batches(
+        for batch, labels in labelled_batches(
             model, windows, tokens=batch_tokens, label=f"perplexity of {text.text}"
         ):
+            targets = labels[:, 1:]
             nll, correct = token_losses(model(**batch).logits, targets)
             counted = (targets != IGNORED_LABEL).sum(1)
             sums = (nll.sum(1).tolist(), counted.tolist(), correct.sum(1).tolist())

@@ -25,7 +25,7 @@ CHUNK = 256
 def labelled_batches(
     model: PreTrainedModel, windows: Windows, *, tokens: int, label: str
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """Yield micro-batches of the windows of this process, and what each position predicts.
+    """Yield micro-batches of the windows of this process, with their labels.
 
     Args:
         model: that reads them.
@@ -34,13 +34,14 @@ def labelled_batches(
         label: of the progress bar.
 
     Yields:
-        Keyword arguments of the model, and targets (B, T - 1): IGNORED_LABEL where none counts.
+        Keyword arguments of the model, and labels (B, T) on its device: IGNORED_LABEL where none
+        counts.
     """
     labels, start = next_token_labels(own_windows(windows)), 0
     for batch in micro_batches(model, windows, tokens=tokens, label=label):
         rows = labels[start : start + len(batch["input_ids"])]
         start += len(rows)
-        yield batch, rows[:, 1:].to(model.device)
+        yield batch, rows.to(model.device)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from math import exp
 from pathlib import Path
 
 from prunelight.evaluation.probes.examiner import (
@@ -19,6 +18,7 @@ from prunelight.evaluation.probes.examiner import (
 from prunelight.evaluation.probes.probing import run_probes
 from prunelight.evaluation.probes.results import compare_probes
 from prunelight.evaluation.probes.samples import samples
+from prunelight.evaluation.quality.bootstrap import exp_or_infinity
 from prunelight.evaluation.quality.divergence import against_reference
 from prunelight.evaluation.quality.text_quality import text_quality
 from prunelight.evaluation.quality.text_windows import (
@@ -33,9 +33,9 @@ from prunelight.evaluation.saved.settings import EvaluationSettings
 from prunelight.evaluation.saved.subject import Subject, check_same_tokenizer, find_device
 from prunelight.evaluation.serving.cost import serving_cost
 from prunelight.evaluation.tasks.catalog import spelled_out
-from prunelight.evaluation.tasks.flips import flips_between
 from prunelight.evaluation.tasks.results import TaskResult
 from prunelight.evaluation.tasks.running import run_tasks
+from prunelight.evaluation.tasks.saving import task_result, tasks_answer
 from prunelight.evaluation.tasks.task_set import TaskSet, check_tasks
 from prunelight.planning.fingerprints import fingerprint_of, library_versions, without_folders
 from prunelight.runtime.devices import device_name
@@ -188,13 +188,10 @@ class _Evaluation:
         if not self.tasks:
             return {}
         ours = self._task_results(self.subject)
-        told: Json = {"tasks": {name: asdict(each) for name, each in ours.items()}}
-        if self.dense is not None:
-            theirs = self._task_results(self.dense)
-            told["reference_tasks"] = {name: asdict(each) for name, each in theirs.items()}
-            flips = flips_between(theirs, ours)
-            told["flips"] = {name: asdict(each) for name, each in flips.items()}
-        return told
+        if self.dense is None:
+            return tasks_answer(ours, None)
+        theirs = self._task_results(self.dense)
+        return tasks_answer(ours, theirs) | {"reference_tasks": tasks_answer(theirs, None)["tasks"]}
 
     def _task_results(self, subject: Subject) -> dict[str, TaskResult]:
         results: dict[str, TaskResult] = {}
@@ -213,7 +210,8 @@ class _Evaluation:
             batch_size=self.settings.batch_size or _QUESTIONS,
             group=self.group,
         )
-        return {name: asdict(each) for name, each in results.items()}
+        answer: Json = tasks_answer(results, None)["tasks"]
+        return answer
 
     def _probes(self, measured: Json) -> Json:
         """Return what probes find, samples side by side, and a warning for each hidden collapse.
@@ -235,7 +233,7 @@ class _Evaluation:
         warnings = [
             warning
             for ratio in ratios[:1]
-            for warning in compare_probes(reference, found, perplexity_ratio=exp(ratio))
+            for warning in compare_probes(reference, found, perplexity_ratio=exp_or_infinity(ratio))
         ]
         return {
             "probes": probes_json(found, reference),
@@ -315,8 +313,3 @@ def _probe(subject: Subject) -> Json:
         generated = samples(subject.model, subject.tokenizer)
         results = run_probes(subject.model, subject.tokenizer, generated=generated)
     return {"probes": probes_json(results), "samples": samples_json(generated)}
-
-
-def task_result(told: Json) -> TaskResult:
-    """Return the result of a task of what evaluation.json holds of it."""
-    return TaskResult(**{**told, "parts": [task_result(part) for part in told["parts"]]})

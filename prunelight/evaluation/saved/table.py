@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from prunelight.evaluation.quality.bootstrap import exp_or_infinity
 from prunelight.evaluation.report.plan_facts import Json, percent
 
 Row = tuple[str, str, str, str]  # name, model, reference, change
@@ -172,11 +172,4 @@ def interval(value: Json, digits: int = 3) -> str:
 
 def _factor(ratio: Json) -> str:
     """Return a logarithm of a ratio as a factor, with its interval."""
-    return "x" + interval({name: _exp(value) for name, value in ratio.items()})
-
-
-def _exp(value: Any) -> float:
-    try:
-        return math.exp(float(value))
-    except OverflowError:
-        return math.inf
+    return "x" + interval({name: exp_or_infinity(float(value)) for name, value in ratio.items()})
