@@ -21,6 +21,7 @@ FLOORS = {
     "planning": 2,
     "data": 2,
     "models": 3,
+    "config_files": 4,
     "calibration": 4,
     "scoring": 5,
     "evaluation": 5,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -19,19 +17,24 @@ from prunelight.comparison.settings import ComparisonSettings
 from prunelight.comparison.telling.summary import Summary
 from prunelight.comparison.telling.table import lines, short_head
 from prunelight.comparison.telling.verdict import verdict
+from prunelight.config_files import find_configs
+from prunelight.runtime.origin import command_line
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     parser = _parser()
-    given = [_installed(argument) for argument in arguments]
+    try:
+        given = find_configs(arguments)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
 
     def run(values: Namespace) -> None:
         made = parser.instantiate(values)
         names = ComparisonSettings.__dataclass_fields__
         settings = ComparisonSettings(**{name: made[name] for name in names})
         try:
-            show(compare(settings, shlex.join(["prunelight", "compare", *arguments])))
+            show(compare(settings, command_line(["prunelight", "compare", *arguments])))
         except (KeyboardInterrupt, SystemExit) as stop:  # Lightning ends a fit by SystemExit
             if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
@@ -54,16 +57,6 @@ def _parser() -> VerbParser:
     parser.add_argument("--config", action="config", help="YAML file with any options.")
     parser.add_class_arguments(ComparisonSettings, None)
     return parser
-
-
-def _installed(argument: str) -> str:
-    """Return the path of an installed config for its bare name, or the argument as it is."""
-    option, equals, name = argument.rpartition("=")
-    if not name.endswith(".yaml") or Path(name).expanduser().exists():
-        return argument
-    root = Path(str(files("prunelight.configs")))
-    found = [path for path in root.rglob("*.yaml") if path.name == Path(name).name]
-    return f"{option}{equals}{found[0]}" if found else argument
 
 
 def show(summary: Summary) -> None:

@@ -22,7 +22,7 @@ from prunelight.comparison.settings import ComparisonSettings
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import find_source
 from prunelight.planning.fingerprints import describe_model, fingerprint_of, library_versions
-from prunelight.runtime.files.atomic_files import atomic_replacement, explaining_write_errors
+from prunelight.runtime.files.atomic_files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -291,9 +291,7 @@ def write_grid(out: Path, key: str, settings: ComparisonSettings, grid: Grid) ->
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with explaining_write_errors(path), atomic_replacement(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def _read(out: Path) -> dict[str, Any] | None:

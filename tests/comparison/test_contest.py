@@ -70,6 +70,23 @@ def test_every_method_has_a_row_and_one_of_each_group_is_best(contest):
         assert rows[name].prune_forwards > 0
 
 
+def test_no_folder_of_this_machine_is_in_what_a_contest_publishes(model, tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("The river runs past the old mill and down to the sea. " * 60)
+    settings = ComparisonSettings(
+        ModelSettings(model, "float32"),
+        METHODS[:1],
+        data=replace(DATA, texts={"own": str(text)}, calibration=str(text), num_windows=2),
+        out=str(tmp_path / "out"),
+    )
+    compare(settings, f"prunelight compare --out {Path(settings.out).name}")
+    for name in ("comparison.json", "comparison.md", "report.html"):
+        content = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert "own.txt" in content
+        assert str(tmp_path) not in content
+        assert str(Path(model).parent) not in content
+
+
 def test_a_method_that_cannot_prune_this_model_is_a_row_with_its_reason(contest):
     settings, summary = contest
     assert "SliceGPT cannot make this model smaller" in rows_of(summary)["SliceGPT"].failed

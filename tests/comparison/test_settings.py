@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from runs import write_model
 
+from prunelight.commands.compare import main
 from prunelight.comparison.contest import compare
 from prunelight.comparison.methods import entrants_of
 from prunelight.comparison.running.fits import check_recovery
@@ -15,6 +16,7 @@ from prunelight.comparison.settings import (
     LauncherSettings,
     ModelSettings,
 )
+from prunelight.config_files import find_configs
 
 SHORTGPT = {"class_path": "prunelight.callbacks.ShortGPT"}
 
@@ -165,14 +167,25 @@ def test_a_bad_recovery_is_refused(recovery, message, tmp_path):
 
 @pytest.mark.parametrize("name", ["compare_25.yaml", "compare_recovery.yaml"])
 def test_shipped_configs_parse_and_say_how_they_are_run(name):
-    from prunelight.commands.compare import _installed, _parser
+    from prunelight.commands.compare import _parser
 
-    parsed = _parser().parse_args(["--config", _installed(name)])
+    _, path = find_configs(["--config", name])
+    parsed = _parser().parse_args(["--config", path])
     made = _parser().instantiate(parsed)
     config = ComparisonSettings(
         **{field: made[field] for field in ComparisonSettings.__dataclass_fields__}
     )
     for one in entrants_of(config.methods):
         one.check()
-    text = Path(_installed(name)).read_text(encoding="utf-8")
+    text = Path(path).read_text(encoding="utf-8")
     assert f"prunelight compare --config {name}" in text
+
+
+@pytest.mark.parametrize("given", [["--config", "compare_52.yaml"], ["--config=compare_52.yaml"]])
+def test_a_misspelt_config_is_answered_with_the_nearest_installed_one(given, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(given)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config 'compare_52.yaml' is neither a file here nor installed" in line
+    assert "compare_25.yaml" in line

@@ -180,9 +180,9 @@ def _measured(summary: Summary) -> list[Markup]:
     values: dict[str, Any] = {
         "model": f"{model['name']}, {model['parameters'] / 1e6:.1f}M parameters, {model['dtype']}",
         "fingerprint of the model": model["fingerprint"],
-        "texts": ", ".join(f"{name} ({source})" for name, source in data.texts.items()),
+        "texts": summary.texts,
         "windows of each text": f"{data.num_windows} of {data.seq_len} tokens",
-        "calibration": f"{data.num_calibration} windows of {data.calibration}",
+        "calibration": summary.calibration,
         "tasks": ", ".join(settings.tasks) or "none",
         "questions of each task": "all"
         if settings.limit is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -12,6 +11,8 @@ from typing import Any
 from prunelight.comparison.grid import DENSE, Cell
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.comparison.statistics import Paired, front, paired
+from prunelight.planning.fingerprints import without_folders
+from prunelight.runtime.origin import date_now
 
 Result = dict[str, Any]
 
@@ -105,6 +106,20 @@ class Summary:
         return self.rows[0]
 
     @property
+    def texts(self) -> str:
+        """The held-out texts and their sources, without folders of this machine."""
+        given = self.settings.data.texts.items()
+        return ", ".join(f"{name} ({without_folders(source)})" for name, source in given)
+
+    @property
+    def calibration(self) -> str:
+        """The calibration windows and their sources, without folders of this machine."""
+        data = self.settings.data
+        given = [data.calibration] if isinstance(data.calibration, str) else data.calibration
+        sources = ", ".join(without_folders(source) for source in given)
+        return f"{data.num_calibration} windows of {sources}"
+
+    @property
     def num_missing(self) -> int:
         """Rows whose cells are not all run yet."""
         return sum(row.missing for row in self.rows)
@@ -145,7 +160,7 @@ def summarize(
         facts=facts,
         rows=rows,
         command=command,
-        date=time.strftime("%Y-%m-%d %H:%M"),
+        date=date_now(),
         device=next((r["device"] for _, r in cells if r and not r["failed"]), ""),
         forward_seconds=next(
             (r["forward_seconds"] for _, r in cells if r and not r["failed"]), None

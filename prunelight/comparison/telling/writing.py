@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from prunelight.comparison.telling.summary import Summary
 from prunelight.comparison.telling.table import head, lines
 from prunelight.evaluation.report.writing import markdown_table
+from prunelight.runtime.origin import without_paths
 
 _TITLE = "# Comparison of pruning methods: "
 
@@ -39,10 +41,20 @@ def check_outputs(out: Path) -> None:
             )
 
 
-def json_of(summary: Summary) -> dict[str, object]:
-    """Return the summary as JSON values."""
-    values: dict[str, object] = json.loads(json.dumps(summary.to_dict()))
-    return values
+def json_of(summary: Summary) -> dict[str, Any]:
+    """Return the summary as JSON values, without folders of this machine."""
+    values: dict[str, Any] = json.loads(json.dumps(summary.to_dict()))
+    told: dict[str, Any] = _without_paths(values)
+    return told
+
+
+def _without_paths(value: Any) -> Any:
+    """Return JSON values in which paths are their last parts."""
+    if isinstance(value, dict):
+        return {name: _without_paths(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(inner) for inner in value]
+    return without_paths(value) if isinstance(value, str) else value
 
 
 def markdown(summary: Summary, told: list[str]) -> str:
@@ -64,12 +76,12 @@ def markdown(summary: Summary, told: list[str]) -> str:
 def _facts(summary: Summary) -> str:
     settings, facts = summary.settings, summary.facts
     data = settings.data
-    texts = ", ".join(f"{name} ({source})" for name, source in data.texts.items())
     f = "" if summary.forward_seconds is None else f" F = {summary.forward_seconds:.2f} s."
     return (
         f"Model {facts['model']['name']} ({facts['model']['parameters'] / 1e6:.1f}M parameters, "
-        f"{facts['model']['dtype']}, fingerprint {facts['model']['fingerprint']}). Texts: {texts}, "
+        f"{facts['model']['dtype']}, fingerprint {facts['model']['fingerprint']}). "
+        f"Texts: {summary.texts}, "
         f"{data.num_windows} windows of {data.seq_len} tokens each. Calibration: "
-        f"{data.num_calibration} windows of {data.calibration}. Seeds {settings.seeds}. Device: "
+        f"{summary.calibration}. Seeds {settings.seeds}. Device: "
         f"{summary.device}.{f} {summary.date}. Command: {summary.command or 'from Python'}"
     )

@@ -13,11 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prunelight.evaluation.report.plan_facts import Json
-from prunelight.runtime.files.atomic_files import (
-    atomic_replacement,
-    check_writable,
-    explaining_write_errors,
-)
+from prunelight.runtime.files.atomic_files import check_writable, write_text
 from prunelight.runtime.files.checksums import sealed, unsealed
 from prunelight.runtime.processes import ProcessGroup
 
@@ -92,18 +88,6 @@ def _read_part(file: Path) -> Json | None:
         log.warning("%s cannot be read (%s): that part is measured again", file, error)
         return None
     return {name: value for name, value in content.items() if name != "part"}
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all, with its directory.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    with explaining_write_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_replacement(file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
 
 
 def strict_json(content: Json) -> Json:

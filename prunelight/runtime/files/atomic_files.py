@@ -178,6 +178,18 @@ def _system_reason(error: BaseException | None) -> str | None:
     return None
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all, in a directory that is made if it is missing.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with explaining_write_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_replacement(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
 def check_writable(directory: Path) -> None:
     """Check, by writing a file, that a directory is writable.
 
