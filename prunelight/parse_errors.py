@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -21,8 +22,6 @@ import prunelight.callbacks
 from prunelight.runtime.arguments import did_you_mean
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
-
-_MORE = "(prunelight fit --help says more)"
 
 _WORDS = {
     "int": "a whole number",
@@ -38,11 +37,15 @@ _WORDS = {
 _EXAMPLES = {"callbacks": "ShortGPT", "logger": "CSVLogger", "optimizer": "torch.optim.AdamW"}
 
 
-def parse_error(message: str) -> str:
+def parse_error(
+    message: str, command: str = "prunelight fit", options: Sequence[str] | None = None
+) -> str:
     """Return an error of jsonargparse in one line: value, rule and remedy.
 
     Args:
         message: what jsonargparse says, often in many lines.
+        command: whose help says more.
+        options: of a command that takes no classes; None for those of a fit.
     """
     message = re.sub(
         r"'\w+' object has no attribute 'keys'", "init_args must be a mapping", message
@@ -50,20 +53,21 @@ def parse_error(message: str) -> str:
     own = re.search(
         r"class_path '[\w.]*?(\w+)':\n(.+?)(?=\n +- |\n +Given|\Z)", message, flags=re.DOTALL
     )
-    told = _no_section(message) or _unknown_name(message) or _wrong_value(message)
+    known = option_names() if options is None else options
+    told = _no_section(message, known) or _unknown_name(message, known) or _wrong_value(message)
     if told is None:
         text = f"{own[1]}: {own[2]}" if own else message
         told = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(text.split()))
-    return f"{' '.join(told.split())} {_MORE}"
+    return f"{' '.join(told.split())} ({command} --help says more)"
 
 
-def _no_section(message: str) -> str | None:
+def _no_section(message: str, options: Sequence[str]) -> str | None:
     """Return the error of a plain value for an argument that holds settings, such as `lora`."""
     key = _key_of(message)
     value = re.search(r"Unable to load config '([^']*)'|Given value: ([^{\[\n]+)\Z", message)
     if key is None or value is None:
         return None
-    names = [name.removeprefix(f"{key}.") for name in option_names() if name.startswith(f"{key}.")]
+    names = [name.removeprefix(f"{key}.") for name in options if name.startswith(f"{key}.")]
     names = names or names_within(key)
     if not names:
         return None
@@ -71,7 +75,7 @@ def _no_section(message: str) -> str | None:
     return f"{key}={given} must be a mapping with some of {', '.join(names)}, or a file of it"
 
 
-def _unknown_name(message: str) -> str | None:
+def _unknown_name(message: str, options: Sequence[str]) -> str | None:
     """Return the error of a name that is not known: of an option, a verb or a class."""
     verb = re.search(r"invalid choice: '(\S+)' \(choose from (.+)\)", message)
     if verb:
@@ -91,8 +95,8 @@ def _unknown_name(message: str) -> str | None:
                 "a class is given as class_path: NAME and its arguments as init_args: {...}, both "
                 "in one mapping"
             )
-        known = option_names() if of_the_command else argument_names()
-        return f"there is no option {name}{did_you_mean(name, known)}"
+        names = options if of_the_command else argument_names()
+        return f"there is no option {name}{did_you_mean(name, names)}"
     missing = (
         r"import path string: ([\w.]+)",
         r"module '[\w.]+' has no attribute '(\w+)'",

@@ -21,8 +21,10 @@ class VerbParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with the error in one line."""
-        text = " ".join(str(message).split())
-        self.exit(2, f"prunelight: error: {text} ({self.prog} --help says more)\n")
+        from prunelight.parse_errors import parse_error  # it takes seconds: it imports lightning
+
+        options = [*self.get_defaults().keys()]
+        self.exit(2, f"prunelight: error: {parse_error(message, self.prog, options)}\n")
 
 
 def run_verb(

@@ -176,6 +176,7 @@ def one_line(error: BaseException) -> str:
 
 def grid_facts(settings: ComparisonSettings, bench: Bench) -> dict[str, Any]:
     """Return what all results depend on."""
+    tasks = bench.task_set  # first: a wrong task ends here, before a model is loaded
     dense = bench.dense
     return {
         "model": {
@@ -184,7 +185,7 @@ def grid_facts(settings: ComparisonSettings, bench: Bench) -> dict[str, Any]:
             "dtype": str(dense.dtype).removeprefix("torch."),
         },
         **bench.facts(),
-        "tasks": None if bench.task_set is None else bench.task_set.describe(),
+        "tasks": None if tasks is None else tasks.describe(),
         "versions": _versions(),
     }
 

@@ -167,6 +167,14 @@ def test_files_of_others_are_not_replaced(contest, tmp_path):
         compare(replace(settings, out=str(tmp_path)))
 
 
+def test_a_wrong_task_ends_before_the_model_is_loaded(tmp_path):
+    settings = ComparisonSettings(
+        ModelSettings("no model at all"), METHODS, tasks=["piqq"], out=str(tmp_path / "out")
+    )
+    with pytest.raises(ValueError, match="task 'piqq' is unknown to lm-eval; the nearest names"):
+        compare(settings)
+
+
 def test_too_short_a_text_is_refused(contest, tmp_path):
     settings, _ = contest
     long = replace(settings, data=replace(DATA, num_windows=10**6), out=str(tmp_path))

@@ -402,6 +402,30 @@ def test_an_unknown_config_is_one_line_with_names_that_are_near(capsys, name, ne
     assert near in message
 
 
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("evaluate m --seq_len x", "seq_len=x must be a whole number or null"),
+        ("evaluate m --probes 3", "probes=3 must be true or false"),
+        ("evaluate m --refernce d", "there is no option refernce; did you mean reference?"),
+        ("evaluate", "the following arguments are required: model"),
+        ("export m --to gguf --unproven maybe", "unproven=maybe must be true or false"),
+        ("compare --config compare_25.yaml --model m", "must be a mapping with some of name, dt"),
+        ("compare --config compare_25.yaml --launcher.kind slurm", "one of sequential, joblib"),
+        ("compare --config compare_25.yaml --amounts 0.25", "amounts=0.25 must be a list"),
+        ("compare --config compare_25.yaml --maxkld 1", "did you mean max_kld?"),
+    ],
+)
+def test_a_wrong_option_of_a_verb_is_one_line(capsys, command, fault):
+    verb, *_ = command.split()
+    with pytest.raises(SystemExit) as stopped:
+        main(command.split())
+    (message,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert fault in message
+    assert message.endswith(f"(prunelight {verb} --help says more)")
+
+
 def test_a_config_that_gives_a_figure_says_which_model_the_alias_is():
     sentence = (
         "# smollm2-135m is SmolLM2-135M-Instruct, read from a 4-bit GGUF (Q4_1) and de-quantized"

@@ -97,18 +97,13 @@ class Bench:
 
     @cached_property
     def task_set(self) -> Any:
-        """The tasks, checked and loaded; None without any."""
+        """The tasks, checked and with their rows; None without any. It needs no model."""
         settings = self.settings
         if not settings.tasks:
             return None
         from prunelight.evaluation.tasks.task_set import check_tasks
 
-        return check_tasks(
-            settings.tasks,
-            tasks_dir=settings.tasks_dir,
-            limit=settings.limit,
-            tokenizer=self.tokenizer,
-        )
+        return check_tasks(settings.tasks, tasks_dir=settings.tasks_dir, limit=settings.limit)
 
     @cached_property
     def forward_seconds(self) -> float:

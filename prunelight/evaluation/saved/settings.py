@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 
 from prunelight.runtime.arguments import at_least, check_fields
 
+_OF_A_PART = {
+    "texts": ("seq_len", "max_windows", "keep_tail"),
+    "tasks": ("tasks_dir", "limit", "num_fewshot", "apply_chat_template"),
+}
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -28,8 +33,8 @@ class EvaluationSettings:
         batch_size: windows, or questions, of a forward; None for about 1024 tokens of windows.
 
     Raises:
-        ValueError: if a number is out of range, a text or task is named twice, or there is nothing
-            to measure.
+        ValueError: if a number is out of range, a text or task is named twice, a setting has no
+            effect, or there is nothing to measure.
     """
 
     texts: list[str] = field(default_factory=lambda: ["sample:validation"])
@@ -55,6 +60,13 @@ class EvaluationSettings:
             num_fewshot=at_least(0),
             batch_size=at_least(1),
         )
+        for part, options in _OF_A_PART.items():
+            for option in options:
+                value = getattr(self, option)
+                if value not in (None, False) and not getattr(self, part):
+                    raise ValueError(
+                        f"{option}={value!r} has no effect without {part}; leave it out"
+                    )
         for option, names in (("text", self.texts), ("tasks", self.tasks)):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:

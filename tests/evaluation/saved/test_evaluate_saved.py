@@ -163,6 +163,11 @@ def test_what_serving_costs_stands_beside_the_reference(places, tmp_path):
         ({"texts": ["a.txt", "a.txt"]}, "text='a.txt' is named twice"),
         ({"tasks": ["piqa", "piqa"]}, "tasks='piqa' is named twice"),
         ({"texts": [], "probes": False}, "there is nothing to measure"),
+        ({"limit": 5}, "limit=5 has no effect without tasks; leave it out"),
+        ({"tasks_dir": "rows"}, "tasks_dir='rows' has no effect without tasks"),
+        ({"apply_chat_template": True}, "apply_chat_template=True has no effect without tasks"),
+        ({"texts": [], "seq_len": 64}, "seq_len=64 has no effect without texts"),
+        ({"texts": [], "keep_tail": True}, "keep_tail=True has no effect without texts"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(changes, fault):
