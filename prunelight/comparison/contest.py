@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunelight.comparison.amounts.quality_search import search
+from prunelight.comparison.amounts.goals import goals_of
+from prunelight.comparison.amounts.search import search
 from prunelight.comparison.grid import (
     Cell,
     Grid,
@@ -85,7 +86,8 @@ def _new_grid(settings: ComparisonSettings, entrants: Sequence[Any]) -> Grid:
         bench = bench_of(json.dumps(settings.to_dict()), next(iter(launcher.devices), None))
     else:
         bench = Bench(settings, "cpu")
-    if settings.quality_target is None:
+    goals = goals_of(settings)
+    if not goals:
         return make_grid(settings, entrants, bench)
     facts = grid_facts(settings, bench)
 
@@ -93,7 +95,7 @@ def _new_grid(settings: ComparisonSettings, entrants: Sequence[Any]) -> Grid:
         results = run_missing(settings, cells)
         return [results[cell.fingerprint] for cell in cells]
 
-    chosen = search(settings, facts, entrants, bench, run)
+    chosen = search(settings, facts, goals, entrants, bench, run)
     return Grid(facts, [dense_cell(settings, facts), *chosen])
 
 

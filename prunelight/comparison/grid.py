@@ -234,6 +234,8 @@ def _named(
     depends: list[Any] = [FORMAT, model, facts["texts"], facts["versions"], settings.serving]
     if cell.with_tasks:
         depends.append(facts["tasks"])
+    if settings.equal == "latency":
+        depends.append(settings.equal)
     if cell.label != DENSE:
         arguments = cell.arguments
         depends += [cell.method, method_version, arguments, facts["calibration"][seed], cell.fault]

@@ -143,7 +143,8 @@ class ComparisonSettings:
         recovery: null, or a mapping of model, data and trainer as in a fit: then each pruned model
             is also recovered.
         seeds: each draws other calibration windows and another order of training.
-        equal: what methods are compared at: "parameters".
+        equal: what methods are compared at: "parameters", of which `amounts` are removed, or
+            "latency", where `amounts` of the time of a generation are saved, as measured here.
         serving: measure also what serving costs on this machine.
         max_kld: instead of `amounts`: prune each method as far as KL(dense || pruned) stays below.
         min_top1: instead of `amounts`: as far as so large a share of tokens keeps its most likely
@@ -163,7 +164,7 @@ class ComparisonSettings:
     limit: int | None = None
     recovery: dict[str, Any] | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
-    equal: Literal["parameters"] = "parameters"
+    equal: Literal["parameters", "latency"] = "parameters"
     serving: bool = False
     max_kld: float | None = None
     min_top1: float | None = None
@@ -205,6 +206,7 @@ class ComparisonSettings:
             raise ValueError(
                 f"max_kld={self.max_kld} and min_top1={self.min_top1}: give one of the two"
             )
+        self._check_time()
         if self.limit is not None and not self.tasks:
             raise ValueError(f"limit={self.limit} has no effect without tasks; leave it out")
         _check_different("amounts", self.amounts)
@@ -214,6 +216,22 @@ class ComparisonSettings:
         if self.tasks_dir is not None and not Path(self.tasks_dir).expanduser().is_dir():
             raise FileNotFoundError(
                 f"tasks_dir={self.tasks_dir!r} is no directory; give that of the tasks' files"
+            )
+
+    def _check_time(self) -> None:
+        """Check that where time is measured, nothing disturbs it."""
+        if self.equal == "latency" and self.quality_target is not None:
+            name, value = self.quality_target
+            raise ValueError(
+                f"equal='latency' has no effect with {name}={value:g}; leave one of them out"
+            )
+        launcher = self.launcher
+        alone = launcher.kind != "joblib" or launcher.n_jobs == 1 or len(launcher.devices) > 1
+        if (self.equal == "latency" or self.serving) and not alone:
+            option = "equal='latency'" if self.equal == "latency" else "serving=True"
+            raise ValueError(
+                f"{option} measures time, which {launcher.n_jobs} processes on one device disturb; "
+                "set launcher.n_jobs=1, or give a device to each"
             )
 
     @property

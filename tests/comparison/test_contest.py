@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from runs import write_model
 
-from prunelight.comparison.amounts.quality_search import quality_of
+from prunelight.comparison.amounts.goals import KeepQuality, Measured, SaveTime
+from prunelight.comparison.amounts.matching import Rung
 from prunelight.comparison.contest import compare
 from prunelight.comparison.settings import (
     ComparisonSettings,
@@ -17,6 +18,7 @@ from prunelight.comparison.settings import (
     LauncherSettings,
     ModelSettings,
 )
+from prunelight.comparison.telling.verdict import verdict
 
 METHODS = [
     {"class_path": "prunelight.callbacks.ShortGPT"},
@@ -209,7 +211,7 @@ def test_a_search_takes_the_most_that_keeps_the_limit(name, model, tmp_path):
     summary = compare(settings)
 
     def keeps(result):
-        measured = quality_of([result], name)
+        measured = KeepQuality(name, limit).measure([result])
         return measured.high <= limit if name == "max_kld" else measured.low >= limit
 
     results = [json.loads(file.read_text(encoding="utf-8")) for file in results_of(settings)]
@@ -229,6 +231,43 @@ def test_a_search_takes_the_most_that_keeps_the_limit(name, model, tmp_path):
 
 
 @pytest.mark.slow
+def test_at_equal_latency_each_method_takes_the_choice_whose_time_is_nearest(tmp_path):
+    deep = write_model(tmp_path / "deep", num_hidden_layers=8)
+    settings = ComparisonSettings(
+        ModelSettings(deep, "float32"),
+        [METHODS[0], METHODS[3]],
+        amounts=[0.5],
+        data=DATA,
+        equal="latency",
+        out=str(tmp_path / "out"),
+    )
+    summary = compare(settings)
+    rows = rows_of(summary)
+    assert "zeros save no time" in rows["DLP"].failed
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in results_of(settings)]
+    factors = {
+        r["cell"]["arguments"]["num_layers"]: r["latency"]["median"]
+        for r in results
+        if r["cell"]["label"] == "ShortGPT"
+    }
+    assert 3 <= len(factors) <= 4  # of 7 choices
+    chosen = rows["ShortGPT"]
+    assert chosen.asked == 0.5
+    distances = {number: abs(factor - 0.5) for number, factor in factors.items()}
+    assert chosen.arguments["num_layers"] == min(distances, key=distances.get)
+    assert chosen.latency[1] <= chosen.latency[0] <= chosen.latency[2]
+    assert "less time of a generation" in " ".join(verdict(summary))
+    assert "| latency |" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_a_share_of_time_that_cannot_be_saved_is_told():
+    rungs = [Rung({"num_layers": n}, 0.1 * n) for n in range(1, 4)]
+    tried = {1: Measured(0.9, 0.9, 0.9), 2: Measured(0.8, 0.8, 0.8)}
+    with pytest.raises(ValueError, match=r"at most 20.0% of the time can be saved, not 50.0%"):
+        SaveTime(0.5).choose(tried, rungs)
+    assert SaveTime(0.12).choose(tried, rungs) == 1
+
+
 def test_recovered_cells_are_fits_that_are_measured_like_the_others(model, tmp_path):
     settings = ComparisonSettings(
         ModelSettings(model, "float32"),

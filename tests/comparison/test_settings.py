@@ -41,6 +41,15 @@ def settings(**changes):
         ({"min_top1": 1.5}, r"min_top1=1.5 must lie in \(0, 1\]"),
         ({"max_kld": 0.1, "min_top1": 0.9}, "give one of the two"),
         ({"limit": 5}, "limit=5 has no effect without tasks"),
+        ({"equal": "latency", "max_kld": 0.1}, "equal='latency' has no effect with max_kld=0.1"),
+        (
+            {"equal": "latency", "launcher": LauncherSettings("joblib", n_jobs=2)},
+            "equal='latency' measures time, which 2 processes on one device disturb",
+        ),
+        (
+            {"serving": True, "launcher": LauncherSettings("joblib", n_jobs=2)},
+            "serving=True measures time, which 2 processes on one device disturb",
+        ),
         ({"limit": 0, "tasks": ["piqa"]}, "limit=0 must be at least 1"),
         ({"equal": "speed"}, "equal='speed' must be one of parameters"),
     ],

@@ -25,7 +25,7 @@ from prunelight.pruning.slicing.targets import allowed_widths, residual_dims, sl
 from prunelight.scoring.width_scores import allowed_groups, projection_parts, widths_of
 
 STEP = 0.01  # between shares that need no whole number
-_NEAR_ENOUGH = 0.75  # of a target that is out of reach: what is taken instead
+NEAR_ENOUGH = 0.75  # of a target that is out of reach: what is taken instead
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def nearest(entrant: Entrant, model: PreTrainedModel, target: float) -> Rung:
         return Rung({"parameter_ratio": target}, target)
     rungs = ladder(entrant, model)
     best = min(rungs, key=lambda rung: (abs(rung.share - target), rung.share))
-    if best.share < _NEAR_ENOUGH * target and best is rungs[-1]:
+    if best.share < NEAR_ENOUGH * target and best is rungs[-1]:
         raise ValueError(
             f"{entrant.label} can remove at most {best.share:.1%} of the parameters of this model, "
             f"not {target:.1%}; lower the amount"

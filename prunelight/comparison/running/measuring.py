@@ -1,4 +1,4 @@
-"""What is measured of a model in a comparison: texts, divergence from the dense model, tasks.
+"""What is measured of a model in a comparison: texts, divergence from the dense model, tasks, cost.
 
 The figures are those of `prunelight evaluate`, by the same functions.
 """
@@ -14,6 +14,10 @@ from prunelight.comparison.running.bench import Bench
 from prunelight.evaluation.quality.divergence import against_reference
 from prunelight.evaluation.quality.text_quality import text_quality
 from prunelight.evaluation.serving.cost import serving_cost
+from prunelight.evaluation.speed import LatencyProtocol, compare_latency
+
+# A short form of the papers' protocol, since a search asks for many models.
+LATENCY = LatencyProtocol(num_tokens=32, num_warmup=1, num_runs=7)
 
 
 def measure(model: PreTrainedModel, bench: Bench, *, tasks: bool) -> dict[str, Any]:
@@ -40,4 +44,7 @@ def measure(model: PreTrainedModel, bench: Bench, *, tasks: bool) -> dict[str, A
         found["tasks"] = {name: asdict(result) for name, result in results.items()}
     if bench.settings.serving:
         found["serving"] = serving_cost(model, None if is_dense else bench.dense)["serving"]
+    if bench.settings.equal == "latency" and not is_dense:
+        _, factor = compare_latency(model, bench.dense, bench.tokenizer, LATENCY)
+        found["latency"] = asdict(factor)
     return found

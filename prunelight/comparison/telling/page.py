@@ -10,7 +10,7 @@ from markupsafe import Markup
 from prunelight.comparison.statistics import Paired
 from prunelight.comparison.telling.summary import Row, Summary, mean_log_perplexity
 from prunelight.comparison.telling.table import head, interval, lines, place
-from prunelight.comparison.telling.writing import HOW_TO_READ
+from prunelight.comparison.telling.writing import HOW_TO_READ, LATENCY_NOTE
 from prunelight.evaluation.report.page.charts import bar_chart, scatter
 from prunelight.evaluation.report.page.frame import (
     Section,
@@ -68,7 +68,8 @@ def _tables(summary: Summary) -> list[Markup]:
     for title, rows in others:
         marked = [i + 1 for i, row in enumerate(rows) if "best" in row[-2:]]
         parts += [heading(title), table(columns, [*dense, *rows], marked=marked)]
-    parts += [paragraph(text, "note") for text in HOW_TO_READ[:2]]
+    notes = [*HOW_TO_READ[:2], *([LATENCY_NOTE] if summary.settings.equal == "latency" else [])]
+    parts += [paragraph(text, "note") for text in notes]
     return parts
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from prunelight.comparison.amounts.goals import factor_of
 from prunelight.comparison.grid import DENSE, Cell
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.comparison.statistics import Paired, front, paired
@@ -40,6 +41,8 @@ class Row:
         mean_accuracy: over the tasks; None without tasks.
         prune_forwards: time to score and prune, in F.
         serving: what serving costs, where it was measured.
+        latency: time of a generation as a factor of the dense model's, with its spread, where
+            methods are compared at equal latency.
         on_text: the method beside the best of its group, by mean ln perplexity.
         on_tasks: the same by mean accuracy.
         on_front: no other row of the group is smaller and as good.
@@ -63,6 +66,7 @@ class Row:
     mean_accuracy: float | None = None
     prune_forwards: float | None = None
     serving: dict[str, Any] = field(default_factory=dict)
+    latency: tuple[float, float, float] | None = None
     on_text: Paired | None = None
     on_tasks: Paired | None = None
     on_front: bool = False
@@ -208,6 +212,9 @@ def _row(
     times = [result["prune_forwards"] for result in results if "prune_forwards" in result]
     row.prune_forwards = fmean(times) if times else None
     row.serving = results[0].get("serving") or {}
+    if results[0].get("latency"):
+        median, low, high = map(fmean, zip(*map(factor_of, results), strict=True))
+        row.latency = median, low, high
     return row
 
 

@@ -13,7 +13,8 @@ def head(summary: Summary) -> list[str]:
     dense = summary.dense
     texts = [f"perplexity {name}" for name in summary.settings.data.texts]
     tasks = [*summary.settings.tasks] if not dense.tasks else [*dense.tasks]
-    columns = ["method", "removed", "zeros", *texts, "KL", "same top-1"]
+    latency = ["latency"] if summary.settings.equal == "latency" else []
+    columns = ["method", "removed", "zeros", *latency, *texts, "KL", "same top-1"]
     for name in tasks:
         columns += [name, f"flips {name}"]
     return [*columns, "time (F)", "text", *(["tasks"] if tasks else [])]
@@ -35,6 +36,8 @@ def lines(summary: Summary, *, intervals: bool = True) -> list[tuple[str, list[l
     for (group, asked, recovered), rows in summary.contests().items():
         if asked is None:
             title = "as far as the limit allows"
+        elif summary.settings.equal == "latency":
+            title = f"{asked:.3g} of the time of a generation saved"
         else:
             title = f"{asked:.3g} {'zeros' if group == 'zeros' else 'of the parameters removed'}"
         title += ", recovered" if recovered else ""
@@ -59,6 +62,7 @@ def _line(summary: Summary, row: Row, intervals: bool) -> list[str]:
         "method": row.label,
         "removed": f"{row.share_removed:.1%}",
         "zeros": f"{row.zeros:.1%}",
+        "latency": "" if row.latency is None else show(row.latency),
         **{f"perplexity {name}": show(found) for name, found in row.perplexity.items()},
         "KL": "" if row.kl is None else show(row.kl, 3),
         "same top-1": "" if row.same_top1 is None else show(row.same_top1, 3),

@@ -41,7 +41,9 @@ def verdict(summary: Summary) -> list[str]:
 def _of_contest(
     summary: Summary, group: str, asked: float, recovered: bool, rows: Sequence[Row]
 ) -> list[str]:
+    same_time = summary.settings.equal == "latency"
     what = f"{asked:.0%} zeros" if group == "zeros" else f"{asked:.0%} fewer parameters"
+    what = f"{asked:.0%} less time of a generation" if same_time else what
     after = " after recovery" if recovered else ""
     best = next(row for row in rows if row.on_text and row.on_text.best)
     figures = " and ".join(f"{x[0]:.1f} on {text}" for text, x in best.perplexity.items())
@@ -63,8 +65,14 @@ def _of_contest(
             f"{first.label} is {where} the tasks, with a mean accuracy of "
             f"{first.mean_accuracy:.1%}{beside}; {ties}."
         )
+    factors = sorted(row.latency[0] for row in rows if row.latency)
     shares = sorted(row.share_removed for row in rows)
-    if group != "zeros" and shares[-1] - shares[0] > 0.005:
+    if factors:
+        sentences.append(
+            f"Generations take {factors[0]:.2f} to {factors[-1]:.2f} times as long as with the "
+            f"dense model; for it {shares[0]:.1%} to {shares[-1]:.1%} of the parameters go."
+        )
+    elif group != "zeros" and shares[-1] - shares[0] > 0.005:
         sentences.append(
             f"Layers and widths come in whole numbers: the true shares removed go from "
             f"{shares[0]:.1%} to {shares[-1]:.1%}."

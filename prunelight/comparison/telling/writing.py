@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prunelight.comparison.running.measuring import LATENCY
 from prunelight.comparison.telling.summary import Summary
 from prunelight.comparison.telling.table import head, lines
 from prunelight.evaluation.report.writing import markdown_table
@@ -21,6 +22,10 @@ HOW_TO_READ = (
     "pruning, in F, one forward of the calibration windows through the dense model.",
     "best and tie: methods of one part are compared on the same windows and the same questions "
     "(paired bootstrap). Those whose difference from the best may be 0 tie with it.",
+)
+LATENCY_NOTE = (
+    f"Latency: time of a generation of {LATENCY.num_tokens} tokens at batch 1 on this machine, as "
+    f"a factor of that with the dense model; median and spread of {LATENCY.num_runs} in turn."
 )
 
 
@@ -67,7 +72,10 @@ def markdown(summary: Summary, told: list[str]) -> str:
         if title:
             rows.append([f"*{title}*", *[""] * (len(columns) - 1)])
         rows += [[cell.replace("|", "\\|") for cell in line] for line in part]
-    parts += [markdown_table(columns, rows), *HOW_TO_READ, _facts(summary)]
+    parts += [markdown_table(columns, rows), *HOW_TO_READ]
+    if settings.equal == "latency":
+        parts.append(LATENCY_NOTE)
+    parts.append(_facts(summary))
     if settings.tasks and settings.limit:
         parts.append(f"Tasks: the first {settings.limit} questions of each.")
     return "\n\n".join(parts) + "\n"
