@@ -63,7 +63,7 @@ def compare(settings: ComparisonSettings, command: str = "") -> Summary:
     check_writable(out)
     check_outputs(out)
     check_same_contest(settings, out)
-    lock = DirectoryLock(out)
+    lock = DirectoryLock(out, "out")
     try:
         key = start_key(settings)
         grid = read_grid(out, key)

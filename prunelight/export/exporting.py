@@ -28,7 +28,9 @@ from prunelight.export.targets import (
     Target,
     find_target,
 )
+from prunelight.models.card.model_card import add_export_to_card
 from prunelight.models.loading import check_hub, find_source, load, load_config
+from prunelight.models.saving import MARKER
 from prunelight.models.written_files import check_place
 from prunelight.planning.fingerprints import library_versions, model_fingerprint
 from prunelight.runtime.arguments import check_choice
@@ -129,6 +131,7 @@ def export(
         with atomic_replacement(record_of(path)) as temporary:
             _write_json(temporary, facts)
     _tell(path, size, proof)
+    _tell_card(source.directory, to, options, path, proof)
     return Export(path, size, proof, warnings)
 
 
@@ -275,3 +278,17 @@ def _tell(path: Path, size: int, proof: Proof | None) -> None:
     log.info("%s", proof.line())
     if proof.note:
         log.warning("%s", proof.note)
+
+
+def _tell_card(
+    directory: Path, to: str, options: ExportOptions, path: Path, proof: Proof | None
+) -> None:
+    """Name the export in the model card of its source, where prunelight saved that."""
+    if not (directory / MARKER).is_file():
+        return
+    told = "not proven: no program has read it" if proof is None else proof.line()
+    name = f"{to}, {options.quantize or options.dtype}"
+    try:
+        add_export_to_card(directory, name, f"`{path.name}`, {told}")
+    except (OSError, ValueError) as error:  # such as a directory that may only be read
+        log.warning("the export is not named in the card of %s: %s", directory, error)

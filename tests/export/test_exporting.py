@@ -7,11 +7,13 @@ import pytest
 from runs import write_model
 from transformers import AutoConfig
 
+import prunelight
 from prunelight.cli import main
 from prunelight.export.exporting import export
 from prunelight.export.gguf.target import GgufTarget, check_same_tokens, sample_texts
 from prunelight.export.targets import NotReadableError
 from prunelight.export.widths import block_warnings, parallel_warnings
+from prunelight.models.saving import check_unchanged
 
 
 @pytest.fixture
@@ -79,6 +81,19 @@ def test_the_record_says_which_proof_it_was(directory, tmp_path):
     assert "llama.cpp itself did not read the export" in record["proof"]["note"]
     assert record["dtype"] == "f16"
     assert record["source"]["name"] == "model"
+
+
+def test_the_card_of_the_model_says_which_program_read_its_export(directory, tmp_path):
+    export(directory, "gguf")  # prunelight did not save this one
+    assert not (tmp_path / "model" / "README.md").exists()
+    ours = tmp_path / "ours"
+    prunelight.save(*prunelight.load(directory), ours)
+    export(ours, "gguf", dtype="f16")
+    done = export(ours, "gguf", dtype="f16")
+    card = (ours / "README.md").read_text(encoding="utf-8")
+    assert card.count("- gguf, f16: `ours-f16.gguf`, transformers (GGUF)") == 1
+    assert done.proof.line() in card
+    check_unchanged(ours)
 
 
 def test_without_a_reader_an_export_must_be_asked_for(tmp_path, caplog):

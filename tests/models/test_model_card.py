@@ -11,7 +11,7 @@ from runs import make_data, make_module, make_trainer, write_model
 
 import prunelight
 from prunelight.callbacks import ShortGPT
-from prunelight.models.card.model_card import add_to_card, write_card
+from prunelight.models.card.model_card import add_export_to_card, add_to_card, write_card
 from prunelight.models.saving import check_unchanged
 
 LOADS = {"vLLM": "yes", "llama.cpp": "no: <why>"}
@@ -117,6 +117,21 @@ def test_figures_are_added_once_and_the_directory_stays_sealed(base, tmp_path):
     assert "first figures" not in text
     check_unchanged(directory)
     assert ModelCard.load(directory / "README.md").data.library_name == "transformers"
+
+
+def test_the_card_names_each_export_once_beside_the_figures(base, tmp_path):
+    directory = saved_by("ShortGPT by number", base, tmp_path)
+    add_export_to_card(directory, "gguf, f16", "`a.gguf`, not proven")
+    add_export_to_card(directory, "gguf, q8_0", "`b.gguf`, llama.cpp read it")
+    add_export_to_card(directory, "gguf, f16", "`a.gguf`, llama.cpp read it")
+    add_to_card(directory, "| figures |")
+    text = (directory / "README.md").read_text()
+    assert text.count("## Exports") == 1
+    assert text.count("- gguf, f16: `a.gguf`, llama.cpp read it") == 1
+    assert text.count("- gguf, q8_0: `b.gguf`, llama.cpp read it") == 1
+    assert "not proven" not in text
+    assert "| figures |" in text
+    check_unchanged(directory)
 
 
 def test_a_card_without_a_place_for_figures_stays(base, tmp_path, caplog):

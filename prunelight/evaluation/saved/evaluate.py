@@ -39,6 +39,7 @@ from prunelight.evaluation.tasks.saving import task_result, tasks_answer
 from prunelight.evaluation.tasks.task_set import TaskSet, check_tasks
 from prunelight.planning.fingerprints import fingerprint_of, library_versions, without_folders
 from prunelight.runtime.devices import device_name
+from prunelight.runtime.files.directory_lock import DirectoryLock
 from prunelight.runtime.origin import command_line, date_now, machine_facts
 from prunelight.runtime.processes import ProcessGroup
 from prunelight.runtime.progress import Bar
@@ -79,6 +80,7 @@ def evaluate_saved(
         ValueError: for a model, a text, a task or a setting that cannot be used, before anything is
             computed.
         OSError: if the result cannot be written.
+        RuntimeError: if another process evaluates into the same directory.
     """
     group = group or ProcessGroup()
     folder = out_folder(name, out)
@@ -92,7 +94,13 @@ def evaluate_saved(
     texts = _texts(subject, dense, settings)
     names = spelled_out(settings.tasks) if settings.tasks else []
     tasks = [_task_set(subject, name, settings) for name in names]
-    return _Evaluation(subject, dense, settings, texts, tasks, Record(folder, group)).run()
+    with group.failing_together():
+        lock = DirectoryLock(folder, "out") if group.rank == 0 else None
+    try:
+        return _Evaluation(subject, dense, settings, texts, tasks, Record(folder, group)).run()
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def out_folder(name: str, out: str | Path | None) -> Path:

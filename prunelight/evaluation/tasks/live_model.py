@@ -8,17 +8,21 @@ processes, to the last bit on equal machines.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.runtime.processes import ProcessGroup
 from prunelight.runtime.progress import Bar
+
+log = logging.getLogger(__name__)
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -45,7 +49,11 @@ class LiveModel(HFLM):
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Return log-likelihood and greediness of each continuation."""
+        """Return log-likelihood and greediness of each continuation.
+
+        Raises:
+            ValueError: if a continuation alone is longer than what the model reads.
+        """
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
@@ -55,15 +63,47 @@ class LiveModel(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
+        for _, _, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"an answer has {len(continuation)} tokens, and the model reads at most "
+                    f"{self.max_length}; leave this task out"
+                )
+        lengths = [len(context) + len(continuation) - 1 for _, context, continuation in requests]
+        self._tell_of_cuts(sum(length > self.max_length for length in lengths), len(requests))
         return self._shared(
             requests, _batches_of_contexts(requests, self.batch_size), super()._loglikelihood_tokens
         )
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes after each context."""
+        """Return what the model writes after each context.
+
+        Raises:
+            ValueError: if a question asks for more tokens than the model reads.
+        """
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        written = [
+            normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            for request in requests
+        ]
+        if max(written) >= self.max_length:
+            raise ValueError(
+                f"a question asks for {max(written)} tokens of answer, and the model reads at most "
+                f"{self.max_length}; leave this task out"
+            )
+        both = [length + answer for length, answer in zip(lengths, written, strict=True)]
+        self._tell_of_cuts(sum(length > self.max_length for length in both), len(requests))
         batches = _batches_of_settings(requests, lengths, self.batch_size)
         return self._shared(requests, batches, super().generate_until)
+
+    def _tell_of_cuts(self, num_cut: int, num_requests: int) -> None:
+        """Say how many prompts lose their beginning, as lm-eval cuts them."""
+        if num_cut and self.group.rank == 0:
+            log.warning(
+                "%d of %d prompts are longer than the %d tokens that the model reads with their "
+                "answer: their beginning is cut off, as lm-eval does it",
+                *(num_cut, num_requests, self.max_length),
+            )
 
     def _shared(
         self,

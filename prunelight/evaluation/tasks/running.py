@@ -46,7 +46,8 @@ def run_tasks(
         give their parts.
 
     Raises:
-        ValueError: if questions are turns of a chat, and the tokenizer has no chat template.
+        ValueError: if questions are turns of a chat, and the tokenizer has no chat template; or if
+            an answer alone is longer than what the model reads.
     """
     from lm_eval import evaluate
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED

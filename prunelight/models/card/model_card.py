@@ -1,8 +1,8 @@
 """The card of a saved directory, README.md, in the hub's form: facts, what was done, how to load.
 
 `write_card` writes it as the directory is saved. A run that measures the saved model adds its
-figures by `add_to_card`. Facts of the base's card that hold for the pruned model too are kept; its
-text describes another model.
+figures by `add_to_card`, an export says by `add_export_to_card` which program read it. Facts of the
+base's card that hold for the pruned model too are kept; its text describes another model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ _KEPT_FACTS = (
     "library_name",
     "tags",
 )
-# Between these comments stands what a run measured.
-_BEGIN, _END = "<!-- figures of the run -->", "<!-- end of the figures -->"
+# Comments between which stands what a run measured, and what was exported.
+_FIGURES = ("<!-- figures of the run -->", "<!-- end of the figures -->")
+_EXPORTS = ("<!-- exports -->", "<!-- end of the exports -->")
 _GGUF = "The dense weights were read from the GGUF file"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -69,13 +70,14 @@ def write_card(
         f"Pruned{f' from `{of}`' if of else ''} with prunelight."
         + _on_weights(base_card, gguf_file),
         *(["## What was done", _what_was_done(plans)] if plans else []),
-        f"{_BEGIN}\n{_END}",
+        "\n".join(_FIGURES),
         "## How to load it",
         _how_to_load(config),
     ]
     if loads_in:
         answers = "\n".join(f"- {engine}: {answer}" for engine, answer in loads_in.items())
         parts += ["## Which programs read it", answers]
+    parts.append("\n".join(_EXPORTS))
     card = directory / CARD
     card.write_text("\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
     metadata_save(card, facts)
@@ -91,21 +93,58 @@ def add_to_card(directory: Path, figures: str, marker: str = "prunelight.json") 
         figures: Markdown.
         marker: file with the checksums of the directory.
     """
+    _replace_part(directory, _FIGURES, lambda _: figures.strip(), marker)
+
+
+def add_export_to_card(
+    directory: Path, name: str, told: str, marker: str = "prunelight.json"
+) -> None:
+    """Put an export of a saved directory into its card; one of the same name is replaced.
+
+    Args:
+        directory: that `save` wrote; one without a card of ours stays as it is.
+        name: of the export, such as "gguf, q8_0".
+        told: which program read it, and what that gave, in one line.
+        marker: file with the checksums of the directory.
+    """
+
+    def with_export(before: str) -> str:
+        exports = [line for line in before.splitlines() if line.startswith("- ")]
+        others = [line for line in exports if not line.startswith(f"- {name}: ")]
+        return "\n".join(["## Exports", "", *others, f"- {name}: {told}"])
+
+    _replace_part(directory, _EXPORTS, with_export, marker)
+
+
+def _replace_part(
+    directory: Path, part: tuple[str, str], change: Callable[[str], str], marker: str
+) -> None:
+    """Replace what stands between two comments of a card; then its checksum in the marker."""
     card = directory / CARD
+    begin, end = part
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        log.warning("%s has no place for figures: it is left as it is", card)
+    before, has_begin, rest = text.partition(begin)
+    inside, has_end, after = rest.partition(end)
+    if not has_begin or not has_end:
+        log.warning("%s has no place for %s: it is left as it is", card, _name_of(part))
         return
+    told = change(inside.strip())
+    for comment in part:
+        told = told.replace(comment, "")
     with atomic_replacement(card) as temporary:
-        told = figures.replace(_BEGIN, "").replace(_END, "").strip()
-        temporary.write_text(f"{before}{_BEGIN}\n\n{told}\n\n{_END}{after}", encoding="utf-8")
-    values = unsealed((directory / marker).read_text(encoding="utf-8"))
+        temporary.write_text(f"{before}{begin}\n\n{told}\n\n{end}{after}", encoding="utf-8")
+    place = directory / marker
+    if not place.is_file():
+        return
+    values = unsealed(place.read_text(encoding="utf-8"))
     if CARD in values.get("files", {}):
         values["files"][CARD] = file_checksum(card)
-        with atomic_replacement(directory / marker) as temporary:
+        with atomic_replacement(place) as temporary:
             temporary.write_text(sealed(values), encoding="utf-8")
+
+
+def _name_of(part: tuple[str, str]) -> str:
+    return part[1].removeprefix("<!-- end of the ").removesuffix(" -->")
 
 
 def facts_of(card: Path) -> dict[str, Any]:

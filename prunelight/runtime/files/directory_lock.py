@@ -33,6 +33,7 @@ class DirectoryLock:
 
     Args:
         directory: is made if it is not there.
+        option: that sets another directory, for the error.
 
     Raises:
         RuntimeError: if another process holds the directory; names it and the remedy.
@@ -43,11 +44,11 @@ class DirectoryLock:
     _handles: ClassVar[dict[tuple[int, Path], int | None]] = {}
     _holders: ClassVar[Counter[tuple[int, Path]]] = Counter()
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, option: str = "trainer.default_root_dir") -> None:
         self.directory = directory.expanduser().resolve()
         key = (os.getpid(), self.directory)
         if not self._holders[key]:
-            self._handles[key] = _lock(self.directory)
+            self._handles[key] = _lock(self.directory, option)
         self._holders[key] += 1
         # Also when whatever holds the lock is gone, such as a run that failed.
         self.release = weakref.finalize(self, self._release, key)
@@ -63,7 +64,7 @@ class DirectoryLock:
                 os.close(handle)  # the file stays for the next run
 
 
-def _lock(directory: Path) -> int | None:
+def _lock(directory: Path, option: str) -> int | None:
     """Return the handle that holds the lock; None where there can be none."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ def _lock(directory: Path) -> int | None:
         holder = _holder(handle)
         os.close(handle)
         if error.errno in _HELD_BY_ANOTHER:
-            raise RuntimeError(_refusal(directory, holder)) from error
+            raise RuntimeError(_refusal(directory, holder, option)) from error
         log.warning(
             "%s has no locks (%s): see to it that no other run writes there", directory, error
         )
@@ -98,8 +99,8 @@ def _holder(handle: int) -> str:
         return "another process"
 
 
-def _refusal(directory: Path, holder: str) -> str:
+def _refusal(directory: Path, holder: str, option: str) -> str:
     return (
         f"{directory} is in use by {holder}; wait until that run ends or stop it, or choose "
-        "another trainer.default_root_dir"
+        f"another {option}"
     )

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from source_tree import ROOT
+from task_files import write_tasks
 from text_tokenizers import make_tokenizer
 from tiny import tiny_model
 
@@ -18,6 +19,8 @@ from prunelight.evaluation.quality.divergence import against_reference
 from prunelight.evaluation.quality.text_windows import text_windows
 from prunelight.evaluation.saved.evaluate import evaluate_saved
 from prunelight.evaluation.saved.settings import EvaluationSettings
+from prunelight.evaluation.tasks.running import run_tasks
+from prunelight.evaluation.tasks.task_set import check_tasks
 
 WORDS = "The river runs past the old mill and down to the sea. "
 
@@ -147,6 +150,49 @@ def test_what_serving_costs_stands_beside_the_reference(places, tmp_path):
     )
     assert result["serving"]["batches"].keys() == result["reference_serving"]["batches"].keys()
     assert result["serving"]["ratios"]
+
+
+def test_tasks_and_probes_stand_beside_the_reference_and_are_kept(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("lm_eval")
+    rows = write_tasks(tmp_path / "rows")
+    pruned = write_model(tmp_path / "pruned", num_hidden_layers=4, max_position_embeddings=256)
+    dense = write_model(tmp_path / "dense", seed=1, max_position_embeddings=256)
+    options = [pruned, "--reference", dense, "--texts", "--tasks", "piqa"]
+    options += ["--tasks_dir", str(rows), "--limit", "8", "--out", str(tmp_path / "out")]
+    verb.main(options)
+    told = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    task = told["tasks"]["piqa"]
+    model, tokenizer = prunelight.load(pruned)
+    alone = run_tasks(model, tokenizer, check_tasks(["piqa"], tasks_dir=rows, limit=8))["piqa"]
+    assert task["value"] == alone.value
+    assert task["outcomes"] == alone.outcomes
+    assert told["reference_tasks"]["piqa"]["outcomes"] != ""
+    flips = told["flips"]["piqa"]
+    assert task["value"] - told["reference_tasks"]["piqa"]["value"] == pytest.approx(
+        (flips["wrong_to_right"] - flips["right_to_wrong"]) / 8
+    )
+    assert told["probes"].keys() == told["reference_probes"].keys()
+    assert len(told["samples"]) == len([each for each in told["samples"] if each["reference"]])
+    monkeypatch.setattr("prunelight.evaluation.saved.evaluate.run_tasks", None)
+    monkeypatch.setattr("prunelight.evaluation.saved.evaluate.run_probes", None)
+    verb.main(options)
+    assert "nothing was left to measure" in caplog.text
+
+
+def test_two_evaluations_into_one_directory_are_refused(places, tmp_path):
+    held = "from prunelight.runtime.files.directory_lock import DirectoryLock; from pathlib import "
+    held += "Path; lock = DirectoryLock(Path(r'{}')); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held.format(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RuntimeError, match=r"is in use by process \d+ .* choose another out"):
+            evaluate_saved(str(places / "pruned"), settings(places), out=tmp_path)
+        other.communicate("\n")
+    assert evaluate_saved(str(places / "pruned"), settings(places), out=tmp_path)["texts"]
 
 
 # --- what is refused, before anything is computed --------------------------------------------

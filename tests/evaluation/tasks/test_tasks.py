@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -303,6 +304,25 @@ def test_rows_of_a_group_need_their_subject(tmp_path):
     write_rows(tmp_path / "cmmlu/test.jsonl", [{"Question": "w4"}])
     with pytest.raises(ValueError, match="lacks the field 'subject'"):
         check_tasks(["cmmlu_anatomy"], tasks_dir=tmp_path)
+
+
+def test_prompts_that_are_cut_are_counted(task_set, tiny_tokenizer, caplog):
+    run_tasks(tiny_model(max_position_embeddings=64), tiny_tokenizer, task_set)
+    assert "their beginning is cut off" not in caplog.text
+    run_tasks(tiny_model(max_position_embeddings=8), tiny_tokenizer, task_set)
+    found = re.search(r"(\d+) of (\d+) prompts are longer than the 8 tokens", caplog.text)
+    assert 0 < int(found[1]) <= int(found[2])
+
+
+@pytest.mark.parametrize(
+    ("task", "message"), [("piqa", "an answer has"), ("copy_word", "asks for")]
+)
+def test_an_answer_that_is_longer_than_the_model_reads_is_told(
+    task, message, tasks_dir, tiny_tokenizer
+):
+    short = tiny_model(max_position_embeddings=2)
+    with pytest.raises(ValueError, match=f"{message} \\d tokens.* leave this task out"):
+        run_tasks(short, tiny_tokenizer, check_tasks([task], tasks_dir=tasks_dir))
 
 
 def test_a_chat_needs_a_template(tasks_dir, tiny_tokenizer, task_set):
