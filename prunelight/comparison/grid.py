@@ -20,7 +20,7 @@ from prunelight.comparison.methods import Entrant
 from prunelight.comparison.running.bench import Bench
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.loading import find_source
+from prunelight.models.loading import file_states
 from prunelight.planning.fingerprints import describe_model, fingerprint_of, library_versions
 from prunelight.runtime.files.atomic_files import write_text
 
@@ -103,18 +103,9 @@ def start_key(settings: ComparisonSettings) -> str:
     data = settings.data
     given = [data.calibration] if isinstance(data.calibration, str) else data.calibration
     sources = [*given, *data.texts.values()]
-    states = [model_files(settings), [_file_state(s) for s in sources], _task_files(settings)]
+    model = file_states(settings.model.name)
+    states = [model, [_file_state(s) for s in sources], _task_files(settings)]
     return fingerprint_of(values, states, _versions())
-
-
-def model_files(settings: ComparisonSettings) -> list[Any]:
-    """Return names, sizes and times of the files of a local model; its name for one of the hub."""
-    source = find_source(settings.model.name)
-    place = Path(source.location)
-    if not place.is_dir():
-        return [source.location]
-    names = [place / source.gguf_file] if source.gguf_file else sorted(place.iterdir())
-    return [[file.name, *_state(file)] for file in names if file.is_file()]
 
 
 def _state(file: Path) -> tuple[int, int]:

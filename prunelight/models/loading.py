@@ -216,6 +216,20 @@ def find_source(name: str) -> Source:
     return Source(name)
 
 
+def file_states(name: str) -> list[tuple[str, int, int]] | None:
+    """Return name, size and time of each file of a local model; None for a model of the hub.
+
+    The same states mean the same model, without a look at its weights.
+    """
+    source = find_source(name)
+    place = Path(source.location)
+    if not place.is_dir():
+        return None
+    files = [place / source.gguf_file] if source.gguf_file else sorted(place.iterdir())
+    states = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [(name, facts.st_size, facts.st_mtime_ns) for name, facts in states]
+
+
 def check_hub(source: Source) -> Source:
     """Return the source, marked as unreachable if it is on the hub and the hub does not answer.
 

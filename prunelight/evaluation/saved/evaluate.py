@@ -160,6 +160,8 @@ class _Evaluation:
     ) -> None:
         self.subject, self.dense, self.settings = subject, dense, settings
         self.texts, self.tasks, self.record, self.group = texts, tasks, record, record.group
+        self.known = _known(record, subject)
+        self.known_of_dense = None if dense is None else _known(record, dense)
 
     def run(self) -> Json:
         """Measure what is not on disk yet, and write the result."""
@@ -259,49 +261,45 @@ class _Evaluation:
     def _serving(self) -> Json:
         if not self.settings.cost:
             return {}
-        dense = None if self.dense is None else self.dense.model
-        measure = partial(serving_cost, self.subject.model, dense)
         return self.record.part(
-            "serving", self._key("serving"), lambda: self.group.run_on_rank_zero(measure)
+            "serving", self._key("serving"), lambda: self.group.run_on_rank_zero(self._cost)
         )
+
+    def _cost(self) -> Json:
+        return serving_cost(self.subject.model, None if self.dense is None else self.dense.model)
 
     def _key(self, *depends: object) -> str:
         """Return the fingerprint of a part that depends on the models and on further values."""
-        models = [None if each is None else each.fingerprint for each in self._both]
-        return fingerprint_of(models, self._circumstances, *depends)
+        models = [None if each is None else each["facts"]["fingerprint"] for each in self._both]
+        dtypes = [None if each is None else each["dtype"] for each in self._both]
+        return fingerprint_of(models, {**self._circumstances, "dtypes": dtypes}, *depends)
 
     def _key_of(self, subject: Subject, *depends: object) -> str:
         """Return the fingerprint of a part that depends on one model and on further values."""
-        circumstances = {**self._circumstances, "dtypes": [str(subject.model.dtype)]}
-        return fingerprint_of(subject.fingerprint, circumstances, *depends)
+        known = self.known if subject is self.subject else self.known_of_dense
+        assert known is not None
+        circumstances = {**self._circumstances, "dtypes": [known["dtype"]]}
+        return fingerprint_of(known["facts"]["fingerprint"], circumstances, *depends)
 
     @property
-    def _both(self) -> tuple[Subject, Subject | None]:
-        return self.subject, self.dense
+    def _both(self) -> tuple[Json, Json | None]:
+        return self.known, self.known_of_dense
 
     @property
     def _circumstances(self) -> Json:
-        dtypes = [None if each is None else str(each.model.dtype) for each in self._both]
-        return {
-            "dtypes": dtypes,
-            "device": device_name(self.subject.device),
-            "versions": library_versions(),
-        }
+        return {"device": device_name(self.subject.device), "versions": library_versions()}
 
     def _facts(self) -> Json:
         """Return what is known before anything is measured."""
-        dtypes = [
-            None if each is None else str(each.model.dtype).removeprefix("torch.")
-            for each in self._both
-        ]
+        dtypes = [None if each is None else each["dtype"] for each in self._both]
         if None not in dtypes and dtypes[0] != dtypes[1]:
             log.warning(
                 "the model is in %s and its reference in %s; --dtype gives both the same", *dtypes
             )
         return {
             "format": FORMAT,
-            "model": self.subject.facts,
-            "reference": None if self.dense is None else self.dense.facts,
+            "model": self.known["facts"],
+            "reference": None if self.known_of_dense is None else self.known_of_dense["facts"],
             "facts": {
                 "date": date_now(),
                 "command": command_line(sys.argv),
@@ -313,6 +311,13 @@ class _Evaluation:
                 "processes": self.group.size,
             },
         }
+
+
+def _known(record: Record, subject: Subject) -> Json:
+    """Return dtype and facts of a model, without its weights where an earlier start read them."""
+    if subject.files is None:  # of the hub
+        return subject.describe()
+    return record.known(f"model {without_folders(subject.name)}", subject.files, subject.describe)
 
 
 def _probe(subject: Subject) -> Json:

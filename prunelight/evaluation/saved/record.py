@@ -42,16 +42,33 @@ class Record:
 
     def part(self, name: str, fingerprint: str, measure: Callable[[], Json]) -> Json:
         """Return a part: the one on disk if there is one, else it is measured and kept."""
-        file = self.folder / PARTS / f"{fingerprint}.json"
-        found: Json | None = self.group.run_on_rank_zero(lambda: _read_part(file))
+        found = self._read(fingerprint)
         if found is not None:
             self.reused.append(name)
             return found
         if self.reused and not self._measured:
             log.info("measured before, and kept: %s", ", ".join(self.reused))
         self._measured = True
-        content = strict_json(measure())
-        self.group.run_on_rank_zero(lambda: write_text(file, sealed({"part": name, **content})))
+        return self._keep(name, fingerprint, measure())
+
+    def known(self, name: str, fingerprint: str, describe: Callable[[], Json]) -> Json:
+        """Return what is known of a model: from disk, else from the model, and kept."""
+        found = self._read(fingerprint)
+        return self._keep(name, fingerprint, describe()) if found is None else found
+
+    def _file(self, fingerprint: str) -> Path:
+        return self.folder / PARTS / f"{fingerprint}.json"
+
+    def _read(self, fingerprint: str) -> Json | None:
+        found: Json | None = self.group.run_on_rank_zero(
+            lambda: _read_part(self._file(fingerprint))
+        )
+        return found
+
+    def _keep(self, name: str, fingerprint: str, content: Json) -> Json:
+        content = strict_json(content)
+        text = sealed({"part": name, **content})
+        self.group.run_on_rank_zero(lambda: write_text(self._file(fingerprint), text))
         return content
 
     def finish(self, result: Json) -> Json:

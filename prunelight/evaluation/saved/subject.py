@@ -13,6 +13,7 @@ from prunelight.models.families.config_fields import decoder_config, maximum_len
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import (
     check_hub,
+    file_states,
     find_source,
     load,
     load_config,
@@ -21,7 +22,12 @@ from prunelight.models.loading import (
 )
 from prunelight.models.placement import to_device
 from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count
-from prunelight.planning.fingerprints import model_fingerprint, without_folders
+from prunelight.planning.fingerprints import (
+    fingerprint_of,
+    library_versions,
+    model_fingerprint,
+    without_folders,
+)
 
 # Cut apart differently by tokenizers of one vocabulary: digits, spaces, accents, blank lines.
 _PROBE_TEXT = "The river 12,345 (naïve) runs\n\n past  the old mill. "
@@ -58,26 +64,33 @@ class Subject:
         model, _ = load(self.name, dtype=self.dtype, trust_remote_code=self.trust)
         return to_device(model, self.device)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Fingerprint of the weights."""
-        return model_fingerprint(self.model)
-
     @property
-    def facts(self) -> Json:
-        """Name, fingerprint and sizes; `zeros` is their share in the decoder's linear layers."""
+    def files(self) -> str | None:
+        """What identifies the model without reading its weights; None for a model of the hub."""
+        states = file_states(self.name)
+        if states is None:
+            return None
+        place = str(Path(find_source(self.name).location).resolve())
+        return fingerprint_of(place, states, self.dtype, library_versions())
+
+    def describe(self) -> Json:
+        """Return dtype, name, fingerprint and sizes.
+
+        `zeros` is their share in the decoder's linear layers.
+        """
         try:
             num_layers = len(decoder_layers(self.model))
         except TypeError:  # of a structure that is not known
             num_layers = None
-        return {
+        facts = {
             "name": without_folders(self.name.rstrip("/")),
-            "fingerprint": self.fingerprint,
+            "fingerprint": model_fingerprint(self.model),
             "parameters": parameter_count(self.model),
             "layers": num_layers,
             "size_bytes": parameter_bytes(self.model),
             "zeros": linear_sparsity(self.model),
         }
+        return {"dtype": str(self.model.dtype).removeprefix("torch."), "facts": facts}
 
 
 def check_is_no_run(name: str) -> None:
