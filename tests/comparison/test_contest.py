@@ -120,6 +120,17 @@ def test_files_hold_the_verdict_the_table_and_a_page_without_network(contest):
     assert len(page.encode()) < 2_000_000
 
 
+def test_two_methods_that_make_the_same_model_are_told(model, tmp_path):
+    twice = [METHODS[0], {**METHODS[0], "label": "again"}]
+    settings = ComparisonSettings(
+        ModelSettings(model, "float32"), twice, data=DATA, out=str(tmp_path / "out")
+    )
+    summary = compare(settings)
+    assert [row.same_as for row in summary.rows] == ["", "", "ShortGPT"]
+    told = " ".join(verdict(summary))
+    assert "again and ShortGPT have the same figures on every window" in told
+
+
 def test_a_second_run_computes_nothing_and_loads_no_model(contest, caplog):
     settings, summary = contest
     before = results_of(settings)

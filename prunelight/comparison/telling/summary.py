@@ -46,6 +46,7 @@ class Row:
         on_text: the method beside the best of its group, by mean ln perplexity.
         on_tasks: the same by mean accuracy.
         on_front: no other row of the group is smaller and as good.
+        same_as: label of an earlier row with the same figures on every window: the same model.
     """
 
     label: str
@@ -70,6 +71,7 @@ class Row:
     on_text: Paired | None = None
     on_tasks: Paired | None = None
     on_front: bool = False
+    same_as: str = ""
 
     @property
     def contest(self) -> tuple[str, float | None, bool]:
@@ -245,6 +247,9 @@ def _rank(summary: Summary, results: dict[int, list[Result]]) -> None:
         sums = [window_means(of_row, "texts", "window_nll") for of_row in of_rows]
         for row, place in zip(taking_part, paired(sums, counts, lower_is_better=True), strict=True):
             row.on_text = place
+        for position, row in enumerate(taking_part):
+            earlier = sums.index(sums[position])
+            row.same_as = taking_part[earlier].label if earlier < position else ""
         tasks = [
             name for name, task in (of_rows[0][0].get("tasks") or {}).items() if task["outcomes"]
         ]

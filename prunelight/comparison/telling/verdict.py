@@ -55,6 +55,12 @@ def _of_contest(
         ties = _ties([row.label for row in rows if row.on_text and row.on_text.ties])
         sentences[0] += f"; {ties}"
     sentences[0] += "."
+    sentences += [
+        f"{row.label} and {row.same_as} have the same figures on every window: both made the same "
+        "model."
+        for row in rows
+        if row.same_as
+    ]
     first = next((row for row in rows if row.on_tasks and row.on_tasks.best), None)
     if first is not None and len(rows) > 1:
         dense_mean = summary.dense.mean_accuracy
