@@ -3,7 +3,8 @@
     python docs/results/tables.py                # write all tables
     python docs/results/tables.py --check        # only say which tables are not what the JSON gives
     python docs/results/tables.py --record REPORT NAME --command 'prunelight fit --config X.yaml'
-                                  # take the figures of a run's report.json; then write all tables
+                                  # take the figures of a run's report.json, or of a contest's
+                                  # comparison.json; then write all tables
 
 A table stands between two comments: `<!-- table: NAME -->` and `<!-- end of table -->`. The file
 NAME.json holds its title with the conditions of the figures, its columns and rows, the commands
@@ -133,16 +134,19 @@ def checked_out_commit() -> str:
 
 
 def record(report: Path, name: str, commands: list[str] | None = None) -> None:
-    """Take the figures of a run into NAME.json, which is there already.
+    """Take the figures of a run or a contest into NAME.json, which is there already.
 
     Args:
-        report: the run's report.json.
+        report: the run's report.json, or the contest's comparison.json.
         name: of the table.
         commands: that gave the figures; None keeps those of the file.
     """
     table = load(name)
     run = json.loads(report.read_text(encoding="utf-8"))
-    table["columns"], table["rows"] = stage_rows(run)
+    if "table" in run:  # of a contest
+        table["columns"], table["rows"] = run["table"]["columns"], run["table"]["rows"]
+    else:
+        table["columns"], table["rows"] = stage_rows(run)
     table["date"], table["commit"] = date.today().isoformat(), checked_out_commit()
     table["commands"] = commands or table["commands"]
     text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"

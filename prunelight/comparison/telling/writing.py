@@ -47,10 +47,22 @@ def check_outputs(out: Path) -> None:
 
 
 def json_of(summary: Summary) -> dict[str, Any]:
-    """Return the summary as JSON values, without folders of this machine."""
-    values: dict[str, Any] = json.loads(json.dumps(summary.to_dict()))
-    told: dict[str, Any] = _without_paths(values)
+    """Return summary and table as JSON values, without folders of this machine."""
+    columns, rows = table_with_titles(summary)
+    values = {**summary.to_dict(), "table": {"columns": columns, "rows": rows}}
+    told: dict[str, Any] = _without_paths(json.loads(json.dumps(values)))
     return told
+
+
+def table_with_titles(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of the table with all intervals, and its rows; a title opens a part."""
+    columns = head(summary)
+    rows = []
+    for title, part in lines(summary):
+        if title:
+            rows.append([f"*{title}*", *[""] * (len(columns) - 1)])
+        rows += part
+    return columns, rows
 
 
 def _without_paths(value: Any) -> Any:
@@ -66,12 +78,8 @@ def markdown(summary: Summary, told: list[str]) -> str:
     """Return comparison.md."""
     settings, facts = summary.settings, summary.facts
     parts = [f"{_TITLE}{facts['model']['name']}", *told]
-    columns = head(summary)
-    rows = []
-    for title, part in lines(summary):
-        if title:
-            rows.append([f"*{title}*", *[""] * (len(columns) - 1)])
-        rows += [[cell.replace("|", "\\|") for cell in line] for line in part]
+    columns, rows = table_with_titles(summary)
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     parts += [markdown_table(columns, rows), *HOW_TO_READ]
     if settings.equal == "latency":
         parts.append(LATENCY_NOTE)
