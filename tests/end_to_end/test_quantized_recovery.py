@@ -404,3 +404,17 @@ def test_packed_weights_are_gone_before_the_merged_model_is_measured(kind, name,
     trainer.fit(make_module(name, quantization=kind), data)
     before, quantized, recovered = packed[0], max(packed), packed[-1]
     assert recovered == before < quantized
+
+
+def test_a_quantized_stage_is_asked_by_the_probes_and_compared_with_the_dense_model(
+    name, kind, tmp_path
+):
+    record = fit(name, tmp_path, ShortGPT(num_layers=1), quantization=kind, probes=True).record
+    assert [stage.name for stage in record.stages] == STAGES
+    for stage in record.stages:
+        assert stage.examined["probes"]["sums_2_digits"]["score"] is not None
+        assert stage.examined["samples"]
+    pruned, quantized, _ = (
+        stage.examined["divergence"]["kl"]["value"] for stage in record.stages[1:]
+    )
+    assert 0 < abs(quantized - pruned) < 0.5

@@ -46,6 +46,7 @@ class Case:
     best: bool | None = None  # keep the best weights: alone, or with the optimizer (False)
     gradual: bool = False
     fails: bool = False  # the last process' loss turns NaN
+    probes: bool = False  # probes, samples and divergence from the dense model in the report
 
     @property
     def tolerance(self) -> float:
@@ -69,6 +70,11 @@ CASES = {
     "gradual zeros, LoRA, bf16-true": Case("bf16-true", gradual=True),
     "gradual zeros, full, bf16-mixed": Case("bf16-mixed", "full", gradual=True),
 }
+EXAMINED = {
+    "probes and divergence, full": Case(recovery="full", probes=True),
+    "probes and divergence, LoRA": Case(probes=True),
+}
+CASES |= EXAMINED
 FAILING = {
     "NaN in one process, full": Case(recovery="full", fails=True),
     "NaN in one process, LoRA": Case(fails=True),
@@ -76,6 +82,7 @@ FAILING = {
 CASES |= FAILING
 FAST = (
     *FAILING,
+    *EXAMINED,
     "best weights alone, full",
     "best weights alone, LoRA, bf16-true",
     "gradual zeros, LoRA",
@@ -135,7 +142,7 @@ def fit(name: str, root: Path, strategy: str, case: Case) -> None:
         callbacks.append(ModelCheckpoint(root / "best", filename="best", **kept))
         callbacks.append(Destroy())
     rates = {"learning_rate": 3e-2, "lr_scheduler": "constant"}
-    module = make_module(name, recovery=case.recovery, **rates)
+    module = make_module(name, recovery=case.recovery, probes=case.probes, **rates)
     size = 1 if STRATEGIES[strategy] == 2 else 2
     trainer = make_trainer(
         root,
@@ -161,8 +168,15 @@ def fit(name: str, root: Path, strategy: str, case: Case) -> None:
             "trained": dtypes.trained,
             "states": dtypes.states,
             "frozen": dtypes.frozen,
+            "kl": [divergence(stage) for stage in record.stages[1:] if case.probes],
+            "answers": [sorted(stage.examined) for stage in record.stages],
         }
         (root / "told.json").write_text(json.dumps(told))
+
+
+def divergence(stage: Any) -> float:
+    """Return the mean KL of a stage from the dense model."""
+    return float(stage.examined["divergence"]["kl"]["value"])
 
 
 def launch(directory: Path, titles: list[str], limit: int = 600) -> dict[str, dict[str, Any]]:
@@ -199,7 +213,7 @@ def fault(title: str, results: dict[str, Any]) -> str:
         return f"{title}: {failed}"
     one = results["one"]
     for strategy, told in results.items():
-        exact = ("step", "tokens_seen", "trained", "states", "frozen")
+        exact = ("step", "tokens_seen", "trained", "states", "frozen", "answers")
         if odd := {n: (one[n], told[n]) for n in exact if one[n] != told[n]}:
             return f"{title}: {strategy} differs from one process in {odd}"
         # Merging in bfloat16 rounds a few weights to zero, others in each.
@@ -207,6 +221,8 @@ def fault(title: str, results: dict[str, Any]) -> str:
         for number, allowed in limits.items():
             if abs(told[number] - one[number]) > allowed:
                 return f"{title}: {number} {told[number]} under {strategy}, {one[number]} alone"
+        if [*map(lambda x: round(x, 2), told["kl"])] != [*map(lambda x: round(x, 2), one["kl"])]:
+            return f"{title}: KL {told['kl']} under {strategy}, {one['kl']} alone"
     if case.recovery == "lora" and one["trained"] != ["torch.float32"]:
         return f"{title}: adapters train in {one['trained']}"
     if case.best is not None and one["step"] >= 2 * STEPS:
