@@ -38,8 +38,8 @@ def page(summary: Summary, told: list[str]) -> str:
             "Size against quality",
             _fronts(summary),
             lead=(
-                "Lower and further right is better. The grey line joins the methods that no "
-                "other one beats in both."
+                "Lower and further right is better. The grey line joins the best method of each "
+                "amount, where no larger amount is as good."
             ),
         ),
         Section(
@@ -66,8 +66,11 @@ def _tables(summary: Summary) -> list[Markup]:
     columns = head(summary)
     (_, dense), *others = lines(summary)
     for title, rows in others:
-        marked = [i + 1 for i, row in enumerate(rows) if "best" in row[-2:]]
-        parts += [heading(title), table(columns, [*dense, *rows], marked=marked)]
+        marked = [i + 1 for i, row in enumerate(rows) if "best" in row[1:3]]
+        together = [*dense, *rows]
+        told = [i for i, cells in enumerate(zip(*together, strict=True)) if {*cells} - {"", "0.0%"}]
+        of_part = [[row[i] for i in told] for row in together]
+        parts += [heading(title), table([columns[i] for i in told], of_part, marked=marked)]
     notes = [*HOW_TO_READ[:2], *([LATENCY_NOTE] if summary.settings.equal == "latency" else [])]
     parts += [paragraph(text, "note") for text in notes]
     return parts
@@ -98,14 +101,15 @@ def _fronts(summary: Summary) -> list[Markup]:
             best = ", ".join(row.label for row in rows if row.on_front)
             chart = scatter(
                 points,
-                alt=f"Perplexity against {label}; not beaten in both: {best}",
+                alt=f"Perplexity against {label}; best of its amount: {best}",
                 x_label=label,
                 y_label="perplexity, mean over the texts",
                 front=[_point(row) for row in rows if row.on_front],
                 levels=levels,
+                least_width=5.0,
                 wide=True,
             )
-            caption = f"{'Recovered' if recovered else 'Pruned'} models; not beaten in both: {best}"
+            caption = f"{'Recovered' if recovered else 'Pruned'} models; best of its amount: {best}"
             parts.append(figure(chart, caption, wide=True))
     return parts
 

@@ -45,7 +45,7 @@ class Row:
             methods are compared at equal latency.
         on_text: the method beside the best of its group, by mean ln perplexity.
         on_tasks: the same by mean accuracy.
-        on_front: no other row of the group is smaller and as good.
+        on_front: no other row of the group was asked for as much or more and is as good.
         same_as: label of an earlier row with the same figures on every window: the same model.
     """
 
@@ -275,16 +275,16 @@ def mean_log_perplexity(row: Row) -> float:
 
 
 def _mark_front(rows: Sequence[Row], group: str) -> None:
-    """Mark what no other row of the group beats in size (or zeros) and in perplexity."""
+    """Mark what no other row of the group beats in the amount asked for and in perplexity.
+
+    Not in the true share: layers come in whole numbers, and half a layer more is no merit.
+    """
     for recovered in (False, True):
         of_group = [
             row
             for row in rows[1:]
             if row.measured and row.group == group and row.recovered == recovered
         ]
-        points = [
-            (-(row.zeros if group == "zeros" else row.share_removed), mean_log_perplexity(row))
-            for row in of_group
-        ]
+        points = [(-(row.asked or 0.0), mean_log_perplexity(row)) for row in of_group]
         for index in front(points):
             of_group[index].on_front = True

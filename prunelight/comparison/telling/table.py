@@ -14,10 +14,11 @@ def head(summary: Summary) -> list[str]:
     texts = [f"perplexity {name}" for name in summary.settings.data.texts]
     tasks = [*summary.settings.tasks] if not dense.tasks else [*dense.tasks]
     latency = ["latency"] if summary.settings.equal == "latency" else []
-    columns = ["method", "removed", "zeros", *latency, *texts, "KL", "same top-1"]
+    places = ["on text", *(["on tasks"] if tasks else [])]
+    columns = ["method", *places, "removed", "zeros", *latency, *texts, "KL", "same top-1"]
     for name in tasks:
         columns += [name, f"flips {name}"]
-    return [*columns, "time (F)", "text", *(["tasks"] if tasks else [])]
+    return [*columns, "time (F)"]
 
 
 def short_head(summary: Summary) -> list[str]:
@@ -67,8 +68,8 @@ def _line(summary: Summary, row: Row, intervals: bool) -> list[str]:
         "KL": "" if row.kl is None else show(row.kl, 3),
         "same top-1": "" if row.same_top1 is None else show(row.same_top1, 3),
         "time (F)": "" if row.prune_forwards is None else f"{row.prune_forwards:.1f}",
-        "text": place(row.on_text),
-        "tasks": place(row.on_tasks),
+        "on text": place(row.on_text),
+        "on tasks": place(row.on_tasks),
     }
     for name, (accuracy, error) in row.tasks.items():
         cells[name] = f"{accuracy:.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -55,6 +55,14 @@ def _of_contest(
         ties = _ties([row.label for row in rows if row.on_text and row.on_text.ties])
         sentences[0] += f"; {ties}"
     sentences[0] += "."
+    for text in best.perplexity:
+        first_on_it = min(rows, key=lambda row: row.perplexity[text][0])
+        value = first_on_it.perplexity[text][0]
+        if value < best.perplexity[text][0]:
+            sentences.append(
+                f"On {text} alone {first_on_it.label} is best ({value:.1f}); the mean over the "
+                "texts decides."
+            )
     sentences += [
         f"{row.label} and {row.same_as} have the same figures on every window: both made the same "
         "model."

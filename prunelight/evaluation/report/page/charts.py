@@ -179,6 +179,7 @@ def scatter(
     front: Sequence[tuple[float, float]] = (),
     levels: Mapping[str, float] | None = None,
     log: bool | None = None,
+    least_width: float = 0.0,
     wide: bool = False,
     height: float = 3.4,
 ) -> Markup:
@@ -193,6 +194,7 @@ def scatter(
         front: points that a grey line joins, such as a Pareto front.
         levels: name -> a level that is drawn across, such as the dense model.
         log: scale of the vertical axis; None takes a logarithm where values span more than 20 to 1.
+        least_width: of the horizontal axis, so that small differences look small.
         wide: over the whole page.
         height: in inches.
     """
@@ -200,7 +202,7 @@ def scatter(
     log = _is_wide(every) if log is None else log
 
     def draw(axes: Axes) -> None:
-        if front:
+        if len(front) > 1:
             joined = sorted(front)
             places, levels_of = [x for x, _ in joined], [y for _, y in joined]
             axes.plot(places, levels_of, color="#9a9a9a", linewidth=2.5, label="front", zorder=1)
@@ -221,6 +223,9 @@ def scatter(
             draw_level(axes, level, name, number)
         if log:
             _use_logarithm(axes)
+        left, right = axes.get_xlim()
+        missing = max(0.0, least_width - (right - left))
+        axes.set_xlim(left - missing / 2, right + missing / 2)
         axes.set_xlabel(x_label)
         axes.set_ylabel(f"{y_label} (log scale)" if log else y_label)
         _legend(axes, [*points, "front", *(levels or {})])
