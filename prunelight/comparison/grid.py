@@ -31,7 +31,7 @@ DENSE = "dense"
 # What another comparison in the same directory may differ in: its cells stand beside the others.
 _MAY_CHANGE = (
     *("methods", "amounts", "zeros", "seeds", "max_kld", "min_top1", "keep_models", "launcher"),
-    *("out", "tasks_dir"),
+    *("out", "tasks_dir", "published"),
 )
 
 
@@ -98,7 +98,7 @@ def _short(value: Any) -> Any:
 def start_key(settings: ComparisonSettings) -> str:
     """Return what identifies a start without reading the model: settings and states of files."""
     values = settings.to_dict()
-    for name in ("out", "launcher", "keep_models", "tasks_dir"):
+    for name in ("out", "launcher", "keep_models", "tasks_dir", "published"):
         del values[name]
     data = settings.data
     given = [data.calibration] if isinstance(data.calibration, str) else data.calibration

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from prunelight.comparison.papers.beside import beside_published, note_on_published
 from prunelight.comparison.statistics import Paired
 from prunelight.comparison.telling.summary import Row, Summary, mean_log_perplexity
 from prunelight.comparison.telling.table import head, interval, lines, place
@@ -51,6 +52,7 @@ def page(summary: Summary, told: list[str]) -> str:
             ),
         ),
         Section("Tasks", _tasks(summary)),
+        Section("What the paper published", _published(summary), lead=note_on_published(summary)),
         Section("How it was measured", _measured(summary)),
     ]
     return render_page(
@@ -107,6 +109,7 @@ def _fronts(summary: Summary) -> list[Markup]:
                 front=[_point(row) for row in rows if row.on_front],
                 levels=levels,
                 least_width=5.0,
+                as_curve=len({row.asked for row in rows}) > 2,
                 wide=True,
             )
             caption = f"{'Recovered' if recovered else 'Pruned'} models; best of its amount: {best}"
@@ -178,6 +181,13 @@ def _tasks(summary: Summary) -> list[Markup]:
     return parts
 
 
+def _published(summary: Summary) -> list[Markup]:
+    parts: list[Markup] = []
+    for one in beside_published(summary):
+        parts += [paragraph(one.title, "note"), table(one.columns, one.rows)]
+    return parts
+
+
 def _measured(summary: Summary) -> list[Markup]:
     settings, data = summary.settings, summary.settings.data
     model = summary.facts["model"]
@@ -186,7 +196,7 @@ def _measured(summary: Summary) -> list[Markup]:
         "model": f"{model['name']}, {model['parameters'] / 1e6:.1f}M parameters, {model['dtype']}",
         "fingerprint of the model": model["fingerprint"],
         "texts": summary.texts,
-        "windows of each text": f"{data.num_windows} of {data.seq_len} tokens",
+        "of each text": data.held_out,
         "calibration": summary.calibration,
         "tasks": ", ".join(settings.tasks) or "none",
         "questions of each task": "all"
