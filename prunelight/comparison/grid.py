@@ -249,12 +249,15 @@ def check_same_contest(settings: ComparisonSettings, out: Path) -> None:
         return
     then, now = kept["settings"], json.loads(json.dumps(settings.to_dict()))
     for name, value in now.items():
+        # What an older version did not know, the grid has as its default.
         if name in _MAY_CHANGE or name not in then or then[name] == value:
             continue
-        old = then.get(name)
+        old = then[name]
         if isinstance(value, dict) and isinstance(old, dict):
-            inner = next(k for k in {**value, **old} if value.get(k) != old.get(k))
-            name, value, old = f"{name}.{inner}", value.get(inner), old.get(inner)
+            inner = [key for key in value if key in old and value[key] != old[key]]
+            if not inner:
+                continue
+            name, value, old = f"{name}.{inner[0]}", value[inner[0]], old[inner[0]]
         raise ValueError(
             f"{out} holds another comparison, with {name}={old!r} instead of {value!r}; set "
             "another out, or delete that directory"

@@ -12,16 +12,24 @@ from prunelight.comparison.statistics import Paired
 from prunelight.comparison.telling.summary import Row, Summary, mean_log_perplexity
 from prunelight.comparison.telling.table import head, interval, lines, place
 from prunelight.comparison.telling.writing import HOW_TO_READ, LATENCY_NOTE
-from prunelight.evaluation.report.page.charts import bar_chart, scatter
+from prunelight.evaluation.report.page.charts import bar_chart, heat_map, scatter
+from prunelight.evaluation.report.page.decisions import score_figures
 from prunelight.evaluation.report.page.frame import (
     Section,
     details,
     facts,
     figure,
+    figures,
     heading,
     paragraph,
     render_page,
     table,
+)
+from prunelight.evaluation.report.plan_facts import PlanFacts
+
+_LEAD_OF_DECISIONS = (
+    "Layers are those of the dense model. Where methods agree, the choice is safe. Where they do "
+    "not, look at their scores."
 )
 
 
@@ -52,6 +60,7 @@ def page(summary: Summary, told: list[str]) -> str:
             ),
         ),
         Section("Tasks", _tasks(summary)),
+        Section("Which layers go", _decisions(summary), lead=_LEAD_OF_DECISIONS),
         Section("What the paper published", _published(summary), lead=note_on_published(summary)),
         Section("How it was measured", _measured(summary)),
     ]
@@ -178,6 +187,38 @@ def _tasks(summary: Summary) -> list[Markup]:
             wide=True,
         )
         parts.append(figure(chart, f"{title}; bars of one standard error", wide=True))
+    return parts
+
+
+def _decisions(summary: Summary) -> list[Markup]:
+    """What methods that remove layers remove; and the scores of each method."""
+    pruned = [row for row in summary.rows if row.plan and not row.recovered]
+    plans = [PlanFacts(row.plan) for row in pruned]
+    gone = {
+        f"{row.label}, {row.asked:.3g}": plan.removed_layers
+        for row, plan in zip(pruned, plans, strict=True)
+        if plan.removed_layers
+    }
+    parts: list[Markup] = []
+    if gone:
+        layers = range(plans[0].num_layers)
+        told = "; ".join(f"{name}: {', '.join(map(str, of))}" for name, of in gone.items())
+        chart = heat_map(
+            [[0.0 if layer in of else 1.0 for layer in layers] for of in gone.values()],
+            alt=f"Removed decoder layers. {told}",
+            x_label="decoder layer",
+            bar_label="stays (1) or goes (0)",
+            row_names=[*gone],
+            limits=(0.0, 1.0),
+            wide=True,
+            height=0.9 + 0.22 * len(gone),
+        )
+        parts.append(figure(chart, "Dark layers go.", wide=True))
+    most = {row.label: row for row in sorted(pruned, key=lambda row: row.asked or 0.0)}
+    for label, row in most.items():
+        charts = score_figures(row.plan)
+        if charts:
+            parts.append(details(f"Scores of {label}, {row.asked:.3g}", figures(charts)))
     return parts
 
 

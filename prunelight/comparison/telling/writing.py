@@ -48,9 +48,14 @@ def check_outputs(out: Path) -> None:
 
 
 def json_of(summary: Summary) -> dict[str, Any]:
-    """Return summary and table as JSON values, without folders of this machine."""
+    """Return summary and table as JSON values, without folders of this machine.
+
+    Plans, with the scores of all layers, stand in the results of the cells.
+    """
     columns, rows = table_with_titles(summary)
     values = {**summary.to_dict(), "table": {"columns": columns, "rows": rows}}
+    for row in values["rows"]:
+        del row["plan"]
     told: dict[str, Any] = _without_paths(json.loads(json.dumps(values)))
     return told
 
