@@ -15,6 +15,7 @@ from prunelight.callbacks.weight_pruning import WeightPruning
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.runtime.arguments import above, at_least, checked, within
+from prunelight.scoring.weight_scores import Statistic
 
 
 class DLP(WeightPruning):
@@ -36,6 +37,8 @@ class DLP(WeightPruning):
             fit start.
         strict: refuse an alpha that pushes a layer out of [0, 1), instead of clipping its share.
         offload_activations: keep the calibration states on the CPU.
+        statistic: of |W| * ||X|| in a layer, its score: "median" (the paper), "mean" (the same as
+            allocation="dlp_mean"), "sum", "max", "std" or "var".
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -56,6 +59,7 @@ class DLP(WeightPruning):
         schedule: Schedule | None = None,
         strict: bool = False,
         offload_activations: bool = False,
+        statistic: Statistic = "median",
     ) -> None:
         arguments: dict[str, Any] = {
             "sparsity": sparsity,
@@ -69,6 +73,7 @@ class DLP(WeightPruning):
             "schedule": schedule,
             "strict": strict,
             "offload_activations": offload_activations,
+            "statistic": statistic,
         }
         super().__init__(**arguments)
         if allocation in ("owl", "uniform"):

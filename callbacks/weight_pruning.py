@@ -37,7 +37,7 @@ from prunelight.pruning.sparsity.sparsify import check_step
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.runtime.arguments import above, at_least, checked, within
 from prunelight.runtime.finite import check_weights
-from prunelight.scoring.weight_scores import WeightScore, weight_scores
+from prunelight.scoring.weight_scores import Statistic, WeightScore, weight_scores
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class WeightPruning(GradualZeros):
             fit start.
         strict: refuse an alpha that pushes a layer out of [0, 1), instead of clipping its share.
         offload_activations: keep the calibration states on the CPU.
+        statistic: of |W| * ||X|| in a layer, the score of allocation="dlp".
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -97,6 +98,7 @@ class WeightPruning(GradualZeros):
         schedule: Schedule | None = None,
         strict: bool = False,
         offload_activations: bool = False,
+        statistic: Statistic = "median",
     ) -> None:
         if isinstance(pattern, int):  # YAML 1.1 counts in sixties
             raise ValueError(f'pattern={pattern} is what YAML makes of N:M; quote it: "2:4"')
@@ -106,6 +108,8 @@ class WeightPruning(GradualZeros):
             raise ValueError(f"alpha={alpha} has no effect with allocation='uniform'")
         if outlier_factor != 5 and allocation != "owl":
             raise ValueError(f"{outlier_factor=} has no effect with {allocation=}")
+        if statistic != "median" and allocation != "dlp":
+            raise ValueError(f"{statistic=} has no effect with {allocation=}; set allocation='dlp'")
         if solver != "sparsegpt" and sparsegpt != SparseGPT():
             raise ValueError(f"{sparsegpt} has no effect with solver={solver!r}")
         if self.pattern is not None and solver == "wanda_variant":
@@ -119,6 +123,12 @@ class WeightPruning(GradualZeros):
         self.sparsegpt = sparsegpt
         self.strict = strict
         self.offload_activations = offload_activations
+        self.statistic = statistic
+
+    @property
+    def score(self) -> WeightScore | None:
+        """Return the score that the allocation reads, None if it reads none."""
+        return self.statistic if self.allocation == "dlp" else ALLOCATIONS[self.allocation]
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that decide the result, as JSON values."""
@@ -192,7 +202,7 @@ class WeightPruning(GradualZeros):
 
     def _scores(self, model: PreTrainedModel, windows: Windows) -> dict[str, float]:
         """Return the scores that the allocation reads, {name of a matrix: score}; {} if none."""
-        kind = ALLOCATIONS[self.allocation]
+        kind = self.score
         if kind is None or self.alpha == 0:
             return {}
         return weight_scores(
@@ -241,7 +251,7 @@ class WeightPruning(GradualZeros):
         With granularity "linear" each projection has a list of its own.
         """
         lists: dict[str, list[float | None]] = {}
-        kind = str(ALLOCATIONS[self.allocation])
+        kind = str(self.score)
         for layer in layers if scores else []:
             if not layer and self.granularity == "layer":
                 lists.setdefault(kind, []).append(None)

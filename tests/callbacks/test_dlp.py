@@ -20,6 +20,7 @@ from prunelight.planning.sparsity_shares import weighted_mean
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.recovery.zeros.gradual_zeros import Schedule
+from prunelight.run.checkpoints import given_arguments, state_arguments
 
 WINDOWS = token_windows()
 PER_TOKEN = WINDOWS.numel() ** -0.5  # ours are of the mean square over tokens, not of the sum
@@ -76,6 +77,34 @@ def test_shares_are_those_of_a_plain_computation(model, allocation, sparsity, pe
     assert step.sparsity == pytest.approx(expected, abs=1e-6)
     if allocation != "uniform":
         assert max(step.sparsity.values()) > min(step.sparsity.values()) + 0.05
+
+
+STATISTICS = ["median", "mean", "sum", "max", "std", "var"]
+every_statistic = pytest.mark.parametrize("statistic", STATISTICS)
+
+
+@every_statistic
+def test_shares_by_each_statistic_are_those_of_a_plain_computation(model, statistic):
+    plan = DLP(0.6, statistic=statistic).plan(model, WINDOWS)
+    expected = reference.allocate(model, WINDOWS, statistic, 0.6, alpha=0.15)
+    assert step_of(plan).sparsity == pytest.approx(expected, abs=1e-6)
+    assert set(plan.scores) == {"sparsity", statistic}
+    assert max(plan.scores["sparsity"]) > min(plan.scores["sparsity"]) + 0.2
+
+
+def test_the_mean_as_a_statistic_is_the_released_code(model):
+    plan, other = (
+        DLP(0.6, **chosen).plan(model, WINDOWS)
+        for chosen in ({"statistic": "mean"}, {"allocation": "dlp_mean"})
+    )
+    assert (plan.steps, plan.scores) == (other.steps, other.scores)
+
+
+@every_statistic
+def test_one_layer_gets_the_target_by_each_statistic(statistic):
+    alone = tiny_model(num_hidden_layers=1)
+    shares = step_of(DLP(0.6, statistic=statistic).plan(alone, WINDOWS)).sparsity
+    assert set(shares.values()) == {0.6}
 
 
 def test_outliers_are_counted_by_their_factor(model):
@@ -275,7 +304,10 @@ def test_dlp_plans_what_weight_pruning_plans_with_its_allocation_and_alpha(model
 
 
 def test_what_identifies_a_base_and_a_state_of_dlp_is_as_in_older_versions():
-    """Names, order and JSON values of the arguments: they are in fingerprints and checkpoints."""
+    """Names, order and JSON values of the arguments: they are in fingerprints and checkpoints.
+
+    Later arguments are not, as long as they have their defaults.
+    """
     method = DLP(0.5, None, "dlp", None, 5.0, "layer", "wanda", schedule=Schedule(1, 9))
     settings = {"dampening": 0.01, "block_size": 128, "act_order": False, "bits": None}
     expected = {
@@ -290,7 +322,9 @@ def test_what_identifies_a_base_and_a_state_of_dlp_is_as_in_older_versions():
         "schedule": {"start_step": 1, "end_step": 9, "every": 10, "curve": "cubic"},
         "strict": False,
     }
-    assert json.dumps(method.arguments()) == json.dumps(expected)
+    assert json.dumps(state_arguments(method)) == json.dumps(expected)
+    assert list(method.arguments()) == [*expected, "statistic"]
+    assert list(given_arguments(method)) == ["sparsity", "alpha", "schedule"]
     assert method.state_key == f"DLP{expected!r}"
     assert (type(method).__name__, method.version) == ("DLP", 1)
 
@@ -396,6 +430,14 @@ def test_offloading_is_no_reason_to_prune_again(tmp_path):
         (
             {"sparsity": 0.5, "sparsegpt": SparseGPT(dampening=0.1)},
             r"SparseGPT\(dampening=0.1, .*\) has no effect with solver='wanda'",
+        ),
+        (
+            {"sparsity": 0.5, "allocation": "dlp_mean", "statistic": "max"},
+            "statistic='max' has no effect with allocation='dlp_mean'; set allocation='dlp'",
+        ),
+        (
+            {"sparsity": 0.5, "statistic": "mode"},
+            "statistic='mode' must be one of median, mean, sum, max, std, var; did you mean mean",
         ),
         (
             {"pattern": "2:4", "solver": "wanda_variant"},

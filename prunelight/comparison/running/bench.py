@@ -141,30 +141,31 @@ def held_out_text(
     Raises:
         ValueError: if the text is too short.
     """
-    rows = read_documents(source, text_field=data.text_field)
+    rows, seq_len = read_documents(source, text_field=data.text_field), data.held_out_seq_len
     if any(is_instruction_row(row) for row in rows):
         stream = tokenize_documents(tokenizer, [plain_text(row, data.text_field) for row in rows])
         start = bos_token_id(tokenizer, data.bos)
-        ids = pack_windows(stream, data.seq_len, bos_token_id=start)[: data.num_windows]
+        ids = pack_windows(stream, seq_len, bos_token_id=start)[: data.num_windows]
         protocol = (
             f"{len(rows)} instructions with their responses as plain text, joined by EOS tokens; "
-            f"the first {data.num_windows} windows of {data.seq_len} tokens that do not overlap"
+            f"the first {len(ids)} windows of {seq_len} tokens that do not overlap"
         )
         text = TextWindows(name, protocol, ids)
     else:
         text = text_windows(
             tokenizer,
             source,
-            data.seq_len,
+            seq_len,
             max_windows=data.num_windows,
             bos=data.bos,
             text_field=data.text_field,
         )
         text = replace(text, text=name)
-    if len(text.ids) < data.num_windows:
+    if len(text.ids) < (data.num_windows or 2):
         raise ValueError(
-            f"the text {source} holds {len(text.ids)} windows of seq_len={data.seq_len}, and "
-            f"num_windows={data.num_windows} are asked for; lower one of them, or give more text"
+            f"the text {source} holds {len(text.ids)} windows of seq_len={seq_len}, and "
+            f"num_windows={data.num_windows or 2} are asked for; lower one of them, or give more "
+            "text"
         )
     return text
 
