@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_deprecation
 from prunelight.callbacks.weight_pruning import WeightPruning
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.recovery.zeros.gradual_zeros import Schedule
-from prunelight.runtime.arguments import above, at_least, checked, within
+from prunelight.runtime.arguments import above, checked, within
+from prunelight.scoring.weight_scores import Statistic
 
 
 class DLP(WeightPruning):
@@ -27,28 +28,33 @@ class DLP(WeightPruning):
             an N of its own, N:M on average.
         allocation: "dlp" (the median, the paper) or "dlp_mean" (the released code). "owl" and
             "uniform" are deprecated here: write `WeightPruning`.
-        alpha: half the spread of the shares; None takes the paper's 0.15.
+        alpha: half the spread of the shares; None takes the paper's 0.15. Of a list, the value with
+            the lowest perplexity on a quarter of the calibration windows is taken; each value costs
+            one pruning. "auto" tries 0 (uniform), 0.05, 0.1, 0.15 and 0.2.
         outlier_factor: deprecated here, OWL's M: write `WeightPruning`.
         granularity: one share a decoder "layer" (the paper), or one a "linear".
         solver: "wanda", "wanda_variant" (shares differ by row), "sparsegpt" or "magnitude".
         sparsegpt: settings of SparseGPT.
         schedule: prune gradually while the model trains, by "wanda" or "magnitude"; None prunes at
             fit start.
-        strict: refuse an alpha that pushes a layer out of [0, 1), instead of clipping its share.
+        strict: refuse an alpha that pushes a layer out of [0, 1), instead of clipping its share;
+            "auto" leaves it out.
         offload_activations: keep the calibration states on the CPU.
+        statistic: of |W| * ||X|| in a layer, its score: "median" (the paper), "mean" (the same as
+            allocation="dlp_mean"), "sum", "max", "std" or "var".
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
     """
 
     # Order and names of the arguments stay: they are part of the fingerprint of older bases.
-    @checked(sparsity=within(0, 1), alpha=at_least(0), outlier_factor=above(0))
+    @checked(sparsity=within(0, 1), outlier_factor=above(0))
     def __init__(
         self,
         sparsity: float | None = None,
         pattern: str | int | None = None,
         allocation: Literal["dlp", "dlp_mean", "owl", "uniform"] = "dlp",
-        alpha: float | None = None,
+        alpha: float | list[float] | Literal["auto"] | None = None,
         outlier_factor: float = 5.0,
         granularity: Literal["layer", "linear"] = "layer",
         solver: Literal["wanda", "wanda_variant", "sparsegpt", "magnitude"] = "wanda",
@@ -56,6 +62,7 @@ class DLP(WeightPruning):
         schedule: Schedule | None = None,
         strict: bool = False,
         offload_activations: bool = False,
+        statistic: Statistic = "median",
     ) -> None:
         arguments: dict[str, Any] = {
             "sparsity": sparsity,
@@ -69,6 +76,7 @@ class DLP(WeightPruning):
             "schedule": schedule,
             "strict": strict,
             "offload_activations": offload_activations,
+            "statistic": statistic,
         }
         super().__init__(**arguments)
         if allocation in ("owl", "uniform"):

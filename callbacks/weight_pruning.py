@@ -9,13 +9,13 @@ The released codes ignore the allocation for N:M and do not make up for what the
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.calibration.windows import Windows, check_windows
+from prunelight.calibration.windows import Windows
 from prunelight.callbacks.recovery.gradual_zeros import GradualZeros
 from prunelight.models.families.config_fields import check_reloadable
 from prunelight.models.families.layers import decoder_layers, layers_path
@@ -34,10 +34,11 @@ from prunelight.planning.steps import Sparsify
 from prunelight.pruning.sparsity.masks import Pattern
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.pruning.sparsity.sparsify import check_step
+from prunelight.pruning.sparsity.trial import held_out_windows, sparse_perplexity
 from prunelight.recovery.zeros.gradual_zeros import Schedule
-from prunelight.runtime.arguments import above, at_least, checked, within
+from prunelight.runtime.arguments import above, at_least, checked, checked_value, within
 from prunelight.runtime.finite import check_weights
-from prunelight.scoring.weight_scores import WeightScore, weight_scores
+from prunelight.scoring.weight_scores import Statistic, WeightScore, weight_scores
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,29 @@ ALLOCATIONS: dict[str, WeightScore | None] = {
 
 ALPHAS = {"uniform": 0.0, "owl": 0.08, "dlp": 0.15, "dlp_mean": 0.15}  # of the papers
 
+ALPHA_GRID = (0.0, 0.05, 0.1, 0.15, 0.2)  # what alpha="auto" tries; 0 is uniform
+
+_REFUSED = "{}; take a smaller alpha, or strict=False to clip"
+
 GRANULARITIES = ("layer", "linear")
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Groups of matrices; all matrices of a group get the same share of zeros.
+
+    Attributes:
+        names: of the matrices of each group.
+        matrix_sizes: name of a matrix -> number of its weights.
+    """
+
+    names: list[list[str]]
+    matrix_sizes: dict[str, int]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return the number of weights of each group."""
+        return [sum(self.matrix_sizes[name] for name in names) for names in self.names]
 
 
 class WeightPruning(GradualZeros):
@@ -69,13 +92,17 @@ class WeightPruning(GradualZeros):
         allocation: "uniform", "owl", "dlp" (the median, its paper) or "dlp_mean" (DLP's released
             code).
         alpha: half the spread of the shares; None takes the paper's, 0.08 for OWL and 0.15 for DLP.
+            Of a list, the value with the lowest perplexity on a quarter of the calibration windows
+            is taken; each value costs one pruning. "auto" tries 0 (uniform), 0.05, 0.1, 0.15, 0.2.
         outlier_factor: OWL's M: a score above M times the mean is an outlier.
         granularity: one share a decoder "layer" (the papers), or one a "linear".
         sparsegpt: settings of SparseGPT.
         schedule: prune gradually while the model trains, by "wanda" or "magnitude"; None prunes at
             fit start.
-        strict: refuse an alpha that pushes a layer out of [0, 1), instead of clipping its share.
+        strict: refuse an alpha that pushes a layer out of [0, 1), instead of clipping its share;
+            "auto" leaves it out.
         offload_activations: keep the calibration states on the CPU.
+        statistic: of |W| * ||X|| in a layer, the score of allocation="dlp".
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -83,29 +110,34 @@ class WeightPruning(GradualZeros):
 
     follows_slicing = True
 
-    @checked(sparsity=within(0, 1), alpha=at_least(0), outlier_factor=above(0))
+    @checked(sparsity=within(0, 1), outlier_factor=above(0))
     def __init__(
         self,
         sparsity: float | None = None,
         pattern: str | int | None = None,
         solver: Literal["wanda", "sparsegpt", "magnitude", "wanda_variant"] = "wanda",
         allocation: Literal["uniform", "owl", "dlp", "dlp_mean"] = "uniform",
-        alpha: float | None = None,
+        alpha: float | list[float] | Literal["auto"] | None = None,
         outlier_factor: float = 5.0,
         granularity: Literal["layer", "linear"] = "layer",
         sparsegpt: SparseGPT = SparseGPT(),  # noqa: B008 (frozen)
         schedule: Schedule | None = None,
         strict: bool = False,
         offload_activations: bool = False,
+        statistic: Statistic = "median",
     ) -> None:
         if isinstance(pattern, int):  # YAML 1.1 counts in sixties
             raise ValueError(f'pattern={pattern} is what YAML makes of N:M; quote it: "2:4"')
         self.pattern = None if pattern is None else Pattern.parse(pattern)
         self.target = _target(sparsity, self.pattern)
-        if alpha and allocation == "uniform":
-            raise ValueError(f"alpha={alpha} has no effect with allocation='uniform'")
+        self.alpha = ALPHAS[allocation] if alpha is None else alpha
+        self.alphas = _alphas(self.alpha)
+        if any(self.alphas) and allocation == "uniform":
+            raise ValueError(f"{alpha=} has no effect with allocation='uniform'")
         if outlier_factor != 5 and allocation != "owl":
             raise ValueError(f"{outlier_factor=} has no effect with {allocation=}")
+        if statistic != "median" and allocation != "dlp":
+            raise ValueError(f"{statistic=} has no effect with {allocation=}; set allocation='dlp'")
         if solver != "sparsegpt" and sparsegpt != SparseGPT():
             raise ValueError(f"{sparsegpt} has no effect with solver={solver!r}")
         if self.pattern is not None and solver == "wanda_variant":
@@ -113,12 +145,17 @@ class WeightPruning(GradualZeros):
         super().__init__(solver, schedule)
         self.sparsity = sparsity
         self.allocation = allocation
-        self.alpha = ALPHAS[allocation] if alpha is None else alpha
         self.outlier_factor = outlier_factor
         self.granularity = granularity
         self.sparsegpt = sparsegpt
         self.strict = strict
         self.offload_activations = offload_activations
+        self.statistic = statistic
+
+    @property
+    def score(self) -> WeightScore | None:
+        """Return the score that the allocation reads, None if it reads none."""
+        return self.statistic if self.allocation == "dlp" else ALLOCATIONS[self.allocation]
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that decide the result, as JSON values."""
@@ -147,6 +184,22 @@ class WeightPruning(GradualZeros):
             )
         check_step(model, self.sparsify_step(dict.fromkeys(names, self.target)))
 
+    def check_calibration(self, model: PreTrainedModel, windows: Windows) -> None:
+        """Check the windows.
+
+        Raises:
+            ValueError: if the model cannot read the windows, or they are too few to hold some out
+                where there are several alphas to choose from.
+        """
+        super().check_calibration(model, windows)
+        if len(self.alphas) > 1:
+            try:
+                held_out_windows(windows)
+            except ValueError as error:
+                raise ValueError(
+                    f"alpha={self.alpha!r} holds windows out; {error}, or one alpha"
+                ) from error
+
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
         """Decide how many zeros each matrix gets; the model is unchanged.
@@ -161,27 +214,27 @@ class WeightPruning(GradualZeros):
         """
         check_weights(model)
         self.check(model)
-        check_windows(model, windows)
+        self.check_calibration(model, windows)
         sizes = {name: matrix.parameter.numel() for name, matrix in matrices(model).items()}
         dense, share = dense_places(model), share_of_matrices(model)
         for reason, places in dense.items():
             log.info("%s: %s stay dense", reason, ", ".join(places))
         layers = _names_by_layer(model, list(sizes))
         by_layer = self.granularity == "layer"
-        # A unit is a group of matrices that get the same share.
-        units = [layer for layer in layers if layer] if by_layer else [[name] for name in sizes]
+        names = [layer for layer in layers if layer] if by_layer else [[name] for name in sizes]
+        units = _Units(names, sizes)
         scores = self._scores(model, windows)
-        shares = self._allocate(
-            [scores[unit[0]] for unit in units] if scores else [],
-            [sum(sizes[name] for name in unit) for unit in units],
-        )
-        share_of = {n: share for unit, share in zip(units, shares, strict=True) for n in unit}
+        alpha, found = self._choose_alpha(model, windows, units)
+        self._check_clipping(self._spread(units, scores, alpha), alpha)
+        step = self._step(units, scores, alpha)
+        if dense:
+            found |= {"stays_dense": dense, "share_of_decoder_weights": share}
         return self.make_plan(
             model,
             windows,
-            self.sparsify_step({name: share_of[name] for name in sizes}),
-            scores=self._scores_by_layer(layers_path(model), layers, scores, share_of, sizes),
-            found={"stays_dense": dense, "share_of_decoder_weights": share} if dense else {},
+            step,
+            scores=self._scores_by_layer(layers_path(model), layers, scores, step.sparsity, sizes),
+            found=found,
         )
 
     def sparsify_step(self, sparsity: dict[str, float]) -> Sparsify:
@@ -192,8 +245,8 @@ class WeightPruning(GradualZeros):
 
     def _scores(self, model: PreTrainedModel, windows: Windows) -> dict[str, float]:
         """Return the scores that the allocation reads, {name of a matrix: score}; {} if none."""
-        kind = ALLOCATIONS[self.allocation]
-        if kind is None or self.alpha == 0:
+        kind = self.score
+        if kind is None or not any(self.alphas):
             return {}
         return weight_scores(
             model,
@@ -205,28 +258,81 @@ class WeightPruning(GradualZeros):
             offload=self.offload_activations,
         )
 
-    def _allocate(self, scores: list[float], sizes: list[int]) -> list[float]:
-        """Return the share of zeros of each unit: its score decides, its size weighs."""
+    def _spread(self, units: _Units, scores: dict[str, float], alpha: float) -> list[float]:
+        """Return the share of zeros of each unit before clipping: its score decides."""
         if not scores:
-            return uniform(sizes, self.target)
+            return uniform(units.sizes, self.target)
         spread = owl if self.allocation == "owl" else dlp
-        shares = spread(scores, sizes, self.target, self.alpha)
+        unit_scores = [scores[names[0]] for names in units.names]
+        return spread(unit_scores, units.sizes, self.target, alpha)
+
+    def _step(self, units: _Units, scores: dict[str, float], alpha: float) -> Sparsify:
+        """Return the step of an alpha: shares of zeros that are clipped and meet the target."""
+        shares = self._spread(units, scores, alpha)
+        if scores:
+            shares = fit_to_target(shares, units.sizes, self.target)
+        if scores and self.pattern is not None:
+            kept = round_to_patterns(shares, units.sizes, (self.pattern.kept, self.pattern.of))
+            shares = [1 - number / self.pattern.of for number in kept]
+        share_of = {n: x for names, x in zip(units.names, shares, strict=True) for n in names}
+        return self.sparsify_step({name: share_of[name] for name in units.matrix_sizes})
+
+    def _clipping(self, shares: list[float], alpha: float) -> str:
+        """Return what clipping does to the shares of an alpha, "" if it does nothing."""
         excess = clipping_excess(shares, self.target)
-        if excess > 0:
-            text = (
-                f"alpha={self.alpha} pushes shares of zeros to [{min(shares):.3f}, "
-                f"{max(shares):.3f}], {excess:.3f} out of [0, 1)"
-            )
-            if self.strict:
-                raise ValueError(f"{text}; take a smaller alpha, or strict=False to clip")
+        if excess == 0:
+            return ""
+        return (
+            f"alpha={alpha} pushes shares of zeros to [{min(shares):.3f}, {max(shares):.3f}], "
+            f"{excess:.3f} out of [0, 1)"
+        )
+
+    def _check_clipping(self, shares: list[float], alpha: float) -> None:
+        """Warn of shares that are clipped, or too few inputs of a pattern to differ.
+
+        Raises:
+            ValueError: if shares are clipped and `strict` is set.
+        """
+        text = self._clipping(shares, alpha)
+        if text and self.strict:
+            raise ValueError(_REFUSED.format(text))
+        if text:
             log.warning("%s: clipped, and the others adjusted to sparsity=%s", text, self.target)
-        shares = fit_to_target(shares, sizes, self.target)
-        if self.pattern is None:
-            return shares
-        if self.pattern.kept == 1:
+        if self.pattern is not None and self.pattern.kept == 1 and any(self.alphas):
             log.warning("pattern=%s is uniform: no layer can keep fewer than 1", self.pattern)
-        weights_kept = round_to_patterns(shares, sizes, (self.pattern.kept, self.pattern.of))
-        return [1 - kept / self.pattern.of for kept in weights_kept]
+
+    def _choose_alpha(
+        self, model: PreTrainedModel, windows: Windows, units: _Units
+    ) -> tuple[float, dict[str, Any]]:
+        """Return the alpha with the lowest perplexity on held-out windows, and facts for the plan.
+
+        Neither the scores nor the solver of a trial see the windows that judge it.
+        """
+        if len(self.alphas) == 1:
+            return self.alphas[0], {}
+        seen, held_out = held_out_windows(windows)
+        scores = self._scores(model, seen)
+        candidates: dict[float, Sparsify] = {}
+        for alpha in self.alphas:
+            text = self._clipping(self._spread(units, scores, alpha), alpha)
+            if text and self.strict and self.alpha != "auto":
+                raise ValueError(_REFUSED.format(text))
+            if text and self.strict:
+                log.info("%s: left out", text)
+                continue
+            step = self._step(units, scores, alpha)
+            if step not in candidates.values():  # two alphas may round to the same patterns
+                candidates[alpha] = step
+        perplexities = {
+            alpha: sparse_perplexity(
+                model, seen, held_out, step, device=self.device, offload=self.offload_activations
+            )
+            for alpha, step in (candidates.items() if len(candidates) > 1 else ())
+        }
+        best = min(candidates, key=lambda alpha: (perplexities.get(alpha, 0.0), alpha))
+        log.info("alpha=%.4g has the lowest perplexity of %s", best, perplexities)
+        tried = {f"{alpha:.4g}": value for alpha, value in perplexities.items()}
+        return best, {"alpha": best, "perplexity_of_alpha": tried}
 
     def _scores_by_layer(
         self,
@@ -241,7 +347,7 @@ class WeightPruning(GradualZeros):
         With granularity "linear" each projection has a list of its own.
         """
         lists: dict[str, list[float | None]] = {}
-        kind = str(ALLOCATIONS[self.allocation])
+        kind = str(self.score)
         for layer in layers if scores else []:
             if not layer and self.granularity == "layer":
                 lists.setdefault(kind, []).append(None)
@@ -259,6 +365,20 @@ class WeightPruning(GradualZeros):
 def _names_by_layer(model: PreTrainedModel, names: list[str]) -> list[list[str]]:
     prefixes = [f"{layers_path(model)}.{i}." for i in range(len(decoder_layers(model)))]
     return [[name for name in names if name.startswith(prefix)] for prefix in prefixes]
+
+
+def _alphas(alpha: float | list[float] | str) -> tuple[float, ...]:
+    """Return the alphas to try, in ascending order.
+
+    Raises:
+        ValueError: if a list is empty, or an alpha is below 0.
+    """
+    if alpha == "auto":
+        return ALPHA_GRID
+    given = alpha if isinstance(alpha, list) else [alpha]
+    if not given:
+        raise ValueError("alpha=[] names no value to try; give some, or leave it out")
+    return tuple(sorted({checked_value("alpha", value, float, at_least(0)) for value in given}))
 
 
 def _target(sparsity: float | None, pattern: Pattern | None) -> float:

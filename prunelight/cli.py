@@ -30,6 +30,7 @@ VERBS = {
 COMMANDS = {
     "evaluate": "Measure a model on text and tasks, alone or against the dense one.",
     "compare": "Run a contest of methods at equal size, and draw one page to decide from.",
+    "reproduce": "Repeat a paper's table on your model, with the published figures beside it.",
     "report": "Draw the report of a run again.",
     "export": "Write a saved model as GGUF, for CTranslate2 or as DeciLM, and prove the result.",
 }

@@ -21,8 +21,14 @@ from prunelight.config_files import find_configs
 from prunelight.runtime.origin import command_line
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the verb."""
+def main(arguments: Sequence[str], command: Sequence[str] | None = None) -> None:
+    """Run the verb.
+
+    Args:
+        arguments: that follow it.
+        command: by which the contest was started; None for `prunelight compare` and the arguments.
+    """
+    command = ["prunelight", "compare", *arguments] if command is None else command
     parser = _parser()
     try:
         given = find_configs(arguments)
@@ -34,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         names = ComparisonSettings.__dataclass_fields__
         settings = ComparisonSettings(**{name: made[name] for name in names})
         try:
-            show(compare(settings, command_line(["prunelight", "compare", *arguments])))
+            show(compare(settings, command_line(command)))
         except (KeyboardInterrupt, SystemExit) as stop:  # Lightning ends a fit by SystemExit
             if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
                 raise

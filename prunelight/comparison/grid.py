@@ -31,7 +31,7 @@ DENSE = "dense"
 # What another comparison in the same directory may differ in: its cells stand beside the others.
 _MAY_CHANGE = (
     *("methods", "amounts", "zeros", "seeds", "max_kld", "min_top1", "keep_models", "launcher"),
-    *("out", "tasks_dir"),
+    *("out", "tasks_dir", "published"),
 )
 
 
@@ -98,7 +98,7 @@ def _short(value: Any) -> Any:
 def start_key(settings: ComparisonSettings) -> str:
     """Return what identifies a start without reading the model: settings and states of files."""
     values = settings.to_dict()
-    for name in ("out", "launcher", "keep_models", "tasks_dir"):
+    for name in ("out", "launcher", "keep_models", "tasks_dir", "published"):
         del values[name]
     data = settings.data
     given = [data.calibration] if isinstance(data.calibration, str) else data.calibration
@@ -249,12 +249,15 @@ def check_same_contest(settings: ComparisonSettings, out: Path) -> None:
         return
     then, now = kept["settings"], json.loads(json.dumps(settings.to_dict()))
     for name, value in now.items():
+        # What an older version did not know, the grid has as its default.
         if name in _MAY_CHANGE or name not in then or then[name] == value:
             continue
-        old = then.get(name)
+        old = then[name]
         if isinstance(value, dict) and isinstance(old, dict):
-            inner = next(k for k in {**value, **old} if value.get(k) != old.get(k))
-            name, value, old = f"{name}.{inner}", value.get(inner), old.get(inner)
+            inner = [key for key in value if key in old and value[key] != old[key]]
+            if not inner:
+                continue
+            name, value, old = f"{name}.{inner[0]}", value[inner[0]], old[inner[0]]
         raise ValueError(
             f"{out} holds another comparison, with {name}={old!r} instead of {value!r}; set "
             "another out, or delete that directory"

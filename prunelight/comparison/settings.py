@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from prunelight.comparison.papers.published import published_tables
 from prunelight.data.corpora import corpus_part, is_corpus
 from prunelight.data.sources import HUB_PREFIX, SAMPLES, SUFFIXES
 from prunelight.data.token_windows import Bos
@@ -52,12 +53,13 @@ class DataSettings:
     Attributes:
         calibration: source or sources of the windows that pruning looks at, see
             `prunelight.data.sources.read_documents`.
-        seq_len: tokens of a window.
+        seq_len: tokens of a calibration window.
         num_calibration: windows drawn for calibration, by the seed.
         texts: name of a held-out text -> its source. Rows of instructions become plain text.
-        num_windows: held-out windows of each text: the first ones.
+        num_windows: held-out windows of each text: the first ones; null takes all.
         text_field: the field of a row that holds its text.
         bos: auto, always or never: whether each window starts with the BOS token.
+        text_seq_len: tokens of a held-out window; null takes `seq_len`.
     """
 
     calibration: str | list[str] = "sample:calibration"
@@ -69,9 +71,10 @@ class DataSettings:
             "instructions": "sample:instructions",
         }
     )
-    num_windows: int = 32
+    num_windows: int | None = 32
     text_field: str = "text"
     bos: Bos = "auto"
+    text_seq_len: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(
@@ -82,6 +85,7 @@ class DataSettings:
             num_calibration=at_least(1),
             texts=NOT_EMPTY,
             num_windows=at_least(2),
+            text_seq_len=at_least(2),
             text_field=NOT_EMPTY,
         )
         for name, source in self.texts.items():
@@ -91,6 +95,17 @@ class DataSettings:
             check_source(source)
         for source in self.texts.values():
             check_source(source, split="test")
+
+    @property
+    def held_out_seq_len(self) -> int:
+        """Tokens of a held-out window."""
+        return self.seq_len if self.text_seq_len is None else self.text_seq_len
+
+    @property
+    def held_out(self) -> str:
+        """How much of each text is measured, in words."""
+        number = "all" if self.num_windows is None else str(self.num_windows)
+        return f"{number} windows of {self.held_out_seq_len} tokens"
 
 
 @dataclass(frozen=True)
@@ -155,6 +170,7 @@ class ComparisonSettings:
         keep_models: keep the saved models of cells with recovery.
         launcher: how cells are run.
         out: directory of the comparison.
+        published: table of a paper, "PAPER.TABLE", whose published figures stand on the page.
     """
 
     model: ModelSettings
@@ -174,6 +190,7 @@ class ComparisonSettings:
     keep_models: bool = False
     launcher: LauncherSettings = field(default_factory=LauncherSettings)
     out: str = "runs/comparison"
+    published: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(
@@ -209,6 +226,8 @@ class ComparisonSettings:
             raise ValueError(
                 f"max_kld={self.max_kld} and min_top1={self.min_top1}: give one of the two"
             )
+        if self.published is not None:
+            published_tables(self.published)
         self._check_time()
         if self.limit is not None and not self.tasks:
             raise ValueError(f"limit={self.limit} has no effect without tasks; leave it out")

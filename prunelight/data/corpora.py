@@ -15,10 +15,10 @@ from typing import Literal
 Join = Literal["blank_lines", "spaces", "documents", "raw"]
 
 JOINS: dict[str, str] = {  # how rows become a text -> as a protocol says it
-    "blank_lines": "rows joined by a blank line",
-    "spaces": "rows joined by a space",
-    "documents": "each row a document",
-    "raw": "rows joined as they stand",
+    "blank_lines": "joined by a blank line",
+    "spaces": "joined by a space",
+    "documents": "each a document",
+    "raw": "joined as they stand",
 }
 
 PARQUET_COPY = "refs/convert/parquet"  # the hub makes it of datasets that are scripts
@@ -160,13 +160,11 @@ class CorpusPart:
         """The row of the catalogue."""
         return CORPORA[self.name]
 
-    @property
-    def protocol(self) -> str:
-        """How the rows became a text."""
-        rows = "" if self.stop is None else f", rows {self.start} to {self.stop}"
-        if self.stop is None and self.start:
-            rows = f", rows from {self.start}"
-        return f"{self.name} {self.split}{rows}: {JOINS[self.join]}"
+    def protocol(self, rows: int) -> str:
+        """Return how so many rows became a text, in words."""
+        behind = f" behind the first {self.start}" if self.start else ""
+        comma = "," if self.join == "documents" else ""
+        return f"split {self.split}, {rows} rows{behind}{comma} {JOINS[self.join]}"
 
 
 def is_corpus(source: str) -> bool:

@@ -38,8 +38,8 @@ ReadFile = Callable[[Path, str], list[tuple[Any, str]]]  # path, text_field -> r
 
 def corpus_rows(
     part: CorpusPart, *, text_field: str, enough: int | None, read_file: ReadFile
-) -> list[dict[str, Any]]:
-    """Return the rows of a part of a corpus, joined as it says.
+) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows of a part of a corpus, joined as it says, and how, in words.
 
     Args:
         part: of the corpus.
@@ -71,11 +71,12 @@ def corpus_rows(
             raise
         raise _unreachable(part, place, error) from error
     ended = f"; they are enough, {part.name}[{part.split}[:N]] takes N rows" if more else ""
-    log.info("%s from %s: %s rows%s", part.protocol, place, len(taken), ended)
+    protocol = part.protocol(len(taken))
+    log.info("%s is %s: %s%s", part.name, place, protocol, ended)
     if field is None:
-        return taken
+        return taken, protocol
     texts = [_text(row, field, f"{place}: row {i}") for i, row in enumerate(taken, part.start)]
-    return [{text_field: text} for text in joined(texts, part.join)]
+    return [{text_field: text} for text in joined(texts, part.join)], protocol
 
 
 def hub_file_rows(source: str, *, text_field: str, enough: int | None) -> list[dict[str, Any]]:

@@ -70,7 +70,9 @@ def read_documents(
     source = os.fspath(source)
     part = corpus_part(source, split=split) if is_corpus(source) else None
     if part is not None:
-        given = corpus_rows(part, text_field=text_field, enough=enough, read_file=_read_file)
+        given, protocol = corpus_rows(
+            part, text_field=text_field, enough=enough, read_file=_read_file
+        )
         read = enumerate((row, "") for row in given)
     elif source.startswith(HUB_PREFIX):
         given = hub_file_rows(source, text_field=text_field, enough=enough)
@@ -83,7 +85,7 @@ def read_documents(
     if part is None:
         return _join_lines(rows, text_field)
     for row in rows:
-        row.joined = part.protocol
+        row.joined = protocol
     return rows
 
 

@@ -20,8 +20,12 @@ from prunelight.calibration.windows import Windows
 from prunelight.models.families.matrices import Matrix, layer_matrices
 from prunelight.scoring.remembered import remembered
 
-# Summary of the Wanda scores of a layer's weights: DLP's paper, DLP's released code, OWL.
-WeightScore: TypeAlias = Literal["median", "mean", "outlier_ratio"]
+# Summary of the Wanda scores of a layer's weights: those that DLP's paper compares. The paper takes
+# the median, its released code the mean.
+Statistic: TypeAlias = Literal["median", "mean", "sum", "max", "std", "var"]
+
+# The same, and OWL's.
+WeightScore: TypeAlias = Statistic | Literal["outlier_ratio"]
 
 
 @remembered
@@ -40,13 +44,14 @@ def weight_scores(
 
     The norm is the root mean square over tokens, so that a score does not depend on the number of
     tokens. "median" is that of A as in DLP's paper (arXiv:2505.23807), "mean" follows DLP's
-    released code, and "outlier_ratio" is the share of A above `outlier_factor` times the mean of A
-    (OWL, arXiv:2310.05175).
+    released code, and the other statistics are those of the paper's ablation; "std" and "var"
+    divide by the number of weights. "outlier_ratio" is the share of A above `outlier_factor` times
+    the mean of A (OWL, arXiv:2310.05175).
 
     Args:
         model: unchanged.
         windows: calibration windows, which give the norms.
-        score: the summary of A: "median", "mean" or "outlier_ratio".
+        score: the summary of A: a `Statistic`, or "outlier_ratio".
         outlier_factor: OWL's M.
         by_matrix: return one score for each matrix instead of each layer.
         device: see `LayerWalk`.
@@ -95,14 +100,23 @@ def _wanda_parts(
 def _summary(
     parts: Callable[[], Iterable[Tensor]], score: WeightScore, outlier_factor: float
 ) -> float:
-    """Return the median, mean or outlier ratio of all numbers in the parts."""
+    """Return a statistic, or the outlier ratio, of all numbers in the parts, one part at a time."""
     if score == "median":
         return exact_median(parts)
+    if score == "max":
+        return max(part.max().item() for part in parts())
     sums = [(part.sum().item(), part.numel()) for part in parts()]
     num_weights = sum(count for _, count in sums)
     mean = math.fsum(part_sum for part_sum, _ in sums) / num_weights
     if score == "mean":
         return mean
+    if score == "sum":
+        return mean * num_weights
+    if score in ("std", "var"):
+        deviations = ((part - mean).square_() for part in parts())
+        variance = math.fsum(part.sum(dtype=torch.float64).item() for part in deviations)
+        variance /= num_weights
+        return variance if score == "var" else math.sqrt(variance)
     return sum(int((part > outlier_factor * mean).sum()) for part in parts()) / num_weights
 
 

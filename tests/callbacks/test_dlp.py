@@ -20,6 +20,7 @@ from prunelight.planning.sparsity_shares import weighted_mean
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.recovery.zeros.gradual_zeros import Schedule
+from prunelight.run.checkpoints import given_arguments, state_arguments
 
 WINDOWS = token_windows()
 PER_TOKEN = WINDOWS.numel() ** -0.5  # ours are of the mean square over tokens, not of the sum
@@ -76,6 +77,34 @@ def test_shares_are_those_of_a_plain_computation(model, allocation, sparsity, pe
     assert step.sparsity == pytest.approx(expected, abs=1e-6)
     if allocation != "uniform":
         assert max(step.sparsity.values()) > min(step.sparsity.values()) + 0.05
+
+
+STATISTICS = ["median", "mean", "sum", "max", "std", "var"]
+every_statistic = pytest.mark.parametrize("statistic", STATISTICS)
+
+
+@every_statistic
+def test_shares_by_each_statistic_are_those_of_a_plain_computation(model, statistic):
+    plan = DLP(0.6, statistic=statistic).plan(model, WINDOWS)
+    expected = reference.allocate(model, WINDOWS, statistic, 0.6, alpha=0.15)
+    assert step_of(plan).sparsity == pytest.approx(expected, abs=1e-6)
+    assert set(plan.scores) == {"sparsity", statistic}
+    assert max(plan.scores["sparsity"]) > min(plan.scores["sparsity"]) + 0.2
+
+
+def test_the_mean_as_a_statistic_is_the_released_code(model):
+    plan, other = (
+        DLP(0.6, **chosen).plan(model, WINDOWS)
+        for chosen in ({"statistic": "mean"}, {"allocation": "dlp_mean"})
+    )
+    assert (plan.steps, plan.scores) == (other.steps, other.scores)
+
+
+@every_statistic
+def test_one_layer_gets_the_target_by_each_statistic(statistic):
+    alone = tiny_model(num_hidden_layers=1)
+    shares = step_of(DLP(0.6, statistic=statistic).plan(alone, WINDOWS)).sparsity
+    assert set(shares.values()) == {0.6}
 
 
 def test_outliers_are_counted_by_their_factor(model):
@@ -148,6 +177,96 @@ def test_strict_refuses_what_would_be_clipped_and_changes_nothing_else(model):
     assert strict.steps == plain.steps
 
 
+# --- alpha by held-out windows
+
+EIGHT = token_windows(8, 16)
+
+
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("allocation", ["dlp", "owl"])
+def test_a_chosen_alpha_is_the_best_of_those_tried_and_plans_what_it_plans_alone(
+    model, allocation, solver
+):
+    tried = [0.0, 0.1, 0.3]
+    method = {"sparsity": 0.5, "allocation": allocation, "solver": solver}
+    plan = WeightPruning(**method, alpha=tried).plan(model, EIGHT)
+    perplexities = plan.found["perplexity_of_alpha"]
+    assert [float(alpha) for alpha in perplexities] == tried
+    assert len(set(perplexities.values())) == len(tried)
+    best = plan.found["alpha"]
+    assert perplexities[f"{best:.4g}"] == min(perplexities.values())
+    assert plan.steps == WeightPruning(**method, alpha=best).plan(model, EIGHT).steps
+
+
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "magnitude"])
+def test_each_perplexity_is_that_of_a_model_pruned_and_scored_without_the_windows_that_judge(
+    model, solver
+):
+    plan = DLP(0.5, solver=solver, alpha=[0.0, 0.2]).plan(model, EIGHT)
+    for alpha in (0.0, 0.2):
+        seen = DLP(0.5, solver=solver, alpha=alpha).plan(model, EIGHT[:6])
+        pruned = prunelight.apply(shuffled_model(), seen, EIGHT[:6])
+        expected = pruned(input_ids=EIGHT[6:], labels=EIGHT[6:]).loss.exp().item()
+        assert plan.found["perplexity_of_alpha"][f"{alpha:.4g}"] == pytest.approx(
+            expected, rel=1e-4
+        )
+
+
+def test_auto_tries_uniform_shares_and_is_never_worse_than_they_are(model):
+    plan = DLP(0.5, alpha="auto").plan(model, EIGHT)
+    perplexities = plan.found["perplexity_of_alpha"]
+    assert [*perplexities] == ["0", "0.05", "0.1", "0.15", "0.2"]
+    assert min(perplexities.values()) <= perplexities["0"]
+    assert plan.arguments["alpha"] == "auto"
+
+
+def test_alphas_that_round_to_the_same_patterns_are_tried_once(model):
+    plan = DLP(pattern="2:4", alpha=[0.0, 1e-6]).plan(model, EIGHT)
+    assert plan.found == {"alpha": 0.0, "perplexity_of_alpha": {}}
+
+
+def test_one_alpha_in_a_list_holds_nothing_out(model):
+    listed, plain = (DLP(0.5, alpha=alpha).plan(model, EIGHT[:1]) for alpha in ([0.1], 0.1))
+    assert (listed.steps, listed.scores, listed.found) == (plain.steps, plain.scores, {})
+
+
+def test_strict_leaves_clipped_alphas_out_of_auto_and_refuses_them_in_a_list(model, caplog):
+    plan = DLP(0.9, alpha="auto", strict=True).plan(model, EIGHT)
+    assert set(plan.found["perplexity_of_alpha"]) == {"0", "0.05"}
+    assert "out of" not in caplog.text
+    with pytest.raises(ValueError, match=r"alpha=0.3 pushes .*; take a smaller alpha, or strict"):
+        DLP(0.9, alpha=[0.0, 0.3], strict=True).plan(model, EIGHT)
+    clipped = DLP(0.9, alpha=[0.2, 0.3]).plan(model, EIGHT)
+    assert len(clipped.found["perplexity_of_alpha"]) == 2
+    assert caplog.text.count("clipped, and the others adjusted") == 1
+
+
+def test_a_trial_with_padding_judges_real_tokens_alone(model):
+    padded = torch.cat([EIGHT, torch.full((8, 5), 9)], dim=1)
+    mask = (torch.arange(21).expand(8, 21) < 16).long()
+    plain = DLP(0.6, alpha=[0.0, 0.1]).plan(model, EIGHT)
+    masked = DLP(0.6, alpha=[0.0, 0.1]).plan(model, {"input_ids": padded, "attention_mask": mask})
+    found, expected = (plan.found["perplexity_of_alpha"] for plan in (masked, plain))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_single_window_cannot_choose_an_alpha(model):
+    message = r"alpha='auto' holds windows out; 1 calibration window cannot be split .*, or one"
+    with pytest.raises(ValueError, match=message):
+        DLP(0.5, alpha="auto").plan(model, WINDOWS[:1])
+    with pytest.raises(ValueError, match=message):
+        DLP(0.5, alpha="auto").check_calibration(model, WINDOWS[:1])
+
+
+@pytest.mark.parametrize("solver", ["wanda", "magnitude"])
+def test_windows_without_a_token_to_predict_judge_no_alpha(solver):
+    model = shuffled_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="the windows held out cannot judge zeros: 0 tokens"):
+        DLP(0.5, solver=solver, alpha=[0.0, 0.1]).plan(model, EIGHT[:, :1])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 # --- the plan
 
 
@@ -184,6 +303,7 @@ EVERY_KIND = [
     {"sparsity": 0.6, "allocation": "owl", "outlier_factor": 3.0, "solver": "magnitude"},
     {"pattern": "2:4", "granularity": "linear", "allocation": "dlp_mean"},
     {"sparsity": 0.5, "solver": "wanda_variant", "strict": True},
+    {"sparsity": 0.5, "allocation": "owl", "alpha": [0.0, 0.1]},
 ]
 
 
@@ -275,7 +395,10 @@ def test_dlp_plans_what_weight_pruning_plans_with_its_allocation_and_alpha(model
 
 
 def test_what_identifies_a_base_and_a_state_of_dlp_is_as_in_older_versions():
-    """Names, order and JSON values of the arguments: they are in fingerprints and checkpoints."""
+    """Names, order and JSON values of the arguments: they are in fingerprints and checkpoints.
+
+    Later arguments are not, as long as they have their defaults.
+    """
     method = DLP(0.5, None, "dlp", None, 5.0, "layer", "wanda", schedule=Schedule(1, 9))
     settings = {"dampening": 0.01, "block_size": 128, "act_order": False, "bits": None}
     expected = {
@@ -290,7 +413,9 @@ def test_what_identifies_a_base_and_a_state_of_dlp_is_as_in_older_versions():
         "schedule": {"start_step": 1, "end_step": 9, "every": 10, "curve": "cubic"},
         "strict": False,
     }
-    assert json.dumps(method.arguments()) == json.dumps(expected)
+    assert json.dumps(state_arguments(method)) == json.dumps(expected)
+    assert list(method.arguments()) == [*expected, "statistic"]
+    assert list(given_arguments(method)) == ["sparsity", "alpha", "schedule"]
     assert method.state_key == f"DLP{expected!r}"
     assert (type(method).__name__, method.version) == ("DLP", 1)
 
@@ -384,6 +509,13 @@ def test_offloading_is_no_reason_to_prune_again(tmp_path):
         ({"sparsity": 0.5, "granularity": "row"}, "granularity='row' must be one of layer, linear"),
         ({"sparsity": 0.5, "alpha": -0.1}, "alpha=-0.1 must be at least 0"),
         ({"sparsity": 0.5, "alpha": float("nan")}, "alpha=nan must be a finite number"),
+        ({"sparsity": 0.5, "alpha": [0.1, -0.1]}, "alpha=-0.1 must be at least 0"),
+        ({"sparsity": 0.5, "alpha": []}, r"alpha=\[\] names no value to try; give some, or leave"),
+        ({"sparsity": 0.5, "alpha": "best"}, "alpha='best' must be one of auto"),
+        (
+            {"sparsity": 0.5, "alpha": "auto", "allocation": "uniform"},
+            "alpha='auto' has no effect with allocation='uniform'",
+        ),
         (
             {"sparsity": 0.5, "alpha": 0.1, "allocation": "uniform"},
             "alpha=0.1 has no effect with allocation='uniform'",
@@ -396,6 +528,14 @@ def test_offloading_is_no_reason_to_prune_again(tmp_path):
         (
             {"sparsity": 0.5, "sparsegpt": SparseGPT(dampening=0.1)},
             r"SparseGPT\(dampening=0.1, .*\) has no effect with solver='wanda'",
+        ),
+        (
+            {"sparsity": 0.5, "allocation": "dlp_mean", "statistic": "max"},
+            "statistic='max' has no effect with allocation='dlp_mean'; set allocation='dlp'",
+        ),
+        (
+            {"sparsity": 0.5, "statistic": "mode"},
+            "statistic='mode' must be one of median, mean, sum, max, std, var; did you mean mean",
         ),
         (
             {"pattern": "2:4", "solver": "wanda_variant"},

@@ -19,6 +19,7 @@ from prunelight.comparison.settings import (
     ModelSettings,
 )
 from prunelight.comparison.telling.verdict import verdict
+from prunelight.evaluation.report.plan_facts import PlanFacts
 
 METHODS = [
     {"class_path": "prunelight.callbacks.ShortGPT"},
@@ -116,6 +117,10 @@ def test_files_hold_the_verdict_the_table_and_a_page_without_network(contest):
     assert told["verdict"][0].startswith("At 25% fewer parameters, ")
     page = (out / "report.html").read_text(encoding="utf-8")
     assert told["verdict"][0].partition(" (dense")[0] in page
+    removed = PlanFacts(rows_of(summary)["SLEB"].plan).removed_layers
+    assert f"SLEB, 0.25: {', '.join(map(str, removed))}" in page
+    assert "Scores of SLEB, 0.25" in page
+    assert "plan" not in told["rows"][1]
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert len(page.encode()) < 2_000_000
 
@@ -167,6 +172,18 @@ def test_more_amounts_join_the_same_comparison_and_other_settings_are_refused(co
     with pytest.raises(ValueError, match=r"holds another comparison, with data.num_windows=6 inst"):
         compare(other)
     compare(settings)  # what the next test of this module finds
+
+
+def test_a_contest_of_an_older_version_without_some_settings_goes_on(contest):
+    settings, summary = contest
+    file = Path(settings.out) / "grid.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    del kept["settings"]["data"]["text_seq_len"], kept["settings"]["published"]
+    file.write_text(json.dumps({**kept, "key": "of the older version"}), encoding="utf-8")
+    before = results_of(settings)
+    again = compare(settings)
+    assert [row.perplexity for row in again.rows] == [row.perplexity for row in summary.rows]
+    assert results_of(settings) == before
 
 
 def test_files_of_others_are_not_replaced(contest, tmp_path):

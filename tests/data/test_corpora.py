@@ -116,12 +116,13 @@ def test_a_corpus_says_its_protocol_and_equals_the_file_of_the_same_text(folder)
     path = folder / "wikitext2" / "test.txt"
     path.write_text(sample("validation"), encoding="utf-8")
     tokenizer = make_tokenizer()
+    rows = len(wikitext_rows(sample("validation")))
     named = text_windows(tokenizer, "wikitext2", 64)
     assert named.text == "wikitext2"
-    assert named.protocol.startswith("wikitext2 test: rows joined by a blank line; all ")
+    assert named.protocol.startswith(f"split test, {rows} rows joined by a blank line; all ")
     assert named.ids.equal(text_windows(tokenizer, path, 64).ids)
     raw = text_windows(tokenizer, "wikitext2:raw", 64)
-    assert raw.protocol.startswith("wikitext2 test: rows joined as they stand; ")
+    assert raw.protocol.startswith(f"split test, {rows} rows joined as they stand; ")
     assert raw.ids.shape != named.ids.shape or not raw.ids.equal(named.ids)
 
 
@@ -156,8 +157,9 @@ def test_a_big_corpus_ends_when_there_is_enough_and_says_so(folder, caplog):
     with caplog.at_level(logging.INFO):
         rows = read_documents("c4", enough=250)
     assert [row["text"][:4] for row in rows] == ["0000", "0001", "0002"]
-    assert "c4 train: each row a document from" in caplog.text
-    assert "3 rows; they are enough, c4[train[:N]] takes N rows" in caplog.text
+    place = folder / "c4" / "train.jsonl"
+    ended = "they are enough, c4[train[:N]] takes N rows"
+    assert f"c4 is {place}: split train, 3 rows, each a document; {ended}" in caplog.text
     assert len(read_documents("c4")) == 50
     rows = read_documents("c4[train[10:12]]", enough=1)  # the source itself says how many
     assert [row["text"][:4] for row in rows] == ["0010", "0011"]

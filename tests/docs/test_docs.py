@@ -150,13 +150,24 @@ def parse(words, capsys):
             pytest.fail(capsys.readouterr().err)
 
 
-@cache
-def tables():
-    """The module docs/results/tables.py."""
-    spec = importlib.util.spec_from_file_location("tables", DOCS / "results" / "tables.py")
+def script(*parts):
+    """A script of the docs as a module."""
+    spec = importlib.util.spec_from_file_location(Path(parts[-1]).stem, DOCS.joinpath(*parts))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@cache
+def tables():
+    """The module docs/results/tables.py."""
+    return script("results", "tables.py")
+
+
+def test_the_pages_of_the_papers_are_what_their_sources_give(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pages.py", "--check"])
+    stale = script("papers", "pages.py").main()
+    assert not stale, f"{capsys.readouterr().err}; run docs/papers/pages.py, then tables.py"
 
 
 def test_the_readme_is_short():
@@ -240,9 +251,11 @@ def test_commands_parse(words, capsys):
         assert len(words) <= 2
         return
     if words[0] in COMMANDS:  # each has a parser of its own
-        with pytest.raises(SystemExit):
-            main([words[0], "--help"])
-        told = re.findall(r"--\w+", capsys.readouterr().out)
+        # `reproduce` hands what it does not know itself to `compare`.
+        for verb in (words[0], *(["compare"] if words[0] == "reproduce" else [])):
+            with pytest.raises(SystemExit):
+                main([verb, "--help"])
+        told = re.findall(r"--[\w.]+", capsys.readouterr().out)
         assert {word for word in words if word.startswith("--")} <= {*told}
         return
     parse(words, capsys)

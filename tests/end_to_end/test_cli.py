@@ -31,7 +31,7 @@ from prunelight.training.text_datamodule import TextDataModule
 CONFIGS = [
     path
     for path in sorted(Path(str(files("prunelight.configs"))).rglob("*.yaml"))
-    if not path.name.startswith("compare")
+    if not path.name.startswith(("compare", "reproduce"))
 ]
 
 

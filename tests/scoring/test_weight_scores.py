@@ -21,7 +21,7 @@ def model():
     return lively_model()
 
 
-WEIGHT_SCORES = ["median", "mean", "outlier_ratio"]
+WEIGHT_SCORES = ["median", "mean", "sum", "max", "std", "var", "outlier_ratio"]
 every_weight_score = pytest.mark.parametrize("kind", WEIGHT_SCORES)
 
 
@@ -34,12 +34,46 @@ def test_weight_scores_equal_a_plain_computation(model, kind, by_matrix):
         kind
     ]
     # Ours are of the root mean square over tokens, theirs of the norm.
-    unit = 1 if kind == "outlier_ratio" else math.sqrt(WINDOWS.numel())
+    power = {"outlier_ratio": 0.0, "var": 1.0}.get(kind, 0.5)
+    unit = WINDOWS.numel() ** power
     units = [[m.name for m in layer_matrices(model, index)] for index in range(NUM_LAYERS)]
     units = [[name] for name in found] if by_matrix else units
     for names, value in zip(units, expected, strict=True):
         # Float32 against float64.
-        assert [unit * found[name] for name in names] == pytest.approx([value] * len(names), 1e-4)
+        assert [unit * found[name] for name in names] == pytest.approx([value] * len(names), 1e-5)
+
+
+def test_sums_of_layers_of_one_size_rank_as_their_means_and_variances_as_deviations(model):
+    scores = {kind: weight_scores(model, WINDOWS, kind) for kind in ("sum", "mean", "std", "var")}
+    ranks = {kind: sorted(found, key=found.__getitem__) for kind, found in scores.items()}
+    assert ranks["sum"] == ranks["mean"]
+    assert ranks["std"] == ranks["var"]
+    for name, deviation in scores["std"].items():
+        assert deviation**2 == pytest.approx(scores["var"][name], rel=1e-12)
+
+
+def test_of_equal_weights_and_norms_each_statistic_is_their_one_value_or_their_sum_or_zero():
+    model = lively_model()
+    with torch.no_grad():
+        for matrix in layer_matrices(model, 1):
+            matrix.parameter.fill_(0.25)
+        # All hidden features of all tokens are 1 after a norm of equal states.
+        model.model.embed_tokens.weight.fill_(1.0)
+        for matrix in layer_matrices(model, 0):
+            matrix.parameter.zero_()
+        for name, parameter in model.named_parameters():
+            if "layers.1.input_layernorm" in name:
+                parameter.fill_(1.0)
+    name = "model.layers.1.self_attn.q_proj"
+    size = matrices(model)[name].parameter.numel()
+    found = {
+        kind: weight_scores(model, WINDOWS, kind, by_matrix=True)[name] for kind in WEIGHT_SCORES
+    }
+    for kind in ("median", "mean", "max"):
+        assert found[kind] == pytest.approx(0.25, rel=1e-5)
+    assert found["sum"] == pytest.approx(0.25 * size, rel=1e-5)
+    assert found["std"] == pytest.approx(0, abs=1e-6)
+    assert found["var"] == pytest.approx(0, abs=1e-12)
 
 
 @every_weight_score

@@ -73,6 +73,9 @@ METHODS = {
     "DLP, Wanda's variant": Method(lambda: DLP(0.5, solver="wanda_variant"), sparsity=0.5),
     "DLP, SparseGPT": Method(lambda: DLP(0.5, solver="sparsegpt"), sparsity=0.5),
     "DLP by linear": Method(lambda: DLP(0.6, granularity="linear"), sparsity=0.6),
+    "DLP by deviation, alpha chosen": Method(
+        lambda: DLP(0.5, statistic="std", alpha="auto"), sparsity=0.5
+    ),
     "DLP, mixed 2:4": Method(lambda: DLP(pattern="2:4", alpha=0.3), sparsity=0.5),
     "Wanda": Method(lambda: WeightPruning(0.5), sparsity=0.5),
     "magnitude": Method(lambda: WeightPruning(0.5, solver="magnitude"), sparsity=0.5),

@@ -220,30 +220,39 @@ def grams(model, windows, modules, last=None, *, dtype=torch.float64, diagonal=F
 
 @torch.no_grad()
 def layer_scores(model, windows, *, outlier_factor=5.0, per_linear=False):
-    """{"median" | "mean" | "outlier_ratio": one per layer or linear} of |W_ij| x ||X_j||, dense."""
+    """{statistic or "outlier_ratio": one per layer or linear} of |W_ij| x ||X_j||, dense."""
     layers = [linears(model, layer) for layer in range(len(model.model.layers))]
     modules = {name: m for layer in layers for name, m in layer.items()}
     squares = grams(model, windows, modules, model.model.layers[-1], diagonal=True)
     groups = [[name] for name in modules] if per_linear else [list(layer) for layer in layers]
-    scores = {"median": [], "mean": [], "outlier_ratio": []}
+    names = ("median", "mean", "sum", "max", "std", "var", "outlier_ratio")
+    scores = {name: [] for name in names}
     for names in groups:
         parts = [modules[n].weight.double().abs() * squares[n].sqrt() for n in names]
         a = torch.sort(torch.cat([part.flatten() for part in parts])).values
         scores["median"].append(a[(len(a) - 1) // 2].item())  # the lower of two middle ones
         scores["mean"].append(a.mean().item())
+        scores["sum"].append(a.sum().item())
+        scores["max"].append(a[-1].item())
+        scores["std"].append(a.std(correction=0).item())
+        scores["var"].append(a.var(correction=0).item())
         scores["outlier_ratio"].append((a > outlier_factor * a.mean()).double().mean().item())
     return scores
 
 
 def allocate(model, windows, allocation, target, *, alpha=None, per_linear=False):
-    """Name -> share of zeros, for allocation "uniform", "owl", "dlp" (median) or "dlp_mean"."""
+    """Name -> share of zeros, for allocation "uniform", "owl", "dlp" (median) or "dlp_mean".
+
+    Any other name is that of a statistic which stands for DLP's median.
+    """
     layers = [linears(model, layer) for layer in range(len(model.model.layers))]
     groups = [[n] for layer in layers for n in layer] if per_linear else [list(x) for x in layers]
     sizes = [sum(model.get_submodule(n).weight.numel() for n in names) for names in groups]
     if allocation == "uniform":
         shares = [target] * len(groups)
     else:
-        kind = {"dlp": "median", "dlp_mean": "mean", "owl": "outlier_ratio"}[allocation]
+        kind = {"dlp": "median", "dlp_mean": "mean", "owl": "outlier_ratio"}
+        kind = kind.get(allocation, allocation)
         scores = layer_scores(model, windows, per_linear=per_linear)[kind]
         rule = owl if allocation == "owl" else dlp
         shares = rule(scores, sizes, target, **({} if alpha is None else {"alpha": alpha}))

@@ -273,9 +273,11 @@ for _name in ("WeightPruning", "DLP"):
     }
 RANGES |= {
     "WeightPruning.allocation": _range("uniform", "owl", "dlp", "dlp_mean", wrong=("OWL", "")),
-    "WeightPruning.alpha": _range(0, None, wrong=(-0.1, 0.1)),
+    "WeightPruning.alpha": _range(0, None, wrong=(-0.1, 0.1, [], "auto")),
     "DLP.allocation": _range("dlp", "dlp_mean", wrong=("DLP", "")),
-    "DLP.alpha": _range(0, 0.1, 0.15, None, wrong=(-0.1,)),
+    "DLP.alpha": _range(0, 0.1, 0.15, None, "auto", [0, 0.1], wrong=(-0.1, [], [-0.1])),
+    "WeightPruning.statistic": _range("median", wrong=("mean", "")),
+    "DLP.statistic": _range("median", "mean", "sum", "max", "std", "var", wrong=("mode", "")),
     "TokenBudget.tokens": _range(64, 128, wrong=(0, -1)),
     "RecoveryCheckpoint.every_n_train_steps": _range(1, 50, wrong=(0, -1)),
     "RecoveryCheckpoint.dirpath": _range(None, wrong=("",)),

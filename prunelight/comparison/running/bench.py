@@ -144,32 +144,33 @@ def held_out_text(
         ValueError: if the text is too short.
     """
     # A corpus has a split to evaluate on; a dataset of instructions mostly has train alone.
-    split = "test" if is_corpus(source) else "train"
-    enough = characters_of(data.num_windows * data.seq_len)
+    split, seq_len = "test" if is_corpus(source) else "train", data.held_out_seq_len
+    enough = None if data.num_windows is None else characters_of(data.num_windows * seq_len)
     rows = read_documents(source, split=split, text_field=data.text_field, enough=enough)
     if any(is_instruction_row(row) for row in rows):
         stream = tokenize_documents(tokenizer, [plain_text(row, data.text_field) for row in rows])
         start = bos_token_id(tokenizer, data.bos)
-        ids = pack_windows(stream, data.seq_len, bos_token_id=start)[: data.num_windows]
+        ids = pack_windows(stream, seq_len, bos_token_id=start)[: data.num_windows]
         protocol = (
             f"{len(rows)} instructions with their responses as plain text, joined by EOS tokens; "
-            f"the first {data.num_windows} windows of {data.seq_len} tokens that do not overlap"
+            f"the first {len(ids)} windows of {seq_len} tokens that do not overlap"
         )
         text = TextWindows(name, protocol, ids)
     else:
         text = text_windows(
             tokenizer,
             source,
-            data.seq_len,
+            seq_len,
             max_windows=data.num_windows,
             bos=data.bos,
             text_field=data.text_field,
         )
         text = replace(text, text=name)
-    if len(text.ids) < data.num_windows:
+    if len(text.ids) < (data.num_windows or 2):
         raise ValueError(
-            f"the text {source} holds {len(text.ids)} windows of seq_len={data.seq_len}, and "
-            f"num_windows={data.num_windows} are asked for; lower one of them, or give more text"
+            f"the text {source} holds {len(text.ids)} windows of seq_len={seq_len}, and "
+            f"num_windows={data.num_windows or 2} are asked for; lower one of them, or give more "
+            "text"
         )
     return text
 

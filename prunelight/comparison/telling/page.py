@@ -7,20 +7,29 @@ from typing import Any
 
 from markupsafe import Markup
 
+from prunelight.comparison.papers.beside import beside_published, note_on_published
 from prunelight.comparison.statistics import Paired
 from prunelight.comparison.telling.summary import Row, Summary, mean_log_perplexity
 from prunelight.comparison.telling.table import head, interval, lines, place
 from prunelight.comparison.telling.writing import HOW_TO_READ, LATENCY_NOTE
-from prunelight.evaluation.report.page.charts import bar_chart, scatter
+from prunelight.evaluation.report.page.charts import bar_chart, heat_map, scatter
+from prunelight.evaluation.report.page.decisions import score_figures
 from prunelight.evaluation.report.page.frame import (
     Section,
     details,
     facts,
     figure,
+    figures,
     heading,
     paragraph,
     render_page,
     table,
+)
+from prunelight.evaluation.report.plan_facts import PlanFacts
+
+_LEAD_OF_DECISIONS = (
+    "Layers are those of the dense model. Where methods agree, the choice is safe. Where they do "
+    "not, look at their scores."
 )
 
 
@@ -51,6 +60,8 @@ def page(summary: Summary, told: list[str]) -> str:
             ),
         ),
         Section("Tasks", _tasks(summary)),
+        Section("Which layers go", _decisions(summary), lead=_LEAD_OF_DECISIONS),
+        Section("What the paper published", _published(summary), lead=note_on_published(summary)),
         Section("How it was measured", _measured(summary)),
     ]
     return render_page(
@@ -107,6 +118,7 @@ def _fronts(summary: Summary) -> list[Markup]:
                 front=[_point(row) for row in rows if row.on_front],
                 levels=levels,
                 least_width=5.0,
+                as_curve=len({row.asked for row in rows}) > 2,
                 wide=True,
             )
             caption = f"{'Recovered' if recovered else 'Pruned'} models; best of its amount: {best}"
@@ -178,6 +190,45 @@ def _tasks(summary: Summary) -> list[Markup]:
     return parts
 
 
+def _decisions(summary: Summary) -> list[Markup]:
+    """What methods that remove layers remove; and the scores of each method."""
+    pruned = [row for row in summary.rows if row.plan and not row.recovered]
+    plans = [PlanFacts(row.plan) for row in pruned]
+    gone = {
+        f"{row.label}, {row.asked:.3g}": plan.removed_layers
+        for row, plan in zip(pruned, plans, strict=True)
+        if plan.removed_layers
+    }
+    parts: list[Markup] = []
+    if gone:
+        layers = range(plans[0].num_layers)
+        told = "; ".join(f"{name}: {', '.join(map(str, of))}" for name, of in gone.items())
+        chart = heat_map(
+            [[0.0 if layer in of else 1.0 for layer in layers] for of in gone.values()],
+            alt=f"Removed decoder layers. {told}",
+            x_label="decoder layer",
+            bar_label="stays (1) or goes (0)",
+            row_names=[*gone],
+            limits=(0.0, 1.0),
+            wide=True,
+            height=0.9 + 0.22 * len(gone),
+        )
+        parts.append(figure(chart, "Dark layers go.", wide=True))
+    most = {row.label: row for row in sorted(pruned, key=lambda row: row.asked or 0.0)}
+    for label, row in most.items():
+        charts = score_figures(row.plan)
+        if charts:
+            parts.append(details(f"Scores of {label}, {row.asked:.3g}", figures(charts)))
+    return parts
+
+
+def _published(summary: Summary) -> list[Markup]:
+    parts: list[Markup] = []
+    for one in beside_published(summary):
+        parts += [paragraph(one.title, "note"), table(one.columns, one.rows)]
+    return parts
+
+
 def _measured(summary: Summary) -> list[Markup]:
     settings, data = summary.settings, summary.settings.data
     model = summary.facts["model"]
@@ -186,7 +237,7 @@ def _measured(summary: Summary) -> list[Markup]:
         "model": f"{model['name']}, {model['parameters'] / 1e6:.1f}M parameters, {model['dtype']}",
         "fingerprint of the model": model["fingerprint"],
         "texts": summary.texts,
-        "windows of each text": f"{data.num_windows} of {data.seq_len} tokens",
+        "of each text": data.held_out,
         "calibration": summary.calibration,
         "tasks": ", ".join(settings.tasks) or "none",
         "questions of each task": "all"

@@ -46,6 +46,8 @@ class Row:
         on_text: the method beside the best of its group, by mean ln perplexity.
         on_tasks: the same by mean accuracy.
         on_front: no other row of the group was asked for as much or more and is as good.
+        plan: what the method decided with the first seed, `Plan.to_dict()` without what it found
+            on the way; empty for the dense model and for fits.
         same_as: label of an earlier row with the same figures on every window: the same model.
     """
 
@@ -71,6 +73,7 @@ class Row:
     on_text: Paired | None = None
     on_tasks: Paired | None = None
     on_front: bool = False
+    plan: dict[str, Any] = field(default_factory=dict)
     same_as: str = ""
 
     @property
@@ -191,6 +194,7 @@ def _row(
     row.share_removed = fmean(result["share_removed"] for result in results)
     row.zeros = fmean(result["zeros"] for result in results)
     row.layers = results[0]["layers"]
+    row.plan = {k: v for k, v in (results[0].get("plan") or {}).items() if k != "found"}
     counts = [text["window_tokens"] for text in results[0]["texts"]]
     for position, text in enumerate(results[0]["texts"]):
         nll = window_means(results, "texts", "window_nll")[position]

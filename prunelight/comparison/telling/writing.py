@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prunelight.comparison.papers.beside import beside_published, note_on_published
 from prunelight.comparison.running.measuring import LATENCY
 from prunelight.comparison.telling.summary import Summary
 from prunelight.comparison.telling.table import head, lines
@@ -47,9 +48,14 @@ def check_outputs(out: Path) -> None:
 
 
 def json_of(summary: Summary) -> dict[str, Any]:
-    """Return summary and table as JSON values, without folders of this machine."""
+    """Return summary and table as JSON values, without folders of this machine.
+
+    Plans, with the scores of all layers, stand in the results of the cells.
+    """
     columns, rows = table_with_titles(summary)
     values = {**summary.to_dict(), "table": {"columns": columns, "rows": rows}}
+    for row in values["rows"]:
+        del row["plan"]
     told: dict[str, Any] = _without_paths(json.loads(json.dumps(values)))
     return told
 
@@ -83,6 +89,10 @@ def markdown(summary: Summary, told: list[str]) -> str:
     parts += [markdown_table(columns, rows), *HOW_TO_READ]
     if settings.equal == "latency":
         parts.append(LATENCY_NOTE)
+    for one in beside_published(summary):
+        parts += [f"## {one.title}", markdown_table(one.columns, one.rows)]
+    if summary.settings.published:
+        parts.append(note_on_published(summary))
     parts.append(_facts(summary))
     if settings.tasks and settings.limit:
         parts.append(f"Tasks: the first {settings.limit} questions of each.")
@@ -97,7 +107,7 @@ def _facts(summary: Summary) -> str:
         f"Model {facts['model']['name']} ({facts['model']['parameters'] / 1e6:.1f}M parameters, "
         f"{facts['model']['dtype']}, fingerprint {facts['model']['fingerprint']}). "
         f"Texts: {summary.texts}, "
-        f"{data.num_windows} windows of {data.seq_len} tokens each. Calibration: "
+        f"{data.held_out} each. Calibration: "
         f"{summary.calibration}. Seeds {settings.seeds}. Device: "
         f"{summary.device}.{f} {summary.date}. Command: {summary.command or 'from Python'}"
     )

@@ -148,7 +148,7 @@ def _with_last(windows: Tensor, last: list[int], seq_len: int) -> tuple[Tensor, 
 def _one_text(texts: Sequence[str], told: str) -> tuple[str, str]:
     """Return rows as one text, and how they were joined; `told` is what a corpus says of itself."""
     if told and len(texts) > 1:
-        return _BLANK_LINE.join(texts), f"{told}, {len(texts)} of them joined by a blank line"
+        return _BLANK_LINE.join(texts), f"{told}, and these joined by a blank line"
     if told:
         return texts[0], told
     if len(texts) > 1:

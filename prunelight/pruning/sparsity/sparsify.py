@@ -91,9 +91,7 @@ def sparsify(
     if step.solver == "magnitude":
         for matrix in matrices(model).values():
             if matrix.name in step.sparsity:
-                with _naming_matrices([matrix]):
-                    for view in matrix.views():
-                        view.masked_fill_(magnitude_mask(view, amount_of(step, matrix.name)), 0)
+                zero_by_magnitude(matrix, step)
                 _note_zeros(outcome, matrix)
         _note_layers(outcome, model)
         return outcome
@@ -105,14 +103,34 @@ def sparsify(
             known = matrices(model)
             _note_scarce([known[name] for name in step.sparsity], walk.counted(), outcome)
         for index, _ in walk.layers():
-            _sparsify_layer(model, step, walk, index, outcome)
+            sparsify_layer(model, step, walk, index, outcome)
     _note_layers(outcome, model)
     return outcome
 
 
-def _sparsify_layer(
+def zero_by_magnitude(matrix: Matrix, step: Sparsify) -> None:
+    """Put the zeros of a step into one matrix, its smallest weights, in place.
+
+    Raises:
+        ValueError: if a weight is NaN or Inf; names the matrix.
+    """
+    with _naming_matrices([matrix]):
+        for view in matrix.views():
+            view.masked_fill_(magnitude_mask(view, amount_of(step, matrix.name)), 0)
+
+
+def sparsify_layer(
     model: PreTrainedModel, step: Sparsify, walk: LayerWalk, index: int, outcome: SparsifyOutcome
 ) -> None:
+    """Put the zeros of a step into one decoder layer, in place, and walk on to the next layer.
+
+    Args:
+        model: the layers before this one are sparse already.
+        step: its solver reads data.
+        walk: at this layer, inside `walk.layers()`.
+        index: of the layer.
+        outcome: gets what was done.
+    """
     chosen = [m for m in layer_matrices(model, index) if m.name in step.sparsity]
     statistic: Callable[[int], InputNorm] = Hessian if step.solver == "sparsegpt" else InputNorm
     inputs = InputStatistics(chosen, statistic)
@@ -124,8 +142,7 @@ def _sparsify_layer(
     inputs.pool(walk.group)
     for matrix in inputs.idle():
         _note(outcome, f"{matrix.name} was not used by any text: pruned by magnitude")
-        for view in matrix.views():
-            view.masked_fill_(magnitude_mask(view, amount_of(step, matrix.name)), 0)
+        zero_by_magnitude(matrix, step)
         _note_zeros(outcome, matrix)
     for group in inputs.groups():
         with _naming_matrices(group):

@@ -180,6 +180,7 @@ def scatter(
     levels: Mapping[str, float] | None = None,
     log: bool | None = None,
     least_width: float = 0.0,
+    as_curve: bool = False,
     wide: bool = False,
     height: float = 3.4,
 ) -> Markup:
@@ -195,6 +196,7 @@ def scatter(
         levels: name -> a level that is drawn across, such as the dense model.
         log: scale of the vertical axis; None takes a logarithm where values span more than 20 to 1.
         least_width: of the horizontal axis, so that small differences look small.
+        as_curve: a thin line joins the points of a series, such as a curve over amounts.
         wide: over the whole page.
         height: in inches.
     """
@@ -211,7 +213,11 @@ def scatter(
             look: dict[str, Any] = {"color": COLOURS[number % 7], "label": name}
             # Series beyond the palette take hollow marks, so that none looks like another.
             hollow: dict[str, Any] = {"markerfacecolor": "white"} if number >= 7 else {}
-            axes.plot(xs, ys, MARKS[number % 7], markersize=7, zorder=3, **look, **hollow)
+            style_of_line = "-" if as_curve else ""
+            axes.plot(
+                *(xs, ys, MARKS[number % 7] + style_of_line),
+                **{"markersize": 7, "linewidth": 1, "zorder": 3, **look, **hollow},
+            )
             if intervals and name in intervals:
                 sides = zip(ys, intervals[name], strict=True)
                 half = [(max(0, y - low), max(0, high - y)) for y, (low, high) in sides]

@@ -166,6 +166,11 @@ def _parts(carried: Carried) -> list[Markup | str]:
     return parts
 
 
+def score_figures(plan: Json) -> list[Markup]:
+    """Return a chart of each kind of score of a plan, `Plan.to_dict()`, with the cut."""
+    return _score_figures(PlanFacts(plan))
+
+
 def _findings(found: Json) -> list[Markup]:
     told = {name.replace("_", " "): value for name, value in found.items()}
     return [paragraph("Found on the way:"), facts(told)] if told else []

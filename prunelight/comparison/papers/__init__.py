@@ -1,0 +1,1 @@
+"""The four papers: their tables as contests, and the figures that they published."""
