@@ -112,6 +112,8 @@ OTHER: dict[str, Any] = {
     "data.train": "{root}/other.txt",
     "data.validation": "{root}/other.txt",
     "data.calibration": "{root}/other.txt",
+    "data.calibration_seq_len": 16,
+    "data.validation_seq_len": 16,
     "data.text_field": "body",
     "data.bos": "always",
     "ShortGPT.ratio": None,

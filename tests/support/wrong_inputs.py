@@ -169,6 +169,8 @@ RANGES: dict[str, Range] = {
     "data.validation": _range(wrong=("", [], "no/such-data", "/nowhere.txt")),
     "data.calibration": _range(wrong=("", [], "no/such-data", "/nowhere.txt")),
     "data.seq_len": _range(8, 32, 64, wrong=(1, 0, -1, 10**9, 129)),
+    "data.calibration_seq_len": _range(8, 64, None, wrong=(1, 0, -1, 10**9, 129)),
+    "data.validation_seq_len": _range(8, 64, None, wrong=(1, 0, -1, 10**9, 129)),
     "data.batch_size": _range(1, 4, 1000, wrong=_COUNT),
     "data.num_calibration": _range(1, 4, wrong=(0, -1, 10**9)),
     "data.num_validation": _range(1, 3, None, wrong=(0, -1, 10**9)),
@@ -317,6 +319,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "trainer.overfit_batches": {},
     "TokenBudget.tokens": {"trainer.max_steps": -1},
     "data.calibration": {"trainer.callbacks": SHORTGPT},
+    "data.calibration_seq_len": {"trainer.callbacks": SHORTGPT},
     "data.num_calibration": {"trainer.callbacks": SHORTGPT},
     "data.seed": {"trainer.callbacks": SHORTGPT},
     **{
