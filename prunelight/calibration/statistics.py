@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import reduce
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ from torch.nn.functional import cosine_similarity
 from prunelight.runtime.processes import ProcessGroup
 
 
-class MeanCosine:
-    """Mean over tokens of the cosine similarity of two streams of hidden states."""
+class TokenMean:
+    """Mean over tokens of a value that each token has; of first tokens also apart."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -29,25 +30,23 @@ class MeanCosine:
         self.count = 0
         self.first_count = 0
 
-    def update(self, x: Tensor, y: Tensor, mask: Tensor | None, first: Tensor | None) -> None:
+    def add(self, values: Tensor, mask: Tensor | None, first: Tensor | None) -> None:
         """Add the tokens of one micro-batch.
 
         Args:
-            x: hidden states, (B, T, D).
-            y: the other hidden states, same shape.
+            values: of the tokens, (B, T).
             mask: tokens that count, bool (B, T); None counts all.
             first: the first token of each sequence, bool (B, T); None takes position 0. These
                 tokens are also summed apart, because attention sinks live there.
         """
-        cosine = token_cosine(x, y)  # (B, T)
-        first_cosine = cosine[:, 0] if first is None else cosine[first]
-        counted_cosine = cosine if mask is None else cosine[mask]
-        self.total += counted_cosine.cpu().double().sum().item()
-        self.count += counted_cosine.numel()
-        self.first_total += first_cosine.cpu().double().sum().item()
-        self.first_count += first_cosine.numel()
+        firsts = values[:, 0] if first is None else values[first]
+        counted = values if mask is None else values[mask]
+        self.total += counted.cpu().double().sum().item()
+        self.count += counted.numel()
+        self.first_total += firsts.cpu().double().sum().item()
+        self.first_count += firsts.numel()
 
-    def pool(self, group: ProcessGroup) -> MeanCosine:
+    def pool(self, group: ProcessGroup) -> Self:
         """Add up the sums of all ranks, in place, and return the statistic."""
         self.total, count, self.first_total, first_count = group.totals(
             self.total, self.count, self.first_total, self.first_count
@@ -56,7 +55,7 @@ class MeanCosine:
         return self
 
     def result(self) -> float:
-        """Return the mean cosine over all counted tokens, in [-1, 1].
+        """Return the mean over all counted tokens.
 
         Raises:
             ValueError: if no token was counted.
@@ -66,8 +65,16 @@ class MeanCosine:
         return self.total / self.count
 
     def first_result(self) -> float:
-        """Return the mean cosine of the first tokens of all sequences, in [-1, 1]."""
+        """Return the mean over the first tokens of all sequences."""
         return self.first_total / max(1, self.first_count)
+
+
+class MeanCosine(TokenMean):
+    """Mean over tokens of the cosine similarity of two streams of hidden states, in [-1, 1]."""
+
+    def update(self, x: Tensor, y: Tensor, mask: Tensor | None, first: Tensor | None) -> None:
+        """Add the tokens of one micro-batch: states x and y (B, T, D); for the rest see `add`."""
+        self.add(token_cosine(x, y), mask, first)
 
 
 def token_cosine(x: Tensor, y: Tensor) -> Tensor:

@@ -109,15 +109,15 @@ def _check_ids(model: PreTrainedModel, windows: Windows) -> None:
         )
 
 
-def check_length(model: PreTrainedModel, seq_len: int) -> None:
-    """Check that the model allows sequences of `seq_len` tokens.
+def check_length(model: PreTrainedModel, seq_len: int, *, name: str = "seq_len") -> None:
+    """Check that the model allows sequences of `seq_len` tokens; `name` is what a user calls them.
 
     Raises:
         ValueError: if `seq_len` is longer than the model allows.
     """
     limit = longest_sequence(model)
     if limit is not None and seq_len > limit:
-        raise ValueError(f"seq_len={seq_len} must be at most {limit}, which the model allows")
+        raise ValueError(f"{name}={seq_len} must be at most {limit}, which the model allows")
 
 
 def micro_batches(

@@ -29,7 +29,7 @@ AMOUNTS: dict[Kind, tuple[str, ...]] = {
 # Arguments that say how much, too: a config that holds one leaves nothing to a comparison.
 _OTHER_AMOUNTS: dict[Kind, tuple[str, ...]] = {
     "zeros": ("pattern",),
-    "depth": ("ratio", "threshold"),
+    "depth": ("ratio", "threshold", "layers", "parameter_ratio"),
     "slicing": ("parameter_ratio",),
     "width": ("intermediate_size",),
 }

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunelight.comparison.papers.published import published_tables
-from prunelight.data.sources import SAMPLES, SUFFIXES
+from prunelight.data.corpora import corpus_part, is_corpus
+from prunelight.data.sources import HUB_PREFIX, SAMPLES, SUFFIXES
 from prunelight.data.token_windows import Bos
 from prunelight.runtime.arguments import (
     NOT_EMPTY,
@@ -90,8 +91,10 @@ class DataSettings:
         for name, source in self.texts.items():
             checked_value(f"data.texts.{name}", source, str, NOT_EMPTY)
         given = [self.calibration] if isinstance(self.calibration, str) else self.calibration
-        for source in (*given, *self.texts.values()):
+        for source in given:
             check_source(source)
+        for source in self.texts.values():
+            check_source(source, split="test")
 
     @property
     def held_out_seq_len(self) -> int:
@@ -272,17 +275,21 @@ class ComparisonSettings:
         return asdict(self)
 
 
-def check_source(source: str) -> None:
-    """Check that a source that is a sample or a file is there; a hub's dataset is not asked for.
+def check_source(source: str, *, split: str = "train") -> None:
+    """Check that a source that is a sample or a file is there; the hub is not asked.
 
     Raises:
-        ValueError: if a bundled sample is misspelt.
+        ValueError: if a bundled sample is misspelt, or a corpus has no such split.
         FileNotFoundError: if the file does not exist.
     """
     if source.startswith("sample:") and source not in SAMPLES:
         near = get_close_matches(source, SAMPLES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"source {source!r} is no bundled sample: {', '.join(SAMPLES)}{hint}")
+    if is_corpus(source):
+        corpus_part(source, split=split)
+    if is_corpus(source) or source.startswith(HUB_PREFIX):
+        return
     path = Path(source).expanduser()
     is_path = path.suffix.lower() in SUFFIXES or source.startswith(("/", ".", "~"))
     if is_path and not path.is_file():

@@ -29,9 +29,11 @@ class Row(dict[str, Any]):
 
     Attributes:
         place: names the source and the row in errors.
+        joined: how the rows of a named corpus became this text; empty for other sources.
     """
 
     place: str = ""
+    joined: str = ""
 
 
 def as_text(value: Any, field: str) -> str:

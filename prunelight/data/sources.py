@@ -1,16 +1,19 @@
-"""Reading rows of text or instructions: files, bundled samples, and datasets of the hub.
+"""Reading rows of text or instructions: files, bundled samples, named corpora, and hub datasets.
 
-Deliberately not done: streaming corpora larger than memory.
+Deliberately not done: training on corpora larger than memory.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from prunelight.data.corpora import CORPORA, corpus_part, is_corpus
+from prunelight.data.corpus_reading import corpus_rows, hub_file_rows
 from prunelight.data.instructions import INSTRUCTION_FIELDS, check_instruction, is_instruction_row
 from prunelight.data.rows import (
     READ_ERRORS,
@@ -29,11 +32,18 @@ SAMPLES = {  # name of a sample text that prunelight ships -> its file
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
-DATASET_NAME = re.compile(r"([^:\[\]]+)(?::([^\[\]]+))?(?:\[(.+)\])?")  # name:config[split]
+# name:config[split]@revision
+DATASET_NAME = re.compile(r"([^:@\[\]]+)(?::([^@\[\]]+))?(?:\[(.+)\])?(?:@(.+))?")
+
+HUB_PREFIX = "hf://datasets/"
 
 
 def read_documents(
-    source: str | os.PathLike[str], *, split: str = "train", text_field: str = "text"
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    text_field: str = "text",
+    enough: int | None = None,
 ) -> list[Row]:
     """Read a source as rows; each row holds a text, or an instruction with its response.
 
@@ -41,10 +51,14 @@ def read_documents(
 
     Args:
         source: a .txt (one document), .jsonl, .json or .parquet file; `sample:train`,
-            `sample:calibration`, `sample:validation` or `sample:instructions`; or a dataset that
-            `datasets.load_dataset` knows, as `name`, `name:config` or `name:config[split]`.
-        split: split of a dataset whose name gives no split.
-        text_field: name of the field that holds the text.
+            `sample:calibration`, `sample:validation` or `sample:instructions`; a corpus of
+            `prunelight.data.corpora`, as `wikitext2` or `c4[train[:1000]]`; a dataset that
+            `datasets.load_dataset` knows, as `name:config[split]@revision`, all but the name left
+            out at will; or files on the hub, as `hf://datasets/OWNER/NAME@REVISION/PATH`.
+        split: split of a corpus or dataset whose name gives no split.
+        text_field: name of the field that holds the text; a corpus's own field is known.
+        enough: characters after which c4, pg19, bookcorpus and files on the hub may end, so that no
+            more is fetched; None for 20 million. Other sources are read whole.
 
     Returns:
         Rows. Rows that are the lines of one text (such as WikiText's on the hub) become one row.
@@ -54,11 +68,25 @@ def read_documents(
         ValueError: if `source` cannot be read, is empty, or has a row without text or instruction.
     """
     source = os.fspath(source)
-    read = enumerate(_read_source(source, split, text_field))
+    part = corpus_part(source, split=split) if is_corpus(source) else None
+    if part is not None:
+        given, protocol = corpus_rows(
+            part, text_field=text_field, enough=enough, read_file=_read_file
+        )
+        read = enumerate((row, "") for row in given)
+    elif source.startswith(HUB_PREFIX):
+        given = hub_file_rows(source, text_field=text_field, enough=enough)
+        read = enumerate((row, "") for row in given)
+    else:
+        read = enumerate(_read_source(source, split, text_field))
     rows = [_checked_row(row, f"{source}: row {i}{line}", text_field) for i, (row, line) in read]
     if not any(is_instruction_row(row) or row[text_field].strip() for row in rows):
         raise ValueError(f"{source} is empty; give a source that holds text")
-    return _join_lines(rows, text_field)
+    if part is None:
+        return _join_lines(rows, text_field)
+    for row in rows:
+        row.joined = protocol
+    return rows
 
 
 def _checked_row(content: Any, place: str, text_field: str) -> Row:
@@ -138,15 +166,19 @@ def _read_dataset(source: str, split: str) -> list[tuple[Any, str]]:
     name = DATASET_NAME.fullmatch(source)
     try:
         if name is None:
-            raise ValueError("it is not written name:config[split]")
+            raise ValueError("it is not written name:config[split]@revision")
         if name[1] == "pandas":  # reads pickles of the working directory, before datasets 5
             raise ValueError("pandas names a kind of pickled files")
-        rows = load_dataset(name[1], name[2], split=name[3] or split).to_list()
+        pinned = {"revision": name[4]} if name[4] else {}
+        rows = load_dataset(name[1], name[2], split=name[3] or split, **pinned).to_list()
         return [(row, "") for row in rows]
     except Exception as error:  # the hub's errors have no common base class
         reason = str(error).partition("\n")[0] or type(error).__name__
         fault = f"source {source!r} is neither a file nor a dataset that can be reached ({reason})"
-        raise ValueError(f"{fault}; give a local file: {', '.join(SUFFIXES)}") from error
+        near = get_close_matches(source.rpartition("/")[2], CORPORA, n=1)
+        meant = f"; did you mean the corpus {near[0]}?" if near else ""
+        remedy = f"give a local file: {', '.join(SUFFIXES)}"
+        raise ValueError(f"{fault}; {remedy}{meant}") from error
 
 
 def _join_lines(rows: list[Row], text_field: str) -> list[Row]:

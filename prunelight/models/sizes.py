@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.config_fields import maximum_length
-from prunelight.models.families.layers import layers_path
+from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import decoder_weights
 
 
@@ -56,6 +57,26 @@ def _in_other_tower(model: PreTrainedModel, path: str) -> bool:
 def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:
     """Return the number of parameters, tied ones once; with `trainable` only of trainable ones."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def depth_unit_sizes(model: PreTrainedModel, granularity: str = "layer") -> list[int]:
+    """Return the parameters of each unit that a depth method can remove.
+
+    Args:
+        model: whose decoder layers can be found.
+        granularity: "layer"; "attention" or "mlp" (the norm before it not counted); "sublayer" is
+            both, all attentions first.
+
+    Raises:
+        TypeError: if attention and MLP of the family are not known.
+    """
+    layers = decoder_layers(model)
+    if granularity == "layer":
+        return [parameter_count(layer) for layer in layers]
+    names = sublayers_of(model)
+    paths = {"attention": names.attention, "mlp": names.mlp}
+    kinds = ("attention", "mlp") if granularity == "sublayer" else (granularity,)
+    return [parameter_count(layer.get_submodule(paths[kind])) for kind in kinds for layer in layers]
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:

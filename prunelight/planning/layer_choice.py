@@ -7,8 +7,14 @@ model.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import random
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
+from statistics import fmean
+from typing import Any
+
+# Scores that need no data, and so no forward: only the place of a layer, or a seed.
+DATA_FREE_SCORES = ("sequential", "reverse", "random")
 
 
 def layers_to_remove(ratio: float | None, num_layers: int | None, total: int) -> int:
@@ -61,6 +67,103 @@ def check_depth_target(ratio: float | None, num_layers: int | None) -> None:
         raise ValueError(f"ratio={ratio} must lie in [0, 1); 0.2 removes one layer in five")
     if num_layers is not None and num_layers < 0:
         raise ValueError(f"num_layers={num_layers} must be at least 0")
+
+
+def check_one_target(targets: Mapping[str, Any]) -> None:
+    """Check that exactly one of several depth targets is given: name -> value, None if not given.
+
+    Raises:
+        ValueError: if none or several are given; names all.
+    """
+    given = [f"{name}={value}" for name, value in targets.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"{' and '.join(given) or 'nothing says how many layers go'}: give exactly one of "
+            f"{', '.join(targets)}"
+        )
+
+
+def layers_for_parameters(
+    parameter_ratio: float, layer_sizes: Sequence[int], total_parameters: int
+) -> int:
+    """Return the number of layers that holds nearly a share of all parameters, by their mean size.
+
+    Args:
+        parameter_ratio: share of all parameters of the model to remove, in [0, 1).
+        layer_sizes: parameters of each layer, or of each sublayer.
+        total_parameters: of the model, embeddings included.
+
+    Returns:
+        The number whose share is nearest; of equally near ones the smaller.
+
+    Raises:
+        ValueError: if more than the share of all layers but one is asked for.
+    """
+    share = fmean(layer_sizes) / total_parameters  # of one layer
+    most = len(layer_sizes) - 1
+    if parameter_ratio > (most + 0.5) * share:
+        raise ValueError(
+            f"parameter_ratio={parameter_ratio} is out of reach: {most} of {len(layer_sizes)} "
+            f"layers hold {most * share:.3f} of all parameters, and one must stay; lower it"
+        )
+    return min(range(most + 1), key=lambda count: (abs(count * share - parameter_ratio), count))
+
+
+def layers_by_hand(layers: Sequence[int], total: int, protected: Collection[int] = ()) -> list[int]:
+    """Return layers that were named by hand as indices in [0, total), in ascending order.
+
+    Args:
+        layers: indices; negative ones count from the end.
+        total: number of decoder layers of the model.
+        protected: layers that may not be among them.
+
+    Raises:
+        ValueError: if a layer does not exist, is named twice or protected, or none would be left.
+    """
+    outside = [i for i in layers if not -total <= i < total]
+    if outside:
+        raise ValueError(
+            f"layers={outside} must lie in [{-total}, {total - 1}] (negative ones count from the "
+            f"end): the model has {total} decoder layers; name others"
+        )
+    chosen = sorted(i % total for i in layers)
+    for layer in chosen:
+        names = [i for i in layers if i % total == layer]
+        if len(names) > 1:
+            raise ValueError(
+                f"layers={[*layers]} names layer {layer} twice, as {names[0]} and as {names[1]}; "
+                "name each layer once (negative ones count from the end)"
+            )
+    if both := sorted(resolve_indices(protected, total) & {*chosen}):
+        raise ValueError(
+            f"layers={[*layers]} and protected={[*protected]} both name {both}; a layer either "
+            "goes or stays"
+        )
+    if len(chosen) == total:
+        raise ValueError(
+            f"layers={[*layers]} would remove {total} of {total} decoder layers; at least one must "
+            "stay"
+        )
+    return chosen
+
+
+def data_free_scores(score: str, total: int, seed: int | None = None) -> list[float]:
+    """Return scores of layers that need no data; the lowest go first (ShortGPT, Section 4.3).
+
+    "sequential" lets the shallowest layers go first: the paper calls shallower layers "less
+    important". Its next sentence (the negative index) would give the opposite order; we follow the
+    first, because the paper's "reverse" order is the opposite one. "random" draws from [0, 1).
+
+    Args:
+        score: one of `DATA_FREE_SCORES`.
+        total: number of layers.
+        seed: of "random".
+    """
+    if score == "random":
+        generator = random.Random(seed)
+        return [generator.random() for _ in range(total)]
+    order = [float(layer) for layer in range(total)]
+    return order if score == "sequential" else order[::-1]
 
 
 def lowest_scores(

@@ -424,7 +424,8 @@ def precision(facts: Facts) -> None:
 
 def training_length(facts: Facts) -> None:
     """The model reads sequences as long as those of the data."""
-    check_length(facts.model, getattr(facts.run.place.data, "seq_len", 0))
+    for name in ("seq_len", "calibration_seq_len", "validation_seq_len"):
+        check_length(facts.model, getattr(facts.run.place.data, name, None) or 0, name=name)
 
 
 def training_batches(facts: Facts) -> None:

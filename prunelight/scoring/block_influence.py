@@ -1,7 +1,7 @@
-"""Block Influence of decoder layers and sublayers (ShortGPT, arXiv:2403.03853).
+"""Block Influence and relative magnitude of decoder layers (ShortGPT, arXiv:2403.03853).
 
-It costs one forward without the head. Unlike the released code we take the raw output of the last
-layer (the released code takes the final norm's), leave padding out, and compute in float32 for
+Either costs one forward without the head. Unlike the released code we take the raw output of the
+last layer (the released code takes the final norm's), leave padding out, and compute in float32 for
 every dtype of the model.
 """
 
@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of
-from prunelight.calibration.statistics import MeanCosine, check_finite
+from prunelight.calibration.statistics import TokenMean, check_finite, token_cosine
 from prunelight.calibration.windows import (
     Windows,
     counted_positions,
@@ -72,8 +73,50 @@ def block_influences(
     Raises:
         ValueError: if the output of a layer, which is named, holds NaN or Inf, or no token counts.
     """
-    names = ["layer"]
-    return _influences(model, windows, ignore_first_tokens, names, lambda x, y: [(x, y)])["layer"]
+    means = _token_means(model, windows, ignore_first_tokens, ["layer"], lambda x, y: [(x, y)])
+    return _influence(means["layer"])
+
+
+def relative_magnitude(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Relative magnitude of each token's change, ||f(x)|| / ||x + f(x)|| (arXiv:2403.03853, 4.3).
+
+    The paper takes the measure from Samragh et al. (arXiv:2312.09299).
+
+    Args:
+        inputs: hidden states x entering the layer, (..., D).
+        outputs: hidden states x + f(x) leaving it, same shape.
+
+    Returns:
+        (...), at least 0, dimensionless, float32; 0 means that the layer changes nothing.
+    """
+    x, y = inputs.float(), outputs.float()
+    tiny = torch.finfo(torch.float32).tiny
+    return (y - x).norm(dim=-1) / y.norm(dim=-1).clamp_min(tiny)
+
+
+@remembered
+def relative_magnitudes(
+    model: PreTrainedModel, windows: Windows, *, ignore_first_tokens: int = 0
+) -> tuple[list[float], list[float]]:
+    """Score every decoder layer by relative magnitude; the model is unchanged afterwards.
+
+    The first `ignore_first_tokens` tokens of each sequence do not count.
+
+    Returns:
+        The mean over all tokens that count, and over first tokens alone; both of length L.
+
+    Raises:
+        ValueError: if the output of a layer, which is named, holds NaN or Inf, or no token counts.
+    """
+    means = _token_means(
+        model,
+        windows,
+        ignore_first_tokens,
+        ["layer"],
+        lambda x, y: [(x, y)],
+        measure=relative_magnitude,
+    )["layer"]
+    return [mean.result() for mean in means], [mean.first_result() for mean in means]
 
 
 @remembered
@@ -105,17 +148,24 @@ def sublayer_influences(
     with ExitStack() as hooks:
         for layer in decoder_layers(model):
             hooks.enter_context(layer.get_submodule(mlp_norm).register_forward_pre_hook(record))
-        return _influences(model, windows, ignore_first_tokens, ["attention", "mlp"], pairs)
+        means = _token_means(model, windows, ignore_first_tokens, ["attention", "mlp"], pairs)
+    return {name: _influence(cosines) for name, cosines in means.items()}
 
 
-def _influences(
+def _influence(cosines: Sequence[TokenMean]) -> BlockInfluence:
+    means = [1 - cosine.result() for cosine in cosines]
+    return BlockInfluence(means, [1 - cosine.first_result() for cosine in cosines])
+
+
+def _token_means(
     model: PreTrainedModel,
     windows: Windows,
     ignore_first_tokens: int,
     names: Sequence[str],
     pairs: Callable[[Tensor, Tensor], Sequence[tuple[Tensor, Tensor]]],
-) -> dict[str, BlockInfluence]:
-    """Return the Block Influence of each name's pair of hidden states, from one forward.
+    measure: Callable[[Tensor, Tensor], Tensor] = token_cosine,
+) -> dict[str, list[TokenMean]]:
+    """Return the mean measure of each name's pair of hidden states, by layer, from one forward.
 
     Args:
         model: unchanged.
@@ -124,24 +174,21 @@ def _influences(
         names: name of each pair that `pairs` returns.
         pairs: called after each layer with the layer's input and output, (B, T, D) each; returns
             the pairs of hidden states to compare.
+        measure: gives the value (B, T) of each token of a pair.
     """
-    cosines = {name: [MeanCosine() for _ in decoder_layers(model)] for name in names}
+    means = {name: [TokenMean() for _ in decoder_layers(model)] for name in names}
 
     def visit(index: int, inputs: Tensor, outputs: Tensor) -> None:
-        for layers, (x, y) in zip(cosines.values(), pairs(inputs, outputs), strict=True):
-            layers[index].update(x, y, counted, first)
+        for layers, (x, y) in zip(means.values(), pairs(inputs, outputs), strict=True):
+            layers[index].add(measure(x, y), counted, first)
             check_finite(index, layers[index].total + layers[index].first_total, outputs)
 
     with evaluating(model), watching_layers(model, visit):
-        for batch in micro_batches(model, windows, label="block influence"):
+        for batch in micro_batches(model, windows, label="layer scores"):
             mask = batch.get("attention_mask")
             counted = counted_positions(mask, batch["input_ids"].shape, ignore_first_tokens)
             counted = None if counted is None else counted.to(model.device)
             first = first_positions(mask)
             forward_without_head(model, batch)
-    influences, group = {}, group_of(windows)
-    for name, layers in cosines.items():
-        pooled = [cosine.pool(group) for cosine in layers]
-        means = [1 - cosine.result() for cosine in pooled]
-        influences[name] = BlockInfluence(means, [1 - cosine.first_result() for cosine in pooled])
-    return influences
+    group = group_of(windows)
+    return {name: [mean.pool(group) for mean in layers] for name, layers in means.items()}

@@ -3,8 +3,8 @@
 Text is packed into full windows without padding (labels are the tokens); instruction rows become
 examples of their own length with the loss on the response, padded per batch. Training rows may
 instead hold several whole documents or examples each, see data/document_rows.py. Training order
-depends on seed and epoch only, so a resumed epoch repeats. Not done: streaming, bucketing by
-length.
+depends on seed and epoch only, so a resumed epoch repeats. Not done: training on a stream,
+bucketing by length.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from prunelight.calibration.windows import Windows
+from prunelight.data.corpus_reading import characters_of
 from prunelight.data.document_rows import cut_document, pack_documents
 from prunelight.data.instructions import instruction_example, is_instruction_row
 from prunelight.data.rows import Row
@@ -47,6 +48,10 @@ log_once = rank_zero_only(logging.getLogger(__name__).info)
 # input_ids and labels, and positions in a row of several documents: LongTensors (T,)
 Example = tuple[Tensor, ...]
 
+# Calibration windows are drawn from so many times their number where a corpus is streamed, so that
+# other seeds draw other windows.
+DRAWN_FROM = 8
+
 
 class TextDataModule(LightningDataModule):
     """Training, validation and calibration data from files, bundled samples or hub datasets.
@@ -69,6 +74,8 @@ class TextDataModule(LightningDataModule):
         seed: of the training order and of the choice of calibration windows.
         num_workers: processes that load batches.
         trust_remote_code: run Python code that comes with the tokenizer.
+        calibration_seq_len: tokens of a calibration window; None means `seq_len`.
+        validation_seq_len: tokens of a validation window; None means `seq_len`.
 
     Raises:
         ValueError: if a number is out of range.
@@ -85,6 +92,8 @@ class TextDataModule(LightningDataModule):
         text_field=NOT_EMPTY,
         seed=SEED,
         num_workers=at_least(0),
+        calibration_seq_len=at_least(2),
+        validation_seq_len=at_least(2),
     )
     def __init__(
         self,
@@ -103,6 +112,8 @@ class TextDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         trust_remote_code: bool = False,
+        calibration_seq_len: int | None = None,
+        validation_seq_len: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(tokenizer, str):
@@ -111,6 +122,8 @@ class TextDataModule(LightningDataModule):
         bos_token_id(tokenizer, bos)  # raises now rather than after minutes of other work
         self.sources = {"train": train, "validation": validation, "calibration": calibration}
         self.seq_len, self.batch_size, self.num_workers = seq_len, batch_size, num_workers
+        self.calibration_seq_len = calibration_seq_len
+        self.validation_seq_len = validation_seq_len
         self.num_calibration, self.num_validation = num_calibration, num_validation
         self.text_field, self.bos, self.seed, self.packing = text_field, bos, seed, packing
         tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -133,17 +146,24 @@ class TextDataModule(LightningDataModule):
             self._examples[role] = self._build(role)
         return self._examples[role]
 
+    def seq_len_of(self, role: str) -> int:
+        """Return the tokens of a window of "train", "validation" or "calibration"."""
+        own = {"calibration": self.calibration_seq_len, "validation": self.validation_seq_len}
+        return own.get(role) or self.seq_len
+
     def calibration_windows(self) -> Windows:
         """The windows for pruning: `num_calibration` of the calibration examples, drawn by `seed`.
 
-        LongTensor (N, seq_len) for text; for instructions a dict of input_ids and attention_mask,
-        (N, T). Raises ValueError if there are fewer calibration examples than `num_calibration`.
+        LongTensor (N, T) for text, T tokens of a window; for instructions a dict of input_ids and
+        attention_mask, (N, T). Raises ValueError if there are fewer calibration examples than
+        `num_calibration`.
         """
         examples = self.examples("calibration")
         if self.num_calibration > len(examples):
             raise ValueError(
                 f"num_calibration={self.num_calibration} must be at most {len(examples)}, which "
-                f"calibration={self.sources['calibration']!r} holds at seq_len={self.seq_len}; "
+                f"calibration={self.sources['calibration']!r} holds at "
+                f"{self._told_seq_len('calibration')}; "
                 "give more text, or lower num_calibration or seq_len"
             )
         drawn = sample_indices(len(examples), self.num_calibration, seed=self.seed)
@@ -153,7 +173,7 @@ class TextDataModule(LightningDataModule):
         return windows
 
     def validation_windows(self) -> Windows:
-        """All validation examples: LongTensor (N, seq_len), or for instructions a padded batch."""
+        """All validation examples: LongTensor (N, T), or for instructions a padded batch."""
         return self._windows(self.examples("validation"))
 
     def batch(self, role: str, places: Sequence[int]) -> dict[str, Tensor]:
@@ -215,6 +235,8 @@ class TextDataModule(LightningDataModule):
             counts[role] = {"examples": len(examples), "tokens": sum(len(e[0]) for e in examples)}
         names = ["sources", "seq_len", "batch_size", "num_calibration", "num_validation"]
         names += ["bos", "packing", "seed"]
+        own = ("calibration_seq_len", "validation_seq_len")
+        names += [name for name in own if getattr(self, name) is not None]
         return {name: getattr(self, name) for name in names} | {"counts": counts}
 
     def _loader(
@@ -241,7 +263,9 @@ class TextDataModule(LightningDataModule):
         split = "validation" if role == "validation" else "train"
         rows: list[Row] = []
         for source in [sources] if isinstance(sources, str) else sources:
-            rows += read_documents(source, split=split, text_field=self.text_field)
+            rows += read_documents(
+                source, split=split, text_field=self.text_field, enough=self._enough(role)
+            )
         texts = [row[self.text_field] for row in rows if not is_instruction_row(row)]
         packed = role == "train" and self.packing == "documents"
         read = self._documents if packed else partial(self._text_examples, role)
@@ -252,16 +276,34 @@ class TextDataModule(LightningDataModule):
             examples = self._packed(examples)
         wanted = self.num_validation if role == "validation" else None
         if len(examples) < (wanted or 1):
-            held = f"{role}={sources!r} holds {len(examples)} examples of seq_len={self.seq_len}"
+            held = (
+                f"{role}={sources!r} holds {len(examples)} examples of {self._told_seq_len(role)}"
+            )
             remedy = "give more data, or lower seq_len or num_validation"
             raise ValueError(f"{held} but {wanted or 1} must be there; {remedy}")
         return examples[:wanted]
 
+    def _enough(self, role: str) -> int | None:
+        """Return the characters after which a streamed source may end; None if nobody knows."""
+        windows = None
+        if role == "calibration":
+            windows = DRAWN_FROM * self.num_calibration
+        elif role == "validation":
+            windows = self.num_validation
+        return None if windows is None else characters_of(windows * self.seq_len_of(role))
+
+    def _told_seq_len(self, role: str) -> str:
+        """Return the length of a role's windows under the name of the argument that gives it."""
+        name = f"{role}_seq_len"
+        name = name if getattr(self, name, None) is not None else "seq_len"
+        return f"{name}={self.seq_len_of(role)}"
+
     def _text_examples(self, role: str, texts: list[str]) -> list[Example]:
         stream = tokenize_documents(self.tokenizer, texts)
         bos = bos_token_id(self.tokenizer, self.bos)
-        windows = pack_windows(stream, self.seq_len, bos_token_id=bos)
-        tail = len(stream) - len(windows) * (self.seq_len - (bos is not None))
+        seq_len = self.seq_len_of(role)
+        windows = pack_windows(stream, seq_len, bos_token_id=bos)
+        tail = len(stream) - len(windows) * (seq_len - (bos is not None))
         log_once(f"{role}: {len(stream)} tokens -> {len(windows)} windows, tail of {tail} dropped")
         return [(window, window) for window in windows]
 
@@ -279,15 +321,16 @@ class TextDataModule(LightningDataModule):
         return [*rows]
 
     def _instruction_examples(self, role: str, rows: Iterable[Row]) -> list[Example]:
-        pairs = [self._instruction_example(row) for row in rows]
+        seq_len = self.seq_len_of(role)
+        pairs = [self._instruction_example(row, seq_len) for row in rows]
         kept = [(torch.tensor(pair[0]), torch.tensor(pair[1])) for pair in pairs if pair]
-        rule = f"the others have no response within {self.seq_len} tokens"
+        rule = f"the others have no response within {seq_len} tokens"
         log_once(f"{role}: {len(pairs)} instruction rows -> {len(kept)} examples, {rule}")
         return [*kept]
 
-    def _instruction_example(self, row: Row) -> tuple[list[int], list[int]] | None:
+    def _instruction_example(self, row: Row, seq_len: int) -> tuple[list[int], list[int]] | None:
         try:
-            return instruction_example(row, self.tokenizer, seq_len=self.seq_len, bos=self.bos)
+            return instruction_example(row, self.tokenizer, seq_len=seq_len, bos=self.bos)
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from error
 

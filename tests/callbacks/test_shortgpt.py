@@ -1,5 +1,6 @@
 """ShortGPT's decisions: which layers a plan removes, and what is refused."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ from tiny import NUM_LAYERS, VOCABULARY, tiny_model, token_windows
 import prunelight
 from prunelight.callbacks import ShortGPT
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.sizes import depth_unit_sizes, parameter_count
 from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.planning.steps import RemoveLayers
 
@@ -79,6 +81,116 @@ def test_the_angular_window_is_that_of_a_plain_computation(model):
         assert plan.scores["angular_distance"] == pytest.approx(angles, abs=1e-6)
 
 
+def test_relative_magnitude_is_that_of_a_plain_computation(model):
+    states = layer_by_layer(model)
+    for ignored in (0, 3):
+        scores = [
+            ((y - x).norm(dim=-1) / y.norm(dim=-1))[:, ignored:].mean().item()
+            for x, y in pairwise(states)
+        ]
+        method = ShortGPT(num_layers=3, score="relative_magnitude", ignore_first_tokens=ignored)
+        plan = method.plan(model, WINDOWS)
+        assert plan.scores["relative_magnitude"] == pytest.approx(scores, rel=1e-5)
+        assert removed(plan) == sorted(sorted(range(NUM_LAYERS), key=scores.__getitem__)[:3])
+
+
+def test_the_shallowest_layers_go_first_in_sequence_and_the_deepest_in_reverse(model):
+    for count in range(NUM_LAYERS):
+        plans = [
+            ShortGPT(num_layers=count, score=score).plan(model, WINDOWS)
+            for score in ("sequential", "reverse")
+        ]
+        assert removed(plans[0]) == list(range(count))
+        assert removed(plans[1]) == list(range(NUM_LAYERS - count, NUM_LAYERS))
+
+
+def test_random_layers_are_those_of_the_seed_alone(model):
+    choices = [
+        [
+            removed(ShortGPT(num_layers=count, score="random", seed=seed).plan(model, windows))
+            for count in range(NUM_LAYERS)
+            for windows in (WINDOWS, WINDOWS.flip(1))
+        ]
+        for seed in (0, 0, 1, 2)
+    ]
+    assert choices[0] == choices[1]
+    assert len({str(choice) for choice in choices}) == 3
+    for few, more in pairwise(choices[0]):
+        assert set(few) <= set(more)  # the larger choice goes on with the smaller one
+
+
+@pytest.mark.parametrize("score", ["sequential", "reverse", "random"])
+def test_a_score_without_data_says_so_in_the_plan(model, score):
+    seed = {"seed": 3} if score == "random" else {}
+    plan = ShortGPT(num_layers=2, score=score, **seed).plan(model, WINDOWS)
+    assert plan.found == {"calibration_used": False}
+    assert set(plan.scores) == {score}
+    assert ShortGPT(**plan.arguments).plan(model, WINDOWS) == plan
+    assert "calibration_used" not in ShortGPT(num_layers=2).plan(model, WINDOWS).found
+
+
+@pytest.mark.parametrize("score", ["relative_magnitude", "sequential", "reverse", "random"])
+def test_every_score_keeps_protected_layers_and_the_pattern_of_an_engine(score):
+    seed = {"seed": 0} if score == "random" else {}
+    model = tiny_model("smollm3", num_hidden_layers=8)  # llama.cpp: every fourth layer has no RoPE
+    method = ShortGPT(num_layers=4, score=score, protected=[0, -1], loads_in=["llama.cpp"], **seed)
+    gone = removed(method.plan(model, WINDOWS))
+    assert not {0, 7} & set(gone)
+    assert [model.config.no_rope_layers[i] for i in range(8) if i not in gone] == [1, 1, 1, 0]
+
+
+def test_layers_by_hand_are_removed_and_nothing_is_scored(model):
+    plan = ShortGPT(layers=[-1, 2]).plan(model, WINDOWS)
+    assert removed(plan) == [2, 5]
+    assert (plan.scores, plan.found) == ({}, {"calibration_used": False})
+    assert removed(ShortGPT(layers=[]).plan(model, WINDOWS)) == []
+    by_score = ShortGPT(num_layers=3).plan(model, WINDOWS)
+    assert ShortGPT(layers=removed(by_score)).plan(model, WINDOWS).steps == by_score.steps
+    assert ShortGPT(layers=[-1, 2]).layers_left(NUM_LAYERS) == 4
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_sublayers_by_hand_are_dropped(model, name):
+    (step,) = ShortGPT(layers=[-1, 2], granularity=name).plan(model, WINDOWS).steps
+    assert step.dropped_sublayers[name] == (2, 5)
+    assert sum(map(len, step.dropped_sublayers.values())) == 2
+
+
+def test_layers_by_hand_that_an_engine_needs_are_refused():
+    model = tiny_model("smollm3", num_hidden_layers=8)
+    method = ShortGPT(layers=[3], loads_in=["llama.cpp"])
+    with pytest.raises(ValueError, match="llama.cpp"):
+        method.check(model)
+    ShortGPT(layers=[0, 1, 2, 3], loads_in=["llama.cpp"]).check(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("granularity", ["layer", "attention", "mlp"])
+def test_a_share_of_all_parameters_is_met_to_half_a_layer(granularity, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    before = parameter_count(model)
+    unit = max(depth_unit_sizes(model, granularity)) / before
+    for share in (0.0, 0.05, 0.12, 0.2):
+        method = ShortGPT(parameter_ratio=share, granularity=granularity)
+        plan = method.plan(model, WINDOWS)
+        pruned = prunelight.apply(copy.deepcopy(model), plan, WINDOWS)
+        # A sublayer takes the norm before it along, which is not counted.
+        norms = 0 if granularity == "layer" else NUM_LAYERS * 32 / before
+        assert abs(1 - parameter_count(pruned) / before - share) <= unit / 2 + norms
+
+
+def test_a_share_of_parameters_is_smaller_than_that_of_layers(model):
+    by_layers = removed(ShortGPT(ratio=0.4).plan(model, WINDOWS))
+    by_parameters = removed(ShortGPT(parameter_ratio=0.4).plan(model, WINDOWS))
+    assert len(by_parameters) > len(by_layers)  # embeddings stay
+    assert ShortGPT(parameter_ratio=0.5).layers_left(NUM_LAYERS) == NUM_LAYERS
+
+
+def test_a_share_that_removes_nothing_warns(model, caplog):
+    ShortGPT(parameter_ratio=0.001).check(model)
+    assert "parameter_ratio=0.001 removes none of 6 decoder layers" in caplog.text
+
+
 def test_ratio_and_num_layers_make_the_same_decision(model):
     by_ratio, by_number = (
         ShortGPT(**arguments).plan(model, WINDOWS)
@@ -113,6 +225,9 @@ def test_a_plan_records_what_it_was_made_from(model):
         "granularity": "layer",
         "export_remote_code": False,
         "loads_in": None,
+        "layers": None,
+        "parameter_ratio": None,
+        "seed": None,
     }
     assert ShortGPT(**plan.arguments).plan(model, WINDOWS) == plan
     assert plan.model == describe_model(model)
@@ -150,7 +265,23 @@ def test_ties_go_to_the_lower_index():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give exactly one of the two"),
+        ({}, "nothing says how many .*: give exactly one of ratio, num_layers, layers, parameter_"),
+        ({"layers": [1], "parameter_ratio": 0.1}, r"layers=\[1\] and parameter_ratio=0.1: give"),
+        ({"parameter_ratio": 20}, r"parameter_ratio=20 must lie in \[0, 1\); 0.2 is 20 %"),
+        ({"num_layers": 1, "score": "random"}, "seed=None .*score='random' needs a seed"),
+        ({"num_layers": 1, "seed": 1}, "seed=1 with score='block_influence': .*no other score"),
+        ({"num_layers": 1, "score": "random", "seed": -1}, "seed=-1 must be at least 0"),
+        ({"layers": [1], "score": "reverse"}, r"score='reverse' has no effect with layers=\[1\]"),
+        ({"layers": [1], "granularity": "sublayer"}, "does not say which sublayer goes"),
+        ({"layers": [1], "ignore_first_tokens": 1}, r"no effect with layers=\[1\], without data"),
+        (
+            {"num_layers": 1, "score": "sequential", "ignore_first_tokens": 1},
+            "ignore_first_tokens=1 has no effect with score='sequential', without data",
+        ),
+        (
+            {"num_layers": 1, "score": "relative_magnitude", "granularity": "mlp"},
+            "score='relative_magnitude' compares whole layers, not granularity='mlp'",
+        ),
         ({"ratio": 0.2, "num_layers": 1}, "ratio=0.2 and num_layers=1: give exactly one"),
         ({"ratio": -0.2}, r"ratio=-0.2 must lie in \[0, 1\)"),
         ({"ratio": 1.0}, r"ratio=1.0 must lie in \[0, 1\)"),
@@ -187,6 +318,16 @@ def every_layer():
             {"num_layers": 3, "score": "angular", "protected": [2, 3]},
             "every window of 3 contiguous layers contains a protected one",
         ),
+        (
+            {"layers": [6]},
+            r"layers=\[6\] must lie in \[-6, 5\] .*has 6 decoder layers; name others",
+        ),
+        ({"layers": [2, 3, -4]}, r"layers=\[2, 3, -4\] names layer 2 twice, as 2 and as -4; name"),
+        ({"layers": [1, 1]}, "names layer 1 twice, as 1 and as 1"),
+        ({"layers": [0, -1], "protected": [5]}, r"and protected=\[5\] both name \[5\]"),
+        ({"layers": every_layer()}, "would remove 6 of 6 decoder layers; at least one must stay"),
+        ({"layers": [0], "granularity": "attention"}, r"the attention of layers \[0\] cannot go"),
+        ({"parameter_ratio": 0.95}, "parameter_ratio=0.95 is out of reach: 5 of 6 layers hold 0."),
         ({"num_layers": 1, "protected": [6]}, r"protected=\[6\] must lie in \[-6, 5\]"),
         (
             {"num_layers": 2, "score": "angular", "protected": [-7]},

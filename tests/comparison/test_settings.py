@@ -198,3 +198,20 @@ def test_a_misspelt_config_is_answered_with_the_nearest_installed_one(given, cap
     (line,) = capsys.readouterr().err.splitlines()
     assert "config 'compare_52.yaml' is neither a file here nor installed" in line
     assert "compare_25.yaml" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"texts": {"books": "bookcorpus"}}, r"no split 'test', only train; write bookcorpus\[tr"),
+        ({"calibration": "wikitext2:rows"}, "cannot be joined by 'rows'; choose blank_lines"),
+    ],
+)
+def test_a_corpus_without_that_part_is_refused_before_anything_is_read(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DataSettings(**changes)
+
+
+def test_corpora_and_files_of_the_hub_need_no_file_of_their_name():
+    texts = {"wiki": "wikitext2", "web": "hf://datasets/allenai/c4/en/c4-validation.*.json.gz[:99]"}
+    assert DataSettings(calibration="c4[train[:200]]", texts=texts).texts == texts

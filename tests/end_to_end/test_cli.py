@@ -459,7 +459,7 @@ def test_a_config_that_gives_a_figure_says_which_model_the_alias_is():
             "DDP takes no model without trained weights",
         ),
         (["--trainer.callbacks.num_layers", "6"], "would remove 6 of 6 decoder layers"),
-        (["--trainer.callbacks.ratio", "0.5"], "give exactly one of the two"),
+        (["--trainer.callbacks.ratio", "0.5"], "give exactly one of ratio, num_layers"),
         (["--data.train", "/nowhere/text.txt"], "/nowhere/text.txt"),
         (["--model.lr_scheduler", "linaer"], "lr_scheduler='linaer' must be one of"),
         (["--ckpt_path", "/nowhere/a.ckpt"], "ckpt_path='/nowhere/a.ckpt' does not exist"),

@@ -338,5 +338,9 @@ def test_pruning_without_calibration_data_is_refused(name, tmp_path):
 
 def test_windows_longer_than_the_model_allows_are_refused(name, tmp_path):
     data = make_data(name, tmp_path, seq_len=129, num_calibration=1, num_validation=1)
-    with pytest.raises(ValueError, match="seq_len=129 must be at most 128"):
+    with pytest.raises(ValueError, match="^seq_len=129 must be at most 128"):
         make_trainer(tmp_path, ShortGPT(num_layers=1)).fit(make_module(name), data)
+    for own in ("calibration_seq_len", "validation_seq_len"):
+        data = make_data(name, tmp_path, num_calibration=1, num_validation=1, **{own: 129})
+        with pytest.raises(ValueError, match=f"^{own}=129 must be at most 128"):
+            make_trainer(tmp_path, ShortGPT(num_layers=1)).fit(make_module(name), data)

@@ -115,7 +115,7 @@ def with_model(tiny, **settings):
 @pytest.mark.parametrize(
     ("callbacks", "told"),
     [
-        ("ShortGPT", "ratio=None and num_layers=None: give exactly one"),
+        ("ShortGPT", "give exactly one of ratio, num_layers, layers, parameter_ratio"),
         ({"class_path": "ShortGPT", "init_args": {"num_layers": -1}}, "num_layers=-1 must be at"),
         ([{"class_path": "ShortGPT", "num_layers": 2}], "its arguments as init_args"),
         ([{"ShortGPT": {"num_layers": 2}}], "its arguments as init_args"),

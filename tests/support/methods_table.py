@@ -41,6 +41,11 @@ METHODS = {
         lambda: ShortGPT(num_layers=1, ignore_first_tokens=4, protected=[0, -1]), layers=5
     ),
     "ShortGPT, angular": Method(lambda: ShortGPT(num_layers=2, score="angular"), layers=4),
+    "ShortGPT, relative magnitude": Method(
+        lambda: ShortGPT(num_layers=2, score="relative_magnitude"), layers=4
+    ),
+    "ShortGPT, layers by hand": Method(lambda: ShortGPT(layers=[1, -2]), layers=4),
+    "ShortGPT, share of all parameters": Method(lambda: ShortGPT(parameter_ratio=0.2), layers=4),
     "SLM, highest layers": Method(lambda: SlidingLayerMerging(num_layers=2), layers=4),
     "SLM, the paper's sum of differences": Method(
         lambda: SlidingLayerMerging(ratio=0.34, merge="difference_sum", criterion="cosine"),

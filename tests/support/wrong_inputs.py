@@ -169,6 +169,8 @@ RANGES: dict[str, Range] = {
     "data.validation": _range(wrong=("", [], "no/such-data", "/nowhere.txt")),
     "data.calibration": _range(wrong=("", [], "no/such-data", "/nowhere.txt")),
     "data.seq_len": _range(8, 32, 64, wrong=(1, 0, -1, 10**9, 129)),
+    "data.calibration_seq_len": _range(8, 64, None, wrong=(1, 0, -1, 10**9, 129)),
+    "data.validation_seq_len": _range(8, 64, None, wrong=(1, 0, -1, 10**9, 129)),
     "data.batch_size": _range(1, 4, 1000, wrong=_COUNT),
     "data.num_calibration": _range(1, 4, wrong=(0, -1, 10**9)),
     "data.num_validation": _range(1, 3, None, wrong=(0, -1, 10**9)),
@@ -203,12 +205,18 @@ RANGES: dict[str, Range] = {
     "trainer.reload_dataloaders_every_n_epochs": _range(0, 1, wrong=(-1,)),
     "ShortGPT.ratio": _range(0.34, wrong=_RATIO),
     "ShortGPT.num_layers": _range(0, 1, 5, wrong=_LAYERS),
-    "ShortGPT.score": _range("block_influence", "angular", wrong=("BI", "")),
+    "ShortGPT.score": _range(
+        *("block_influence", "angular", "relative_magnitude", "sequential", "reverse"),
+        wrong=("BI", "", "random"),  # without a seed
+    ),
     "ShortGPT.ignore_first_tokens": _range(0, 4, 31, wrong=(-1, 32, 1000)),
     "ShortGPT.protected": _range([], [0, -1], None, wrong=_PROTECTED),
     "ShortGPT.granularity": _range("layer", "attention", "mlp", "sublayer", wrong=("layers", "")),
     "ShortGPT.export_remote_code": _range(False, wrong=(True,)),
     "ShortGPT.loads_in": _range(None, ["vLLM"], [], wrong=(["vllm"], ["ollama"], [""])),
+    "ShortGPT.layers": _range([], [0, -1], wrong=(*_PROTECTED, [1, 1], [1, -5], None)),
+    "ShortGPT.parameter_ratio": _range(0, 0.1, wrong=(*_RATIO, 0.99, None)),
+    "ShortGPT.seed": _range(0, 7, wrong=(-1, None)),
     "SLEB.ratio": _range(0.34, wrong=_RATIO),
     "SLEB.num_layers": _range(0, 1, 4, wrong=(*_LAYERS, 5)),
     "SLEB.criterion": _range("nll", "kl", "cosine", "cka", wrong=("mse", "")),
@@ -294,6 +302,9 @@ SHORTGPT = {"class_path": "ShortGPT", "init_args": {"num_layers": 2}}
 # What must be set beside an option so that its values mean something.
 BESIDE: dict[str, dict[str, Any]] = {
     "ShortGPT.ratio": {"num_layers": None},
+    "ShortGPT.layers": {"num_layers": None},
+    "ShortGPT.parameter_ratio": {"num_layers": None},
+    "ShortGPT.seed": {"score": "random"},
     "SLEB.ratio": {"num_layers": None},
     "ShortenedLlama.ratio": {"num_layers": None},
     "SlidingLayerMerging.ratio": {"num_layers": None},
@@ -310,6 +321,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "trainer.overfit_batches": {},
     "TokenBudget.tokens": {"trainer.max_steps": -1},
     "data.calibration": {"trainer.callbacks": SHORTGPT},
+    "data.calibration_seq_len": {"trainer.callbacks": SHORTGPT},
     "data.num_calibration": {"trainer.callbacks": SHORTGPT},
     "data.seed": {"trainer.callbacks": SHORTGPT},
     **{

@@ -215,7 +215,8 @@ def test_arguments_that_are_harmless_or_told_elsewhere_are_left_out():
     assert a_run(given=given)["model"] == {"keep_zeros": False}
     of_data = (
         "num_workers trust_remote_code tokenizer train text_field bos seq_len batch_size packing "
-        "seed validation num_validation calibration num_calibration"
+        "seed validation num_validation calibration num_calibration validation_seq_len "
+        "calibration_seq_len"
     )
     names = of_data.split()
     parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in (*names, "new")]

@@ -245,3 +245,41 @@ def test_too_few_calibration_windows_are_named():
         match=r"num_calibration=9999 must be at most \d+, which calibration='sample",
     ):
         make_data(num_calibration=9999).calibration_windows()
+
+
+def test_calibration_and_validation_may_have_windows_of_their_own_length():
+    plain = make_data(num_calibration=3, num_validation=2)
+    data = make_data(
+        num_calibration=3, num_validation=2, calibration_seq_len=32, validation_seq_len=96
+    )
+    assert data.calibration_windows().shape == (3, 32)
+    assert data.validation_windows().shape == (2, 96)
+    assert [len(ids) for ids, _ in data.examples("train")[:2]] == [64, 64]
+    assert data.describe_training() == plain.describe_training()
+    assert data.describe_validation() != plain.describe_validation()
+    told = {"calibration_seq_len": 32, "validation_seq_len": 96}
+    assert {name: value for name, value in data.describe().items() if name in told} == told
+    assert not told.keys() & plain.describe().keys()
+    own = make_data(seq_len=32, num_calibration=3).calibration_windows()
+    assert data.calibration_windows().equal(own)
+
+
+@pytest.mark.parametrize("name", ["calibration_seq_len", "validation_seq_len"])
+def test_a_length_of_its_own_is_checked_and_named(name):
+    with pytest.raises(ValueError, match=f"{name}=1 must be at least 2"):
+        make_data(**{name: 1})
+    data = make_data(num_calibration=10_000, num_validation=10_000, **{name: 32})
+    with pytest.raises(ValueError, match=f"{name}=32"):
+        data.calibration_windows() if name.startswith("c") else data.validation_windows()
+
+
+def test_instructions_keep_to_the_length_of_their_role(instructions):
+    data = make_data(validation=instructions, train=instructions, seq_len=400)
+    short = make_data(
+        validation=instructions, train=instructions, seq_len=400, validation_seq_len=24
+    )
+    assert max(len(ids) for ids, _ in data.examples("validation")) > 24
+    with pytest.raises(ValueError, match="0 examples of validation_seq_len=4 "):
+        make_data(validation=instructions, seq_len=400, validation_seq_len=4).validation_windows()
+    assert all(len(ids) <= 24 for ids, _ in short.examples("validation"))
+    assert len(short.examples("train")) == len(data.examples("train"))

@@ -16,9 +16,7 @@ from transformers import PreTrainedModel
 
 from prunelight.callbacks.slicegpt import SliceGPT
 from prunelight.comparison.methods import Entrant
-from prunelight.models.families.architectures import sublayers_of
-from prunelight.models.families.layers import decoder_layers
-from prunelight.models.sizes import parameter_count
+from prunelight.models.sizes import depth_unit_sizes, parameter_count
 from prunelight.pruning.slicing.shared_rotation import shared_parameters
 from prunelight.pruning.slicing.slice_hidden import check_sliceable
 from prunelight.pruning.slicing.targets import allowed_widths, residual_dims, sliced_parameters
@@ -99,25 +97,9 @@ def _meets_parameters(entrant: Entrant) -> bool:
 
 def _depth(entrant: Entrant, model: PreTrainedModel) -> Iterator[Rung]:
     """Yield numbers of decoder layers, or of sublayers, all of their mean size."""
-    layers, total = decoder_layers(model), parameter_count(model)
-    granularity = entrant.arguments.get("granularity", "layer")
-    sizes = [parameter_count(layer) for layer in layers]
-    most = len(layers) - 1
-    if granularity != "layer":
-        names = sublayers_of(model)
-        parts = {
-            "attention": [
-                parameter_count(layer.get_submodule(names.attention)) for layer in layers
-            ],
-            "mlp": [parameter_count(layer.get_submodule(names.mlp)) for layer in layers],
-        }
-        sizes = (
-            [*parts["attention"], *parts["mlp"]]
-            if granularity == "sublayer"
-            else (parts[granularity])
-        )
-        most = len(sizes) - 1
-    for number in range(1, most + 1):
+    sizes = depth_unit_sizes(model, entrant.arguments.get("granularity", "layer"))
+    total = parameter_count(model)
+    for number in range(1, len(sizes)):
         yield Rung({"num_layers": number}, number * fmean(sizes) / total)
 
 

@@ -82,6 +82,10 @@ PAPERS = {
                 "reproduce_dlp_sparsity.yaml",
                 "From which share of zeros on do DLP's shares pay?",
             ),
+            "statistics": Table(
+                "reproduce_dlp_statistics.yaml",
+                "By which statistic should a layer be scored?",
+            ),
             "alpha": Table("reproduce_dlp_alpha.yaml", "Does alpha matter?"),
         },
     ),

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.calibration.windows import Windows, check_readable, split_windows
 from prunelight.comparison.settings import ComparisonSettings, DataSettings
+from prunelight.data.corpora import is_corpus
+from prunelight.data.corpus_reading import characters_of
 from prunelight.data.instructions import is_instruction_row
 from prunelight.data.rows import Row
 from prunelight.data.sources import read_documents
@@ -141,7 +143,10 @@ def held_out_text(
     Raises:
         ValueError: if the text is too short.
     """
-    rows, seq_len = read_documents(source, text_field=data.text_field), data.held_out_seq_len
+    # A corpus has a split to evaluate on; a dataset of instructions mostly has train alone.
+    split, seq_len = "test" if is_corpus(source) else "train", data.held_out_seq_len
+    enough = None if data.num_windows is None else characters_of(data.num_windows * seq_len)
+    rows = read_documents(source, split=split, text_field=data.text_field, enough=enough)
     if any(is_instruction_row(row) for row in rows):
         stream = tokenize_documents(tokenizer, [plain_text(row, data.text_field) for row in rows])
         start = bos_token_id(tokenizer, data.bos)

@@ -21,6 +21,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from prunelight.calibration.windows import Windows
+from prunelight.data.corpora import wikitext_rows
+from prunelight.data.corpus_reading import characters_of
 from prunelight.data.instructions import is_instruction_row
 from prunelight.data.sources import SAMPLES, read_documents
 from prunelight.data.token_windows import Bos, bos_token_id, pack_windows
@@ -89,13 +91,14 @@ def text_windows(
     """
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows} must be at least 1, or null for all windows")
-    rows = read_documents(source, split=split, text_field=text_field)
+    enough = None if max_windows is None else characters_of(max_windows * seq_len)
+    rows = read_documents(source, split=split, text_field=text_field, enough=enough)
     if any(is_instruction_row(row) for row in rows):
         raise ValueError(
             f"text={str(source)!r} holds instructions; perplexity is measured on text: give a "
             f"source with a text field, such as {next(iter(SAMPLES))}"
         )
-    text, joined = _one_text([row[text_field] for row in rows])
+    text, joined = _one_text([row[text_field] for row in rows], rows[0].joined)
     start = bos_token_id(tokenizer, bos)
     # Without a BOS token for each window the tokenizer adds its own tokens once, as in the papers.
     tokens = tokenizer(text, add_special_tokens=start is None, verbose=False)["input_ids"]
@@ -142,16 +145,18 @@ def _with_last(windows: Tensor, last: list[int], seq_len: int) -> tuple[Tensor, 
     return ids, labels
 
 
-def _one_text(texts: Sequence[str]) -> tuple[str, str]:
-    """Return rows as one text, and how they were joined."""
+def _one_text(texts: Sequence[str], told: str) -> tuple[str, str]:
+    """Return rows as one text, and how they were joined; `told` is what a corpus says of itself."""
+    if told and len(texts) > 1:
+        return _BLANK_LINE.join(texts), f"{told}, and these joined by a blank line"
+    if told:
+        return texts[0], told
     if len(texts) > 1:
         return _BLANK_LINE.join(texts), f"{len(texts)} documents joined by a blank line"
     (text,) = texts
     if not _is_wikitext(text):
         return text, "one text as it stands"
-    # Rows as `datasets` gives them: a line with its end, or "" for a blank one.
-    rows = [f"{line}\n" if line.strip() else "" for line in text.removesuffix("\n").split("\n")]
-    return _BLANK_LINE.join(rows), "WikiText's rows joined by a blank line"
+    return _BLANK_LINE.join(wikitext_rows(text)), "WikiText's rows joined by a blank line"
 
 
 def _is_wikitext(text: str) -> bool:

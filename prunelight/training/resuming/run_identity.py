@@ -95,8 +95,8 @@ TOLD_OF_DATA = frozenset(
     {
         *("tokenizer", "train", "text_field", "bos"),  # tokens
         *("seq_len", "batch_size", "packing", "seed"),
-        *("validation", "num_validation"),  # validation
-        *("calibration", "num_calibration"),  # calibration
+        *("validation", "num_validation", "validation_seq_len"),  # validation
+        *("calibration", "num_calibration", "calibration_seq_len"),  # calibration
     }
 )
 HARMLESS_CALLBACKS = frozenset(

@@ -63,6 +63,14 @@ _MEANINGS = {
         "The angle, as a share of pi, between the states before and after as many layers as go, "
         "from this layer on. Low means that these layers turn the state little.",
     ),
+    "relative_magnitude": Meaning(
+        "relative magnitude",
+        "The norm of what a layer adds over the norm of what leaves it. Low means that the layer "
+        "adds little beside what passes through.",
+    ),
+    "sequential": Meaning("place from below", "The shallowest layers go first; no data are read."),
+    "reverse": Meaning("place from above", "The deepest layers go first; no data are read."),
+    "random": Meaning("random number", "Drawn with the seed; the lowest go. No data are read."),
     "perplexity": Meaning(
         "rise of the NLL (nats)",
         "How much the text gets less likely without the layer. Low means that it is not missed.",
