@@ -1,9 +1,10 @@
 """Weight pruning: zeros in the decoder layers, by an allocation and a solver.
 
-An allocation says how many zeros each layer gets: uniform, OWL (arXiv:2310.05175) or DLP
-(arXiv:2505.23807). A solver says which weights become zero: magnitude, Wanda (arXiv:2306.11695) or
-SparseGPT (arXiv:2301.00774). Any pair works, unstructured or N:M, at fit start or along a schedule.
-The released codes ignore the allocation for N:M and do not make up for what they clip.
+An allocation says how many zeros each layer gets: uniform, OWL (arXiv:2310.05175), DLP
+(arXiv:2505.23807) or LAMP (arXiv:2010.07611). A solver says which weights become zero: magnitude,
+Wanda (arXiv:2306.11695) or SparseGPT (arXiv:2301.00774). Any pair works, unstructured or N:M, at
+fit start or along a schedule. The released codes ignore the allocation for N:M and do not make up
+for what they clip.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from prunelight.planning.sparsity_shares import (
     weighted_mean,
 )
 from prunelight.planning.steps import Sparsify
+from prunelight.pruning.sparsity.lamp import lamp_shares
 from prunelight.pruning.sparsity.masks import Pattern
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.pruning.sparsity.sparsify import check_step
@@ -50,13 +52,14 @@ ALLOCATIONS: dict[str, WeightScore | None] = {
     "owl": "outlier_ratio",
     "dlp": "median",
     "dlp_mean": "mean",
+    "lamp": None,  # reads weights alone
 }
 
-ALPHAS = {"uniform": 0.0, "owl": 0.08, "dlp": 0.15, "dlp_mean": 0.15}  # of the papers
+ALPHAS = {"uniform": 0.0, "owl": 0.08, "dlp": 0.15, "dlp_mean": 0.15, "lamp": 0.0}  # of the papers
 
 ALPHA_GRID = (0.0, 0.05, 0.1, 0.15, 0.2)  # what alpha="auto" tries; 0 is uniform
 
-_REFUSED = "{}; take a smaller alpha, or strict=False to clip"
+_REFUSED = "{}; take a smaller alpha (LAMP: fewer zeros), or strict=False to clip"
 
 GRANULARITIES = ("layer", "linear")
 
@@ -89,13 +92,13 @@ class WeightPruning(GradualZeros):
             allocation other than uniform each layer gets an N of its own, N:M on average; hardware
             that computes 2:4 needs allocation="uniform".
         solver: "wanda", "sparsegpt", "magnitude", or "wanda_variant" (shares differ by row).
-        allocation: "uniform", "owl", "dlp" (the median, its paper) or "dlp_mean" (DLP's released
-            code).
+        allocation: "uniform", "owl", "dlp" (the median, its paper), "dlp_mean" (DLP's released
+            code), or "lamp", which ranks the weights of all layers by themselves and has no alpha.
         alpha: half the spread of the shares; None takes the paper's, 0.08 for OWL and 0.15 for DLP.
             Of a list, the value with the lowest perplexity on a quarter of the calibration windows
             is taken; each value costs one pruning. "auto" tries 0 (uniform), 0.05, 0.1, 0.15, 0.2.
         outlier_factor: OWL's M: a score above M times the mean is an outlier.
-        granularity: one share a decoder "layer" (the papers), or one a "linear".
+        granularity: one share a decoder "layer" (the papers), or one a "linear" (LAMP's paper).
         sparsegpt: settings of SparseGPT.
         schedule: prune gradually while the model trains, by "wanda" or "magnitude"; None prunes at
             fit start.
@@ -116,7 +119,7 @@ class WeightPruning(GradualZeros):
         sparsity: float | None = None,
         pattern: str | int | None = None,
         solver: Literal["wanda", "sparsegpt", "magnitude", "wanda_variant"] = "wanda",
-        allocation: Literal["uniform", "owl", "dlp", "dlp_mean"] = "uniform",
+        allocation: Literal["uniform", "owl", "dlp", "dlp_mean", "lamp"] = "uniform",
         alpha: float | list[float] | Literal["auto"] | None = None,
         outlier_factor: float = 5.0,
         granularity: Literal["layer", "linear"] = "layer",
@@ -132,8 +135,8 @@ class WeightPruning(GradualZeros):
         self.target = _target(sparsity, self.pattern)
         self.alpha = ALPHAS[allocation] if alpha is None else alpha
         self.alphas = _alphas(self.alpha)
-        if any(self.alphas) and allocation == "uniform":
-            raise ValueError(f"{alpha=} has no effect with allocation='uniform'")
+        if any(self.alphas) and allocation in ("uniform", "lamp"):
+            raise ValueError(f"{alpha=} has no effect with {allocation=}")
         if outlier_factor != 5 and allocation != "owl":
             raise ValueError(f"{outlier_factor=} has no effect with {allocation=}")
         if statistic != "median" and allocation != "dlp":
@@ -154,8 +157,13 @@ class WeightPruning(GradualZeros):
 
     @property
     def score(self) -> WeightScore | None:
-        """Return the score that the allocation reads, None if it reads none."""
+        """Return the score of weights and inputs that the allocation reads, None without one."""
         return self.statistic if self.allocation == "dlp" else ALLOCATIONS[self.allocation]
+
+    @property
+    def spreads(self) -> bool:
+        """Return whether layers can get different shares."""
+        return any(self.alphas) or self.allocation == "lamp"
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that decide the result, as JSON values."""
@@ -245,15 +253,18 @@ class WeightPruning(GradualZeros):
 
     def _scores(self, model: PreTrainedModel, windows: Windows) -> dict[str, float]:
         """Return the scores that the allocation reads, {name of a matrix: score}; {} if none."""
+        by_matrix = self.granularity == "linear"
+        if self.allocation == "lamp":
+            return lamp_shares(model, self.target, by_matrix=by_matrix, device=self.device)
         kind = self.score
-        if kind is None or not any(self.alphas):
+        if kind is None or not self.spreads:
             return {}
         return weight_scores(
             model,
             windows,
             kind,
             outlier_factor=self.outlier_factor,
-            by_matrix=self.granularity == "linear",
+            by_matrix=by_matrix,
             device=self.device,
             offload=self.offload_activations,
         )
@@ -262,8 +273,10 @@ class WeightPruning(GradualZeros):
         """Return the share of zeros of each unit before clipping: its score decides."""
         if not scores:
             return uniform(units.sizes, self.target)
-        spread = owl if self.allocation == "owl" else dlp
         unit_scores = [scores[names[0]] for names in units.names]
+        if self.allocation == "lamp":
+            return unit_scores
+        spread = owl if self.allocation == "owl" else dlp
         return spread(unit_scores, units.sizes, self.target, alpha)
 
     def _step(self, units: _Units, scores: dict[str, float], alpha: float) -> Sparsify:
@@ -282,8 +295,9 @@ class WeightPruning(GradualZeros):
         excess = clipping_excess(shares, self.target)
         if excess == 0:
             return ""
+        cause = "allocation='lamp'" if self.allocation == "lamp" else f"alpha={alpha}"
         return (
-            f"alpha={alpha} pushes shares of zeros to [{min(shares):.3f}, {max(shares):.3f}], "
+            f"{cause} pushes shares of zeros to [{min(shares):.3f}, {max(shares):.3f}], "
             f"{excess:.3f} out of [0, 1)"
         )
 
@@ -298,7 +312,7 @@ class WeightPruning(GradualZeros):
             raise ValueError(_REFUSED.format(text))
         if text:
             log.warning("%s: clipped, and the others adjusted to sparsity=%s", text, self.target)
-        if self.pattern is not None and self.pattern.kept == 1 and any(self.alphas):
+        if self.pattern is not None and self.pattern.kept == 1 and self.spreads:
             log.warning("pattern=%s is uniform: no layer can keep fewer than 1", self.pattern)
 
     def _choose_alpha(
@@ -347,7 +361,7 @@ class WeightPruning(GradualZeros):
         With granularity "linear" each projection has a list of its own.
         """
         lists: dict[str, list[float | None]] = {}
-        kind = str(self.score)
+        kind = "lamp_share" if self.allocation == "lamp" else str(self.score)
         for layer in layers if scores else []:
             if not layer and self.granularity == "layer":
                 lists.setdefault(kind, []).append(None)

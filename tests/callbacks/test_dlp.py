@@ -177,6 +177,37 @@ def test_strict_refuses_what_would_be_clipped_and_changes_nothing_else(model):
     assert strict.steps == plain.steps
 
 
+@pytest.mark.parametrize("granularity", ["layer", "linear"])
+def test_lamp_shares_are_those_of_all_weights_ranked_together(model, granularity):
+    plan = WeightPruning(0.7, allocation="lamp", granularity=granularity).plan(model, WINDOWS)
+    shares = step_of(plan).sparsity
+    expected = reference.lamp(model, 0.7)
+    if granularity == "layer":
+        for index in range(NUM_LAYERS):
+            names = [matrix.name for matrix in layer_matrices(model, index)]
+            sizes = [matrices(model)[name].parameter.numel() for name in names]
+            share = reference.weighted_mean([expected[name] for name in names], sizes)
+            expected |= dict.fromkeys(names, share)
+    assert shares == pytest.approx(expected, abs=1e-3)  # two weights of a matrix
+    sizes = [matrices(model)[name].parameter.numel() for name in shares]
+    assert weighted_mean(list(shares.values()), sizes) == pytest.approx(0.7, abs=1e-12)
+
+
+def test_lamp_with_an_alpha_is_refused_and_what_it_clips_is_said(caplog):
+    with pytest.raises(ValueError, match="alpha=0.1 has no effect with allocation='lamp'"):
+        WeightPruning(0.5, allocation="lamp", alpha=0.1)
+    model = shuffled_model()
+    with torch.no_grad():
+        for matrix in layer_matrices(model, 0):
+            matrix.parameter.zero_()
+    plan = WeightPruning(0.5, allocation="lamp").plan(model, WINDOWS)
+    assert "allocation='lamp' pushes shares of zeros to [" in caplog.text
+    assert plan.scores["lamp_share"][0] == 1
+    assert plan.scores["sparsity"][0] == 0.99
+    with pytest.raises(ValueError, match=r"'lamp' pushes .* \(LAMP: fewer zeros\), or strict"):
+        WeightPruning(0.5, allocation="lamp", strict=True).plan(model, WINDOWS)
+
+
 # --- alpha by held-out windows
 
 EIGHT = token_windows(8, 16)
@@ -234,7 +265,7 @@ def test_strict_leaves_clipped_alphas_out_of_auto_and_refuses_them_in_a_list(mod
     plan = DLP(0.9, alpha="auto", strict=True).plan(model, EIGHT)
     assert set(plan.found["perplexity_of_alpha"]) == {"0", "0.05"}
     assert "out of" not in caplog.text
-    with pytest.raises(ValueError, match=r"alpha=0.3 pushes .*; take a smaller alpha, or strict"):
+    with pytest.raises(ValueError, match="alpha=0.3 pushes .*; take a smaller alpha"):
         DLP(0.9, alpha=[0.0, 0.3], strict=True).plan(model, EIGHT)
     clipped = DLP(0.9, alpha=[0.2, 0.3]).plan(model, EIGHT)
     assert len(clipped.found["perplexity_of_alpha"]) == 2
@@ -276,6 +307,7 @@ def test_windows_without_a_token_to_predict_judge_no_alpha(solver):
         ({"allocation": "dlp"}, "median"),
         ({"allocation": "dlp_mean"}, "mean"),
         ({"allocation": "owl"}, "outlier_ratio"),
+        ({"allocation": "lamp"}, "lamp_share"),
         ({}, None),
         ({"allocation": "dlp", "solver": "sparsegpt"}, "median"),
     ],
@@ -284,7 +316,7 @@ def test_scores_are_one_number_a_decoder_layer(model, arguments, name):
     plan = WeightPruning(0.5, **arguments).plan(model, WINDOWS)
     assert set(plan.scores) == {"sparsity"} | ({name} if name else set())
     assert plan.scores["sparsity"] == by_layer(model, step_of(plan))
-    if name:
+    if name and name != "lamp_share":
         expected = reference.layer_scores(model, WINDOWS)[name]
         scale = 1 if name == "outlier_ratio" else PER_TOKEN
         assert plan.scores[name] == pytest.approx([scale * x for x in expected], rel=1e-5)
@@ -304,6 +336,7 @@ EVERY_KIND = [
     {"pattern": "2:4", "granularity": "linear", "allocation": "dlp_mean"},
     {"sparsity": 0.5, "solver": "wanda_variant", "strict": True},
     {"sparsity": 0.5, "allocation": "owl", "alpha": [0.0, 0.1]},
+    {"pattern": "2:4", "allocation": "lamp", "solver": "magnitude"},
 ]
 
 

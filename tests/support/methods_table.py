@@ -89,6 +89,10 @@ METHODS = {
     "Wanda": Method(lambda: WeightPruning(0.5), sparsity=0.5),
     "magnitude": Method(lambda: WeightPruning(0.5, solver="magnitude"), sparsity=0.5),
     "OWL, Wanda": Method(lambda: WeightPruning(0.5, allocation="owl"), sparsity=0.5),
+    "LAMP, magnitude": Method(
+        lambda: WeightPruning(0.5, solver="magnitude", allocation="lamp", granularity="linear"),
+        sparsity=0.5,
+    ),
     "2:4, SparseGPT": Method(
         lambda: WeightPruning(pattern="2:4", solver="sparsegpt"), sparsity=0.5
     ),

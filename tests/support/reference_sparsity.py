@@ -9,6 +9,7 @@ Amounts are a share of zeros (float) or a pair (kept, of).
 # T tokens, I in_features, O out_features
 
 import math
+from collections import Counter
 from contextlib import suppress
 
 import torch
@@ -238,6 +239,24 @@ def layer_scores(model, windows, *, outlier_factor=5.0, per_linear=False):
         scores["var"].append(a.var(correction=0).item())
         scores["outlier_ratio"].append((a > outlier_factor * a.mean()).double().mean().item())
     return scores
+
+
+@torch.no_grad()
+def lamp(model, target):
+    """Name -> share of zeros: the lowest LAMP scores of all linears, in float64 (arXiv:2010.07611).
+
+    Scores as its Eq. 2 has them: sorted, each square over the sum of those from it on.
+    """
+    scores, owners = [], []
+    for layer in range(len(model.model.layers)):
+        for name, module in linears(model, layer).items():
+            squares = module.weight.double().flatten().square().sort().values
+            tail = squares.sum() - squares.cumsum(0) + squares
+            scores.append(squares / tail)
+            owners += [name] * len(squares)
+    lowest = torch.cat(scores).argsort()[: int(len(owners) * target + 1e-6)]
+    zeros = Counter(owners[i] for i in lowest.tolist())
+    return {name: zeros[name] / size for name, size in Counter(owners).items()}
 
 
 def allocate(model, windows, allocation, target, *, alpha=None, per_linear=False):

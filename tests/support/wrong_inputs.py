@@ -280,7 +280,9 @@ for _name in ("WeightPruning", "DLP"):
         f"{_name}.granularity": _range("layer", wrong=("matrix", "")),
     }
 RANGES |= {
-    "WeightPruning.allocation": _range("uniform", "owl", "dlp", "dlp_mean", wrong=("OWL", "")),
+    "WeightPruning.allocation": _range(
+        "uniform", "owl", "dlp", "dlp_mean", "lamp", wrong=("OWL", "")
+    ),
     "WeightPruning.alpha": _range(0, None, wrong=(-0.1, 0.1, [], "auto")),
     "DLP.allocation": _range("dlp", "dlp_mean", wrong=("DLP", "")),
     "DLP.alpha": _range(0, 0.1, 0.15, None, "auto", [0, 0.1], wrong=(-0.1, [], [-0.1])),
