@@ -71,6 +71,9 @@ METHODS = {
     "width by layer, Taylor, no correction": Method(
         lambda: WidthPruning(head_ratio=0.25, score="taylor", correction=False, allocation="global")
     ),
+    "width by DLP's shares": Method(
+        lambda: WidthPruning(neuron_ratio=0.5, multiple=8, allocation="dlp", alpha=0.4)
+    ),
     "SliceGPT": Method(lambda: SliceGPT(0.25, embedding="full"), slices=True),
     # The text has too few different words for wider ones.
     "SliceGPT, sliced embeddings": Method(lambda: SliceGPT(0.5), slices=True),
