@@ -8,6 +8,8 @@ scores.
 How many a layer keeps can also follow from its scores (`allocation="global"`), as in FLAP
 (arXiv:2312.11983). FLAP compares scores across layers that are standardised within each layer.
 Here they are divided by their layer's sum: standardised scores of two groups are always the same.
+With `allocation="dlp"` it follows from DLP's shares of zeros (arXiv:2505.23807), which here are
+shares of groups and neurons to remove. DLP's released code has no structured form that runs.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ from transformers import PreTrainedModel
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.families.architectures import is_sliced
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.families.own_classes.layer_widths import LISTS
 from prunelight.planning.plan import Plan
+from prunelight.planning.sparsity_shares import clipping_excess, deal_blocks, dlp, fit_to_target
 from prunelight.planning.steps import PruneWidth
 from prunelight.pruning.prune_width import check_width
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
+from prunelight.scoring.weight_scores import weight_scores
 from prunelight.scoring.width_scores import (
     Widths,
     allowed_groups,
@@ -45,7 +51,9 @@ FIELDS: dict[str, str] = {"heads": "num_key_value_heads", "neurons": "intermedia
 
 PER_LAYER = {field: name for name, field in LISTS.items()}  # the same for different widths
 
-ALLOCATIONS = ("uniform", "global")
+ALLOCATIONS = ("uniform", "global", "dlp")
+
+ALPHA = 0.15  # of DLP's paper
 
 
 class WidthPruning(PruningCallback):
@@ -64,10 +72,12 @@ class WidthPruning(PruningCallback):
             give what they gave with all inputs.
         allocation: "uniform" keeps equal numbers in all layers: a stock model. "global" keeps those
             of all layers whose shares of their layer's score are highest; at least one group and
-            `multiple` neurons a layer. Ratios are then of all layers together, numbers are means.
-            Such a model needs prunelight to load.
-        export_remote_code: put the code of its class beside a result of allocation "global", which
+            `multiple` neurons a layer. "dlp" keeps more in layers whose median of |W| * ||X|| is
+            low, by DLP's shares. Ratios are then of all layers together, numbers are means. Such a
+            model needs prunelight to load, unless all widths are equal.
+        export_remote_code: put the code of its class beside a result whose widths differ, which
             then loads without prunelight under trust_remote_code.
+        alpha: half the spread of the shares of "dlp"; None takes the paper's 0.15. 0 is uniform.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect, two arguments set the same
@@ -80,6 +90,7 @@ class WidthPruning(PruningCallback):
         intermediate_size=at_least(1),
         num_key_value_heads=at_least(1),
         multiple=at_least(1),
+        alpha=at_least(0),
     )
     def __init__(
         self,
@@ -90,8 +101,9 @@ class WidthPruning(PruningCallback):
         score: Literal["taylor", "wanda", "fluctuation"] = "wanda",
         multiple: int = 64,
         correction: bool = True,
-        allocation: Literal["uniform", "global"] = "uniform",
+        allocation: Literal["uniform", "global", "dlp"] = "uniform",
         export_remote_code: bool = False,
+        alpha: float | None = None,
     ) -> None:
         pairs = (
             ("neuron_ratio", neuron_ratio, "intermediate_size", intermediate_size),
@@ -107,6 +119,8 @@ class WidthPruning(PruningCallback):
                 "export_remote_code=True has no effect with allocation='uniform', which leaves a "
                 "stock class; leave it out"
             )
+        if alpha is not None and allocation != "dlp":
+            raise ValueError(f"{alpha=} has no effect with {allocation=}; set allocation='dlp'")
         if intermediate_size is not None and intermediate_size % multiple:
             near = max(1, round(intermediate_size / multiple)) * multiple
             raise ValueError(
@@ -117,12 +131,13 @@ class WidthPruning(PruningCallback):
         self.intermediate_size, self.num_key_value_heads = intermediate_size, num_key_value_heads
         self.score, self.multiple, self.correction = score, multiple, correction
         self.allocation, self.export_remote_code = allocation, export_remote_code
+        self.alpha = alpha
         self.follows_slicing = allocation == "uniform"
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError or TypeError if the model cannot take the widths asked for."""
         before, counts = widths_of(model), self._counts(model)
-        if self.allocation == "global" and is_sliced(model):
+        if self.allocation != "uniform" and is_sliced(model):
             raise TypeError(
                 "this model is sliced: its layers cannot have different widths; set "
                 "allocation='uniform'"
@@ -140,7 +155,7 @@ class WidthPruning(PruningCallback):
         """Return how many inputs the output projections keep, or a divisor of their number."""
         before, counts = widths_of(model)[0], self._counts(model)
         head = before.heads * before.head_dim
-        if self.allocation == "global":
+        if self.allocation != "uniform":
             divisors = {"neurons": ("multiple", self.multiple), "heads": ("width of a group", head)}
             return dict(divisors[kind] for kind in counts)
         inputs = {
@@ -157,7 +172,7 @@ class WidthPruning(PruningCallback):
                     f"{type(other).__name__} drops sublayers before WidthPruning; put "
                     "WidthPruning before it"
                 )
-        for other in methods if self.allocation == "global" else ():
+        for other in methods if self.allocation != "uniform" else ():
             if other.drops_sublayers or other.slices:
                 does = "drops sublayers" if other.drops_sublayers else "slices hidden states"
                 raise ValueError(
@@ -182,13 +197,23 @@ class WidthPruning(PruningCallback):
         kept: dict[str, dict[str, tuple[int, ...]]] = {}
         kept_shares: dict[str, list[float]] = {}
         found: dict[str, Any] = {}
-        for kind, counts in self._counts(model, scores).items():
+        medians = self._medians(model, windows)
+        for kind, counts in self._counts(model, scores, medians).items():
             kept[kind], kept_shares[f"share_of_{kind}_score_kept"] = _best(scores[kind], counts)
             field, uniform = FIELDS[kind], self.allocation == "uniform"
             found |= {field: counts[0]} if uniform else {PER_LAYER[field]: counts}
             found[f"{field}_before"] = max(_numbers(before, kind))
         step = PruneWidth(kept.get("heads", {}), kept.get("neurons", {}), self.correction)
+        kept_shares |= {"median": medians} if medians else {}
         return self.make_plan(model, windows, step, scores=kept_shares, found=found)
+
+    def _medians(self, model: PreTrainedModel, windows: Windows) -> list[float]:
+        """Return DLP's score of each decoder layer; an empty list if the allocation needs none."""
+        if self.allocation != "dlp":
+            return []
+        scores = weight_scores(model, windows, "median", device=self.device)
+        layers = range(len(decoder_layers(model)))
+        return [scores[layer_matrices(model, index)[0].name] for index in layers]
 
     def _means(self, before: Sequence[Widths]) -> dict[str, float]:
         """Return how many groups ("heads") and neurons a mean layer keeps, of those to prune."""
@@ -205,13 +230,17 @@ class WidthPruning(PruningCallback):
         return means
 
     def _counts(
-        self, model: PreTrainedModel, scores: Mapping[str, Sequence[Tensor]] | None = None
+        self,
+        model: PreTrainedModel,
+        scores: Mapping[str, Sequence[Tensor]] | None = None,
+        medians: Sequence[float] = (),
     ) -> dict[str, list[int]]:
         """Return how many groups and neurons each layer keeps, of the kinds to prune.
 
         Args:
             model: before it is pruned.
             scores: of each layer, by kind; without them "global" gives one answer of many.
+            medians: DLP's score of each layer; without them "dlp" gives one answer of many.
 
         Raises:
             ValueError: if the layers do not have so many.
@@ -222,12 +251,15 @@ class WidthPruning(PruningCallback):
             allowed = allowed_groups(model) if kind == "heads" else []
             self._check_number(kind, numbers, block)
             most = [max(1, number // block) for number in numbers]  # whole blocks of each layer
-            if self.allocation == "global":
+            total = min(max(len(most), round(mean * len(most) / block)), sum(most))
+            if self.allocation == "dlp":
+                ratio = max(0.0, 1 - mean * len(most) / sum(numbers))
+                blocks = _deal(self._wanted(numbers, ratio, medians, block), most, total, allowed)
+            elif self.allocation == "global":
                 layers = [torch.ones(number) for number in most]
                 if scores is not None:
                     layers = [_shares(*x, block) for x in zip(scores[kind], most, strict=True)]
-                total = round(mean * len(most) / block)
-                blocks = _spread(layers, min(max(len(most), total), sum(most)), allowed)
+                blocks = _spread(layers, total, allowed)
             elif getattr(self, FIELDS[kind]) is not None:
                 blocks = [round(mean / block)] * len(most)
             elif kind == "heads":
@@ -237,6 +269,28 @@ class WidthPruning(PruningCallback):
                 blocks = [min(round(mean / block), *most)] * len(most)
             counts[kind] = [number * block for number in blocks]
         return counts
+
+    def _wanted(
+        self, numbers: Sequence[int], ratio: float, medians: Sequence[float], block: int
+    ) -> list[float]:
+        """Return how many blocks each layer should keep by DLP's shares, before rounding.
+
+        Args:
+            numbers: of groups or neurons of each layer.
+            ratio: share of them to remove, in [0, 1).
+            medians: DLP's score of each layer; of none all are equal.
+            block: groups or neurons in a block.
+        """
+        alpha = ALPHA if self.alpha is None else self.alpha
+        shares = dlp(medians or [0.0] * len(numbers), numbers, ratio, alpha)
+        if excess := clipping_excess(shares, ratio):
+            log.warning(
+                "alpha=%s pushes shares to remove to [%.3f, %.3f], %.3f out of [0, 1): clipped, "
+                "and the others adjusted to a ratio of %.4g",
+                *(alpha, min(shares), max(shares), excess, ratio),
+            )
+        shares = fit_to_target(shares, numbers, ratio)
+        return [n * (1 - share) / block for n, share in zip(numbers, shares, strict=True)]
 
     def _check_rounding(self, mean: float, block: int) -> None:
         """Raise ValueError if `neuron_ratio` leaves less than half of the smallest width."""
@@ -290,6 +344,23 @@ def _spread(layers: Sequence[Tensor], total: int, allowed: Collection[int]) -> l
     counts = [1 + chosen[layer] for layer in range(len(layers))]
     if allowed and len(set(counts)) == 1 and counts[0] not in allowed and total > len(layers):
         return _spread(layers, total - 1, allowed)
+    return counts
+
+
+def _deal(
+    wanted: Sequence[float], most: Sequence[int], total: int, allowed: Collection[int]
+) -> list[int]:
+    """Return how many blocks each layer keeps, near to what it should.
+
+    Args:
+        wanted: number of blocks that each layer should keep.
+        most: number of blocks of each layer.
+        total: number of blocks in all layers; at least one a layer.
+        allowed: as in `_spread`.
+    """
+    counts = deal_blocks(wanted, most, total)
+    if allowed and len(set(counts)) == 1 and counts[0] not in allowed and total > len(most):
+        return _deal(wanted, most, total - 1, allowed)
     return counts
 
 

@@ -128,3 +128,26 @@ def round_to_patterns(
             zeros[i] += 1
             budget -= sizes[i]
     return [of - z for z in zeros]
+
+
+def deal_blocks(wanted: Sequence[float], most: Sequence[int], total: int) -> list[int]:
+    """Round what layers should keep to whole blocks, one or more a layer; the total is exact.
+
+    Blocks are dealt one by one to the layer that lacks most. So a layer gets less than one block
+    more or less than it should, if `wanted` adds up to the total and no bound is met.
+
+    Args:
+        wanted: number of blocks that each layer should keep.
+        most: number of blocks that each layer has.
+        total: number of blocks of all layers, in [number of layers, sum(most)].
+
+    Raises:
+        ValueError: if the layers cannot keep so many, or so few.
+    """
+    if not len(most) <= total <= sum(most):
+        raise ValueError(f"total={total} blocks must lie in [{len(most)}, {sum(most)}]")
+    counts = [1] * len(most)
+    for _ in range(total - len(most)):
+        open_layers = [i for i, count in enumerate(counts) if count < most[i]]
+        counts[max(open_layers, key=lambda i: (wanted[i] - counts[i], -i))] += 1
+    return counts

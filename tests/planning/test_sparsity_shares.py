@@ -5,7 +5,14 @@ import random
 import pytest
 import reference_sparsity as reference
 
-from prunelight.planning.sparsity_shares import dlp, fit_to_target, owl, round_to_patterns, uniform
+from prunelight.planning.sparsity_shares import (
+    deal_blocks,
+    dlp,
+    fit_to_target,
+    owl,
+    round_to_patterns,
+    uniform,
+)
 
 SCORES = [0.9, 0.2, 0.5, 0.1, 0.3, 0.8]
 
@@ -159,3 +166,35 @@ def test_mixed_patterns_of_unequal_layers_stay_near_the_total(pattern):
         assert all(1 <= n <= of for n in mixed)
         off = abs(sum(n * size for n, size in zip(mixed, sizes, strict=True)) - kept * sum(sizes))
         assert off <= max(sizes)  # one weight in M of one layer
+
+
+# --- blocks of widths
+
+
+def test_dealt_blocks_have_the_exact_total_and_lie_next_to_what_was_wanted():
+    draw = random.Random(1)
+    for _ in range(50):
+        wanted = [draw.uniform(1, 20) for _ in range(draw.randint(1, 30))]
+        total = round(sum(wanted))
+        wanted = [x * total / sum(wanted) for x in wanted]
+        counts = deal_blocks(wanted, [40] * len(wanted), total)
+        assert sum(counts) == total
+        if min(wanted) >= 1:
+            assert all(abs(count - x) < 1 for count, x in zip(counts, wanted, strict=True))
+
+
+def test_dealt_blocks_are_monotonic_and_equal_wants_differ_by_one_at_most():
+    counts = deal_blocks([1, 2, 3, 4, 5], [9] * 5, 15)
+    assert counts == [1, 2, 3, 4, 5]
+    assert deal_blocks([2.5] * 4, [4] * 4, 10) == [3, 3, 2, 2]
+
+
+def test_dealt_blocks_stay_within_one_and_what_a_layer_has():
+    assert deal_blocks([0.0, 9.0, 3.0], [4, 4, 4], 9) == [1, 4, 4]
+    assert deal_blocks([-5.0, 2.0], [4, 4], 2) == [1, 1]
+
+
+@pytest.mark.parametrize("total", [2, 13])
+def test_blocks_that_the_layers_cannot_keep_are_refused(total):
+    with pytest.raises(ValueError, match=rf"total={total} blocks must lie in \[3, 12\]"):
+        deal_blocks([1.0] * 3, [4] * 3, total)

@@ -51,6 +51,10 @@ METHODS = {
         lambda: SlidingLayerMerging(ratio=0.34, merge="difference_sum", criterion="cosine"),
         layers=4,
     ),
+    "SLM, flattened cosine, lowest kept": Method(
+        lambda: SlidingLayerMerging(num_layers=2, merge="lowest", criterion="cosine_flat"),
+        layers=4,
+    ),
     "SLM by threshold": Method(
         lambda: SlidingLayerMerging(threshold=-1.0, merge="mean", criterion="cka"), layers=2
     ),
@@ -66,6 +70,9 @@ METHODS = {
     ),
     "width by layer, Taylor, no correction": Method(
         lambda: WidthPruning(head_ratio=0.25, score="taylor", correction=False, allocation="global")
+    ),
+    "width by DLP's shares": Method(
+        lambda: WidthPruning(neuron_ratio=0.5, multiple=8, allocation="dlp", alpha=0.4)
     ),
     "SliceGPT": Method(lambda: SliceGPT(0.25, embedding="full"), slices=True),
     # The text has too few different words for wider ones.
