@@ -37,7 +37,7 @@ class SLEB(PruningCallback):
         ratio: share of the decoder layers to remove, in [0, 1), rounded to whole layers.
         num_layers: how many layers to remove; give either this or ratio.
         criterion: similarity to the dense model that a removal should keep high: "nll" (the
-            paper), "kl", "cosine" or "cka", as in `SlidingLayerMerging`.
+            paper), "kl", "cosine", "cka" or "cosine_flat", as in `SlidingLayerMerging`.
         protected: layers never to remove; the paper spares the first and the last.
         offload_activations: keep the hidden states on the CPU: num_samples * seq_len * hidden_size
             * (layers + 1) numbers.
@@ -51,7 +51,7 @@ class SLEB(PruningCallback):
         self,
         ratio: float | None = None,
         num_layers: int | None = None,
-        criterion: Literal["cosine", "cka", "kl", "nll"] = "nll",
+        criterion: Literal["cosine", "cka", "kl", "nll", "cosine_flat"] = "nll",
         protected: list[int] | None = None,
         offload_activations: bool = False,
     ) -> None:

@@ -55,8 +55,11 @@ class SlidingLayerMerging(PruningCallback):
         threshold: lowest similarity to the dense model, at most 1 (see `criterion`).
         merge: "top" keeps a window's highest layer whole, "difference_sum" is the paper's sum of
             differences, "released" the merge of the released code, "mean" the mean of all weights.
-        criterion: similarity of two models: "cosine" (the paper) or "cka" of the final hidden
-            states, "kl" is exp(-KL) and "nll" the ratio of their perplexities.
+            "lowest" keeps the lowest layer whole; the released code's ablation calls this "delete".
+        criterion: similarity of two models: "cosine_flat" is the cosine of their final hidden
+            states, each sequence flattened to one vector (the paper), "cosine" its mean over
+            tokens. "cka" is that of the final hidden states, "kl" is exp(-KL) and "nll" the ratio
+            of their perplexities.
         limit: what the threshold limits: "model" the similarity of the merged model (the paper),
             "merge" the ratio of the similarities after and before one more layer is merged. None
             takes "model" with a threshold and "merge" with a target. "merge" spreads the loss over
@@ -79,8 +82,8 @@ class SlidingLayerMerging(PruningCallback):
         num_layers: int | None = None,
         ratio: float | None = None,
         threshold: float | None = None,
-        merge: Literal["top", "difference_sum", "released", "mean"] = "top",
-        criterion: Literal["cosine", "cka", "kl", "nll"] = "nll",
+        merge: Literal["top", "difference_sum", "released", "mean", "lowest"] = "top",
+        criterion: Literal["cosine", "cka", "kl", "nll", "cosine_flat"] = "nll",
         limit: Literal["model", "merge"] | None = None,
         ignore_first_tokens: int = 0,
         protected: list[int] | None = None,

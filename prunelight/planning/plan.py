@@ -161,8 +161,9 @@ def planned_sparsity(
         for step in plan.steps:
             if isinstance(step, Sparsify):
                 sparsity |= step.sparsity if of is None or plan is of else {}
-            elif isinstance(step, MergeLayers) and step.merge in ("difference_sum", "mean"):
-                # A sum or mean of zeros and other weights is not zero.
+            elif isinstance(step, MergeLayers) and step.merge not in ("top", "released"):
+                # A sum or mean of zeros and other weights is not zero, and the lowest layer's
+                # share of zeros is not that of the highest, whose name it takes.
                 mixed = {n for n in sparsity if layer_of(n, layers_path) in step.named}
                 sparsity = {name: share for name, share in sparsity.items() if name not in mixed}
             elif isinstance(step, SliceHidden):  # rotations fill zeros

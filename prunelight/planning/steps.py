@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 
 from prunelight.runtime.arguments import check_choice
 
-MERGES = ("top", "difference_sum", "released", "mean")
+MERGES = ("top", "difference_sum", "released", "mean", "lowest")
 
 SLICE_OPTIONS = {
     "signal": ("residual", "normalized"),
@@ -176,7 +176,7 @@ class MergeLayers(Step):
         merge: how weights are mixed, see `pruning/merge_layers.py`. "top" keeps the highest layer
             whole. "difference_sum" adds to the lowest layer all differences from it. "released"
             takes the projections of the highest layer and all else of the lowest. "mean" is the
-            mean of all weights.
+            mean of all weights. "lowest" keeps the lowest layer whole, at the highest's place.
     """
 
     kind: ClassVar[str] = "merge_layers"

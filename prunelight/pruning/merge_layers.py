@@ -5,9 +5,11 @@
 - "released", the released code: it adds each difference to a running copy. The sum telescopes to
   the highest layer's projections under the lowest layer's norms and biases.
 - "top" keeps the highest layer whole; "mean" is the mean of all weights.
+- "lowest" keeps the lowest layer whole: the ablation "delete" of the released code, which says by
+  that name that the layers above the lowest are deleted and nothing is merged.
 
-Rules that mix weights need layers of one kind. Experts of different layers are not aligned, so
-experts are never mixed.
+All rules but "top" need layers of one kind, because what they give stands at the highest layer's
+place. Experts of different layers are not aligned, so experts are never mixed.
 """
 
 from __future__ import annotations
@@ -59,12 +61,14 @@ def merged_weights(
 
     Args:
         layers: of the window, from the lowest to the highest; all of one kind.
-        merge: "difference_sum", "mean", "released", or "top".
+        merge: "difference_sum", "mean", "released", "lowest" or "top".
         projections: names of the parameters that "released" takes from the highest layer.
     """
     parameters: list[dict[str, Tensor]] = [dict(layer.named_parameters()) for layer in layers]
     if merge == "top":
         return parameters[-1]
+    if merge == "lowest":
+        return parameters[0]
     if merge == "released":
         highest = parameters[-1]
         return {n: highest[n] if n in projections else p for n, p in parameters[0].items()}
@@ -118,19 +122,19 @@ def check_mergeable(
     dense = outline(type(model), model.config, layers_path(model))
     for group in [range(len(decoder_layers(model)))] if groups is None else groups:
         for low, high in pairwise(group):
-            if difference := _difference(dense, low, high):
+            if difference := _difference(dense, low, high, mixes=merge != "lowest"):
                 raise TypeError(
                     f"decoder layers {low} and {high} of {model.config.model_type} cannot be mixed "
                     f"by merge={merge!r}: {difference}; take merge='top', which mixes no weights"
                 )
 
 
-def _difference(dense: Outline, low: int, high: int) -> str:
-    """Return why two layers cannot be mixed; "" if they can."""
+def _difference(dense: Outline, low: int, high: int, *, mixes: bool) -> str:
+    """Return why two layers cannot be mixed, or one put at the other's place; "" if they can."""
     old, new = dense.layers[low], dense.layers[high]
     for name in sorted({*old, *new}):
         part = name.strip(".")
-        if ".experts." in f".{name}.":
+        if mixes and ".experts." in f".{name}.":
             return f"{part} belongs to experts, which are not aligned from layer to layer"
         if name not in old or name not in new:
             return f"only one of them has {part}"

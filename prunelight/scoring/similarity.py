@@ -1,11 +1,13 @@
 """Similarity of a variant to its model, measured after the last decoder layer.
 
-There are four criteria. Each is 1 for the model itself, and lower for a variant that differs more:
-    cosine  cosine similarity of the final normed hidden states (SLM, arXiv:2502.19159)
-    cka     debiased linear CKA of the final normed hidden states
-    kl      exp(-KL) of the next-token distributions
-    nll     exp(-(NLL of the variant - NLL of the model)), the ratio of perplexities
-The first two run no head, the last two run it once for each measurement. Padding does not count.
+There are five criteria. Each is 1 for the model itself, and lower for a variant that differs more:
+    cosine       cosine similarity of the final normed hidden states, mean over tokens
+    cosine_flat  the same of each sequence's states as one vector, mean over sequences, as the
+                 released code of SLM has it (arXiv:2502.19159): tokens of larger norm count more
+    cka          debiased linear CKA of the final normed hidden states
+    kl           exp(-KL) of the next-token distributions
+    nll          exp(-(NLL of the variant - NLL of the model)), the ratio of perplexities
+The first three run no head, the last two run it once for each measurement. Padding does not count.
 Where ranks share the windows, each rank keeps the model's states of its own rows; sums cover all.
 """
 
@@ -31,7 +33,7 @@ from prunelight.runtime.arguments import check_choice
 
 _HEAD_ROWS = 8192  # rows of the head's weight that are copied to float32 at a time
 
-CRITERIA = ("cosine", "cka", "kl", "nll")
+CRITERIA = ("cosine", "cka", "kl", "nll", "cosine_flat")
 
 # Takes a variant's states (B, T, D) after its last layer, one tensor a micro-batch.
 Similarity: TypeAlias = Callable[[Sequence[Tensor]], float]
@@ -45,7 +47,7 @@ def similarity_to(
     Args:
         walk: entered, over the model and its calibration windows.
         states: outputs of the model's last layer, (B, T, D) for each micro-batch.
-        criterion: "cosine", "cka", "kl" or "nll".
+        criterion: one of `CRITERIA`.
         ignore_first_tokens: tokens at the start of each sequence that do not count.
 
     Raises:
@@ -56,7 +58,13 @@ def similarity_to(
     counted = [mask.to(walk.model.device) for mask in walk.positions(ignore_first_tokens)]
     if not _total(walk, counted):
         raise ValueError(f"ignore_first_tokens={ignore_first_tokens} leaves no token to count")
-    make = {"cosine": _cosine, "cka": _cka, "kl": _kl, "nll": _nll}[criterion]
+    make = {
+        "cosine": _cosine,
+        "cosine_flat": _cosine_flat,
+        "cka": _cka,
+        "kl": _kl,
+        "nll": _nll,
+    }[criterion]
     return make(walk, states, counted)
 
 
@@ -73,6 +81,30 @@ def _cosine(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]
         for x, state, mask in zip(model_states, variant_states, counted, strict=True):
             mean_cosine.update(x, walk.finish(state), mask, None)
         return mean_cosine.pool(walk.group).result()
+
+    return measure
+
+
+def _cosine_flat(
+    walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]
+) -> Similarity:
+    model_states = [walk.finish(state) for state in states]
+
+    def products(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        """Return the inner product of each sequence's states that count, float64 (B,)."""
+        return ((x.float() * y.float()).sum(-1) * mask).double().sum(-1)
+
+    def measure(variant_states: Sequence[Tensor]) -> float:
+        total, sequences = 0.0, 0
+        for x, state, mask in zip(model_states, variant_states, counted, strict=True):
+            y, of_some = walk.finish(state), mask.any(-1)
+            norms = (products(x, x, mask) * products(y, y, mask)).sqrt()
+            # A variant whose states are all zero is not similar to anything.
+            cosines = products(x, y, mask) / norms.clamp_min(torch.finfo(torch.float64).tiny)
+            total += cosines[of_some].sum().item()
+            sequences += int(of_some.sum())
+        total, count = walk.group.totals(total, sequences)
+        return total / count
 
     return measure
 

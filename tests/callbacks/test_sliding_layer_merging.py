@@ -183,10 +183,12 @@ def test_ignored_first_tokens_do_not_count(model, criterion):
     with VariantReplay(model, WINDOWS, criterion, ignore_first_tokens=3) as replay:
         found = replay.score(5, replay.layers[6:])
     other = reference.merged_model(model, [(5, 6)], "top")
-    if criterion in ("cosine", "cka"):
+    if criterion in ("cosine", "cosine_flat", "cka"):
         x, y = (reference.final_states(m, WINDOWS)[:, 3:] for m in (model, other))
         if criterion == "cosine":
             expected = torch.cosine_similarity(x, y, dim=-1).mean().item()
+        elif criterion == "cosine_flat":
+            expected = torch.cosine_similarity(x.flatten(1), y.flatten(1), dim=-1).mean().item()
         else:
             expected = reference.debiased_cka(x.flatten(0, 1), y.flatten(0, 1))
     else:

@@ -100,6 +100,22 @@ def test_the_highest_layer_stands_for_a_window_as_if_the_others_were_removed():
     assert merged_layer(model, [3, 4, 5], "top") is decoder_layers(model)[5]
 
 
+def test_the_lowest_layer_stands_for_a_window_as_if_the_others_were_removed():
+    model = tiny_model("mixtral")  # experts are not mixed, but may stay whole
+    merged, removed = copy.deepcopy(model), copy.deepcopy(model)
+    with pytest.raises(TypeError, match="experts, which are not aligned"):
+        check_mergeable(model, "mean")
+    merge_layers(merged, [[0, 1], [3, 4, 5]], "lowest")
+    remove_layers(removed, [1, 4, 5])
+    with torch.no_grad():
+        assert torch.equal(merged(WINDOWS).logits, removed(WINDOWS).logits)
+
+
+def test_the_lowest_layer_cannot_stand_where_another_kind_belongs():
+    with pytest.raises(TypeError, match="layers 0 and 1 of gemma2 cannot be mixed by merge='low"):
+        check_mergeable(tiny_model("gemma2"), "lowest")
+
+
 def plan_of(model, *steps):
     return Plan("by hand", {}, describe_model(model), steps)
 
@@ -116,7 +132,7 @@ def test_steps_count_the_layers_of_the_dense_model():
     assert [layer.self_attn.layer_idx for layer in decoder_layers(model)] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("merge", ["top", "released", "mean"])
+@pytest.mark.parametrize("merge", ["top", "released", "mean", "lowest"])
 def test_planned_zeros_stay_known_where_merging_keeps_them(merge):
     model = tiny_model()
     sparse = WeightPruning(0.5).plan(model, WINDOWS)
@@ -124,7 +140,7 @@ def test_planned_zeros_stay_known_where_merging_keeps_them(merge):
     merged = plan_of(model, MergeLayers(((1, 2, 3),), merge))
     prunelight.apply(model, merged)
     shares = planned_sparsity([sparse, merged], "model.layers")
-    kept = {0, 2, 3} if merge == "mean" else {0, 1, 2, 3}
+    kept = {0, 2, 3} if merge in ("mean", "lowest") else {0, 1, 2, 3}
     assert {int(name.split(".")[2]) for name in shares} == kept
     for name in shares:
         assert (matrices(model)[name].parameter == 0).float().mean() == 0.5

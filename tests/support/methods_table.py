@@ -51,6 +51,10 @@ METHODS = {
         lambda: SlidingLayerMerging(ratio=0.34, merge="difference_sum", criterion="cosine"),
         layers=4,
     ),
+    "SLM, flattened cosine, lowest kept": Method(
+        lambda: SlidingLayerMerging(num_layers=2, merge="lowest", criterion="cosine_flat"),
+        layers=4,
+    ),
     "SLM by threshold": Method(
         lambda: SlidingLayerMerging(threshold=-1.0, merge="mean", criterion="cka"), layers=2
     ),

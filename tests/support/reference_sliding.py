@@ -32,8 +32,11 @@ def final_states(model, windows):
 
 @torch.no_grad()
 def similarity(dense, other, windows, criterion):
-    if criterion in ("cosine", "cka"):
+    if criterion in ("cosine", "cosine_flat", "cka"):
         x, y = final_states(dense, windows), final_states(other, windows)
+        if criterion == "cosine_flat":  # as the released code has it, but in float64
+            flat = x.flatten(1).double(), y.flatten(1).double()
+            return cosine_similarity(*flat, dim=-1).mean().item()
         if criterion == "cosine":
             return cosine_similarity(x.double(), y.double(), dim=-1).mean().item()
         return debiased_cka(x.flatten(0, 1), y.flatten(0, 1))
@@ -62,7 +65,7 @@ def merged_model(model, groups, merge):
             elif merge == "released":
                 new = highest if name.endswith("proj.weight") else lowest
             else:
-                new = highest
+                new = lowest if merge == "lowest" else highest
             parameter.copy_(new.clone())
         gone |= set(range(low, high))
     model.model.layers = torch.nn.ModuleList(x for i, x in enumerate(layers) if i not in gone)

@@ -219,7 +219,7 @@ RANGES: dict[str, Range] = {
     "ShortGPT.seed": _range(0, 7, wrong=(-1, None)),
     "SLEB.ratio": _range(0.34, wrong=_RATIO),
     "SLEB.num_layers": _range(0, 1, 4, wrong=(*_LAYERS, 5)),
-    "SLEB.criterion": _range("nll", "kl", "cosine", "cka", wrong=("mse", "")),
+    "SLEB.criterion": _range("nll", "kl", "cosine", "cka", "cosine_flat", wrong=("mse", "")),
     "SLEB.protected": _range([], [0, -1], None, wrong=_PROTECTED),
     "ShortenedLlama.ratio": _range(0.34, wrong=_RATIO),
     "ShortenedLlama.num_layers": _range(0, 1, 4, wrong=_LAYERS),
@@ -230,9 +230,11 @@ RANGES: dict[str, Range] = {
     "SlidingLayerMerging.ratio": _range(0.34, wrong=_RATIO),
     "SlidingLayerMerging.threshold": _range(0.9, -1, 1, wrong=(1.1, 2)),
     "SlidingLayerMerging.merge": _range(
-        "top", "difference_sum", "released", "mean", wrong=("sum", "")
+        *("top", "difference_sum", "released", "mean", "lowest"), wrong=("sum", "delete", "")
     ),
-    "SlidingLayerMerging.criterion": _range("nll", "kl", "cosine", "cka", wrong=("mse", "")),
+    "SlidingLayerMerging.criterion": _range(
+        *("nll", "kl", "cosine", "cka", "cosine_flat"), wrong=("mse", "")
+    ),
     "SlidingLayerMerging.limit": _range("model", "merge", None, wrong=("layer", "")),
     "SlidingLayerMerging.ignore_first_tokens": _range(0, 4, 31, wrong=(-1, 32, 1000)),
     "SlidingLayerMerging.protected": _range([], [-1], None, wrong=_PROTECTED),
