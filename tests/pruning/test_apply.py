@@ -110,7 +110,13 @@ def test_a_combined_plan_counts_the_layers_of_the_dense_model(family, solver, re
     ]
     assert zeros_of(model) == pytest.approx(planned, abs=1e-9)
     (outcome,) = outcomes
-    assert set(outcome) == {"sparsity", "layer_sparsity", "reconstruction_error", "notes"}
+    assert set(outcome) == {
+        "sparsity",
+        "layer_sparsity",
+        "reconstruction_error",
+        "notes",
+        "outliers_kept",
+    }
     assert len(outcome["layer_sparsity"]) == NUM_LAYERS - len(REMOVED) * removed_first
     # All matrices of a layer have the same planned share here, so the layer has it, too.
     assert sorted(outcome["layer_sparsity"]) == pytest.approx(

@@ -40,6 +40,8 @@ from prunelight.runtime.arguments import check_choice
 
 log = logging.getLogger(__name__)
 
+_OUTLIER_FACTOR = 5.0  # OWL's M
+
 SOLVERS = ("magnitude", "wanda", "wanda_variant", "sparsegpt")
 
 
@@ -54,12 +56,16 @@ class SparsifyOutcome:
             X, dense output Y and sparse output Y' over the first micro-batch of each process. A
             sliced model divides by ||Y||^2. Empty for magnitude.
         notes: warnings of the run, for its report.
+        outliers_kept: share of a layer's outliers that are no zeros now, one number a decoder
+            layer. An outlier is a weight with |W| * ||X|| above 5 times the layer's mean, before
+            the layer was pruned (OWL, arXiv:2310.05175). Empty for magnitude.
     """
 
     sparsity: dict[str, float] = field(default_factory=dict)
     layer_sparsity: list[float] = field(default_factory=list)
     reconstruction_error: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    outliers_kept: list[float] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -144,11 +150,17 @@ def sparsify_layer(
         _note(outcome, f"{matrix.name} was not used by any text: pruned by magnitude")
         zero_by_magnitude(matrix, step)
         _note_zeros(outcome, matrix)
+    limit, num_outliers, num_kept = _OUTLIER_FACTOR * _mean_score(inputs), 0, 0
     for group in inputs.groups():
+        outliers = [_outliers(matrix, inputs, limit) for matrix in group]
         with _naming_matrices(group):
             _solve(group, step, inputs, outcome)
-        for matrix in group:
+        for matrix, of_views in zip(group, outliers, strict=True):
             _note_zeros(outcome, matrix)
+            for view, places in zip(matrix.views(), of_views, strict=True):
+                num_outliers += len(places[0])
+                num_kept += int(view[places].count_nonzero())
+    outcome.outliers_kept.append(num_kept / num_outliers if num_outliers else 1.0)
     if index + 1 < len(decoder_layers(model)):
         walk.advance()
         sparse = walk.states[0].to(walk.device)
@@ -160,6 +172,27 @@ def sparsify_layer(
     sums = torch.stack([(pruned - y).square().sum(), change.square().sum()])
     error, scale = walk.group.sum(sums)
     outcome.reconstruction_error.append((error / scale.clamp(min=1e-30)).item())
+
+
+def _mean_score(inputs: InputStatistics[Any]) -> float:
+    """Return the mean of |W| * ||X|| over the matrices of a layer."""
+    total, count = 0.0, 0
+    for matrix in [matrix for group in inputs.groups() for matrix in group]:
+        for view, statistic in zip(matrix.views(), inputs.of(matrix), strict=True):
+            norms = statistic.squares.to(view.device).sqrt()  # 0 for an expert without a token
+            total += float(view.abs().sum(0, dtype=torch.float32) @ norms)
+            count += view.numel()
+    return total / max(1, count)
+
+
+def _outliers(
+    matrix: Matrix, inputs: InputStatistics[Any], limit: float
+) -> list[tuple[Tensor, ...]]:
+    """Return rows and columns of the weights with |W| * ||X|| above a limit, for each view."""
+    return [
+        (view.abs() * statistic.squares.to(view.device).sqrt() > limit).nonzero(as_tuple=True)
+        for view, statistic in zip(matrix.views(), inputs.of(matrix), strict=True)
+    ]
 
 
 @contextmanager

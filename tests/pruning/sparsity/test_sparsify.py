@@ -222,6 +222,33 @@ def test_the_reconstruction_error_is_that_of_its_definition():
     assert errors[2] == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt"])
+def test_the_outliers_that_are_kept_are_those_of_their_definition(solver):
+    model, dense = lively_model(), lively_model()
+    with torch.no_grad():
+        for each in (model, dense):
+            each.model.layers[0].mlp.down_proj.weight[:, :3] *= 30
+    outcome = sparsify(model, step_for(model, 0.97, solver), WINDOWS)
+    modules = reference.linears(dense, 0)  # the first layer sees what it sees in the dense model
+    squares = reference.grams(dense, WINDOWS, modules, diagonal=True)
+    scores = {name: m.weight.double().abs() * squares[name].sqrt() for name, m in modules.items()}
+    mean = torch.cat([score.flatten() for score in scores.values()]).mean()
+    outliers = {name: score > 5 * mean for name, score in scores.items()}
+    kept = sum(
+        int((model.get_submodule(name).weight[mask] != 0).sum()) for name, mask in outliers.items()
+    )
+    total = sum(int(mask.sum()) for mask in outliers.values())
+    assert 0 < kept < total
+    assert outcome.outliers_kept[0] == pytest.approx(kept / total, abs=2 / total)
+    assert len(outcome.outliers_kept) == NUM_LAYERS
+
+
+def test_all_outliers_are_kept_without_zeros_and_magnitude_counts_none():
+    model = lively_model()
+    assert sparsify(model, step_for(model, 0.0), WINDOWS).outliers_kept == [1.0] * NUM_LAYERS
+    assert sparsify(model, step_for(model, 0.5, "magnitude")).outliers_kept == []
+
+
 def test_the_reconstruction_error_falls_from_wanda_to_sparsegpt_and_with_fewer_zeros():
     errors = {}
     for solver, share in (("wanda", 0.7), ("sparsegpt", 0.7), ("sparsegpt", 0.5)):
