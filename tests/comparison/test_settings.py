@@ -109,6 +109,12 @@ def test_a_launcher_without_its_package_names_the_pip_line(monkeypatch):
         ({**SHORTGPT, "arguments": {}}, ValueError, "has no key 'arguments'"),
         ({**SHORTGPT, "init_args": [1]}, TypeError, r"init_args=\[1\] of ShortGPT must be a map"),
         ({**SHORTGPT, "init_args": {"num_layers": 3}}, ValueError, "num_layers=3 of ShortGPT says"),
+        ({**SHORTGPT, "init_args": {"layers": [3]}}, ValueError, r"layers=\[3\] of ShortGPT says"),
+        (
+            {**SHORTGPT, "init_args": {"parameter_ratio": 0.2}},
+            ValueError,
+            "parameter_ratio=0.2 of ShortGPT says how much",
+        ),
         ({**SHORTGPT, "init_args": {"ratio": 0.2}}, ValueError, "ratio=0.2 of ShortGPT says how"),
         (
             {"class_path": "DLP", "init_args": {"schedule": {"end": 3}}},
