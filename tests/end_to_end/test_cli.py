@@ -27,11 +27,11 @@ from prunelight.models.families.matrices import matrices
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
 
-# Configs of `compare` are parsed by tests/comparison.
+# Configs of `compare` and `reproduce` are parsed by tests/comparison.
 CONFIGS = [
     path
     for path in sorted(Path(str(files("prunelight.configs"))).rglob("*.yaml"))
-    if not path.name.startswith(("compare", "reproduce"))
+    if "prunelight compare" not in path.read_text(encoding="utf-8")
 ]
 
 

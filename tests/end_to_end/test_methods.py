@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import train_ranks
-from methods_table import METHODS, gradually
+from methods_table import METHODS, VARIANTS, gradually
 from runs import SEQ_LEN, local_paths, make_data, make_module, make_trainer, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,9 +43,12 @@ def name(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-@pytest.fixture(params=METHODS, scope="module")
+@pytest.fixture(
+    params=[*METHODS, *(pytest.param(name, marks=pytest.mark.sweep) for name in VARIANTS)],
+    scope="module",
+)
 def method(request):
-    return METHODS[request.param]
+    return {**METHODS, **VARIANTS}[request.param]
 
 
 @pytest.fixture(params=RECOVERIES, scope="module")

@@ -41,11 +41,7 @@ METHODS = {
         lambda: ShortGPT(num_layers=1, ignore_first_tokens=4, protected=[0, -1]), layers=5
     ),
     "ShortGPT, angular": Method(lambda: ShortGPT(num_layers=2, score="angular"), layers=4),
-    "ShortGPT, relative magnitude": Method(
-        lambda: ShortGPT(num_layers=2, score="relative_magnitude"), layers=4
-    ),
     "ShortGPT, layers by hand": Method(lambda: ShortGPT(layers=[1, -2]), layers=4),
-    "ShortGPT, share of all parameters": Method(lambda: ShortGPT(parameter_ratio=0.2), layers=4),
     "SLM, highest layers": Method(lambda: SlidingLayerMerging(num_layers=2), layers=4),
     "SLM, the paper's sum of differences": Method(
         lambda: SlidingLayerMerging(ratio=0.34, merge="difference_sum", criterion="cosine"),
@@ -85,19 +81,27 @@ METHODS = {
     "DLP, Wanda's variant": Method(lambda: DLP(0.5, solver="wanda_variant"), sparsity=0.5),
     "DLP, SparseGPT": Method(lambda: DLP(0.5, solver="sparsegpt"), sparsity=0.5),
     "DLP by linear": Method(lambda: DLP(0.6, granularity="linear"), sparsity=0.6),
-    "DLP by deviation, alpha chosen": Method(
-        lambda: DLP(0.5, statistic="std", alpha="auto"), sparsity=0.5
-    ),
     "DLP, mixed 2:4": Method(lambda: DLP(pattern="2:4", alpha=0.3), sparsity=0.5),
     "Wanda": Method(lambda: WeightPruning(0.5), sparsity=0.5),
     "magnitude": Method(lambda: WeightPruning(0.5, solver="magnitude"), sparsity=0.5),
     "OWL, Wanda": Method(lambda: WeightPruning(0.5, allocation="owl"), sparsity=0.5),
-    "LAMP, magnitude": Method(
-        lambda: WeightPruning(0.5, solver="magnitude", allocation="lamp", granularity="linear"),
-        sparsity=0.5,
-    ),
     "2:4, SparseGPT": Method(
         lambda: WeightPruning(pattern="2:4", solver="sparsegpt"), sparsity=0.5
     ),
     "DLP, gradual": Method(gradually, sparsity=0.5, gradual=True),
+}
+
+# Other scores and shares of methods above: what they leave is of the same kind. Swept alone.
+VARIANTS = {
+    "ShortGPT, relative magnitude": Method(
+        lambda: ShortGPT(num_layers=2, score="relative_magnitude"), layers=4
+    ),
+    "ShortGPT, share of all parameters": Method(lambda: ShortGPT(parameter_ratio=0.2), layers=4),
+    "DLP by deviation, alpha chosen": Method(
+        lambda: DLP(0.5, statistic="std", alpha="auto"), sparsity=0.5
+    ),
+    "LAMP, magnitude": Method(
+        lambda: WeightPruning(0.5, solver="magnitude", allocation="lamp", granularity="linear"),
+        sparsity=0.5,
+    ),
 }
