@@ -1,5 +1,7 @@
 """WidthPruning by DLP's shares: which widths layers get, and what is refused."""
 
+import copy
+
 import pytest
 import reference_sparsity as reference
 import torch
@@ -99,9 +101,9 @@ def test_an_alpha_that_is_too_large_is_clipped_and_said_in_one_line(model, caplo
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 def test_other_families_get_widths_too(family):
-    model = lively(family)
+    model = copy.deepcopy(lively(family))  # which other tests share
     method = WidthPruning(neuron_ratio=0.5, multiple=8, allocation="dlp", alpha=0.3)
-    pruned = prunelight.apply(lively(family), method.plan(model, WINDOWS), WINDOWS)
+    pruned = prunelight.apply(copy.deepcopy(model), method.plan(model, WINDOWS), WINDOWS)
     assert type(pruned) is CLASSES[family]
 
 

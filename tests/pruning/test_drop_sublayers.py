@@ -250,7 +250,7 @@ def test_the_attention_that_leads_the_cache_must_stay():
     ("arguments", "message"),
     [
         ({"granularity": "head"}, "granularity='head' must be one of layer, attention"),
-        ({"granularity": "mlp", "score": "angular"}, "windows of whole layers"),
+        ({"granularity": "mlp", "score": "angular"}, "compares whole layers"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
