@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from prunelight.runtime.arguments import did_you_mean
+
 
 @dataclass(frozen=True)
 class PublishedTable:
@@ -50,7 +52,7 @@ def published_tables(name: str) -> list[PublishedTable]:
     """Return what was published of a table "PAPER.TABLE"; nothing where no figures are at hand.
 
     Raises:
-        ValueError: if the paper has no file.
+        ValueError: if there is no such paper or table; names those that there are.
     """
     paper, _, table = name.partition(".")
     file = files("prunelight.comparison.papers") / "figures" / f"{paper}.json"
@@ -60,7 +62,12 @@ def published_tables(name: str) -> list[PublishedTable]:
             "dlp.perplexity"
         )
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return [PublishedTable(**values) for values in content["tables"].get(table, [])]
+    known = [f"{paper}.{each}" for each in content["tables"]]
+    if name not in known:
+        raise ValueError(
+            f"published={name!r} must be one of {', '.join(known)}{did_you_mean(name, known)}"
+        )
+    return [PublishedTable(**values) for values in content["tables"][table]]
 
 
 def notes_of(name: str) -> str:
