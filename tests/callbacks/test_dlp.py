@@ -10,6 +10,7 @@ import torch
 from runs import make_data, make_module, make_trainer, write_model
 from tiny import NUM_LAYERS, tiny_model, token_windows
 from torch import nn
+from uneven_models import uneven_model
 
 import prunelight
 from prunelight.callbacks import DLP, WeightPruning
@@ -30,21 +31,10 @@ PROJECTIONS = [
 ]
 
 
-def shuffled_model(family="llama", **changes):
-    """A model whose layers differ, so that the shares do too."""
-    model = tiny_model(family, **changes)
-    with torch.no_grad():
-        for factor, layer in zip((4, 1, 6, 0.5, 5, 2), decoder_layers(model), strict=True):
-            for parameter in layer.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(factor)
-    return model
-
-
 @pytest.fixture(scope="module")
 def model():
     """Read-only: planning changes nothing."""
-    return shuffled_model()
+    return uneven_model()
 
 
 def step_of(plan):
@@ -129,7 +119,7 @@ def test_alpha_zero_is_uniform(model, allocation, target):
 @pytest.mark.parametrize("granularity", ["layer", "linear"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.5, 0.9, 0.995])
 def test_the_target_is_met_exactly_by_layers_of_unequal_size(granularity, sparsity):
-    model = shuffled_model("qwen3_moe")  # every second layer has experts
+    model = uneven_model("qwen3_moe")  # every second layer has experts
     plan = DLP(sparsity, granularity=granularity).plan(model, WINDOWS)
     sizes = {name: matrix.parameter.numel() for name, matrix in matrices(model).items()}
     shares = step_of(plan).sparsity
@@ -154,7 +144,7 @@ def test_mixed_patterns_keep_n_of_m_on_average(model, pattern):
     shares = reference.allocate(model, WINDOWS, "dlp", 1 - kept / of, alpha=0.2)
     shares = [shares[f"model.layers.{i}.mlp.up_proj"] for i in range(NUM_LAYERS)]
     assert [round(number) for number in numbers] == reference.round_to_patterns(shares, kept, of)
-    pruned = prunelight.apply(shuffled_model(), plan, WINDOWS)
+    pruned = prunelight.apply(uneven_model(), plan, WINDOWS)
     for name, matrix in matrices(pruned).items():
         zeros = (matrix.parameter == 0).view(-1, of).sum(1)
         assert (zeros == round(of * step.sparsity[name])).all()
@@ -196,7 +186,7 @@ def test_lamp_shares_are_those_of_all_weights_ranked_together(model, granularity
 def test_lamp_with_an_alpha_is_refused_and_what_it_clips_is_said(caplog):
     with pytest.raises(ValueError, match="alpha=0.1 has no effect with allocation='lamp'"):
         WeightPruning(0.5, allocation="lamp", alpha=0.1)
-    model = shuffled_model()
+    model = uneven_model()
     with torch.no_grad():
         for matrix in layer_matrices(model, 0):
             matrix.parameter.zero_()
@@ -236,7 +226,7 @@ def test_each_perplexity_is_that_of_a_model_pruned_and_scored_without_the_window
     plan = DLP(0.5, solver=solver, alpha=[0.0, 0.2]).plan(model, EIGHT)
     for alpha in (0.0, 0.2):
         seen = DLP(0.5, solver=solver, alpha=alpha).plan(model, EIGHT[:6])
-        pruned = prunelight.apply(shuffled_model(), seen, EIGHT[:6])
+        pruned = prunelight.apply(uneven_model(), seen, EIGHT[:6])
         expected = pruned(input_ids=EIGHT[6:], labels=EIGHT[6:]).loss.exp().item()
         assert plan.found["perplexity_of_alpha"][f"{alpha:.4g}"] == pytest.approx(
             expected, rel=1e-4
@@ -291,7 +281,7 @@ def test_a_single_window_cannot_choose_an_alpha(model):
 
 @pytest.mark.parametrize("solver", ["wanda", "magnitude"])
 def test_windows_without_a_token_to_predict_judge_no_alpha(solver):
-    model = shuffled_model()
+    model = uneven_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match="the windows held out cannot judge zeros: 0 tokens"):
         DLP(0.5, solver=solver, alpha=[0.0, 0.1]).plan(model, EIGHT[:, :1])
@@ -342,7 +332,7 @@ EVERY_KIND = [
 
 @pytest.mark.parametrize("arguments", EVERY_KIND)
 def test_the_same_call_gives_the_same_plan_and_leaves_the_model_alone(arguments, tmp_path):
-    model = shuffled_model()
+    model = uneven_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first, second = (WeightPruning(**arguments).plan(model, WINDOWS) for _ in range(2))
     assert first == second
@@ -383,7 +373,7 @@ def test_a_schedule_changes_no_share_and_from_python_prunes_at_once(model):
         DLP(0.5, schedule=schedule).plan(model, WINDOWS) for schedule in (Schedule(1, 9), None)
     )
     assert gradual.steps == at_once.steps
-    pruned = prunelight.apply(shuffled_model(), gradual, WINDOWS)
+    pruned = prunelight.apply(uneven_model(), gradual, WINDOWS)
     assert all((matrix.parameter == 0).any() for matrix in matrices(pruned).values())
 
 
@@ -398,7 +388,7 @@ def test_padding_changes_no_decision(model):
 
 
 def test_embeddings_and_a_tied_head_are_untouched():
-    model = shuffled_model(tie_word_embeddings=True)
+    model = uneven_model(tie_word_embeddings=True)
     others = {n: p.clone() for n, p in model.named_parameters() if ".layers." not in n}
     pruned = prunelight.apply(model, DLP(0.7).plan(model, WINDOWS), WINDOWS)
     assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
@@ -492,7 +482,7 @@ def test_offloading_gives_the_same_plan_and_model(model, solver):
         callback = DLP(0.6, solver=solver, offload_activations=offload)
         callback.device = torch.device("cpu")
         plan, outcomes = callback.plan(model, WINDOWS), []
-        pruned = callback.apply(shuffled_model(), plan, WINDOWS, outcomes)
+        pruned = callback.apply(uneven_model(), plan, WINDOWS, outcomes)
         assert len(outcomes) == 1
         weights.append((plan, outcomes, pruned.state_dict()))
     (plan, outcomes, first), (other, others, second) = weights

@@ -7,30 +7,20 @@ import reference_sparsity as reference
 import torch
 from own_models import lively
 from tiny import NUM_LAYERS, tiny_model, token_windows
+from uneven_models import uneven_model
 
 import prunelight
 from prunelight.callbacks import DLP, WidthPruning
-from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.own_classes.layer_widths import CLASSES
 from prunelight.models.sizes import parameter_count
 
 WINDOWS = token_windows()
 
 
-def uneven_model():
-    model = tiny_model(intermediate_size=128)
-    with torch.no_grad():
-        for factor, layer in zip((4, 1, 6, 0.5, 5, 2), decoder_layers(model), strict=True):
-            for parameter in layer.parameters():
-                if parameter.ndim > 1:
-                    parameter.mul_(factor)
-    return model
-
-
 @pytest.fixture(scope="module")
 def model():
     """Read-only: planning changes nothing."""
-    return uneven_model()
+    return uneven_model(intermediate_size=128)
 
 
 def widths(plan):
@@ -64,8 +54,8 @@ def test_alpha_zero_leaves_the_stock_model_of_uniform_widths():
     models = []
     for arguments in ({"allocation": "dlp", "alpha": 0.0}, {}):
         method = WidthPruning(neuron_ratio=0.5, multiple=8, **arguments)
-        plan = method.plan(uneven_model(), WINDOWS)
-        models.append(prunelight.apply(uneven_model(), plan, WINDOWS))
+        plan = method.plan(uneven_model(intermediate_size=128), WINDOWS)
+        models.append(prunelight.apply(uneven_model(intermediate_size=128), plan, WINDOWS))
     assert type(models[0]) is type(models[1]) is type(tiny_model())
     ours, uniform = (pruned.state_dict() for pruned in models)
     assert all(torch.equal(ours[name], uniform[name]) for name in uniform)
@@ -75,8 +65,8 @@ def test_layers_that_differ_get_a_class_of_ours_with_as_many_parameters_as_unifo
     counts = []
     for arguments in ({"allocation": "dlp"}, {}):
         method = WidthPruning(neuron_ratio=0.5, head_ratio=0.5, multiple=8, **arguments)
-        plan = method.plan(uneven_model(), WINDOWS)
-        pruned = prunelight.apply(uneven_model(), plan, WINDOWS)
+        plan = method.plan(uneven_model(intermediate_size=128), WINDOWS)
+        pruned = prunelight.apply(uneven_model(intermediate_size=128), plan, WINDOWS)
         counts.append(parameter_count(pruned))
         assert (type(pruned) is CLASSES["llama"]) == bool(arguments)
     assert counts[0] == counts[1]

@@ -73,9 +73,7 @@ def test_a_model_is_found_in_the_papers_columns_by_its_name():
 def test_figures_of_no_paper_are_refused():
     with pytest.raises(ValueError, match=r"published='owl.x' must be PAPER.TABLE"):
         published_tables("owl.x")
-    with pytest.raises(
-        ValueError, match=r"published='dlp.alfa' must be one of .*you mean dlp.al"
-    ):
+    with pytest.raises(ValueError, match=r"published='dlp.alfa' must be one of .*you mean dlp.al"):
         published_tables("dlp.alfa")
     with pytest.raises(ValueError, match=r"published='dlp' must be one of dlp.perplexity, "):
         published_tables("dlp")

@@ -213,18 +213,13 @@ def scatter(
             look: dict[str, Any] = {"color": COLOURS[number % 7], "label": name}
             # Series beyond the palette take hollow marks, so that none looks like another.
             hollow: dict[str, Any] = {"markerfacecolor": "white"} if number >= 7 else {}
-            style_of_line = "-" if as_curve else ""
-            axes.plot(
-                *(xs, ys, MARKS[number % 7] + style_of_line),
-                **{"markersize": 7, "linewidth": 1, "zorder": 3, **look, **hollow},
-            )
+            style = MARKS[number % 7] + ("-" if as_curve else "")
+            axes.plot(xs, ys, style, markersize=7, linewidth=1, zorder=3, **look, **hollow)
             if intervals and name in intervals:
                 sides = zip(ys, intervals[name], strict=True)
                 half = [(max(0, y - low), max(0, high - y)) for y, (low, high) in sides]
-                style: dict[str, Any] = {"fmt": "none", "elinewidth": 1, "capsize": 2.5}
-                axes.errorbar(
-                    xs, ys, yerr=[*zip(*half, strict=True)], ecolor=look["color"], **style
-                )
+                bars: dict[str, Any] = {"fmt": "none", "elinewidth": 1, "capsize": 2.5}
+                axes.errorbar(xs, ys, yerr=[*zip(*half, strict=True)], ecolor=look["color"], **bars)
         for number, (name, level) in enumerate((levels or {}).items()):
             draw_level(axes, level, name, number)
         if log:
