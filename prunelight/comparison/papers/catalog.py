@@ -51,6 +51,10 @@ PAPERS = {
                 "reproduce_shortgpt_ratios.yaml",
                 "How does quality fall with the number of layers removed?",
             ),
+            "orthogonality": Table(
+                "reproduce_shortgpt_orthogonality.yaml",
+                "Do the harms of pruning and of 4 or 8 bits add up, whichever comes first?",
+            ),
         },
     ),
     "dynamic_slicing": Paper(
