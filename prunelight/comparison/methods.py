@@ -30,7 +30,7 @@ AMOUNTS: dict[Kind, tuple[str, ...]] = {
 _OTHER_AMOUNTS: dict[Kind, tuple[str, ...]] = {
     "zeros": ("pattern",),
     "depth": ("ratio", "threshold", "layers", "parameter_ratio"),
-    "slicing": ("parameter_ratio",),
+    "slicing": ("parameter_ratio", "slice_ratios"),
     "width": ("intermediate_size",),
 }
 
