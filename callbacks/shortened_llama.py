@@ -25,7 +25,7 @@ from prunelight.planning.steps import RemoveLayers
 from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.importance import magnitude_scores, taylor_scores
-from prunelight.scoring.model_variants import VariantReplay
+from prunelight.scoring.model_variants import LazyReplay, VariantReplay, similarities_without
 
 SCORES = ("perplexity", "taylor", "magnitude")
 
@@ -90,16 +90,18 @@ class ShortenedLlama(PruningCallback):
             scores = magnitude_scores(model)
         else:
             total = len(decoder_layers(model))
-            with VariantReplay(
+            variants = VariantReplay(
                 model,
                 windows,
                 "nll",
                 device=self.device,
                 offload=self.offload_activations,
                 expected_forwards=total * (total + 1) // 2,
-            ) as replay:
-                layers = replay.layers
-                similarities = [replay.score(i, layers[i + 1 :]) for i in range(len(layers))]
+            )
+            with LazyReplay(variants) as replay:
+                layers = [*range(total)]
+                found = similarities_without(model, windows, "nll", (), layers, replay=replay)
+            similarities = [found[layer] for layer in layers]
             # A similarity that underflows to 0 has no logarithm.
             scores = [-math.log(max(similarity, 1e-300)) for similarity in similarities]
         step = RemoveLayers(tuple(self._choose(model, scores)))

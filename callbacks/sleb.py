@@ -27,7 +27,7 @@ from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
 from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
-from prunelight.scoring.model_variants import VariantReplay
+from prunelight.scoring.model_variants import LazyReplay, VariantReplay, similarities_without
 
 
 class SLEB(PruningCallback):
@@ -90,21 +90,25 @@ class SLEB(PruningCallback):
         similarity = 1.0
         # A variant of n layers without layer i takes n - 1 - i forwards; the model itself, all.
         forwards = total + sum(n * (n - 1) // 2 + n for n in range(total - count + 1, total + 1))
-        with VariantReplay(
+        variants = VariantReplay(
             model,
             windows,
             self.criterion,
             device=self.device,
             offload=self.offload_activations,
             expected_forwards=forwards,
-        ) as replay:
+        )
+        with LazyReplay(variants) as replay:
             for _ in range(count):
-                scores = {
-                    position: replay.score(position, replay.layers[position + 1 :])
-                    for position, layer in enumerate(replay.layers)
-                    if layer.index not in protected
-                    if removable.can_go([*removed, layer.index], count, protected)
-                }
+                candidates = [
+                    layer
+                    for layer in range(total)
+                    if layer not in protected and layer not in removed
+                    if removable.can_go([*removed, layer], count, protected)
+                ]
+                scores = similarities_without(
+                    model, windows, self.criterion, (*removed,), candidates, replay=replay
+                )
                 best, similarity = max(scores.items(), key=itemgetter(1))
                 if not math.isfinite(similarity):
                     raise ValueError(
@@ -114,8 +118,7 @@ class SLEB(PruningCallback):
                 first_round = first_round or {
                     i: score for i, score in scores.items() if math.isfinite(score)
                 }
-                removed.append(replay.layers[best].index)
-                replay.replace(best, replay.layers[best + 1 :])
+                removed.append(best)
             forwards = replay.layer_forwards
         without = [first_round.get(i) for i in range(total)]
         return self.make_plan(

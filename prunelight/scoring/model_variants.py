@@ -24,6 +24,7 @@ from prunelight.calibration.windows import Windows
 from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.sliding_search import BudgetExceededError, Groups
 from prunelight.runtime.progress import Bar
+from prunelight.scoring.remembered import remembered
 from prunelight.scoring.similarity import Similarity, similarity_to
 
 
@@ -153,6 +154,73 @@ class VariantReplay:
             return [
                 self.walk.call(layer, index, batch, state) for batch, state in enumerate(states)
             ]
+
+
+@remembered
+def similarities_without(
+    model: PreTrainedModel,
+    windows: Windows,
+    criterion: str,
+    removed: Sequence[int],
+    candidates: Sequence[int],
+    *,
+    replay: LazyReplay,
+) -> dict[int, float]:
+    """Return the similarity to the model without some layers and each of some others, by layer.
+
+    Args:
+        model: the dense model.
+        windows: calibration windows.
+        criterion: of similarity, see `similarity_to`.
+        removed: layers that are gone.
+        candidates: layers of which each is left out alone beside them.
+        replay: of this model, these windows and this criterion.
+    """
+    variants = replay.without(removed)
+    positions = {layer.index: i for i, layer in enumerate(variants.layers)}
+    return {
+        layer: variants.score(positions[layer], variants.layers[positions[layer] + 1 :])
+        for layer in candidates
+    }
+
+
+class LazyReplay:
+    """A `VariantReplay` that runs the model when it is first asked; a context manager.
+
+    A method whose scores are all remembered then runs no layer.
+
+    Args:
+        replay: not entered.
+    """
+
+    def __init__(self, replay: VariantReplay) -> None:
+        self._replay, self._stack = replay, ExitStack()
+        self._entered = False
+
+    def __enter__(self) -> LazyReplay:
+        """Run nothing yet."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Restore the model, on errors too."""
+        self._stack.close()
+
+    @property
+    def layer_forwards(self) -> int:
+        """Return how often the calibration windows have gone through a layer so far."""
+        return self._replay.layer_forwards
+
+    def without(self, removed: Sequence[int]) -> VariantReplay:
+        """Return the replay with these layers removed from its present variant."""
+        if not self._entered:
+            self._stack.enter_context(self._replay)
+            self._entered = True
+        layers = self._replay.layers
+        first = next((i for i, layer in enumerate(layers) if layer.index in {*removed}), None)
+        if first is not None:
+            left = [layer for layer in layers[first:] if layer.index not in {*removed}]
+            self._replay.replace(first, left)
+        return self._replay
 
 
 class MergedVariants:

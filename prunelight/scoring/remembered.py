@@ -78,6 +78,6 @@ def _key(name: str, model: Any, windows: Any, *rest: Any, **named: Any) -> str:
     assert isinstance(model, PreTrainedModel)
     given: Windows = windows
     facts = describe_windows(*split_windows(given))
-    # Where layers compute does not change what they give.
-    settings = {k: v for k, v in named.items() if k not in ("device", "offload")}
+    # Where layers compute, and what helps them, does not change what they give.
+    settings = {k: v for k, v in named.items() if k not in ("device", "offload", "replay")}
     return fingerprint_of(name, model_fingerprint(model), facts, repr(rest), repr(settings))

@@ -8,6 +8,7 @@ from lively_models import lively, nll_without
 from tiny import tiny_model, token_windows
 
 from prunelight.callbacks import SLEB
+from prunelight.scoring.remembered import Memory, remembering_scores
 from prunelight.scoring.similarity import CRITERIA
 
 WINDOWS = token_windows(4, 16)
@@ -58,3 +59,18 @@ def test_a_layer_whose_removal_overflows_stays():
     assert plan.steps[0].layers != (3,)
     with pytest.raises(ValueError, match="no 1. layer can be removed: .* NaN"):
         SLEB(num_layers=1, protected=[0, 1, 2, 4, 5, 6, 7]).plan(model, WINDOWS)
+
+
+def test_an_amount_more_goes_on_from_the_layers_that_an_amount_less_removed(model):
+    alone = SLEB(num_layers=4).plan(model, WINDOWS)
+    with remembering_scores(Memory()) as memory:
+        first = SLEB(num_layers=2).plan(model, WINDOWS)
+        second = SLEB(num_layers=4).plan(model, WINDOWS)
+        again = SLEB(num_layers=4).plan(model, WINDOWS)
+    assert (second.steps, second.scores) == (alone.steps, alone.scores)
+    assert second.found["order"] == alone.found["order"]
+    assert second.found["similarity"] == alone.found["similarity"]
+    forwards = [plan.found["layer_forwards"] for plan in (alone, first, second, again)]
+    assert forwards[1] + forwards[2] < forwards[0] + 2 * 8  # the dense model, and the shorter one
+    assert forwards[3] == 0
+    assert memory.seconds_spared > 0
