@@ -175,9 +175,7 @@ def describe_evaluation(run: Run) -> dict[str, Any]:
     first: dict[str, Any] = {}
     if isinstance(source, dict):
         name, source = next(iter(source.items()))
-        first["text"] = name
-    if protocol := next(iter(_protocols(run).values()), ""):
-        first["protocol"] = protocol
+        first = {"first_text": name, "protocol": _protocols(run)[name]}
     windows = describe_windows(*split_windows(held_out_windows(run)))
     timing = {} if run.latency is None else {"latency": asdict(run.latency)}
     examined = {each.examines: each.describe_examination() for each in examiners_of(run)}

@@ -43,7 +43,7 @@ def text_grid(record: RunRecord) -> Grid | None:
     names = dict.fromkeys(name for stage in stages for name in further_texts(stage))
     if not names:
         return None
-    first = [str(told.get("text", "first text"))]
+    first = [str(told.get("first_text", "first text"))]
     first += [f"{decimal(stage.perplexity)} ({stage.accuracy:.4f})" for stage in stages]
     rows = [[*first, str(told.get("protocol", ""))]]
     for name in names:

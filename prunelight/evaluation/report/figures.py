@@ -63,7 +63,7 @@ def stage_rows(record: RunRecord) -> list[list[str]]:
             shown = show(value) + (f" ± {spread:.3f}" if spread is not None else "")
             row.append(shown + ("" if stage is dense or show is percent else told))
         if name == "perplexity":
-            row[0] += f" {first}" if (first := record.evaluation.get("text")) else ""
+            row[0] += f" {first}" if (first := record.evaluation.get("first_text")) else ""
         rows.append(row)
         if name == "accuracy":
             rows += _further_rows(record.stages)

@@ -304,7 +304,7 @@ _HEADLINE = ("layers", "parameters", "zeros in decoder linears", "perplexity", "
 def _result(record: RunRecord) -> str:
     """Return the run in one sentence, and the true share removed beside the nominal ratios."""
     dense, last = record.stages[0], record.stages[-1]
-    headline = {*_HEADLINE, f"perplexity {record.evaluation.get('text')}"}
+    headline = {*_HEADLINE, f"perplexity {record.evaluation.get('first_text')}"}
     rows = [row for row in stage_rows(record) if row[0] in headline]
     arrows = ", ".join(f"{row[0]} {row[1]} -> {row[-1]}" for row in rows)
     true = percent(1 - last.parameters / dense.parameters)
