@@ -105,10 +105,11 @@ def further_windows_of(data: Any, limit: int | float = 1.0) -> dict[str, Windows
         ValueError: if one gives no batch, or one without token ids.
     """
     if hasattr(data, "validation_windows"):
-        given = getattr(data, "further_validation_windows", dict)()
+        if not hasattr(data, "further_validation_windows"):
+            return {}
         return {
             name: checked_windows(windows, f"further_validation_windows of {name!r}")
-            for name, windows in given.items()
+            for name, windows in data.further_validation_windows().items()
         }
     with _fixed_seed():
         loaders = named_loaders(_loaders_of(data, "val_dataloader"))

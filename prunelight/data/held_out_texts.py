@@ -18,7 +18,7 @@ def role_of(name: str) -> str:
     return f"{ROLE}/{name}"
 
 
-def check_texts(texts: Mapping[str, object]) -> None:
+def check_texts(texts: Mapping[str, str | list[str]]) -> None:
     """Check the names and sources of held-out texts.
 
     Raises:
