@@ -51,6 +51,10 @@ PAPERS = {
                 "reproduce_shortgpt_ratios.yaml",
                 "How does quality fall with the number of layers removed?",
             ),
+            "laco": Table(
+                "reproduce_shortgpt_laco.yaml",
+                "Is collapsing windows of layers better than removing layers?",
+            ),
         },
     ),
     "dynamic_slicing": Paper(
