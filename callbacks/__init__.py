@@ -3,6 +3,7 @@
 from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.dlp import DLP
 from prunelight.callbacks.dynamic_slicing import DynamicSlicing
+from prunelight.callbacks.laco import LaCo
 from prunelight.callbacks.orthogonality import Orthogonality
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.callbacks.recovery.progress import TrainingProgress
@@ -21,6 +22,7 @@ __all__ = [
     "DLP",
     "SLEB",
     "DynamicSlicing",
+    "LaCo",
     "Orthogonality",
     "PruningCallback",
     "RecoveryCheckpoint",

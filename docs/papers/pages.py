@@ -3,8 +3,9 @@
     python docs/papers/pages.py           # write the pages
     python docs/papers/pages.py --check   # only say which pages are not what their sources give
 
-Rows stand in rows.json, tables in prunelight/comparison/papers, and what we measured in
-docs/results/reproduce_PAPER_TABLE.json. `docs/results/tables.py` fills those in afterwards.
+Rows stand in rows.json, the test of each in tests.json, tables in prunelight/comparison/papers, and
+what we measured in docs/results/reproduce_PAPER_TABLE.json. `docs/results/tables.py` fills those in
+afterwards.
 """
 
 from __future__ import annotations

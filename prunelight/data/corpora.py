@@ -100,7 +100,9 @@ CORPORA: dict[str, Corpus] = {
         text_field="sentence",
         lines="sentences",
     ),
-    # ShortGPT calibrates on it. deepmind/pg19 is a script that fetches each book by itself.
+    # ShortGPT calibrates on it. deepmind/pg19 is a script that fetches each book by itself. Others
+    # read data/test-00000-of-00001-29a571947c0b5ccc.parquet of the copy at c021754. We saw no
+    # names of the other splits' files.
     "pg19": Corpus(
         hub_id="emozilla/pg19",
         revision="main",

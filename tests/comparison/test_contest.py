@@ -18,6 +18,7 @@ from prunelight.comparison.settings import (
     LauncherSettings,
     ModelSettings,
 )
+from prunelight.comparison.telling import page as page_module
 from prunelight.comparison.telling.verdict import verdict
 from prunelight.evaluation.report.plan_facts import PlanFacts
 
@@ -372,6 +373,16 @@ def test_the_page_draws_a_curve_over_the_swept_numbers_for_each_text(swept_conte
     for text in summary.dense.perplexity:
         assert f"Perplexity on {text} against base_ratio" in page
     assert "against signal" not in page, "words have no axis"
-    assert "0.34 of the method's own measure removed" in page.replace("&#39;", "'")
+    assert "0.34 of the layers, of the hidden width or of the neurons removed" in page
     told = json.loads((Path(settings.out) / "comparison.json").read_text(encoding="utf-8"))
-    assert told["verdict"][0].startswith("At 34% fewer layers, or less width, ")
+    assert told["verdict"][0].startswith("At a ratio of 34%, ")
+
+
+def test_a_page_that_is_written_again_draws_the_same_scores_no_second_time(contest):
+    _, summary = contest
+    told = page_module.page(summary, [])
+    before = page_module._drawn_scores.cache_info()
+    assert page_module.page(summary, []) == told
+    after = page_module._drawn_scores.cache_info()
+    assert after.misses == before.misses
+    assert after.hits > before.hits

@@ -7,6 +7,7 @@ from prunelight.callbacks import (
     DLP,
     SLEB,
     DynamicSlicing,
+    LaCo,
     PruningCallback,
     ShortenedLlama,
     ShortGPT,
@@ -54,6 +55,7 @@ METHODS = {
     "SLM by threshold": Method(
         lambda: SlidingLayerMerging(threshold=-1.0, merge="mean", criterion="cka"), layers=2
     ),
+    "LaCo": Method(lambda: LaCo(num_layers=2, window=3), layers=4),
     "SLEB": Method(lambda: SLEB(num_layers=2), layers=4),
     "Shortened LLaMA, Taylor": Method(
         lambda: ShortenedLlama(num_layers=2, score="taylor", protected=[0]), layers=4

@@ -55,6 +55,10 @@ PAPERS = {
                 "reproduce_shortgpt_orthogonality.yaml",
                 "Do the harms of pruning and of 4 or 8 bits add up, whichever comes first?",
             ),
+            "laco": Table(
+                "reproduce_shortgpt_laco.yaml",
+                "Is collapsing windows of layers better than removing layers?",
+            ),
         },
     ),
     "dynamic_slicing": Paper(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from functools import lru_cache
 from typing import Any
 
 from markupsafe import Markup
@@ -226,10 +228,16 @@ def _decisions(summary: Summary) -> list[Markup]:
         parts.append(figure(chart, "Dark layers go.", wide=True))
     most = {row.label: row for row in sorted(pruned, key=lambda row: row.asked or 0.0)}
     for label, row in most.items():
-        charts = score_figures(row.plan)
+        charts = _drawn_scores(json.dumps(row.plan))
         if charts:
             parts.append(details(f"Scores of {label}, {row.asked:.3g}", figures(charts)))
     return parts
+
+
+@lru_cache(maxsize=256)
+def _drawn_scores(plan: str) -> list[Markup]:
+    """Return the charts of a plan's scores; a contest that goes on draws each once."""
+    return score_figures(json.loads(plan))
 
 
 def _published(summary: Summary) -> list[Markup]:

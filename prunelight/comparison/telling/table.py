@@ -28,7 +28,7 @@ def short_head(summary: Summary) -> list[str]:
 
 AMOUNT_OF = {  # group of rows -> what an amount is a share of
     "zeros": "zeros",
-    "ratio": "of the method's own measure removed (layers, width or neurons)",
+    "ratio": "of the layers, of the hidden width or of the neurons removed",
     "parameters": "of the parameters removed",
 }
 

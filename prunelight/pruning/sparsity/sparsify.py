@@ -126,7 +126,13 @@ def zero_by_magnitude(matrix: Matrix, step: Sparsify) -> None:
 
 
 def sparsify_layer(
-    model: PreTrainedModel, step: Sparsify, walk: LayerWalk, index: int, outcome: SparsifyOutcome
+    model: PreTrainedModel,
+    step: Sparsify,
+    walk: LayerWalk,
+    index: int,
+    outcome: SparsifyOutcome,
+    *,
+    count_outliers: bool = True,
 ) -> None:
     """Put the zeros of a step into one decoder layer, in place, and walk on to the next layer.
 
@@ -136,6 +142,7 @@ def sparsify_layer(
         walk: at this layer, inside `walk.layers()`.
         index: of the layer.
         outcome: gets what was done.
+        count_outliers: note the share of outliers that were kept, which reads all weights.
     """
     chosen = [m for m in layer_matrices(model, index) if m.name in step.sparsity]
     statistic: Callable[[int], InputNorm] = Hessian if step.solver == "sparsegpt" else InputNorm
@@ -150,17 +157,19 @@ def sparsify_layer(
         _note(outcome, f"{matrix.name} was not used by any text: pruned by magnitude")
         zero_by_magnitude(matrix, step)
         _note_zeros(outcome, matrix)
-    limit, num_outliers, num_kept = _OUTLIER_FACTOR * _mean_score(inputs), 0, 0
+    limit = _OUTLIER_FACTOR * _mean_score(inputs) if count_outliers else 0.0
+    num_outliers, num_kept = 0, 0
     for group in inputs.groups():
-        outliers = [_outliers(matrix, inputs, limit) for matrix in group]
+        outliers = [_outliers(m, inputs, limit) if count_outliers else [] for m in group]
         with _naming_matrices(group):
             _solve(group, step, inputs, outcome)
         for matrix, of_views in zip(group, outliers, strict=True):
             _note_zeros(outcome, matrix)
-            for view, places in zip(matrix.views(), of_views, strict=True):
+            for view, places in zip(matrix.views(), of_views, strict=count_outliers):
                 num_outliers += len(places[0])
                 num_kept += int(view[places].count_nonzero())
-    outcome.outliers_kept.append(num_kept / num_outliers if num_outliers else 1.0)
+    if count_outliers:
+        outcome.outliers_kept.append(num_kept / num_outliers if num_outliers else 1.0)
     if index + 1 < len(decoder_layers(model)):
         walk.advance()
         sparse = walk.states[0].to(walk.device)

@@ -89,7 +89,7 @@ def sparse_perplexity(
         for index, layer in (solved or judged).layers():
             with _restored([m for m in layer_matrices(model, index) if m.name in step.sparsity]):
                 if solved is not None:
-                    sparsify_layer(model, step, solved, index, outcome)
+                    sparsify_layer(model, step, solved, index, outcome, count_outliers=False)
                 else:
                     for matrix in layer_matrices(model, index):
                         zero_by_magnitude(matrix, step)

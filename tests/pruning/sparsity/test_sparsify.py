@@ -11,6 +11,7 @@ from lively_models import hooks, lively_model, padded
 from tiny import NUM_LAYERS, tiny_model, token_windows
 from torch import nn
 
+from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
 from prunelight.callbacks import DLP
 from prunelight.models.families.layers import decoder_layers
@@ -18,7 +19,12 @@ from prunelight.models.families.matrices import layer_matrices, matrices
 from prunelight.planning.steps import Sparsify
 from prunelight.pruning.apply import apply
 from prunelight.pruning.sparsity.masks import Pattern, magnitude_mask, wanda_mask
-from prunelight.pruning.sparsity.sparsify import SOLVERS, sparsify
+from prunelight.pruning.sparsity.sparsify import (
+    SOLVERS,
+    SparsifyOutcome,
+    sparsify,
+    sparsify_layer,
+)
 
 WINDOWS = token_windows(4, 32)
 HELD_OUT = token_windows(16, 32, seed=9)
@@ -241,6 +247,19 @@ def test_the_outliers_that_are_kept_are_those_of_their_definition(solver):
     assert 0 < kept < total
     assert outcome.outliers_kept[0] == pytest.approx(kept / total, abs=2 / total)
     assert len(outcome.outliers_kept) == NUM_LAYERS
+
+
+def test_a_trial_counts_no_outliers_and_prunes_the_same():
+    models, outcomes = [lively_model(), lively_model()], [SparsifyOutcome(), SparsifyOutcome()]
+    for model, outcome, count in zip(models, outcomes, (True, False), strict=True):
+        step = step_for(model, 0.5, "wanda")
+        with torch.no_grad(), LayerWalk(model, WINDOWS) as walk:
+            for index, _ in walk.layers():
+                sparsify_layer(model, step, walk, index, outcome, count_outliers=count)
+    assert [len(outcome.outliers_kept) for outcome in outcomes] == [NUM_LAYERS, 0]
+    assert outcomes[0].reconstruction_error == outcomes[1].reconstruction_error
+    counted, tried = (model.state_dict() for model in models)
+    assert all(torch.equal(counted[name], tried[name]) for name in counted)
 
 
 def test_all_outliers_are_kept_without_zeros_and_magnitude_counts_none():
