@@ -66,6 +66,7 @@ USES = {
         lambda name: RecoveryModule(name, quantization="int8"),
         lambda name: RecoveryModule(name, loss="kd", distillation=Distillation(teacher="nf4")),
     ],
+    "compressed_tensors": [lambda name: export(name, "gptq")],
     "ctranslate2": [lambda name: export(name, "ctranslate2")],
     "gguf": [lambda name: load(f"{name}/a.gguf"), lambda name: export(name, "gguf")],
     "joblib": [lambda name: check_launcher(contest(name, "joblib"))],

@@ -1,14 +1,30 @@
-"""`prunelight export DIR --to gguf | ctranslate2 | decilm`: another program's format, proven."""
+"""`prunelight export DIR --to gguf | ctranslate2 | decilm | gptq`: another format, proven."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from jsonargparse import Namespace
 
 from prunelight.commands.running import VerbParser, run_verb
 from prunelight.export.exporting import export
-from prunelight.export.targets import TARGETS
+from prunelight.export.targets import TARGETS, Rounding
+
+# Options of an export that rounds weights by data -> type and help.
+_ROUNDING: dict[str, tuple[type, str]] = {
+    "bits": (int, "Bits of a weight, 4 or 8; 4 by default."),
+    "group_size": (
+        int,
+        "Inputs that share a scale; -1 for a scale a row. By default the largest of 128, 64 and 32 "
+        "that divides all widths.",
+    ),
+    "calibration": (str, "Text that the rounding looks at; sample:calibration by default."),
+    "num_calibration": (int, "Windows drawn from it; 32 by default."),
+    "seq_len": (int, "Tokens of a window; 512 by default."),
+    "text": (str, "Text of the perplexities; sample:validation by default."),
+    "num_windows": (int, "Windows of it; 32 by default."),
+}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,7 +41,15 @@ def _export(given: Namespace) -> None:
         out=given.out,
         engine_python=given.engine_python,
         unproven=given.unproven,
+        rounding=_rounding(given),
     )
+
+
+def _rounding(given: Namespace) -> Rounding | None:
+    """Return how weights are rounded; None if nothing of it was given."""
+    named = {field.name: given[field.name] for field in fields(Rounding)}
+    changed = {name: value for name, value in named.items() if value is not None}
+    return Rounding(**changed) if changed else None
 
 
 def _parser() -> VerbParser:
@@ -68,4 +92,6 @@ def _parser() -> VerbParser:
         default=False,
         help="Write also where no program is here that reads the format.",
     )
+    for name, (kind, told) in _ROUNDING.items():
+        add(f"--{name}", type=kind | None, default=None, help=f"{told} (--to gptq)")
     return parser

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prunelight.comparison.amounts.matching import Rung, nearest
+from prunelight.comparison.amounts.matching import Rung, nearest, own_ratio
 from prunelight.comparison.methods import Entrant
 from prunelight.comparison.running.bench import Bench
 from prunelight.comparison.settings import ComparisonSettings
@@ -44,7 +44,7 @@ class Cell:
         method: class path of the method.
         arguments: all that the method is made with.
         asked: share that was asked for; None for the dense model.
-        group: what `asked` is a share of: "parameters" or "zeros".
+        group: what `asked` is a share of: "parameters", "zeros" or a method's own "ratio".
         seed: of calibration windows and training.
         recovered: the pruned model is trained.
         with_tasks: the tasks are asked too.
@@ -68,7 +68,7 @@ class Cell:
         """The cell in words."""
         if self.label == DENSE:
             return "the dense model"
-        of = "zeros" if self.group == "zeros" else "of the parameters"
+        of = {"zeros": "zeros", "ratio": "of its own measure"}.get(self.group, "of the parameters")
         given = ", ".join(f"{k}={_short(v)}" for k, v in (self.arguments or {}).items())
         given = f"{given}; " if given else ""
         recovered = ", recovered" if self.recovered else ""
@@ -148,11 +148,12 @@ def make_grid(settings: ComparisonSettings, entrants: Iterable[Entrant], bench: 
     facts = grid_facts(settings, bench)
     cells = [dense_cell(settings, facts)]
     for entrant in entrants:
-        group = "zeros" if entrant.puts_zeros else "parameters"
+        own = settings.equal == "ratio"
+        group = "zeros" if entrant.puts_zeros else "ratio" if own else "parameters"
         for asked in settings.zeros_shares if entrant.puts_zeros else settings.amounts:
             rung, fault = Rung({}, asked), ""
             try:
-                rung = nearest(entrant, bench.dense, asked)
+                rung = own_ratio(entrant, asked) if own else nearest(entrant, bench.dense, asked)
                 entrant.make(rung.arguments).check(bench.dense)
             except (ValueError, TypeError) as error:
                 fault = one_line(error)

@@ -26,11 +26,18 @@ AMOUNTS: dict[Kind, tuple[str, ...]] = {
     "slicing": ("slice_ratio",),
     "width": ("neuron_ratio",),
 }
+# What a method is asked by where each has its own measure: a share of what it removes.
+OWN_RATIOS: dict[Kind, str] = {
+    "zeros": "sparsity",
+    "depth": "ratio",
+    "slicing": "slice_ratio",
+    "width": "neuron_ratio",
+}
 # Arguments that say how much, too: a config that holds one leaves nothing to a comparison.
 _OTHER_AMOUNTS: dict[Kind, tuple[str, ...]] = {
     "zeros": ("pattern",),
     "depth": ("ratio", "threshold", "layers", "parameter_ratio"),
-    "slicing": ("parameter_ratio",),
+    "slicing": ("parameter_ratio", "slice_ratios"),
     "width": ("intermediate_size",),
 }
 
@@ -62,7 +69,10 @@ class Entrant:
         Raises:
             ValueError, TypeError: if one is unknown or out of its range; names the method.
         """
-        self.make({AMOUNTS[self.kind][0]: 0})
+        known = inspect.signature(self.made).parameters
+        # A base_ratio may not exceed slice_ratio, and goes with any share of parameters.
+        by_parameters = self.kind == "slicing" and "parameter_ratio" in known
+        self.make({"parameter_ratio" if by_parameters else AMOUNTS[self.kind][0]: 0})
 
     def make(self, amount: Mapping[str, Any]) -> PruningCallback:
         """Return the method with these arguments beside the config's.
@@ -88,12 +98,15 @@ class Entrant:
 def entrants_of(methods: Sequence[Mapping[str, Any]]) -> list[Entrant]:
     """Return the methods of a config, in its order.
 
+    An entry with a `sweep` becomes one method for each value.
+
     Raises:
         ValueError: for an unknown method (the nearest is named), one without an argument for an
-            amount, one whose amount the config sets, or two of the same label.
-        TypeError: if an entry is no mapping with a class_path.
+            amount, one whose amount the config sets, a sweep without values, or two of the same
+            label.
+        TypeError: if an entry is no mapping with a class_path, or a sweep no mapping.
     """
-    entrants = [_entrant(entry) for entry in methods]
+    entrants = [_entrant(each) for entry in methods for each in swept(entry)]
     labels = [entrant.label for entrant in entrants]
     for label in labels:
         if labels.count(label) > 1:
@@ -101,6 +114,36 @@ def entrants_of(methods: Sequence[Mapping[str, Any]]) -> list[Entrant]:
                 f"methods holds two of the label {label!r}; give one of them another label: ..."
             )
     return entrants
+
+
+def swept(entry: Any) -> list[Any]:
+    """Return the entries that an entry of a config stands for: one for each value of its sweep.
+
+    Raises:
+        ValueError: if the sweep has no value, or the argument is set beside it.
+        TypeError: if the sweep is no mapping of one argument to a list.
+    """
+    if not isinstance(entry, Mapping) or "sweep" not in entry:
+        return [entry]
+    sweep, rest = entry["sweep"], {key: entry[key] for key in entry if key != "sweep"}
+    if not (isinstance(sweep, Mapping) and len(sweep) == 1):
+        raise TypeError(
+            f"sweep={sweep!r} must be a mapping of one argument to its values, such as "
+            "{base_ratio: [0.0, 0.1, 0.2]}"
+        )
+    ((name, values),) = sweep.items()
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"sweep of {name}: {values!r} must be a list with at least one value")
+    arguments = entry.get("init_args") or {}
+    if name in arguments:
+        raise ValueError(
+            f"{name}={arguments[name]!r} stands beside a sweep of {name}; leave one of them out"
+        )
+    label = entry.get("label") or str(entry.get("class_path")).rpartition(".")[2]
+    return [
+        {**rest, "init_args": {**arguments, name: value}, "label": f"{label}, {name} {value}"}
+        for value in values
+    ]
 
 
 def _entrant(entry: Any) -> Entrant:

@@ -161,8 +161,9 @@ class ComparisonSettings:
         recovery: null, or a mapping of model, data and trainer as in a fit: then each pruned model
             is also recovered.
         seeds: each draws other calibration windows and another order of training.
-        equal: what methods are compared at: "parameters", of which `amounts` are removed, or
-            "latency", where `amounts` of the time of a generation are saved, as measured here.
+        equal: what methods are compared at: "parameters", of which `amounts` are removed,
+            "latency", where `amounts` of the time of a generation are saved, as measured here, or
+            "ratio", as papers do: `amounts` of the layers, of the hidden width or of the neurons.
         serving: measure also what serving costs on this machine.
         max_kld: instead of `amounts`: prune each method as far as KL(dense || pruned) stays below.
         min_top1: instead of `amounts`: as far as so large a share of tokens keeps its most likely
@@ -183,7 +184,7 @@ class ComparisonSettings:
     limit: int | None = None
     recovery: dict[str, Any] | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
-    equal: Literal["parameters", "latency"] = "parameters"
+    equal: Literal["parameters", "latency", "ratio"] = "parameters"
     serving: bool = False
     max_kld: float | None = None
     min_top1: float | None = None
@@ -242,10 +243,10 @@ class ComparisonSettings:
 
     def _check_time(self) -> None:
         """Check that where time is measured, nothing disturbs it."""
-        if self.equal == "latency" and self.quality_target is not None:
+        if self.equal != "parameters" and self.quality_target is not None:
             name, value = self.quality_target
             raise ValueError(
-                f"equal='latency' has no effect with {name}={value:g}; leave one of them out"
+                f"equal={self.equal!r} has no effect with {name}={value:g}; leave one of them out"
             )
         launcher = self.launcher
         alone = launcher.kind != "joblib" or launcher.n_jobs == 1 or len(launcher.devices) > 1

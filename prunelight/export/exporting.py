@@ -21,9 +21,11 @@ from transformers import PretrainedConfig
 
 from prunelight.export.proving import Proof, check_bound, compare, proof_windows, source_logits
 from prunelight.export.targets import (
+    ROUNDS,
     TORCH_DTYPES,
     ExportOptions,
     NotReadableError,
+    Rounding,
     Source,
     Target,
     find_target,
@@ -73,17 +75,19 @@ def export(
     out: str | Path | None = None,
     engine_python: str | None = None,
     unproven: bool = False,
+    rounding: Rounding | None = None,
 ) -> Export:
     """Write a saved model in the format of another program, and prove the result.
 
     Args:
         directory: a transformers directory, as `prunelight.save` writes it.
-        to: "gguf", "ctranslate2" or "decilm".
+        to: "gguf", "ctranslate2", "decilm" or "gptq".
         dtype: of the weights, one of the target's; "auto" keeps that of the model.
         quantize: a quantization of the engine, such as "q4_k_m"; None for none.
         out: file or directory to write; None takes a name beside `directory`.
         engine_python: Python of another environment, which has the engine.
         unproven: write also where no engine is here to read the export.
+        rounding: how "gptq" rounds the weights; None takes its defaults.
 
     Raises:
         ValueError: if `directory` is no model, the target cannot hold it, or an option is wrong.
@@ -94,7 +98,7 @@ def export(
     """
     target = find_target(to)
     source = open_source(directory)
-    options = _options(target, source.config, dtype, quantize, engine_python)
+    options = _options(target, source.config, dtype, quantize, engine_python, rounding)
     path = _place(target, source, options, out)
     warnings = target.check(source, options)
     readable = _check_reader(target, source, options, unproven)
@@ -102,14 +106,17 @@ def export(
         log.warning("%s", warning)
     model, tokenizer = load(source.directory, dtype="float32")
     with _replacing(target, path) as temporary:
-        target.write(source, model, tokenizer, temporary, options)
+        rewritten = target.write(source, model, tokenizer, temporary, options)
         proof = None
         if readable:
             windows = proof_windows(model, tokenizer, longest=target.longest_text(source))
             reading = target.read_back(source, temporary, windows, options)
             proof = compare(reading, source_logits(model, windows))
-            if options.quantize is None:
-                what = f"the export of {source.directory} to {to} as {options.dtype}"
+            what = f"the export of {source.directory} to {to} as {options.dtype}"
+            if rewritten is not None:
+                of_written = compare(reading, source_logits(rewritten.model, windows))
+                check_bound(of_written, target.dtypes[options.dtype], what)
+            elif options.quantize is None:
                 check_bound(proof, target.dtypes[options.dtype], what)
         size = _size(temporary)
         facts = {
@@ -120,6 +127,7 @@ def export(
             "quantize": options.quantize,
             "size_bytes": size,
             "proof": None if proof is None else asdict(proof),
+            **({} if rewritten is None else {"rounding": rewritten.facts}),
             "warnings": warnings,
             "source": {"name": source.directory.name, "fingerprint": model_fingerprint(model)},
             "date": date.today().isoformat(),
@@ -130,6 +138,8 @@ def export(
     if target.suffix:
         with atomic_replacement(record_of(path)) as temporary:
             _write_json(temporary, facts)
+    if rewritten is not None:
+        log.info("%s", rewritten.line)
     _tell(path, size, proof)
     _tell_card(source.directory, to, options, path, proof)
     return Export(path, size, proof, warnings)
@@ -168,9 +178,15 @@ def _options(
     dtype: str,
     quantize: str | None,
     engine_python: str | None,
+    rounding: Rounding | None,
 ) -> ExportOptions:
     """Return the options, with the dtype of the model for "auto"."""
     check_choice("dtype", dtype, ("auto", *target.dtypes))
+    if rounding is not None and target.name != ROUNDS:
+        raise ValueError(
+            f"{_first_change(rounding)} has no effect on an export to {target.name}; leave it out, "
+            f"or take --to {ROUNDS}"
+        )
     if quantize is not None:
         if not target.quantizations:
             raise ValueError(
@@ -187,7 +203,19 @@ def _options(
         own = str(getattr(config, "dtype", None)).removeprefix("torch.")
         names = (name for name, of_torch in TORCH_DTYPES.items() if of_torch == own)
         dtype = next((name for name in names if name in target.dtypes), "f32")
-    return ExportOptions(dtype, quantize, engine_python)
+    if target.name == ROUNDS:
+        rounding = rounding or Rounding()
+        quantize = f"w{rounding.bits}a16"  # weights of so many bits, activations of 16
+    return ExportOptions(dtype, quantize, engine_python, rounding)
+
+
+def _first_change(rounding: Rounding) -> str:
+    """Return the first field that is not the default, as NAME=VALUE."""
+    usual = asdict(Rounding())
+    changed = [
+        f"{name}={value!r}" for name, value in asdict(rounding).items() if value != usual[name]
+    ]
+    return (changed or ["rounding"])[0]
 
 
 def _place(target: Target, source: Source, options: ExportOptions, out: str | Path | None) -> Path:

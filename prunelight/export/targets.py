@@ -10,17 +10,55 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import NOT_EMPTY, at_least, check_choice, check_fields
 
 # T tokens of a window, V vocabulary
 
 # Names of dtypes on the command line -> those of torch, for the config of a model.
 TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How an export that rounds weights by data does it (GPTQ).
+
+    Attributes:
+        bits: of a weight, 4 or 8.
+        group_size: inputs that share a scale; -1 for one scale a row; None for the largest of 128,
+            64 and 32 that divides all widths.
+        calibration: text that the rounding looks at, what `prunelight.read_documents` takes.
+        num_calibration: windows drawn from it.
+        seq_len: tokens of a window, at most the model's context.
+        text: on which perplexity is measured before and after.
+        num_windows: of it: the first ones.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    calibration: str = "sample:calibration"
+    num_calibration: int = 32
+    seq_len: int = 512
+    text: str = "sample:validation"
+    num_windows: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_fields(
+            self,
+            num_calibration=at_least(1),
+            seq_len=at_least(2),
+            num_windows=at_least(2),
+            calibration=NOT_EMPTY,
+            text=NOT_EMPTY,
+        )
 
 
 @dataclass(frozen=True)
@@ -31,11 +69,13 @@ class ExportOptions:
         dtype: of the weights, one of the target's `dtypes`.
         quantize: a quantization of the engine itself, one of the target's `quantizations`, or None.
         engine_python: Python of an environment that has the engine, or None for this one.
+        rounding: how weights are rounded by data; None for targets that do not.
     """
 
     dtype: str
     quantize: str | None = None
     engine_python: str | None = None
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +89,21 @@ class Bound:
 
     measure: Literal["largest_difference", "mean_kl"]
     value: float
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What an export wrote that is another model than its source.
+
+    Attributes:
+        model: in memory, as it was written.
+        facts: for the record, JSON values.
+        line: what it cost, in a sentence.
+    """
+
+    model: PreTrainedModel
+    facts: dict[str, Any]
+    line: str
 
 
 @dataclass(frozen=True)
@@ -132,7 +187,7 @@ class Target(Protocol):
         tokenizer: PreTrainedTokenizerBase,
         out: Path,
         options: ExportOptions,
-    ) -> None:
+    ) -> Rewritten | None:
         """Write the export, tokenizer included.
 
         Args:
@@ -141,6 +196,9 @@ class Target(Protocol):
             tokenizer: of the model.
             out: a path that `exporting.py` renames afterwards: an empty directory, or a file.
             options: what was asked for.
+
+        Returns:
+            The model that was written, if weights were rounded by data; None if it is the source.
         """
 
     def read_back(
@@ -154,11 +212,13 @@ class Target(Protocol):
         """
 
 
+ROUNDS = "gptq"  # the target that rounds weights by data
 # Name of a target -> the module and the class.
 TARGETS = {
     "gguf": ("prunelight.export.gguf.target", "GgufTarget"),
     "ctranslate2": ("prunelight.export.ctranslate2", "CTranslate2Target"),
     "decilm": ("prunelight.export.decilm.target", "DeciLMTarget"),
+    "gptq": ("prunelight.export.gptq", "GPTQTarget"),
 }
 
 

@@ -21,6 +21,7 @@ from prunelight.models.families.config_fields import head_dim
 from prunelight.models.families.own_classes.registration import PREFIX
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
 from prunelight.models.families.shorter_config import LISTS_NOT_PER_LAYER
+from prunelight.models.packed.grids import is_packed_config
 from prunelight.models.transformers4 import transformers4_misreading, transformers4_refusal
 from prunelight.planning.layer_pattern import Pattern
 from prunelight.runtime.arguments import check_choice
@@ -295,6 +296,7 @@ READINGS: dict[str, dict[str, tuple[Reading, ...]]] = {
 }
 _TRANSFORMERS4 = "transformers 4.57"  # of which transformers4.py knows what it reads
 ENGINES = (_TRANSFORMERS4, *READINGS)
+_FULL_WEIGHTS_ONLY = ("llama.cpp", "CTranslate2")  # they quantize by themselves
 # Engine -> beginning of the model types of ours whose exported code it runs.
 _RUNS_OUR_CODE = {_TRANSFORMERS4: PREFIX, "vLLM": SLICED_PREFIX}
 
@@ -425,6 +427,11 @@ def _kind(columns: Sequence[Sequence[Any]], layer: int) -> tuple[Hashable, ...]:
 def _answer(config: PretrainedConfig, engine: str) -> str:
     if config.model_type.startswith(PREFIX):
         return _answer_for_own_class(config, engine)
+    if is_packed_config(config) and engine in _FULL_WEIGHTS_ONLY:
+        return (
+            f"{NO}{REFUSED}its weights are packed by compressed-tensors, which {engine} does not "
+            "read; export the model in full precision"
+        )
     if engine == _TRANSFORMERS4:
         return _answer_of_transformers4(config)
     readings = READINGS[engine].get(config.model_type)

@@ -38,6 +38,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from prunelight.models.families.config_fields import vocabulary_size
+from prunelight.models.packed.grids import check_package, is_packed_config, quiet_package, unpack
 from prunelight.models.text_decoder import reading_class, take_text_decoder
 from prunelight.runtime.arguments import check_choice
 from prunelight.runtime.files.atomic_files import reading_fault
@@ -106,7 +107,7 @@ def load(
         ValueError: if the source is unknown, damaged or incomplete, a weight is NaN or infinite,
             the dtype is not a floating type, or the tokenizer does not fit the model.
         TypeError: if the model is not a causal language model.
-        ImportError: if a GGUF file needs the package gguf.
+        ImportError: if a GGUF file needs the package gguf, or packed weights need theirs.
     """
     torch_dtype = resolve_dtype(dtype)
     source = check_hub(find_source(str(name)))
@@ -114,9 +115,11 @@ def load(
     reader = reading_class(config, str(name))
     _check_causal(config, str(name), multimodal=reader is not AutoModelForCausalLM)
     _check_no_adapter(source, str(name))
+    if is_packed_config(config):
+        check_package(f"model {str(name)!r}, whose weights are packed,")
     tokenizer = _load_tokenizer(source, str(name), trust_remote_code)
     _check_safetensors(Path(source.location))
-    with quiet_transformers():
+    with quiet_transformers(), quiet_package(config):
         try:
             loaded: Any = reader.from_pretrained(
                 source.location,
@@ -133,8 +136,14 @@ def load(
             pickled = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
             reason = reading_fault(error) if pickled else _first_line(error)
             raise ValueError(f"model {str(name)!r} cannot be read: {reason}") from error
+        except ImportError as error:  # of the package that reads weights of few bits
+            raise ImportError(
+                f"model {str(name)!r} cannot be read: {_first_line(error)}"
+            ) from error
     model, loading_info = loaded
     _check_complete(model, loading_info, str(name))
+    if is_packed_config(config):
+        unpack(model)
     if getattr(model, "peft_config", None):  # of a hub id; a directory was looked at before
         raise ValueError(_with_adapter(str(name)))
     if reader is not AutoModelForCausalLM:

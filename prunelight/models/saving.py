@@ -26,6 +26,7 @@ from prunelight.models.families.own_classes.registration import code_file
 from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.forward import evaluating, greedy_tokens
 from prunelight.models.loading import quiet_transformers
+from prunelight.models.packed.grids import describe_grids, has_grids, packed_state, quiet_package
 from prunelight.models.placement import to_device
 from prunelight.models.sizes import is_quantized, longest_sequence, parameter_bytes
 from prunelight.models.transformers4 import add_old_names, tell_fault
@@ -94,6 +95,7 @@ def save(
     directory = Path(directory).expanduser()
     check_replaceable(directory)
     check_weights(model)
+    stored = _stored_weights(model)
     code = code_file(model.config.model_type)
     if export_remote_code or (code is not None and getattr(model.config, "auto_map", None)):
         name_remote_code(model)
@@ -101,7 +103,9 @@ def save(
     with atomic_directory(directory) as temporary:
         with quiet_transformers():
             # transformers cannot write packed weights of 4 or 8 bits in the layout of full ones.
-            model.save_pretrained(temporary, save_original_format=not is_quantized(model))
+            model.save_pretrained(
+                temporary, state_dict=stored, save_original_format=not is_quantized(model)
+            )
             tokenizer.save_pretrained(temporary)
             add_old_names(model.config, temporary)
             state_layers(model.config, temporary)
@@ -123,6 +127,19 @@ def save(
     tell_fault(model.config)
     log.info("saved %s (%.1f MB): %s", directory, saved.size_bytes / 1e6, saved.verification)
     return saved
+
+
+def _stored_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Return the weights as they are stored, where that differs from memory; states it in config.
+
+    Raises:
+        ValueError: if a quantized weight has left its grid.
+    """
+    if not has_grids(model):
+        return None
+    # Layers may have gone since, and with them names of modules that stay in full precision.
+    model.config.quantization_config = describe_grids(model)
+    return packed_state(model)
 
 
 def name_remote_code(model: PreTrainedModel) -> None:
@@ -209,15 +226,17 @@ def verify(
         if free_memory(torch.device("cpu")) < 2 * size or free_memory(model.device) < 1.2 * size:
             _compare_files(model, directory, trust_remote_code)
             return "config, shapes and all weights on disk compared (no memory for a second copy)"
-        with quiet_transformers():
+        with quiet_transformers(), quiet_package(model.config):
             loaded = AutoModelForCausalLM.from_pretrained(
                 directory,
                 trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # _compare_weights names the weight and its shapes
             )
         reloaded = to_device(loaded, model.device)
-        _compare_weights(model.state_dict(), reloaded.state_dict())
-        generates = _compare_behaviour(model, reloaded, dense_fault)
+        stored = packed_state(model) if has_grids(model) else model.state_dict()
+        _compare_weights(stored, reloaded.state_dict())
+        with quiet_package(model.config):  # a packed model unpacks itself at its first forward
+            generates = _compare_behaviour(model, reloaded, dense_fault)
     except Exception as error:  # a wrong config can make the model's code raise anything
         raise RuntimeError(
             f"the saved model failed its verification: {error}. Nothing was kept on disk"

@@ -12,6 +12,7 @@ from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.config_fields import maximum_length
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import decoder_weights
+from prunelight.models.packed.grids import linears_on_grids
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
@@ -130,6 +131,13 @@ def linear_sparsity(model: PreTrainedModel) -> float:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Return the bytes of all weights, tied ones once; scales of quantized weights count too."""
+    """Return the bytes of all weights, tied ones once; scales of quantized weights count too.
+
+    Weights on a grid count with the bits in which they are stored.
+    """
     tensors: dict[int, Tensor] = {t.data_ptr(): t for t in model.state_dict().values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    spared = 0
+    for _, linear, grid in linears_on_grids(model):
+        weight = linear.weight
+        spared += weight.numel() * weight.element_size() - weight.numel() * grid.bits // 8
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) - spared

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from prunelight.models.families.matrices import Matrix, matrices
 from prunelight.models.loading import DTYPES
+from prunelight.models.packed.grids import has_grids
 from prunelight.models.sizes import is_quantized
 from prunelight.runtime.arguments import check_choice, check_fields
 
@@ -143,8 +144,15 @@ def check_trainable(model: PreTrainedModel, recovery: str) -> None:
     """Check that a recovery can change the weights of a model.
 
     Raises:
-        TypeError: if full training is asked for, and the model was loaded in 4 or 8 bits.
+        TypeError: if full training is asked for, and the model was loaded in 4 or 8 bits; or
+            adapters, and it was quantized by GPTQ.
     """
+    if recovery == "lora" and has_grids(model):
+        raise TypeError(
+            f"model {model.config._name_or_path!r} was quantized by GPTQ, and adapters merged onto "
+            "its weights would leave their grid; prune and recover in full precision, then: "
+            "prunelight export DIR --to gptq"
+        )
     if recovery == "full" and is_quantized(model):
         raise TypeError(
             f"model {model.config._name_or_path!r} holds packed weights, which recovery=full "

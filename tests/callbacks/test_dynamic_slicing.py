@@ -1,13 +1,14 @@
 """DynamicSlicing and SliceGPT as callbacks: widths, targets, sweeps, and what they refuse."""
 
 import copy
+import json
 import logging
 
 import pytest
 import torch
-from runs import make_data, make_module, make_trainer, write_model
+from runs import SEQ_LEN, make_data, make_module, make_trainer, write_model
 from sliced_models import WINDOWS, dense_model, logits
-from tiny import tiny_model
+from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.callbacks import DLP, DynamicSlicing, ShortGPT, SliceGPT
@@ -17,6 +18,7 @@ from prunelight.planning.slice_widths import (
     redundancies,
 )
 from prunelight.scoring.block_influence import block_influences
+from prunelight.training.text_datamodule import TextDataModule
 
 
 def test_a_base_equal_to_the_ratio_is_slicegpt():
@@ -69,6 +71,115 @@ def test_a_sweep_leaves_the_model_alone_and_tries_five_bases_by_default():
 def test_a_sweep_needs_two_windows():
     with pytest.raises(ValueError, match="1 calibration window cannot choose among 5 bases"):
         DynamicSlicing(0.25, round_to=2).plan(dense_model(), WINDOWS.reshape(1, -1))
+
+
+# --- shares by hand, a text of its own for the scores, single cuts -------------------------------
+
+
+def test_equal_shares_by_hand_are_slicegpt_and_each_layer_may_have_its_own():
+    model = dense_model()
+    even = DynamicSlicing(slice_ratios=[0.25] * 6).plan(model, WINDOWS)
+    assert even.steps == SliceGPT(0.25).plan(model, WINDOWS).steps
+    shares = [0.0, 0.5, 0.25, 0.3, 0.0, 0.75]
+    plan = DynamicSlicing(slice_ratios=shares).plan(model, WINDOWS)
+    assert plan.steps[0].residual_dims[1::2] == (32, 16, 24, 16, 32, 8)  # down to multiples of 8
+    assert plan.found["slice_ratio"] == pytest.approx(1 - 128 / 192)
+    assert plan.arguments["slice_ratios"] == shares
+    assert plan.scores == {}
+    pruned = prunelight.apply(copy.deepcopy(model), plan, WINDOWS)
+    assert parameter_count(pruned) == plan.found["parameters"]
+
+
+def test_shares_by_hand_are_one_for_each_layer():
+    method = DynamicSlicing(slice_ratios=[0.25] * 5)
+    with pytest.raises(ValueError, match="slice_ratios holds 5 shares for 6 decoder layers; give"):
+        method.plan(dense_model(), WINDOWS)
+    with pytest.raises(ValueError, match="round_to=8 leaves nothing of hidden_size=32"):
+        DynamicSlicing(slice_ratios=[0.25] * 5 + [0.9]).check(dense_model())
+
+
+def test_layers_are_scored_on_a_text_of_their_own_and_rotated_on_the_other():
+    model, other = copy.deepcopy(dense_model()), token_windows(8, 16, seed=9)
+    method = DynamicSlicing(0.3, 0.0, round_to=1)
+    plan = method.plan(model, WINDOWS, redundancy_windows=other)
+    assert plan.scores["block_influence"] == block_influences(model, other).mean
+    assert plan.scores["block_influence"] != block_influences(model, WINDOWS).mean
+    assert plan.calibration == method.plan(model, WINDOWS).calibration
+    assert plan.found["redundancy_windows"]["fingerprint"] != plan.calibration["fingerprint"]
+    same = method.plan(model, WINDOWS, redundancy_windows=WINDOWS)
+    assert same.steps == method.plan(model, WINDOWS).steps
+
+
+def test_a_fit_scores_on_the_text_that_the_method_names(name, tmp_path):
+    text = tmp_path / "other.txt"
+    bases = []
+    for words in ("a b c d e f g h ", "zebra quick brown fox "):
+        text.write_text(words * 400)
+        root = tmp_path / words[0]
+        root.mkdir()
+        method = DynamicSlicing(0.3, 0.0, redundancy_text=str(text))
+        make_trainer(root, method).fit(make_module(name), make_data(name, tmp_path))
+        bases += [path.name for path in root.glob("pruned-*")]
+        (plan,) = json.loads((root / "report.json").read_text())["plans"]
+        assert plan["arguments"]["redundancy_text"] == str(text)
+        assert plan["found"]["redundancy_windows"]["num_samples"] == 4
+        model, tokenizer = prunelight.load(name)
+        drawn = TextDataModule(tokenizer, calibration=str(text), seq_len=SEQ_LEN, num_calibration=4)
+        expected = block_influences(model, drawn.calibration_windows()).mean
+        assert plan["scores"]["block_influence"] == pytest.approx(expected)
+    assert len({*bases}) == 2, "another content of the file is another base"
+
+
+def test_a_text_of_its_own_that_cannot_be_read_is_named_before_anything_is_computed(name, tmp_path):
+    method = DynamicSlicing(0.3, 0.0, redundancy_text="nowhere.txt")
+    with pytest.raises(FileNotFoundError, match=r"redundancy_text='nowhere.txt': .*does not exist"):
+        make_trainer(tmp_path, method).fit(make_module(name), make_data(name, tmp_path))
+    assert not list(tmp_path.glob("pruned-*"))
+    nameless = tiny_model()
+    nameless.config._name_or_path = ""
+    method = DynamicSlicing(0.3, 0.0, round_to=2, redundancy_text="sample:validation")
+    with pytest.raises(ValueError, match="this model has no name to find it by; load it with"):
+        method.plan(nameless, WINDOWS)
+
+
+def test_the_layer_whose_cut_alone_costs_least_is_the_most_redundant():
+    model = dense_model()
+    plan = DynamicSlicing(0.5, 0.0, score="single_cut").plan(model, WINDOWS)
+    told, redundancy = plan.scores["single_cut"], plan.scores["layer_redundancy"]
+    assert redundancy[told.index(min(told))] == 1
+    assert redundancy[told.index(max(told))] == 0
+    for layer in (0, 3):  # by hand: sliced on the first six windows, judged on the last two
+        shares = [0.5 if i == layer else 0.0 for i in range(6)]
+        alone = DynamicSlicing(slice_ratios=shares).plan(model, WINDOWS)
+        cut = prunelight.apply(copy.deepcopy(model), alone, WINDOWS[:6])
+        assert prunelight.perplexity(cut, WINDOWS[6:]) == pytest.approx(told[layer], rel=1e-4)
+    with pytest.raises(ValueError, match="1 calibration window cannot score layers by score='sin"):
+        DynamicSlicing(0.5, 0.0, score="single_cut").plan(model, WINDOWS.reshape(1, -1))
+
+
+NO_EFFECT = {
+    "slice_ratio": {"slice_ratio": 0.2},
+    "parameter_ratio": {"parameter_ratio": 0.2},
+    "base_ratio": {"base_ratio": 0.1},
+    "redundancy_text": {"redundancy_text": "alpaca"},
+    "score": {"score": "single_cut"},
+}
+
+
+@pytest.mark.parametrize("argument", NO_EFFECT)
+def test_arguments_without_effect_beside_shares_by_hand_are_refused(argument):
+    with pytest.raises(ValueError, match=f"{argument}=.* has no effect with slice_ratios"):
+        DynamicSlicing(slice_ratios=[0.2] * 6, **NO_EFFECT[argument])
+
+
+def test_windows_to_score_on_that_have_no_effect_are_refused():
+    for method, told in (
+        (DynamicSlicing(slice_ratios=[0.2] * 6), "slice_ratios="),
+        (DynamicSlicing(0.2, redundancy_text="alpaca"), "redundancy_text='alpaca'"),
+        (DynamicSlicing(0.2, score="single_cut"), "score='single_cut'"),
+    ):
+        with pytest.raises(ValueError, match=f"redundancy_windows has no effect with {told}"):
+            method.plan(dense_model(), WINDOWS, redundancy_windows=WINDOWS)
 
 
 PARAMETER_TARGETS = {
@@ -153,6 +264,17 @@ def test_a_sweep_without_tokens_to_judge_by_is_refused():
 
 
 WRONG = {
+    "share by hand": (
+        lambda: DynamicSlicing(slice_ratios=[0.2, 1.0]),
+        r"slice_ratios\[1\]=1.0 must lie in \[0, 1\)",
+    ),
+    "no share by hand": (lambda: DynamicSlicing(slice_ratios=[]), "slice_ratios=.* not be empty"),
+    "score": (lambda: DynamicSlicing(0.3, score="no"), "score='no' must be one of block_influence"),
+    "no text": (lambda: DynamicSlicing(0.3, redundancy_text=""), "redundancy_text=.*not be empty"),
+    "a text that nothing is scored on": (
+        lambda: DynamicSlicing(0.3, redundancy_text="c4", score="single_cut"),
+        "redundancy_text='c4' has no effect with score='single_cut'",
+    ),
     "no ratio": (lambda: SliceGPT(), "give exactly one"),
     "both ratios": (lambda: SliceGPT(0.2, parameter_ratio=0.2), "give exactly one"),
     "ratio of 1": (lambda: DynamicSlicing(1.0), r"slice_ratio=1.0 must lie in \[0, 1\)"),

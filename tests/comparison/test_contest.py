@@ -321,3 +321,57 @@ def test_recovered_cells_are_fits_that_are_measured_like_the_others(model, tmp_p
     assert len(before) == 5
     assert compare(settings).rows == summary.rows
     assert results_of(settings) == before
+
+
+# --- a sweep, at each method's own ratio ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept_contest(model, tmp_path_factory):
+    base = {"class_path": "prunelight.callbacks.DynamicSlicing", "init_args": {"round_to": 2}}
+    settings = ComparisonSettings(
+        ModelSettings(model, "float32"),
+        [
+            {**base, "sweep": {"base_ratio": [0.2, 0.0, 0.1]}},
+            {**base, "label": "half", "sweep": {"signal": ["residual", "normalized"]}},
+            METHODS[0],
+            METHODS[3],
+        ],
+        amounts=[0.34],
+        zeros=[0.5],
+        equal="ratio",
+        data=replace(DATA, num_calibration=8),
+        out=str(tmp_path_factory.mktemp("swept") / "out"),
+    )
+    return settings, compare(settings)
+
+
+def test_a_sweep_is_a_method_for_each_value(swept_contest):
+    rows = rows_of(swept_contest[1])
+    bases = [f"DynamicSlicing, base_ratio {base}" for base in (0.2, 0.0, 0.1)]
+    signals = ["half, signal residual", "half, signal normalized"]
+    assert [*rows] == ["dense", *bases, *signals, "ShortGPT", "DLP"]
+    assert [rows[label].arguments["base_ratio"] for label in bases] == [0.2, 0.0, 0.1]
+    assert all(row.measured for row in rows.values())
+
+
+def test_at_equal_ratio_each_method_removes_the_amount_of_its_own_measure(swept_contest):
+    rows = rows_of(swept_contest[1])
+    assert rows["ShortGPT"].arguments == {"ratio": 0.34}
+    assert rows["ShortGPT"].layers == round(0.66 * 6)
+    assert rows["half, signal residual"].arguments["slice_ratio"] == 0.34
+    assert rows["DLP"].group == "zeros"
+    assert rows["DLP"].arguments == {"sparsity": 0.5}
+    assert {row.group for row in rows.values()} == {"parameters", "ratio", "zeros"}  # dense first
+
+
+def test_the_page_draws_a_curve_over_the_swept_numbers_for_each_text(swept_contest):
+    settings, summary = swept_contest
+    page = (Path(settings.out) / "report.html").read_text(encoding="utf-8")
+    assert [*summary.dense.perplexity] == ["wikitext2", "instructions"]
+    for text in summary.dense.perplexity:
+        assert f"Perplexity on {text} against base_ratio" in page
+    assert "against signal" not in page, "words have no axis"
+    assert "0.34 of the method's own measure removed" in page.replace("&#39;", "'")
+    told = json.loads((Path(settings.out) / "comparison.json").read_text(encoding="utf-8"))
+    assert told["verdict"][0].startswith("At 34% fewer layers, or less width, ")

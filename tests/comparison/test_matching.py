@@ -5,8 +5,9 @@ import torch
 from tiny import tiny_model, token_windows
 
 import prunelight
-from prunelight.comparison.amounts.matching import ladder, nearest
-from prunelight.comparison.methods import entrants_of
+from prunelight.callbacks import ShortGPT
+from prunelight.comparison.amounts.matching import ladder, nearest, own_ratio
+from prunelight.comparison.methods import Entrant, entrants_of
 from prunelight.models.sizes import parameter_count
 
 ARGUMENTS = {
@@ -81,6 +82,16 @@ def test_no_other_choice_is_nearer(name):
         best = nearest(one, model, target)
         distances = [abs(rung.share - target) for rung in ladder(one, model)]
         assert abs(best.share - target) == min(distances)
+
+
+def test_a_method_without_its_own_ratio_cannot_be_asked_by_it():
+    class ByNumber(ShortGPT):
+        def __init__(self, num_layers: int) -> None:
+            super().__init__(num_layers=num_layers)
+
+    made = Entrant("mine", ByNumber, {}, "depth")
+    with pytest.raises(ValueError, match="mine has no argument ratio to be asked by; compare it"):
+        own_ratio(made, 0.25)
 
 
 def test_zeros_are_asked_for_as_zeros():

@@ -42,6 +42,7 @@ def settings(**changes):
         ({"max_kld": 0.1, "min_top1": 0.9}, "give one of the two"),
         ({"limit": 5}, "limit=5 has no effect without tasks"),
         ({"equal": "latency", "max_kld": 0.1}, "equal='latency' has no effect with max_kld=0.1"),
+        ({"equal": "ratio", "max_kld": 0.1}, "equal='ratio' has no effect with max_kld=0.1"),
         (
             {"equal": "latency", "launcher": LauncherSettings("joblib", n_jobs=2)},
             "equal='latency' measures time, which 2 processes on one device disturb",
@@ -116,6 +117,18 @@ def test_a_launcher_without_its_package_names_the_pip_line(monkeypatch):
             "parameter_ratio=0.2 of ShortGPT says how much",
         ),
         ({**SHORTGPT, "init_args": {"ratio": 0.2}}, ValueError, "ratio=0.2 of ShortGPT says how"),
+        (
+            {**SHORTGPT, "sweep": ["score"]},
+            TypeError,
+            r"sweep=\['score'\] must be a mapping of one argument",
+        ),
+        ({**SHORTGPT, "sweep": {"score": []}}, ValueError, "sweep of score: .* at least one value"),
+        ({**SHORTGPT, "sweep": {"num_layers": [1]}}, ValueError, "num_layers=1 of ShortGPT says"),
+        (
+            {**SHORTGPT, "init_args": {"score": "angular"}, "sweep": {"score": ["reverse"]}},
+            ValueError,
+            "score='angular' stands beside a sweep of score",
+        ),
         (
             {"class_path": "DLP", "init_args": {"schedule": {"end": 3}}},
             ValueError,

@@ -77,6 +77,16 @@ METHODS = {
     "DynamicSlicing, sweep": Method(
         lambda: DynamicSlicing(0.7, round_to=2, embedding="full"), slices=True
     ),
+    "DynamicSlicing, by hand": Method(
+        lambda: DynamicSlicing(
+            slice_ratios=[0.75, 0.75, 0.8, 0.65, 0.7, 0.75], round_to=2, embedding="full"
+        ),
+        slices=True,
+    ),
+    "DynamicSlicing, single cuts": Method(
+        lambda: DynamicSlicing(0.7, 0.65, round_to=2, embedding="full", score="single_cut"),
+        slices=True,
+    ),
     "DLP, Wanda": Method(lambda: DLP(0.5), sparsity=0.5),
     "DLP, Wanda's variant": Method(lambda: DLP(0.5, solver="wanda_variant"), sparsity=0.5),
     "DLP, SparseGPT": Method(lambda: DLP(0.5, solver="sparsegpt"), sparsity=0.5),

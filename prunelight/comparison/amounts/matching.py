@@ -7,6 +7,7 @@ comparison gives the share that was counted on the pruned model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
@@ -15,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunelight.callbacks.slicegpt import SliceGPT
-from prunelight.comparison.methods import Entrant
+from prunelight.comparison.methods import OWN_RATIOS, Entrant
 from prunelight.models.sizes import depth_unit_sizes, parameter_count
 from prunelight.pruning.slicing.shared_rotation import shared_parameters
 from prunelight.pruning.slicing.slice_hidden import check_sliceable
@@ -62,6 +63,25 @@ def nearest(entrant: Entrant, model: PreTrainedModel, target: float) -> Rung:
             f"not {target:.1%}; lower the amount"
         )
     return best
+
+
+def own_ratio(entrant: Entrant, share: float) -> Rung:
+    """Return the choice that a method is asked for where amounts are shares of its own measure.
+
+    Args:
+        entrant: the method.
+        share: of the decoder layers, of the hidden width, of the neurons, or of zeros.
+
+    Raises:
+        ValueError: if the method has no argument for such a share.
+    """
+    name = OWN_RATIOS[entrant.kind]
+    if name not in inspect.signature(entrant.made).parameters:
+        raise ValueError(
+            f"{entrant.label} has no argument {name} to be asked by; compare it with "
+            "equal='parameters'"
+        )
+    return Rung({name: share}, share)
 
 
 def ladder(entrant: Entrant, model: PreTrainedModel) -> list[Rung]:

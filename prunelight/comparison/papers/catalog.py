@@ -60,6 +60,18 @@ PAPERS = {
                 "reproduce_dynamic_slicing_methods.yaml",
                 "Are widths by Layer Redundancy better than SliceGPT's equal ones?",
             ),
+            "base": Table(
+                "reproduce_dynamic_slicing_base.yaml",
+                "Which base ratio is best at each slice ratio?",
+            ),
+            "signal": Table(
+                "reproduce_dynamic_slicing_signal.yaml",
+                "Components of the residual, or of the normalized signal?",
+            ),
+            "scores": Table(
+                "reproduce_dynamic_slicing_scores.yaml",
+                "Does the text of Layer Redundancy matter, and do single cuts say the same?",
+            ),
         },
     ),
     "slm": Paper(

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from prunelight.comparison.papers.beside import beside_published, note_on_published
 from prunelight.comparison.statistics import Paired
 from prunelight.comparison.telling.summary import Row, Summary, mean_log_perplexity
+from prunelight.comparison.telling.sweeps import LEAD_OF_SWEEPS, sweep_charts
 from prunelight.comparison.telling.table import head, interval, lines, place
 from prunelight.comparison.telling.writing import HOW_TO_READ, LATENCY_NOTE
 from prunelight.evaluation.report.page.charts import bar_chart, heat_map, scatter
@@ -59,6 +60,7 @@ def page(summary: Summary, told: list[str]) -> str:
                 "Where the interval of the difference holds 0, the method ties with the best."
             ),
         ),
+        Section("What the swept argument does", sweep_charts(summary), lead=LEAD_OF_SWEEPS),
         Section("Tasks", _tasks(summary)),
         Section("Which layers go", _decisions(summary), lead=_LEAD_OF_DECISIONS),
         Section("What the paper published", _published(summary), lead=note_on_published(summary)),
@@ -92,6 +94,7 @@ def _fronts(summary: Summary) -> list[Markup]:
     parts = []
     names = {
         "parameters": "share of all parameters removed (%)",
+        "ratio": "share of all parameters removed (%)",
         "zeros": "share of zeros in the decoder layers (%)",
     }
     for group, label in names.items():

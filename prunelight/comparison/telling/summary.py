@@ -24,7 +24,7 @@ class Row:
 
     Attributes:
         label: of the method; "dense" for the dense model.
-        group: what `asked` is a share of: "parameters" or "zeros".
+        group: what `asked` is a share of: "parameters", "zeros" or a method's own "ratio".
         asked: share that was asked for; None for the dense model.
         recovered: the model was trained after the pruning.
         arguments: of the method.
@@ -177,7 +177,7 @@ def summarize(
     )
     if settings.quality_target is None:
         _rank(summary, dict(zip(map(id, rows), results, strict=True)))
-    for group in ("parameters", "zeros"):
+    for group in ("parameters", "ratio", "zeros"):
         _mark_front(rows, group)
     return summary
 

@@ -26,6 +26,13 @@ def short_head(summary: Summary) -> list[str]:
     return [name for name in head(summary) if not name.startswith("flips ")]
 
 
+AMOUNT_OF = {  # group of rows -> what an amount is a share of
+    "zeros": "zeros",
+    "ratio": "of the method's own measure removed (layers, width or neurons)",
+    "parameters": "of the parameters removed",
+}
+
+
 def lines(summary: Summary, *, intervals: bool = True) -> list[tuple[str, list[list[str]]]]:
     """Return (title of a part, its rows); the dense model is the first part.
 
@@ -40,7 +47,7 @@ def lines(summary: Summary, *, intervals: bool = True) -> list[tuple[str, list[l
         elif summary.settings.equal == "latency":
             title = f"{asked:.3g} of the time of a generation saved"
         else:
-            title = f"{asked:.3g} {'zeros' if group == 'zeros' else 'of the parameters removed'}"
+            title = f"{asked:.3g} {AMOUNT_OF[group]}"
         title += ", recovered" if recovered else ""
         ordered = sorted(rows, key=_order)
         parts.append((title, [_line(summary, row, intervals) for row in ordered]))

@@ -43,6 +43,8 @@ def _of_contest(
 ) -> list[str]:
     same_time = summary.settings.equal == "latency"
     what = f"{asked:.0%} zeros" if group == "zeros" else f"{asked:.0%} fewer parameters"
+    if group == "ratio":
+        what = f"{asked:.0%} fewer layers, or less width"
     what = f"{asked:.0%} less time of a generation" if same_time else what
     after = " after recovery" if recovered else ""
     best = next(row for row in rows if row.on_text and row.on_text.best)

@@ -73,9 +73,21 @@ def _probe(python: str) -> dict[str, str]:
 
 
 def read_with_vllm(
-    vllm: VLLM, directory: Path, windows: Sequence[Sequence[int]], vocabulary: int
+    vllm: VLLM,
+    directory: Path,
+    windows: Sequence[Sequence[int]],
+    vocabulary: int,
+    *,
+    dtype: str = "float32",
 ) -> Reading:
     """Return the log-probabilities that vLLM computes for windows of token ids.
+
+    Args:
+        vllm: where it is.
+        directory: of the model.
+        windows: of token ids.
+        vocabulary: number of tokens.
+        dtype: in which it computes; its kernels for packed weights know no float32.
 
     Raises:
         RuntimeError: if vLLM refuses the directory; says what it said last.
@@ -87,6 +99,7 @@ def read_with_vllm(
             "directory": str(directory),
             "windows": [[*window] for window in windows],
             "vocabulary": vocabulary,
+            "dtype": dtype,
             "output": str(output),
             "complaint": str(complaint),
         }

@@ -44,7 +44,7 @@ def read(job: dict[str, Any]) -> None:
     windows, size = job["windows"], job["vocabulary"]
     engine = LLM(
         model=job["directory"],
-        dtype="float32",
+        dtype=job["dtype"],
         enforce_eager=True,
         max_model_len=max(map(len, windows)) + 8,
         kv_cache_memory_bytes=_CACHE_BYTES,  # it takes nearly all memory otherwise

@@ -27,6 +27,7 @@ from prunelight.models.families.architectures import is_sliced, names_apart, sta
 from prunelight.models.families.config_fields import decoder_config, narrowest_head
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.own_classes.sliced import SHORTCUTS
+from prunelight.models.packed.grids import is_on_grid
 
 PICKS_EXPERTS, GATE = "picks experts", "gate, with fewer values than an attention head"
 _ENCODER_STATES = "encoder_hidden_states is not None"
@@ -252,6 +253,11 @@ def _own_weights(module: nn.Module) -> Iterator[str]:
 
 def _check_unpacked(name: str, linear: nn.Module) -> None:
     weight: Any = linear.weight
+    if is_on_grid(linear):
+        raise TypeError(
+            f"{name} is a quantized {type(linear).__name__} (GPTQ): prune first, save, and "
+            "quantize the result (prunelight export DIR --to gptq)"
+        )
     if not weight.is_floating_point() or weight.element_size() == 1 or weight.shape[-1] == 1:
         raise TypeError(
             f"{name} is a quantized {type(linear).__name__} ({weight.dtype}): prune first, save, "

@@ -1,0 +1,1 @@
+"""Fewer bits for the weights of a model, made up for by the weights that come later (GPTQ)."""
