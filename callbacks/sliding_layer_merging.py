@@ -42,7 +42,7 @@ from prunelight.planning.steps import MergeLayers
 from prunelight.pruning.merge_layers import check_mergeable, merged_layer
 from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
-from prunelight.scoring.bounded_search import BoundedSearch, part_windows
+from prunelight.scoring.bounded.search import BoundedSearch, part_windows
 from prunelight.scoring.model_variants import MergedVariants, VariantReplay
 
 log = logging.getLogger(__name__)

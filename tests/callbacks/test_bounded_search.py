@@ -10,7 +10,7 @@ from tiny import tiny_model, token_windows
 
 from prunelight.callbacks import ShortGPT, SlidingLayerMerging
 from prunelight.models.families.layers import decoder_layers
-from prunelight.scoring.bounded_search import MOST_FORWARDS, part_windows
+from prunelight.scoring.bounded.search import MOST_FORWARDS, part_windows
 
 WINDOWS = token_windows(6, 16)
 
