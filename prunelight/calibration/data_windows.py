@@ -77,7 +77,8 @@ def validation_windows_of(data: Any, limit: int | float = 1.0) -> Windows:
     """Return the held-out windows, on which dense, pruned and recovered model are compared.
 
     Args:
-        data: a data module with `validation_windows()`, or with `val_dataloader()`.
+        data: a data module with `validation_windows()`, or with `val_dataloader()`. Of several
+            dataloaders the first one counts.
         limit: batches that are taken of each dataloader, or the share of them, as in
             `Trainer(limit_val_batches=)`.
 
@@ -87,9 +88,56 @@ def validation_windows_of(data: Any, limit: int | float = 1.0) -> Windows:
     if hasattr(data, "validation_windows"):
         return checked_windows(data.validation_windows(), "validation_windows")
     with _fixed_seed():
-        return _windows_of(
-            _batches_of(_loaders_of(data, "val_dataloader"), limit), "val_dataloader", None
-        )
+        loaders = named_loaders(_loaders_of(data, "val_dataloader"))
+        first = next(iter(loaders.values()), None)
+        return _windows_of(_batches_of(first, limit), "val_dataloader", None)
+
+
+def further_windows_of(data: Any, limit: int | float = 1.0) -> dict[str, Windows]:
+    """Return the windows of each held-out text behind the first, by its name.
+
+    Args:
+        data: a data module with `further_validation_windows()`, or whose `val_dataloader()` gives
+            a list or a mapping of dataloaders.
+        limit: as in `validation_windows_of`.
+
+    Raises:
+        ValueError: if one gives no batch, or one without token ids.
+    """
+    if hasattr(data, "validation_windows"):
+        if not hasattr(data, "further_validation_windows"):
+            return {}
+        return {
+            name: checked_windows(windows, f"further_validation_windows of {name!r}")
+            for name, windows in data.further_validation_windows().items()
+        }
+    with _fixed_seed():
+        loaders = named_loaders(_loaders_of(data, "val_dataloader"))
+        return {
+            name: _windows_of(_batches_of(loader, limit), f"val_dataloader of {name!r}", None)
+            for name, loader in [*loaders.items()][1:]
+        }
+
+
+def further_names_of(data: Any) -> tuple[str, ...]:
+    """Return the names of the held-out texts behind the first; reads no text of a TextDataModule.
+
+    A list of dataloaders has the names "1", "2", ... behind the first.
+    """
+    if hasattr(data, "validation_windows"):
+        return tuple(getattr(data, "validation_names", ()))[1:]
+    return tuple(named_loaders(_loaders_of(data, "val_dataloader")))[1:]
+
+
+def named_loaders(loaders: Any) -> dict[str, Any]:
+    """Return what a dataloader hook returned by name: keys of a mapping, or places in a list."""
+    if loaders is None:
+        return {}
+    if isinstance(loaders, Mapping):
+        return {str(name): loader for name, loader in loaders.items()}
+    if isinstance(loaders, (list, tuple)) and all(isinstance(x, DataLoader) for x in loaders):
+        return {str(place): loader for place, loader in enumerate(loaders)}
+    return {"0": loaders}
 
 
 def has_validation_batches(data: Any, limit: int | float) -> bool:

@@ -13,10 +13,16 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from prunelight.calibration.data_windows import has_validation_batches, validation_windows_of
+from prunelight.calibration.data_windows import (
+    further_names_of,
+    further_windows_of,
+    has_validation_batches,
+    validation_windows_of,
+)
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.evaluation.examiners import Examiner, examiners_among, random_state_kept
+from prunelight.evaluation.further_texts import TextsExaminer
 from prunelight.evaluation.probes.dense_divergence import DenseDivergence
 from prunelight.evaluation.probes.examiner import (
     ProbesExaminer,
@@ -79,12 +85,37 @@ def added_examiners(run: Run) -> list[Examiner]:
 
 
 def _own_examiners(run: Run) -> list[Examiner]:
+    texts = _texts_examiner(run)
     if not run.probes:
-        return []
+        return texts
     samples = SamplesExaminer()
     directory = partial(Path, run.place.root, DENSE_PREDICTIONS)
     divergence = DenseDivergence(directory, partial(held_out_windows, run))
-    return [samples, ProbesExaminer(samples), divergence]
+    return [*texts, samples, ProbesExaminer(samples), divergence]
+
+
+def _texts_examiner(run: Run) -> list[Examiner]:
+    """Return what measures the held-out texts behind the first; nothing where there is one."""
+    if not further_names(run):
+        return []
+    return [TextsExaminer(partial(further_windows, run), partial(_protocols, run))]
+
+
+def further_names(run: Run) -> tuple[str, ...]:
+    """Return the names of the held-out texts behind the first."""
+    place = run.place
+    has_text = place.gives("validation_windows") or place.gives("val_dataloader")
+    return further_names_of(place.data) if has_text else ()
+
+
+def further_windows(run: Run) -> dict[str, Windows]:
+    """Return the windows of each held-out text behind the first, by its name."""
+    return further_windows_of(run.place.data, run.place.limit_val_batches)
+
+
+def _protocols(run: Run) -> dict[str, str]:
+    told: dict[str, str] = getattr(run.place.data, "validation_protocols", dict)()
+    return told
 
 
 def examine_stage(
@@ -141,11 +172,15 @@ def describe_evaluation(run: Run) -> dict[str, Any]:
     """Return facts about the held-out windows, and the settings of what examines the stages."""
     data = run.place.data
     source = getattr(data, "sources", {}).get("validation", type(data).__name__)
+    first: dict[str, Any] = {}
+    if isinstance(source, dict):
+        name, source = next(iter(source.items()))
+        first = {"first_text": name, "protocol": _protocols(run)[name]}
     windows = describe_windows(*split_windows(held_out_windows(run)))
     timing = {} if run.latency is None else {"latency": asdict(run.latency)}
     examined = {each.examines: each.describe_examination() for each in examiners_of(run)}
     settings = {"examined": json.loads(json.dumps(examined))} if examined else {}
-    return {"source": without_folders(str(source)), **windows, **timing, **settings}
+    return {"source": without_folders(str(source)), **first, **windows, **timing, **settings}
 
 
 def warn_of_collapse(record: RunRecord) -> None:

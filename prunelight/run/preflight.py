@@ -40,6 +40,8 @@ from prunelight.run.measurements import (
     changed_examinations,
     describe_evaluation,
     examiners_of,
+    further_names,
+    further_windows,
     held_out_windows,
     measures_the_same,
 )
@@ -203,21 +205,28 @@ def watched_metrics(facts: Facts) -> None:
     """Callbacks that watch a metric of ours name it right, and know which end of it is best."""
     if facts.run.settings.recovery == "own" or facts.run.place.stage != "fit":
         return
+    texts = further_names(facts.run)
+    known = METRICS | {
+        f"{metric}/{text}": mode
+        for metric, mode in METRICS.items()
+        for text in texts
+        if metric.startswith("val/")
+    }
     for callback in facts.run.place.trainer.callbacks:  # type: ignore[attr-defined]
         monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
         if not isinstance(monitor, str) or mode not in ("min", "max"):
             continue
         name = type(callback).__name__
-        near = get_close_matches(monitor, METRICS, n=1, cutoff=0.75)
-        if monitor not in METRICS and near:
+        near = get_close_matches(monitor, known, n=1, cutoff=0.75)
+        if monitor not in known and near:
             raise ValueError(
-                f"{name}(monitor={monitor!r}): the metrics are {', '.join(METRICS)}; did you mean "
+                f"{name}(monitor={monitor!r}): the metrics are {', '.join(known)}; did you mean "
                 f"{near[0]}?"
             )
-        if monitor in METRICS and mode != METRICS[monitor]:
+        if monitor in known and mode != known[monitor]:
             raise ValueError(
                 f"{name}(monitor={monitor!r}, mode={mode!r}) would keep the worst step; set "
-                f"mode={METRICS[monitor]!r}"
+                f"mode={known[monitor]!r}"
             )
 
 
@@ -449,6 +458,8 @@ def calibration(facts: Facts) -> None:
 def held_out(facts: Facts) -> None:
     """The held-out windows fit the model."""
     check_windows(facts.model, facts.held_out)
+    for windows in further_windows(facts.run).values():
+        check_windows(facts.model, share_windows(windows, facts.run.place.group))
 
 
 # These ask Lightning how many steps there are, on all processes together.

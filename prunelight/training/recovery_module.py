@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunelight.calibration.data_windows import check_batch
+from prunelight.calibration.data_windows import check_batch, named_loaders
 from prunelight.calibration.windows import check_readable
 from prunelight.evaluation.metrics import TokenAccuracy, TokenPerplexity
 from prunelight.evaluation.report.record import RunRecord
@@ -186,6 +186,8 @@ class RecoveryModule(WatchedModule):
         )
         self.val_perplexity = TokenPerplexity()
         self.val_accuracy = TokenAccuracy()
+        self.further_metrics = nn.ModuleList()  # two a validation text behind the first
+        self._further_names: list[str] = []
         self.strict_loading = False  # checkpoints hold what is trained, `on_load_checkpoint` checks
         self.resuming = ExactResume(self.run, self._make_optimizer, self.given_arguments)
         self.changed = ChangedSettings()
@@ -338,7 +340,14 @@ class RecoveryModule(WatchedModule):
         self._own_tokens = 0
 
     def on_validation_epoch_start(self) -> None:
-        """See how the loss can be taken without all logits."""
+        """See how the loss can be taken without all logits, and how many texts there are."""
+        trainer = self.trainer
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        self._further_names = [*named_loaders(loaders)][1:]
+        for kind in (TokenPerplexity, TokenAccuracy) * len(self._further_names):
+            self.further_metrics.append(kind())
+        del self.further_metrics[2 * len(self._further_names) :]
+        self.further_metrics.to(self.device)
         self._evaluation_head = self.objective.separable_head(self.model)
 
     on_test_epoch_start = on_validation_epoch_start
@@ -349,8 +358,14 @@ class RecoveryModule(WatchedModule):
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to perplexity and next-token accuracy."""
+    def validation_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Add a batch to perplexity and next-token accuracy.
+
+        Those of the first text are `val/perplexity` and `val/accuracy`, those of another one
+        `val/perplexity/NAME` and `val/accuracy/NAME`.
+        """
         if self._evaluation_head is not None:
             inputs: dict[str, Tensor] = {
                 n: batch[n] for n in ("input_ids", "attention_mask") if n in batch
@@ -360,11 +375,25 @@ class RecoveryModule(WatchedModule):
             logits = self(batch["input_ids"], batch.get("attention_mask"))
             sums = next_token_sums(logits, batch["labels"])
         nll, correct, tokens = sums
-        self.val_perplexity.update(nll, tokens)
-        self.val_accuracy.update(correct, tokens)
-        prefix = "test" if self.trainer.testing else "val"
-        self.log(f"{prefix}/perplexity", self.val_perplexity, prog_bar=True, on_epoch=True)
-        self.log(f"{prefix}/accuracy", self.val_accuracy, prog_bar=True, on_epoch=True)
+        prefix, place = "test" if self.trainer.testing else "val", 2 * (dataloader_idx - 1)
+        metrics: Any = [self.val_perplexity, self.val_accuracy]
+        names, suffix = ["val_perplexity", "val_accuracy"], ""
+        if dataloader_idx:
+            metrics = self.further_metrics[place : place + 2]
+            names = [f"further_metrics.{place}", f"further_metrics.{place + 1}"]
+            suffix = f"/{self._further_names[dataloader_idx - 1]}"
+        for label, metric, name, amount in zip(
+            ("perplexity", "accuracy"), metrics, names, (nll, correct), strict=True
+        ):
+            metric.update(amount, tokens)
+            self.log(
+                f"{prefix}/{label}{suffix}",
+                metric,
+                prog_bar=not suffix,
+                on_epoch=True,
+                add_dataloader_idx=False,
+                metric_attribute=name,
+            )
 
     test_step = validation_step
 

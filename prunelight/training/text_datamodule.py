@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from prunelight.calibration.windows import Windows
 from prunelight.data.corpus_reading import characters_of
 from prunelight.data.document_rows import cut_document, pack_documents
+from prunelight.data.held_out_texts import ROLE, Sources, check_texts, role_of, told_protocol
 from prunelight.data.instructions import instruction_example, is_instruction_row
 from prunelight.data.rows import Row
 from prunelight.data.sources import read_documents
@@ -39,6 +40,7 @@ from prunelight.data.token_windows import (
 )
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.loading import load_tokenizer
+from prunelight.planning.fingerprints import fingerprint_of
 from prunelight.runtime.arguments import NOT_EMPTY, SEED, at_least, checked
 from prunelight.training.resuming.resumable_loader import ResumableLoader
 
@@ -59,7 +61,9 @@ class TextDataModule(LightningDataModule):
     Args:
         tokenizer: a tokenizer, or the name of a model to load it from.
         train: source or sources of training rows, see `prunelight.data.sources.read_documents`.
-        validation: the same, for validation and test.
+        validation: the same, for validation and test. A mapping of names to sources takes several
+            texts: the first is what a run watches and compares its stages on, each other one has
+            figures of its own beside it.
         calibration: the same, for the windows that pruning looks at.
         seq_len: tokens of a text window, and the most of an instruction example.
         batch_size: examples per batch and process.
@@ -78,7 +82,8 @@ class TextDataModule(LightningDataModule):
         validation_seq_len: tokens of a validation window; None means `seq_len`.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or a text's name cannot stand in the name of a
+            metric.
     """
 
     @checked(
@@ -100,7 +105,7 @@ class TextDataModule(LightningDataModule):
         tokenizer: str | PreTrainedTokenizerBase,
         *,
         train: str | list[str] = "sample:train",
-        validation: str | list[str] = "sample:validation",
+        validation: str | list[str] | dict[str, str | list[str]] = "sample:validation",
         calibration: str | list[str] = "sample:calibration",
         seq_len: int = 512,
         batch_size: int = 4,
@@ -119,8 +124,14 @@ class TextDataModule(LightningDataModule):
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         self.tokenizer = tokenizer
+        if isinstance(validation, dict):
+            check_texts(validation)
         bos_token_id(tokenizer, bos)  # raises now rather than after minutes of other work
-        self.sources = {"train": train, "validation": validation, "calibration": calibration}
+        self.sources: dict[str, Sources] = {
+            "train": train,
+            "validation": validation,
+            "calibration": calibration,
+        }
         self.seq_len, self.batch_size, self.num_workers = seq_len, batch_size, num_workers
         self.calibration_seq_len = calibration_seq_len
         self.validation_seq_len = validation_seq_len
@@ -130,16 +141,29 @@ class TextDataModule(LightningDataModule):
         pad_token_id = next(token for token in tokens if token is not None)
         self._collate = partial(pad_examples, pad_token_id=pad_token_id)
         self._examples: dict[str, list[Example]] = {}
+        self._joined: dict[str, str] = {}  # role -> how its rows became a text
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what the stage needs; what is there already is kept."""
         roles = {"fit": ("train", "validation"), "predict": ()}
-        for role in roles.get(stage, ("validation",)) if stage else self.sources:
-            self.examples(role)
+        for role in roles.get(stage, (ROLE,)) if stage else self.sources:
+            for each in self._roles_of_texts() if role == ROLE else [role]:
+                self.examples(each)
+
+    @property
+    def validation_names(self) -> tuple[str, ...]:
+        """Names of the validation texts; none where `validation` names none."""
+        validation = self.sources[ROLE]
+        return tuple(validation) if isinstance(validation, dict) else ()
+
+    def _roles_of_texts(self) -> list[str]:
+        """Return the role of each validation text: that of the first one is "validation"."""
+        return [ROLE, *(role_of(name) for name in self.validation_names[1:])]
 
     def examples(self, role: str) -> list[Example]:
         """All examples of "train", "validation" or "calibration", read at the first call.
 
+        Of several validation texts, "validation" is the first and "validation/NAME" another one.
         Raises FileNotFoundError or ValueError if a source cannot be read or holds too few.
         """
         if role not in self._examples:
@@ -149,7 +173,7 @@ class TextDataModule(LightningDataModule):
     def seq_len_of(self, role: str) -> int:
         """Return the tokens of a window of "train", "validation" or "calibration"."""
         own = {"calibration": self.calibration_seq_len, "validation": self.validation_seq_len}
-        return own.get(role) or self.seq_len
+        return own.get(_kind(role)) or self.seq_len
 
     def calibration_windows(self) -> Windows:
         """The windows for pruning: `num_calibration` of the calibration examples, drawn by `seed`.
@@ -175,6 +199,20 @@ class TextDataModule(LightningDataModule):
     def validation_windows(self) -> Windows:
         """All validation examples: LongTensor (N, T), or for instructions a padded batch."""
         return self._windows(self.examples("validation"))
+
+    def further_validation_windows(self) -> dict[str, Windows]:
+        """Name of each validation text behind the first -> its windows."""
+        names = self.validation_names[1:]
+        return {name: self._windows(self.examples(role_of(name))) for name in names}
+
+    def validation_protocols(self) -> dict[str, str]:
+        """Name of each validation text -> how its windows were made; "" names an unnamed text."""
+        start = bos_token_id(self.tokenizer, self.bos) is not None
+        told = {}
+        for name, role in zip(self.validation_names or ("",), self._roles_of_texts(), strict=True):
+            lengths = [len(example[0]) for example in self.examples(role)]
+            told[name] = told_protocol(self._joined[role], lengths, self.seq_len_of(role), start)
+        return told
 
     def batch(self, role: str, places: Sequence[int]) -> dict[str, Tensor]:
         """Some examples of a role as one batch, see `pad_examples`."""
@@ -204,7 +242,9 @@ class TextDataModule(LightningDataModule):
 
     def describe_validation(self) -> str:
         """Return 16 hex digits of the validation examples, on which the best weights depend."""
-        return self._digest("validation")
+        first, *others = self._roles_of_texts()
+        digests = [self._digest(first), *(f"{role} {self._digest(role)}" for role in others)]
+        return digests[0] if not others else fingerprint_of(digests)
 
     def _digest(self, role: str) -> str:
         """Return 16 hex digits of the examples of a role."""
@@ -213,9 +253,19 @@ class TextDataModule(LightningDataModule):
             tokens.update(f"{part.shape}".encode() + part.numpy().tobytes())
         return tokens.hexdigest()[:16]
 
-    def val_dataloader(self) -> DataLoader:
-        """Batches of the validation examples, in order; over processes, none of them twice."""
-        examples = self.examples("validation")
+    def val_dataloader(self) -> DataLoader | dict[str, DataLoader]:
+        """Batches of the validation examples, in order; over processes, none of them twice.
+
+        Of several texts, a mapping of their names to such batches.
+        """
+        loaders = [self._validation_loader(role) for role in self._roles_of_texts()]
+        names = self.validation_names
+        return dict(zip(names, loaders, strict=True)) if names else loaders[0]
+
+    test_dataloader = val_dataloader
+
+    def _validation_loader(self, role: str) -> DataLoader:
+        examples = self.examples(role)
         share = self.trainer and self.trainer.distributed_sampler_kwargs
         if not share:
             return self._loader(examples, None)
@@ -225,8 +275,6 @@ class TextDataModule(LightningDataModule):
         filler = (ids, torch.full_like(ids, IGNORED_LABEL))
         examples = [*examples, *[filler] * (-len(examples) % share["num_replicas"])]
         return self._loader(examples, DistributedSampler(examples, **share, shuffle=False))  # type: ignore[arg-type]
-
-    test_dataloader = val_dataloader
 
     def describe(self) -> dict[str, Any]:
         """Plain facts for reports; counts only of what has been read so far."""
@@ -259,14 +307,15 @@ class TextDataModule(LightningDataModule):
         return batch["input_ids"] if all(e[0] is e[1] for e in examples) else batch
 
     def _build(self, role: str) -> list[Example]:
-        sources = self.sources[role]
-        split = "validation" if role == "validation" else "train"
+        sources = self._sources_of(role)
+        split = ROLE if _kind(role) == ROLE else "train"
         rows: list[Row] = []
         for source in [sources] if isinstance(sources, str) else sources:
             rows += read_documents(
                 source, split=split, text_field=self.text_field, enough=self._enough(role)
             )
         texts = [row[self.text_field] for row in rows if not is_instruction_row(row)]
+        self._joined[role] = " + ".join(dict.fromkeys(row.joined for row in rows if row.joined))
         packed = role == "train" and self.packing == "documents"
         read = self._documents if packed else partial(self._text_examples, role)
         examples = read(texts) if texts else []
@@ -274,27 +323,32 @@ class TextDataModule(LightningDataModule):
             examples += self._instruction_examples(role, filter(is_instruction_row, rows))
         if packed:
             examples = self._packed(examples)
-        wanted = self.num_validation if role == "validation" else None
+        wanted = self.num_validation if _kind(role) == ROLE else None
         if len(examples) < (wanted or 1):
-            held = (
-                f"{role}={sources!r} holds {len(examples)} examples of {self._told_seq_len(role)}"
-            )
+            of = role.replace("/", ".")
+            held = f"{of}={sources!r} holds {len(examples)} examples of {self._told_seq_len(role)}"
             remedy = "give more data, or lower seq_len or num_validation"
             raise ValueError(f"{held} but {wanted or 1} must be there; {remedy}")
         return examples[:wanted]
+
+    def _sources_of(self, role: str) -> str | list[str]:
+        sources = self.sources[_kind(role)]
+        if isinstance(sources, dict):
+            return sources[role.removeprefix(f"{ROLE}/") if role != ROLE else next(iter(sources))]
+        return sources
 
     def _enough(self, role: str) -> int | None:
         """Return the characters after which a streamed source may end; None if nobody knows."""
         windows = None
         if role == "calibration":
             windows = DRAWN_FROM * self.num_calibration
-        elif role == "validation":
+        elif _kind(role) == ROLE:
             windows = self.num_validation
         return None if windows is None else characters_of(windows * self.seq_len_of(role))
 
     def _told_seq_len(self, role: str) -> str:
         """Return the length of a role's windows under the name of the argument that gives it."""
-        name = f"{role}_seq_len"
+        name = f"{_kind(role)}_seq_len"
         name = name if getattr(self, name, None) is not None else "seq_len"
         return f"{name}={self.seq_len_of(role)}"
 
@@ -333,6 +387,11 @@ class TextDataModule(LightningDataModule):
             return instruction_example(row, self.tokenizer, seq_len=seq_len, bos=self.bos)
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from error
+
+
+def _kind(role: str) -> str:
+    """Return "validation" for each validation text, and any other role as it is."""
+    return role.partition("/")[0]
 
 
 def pad_examples(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Tensor]:

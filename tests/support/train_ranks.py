@@ -17,7 +17,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from methods_table import METHODS
-from runs import make_data, make_module, make_trainer, measure_speed_briefly
+from runs import TEXT, VARIED_TEXT, make_data, make_module, make_trainer, measure_speed_briefly
 
 from prunelight.models.families.matrices import matrices
 
@@ -32,22 +32,34 @@ class Digest(pl.Callback):
         self.digest = digest.hexdigest()
 
 
+def texts_of(root):
+    """Write two validation texts; return a mapping of their names to their files."""
+    root.mkdir(parents=True, exist_ok=True)
+    named = {"mill": TEXT, "symbols": VARIED_TEXT}
+    for label, text in named.items():
+        (root / f"{label}.txt").write_text(text, encoding="utf-8")
+    return {label: str(root / f"{label}.txt") for label in named}
+
+
 def fit(name, root, strategy, recovery, method, *, resume):
     root.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(0, verbose=False)
     settings, data = {"recovery": recovery}, {"batch_size": 1}
     if recovery == "int8":  # LoRA over 8 bits, from a teacher's cache of two files
         settings, data = {"quantization": "int8", "loss": "kd_topk"}, {"seq_len": 8}
+    if recovery == "texts":
+        settings, data = {}, {"batch_size": 1, "validation": texts_of(root)}
     module, data = make_module(name, **settings), make_data(name, root, **data)
     look = Digest()
     trainer = make_trainer(root, method.make(), look, devices=2, strategy=strategy)
     checkpoint = root / "checkpoints" / "epoch=0.ckpt" if resume else None
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    validated = trainer.validate(module, data, verbose=False)[0]
+    validated = trainer.validate(module, data, verbose=False)
+    further = {"further": validated[1]["val/perplexity/symbols"]} if recovery == "texts" else {}
     digests = [None, None]
     torch.distributed.all_gather_object(digests, look.digest)
     if trainer.is_global_zero:
-        told = {"digests": digests, "validated": validated["val/perplexity"]}
+        told = {"digests": digests, "validated": validated[0]["val/perplexity"], **further}
         (root / "digests.json").write_text(json.dumps(told))
 
 

@@ -284,7 +284,7 @@ def test_pruning_without_validation_batches_is_refused(bare, name, tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "samples"),
-    [(NoValidation, None), (ListOfLoaders, 8), (EndlessValidation, 6)],
+    [(NoValidation, None), (ListOfLoaders, 4), (EndlessValidation, 6)],
 )
 def test_a_recovery_measures_what_the_data_gives(data, samples, name, tmp_path):
     module = make_module(name, warmup_steps=0)

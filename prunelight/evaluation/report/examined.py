@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from prunelight.evaluation.probes.results import COLLAPSED, PROBES
-from prunelight.evaluation.report.figures import count, decimal
+from prunelight.evaluation.report.figures import count, decimal, further_texts
 from prunelight.evaluation.report.plan_facts import Json
-from prunelight.evaluation.report.record import Stage
+from prunelight.evaluation.report.record import RunRecord, Stage
 
 NOISE = 1.96  # standard errors within which two figures are a tie
 
@@ -29,6 +29,28 @@ def part(stage: Stage, name: str) -> Json:
     """Return what an examiner found of a stage; {} if nothing."""
     found = stage.examined.get(name)
     return found if isinstance(found, dict) else {}
+
+
+# --- held-out texts --------------------------------------------------------------------------
+
+
+def text_grid(record: RunRecord) -> Grid | None:
+    """Return perplexity and next-token accuracy on each text, and how its windows were made.
+
+    None where a run measured one text only.
+    """
+    stages, told = record.stages, record.evaluation
+    names = dict.fromkeys(name for stage in stages for name in further_texts(stage))
+    if not names:
+        return None
+    first = [str(told.get("first_text", "first text"))]
+    first += [f"{decimal(stage.perplexity)} ({stage.accuracy:.4f})" for stage in stages]
+    rows = [[*first, str(told.get("protocol", ""))]]
+    for name in names:
+        found = [further_texts(stage).get(name, {}) for stage in stages]
+        cells = [f"{decimal(x['perplexity'])} ({x['accuracy']:.4f})" if x else "" for x in found]
+        rows.append([name, *cells, str(next(x for x in found if x).get("protocol", ""))])
+    return Grid(["perplexity (next-token accuracy)", *(s.name for s in stages), "windows"], rows)
 
 
 # --- tasks -----------------------------------------------------------------------------------

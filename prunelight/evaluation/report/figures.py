@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from prunelight.evaluation.report.plan_facts import Json, PlanFacts, percent
@@ -62,8 +62,30 @@ def stage_rows(record: RunRecord) -> list[list[str]]:
             spread = stage.latency_deviation if name == "latency_seconds" else None
             shown = show(value) + (f" ± {spread:.3f}" if spread is not None else "")
             row.append(shown + ("" if stage is dense or show is percent else told))
+        if name == "perplexity":
+            row[0] += f" {first}" if (first := record.evaluation.get("first_text")) else ""
         rows.append(row)
+        if name == "accuracy":
+            rows += _further_rows(record.stages)
     return rows
+
+
+def _further_rows(stages: Sequence[Stage]) -> list[list[str]]:
+    """Return the perplexity on each held-out text behind the first, one row a text."""
+    told = [further_texts(stage) for stage in stages]
+    rows = []
+    for name in dict.fromkeys(name for texts in told for name in texts):
+        values = [texts.get(name, {}).get("perplexity") for texts in told]
+        cells = ["" if x is None else decimal(x) + change(x, values[0]) for x in values]
+        cells[0] = "" if values[0] is None else decimal(values[0])
+        rows.append([f"perplexity {name}", *cells])
+    return rows
+
+
+def further_texts(stage: Stage) -> dict[str, Json]:
+    """Return what was found of a stage on each held-out text behind the first."""
+    found = stage.examined.get("texts")
+    return found if isinstance(found, dict) else {}
 
 
 def _factor(stage: Stage, name: str) -> str:

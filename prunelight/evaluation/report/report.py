@@ -24,6 +24,7 @@ from prunelight.evaluation.report.examined import (
     samples_beside,
     serving_grid,
     task_grid,
+    text_grid,
 )
 from prunelight.evaluation.report.figures import (
     cost_rows,
@@ -281,6 +282,7 @@ def _examined_sections(record: RunRecord) -> list[str]:
     """Return what was examined of the stages besides, one section each."""
     parts: list[str] = []
     for title, grid in (
+        ("Held-out texts", text_grid(record)),
         ("Tasks", task_grid(record.stages)),
         ("Collapse probes", probe_grid(record.stages)),
         ("Divergence from the dense model", divergence_grid(record.stages)),
@@ -302,7 +304,8 @@ _HEADLINE = ("layers", "parameters", "zeros in decoder linears", "perplexity", "
 def _result(record: RunRecord) -> str:
     """Return the run in one sentence, and the true share removed beside the nominal ratios."""
     dense, last = record.stages[0], record.stages[-1]
-    rows = [row for row in stage_rows(record) if row[0] in _HEADLINE]
+    headline = {*_HEADLINE, f"perplexity {record.evaluation.get('first_text')}"}
+    rows = [row for row in stage_rows(record) if row[0] in headline]
     arrows = ", ".join(f"{row[0]} {row[1]} -> {row[-1]}" for row in rows)
     true = percent(1 - last.parameters / dense.parameters)
     if sparsified(record):

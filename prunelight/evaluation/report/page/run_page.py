@@ -15,6 +15,7 @@ from prunelight.evaluation.report.examined import (
     middle,
     speeds_of,
     tasks_of,
+    text_grid,
 )
 from prunelight.evaluation.report.figures import count, decimal, plans_of, sparsified, stage_rows
 from prunelight.evaluation.report.page.course import (
@@ -84,6 +85,8 @@ def _stages_section(record: RunRecord) -> Section:
     rows += _examined_rows(stages)
     parts: list[Markup | str] = [tiles(_tiles(record))] if len(stages) > 1 else []
     parts.append(table(["", *(stage.name for stage in stages)], rows))
+    if (texts := text_grid(record)) is not None:
+        parts.append(table(texts.head, texts.rows))
     if any(stage.factors for stage in stages):
         note = (
             "Speeds: each model was timed in turn with the dense one; the factor is the median "
