@@ -89,6 +89,14 @@ PAPERS = {
                 "reproduce_slm_methods.yaml",
                 "Is merging better than removing layers, or than width?",
             ),
+            "ablations": Table(
+                "reproduce_slm_ablations.yaml",
+                "How should windows merge, and how should layers be chosen?",
+            ),
+            "calibration": Table(
+                "reproduce_slm_calibration.yaml",
+                "How much do other calibration windows change?",
+            ),
         },
     ),
     "dlp": Paper(
