@@ -225,7 +225,8 @@ class BoundedSearch:
 
     def _refined(self, start: SlidingPass, target: int) -> list[SlidingPass]:
         """Return better and better sets, by rounds of swaps until nothing improves or can."""
-        search, found = self._score[0], []
+        search = self._score[0]
+        found: list[SlidingPass] = []
         best = start
         while True:
             try:
