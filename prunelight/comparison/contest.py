@@ -31,6 +31,7 @@ from prunelight.comparison.running.bench import Bench, bench_of
 from prunelight.comparison.running.cells import read_result
 from prunelight.comparison.running.fits import check_recovery
 from prunelight.comparison.running.launching import check_launcher, run_cells
+from prunelight.comparison.running.quantized import check_quantizations
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.comparison.telling.page import page
 from prunelight.comparison.telling.summary import Summary, summarize
@@ -55,6 +56,7 @@ def compare(settings: ComparisonSettings, command: str = "") -> Summary:
         RuntimeError: if another process runs the same comparison.
     """
     check_launcher(settings)
+    check_quantizations(settings.quantizations)
     entrants = entrants_of(settings.methods)
     for entrant in entrants:
         entrant.check()

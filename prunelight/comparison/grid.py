@@ -31,7 +31,7 @@ DENSE = "dense"
 # What another comparison in the same directory may differ in: its cells stand beside the others.
 _MAY_CHANGE = (
     *("methods", "amounts", "zeros", "seeds", "max_kld", "min_top1", "keep_models", "launcher"),
-    *("out", "tasks_dir", "published"),
+    *("out", "tasks_dir", "published", "quantizations", "quantize_first"),
 )
 
 
@@ -100,6 +100,9 @@ def start_key(settings: ComparisonSettings) -> str:
     values = settings.to_dict()
     for name in ("out", "launcher", "keep_models", "tasks_dir", "published"):
         del values[name]
+    for name in ("quantizations", "quantize_first"):
+        if not values[name]:  # an older version, which did not know it, found the same
+            del values[name]
     data = settings.data
     given = [data.calibration] if isinstance(data.calibration, str) else data.calibration
     sources = [*given, *data.texts.values()]
@@ -228,6 +231,9 @@ def _named(
         depends.append(facts["tasks"])
     if settings.equal == "latency":
         depends.append(settings.equal)
+    if settings.quantizations:
+        depends.append([settings.quantizations, settings.quantize_first])
+        depends.append(facts["calibration"][seed])
     if cell.label != DENSE:
         arguments = cell.arguments
         depends += [cell.method, method_version, arguments, facts["calibration"][seed], cell.fault]

@@ -20,11 +20,13 @@ from prunelight.runtime.arguments import (
     SEED,
     above,
     at_least,
+    check_choice,
     check_fields,
     checked_value,
     did_you_mean,
 )
 
+QUANTIZATIONS = ("nf4", "fp4", "int8", "gptq")
 KINDS = ("sequential", "joblib", "submitit")
 
 
@@ -172,6 +174,9 @@ class ComparisonSettings:
         launcher: how cells are run.
         out: directory of the comparison.
         published: table of a paper, "PAPER.TABLE", whose published figures stand on the page.
+        quantizations: measure each model in fewer bits too, after its pruning: nf4, fp4, int8 or
+            gptq (4 bits).
+        quantize_first: also prune models that are quantized already, where that is defined.
     """
 
     model: ModelSettings
@@ -192,6 +197,8 @@ class ComparisonSettings:
     launcher: LauncherSettings = field(default_factory=LauncherSettings)
     out: str = "runs/comparison"
     published: str | None = None
+    quantizations: list[str] = field(default_factory=list)
+    quantize_first: bool = False
 
     def __post_init__(self) -> None:
         check_fields(
@@ -230,6 +237,14 @@ class ComparisonSettings:
         if self.published is not None:
             published_tables(self.published)
         self._check_time()
+        for kind in self.quantizations:
+            check_choice("quantizations", kind, QUANTIZATIONS)
+        _check_different("quantizations", self.quantizations)
+        if self.quantize_first and not self.quantizations:
+            raise ValueError(
+                "quantize_first=True has no effect without quantizations; leave it out, or give "
+                "some such as [nf4, gptq]"
+            )
         if self.limit is not None and not self.tasks:
             raise ValueError(f"limit={self.limit} has no effect without tasks; leave it out")
         _check_different("amounts", self.amounts)

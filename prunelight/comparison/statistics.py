@@ -66,9 +66,7 @@ def paired(
     Raises:
         ValueError: if the methods were not measured on the same windows.
     """
-    for of_method in sums:
-        if [len(text) for text in of_method] != [len(text) for text in counts]:
-            raise ValueError("paired methods must be measured on the same windows; run them again")
+    _check_same_windows(sums, counts)
     values, drawn = _bootstrap(sums, counts, draws, seed)
     best = int(np.argmin(values) if lower_is_better else np.argmax(values))
     results = []
@@ -89,6 +87,40 @@ def paired(
             )
         )
     return results
+
+
+def combined(
+    sums: Sequence[Sequence[Sequence[float]]],
+    counts: Sequence[Sequence[float]],
+    weights: Sequence[float],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return a weighted sum of the values of methods, and its paired 95 % interval.
+
+    Args:
+        sums: [method][text][window], see `paired`.
+        counts: [text][window].
+        weights: one a method, such as 1, -1, -1, 1 for an interaction.
+        draws: of the bootstrap.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if the methods were not measured on the same windows.
+    """
+    _check_same_windows(sums, counts)
+    values, drawn = _bootstrap(sums, counts, draws, seed)
+    low, high = np.percentile(np.asarray(weights) @ drawn, PERCENTILES)
+    return float(np.asarray(weights) @ values), float(low), float(high)
+
+
+def _check_same_windows(
+    sums: Sequence[Sequence[Sequence[float]]], counts: Sequence[Sequence[float]]
+) -> None:
+    for of_method in sums:
+        if [len(text) for text in of_method] != [len(text) for text in counts]:
+            raise ValueError("paired methods must be measured on the same windows; run them again")
 
 
 def _bootstrap(

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import TypeAlias
 
 log = logging.getLogger(__name__)
@@ -143,6 +143,60 @@ def swap_layers(
         if similarity > best.similarity:
             best = replace(start, groups=merge_windows(removed), similarity=similarity)
     return best
+
+
+def refine_by_swaps(
+    score: Callable[[Groups], float],
+    start: SlidingPass,
+    out: Sequence[int],
+    back: Sequence[int],
+) -> list[SlidingPass]:
+    """Swap few removed layers with few kept ones; returns each better model on the way, best last.
+
+    Like `swap_layers`, but only the layers that are named are tried, and a search that may measure
+    no more returns what it has.
+
+    Args:
+        score: as in `slide`; may raise `BudgetExceededError`.
+        start: the removed layers to begin with, and their similarity.
+        out: kept layers to remove instead, the most promising first.
+        back: removed layers to restore, the most promising first.
+    """
+    removed, better = start.removed_layers, []
+    restored: dict[int, float] = {}
+    merged: dict[int, float] = {}
+    try:
+        # In turn, so that a spent budget leaves pairs.
+        for one, other in zip_longest(back, out):
+            if one is not None:
+                restored[one] = score(merge_windows(removed - {one}))
+            if other is not None:
+                merged[other] = score(merge_windows(removed | {other}))
+    except BudgetExceededError:
+        log.debug(
+            "%d and %d layers tried of %d and %d",
+            len(restored),
+            len(merged),
+            *map(len, (back, out)),
+        )
+    best = start
+    try:
+        for one, other in zip(
+            sorted(restored, key=restored.__getitem__, reverse=True),
+            sorted(merged, key=merged.__getitem__, reverse=True),
+            strict=False,
+        ):
+            if merged[other] <= 0 or restored[one] * merged[other] <= start.similarity**2:
+                break
+            trial = (removed - {one}) | {other}
+            similarity = score(merge_windows(trial))
+            if similarity > best.similarity:
+                best = SlidingPass(merge_windows(trial), similarity)
+                better.append(best)
+                removed = trial
+    except BudgetExceededError:
+        log.debug("the budget is spent on swaps")
+    return better
 
 
 def max_removable_layers(num_layers: int, protected: Collection[int]) -> int:

@@ -229,30 +229,44 @@ class MergedVariants:
     A group is (lowest, highest) layer index, both included. Groups are given from the top down.
 
     Attributes:
-        budget: the most layer forwards that `replay` may count.
+        budget: the most that `replay` may have spent, in layer forwards.
 
     Args:
         replay: entered, over the dense model.
         merged_layer: returns the layer that replaces the decoder layers of a group.
+        measurement_cost: what a measurement costs beside its layers, in layer forwards.
+        dense_cost: what the replay has cost beside layers when it is entered, likewise.
 
     Raises:
         BudgetExceededError: on a call, if the variant would exceed the budget.
     """
 
     def __init__(
-        self, replay: VariantReplay, merged_layer: Callable[[Sequence[int]], nn.Module]
+        self,
+        replay: VariantReplay,
+        merged_layer: Callable[[Sequence[int]], nn.Module],
+        measurement_cost: float = 0.0,
+        dense_cost: float = 0.0,
     ) -> None:
         self.budget = math.inf
+        self._measurement_cost, self._dense_cost = measurement_cost, dense_cost
         self._replay, self._merged_layer = replay, merged_layer
         self._dense = list(replay.layers)
         self._known: dict[Groups, float] = {(): 1.0}
         self._base: Groups = ()  # groups of the replay's present variant
         self._merged: dict[tuple[int, int], VariantLayer] = {}
 
+    @property
+    def spent(self) -> float:
+        """Return what the replay has cost so far, in layer forwards; the dense model counts."""
+        replay = self._replay
+        further = self._dense_cost + replay.measurements * self._measurement_cost
+        return replay.layer_forwards + further
+
     def __call__(self, groups: Groups) -> float:
         """Return the similarity of the model with these groups merged."""
         if groups not in self._known:
-            start, layers = self._changed_layers(groups)
+            start, layers = self._changed_layers(groups, self._measurement_cost)
             self._known[groups] = self._replay.score(start, layers)
         return self._known[groups]
 
@@ -265,7 +279,9 @@ class MergedVariants:
         self._replay.replace(start, layers)
         self._base = groups
 
-    def _changed_layers(self, groups: Groups) -> tuple[int, list[VariantLayer]]:
+    def _changed_layers(
+        self, groups: Groups, further_cost: float = 0.0
+    ) -> tuple[int, list[VariantLayer]]:
         """Return the first position that differs from the present variant, and the layers from it.
 
         Only the merged layers of these groups and of the present variant are kept in memory.
@@ -280,7 +296,8 @@ class MergedVariants:
         for low, high in groups:  # from the top down: positions below a group do not move
             layers[low : high + 1] = [self._merged[low, high]]
         pairs = zip(layers, self._replay.layers, strict=False)
-        start = next(i for i, (new, old) in enumerate(pairs) if new.layer is not old.layer)
-        if self._replay.layer_forwards + len(layers) - start > self.budget:
+        same = min(len(layers), len(self._replay.layers))
+        start = next((i for i, (new, old) in enumerate(pairs) if new.layer is not old.layer), same)
+        if self.spent + len(layers) - start + further_cost > self.budget:
             raise BudgetExceededError
         return start, layers[start:]

@@ -67,13 +67,14 @@ def methods():
             lambda n: ShortenedLlama(num_layers=n, score="magnitude")
         ),
     }
+    found["SLM"] = plain(lambda n: SlidingLayerMerging(num_layers=n))
     for limit in ("merge", "model"):
         for merge in MERGES:
             for criterion in CRITERIA:
                 if merge == "top" or criterion in ("nll", "cosine"):
                     found[f"SLM, {merge}, {criterion}, limit {limit}"] = plain(
                         lambda n, m=merge, c=criterion, x=limit: SlidingLayerMerging(
-                            num_layers=n, merge=m, criterion=c, limit=x
+                            num_layers=n, merge=m, criterion=c, limit=x, search="sliding"
                         )
                     )
     for score in SCORES:
@@ -82,7 +83,7 @@ def methods():
                 lambda m, w, n, s=score, c=fitted: with_width(m, w, None, n, score=s, correction=c)
             )
     found["SLM of 3 layers less, then width"] = lambda m, w, n: with_width(
-        m, w, SlidingLayerMerging(num_layers=n - 3), n
+        m, w, SlidingLayerMerging(num_layers=n - 3, search="sliding"), n
     )
     return found
 
@@ -161,7 +162,7 @@ def run_merged(model, calibration, windows):
 def cost(model, windows, counts):
     depth = len(decoder_layers(model))
     for count in counts:
-        method = SlidingLayerMerging(num_layers=count)
+        method = SlidingLayerMerging(num_layers=count, search="sliding")
         with evaluating(model):
             start = time.perf_counter()
             for batch in micro_batches(model, windows):

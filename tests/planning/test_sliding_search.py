@@ -11,6 +11,7 @@ from prunelight.planning.sliding_search import (
     SlidingPass,
     max_removable_layers,
     merge_windows,
+    refine_by_swaps,
     search_threshold,
     slide,
     swap_layers,
@@ -219,3 +220,38 @@ def test_an_exchange_never_takes_what_cannot_be_measured():
 
     start = SlidingPass(merge_windows({0, 1}), score(merge_windows({0, 1})))
     assert swap_layers(score, start, L).groups == merge_windows({9, 10})
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("allowed", [0, 3, 9, 100])
+def test_few_swaps_keep_the_number_of_layers_and_get_better_until_the_budget_ends(seed, allowed):
+    unlimited, asked = random_score(seed), []
+
+    def score(groups):
+        if len(asked) == allowed:
+            raise BudgetExceededError
+        asked.append(groups)
+        return unlimited(groups)
+
+    removed = {1, 4, 5, 9}
+    start = SlidingPass(merge_windows(removed), unlimited(merge_windows(removed)))
+    better = refine_by_swaps(score, start, [0, 2, 3, 10], [9, 1])
+    assert len(asked) <= allowed
+    similarities = [start.similarity, *(one.similarity for one in better)]
+    assert similarities == sorted(similarities)
+    for one in better:
+        assert len(one.removed_layers) == 4
+        assert one.similarity == unlimited(one.groups)
+        assert removed - one.removed_layers <= {9, 1}
+        assert one.removed_layers - removed <= {0, 2, 3, 10}
+
+
+def test_the_few_swaps_that_are_tried_find_the_best_layers_among_them():
+    shares = [0.9, 0.99, 0.8, 0.7, 0.95, 0.6, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9]
+
+    def score(groups):
+        return math.prod(shares[i] for low, high in groups for i in range(low, high))
+
+    start = SlidingPass(merge_windows({2, 5}), score(merge_windows({2, 5})))
+    assert refine_by_swaps(score, start, [1, 4], [2, 5])[-1].removed_layers == {1, 4}
+    assert refine_by_swaps(score, start, [3], [5])[-1].removed_layers == {2, 3}

@@ -52,6 +52,9 @@ METHODS = {
         lambda: SlidingLayerMerging(num_layers=2, merge="lowest", criterion="cosine_flat"),
         layers=4,
     ),
+    "SLM, searched by the paper's loop": Method(
+        lambda: SlidingLayerMerging(num_layers=2, search="sliding"), layers=4
+    ),
     "SLM by threshold": Method(
         lambda: SlidingLayerMerging(threshold=-1.0, merge="mean", criterion="cka"), layers=2
     ),

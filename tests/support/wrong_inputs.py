@@ -237,6 +237,7 @@ RANGES: dict[str, Range] = {
         *("nll", "kl", "cosine", "cka", "cosine_flat"), wrong=("mse", "")
     ),
     "SlidingLayerMerging.limit": _range("model", "merge", None, wrong=("layer", "")),
+    "SlidingLayerMerging.search": _range("swaps", "sliding", None, wrong=("slide", "")),
     "SlidingLayerMerging.ignore_first_tokens": _range(0, 4, 31, wrong=(-1, 32, 1000)),
     "SlidingLayerMerging.protected": _range([], [-1], None, wrong=_PROTECTED),
     "SliceGPT.slice_ratio": _range(0.25, 0, 0.5, wrong=_RATIO),

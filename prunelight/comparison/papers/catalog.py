@@ -51,6 +51,10 @@ PAPERS = {
                 "reproduce_shortgpt_ratios.yaml",
                 "How does quality fall with the number of layers removed?",
             ),
+            "orthogonality": Table(
+                "reproduce_shortgpt_orthogonality.yaml",
+                "Do the harms of pruning and of 4 or 8 bits add up, whichever comes first?",
+            ),
             "laco": Table(
                 "reproduce_shortgpt_laco.yaml",
                 "Is collapsing windows of layers better than removing layers?",
@@ -84,6 +88,14 @@ PAPERS = {
             "methods": Table(
                 "reproduce_slm_methods.yaml",
                 "Is merging better than removing layers, or than width?",
+            ),
+            "ablations": Table(
+                "reproduce_slm_ablations.yaml",
+                "How should windows merge, and how should layers be chosen?",
+            ),
+            "calibration": Table(
+                "reproduce_slm_calibration.yaml",
+                "How much do other calibration windows change?",
             ),
         },
     ),

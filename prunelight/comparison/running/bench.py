@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
@@ -50,6 +50,7 @@ class Bench:
         self.device = torch.device(given)
         self.memory = Memory()
         self._calibration: dict[int, Windows] = {}
+        self._quantized: dict[tuple[str, int], PreTrainedModel] = {}
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -71,6 +72,14 @@ class Bench:
     def copy_of_dense(self) -> PreTrainedModel:
         """Return a copy that a cell may prune."""
         return copy.deepcopy(self.dense)
+
+    def quantized_dense(
+        self, kind: str, seed: int, make: Callable[[], PreTrainedModel]
+    ) -> PreTrainedModel:
+        """Return a copy of the dense model in fewer bits, which is made once for each seed."""
+        if (kind, seed) not in self._quantized:
+            self._quantized[kind, seed] = make()
+        return copy.deepcopy(self._quantized[kind, seed])
 
     @cached_property
     def parameters(self) -> int:

@@ -21,6 +21,7 @@ from prunelight.comparison.methods import entrants_of
 from prunelight.comparison.running.bench import Bench, bench_of
 from prunelight.comparison.running.fits import recovered_model
 from prunelight.comparison.running.measuring import measure
+from prunelight.comparison.running.quantized import in_fewer_bits
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.sizes import linear_sparsity, parameter_count, zero_share
 from prunelight.one_line_errors import our_error
@@ -90,6 +91,7 @@ def _result(bench: Bench, cell: Cell, directory: Path) -> dict[str, Any]:
     if cell.fault:
         return {"failed": cell.fault}
     facts: dict[str, Any] = {}
+    method = None
     if cell.label == DENSE:
         model = bench.dense
     else:
@@ -102,6 +104,9 @@ def _result(bench: Bench, cell: Cell, directory: Path) -> dict[str, Any]:
             model, facts = _pruned(bench, cell, method)
     start = time.perf_counter()
     found = measure(model, bench, tasks=cell.with_tasks)
+    if bench.settings.quantizations:
+        anew = None if cell.recovered else method
+        found["quantized"] = in_fewer_bits(bench, model, cell.seed, anew)
     seconds = {**facts.pop("seconds", {}), "measure": time.perf_counter() - start}
     parameters = parameter_count(model)
     return {

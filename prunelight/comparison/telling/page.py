@@ -11,6 +11,8 @@ from markupsafe import Markup
 
 from prunelight.comparison.papers.beside import beside_published, note_on_published
 from prunelight.comparison.statistics import Paired
+from prunelight.comparison.telling.additivity import HEAD, TITLE, table_of
+from prunelight.comparison.telling.additivity import HOW_TO_READ as _HARMS
 from prunelight.comparison.telling.summary import Row, Summary, mean_log_perplexity
 from prunelight.comparison.telling.sweeps import LEAD_OF_SWEEPS, sweep_charts
 from prunelight.comparison.telling.table import head, interval, lines, place
@@ -62,6 +64,7 @@ def page(summary: Summary, told: list[str]) -> str:
                 "Where the interval of the difference holds 0, the method ties with the best."
             ),
         ),
+        Section(TITLE, _additivity(summary), lead=_HARMS if summary.additivity else ""),
         Section("What the swept argument does", sweep_charts(summary), lead=LEAD_OF_SWEEPS),
         Section("Tasks", _tasks(summary)),
         Section("Which layers go", _decisions(summary), lead=_LEAD_OF_DECISIONS),
@@ -158,6 +161,10 @@ def _differences(summary: Summary) -> list[Markup]:
         if len(cells) > 1:
             parts += [heading(title), table(columns, cells)]
     return parts
+
+
+def _additivity(summary: Summary) -> list[Markup]:
+    return [table(HEAD, table_of(summary.additivity))] if summary.additivity else []
 
 
 def _ratio(paired: Paired | None) -> str:

@@ -12,6 +12,7 @@ from prunelight.comparison.amounts.goals import factor_of
 from prunelight.comparison.grid import DENSE, Cell
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.comparison.statistics import Paired, front, paired
+from prunelight.comparison.telling.additivity import Additivity, additivity
 from prunelight.planning.fingerprints import without_folders
 from prunelight.runtime.origin import date_now
 
@@ -99,6 +100,7 @@ class Summary:
         date: of the summary.
         device: that the cells ran on.
         forward_seconds: F.
+        additivity: how the harms of pruning and of fewer bits combine, where that was measured.
     """
 
     settings: ComparisonSettings
@@ -108,6 +110,7 @@ class Summary:
     date: str
     device: str
     forward_seconds: float | None
+    additivity: list[Additivity] = field(default_factory=list)
 
     @property
     def dense(self) -> Row:
@@ -174,6 +177,7 @@ def summarize(
         forward_seconds=next(
             (r["forward_seconds"] for _, r in cells if r and not r["failed"]), None
         ),
+        additivity=additivity(cells),
     )
     if settings.quality_target is None:
         _rank(summary, dict(zip(map(id, rows), results, strict=True)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from prunelight.comparison.telling.additivity import sentence
 from prunelight.comparison.telling.summary import Row, Summary, mean_log_perplexity
 
 _POOR = 2.0  # times the dense perplexity, above which a model is of no use as it is
@@ -28,6 +29,8 @@ def verdict(summary: Summary) -> list[str]:
             "Zeros are a group of their own: the weights are stored as before, so that a model "
             "with zeros is as large and as fast as the dense one unless a special kernel reads it."
         )
+    if adding := sentence(summary.additivity):
+        sentences.append(adding)
     sentences += _failures(summary)
     if summary.num_missing:
         sentences.insert(

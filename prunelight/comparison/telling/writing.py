@@ -8,6 +8,8 @@ from typing import Any
 
 from prunelight.comparison.papers.beside import beside_published, note_on_published
 from prunelight.comparison.running.measuring import LATENCY
+from prunelight.comparison.telling.additivity import HEAD, TITLE, table_of
+from prunelight.comparison.telling.additivity import HOW_TO_READ as HARMS
 from prunelight.comparison.telling.summary import Summary
 from prunelight.comparison.telling.table import head, lines
 from prunelight.evaluation.report.writing import markdown_table
@@ -89,6 +91,8 @@ def markdown(summary: Summary, told: list[str]) -> str:
     parts += [markdown_table(columns, rows), *HOW_TO_READ]
     if settings.equal == "latency":
         parts.append(LATENCY_NOTE)
+    if summary.additivity:
+        parts += [f"## {TITLE}", markdown_table(HEAD, table_of(summary.additivity)), HARMS]
     for one in beside_published(summary):
         parts += [f"## {one.title}", markdown_table(one.columns, one.rows)]
     if summary.settings.published:

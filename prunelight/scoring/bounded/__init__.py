@@ -1,0 +1,1 @@
+"""A search for layers to merge whose cost has a bound."""
