@@ -1,6 +1,8 @@
 """What the benchmarks share: their texts, recovery by LoRA, and how figures are told."""
 
 import argparse
+import time
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 
@@ -9,6 +11,12 @@ from prunelight.data.sources import read_documents
 from prunelight.data.token_windows import calibration_windows
 from prunelight.models.sizes import parameter_count
 from prunelight.recovery.lora import LoRA
+from prunelight.runtime.measuring import (
+    Measurement,
+    peak_memory,
+    release_freed_memory,
+    reset_peak,
+)
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
 
@@ -17,6 +25,7 @@ def parser(description, what, *, samples, seq_len):
     """What both can be asked for; the ratios or counts, and what is special, are added by each."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("what", choices=what)
+    made.add_argument("--model", default="smollm2-135m")
     made.add_argument("--calibration", default="sample:calibration")
     made.add_argument("--evaluation", default="sample:validation")
     made.add_argument("--samples", type=int, default=samples)
@@ -26,6 +35,17 @@ def parser(description, what, *, samples, seq_len):
     made.add_argument("--steps", type=int, default=60)
     made.add_argument("--dtype", default="bfloat16")
     return made
+
+
+@contextmanager
+def measuring(device):
+    """Yield a Measurement, which has the seconds and the peak of memory inside once it ends."""
+    release_freed_memory(device)
+    reset_peak(device)
+    measured, start = Measurement(), time.perf_counter()
+    yield measured
+    measured.seconds = time.perf_counter() - start
+    measured.peak_bytes = peak_memory(device)
 
 
 def data_of(tokenizer, options):

@@ -18,7 +18,7 @@ from collections import Counter
 from functools import partial
 
 import torch
-from common import data_of, lora, parser, perplexities, told
+from common import data_of, lora, measuring, parser, perplexities, told
 
 import prunelight
 from prunelight.calibration.windows import micro_batches
@@ -28,7 +28,6 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.models.forward import evaluating
 from prunelight.models.sizes import parameter_bytes, parameter_count
 from prunelight.pruning.merge_layers import merged_layer
-from prunelight.runtime.measuring import measuring
 from prunelight.scoring.width_scores import SCORES
 
 CPU = torch.device("cpu")
@@ -100,7 +99,8 @@ def quality(model, data, counts, pattern):
             pruned = make(model, data[0], count)
             found = perplexities(pruned, data)
             size = parameter_count(pruned) / 1e6
-            print(f"{name} | {30 - count} layers | {size:.1f}M | {found}", flush=True)
+            left = len(decoder_layers(model)) - count
+            print(f"{name} | {left} layers | {size:.1f}M | {found}", flush=True)
 
 
 def recover(model, tokenizer, data, counts, pattern, steps):
@@ -111,16 +111,17 @@ def recover(model, tokenizer, data, counts, pattern, steps):
         for count in counts:
             make_it = partial(make, model, data[0], count)
             found = lora(make_it, tokenizer, data, steps, f"{abs(hash(name))}-{count}")
-            print(f"{name} | {30 - count} layers | {found}", flush=True)
+            left = len(decoder_layers(model)) - count
+            print(f"{name} | {left} layers | {found}", flush=True)
 
 
-def naive_loop(windows, measure):
-    """Go the way of the released loop until it has merged these windows of 30 layers.
+def naive_loop(windows, measure, depth):
+    """Go the way of the released loop until it has merged these windows of `depth` layers.
 
     It runs a whole merged model for each window that it tries, and for each that it keeps.
     """
     measure([])
-    done, high, low = [], 28, 27
+    done, high, low = [], depth - 2, depth - 3
     while low >= 0:
         measure([*done, (low, high)])
         if any(a <= low and high <= b for a, b in windows):
@@ -133,8 +134,8 @@ def naive_loop(windows, measure):
             high, low = high - 1, low - 1
 
 
-def layers_of(windows):
-    return 30 - sum(high - low for low, high in windows)
+def layers_of(windows, depth):
+    return depth - sum(high - low for low, high in windows)
 
 
 def windows_of(plan):
@@ -159,6 +160,7 @@ def run_merged(model, calibration, windows):
 
 
 def cost(model, windows, counts):
+    depth = len(decoder_layers(model))
     for count in counts:
         method = SlidingLayerMerging(num_layers=count, search="sliding")
         with evaluating(model):
@@ -171,20 +173,24 @@ def cost(model, windows, counts):
         with measuring(CPU) as phase:
             plan = method.plan(model, windows)
         above = (phase.peak_bytes - idle.peak_bytes) / parameter_bytes(model)
-        threshold = plan.found["threshold"]
+        threshold = min(plan.found["threshold"], 1.0)  # above it by rounding
         one = SlidingLayerMerging(threshold=threshold, limit="merge").plan(model, windows)
         calls = Counter()
         for name, found in (("search", plan), ("one", one)):
             measured = []
-            naive_loop(windows_of(found), lambda merged, to=measured: to.append(layers_of(merged)))
+            naive_loop(
+                windows_of(found),
+                lambda merged, to=measured: to.append(layers_of(merged, depth)),
+                depth,
+            )
             calls[name] = sum(measured)
         start = time.perf_counter()
-        naive_loop(windows_of(plan), lambda merged: run_merged(model, windows, merged))
+        naive_loop(windows_of(plan), lambda merged: run_merged(model, windows, merged), depth)
         naive = time.perf_counter() - start
         found, single = plan.found["layer_forwards"], one.found["layer_forwards"]
         print(
-            f"{30 - count} layers: search {found} layer forwards, naive loop that ends in the same "
-            f"windows {calls['search']}; one threshold {single}, naive loop with it "
+            f"{depth - count} layers: search {found} layer forwards, naive loop that ends in the "
+            f"same windows {calls['search']}; one threshold {single}, naive loop with it "
             f"{calls['one']}; time of the search {phase.seconds / unit:.1f} F, of the naive loop "
             f"{naive / unit:.1f} F; memory above the loaded model {above:.2f} checkpoints",
             flush=True,
@@ -204,10 +210,11 @@ def speed(model, tokenizer, counts, rounds):
                 measure_latency(m, tokenizer, protocol).latency_seconds for m in (model, pruned)
             ]
             pairs["latency, 32 tokens"].append(times[0] / times[1])
-        goal = 30 / (30 - count)
+        depth = len(decoder_layers(model))
+        left, goal = depth - count, depth / (depth - count)
         for name, ratios in pairs.items():
             median = statistics.median(ratios)
-            print(f"{30 - count} layers, {name}: {median:.3f} (1 / share {goal:.3f})", told(ratios))
+            print(f"{left} layers, {name}: {median:.3f} (1 / share {goal:.3f})", told(ratios))
 
 
 class FirstLayers:
@@ -221,7 +228,8 @@ class FirstLayers:
         from prunelight.planning.plan import Plan
         from prunelight.planning.steps import RemoveLayers
 
-        layers = tuple(range(10, 10 + self.count))
+        first = (len(decoder_layers(model)) - self.count) // 2
+        layers = tuple(range(first, first + self.count))
         return Plan("by hand", {}, describe_model(model), (RemoveLayers(layers),))
 
 
@@ -231,7 +239,7 @@ def main():
     asked.add_argument("--methods", default="", help="a regular expression of names")
     asked.add_argument("--rounds", type=int, default=5)
     options = asked.parse_args()
-    model, tokenizer = prunelight.load("smollm2-135m", dtype=options.dtype)
+    model, tokenizer = prunelight.load(options.model, dtype=options.dtype)
     data = data_of(tokenizer, options)
     if options.what == "quality":
         quality(model, data, options.counts, options.methods)

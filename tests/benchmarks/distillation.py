@@ -23,6 +23,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from common import measuring
 
 import prunelight
 from prunelight.calibration.windows import micro_batches
@@ -32,7 +33,6 @@ from prunelight.models.forward import evaluating
 from prunelight.recovery.distillation.objective import Distillation, Objective
 from prunelight.recovery.distillation.teacher_cache import TeacherCache
 from prunelight.recovery.lora import LoRA
-from prunelight.runtime.measuring import measuring
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
 

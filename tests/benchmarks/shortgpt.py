@@ -14,6 +14,7 @@ import time
 
 import lightning.pytorch as pl
 import torch
+from common import measuring
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -26,7 +27,6 @@ from prunelight.models.families.matrices import lora_targets
 from prunelight.models.forward import evaluating
 from prunelight.models.sizes import parameter_bytes
 from prunelight.recovery.lora import LoRA
-from prunelight.runtime.measuring import measuring
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.text_datamodule import TextDataModule
 
@@ -70,7 +70,7 @@ def activation_bytes(model, windows):
 
 
 def benchmark_scoring(model, windows, rounds):
-    method = ShortGPT(num_layers=6)
+    method = ShortGPT(ratio=0.2)
     forward(model, windows[:4])
     ratios = []
     for _ in range(rounds):
@@ -166,18 +166,20 @@ def benchmark_speed(dense, pruned, rounds):
     pairs = [(measure_speed(dense), measure_speed(pruned)) for _ in range(rounds)]
     for phase in ("prefill", "decode"):
         ratios = [getattr(after, phase) / getattr(before, phase) for before, after in pairs]
-        print(f"{phase} of 24 layers over 30: {statistics.median(ratios):.2f}", ratios)
+        few, many = len(decoder_layers(pruned)), len(decoder_layers(dense))
+        print(f"{phase} of {few} layers over {many}: {statistics.median(ratios):.2f}", ratios)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     arguments = parser.parse_args()
-    model, tokenizer = prunelight.load("smollm2-135m", dtype="bfloat16")
+    model, tokenizer = prunelight.load(arguments.model, dtype="bfloat16")
     windows = TextDataModule(tokenizer, num_calibration=16).calibration_windows()
     benchmark_scoring(model, windows, arguments.rounds)
-    plan = ShortGPT(num_layers=6).plan(model, windows)
+    plan = ShortGPT(ratio=0.2).plan(model, windows)
     dense, model = model, prunelight.apply(copy.deepcopy(model), plan)
     benchmark_speed(dense, model, arguments.rounds)
     benchmark_training(model, tokenizer, arguments.rounds, arguments.steps)

@@ -15,7 +15,7 @@ import re
 import time
 
 import torch
-from common import data_of, lora, parser, perplexities, size
+from common import data_of, lora, measuring, parser, perplexities, size
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import prunelight
@@ -24,7 +24,6 @@ from prunelight.callbacks import DynamicSlicing, ShortGPT, SliceGPT
 from prunelight.models.forward import evaluating
 from prunelight.models.sizes import parameter_bytes, parameter_count
 from prunelight.pruning.slicing.basis import principal_components
-from prunelight.runtime.measuring import measuring
 from prunelight.training.text_datamodule import TextDataModule
 
 CPU = torch.device("cpu")
@@ -150,7 +149,7 @@ def main():
     options = asked.parse_args()
     if options.what == "reload":
         return reload(options.directory, AutoTokenizer.from_pretrained(options.directory))
-    model, tokenizer = prunelight.load("smollm2-135m", dtype=options.dtype)
+    model, tokenizer = prunelight.load(options.model, dtype=options.dtype)
     data = data_of(tokenizer, options)
     if options.what == "quality":
         quality(model, data, options.ratios, options.methods)

@@ -14,7 +14,7 @@ import time
 from contextlib import contextmanager
 
 import torch
-from common import told
+from common import measuring, told
 
 import prunelight
 from prunelight.calibration import layer_walk as walk
@@ -26,7 +26,6 @@ from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.forward import evaluating
 from prunelight.models.sizes import parameter_bytes
 from prunelight.pruning.sparsity import sparsify
-from prunelight.runtime.measuring import measuring
 from prunelight.training.text_datamodule import TextDataModule
 
 CPU = torch.device("cpu")
@@ -133,6 +132,7 @@ def cost(model, windows, rounds, loading):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("quality", "cost"))
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", help="a text file; default: the bundled sample")
     parser.add_argument("--evaluation", help="a text file; default: the bundled sample")
     parser.add_argument("--samples", type=int, default=16)
@@ -145,7 +145,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     start = time.perf_counter()
-    model, tokenizer = prunelight.load("smollm2-135m", dtype="bfloat16")
+    model, tokenizer = prunelight.load(options.model, dtype="bfloat16")
     loading = time.perf_counter() - start
 
     def data_of(seed):

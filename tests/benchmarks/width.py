@@ -20,7 +20,7 @@ ALLOCATIONS = ("uniform", "global")
 
 
 def quality(options):
-    model, tokenizer = prunelight.load("smollm2-135m", dtype=options.dtype)
+    model, tokenizer = prunelight.load(options.model, dtype=options.dtype)
     data, dense = data_of(tokenizer, options), parameter_count(model)
     print("dense", perplexities(model, data), flush=True)
     for ratio in options.ratios:
