@@ -91,7 +91,9 @@ def assert_pruned_alike(places, size, expected, *, scores_too=True):
             assert one.sparsity == pytest.approx(other.sparsity, abs=1e-6)
     assert shared.calibration == plan.calibration
     for key, scores in plan.scores.items() if scores_too else ():
-        assert_close(list(shared.scores[key]), list(scores), rel=1e-4)
+        # Redundancies of single cuts stretch a narrow range of perplexities, and their rounding.
+        stretched = key == "layer_redundancy" and "single_cut" in plan.scores
+        assert_close(list(shared.scores[key]), list(scores), rel=1e-3 if stretched else 1e-4)
     for one, other in zip(told[0]["outcomes"], outcomes, strict=True):
         assert_close(one, other, rel=1e-3)
     flipped = 0  # near-ties among what becomes zero
