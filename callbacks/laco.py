@@ -25,7 +25,6 @@ from prunelight.planning.layer_choice import (
     check_depth_target,
     layers_left,
     layers_to_remove,
-    resolve_indices,
 )
 from prunelight.planning.plan import Plan
 from prunelight.planning.sliding_search import SlidingPass, search_threshold
@@ -161,16 +160,5 @@ class LaCo(PruningCallback):
         return layers_to_remove(self.ratio, self.num_layers, total)
 
     def _protected(self, model: PreTrainedModel) -> set[int]:
-        """Return the layers that no window may contain: those asked for, and those that must stay.
-
-        Raises:
-            ValueError: if only sets of layers can go that keep a pattern: no window knows it.
-        """
-        removable = removable_layers(model)
-        if not removable.free:
-            raise ValueError(
-                f"windows of {removable.name} cannot be merged: {removable.what_can_go()}; "
-                "ShortGPT chooses among the layers that can go"
-            )
-        must_stay = {*removable.fixed, *removable.needed}
-        return resolve_indices(self.protected, removable.total) | must_stay
+        """Return the layers that no window may contain; see `RemovableLayers.outside_windows`."""
+        return removable_layers(model).outside_windows(self.protected)

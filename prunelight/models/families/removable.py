@@ -271,6 +271,19 @@ class RemovableLayers:
                 fits[layer][shift] = not text
         return fits
 
+    def outside_windows(self, protected: Collection[int]) -> set[int]:
+        """Return the layers that no merged window may contain: `protected`, and those that stay.
+
+        Raises:
+            ValueError: if only sets of layers can go that keep a pattern: no window knows it.
+        """
+        if not self.free:
+            raise ValueError(
+                f"windows of {self.name} cannot be merged: {self.what_can_go()}; "
+                "ShortGPT chooses among the layers that can go"
+            )
+        return resolve_indices(protected, self.total) | {*self.fixed, *self.needed}
+
     def what_can_go(self, protected: Collection[int] = ()) -> str:
         """Return in one line how many layers can be removed, which must stay, and why."""
         stay = {*self.fixed, *resolve_indices(protected, self.total)}
