@@ -67,7 +67,10 @@ def published_tables(name: str) -> list[PublishedTable]:
         raise ValueError(
             f"published={name!r} must be one of {', '.join(known)}{did_you_mean(name, known)}"
         )
-    return [PublishedTable(**values) for values in content["tables"][table]]
+    tables = content["tables"][table]
+    if isinstance(tables, str):  # the same figures as those of another table
+        tables = content["tables"][tables]
+    return [PublishedTable(**values) for values in tables]
 
 
 def notes_of(name: str) -> str:
