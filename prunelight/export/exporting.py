@@ -210,12 +210,12 @@ def _options(
 
 
 def _first_change(rounding: Rounding) -> str:
-    """Return the first field that is not the default, as NAME=VALUE."""
+    """Return the first field that is not the default, as NAME=VALUE; else the bits."""
     usual = asdict(Rounding())
     changed = [
         f"{name}={value!r}" for name, value in asdict(rounding).items() if value != usual[name]
     ]
-    return (changed or ["rounding"])[0]
+    return (changed or [f"rounding with bits={rounding.bits}"])[0]
 
 
 def _place(target: Target, source: Source, options: ExportOptions, out: str | Path | None) -> Path:
