@@ -1,8 +1,9 @@
 """The cells of a comparison, each with the fingerprint by which its result is found again.
 
 A cell is a method with its arguments, a seed, and whether it is recovered. Its fingerprint covers
-all that its result depends on: model, arguments, windows, texts, tasks and versions. `grid.json`
-keeps the cells of the last start. So a finished comparison is shown again without its model.
+all that its result depends on: model, arguments with the content of files that they name, windows,
+texts, tasks and versions. `grid.json` keeps the cells of the last start. So a finished comparison
+is shown again without its model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from prunelight.comparison.running.bench import Bench
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import file_states
-from prunelight.planning.fingerprints import describe_model, fingerprint_of, library_versions
+from prunelight.planning.fingerprints import (
+    describe_model,
+    digests_of_files,
+    fingerprint_of,
+    library_versions,
+)
 from prunelight.runtime.files.atomic_files import write_text
 
 log = logging.getLogger(__name__)
@@ -108,6 +114,8 @@ def start_key(settings: ComparisonSettings) -> str:
     sources = [*given, *data.texts.values()]
     model = file_states(settings.model.name)
     states = [model, [_file_state(s) for s in sources], _task_files(settings)]
+    if named := digests_of_files([settings.methods, settings.recovery]):
+        states.append(named)
     return fingerprint_of(values, states, _versions())
 
 
@@ -239,6 +247,8 @@ def _named(
         depends += [cell.method, method_version, arguments, facts["calibration"][seed], cell.fault]
     if cell.recovered:
         depends += [settings.recovery, cell.seed]
+    if named := digests_of_files([cell.arguments, settings.recovery if cell.recovered else None]):
+        depends.append(named)
     return replace(cell, fingerprint=fingerprint_of(depends))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,28 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 def fingerprint_of(*parts: Any) -> str:
     """Return 16 hex digits that identify JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digests_of_files(value: Any) -> dict[str, str]:
+    """Return name -> 16 hex digits of the content of each local file that JSON values name.
+
+    A file may change under its name, so that settings that name it do not say what was computed.
+    """
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if isinstance(value, (list, tuple)):
+        return {name: digest for one in value for name, digest in digests_of_files(one).items()}
+    if not isinstance(value, str) or not _is_file(value):
+        return {}
+    content = Path(value).expanduser().read_bytes()
+    return {value: hashlib.sha256(content).hexdigest()[:16]}
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # no name of a file, or of nobody's home
+        return False
 
 
 def library_versions() -> dict[str, str]:

@@ -386,3 +386,69 @@ def test_a_page_that_is_written_again_draws_the_same_scores_no_second_time(conte
     after = page_module._drawn_scores.cache_info()
     assert after.misses == before.misses
     assert after.hits > before.hits
+
+
+# --- files that options name ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def contest_of_a_file(model, tmp_path):
+    text = tmp_path / "scored.txt"
+    text.write_text("The river runs past the old mill and down to the sea. " * 60)
+    settings = ComparisonSettings(
+        ModelSettings(model, "float32"),
+        [
+            METHODS[0],
+            {
+                "class_path": "prunelight.callbacks.DynamicSlicing",
+                "init_args": {"round_to": 2, "base_ratio": 0.0, "redundancy_text": str(text)},
+            },
+        ],
+        data=replace(DATA, num_calibration=8),
+        out=str(tmp_path / "out"),
+    )
+    return settings, text
+
+
+def test_a_text_that_changes_under_its_name_makes_the_cells_of_its_method_anew(contest_of_a_file):
+    settings, text = contest_of_a_file
+    scores = compare(settings).rows[2].plan["scores"]["block_influence"]
+    before = results_of(settings)
+    text.write_text("0123456789 +-*/ = ( ) [ ] { } < > ! ? ; : , . # & % $ @ " * 60)
+    again = compare(settings)
+    after = results_of(settings)
+    assert again.rows[2].plan["scores"]["block_influence"] != scores
+    assert len(after) == len(before) + 1, "the other method's cells are those of before"
+    assert {file: after[file] for file in before} == before
+
+
+def test_a_text_that_is_written_again_as_it_was_computes_nothing(contest_of_a_file):
+    settings, text = contest_of_a_file
+    compare(settings)
+    before = results_of(settings)
+    text.write_text(text.read_text())
+    compare(settings)
+    assert results_of(settings) == before
+
+
+def test_the_text_of_a_recovery_that_changes_makes_the_recovered_cells_anew(model, tmp_path):
+    text = tmp_path / "train.txt"
+    text.write_text("The river runs past the old mill and down to the sea. " * 60)
+    settings = ComparisonSettings(
+        ModelSettings(model, "float32"),
+        METHODS[:1],
+        data=DATA,
+        recovery={
+            "model": {"recovery": "full", "learning_rate": 0.01, "warmup_steps": 0},
+            "data": {"train": str(text), "batch_size": 2, "num_validation": 2},
+            "trainer": {"max_steps": 2, "num_sanity_val_steps": 0},
+        },
+        out=str(tmp_path / "out"),
+    )
+    first = compare(settings).rows
+    before = results_of(settings)
+    text.write_text("0123456789 +-*/ = ( ) [ ] { } < > ! ? ; : , . # & % $ @ " * 60)
+    again = compare(settings).rows
+    assert len(results_of(settings)) == len(before) + 1
+    assert again[1].perplexity == first[1].perplexity
+    assert again[2].perplexity != first[2].perplexity
