@@ -14,6 +14,7 @@ from rich.table import Table
 from prunelight.commands.running import VerbParser, run_verb
 from prunelight.comparison.contest import compare
 from prunelight.comparison.settings import ComparisonSettings
+from prunelight.comparison.telling.claim import claim_holds
 from prunelight.comparison.telling.summary import Summary
 from prunelight.comparison.telling.table import lines, short_head
 from prunelight.comparison.telling.verdict import verdict
@@ -40,7 +41,10 @@ def main(arguments: Sequence[str], command: Sequence[str] | None = None) -> None
         names = ComparisonSettings.__dataclass_fields__
         settings = ComparisonSettings(**{name: made[name] for name in names})
         try:
-            show(compare(settings, command_line(command)))
+            summary = compare(settings, command_line(command))
+            show(summary)
+            if not claim_holds(summary):
+                sys.exit(1)
         except (KeyboardInterrupt, SystemExit) as stop:  # Lightning ends a fit by SystemExit
             if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
                 raise

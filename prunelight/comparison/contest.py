@@ -38,6 +38,7 @@ from prunelight.comparison.telling.summary import Summary, summarize
 from prunelight.comparison.telling.verdict import verdict
 from prunelight.comparison.telling.writing import check_outputs, json_of, markdown
 from prunelight.evaluation.report.writing import write_whole
+from prunelight.runtime.arguments import did_you_mean
 from prunelight.runtime.files.atomic_files import check_writable, explaining_write_errors
 from prunelight.runtime.files.directory_lock import DirectoryLock
 
@@ -57,9 +58,10 @@ def compare(settings: ComparisonSettings, command: str = "") -> Summary:
     """
     check_launcher(settings)
     check_quantizations(settings.quantizations)
-    entrants = entrants_of(settings.methods)
+    entrants = entrants_of(settings.methods, own_amounts=settings.amounts is None)
     for entrant in entrants:
         entrant.check()
+    _check_claim(settings, [entrant.label for entrant in entrants])
     check_recovery(settings)
     out = Path(settings.out).expanduser()
     check_writable(out)
@@ -80,6 +82,18 @@ def compare(settings: ComparisonSettings, command: str = "") -> Summary:
         return _tell(settings, grid, results, command)
     finally:
         lock.release()
+
+
+def _check_claim(settings: ComparisonSettings, labels: Sequence[str]) -> None:
+    """Check that the methods of the claim take part; raise ValueError if one does not."""
+    claim = settings.claim
+    for name in ("method", "against") if claim is not None else ():
+        label = getattr(claim, name)
+        if label not in labels:
+            raise ValueError(
+                f"claim.{name}={label!r} is no label of methods{did_you_mean(label, labels)}; they "
+                f"are {', '.join(labels)}"
+            )
 
 
 def _new_grid(settings: ComparisonSettings, entrants: Sequence[Any]) -> Grid:

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prunelight.comparison.amounts.matching import Rung, nearest, own_ratio
-from prunelight.comparison.methods import Entrant
+from prunelight.comparison.amounts.matching import (
+    Outlines,
+    Rung,
+    check_rung,
+    nearest,
+    own_amount,
+    own_ratio,
+)
+from prunelight.comparison.methods import Entrant, Series
 from prunelight.comparison.running.bench import Bench
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.models.families.layers import decoder_layers
@@ -37,7 +44,7 @@ DENSE = "dense"
 # What another comparison in the same directory may differ in: its cells stand beside the others.
 _MAY_CHANGE = (
     *("methods", "amounts", "zeros", "seeds", "max_kld", "min_top1", "keep_models", "launcher"),
-    *("out", "tasks_dir", "published", "quantizations", "quantize_first"),
+    *("out", "tasks_dir", "published", "quantizations", "quantize_first", "claim"),
 )
 
 
@@ -47,15 +54,17 @@ class Cell:
 
     Attributes:
         label: of the method; "dense" for the dense model.
-        method: class path of the method.
+        method: class path of the method; of the first one, in a series.
         arguments: all that the method is made with.
-        asked: share that was asked for; None for the dense model.
-        group: what `asked` is a share of: "parameters", "zeros" or a method's own "ratio".
+        asked: share that was asked for; None for the dense model, and where the arguments say it.
+        group: what `asked` is a share of: "parameters", "zeros" or a method's own "ratio"; "own"
+            where nothing is asked for.
         seed: of calibration windows and training.
         recovered: the pruned model is trained.
         with_tasks: the tasks are asked too.
         fault: why the method cannot be asked for so much, in one line.
         fingerprint: names the directory of the cell.
+        then: method and arguments of each later method of a series.
     """
 
     label: str
@@ -68,6 +77,13 @@ class Cell:
     with_tasks: bool = True
     fault: str = ""
     fingerprint: str = ""
+    then: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def methods(self) -> list[dict[str, Any]]:
+        """Method and arguments of each method, in their order; none for the dense model."""
+        first = {"method": self.method, "arguments": self.arguments or {}}
+        return [first, *self.then] if self.method else []
 
     @property
     def title(self) -> str:
@@ -75,10 +91,14 @@ class Cell:
         if self.label == DENSE:
             return "the dense model"
         of = {"zeros": "zeros", "ratio": "of its own measure"}.get(self.group, "of the parameters")
-        given = ", ".join(f"{k}={_short(v)}" for k, v in (self.arguments or {}).items())
+        given = "; then ".join(
+            ", ".join(f"{k}={_short(v)}" for k, v in one["arguments"].items())
+            for one in self.methods
+        )
         given = f"{given}; " if given else ""
         recovered = ", recovered" if self.recovered else ""
-        return f"{self.label}, {self.asked:.3g} {of}{recovered} ({given}seed {self.seed})"
+        amount = "at its own amount" if self.asked is None else f"{self.asked:.3g} {of}"
+        return f"{self.label}, {amount}{recovered} ({given}seed {self.seed})"
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,7 @@ def _short(value: Any) -> Any:
 def start_key(settings: ComparisonSettings) -> str:
     """Return what identifies a start without reading the model: settings and states of files."""
     values = settings.to_dict()
-    for name in ("out", "launcher", "keep_models", "tasks_dir", "published"):
+    for name in ("out", "launcher", "keep_models", "tasks_dir", "published", "claim"):
         del values[name]
     for name in ("quantizations", "quantize_first"):
         if not values[name]:  # an older version, which did not know it, found the same
@@ -113,7 +133,7 @@ def start_key(settings: ComparisonSettings) -> str:
     given = [data.calibration] if isinstance(data.calibration, str) else data.calibration
     sources = [*given, *data.texts.values()]
     model = file_states(settings.model.name)
-    states = [model, [_file_state(s) for s in sources], _task_files(settings)]
+    states: list[Any] = [model, [_file_state(s) for s in sources], _task_files(settings)]
     if named := digests_of_files([settings.methods, settings.recovery]):
         states.append(named)
     return fingerprint_of(values, states, _versions())
@@ -150,26 +170,41 @@ def _versions() -> dict[str, str]:
 # --- the grid ---------------------------------------------------------------------------------
 
 
-def make_grid(settings: ComparisonSettings, entrants: Iterable[Entrant], bench: Bench) -> Grid:
+def make_grid(
+    settings: ComparisonSettings, entrants: Iterable[Entrant | Series], bench: Bench
+) -> Grid:
     """Return the grid of a comparison; loads the model and reads the texts.
 
     Raises:
         ValueError: if a text or the calibration does not suffice.
     """
     facts = grid_facts(settings, bench)
-    cells = [dense_cell(settings, facts)]
+    cells, outlines = [dense_cell(settings, facts)], Outlines(bench.dense)
     for entrant in entrants:
-        own = settings.equal == "ratio"
-        group = "zeros" if entrant.puts_zeros else "ratio" if own else "parameters"
-        for asked in settings.zeros_shares if entrant.puts_zeros else settings.amounts:
-            rung, fault = Rung({}, asked), ""
+        group = _group(settings, entrant)
+        amounts = settings.zeros_shares if entrant.puts_zeros else settings.amounts
+        for asked in [None] if amounts is None else amounts:
+            rung, fault = own_amount(entrant), ""
             try:
-                rung = own_ratio(entrant, asked) if own else nearest(entrant, bench.dense, asked)
-                entrant.make(rung.arguments).check(bench.dense)
+                if asked is not None:
+                    own = settings.equal == "ratio"
+                    rung = (
+                        own_ratio(entrant, asked) if own else nearest(entrant, bench.dense, asked)
+                    )
+                check_rung(entrant, rung, outlines)
             except (ValueError, TypeError) as error:
                 fault = one_line(error)
             cells += cells_of(settings, facts, entrant, rung, asked=asked, group=group, fault=fault)
     return Grid(facts, cells)
+
+
+def _group(settings: ComparisonSettings, entrant: Entrant | Series) -> str:
+    """Return what the amounts of a row are shares of; see `Cell.group`."""
+    if entrant.puts_zeros:
+        return "zeros"
+    if settings.amounts is None:
+        return "own"
+    return "ratio" if settings.equal == "ratio" else "parameters"
 
 
 def one_line(error: BaseException) -> str:
@@ -201,35 +236,55 @@ def dense_cell(settings: ComparisonSettings, facts: dict[str, Any]) -> Cell:
 def cells_of(
     settings: ComparisonSettings,
     facts: dict[str, Any],
-    entrant: Entrant,
+    entrant: Entrant | Series,
     rung: Rung,
     *,
-    asked: float,
+    asked: float | None,
     group: str,
     fault: str = "",
     with_tasks: bool = True,
 ) -> list[Cell]:
     """Return the cells of a method at an amount: of each seed, pruned and recovered."""
     cells = []
+    each: list[dict[str, Any]] = [
+        {
+            "method": f"{part.made.__module__}.{part.made.__qualname__}",
+            "arguments": {**part.arguments, **given},
+        }
+        for part, given in zip(entrant.parts, (rung.arguments, *rung.then), strict=True)
+    ]
+    versions = [
+        _version(part, given)
+        for part, given in zip(entrant.parts, (rung.arguments, *rung.then), strict=True)
+    ]
     for recovered in (False, True) if settings.recovery else (False,):
         for seed in settings.seeds:
             cell = Cell(
                 label=entrant.label,
-                method=f"{entrant.made.__module__}.{entrant.made.__qualname__}",
-                arguments={**entrant.arguments, **rung.arguments},
+                method=each[0]["method"],
+                arguments=each[0]["arguments"],
                 asked=asked,
                 group=group,
                 seed=seed,
                 recovered=recovered,
                 with_tasks=with_tasks,
                 fault=fault,
+                then=each[1:],
             )
-            cells.append(_named(settings, facts, cell, entrant.made.version))
+            cells.append(_named(settings, facts, cell, versions))
     return cells
 
 
+def _version(part: Entrant, given: dict[str, Any]) -> int:
+    """Return the version of a method, which its arguments may decide; 0 if they are refused."""
+    try:
+        return part.make(given).version
+    except (ValueError, TypeError):
+        return 0
+
+
 def _named(
-    settings: ComparisonSettings, facts: dict[str, Any], cell: Cell, method_version: int = 0
+    settings: ComparisonSettings, facts: dict[str, Any], cell: Cell, versions: Sequence[Any] = ()
 ) -> Cell:
     """Return the cell with its fingerprint: all that its result depends on, and its fault."""
     seed = str(cell.seed)
@@ -244,10 +299,12 @@ def _named(
         depends.append(facts["calibration"][seed])
     if cell.label != DENSE:
         arguments = cell.arguments
-        depends += [cell.method, method_version, arguments, facts["calibration"][seed], cell.fault]
+        depends += [cell.method, versions[0], arguments, facts["calibration"][seed], cell.fault]
+    if cell.then:
+        depends.append([cell.then, versions[1:]])
     if cell.recovered:
         depends += [settings.recovery, cell.seed]
-    if named := digests_of_files([cell.arguments, settings.recovery if cell.recovered else None]):
+    if named := digests_of_files([cell.methods, settings.recovery if cell.recovered else None]):
         depends.append(named)
     return replace(cell, fingerprint=fingerprint_of(depends))
 

@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import Namespace
+
 from prunelight.comparison.papers.published import published_tables
 from prunelight.data.corpora import corpus_part, is_corpus
 from prunelight.data.sources import HUB_PREFIX, SAMPLES, SUFFIXES
@@ -146,14 +148,41 @@ class LauncherSettings:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What a contest must confirm: a method is never much worse than another one.
+
+    Attributes:
+        method: label of the method.
+        against: label of the other one.
+        loss: how much higher its perplexity may be, as a share: 0.02 is 2 %. Of each seed and
+            amount, as the mean of ln perplexity over the texts.
+        forwards: most forwards of the calibration windows that it may take; null sets no limit.
+    """
+
+    method: str
+    against: str
+    loss: float = 0.02
+    forwards: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "claim.", loss=at_least(0), forwards=above(0))
+        if self.method == self.against:
+            raise ValueError(
+                f"claim.method={self.method!r} and claim.against are the same; name two labels"
+            )
+
+
+@dataclass(frozen=True)
 class ComparisonSettings:
     """A contest of methods: a grid of methods x amounts x recovery x seeds.
 
     Attributes:
         model: the dense model.
         methods: each a mapping of class_path, init_args without an amount, and label if one class
-            stands there twice.
-        amounts: shares of all parameters to remove, in (0, 1).
+            stands there twice. Several callbacks that prune one after another are a mapping of
+            callbacks, share and label.
+        amounts: shares of all parameters to remove, in (0, 1); null where the init_args of each
+            method say how much, such as a threshold.
         zeros: shares of zeros in the weights of decoder linears, for methods that put zeros; null
             takes `amounts`.
         data: calibration and held-out texts.
@@ -177,11 +206,12 @@ class ComparisonSettings:
         quantizations: measure each model in fewer bits too, after its pruning: nf4, fp4, int8 or
             gptq (4 bits).
         quantize_first: also prune models that are quantized already, where that is defined.
+        claim: what the contest must confirm; the command ends with status 1 if it does not.
     """
 
     model: ModelSettings
     methods: list[dict[str, Any]]
-    amounts: list[float] = field(default_factory=lambda: [0.25])
+    amounts: list[float] | None = field(default_factory=lambda: [0.25])
     zeros: list[float] | None = None
     data: DataSettings = field(default_factory=DataSettings)
     tasks: list[str] = field(default_factory=list)
@@ -199,6 +229,7 @@ class ComparisonSettings:
     published: str | None = None
     quantizations: list[str] = field(default_factory=list)
     quantize_first: bool = False
+    claim: Claim | None = None
 
     def __post_init__(self) -> None:
         check_fields(
@@ -209,19 +240,21 @@ class ComparisonSettings:
             tasks_dir=NOT_EMPTY,
             out=NOT_EMPTY,
         )
+        object.__setattr__(self, "methods", _plain(self.methods))
         if not self.methods:
             raise ValueError(
                 "methods=[] names no method to compare; give some, such as "
                 "methods: [{class_path: prunelight.callbacks.ShortGPT}]"
             )
-        for name, shares in (("amounts", self.amounts), ("zeros", self.zeros or [])):
+        for name, shares in (("amounts", self.amounts or []), ("zeros", self.zeros or [])):
             for share in shares:
                 if not 0 < share < 1:
                     percent = f"; {share / 100:g} is {share:g} %" if 1 < share < 100 else ""
                     raise ValueError(
                         f"{name}={shares} holds {share}, and each must lie in (0, 1){percent}"
                     )
-        if not self.amounts and not self.zeros and not self.quality_target:
+        self._check_own_amounts()
+        if self.amounts == [] and not self.zeros and not self.quality_target:
             raise ValueError("amounts=[] asks for nothing; give shares such as [0.1, 0.25]")
         for seed in self.seeds:
             checked_value("seeds", seed, int, SEED)
@@ -247,7 +280,7 @@ class ComparisonSettings:
             )
         if self.limit is not None and not self.tasks:
             raise ValueError(f"limit={self.limit} has no effect without tasks; leave it out")
-        _check_different("amounts", self.amounts)
+        _check_different("amounts", self.amounts or [])
         _check_different("zeros", self.zeros or [])
         _check_different("seeds", self.seeds)
         _check_different("tasks", self.tasks)
@@ -255,6 +288,22 @@ class ComparisonSettings:
             raise FileNotFoundError(
                 f"tasks_dir={self.tasks_dir!r} is no directory; give that of the tasks' files"
             )
+
+    def _check_own_amounts(self) -> None:
+        """Check that where each method says how much it removes, nothing else does."""
+        target = self.quality_target
+        others = {
+            "zeros": self.zeros,
+            "equal": None if self.equal == "parameters" else self.equal,
+            "claim": self.claim,
+            **({} if target is None else {target[0]: target[1]}),
+        }
+        for name, value in others.items():
+            if self.amounts is None and value is not None:
+                raise ValueError(
+                    f"{name}={value!r} has no effect with amounts=null, where each method's own "
+                    "arguments say how much it removes; leave one of them out"
+                )
 
     def _check_time(self) -> None:
         """Check that where time is measured, nothing disturbs it."""
@@ -282,8 +331,8 @@ class ComparisonSettings:
         return None
 
     @property
-    def zeros_shares(self) -> list[float]:
-        """Shares of zeros of the methods that put zeros."""
+    def zeros_shares(self) -> list[float] | None:
+        """Shares of zeros of the methods that put zeros; None where their arguments say them."""
         return self.amounts if self.zeros is None else self.zeros
 
     def to_dict(self) -> dict[str, Any]:
@@ -310,6 +359,15 @@ def check_source(source: str, *, split: str = "train") -> None:
     is_path = path.suffix.lower() in SUFFIXES or source.startswith(("/", ".", "~"))
     if is_path and not path.is_file():
         raise FileNotFoundError(f"source {source!r} does not exist; check the path of the text")
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON values: jsonargparse makes a Namespace of each inner mapping with class_path."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _check_different(name: str, values: list[Any]) -> None:

@@ -142,3 +142,34 @@ def test_a_contest_measures_each_model_in_fewer_bits_in_both_orders(tmp_path):
     times = {file: file.stat().st_mtime_ns for file in out.rglob("result.json")}
     assert compare(settings).additivity == summary.additivity
     assert times == {file: file.stat().st_mtime_ns for file in out.rglob("result.json")}
+
+
+def test_harms_are_measured_with_and_without_recovery(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="pip install 'prunelight[quantization]'")
+    settings = ComparisonSettings(
+        ModelSettings(write_model(tmp_path / "model"), "float32"),
+        [
+            {"class_path": "prunelight.callbacks.SlidingLayerMerging"},
+            {"class_path": "prunelight.callbacks.DLP"},
+        ],
+        zeros=[0.5],
+        data=DataSettings(seq_len=32, num_calibration=6, num_windows=4),
+        out=str(tmp_path / "out"),
+        quantizations=["int8"],
+        quantize_first=True,
+        recovery={
+            "model": {"recovery": "full", "learning_rate": 0.01, "warmup_steps": 0},
+            "data": {"batch_size": 2, "num_validation": 2},
+            "trainer": {"max_steps": 3, "num_sanity_val_steps": 0},
+        },
+    )
+    rows = {(row.label, row.recovered, row.order): row for row in compare(settings).additivity}
+    for label in ("SlidingLayerMerging", "DLP"):
+        pruned = rows[label, False, "prune first"]
+        recovered = rows[label, True, "prune first"]
+        assert not pruned.failed
+        assert not recovered.failed
+        assert recovered.both < pruned.both, "what was trained is what was quantized"
+        assert recovered.quantization == pruned.quantization, "the dense model is one"
+        assert (label, True, "quantize first") not in rows, "a trained model is pruned already"
+        assert "quantized" in rows[label, False, "quantize first"].failed

@@ -148,4 +148,5 @@ def goals_of(settings: ComparisonSettings) -> list[Goal]:
     """Return what the amounts are searched for; none where they are given."""
     if settings.quality_target is not None:
         return [KeepQuality(*settings.quality_target)]
-    return [SaveTime(amount) for amount in settings.amounts] if settings.equal == "latency" else []
+    amounts = settings.amounts or []
+    return [SaveTime(amount) for amount in amounts] if settings.equal == "latency" else []

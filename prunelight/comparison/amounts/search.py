@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prunelight.comparison.amounts.goals import Goal, Measured
-from prunelight.comparison.amounts.matching import Rung, ladder
+from prunelight.comparison.amounts.matching import Outlines, Rung, check_rung, ladder, own_amount
 from prunelight.comparison.grid import Cell, cells_of, one_line
-from prunelight.comparison.methods import Entrant
+from prunelight.comparison.methods import Entrant, Series
 from prunelight.comparison.running.bench import Bench
 from prunelight.comparison.settings import ComparisonSettings
 
@@ -28,7 +28,7 @@ Run = Callable[[Sequence[Cell]], list[dict[str, Any]]]
 class _Search:
     """The bisection of one method: choices up to `room` leave room for more, from `end` on none."""
 
-    entrant: Entrant
+    entrant: Entrant | Series
     goal: Goal
     rungs: list[Rung]
     room: int = -1
@@ -48,7 +48,7 @@ def search(
     settings: ComparisonSettings,
     facts: dict[str, Any],
     goals: Sequence[Goal],
-    entrants: Sequence[Entrant],
+    entrants: Sequence[Entrant | Series],
     bench: Bench,
     run: Run,
 ) -> list[Cell]:
@@ -78,21 +78,22 @@ def search(
     return [cell for one in searches for cell in _chosen(settings, facts, one)]
 
 
-def _begin(entrant: Entrant, goal: Goal, bench: Bench) -> _Search:
+def _begin(entrant: Entrant | Series, goal: Goal, bench: Bench) -> _Search:
     try:
         rungs = ladder(entrant, bench.dense)
-        rungs = [rung for rung in rungs if _possible(entrant, rung, bench)]
+        outlines = Outlines(bench.dense)
+        rungs = [rung for rung in rungs if _possible(entrant, rung, outlines)]
         if not rungs:
-            entrant.make(ladder(entrant, bench.dense)[0].arguments).check(bench.dense)
+            check_rung(entrant, ladder(entrant, bench.dense)[0], outlines)
     except (ValueError, TypeError) as error:
         return _Search(entrant, goal, [], fault=one_line(error))
     fault = goal.fault_of(entrant.puts_zeros)
     return _Search(entrant, goal, rungs, end=len(rungs), fault=fault)
 
 
-def _possible(entrant: Entrant, rung: Rung, bench: Bench) -> bool:
+def _possible(entrant: Entrant | Series, rung: Rung, outlines: Outlines) -> bool:
     try:
-        entrant.make(rung.arguments).check(bench.dense)
+        check_rung(entrant, rung, outlines)
     except (ValueError, TypeError):
         return False
     return True
@@ -146,7 +147,7 @@ def _take(one: _Search, position: int, results: list[dict[str, Any]]) -> None:
 
 def _chosen(settings: ComparisonSettings, facts: dict[str, Any], one: _Search) -> list[Cell]:
     """Return the cells of the choice that the search ends with, or of its fault."""
-    rung = Rung({}, 0.0)
+    rung = own_amount(one.entrant)
     if not one.fault:
         try:
             rung = one.rungs[one.goal.choose(one.tried, one.rungs)]

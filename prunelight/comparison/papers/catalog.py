@@ -97,6 +97,22 @@ PAPERS = {
                 "reproduce_slm_calibration.yaml",
                 "How much do other calibration windows change?",
             ),
+            "grid": Table(
+                "reproduce_slm_grid.yaml",
+                "Which part of the parameters should go by depth, which by width?",
+            ),
+            "threshold": Table(
+                "reproduce_slm_threshold.yaml",
+                "How much does each threshold remove, and what does it cost?",
+            ),
+            "law": Table(
+                "reproduce_slm_law.yaml",
+                "Is SLM ever more than 2 % worse than ShortGPT, within 10 forwards?",
+            ),
+            "orthogonality": Table(
+                "reproduce_slm_orthogonality.yaml",
+                "Do the harms of merging layers and of 4 or 8 bits add up?",
+            ),
         },
     ),
     "dlp": Paper(
@@ -115,6 +131,10 @@ PAPERS = {
                 "By which statistic should a layer be scored?",
             ),
             "alpha": Table("reproduce_dlp_alpha.yaml", "Does alpha matter?"),
+            "orthogonality": Table(
+                "reproduce_dlp_orthogonality.yaml",
+                "Do the harms of zeros and of 4 or 8 bits add up?",
+            ),
         },
     ),
 }

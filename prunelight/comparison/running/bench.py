@@ -202,7 +202,9 @@ def bench_of(settings: str, device: str | None) -> Bench:
 
 def settings_of(values: dict[str, Any]) -> ComparisonSettings:
     """Return the settings of their JSON form."""
-    from prunelight.comparison.settings import LauncherSettings, ModelSettings
+    from prunelight.comparison.settings import Claim, LauncherSettings, ModelSettings
+
+    claim = values.get("claim")
 
     return ComparisonSettings(
         **{
@@ -210,5 +212,6 @@ def settings_of(values: dict[str, Any]) -> ComparisonSettings:
             "model": ModelSettings(**values["model"]),
             "data": DataSettings(**values["data"]),
             "launcher": LauncherSettings(**values["launcher"]),
+            "claim": None if claim is None else Claim(**claim),
         }
     )

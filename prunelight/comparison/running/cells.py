@@ -10,12 +10,16 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from prunelight.callbacks.base import PruningCallback
+from prunelight.comparison.amounts.matching import Rung, callbacks_of
 from prunelight.comparison.grid import DENSE, FORMAT, Cell, one_line, write_json
 from prunelight.comparison.methods import entrants_of
 from prunelight.comparison.running.bench import Bench, bench_of
@@ -23,6 +27,7 @@ from prunelight.comparison.running.fits import recovered_model
 from prunelight.comparison.running.measuring import measure
 from prunelight.comparison.running.quantized import in_fewer_bits
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.matrices import decoder_weights
 from prunelight.models.sizes import linear_sparsity, parameter_count, zero_share
 from prunelight.one_line_errors import our_error
 from prunelight.planning.fingerprints import library_versions
@@ -91,21 +96,17 @@ def _result(bench: Bench, cell: Cell, directory: Path) -> dict[str, Any]:
     if cell.fault:
         return {"failed": cell.fault}
     facts: dict[str, Any] = {}
-    method = None
+    methods = _methods(cell)
     if cell.label == DENSE:
         model = bench.dense
+    elif cell.recovered:
+        model, facts = recovered_model(bench, cell, methods, directory / "fit")
     else:
-        entries = {"class_path": cell.method, "init_args": {}, "label": cell.label}
-        (entrant,) = entrants_of([entries])
-        method = entrant.make(cell.arguments or {})
-        if cell.recovered:
-            model, facts = recovered_model(bench, cell, method, directory / "fit")
-        else:
-            model, facts = _pruned(bench, cell, method)
+        model, facts = _pruned(bench, cell, methods)
     start = time.perf_counter()
     found = measure(model, bench, tasks=cell.with_tasks)
     if bench.settings.quantizations:
-        anew = None if cell.recovered else method
+        anew = [] if cell.recovered else methods
         found["quantized"] = in_fewer_bits(bench, model, cell.seed, anew)
     seconds = {**facts.pop("seconds", {}), "measure": time.perf_counter() - start}
     parameters = parameter_count(model)
@@ -117,6 +118,7 @@ def _result(bench: Bench, cell: Cell, directory: Path) -> dict[str, Any]:
         "share_removed": 1 - parameters / bench.parameters,
         "zeros": linear_sparsity(model),
         "zeros_of_all": zero_share(model.parameters()),
+        "decoder_weights_left": _decoder_weights_left(model, bench.dense),
         "layers": len(decoder_layers(model)),
         "seconds": seconds,
         "forward_seconds": bench.forward_seconds,
@@ -125,28 +127,58 @@ def _result(bench: Bench, cell: Cell, directory: Path) -> dict[str, Any]:
     }
 
 
-def _pruned(bench: Bench, cell: Cell, method: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the pruned model, and how it was pruned."""
+def _methods(cell: Cell) -> list[PruningCallback]:
+    """Return the methods of a cell, in their order; none for the dense model."""
+    made = []
+    for one in cell.methods:
+        (entrant,) = entrants_of([{"class_path": one["method"], "label": cell.label}])
+        made += callbacks_of(entrant, Rung(one["arguments"], 0.0))
+    return made
+
+
+def _decoder_weights_left(model: PreTrainedModel, dense: PreTrainedModel) -> float:
+    """Return the share of the dense model's decoder weights that are there, zeros or not.
+
+    It is 1 for a family whose layers cannot be found, as its share of zeros is 0.
+    """
+    try:
+        left, before = (
+            sum(weight.numel() for weight in decoder_weights(one)) for one in (model, dense)
+        )
+    except TypeError:
+        return 1.0
+    return left / before
+
+
+def _pruned(
+    bench: Bench, cell: Cell, methods: Sequence[PruningCallback]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the pruned model, and how it was pruned; each method finds what earlier ones left."""
     windows = bench.calibration(cell.seed)
-    method.check(bench.dense)
-    method.check_calibration(bench.dense, windows)
+    methods[0].check(bench.dense)
+    methods[0].check_calibration(bench.dense, windows)
     bench.forward_seconds  # noqa: B018 (measured before the load of a cell)
-    method.device = bench.device
-    with remembering_scores(bench.memory) as memory:
-        before, start = memory.seconds_spared, time.perf_counter()
-        plan = method.plan(bench.dense, windows)
-        synchronize(bench.device)
-        planned = time.perf_counter() - start + memory.seconds_spared - before
     outcomes: list[dict[str, Any]] = []
-    model = bench.copy_of_dense()
-    start = time.perf_counter()
-    with torch.no_grad():
-        model = method.apply(model, plan, windows, outcomes)
-    synchronize(bench.device)
-    applied = time.perf_counter() - start
+    plans, seconds = [], {"plan": 0.0, "apply": 0.0}
+    model = bench.dense
+    for method in methods:
+        method.device = bench.device
+        with remembering_scores(bench.memory) as memory:
+            before, start = memory.seconds_spared, time.perf_counter()
+            plan = method.plan(model, windows)
+            synchronize(bench.device)
+            seconds["plan"] += time.perf_counter() - start + memory.seconds_spared - before
+        model = bench.copy_of_dense() if model is bench.dense else model
+        start = time.perf_counter()
+        with torch.no_grad():
+            model = method.apply(model, plan, windows, outcomes)
+        synchronize(bench.device)
+        seconds["apply"] += time.perf_counter() - start
+        plans.append(plan.to_dict())
     return model, {
-        "plan": plan.to_dict(),
+        "plan": plans[0],
+        "later_plans": plans[1:],
         "outcomes": outcomes,
-        "seconds": {"plan": planned, "apply": applied},
-        "prune_forwards": (planned + applied) / bench.forward_seconds,
+        "seconds": seconds,
+        "prune_forwards": sum(seconds.values()) / bench.forward_seconds,
     }

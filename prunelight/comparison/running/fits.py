@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def check_recovery(settings: ComparisonSettings) -> None:
 
 
 def recovered_model(
-    bench: Bench, cell: Cell, method: PruningCallback, directory: Path
+    bench: Bench, cell: Cell, methods: Sequence[PruningCallback], directory: Path
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Fit a cell, or go on with its fit; return the recovered model and facts of the fit."""
     settings, start = bench.settings, time.perf_counter()
@@ -79,7 +80,7 @@ def recovered_model(
     trainer = Trainer(
         **trainer_settings,
         default_root_dir=str(directory),
-        callbacks=[method, RecoveryCheckpoint()],
+        callbacks=[*methods, RecoveryCheckpoint()],
         logger=CSVLogger(str(directory), name="logs", flush_logs_every_n_steps=1),
         enable_model_summary=False,
         **_device(bench),
@@ -96,6 +97,7 @@ def recovered_model(
     facts: dict[str, Any] = {"seconds": {"fit": time.perf_counter() - start}}
     if record is not None:
         facts["plan"] = record.plans[0] if record.plans else None
+        facts["later_plans"] = record.plans[1:]
         facts["outcomes"] = record.outcomes
     return to_device(model, bench.device), facts
 

@@ -7,7 +7,7 @@ weights, is told with its reason and ends nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -41,7 +41,7 @@ def check_quantizations(kinds: list[str]) -> None:
 
 
 def in_fewer_bits(
-    bench: Bench, model: PreTrainedModel, seed: int, method: PruningCallback | None
+    bench: Bench, model: PreTrainedModel, seed: int, methods: Sequence[PruningCallback]
 ) -> dict[str, dict[str, Any]]:
     """Return for each kind and order what a text tells, or why it is not defined.
 
@@ -49,16 +49,16 @@ def in_fewer_bits(
         bench: of this process.
         model: of the cell; it is not changed.
         seed: of the calibration windows.
-        method: that prunes models which are quantized already; None where nothing is pruned so.
+        methods: that prune models which are quantized already; none where nothing is pruned so.
     """
     found: dict[str, dict[str, Any]] = {}
     for kind in bench.settings.quantizations:
         found[kind] = {
             PRUNE_FIRST: _told(lambda kind=kind: _quantized(bench, model, kind, seed), bench)  # type: ignore[misc]
         }
-        if method is not None and bench.settings.quantize_first:
+        if methods and bench.settings.quantize_first:
             found[kind][QUANTIZE_FIRST] = _told(
-                lambda kind=kind: _pruned(bench, kind, seed, method),  # type: ignore[misc]
+                lambda kind=kind: _pruned(bench, kind, seed, methods),  # type: ignore[misc]
                 bench,
             )
     return found
@@ -87,11 +87,15 @@ def _quantized(bench: Bench, model: PreTrainedModel, kind: str, seed: int) -> Pr
     return model
 
 
-def _pruned(bench: Bench, kind: str, seed: int, method: PruningCallback) -> PreTrainedModel:
+def _pruned(
+    bench: Bench, kind: str, seed: int, methods: Sequence[PruningCallback]
+) -> PreTrainedModel:
     """Return the dense model, first quantized, then scored and pruned as it is."""
     windows = bench.calibration(seed)
     model = bench.quantized_dense(kind, seed, lambda: _quantized(bench, bench.dense, kind, seed))
-    method.check(model)
-    plan = method.plan(model, windows)
-    with torch.no_grad():
-        return method.apply(model, plan, windows, [])
+    for method in methods:
+        method.check(model)
+        plan = method.plan(model, windows)
+        with torch.no_grad():
+            model = method.apply(model, plan, windows, [])
+    return model

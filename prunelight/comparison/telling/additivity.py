@@ -40,7 +40,7 @@ class Additivity:
     Attributes:
         label: of the method.
         group: what `asked` is a share of: "parameters" or "zeros".
-        asked: amount.
+        asked: amount; None where the method's own arguments say it.
         recovered: the pruned model was trained before it was quantized.
         kind: of quantization.
         order: "prune first" or "quantize first".
@@ -53,7 +53,7 @@ class Additivity:
 
     label: str
     group: str
-    asked: float
+    asked: float | None
     recovered: bool
     kind: str
     order: str
@@ -99,7 +99,7 @@ def additivity(cells: Sequence[tuple[Cell, Result | None]]) -> list[Additivity]:
 
 
 def _row(
-    key: tuple[str, str, float, bool],
+    key: tuple[str, str, float | None, bool],
     kind: str,
     order: str,
     dense: Sequence[Result],
@@ -142,7 +142,11 @@ def table_of(rows: Sequence[Additivity]) -> list[list[str]]:
     """Return the cells of text of rows, under `HEAD`."""
     lines = []
     for row in rows:
-        amount = f"{row.asked:.3g} {'zeros' if row.group == 'zeros' else 'removed'}"
+        amount = (
+            "its own"
+            if row.asked is None
+            else f"{row.asked:.3g} {'zeros' if row.group == 'zeros' else 'removed'}"
+        )
         line = [row.label, amount, "yes" if row.recovered else "", row.kind, row.order]
         if row.failed:
             lines.append([*line, *[""] * 5, f"not defined: {row.failed}"])

@@ -13,8 +13,13 @@ from prunelight.comparison.papers.beside import beside_published, note_on_publis
 from prunelight.comparison.statistics import Paired
 from prunelight.comparison.telling.additivity import HEAD, TITLE, table_of
 from prunelight.comparison.telling.additivity import HOW_TO_READ as _HARMS
+from prunelight.comparison.telling.claim import HEAD as HEAD_OF_CLAIM
+from prunelight.comparison.telling.claim import LEAD as LEAD_OF_CLAIM
+from prunelight.comparison.telling.claim import TITLE as TITLE_OF_CLAIM
+from prunelight.comparison.telling.claim import judged
+from prunelight.comparison.telling.claim import table_of as table_of_claim
 from prunelight.comparison.telling.summary import Row, Summary, mean_log_perplexity
-from prunelight.comparison.telling.sweeps import LEAD_OF_SWEEPS, sweep_charts
+from prunelight.comparison.telling.sweeps import LEAD_OF_SWEEPS, curve_of_label, sweep_charts
 from prunelight.comparison.telling.table import head, interval, lines, place
 from prunelight.comparison.telling.writing import HOW_TO_READ, LATENCY_NOTE
 from prunelight.evaluation.report.page.charts import bar_chart, heat_map, scatter
@@ -53,7 +58,7 @@ def page(summary: Summary, told: list[str]) -> str:
             _fronts(summary),
             lead=(
                 "Lower and further right is better. The grey line joins the best method of each "
-                "amount, where no larger amount is as good."
+                "amount, where no larger amount is as good. Thin lines join a method's amounts."
             ),
         ),
         Section(
@@ -66,6 +71,7 @@ def page(summary: Summary, told: list[str]) -> str:
         ),
         Section(TITLE, _additivity(summary), lead=_HARMS if summary.additivity else ""),
         Section("What the swept argument does", sweep_charts(summary), lead=LEAD_OF_SWEEPS),
+        Section(TITLE_OF_CLAIM, _claim(summary), lead=LEAD_OF_CLAIM),
         Section("Tasks", _tasks(summary)),
         Section("Which layers go", _decisions(summary), lead=_LEAD_OF_DECISIONS),
         Section("What the paper published", _published(summary), lead=note_on_published(summary)),
@@ -100,8 +106,11 @@ def _fronts(summary: Summary) -> list[Markup]:
     names = {
         "parameters": "share of all parameters removed (%)",
         "ratio": "share of all parameters removed (%)",
-        "zeros": "share of zeros in the decoder layers (%)",
+        "zeros": "share of the decoder layers' weights that are zero or gone (%)",
+        "own": "share of all parameters removed (%)",
     }
+    own_amounts = summary.settings.amounts is None
+    curves = curve_of_label(summary) if own_amounts else {}
     for group, label in names.items():
         for recovered in (False, True):
             rows = [
@@ -112,8 +121,8 @@ def _fronts(summary: Summary) -> list[Markup]:
             if len(rows) < 2:
                 continue
             points: dict[str, list[tuple[float, float]]] = {}
-            for row in rows:
-                points.setdefault(row.label, []).append(_point(row))
+            for row in sorted(rows, key=_point) if own_amounts else rows:
+                points.setdefault(curves.get(row.label, row.label), []).append(_point(row))
             levels = {}
             if summary.dense.measured:
                 levels["dense"] = math.exp(mean_log_perplexity(summary.dense))
@@ -126,7 +135,7 @@ def _fronts(summary: Summary) -> list[Markup]:
                 front=[_point(row) for row in rows if row.on_front],
                 levels=levels,
                 least_width=5.0,
-                as_curve=len({row.asked for row in rows}) > 2,
+                as_curve=own_amounts or len({row.asked for row in rows}) > 2,
                 wide=True,
             )
             caption = f"{'Recovered' if recovered else 'Pruned'} models; best of its amount: {best}"
@@ -135,8 +144,7 @@ def _fronts(summary: Summary) -> list[Markup]:
 
 
 def _point(row: Row) -> tuple[float, float]:
-    share = row.zeros if row.group == "zeros" else row.share_removed
-    return 100 * share, math.exp(mean_log_perplexity(row))
+    return 100 * row.amount, math.exp(mean_log_perplexity(row))
 
 
 def _differences(summary: Summary) -> list[Markup]:
@@ -165,6 +173,11 @@ def _differences(summary: Summary) -> list[Markup]:
 
 def _additivity(summary: Summary) -> list[Markup]:
     return [table(HEAD, table_of(summary.additivity))] if summary.additivity else []
+
+
+def _claim(summary: Summary) -> list[Markup]:
+    rows = judged(summary)
+    return [table(HEAD_OF_CLAIM, table_of_claim(rows))] if rows else []
 
 
 def _ratio(paired: Paired | None) -> str:
@@ -207,7 +220,7 @@ def _decisions(summary: Summary) -> list[Markup]:
     pruned = [row for row in summary.rows if row.plan and not row.recovered]
     plans = [PlanFacts(row.plan) for row in pruned]
     gone = {
-        f"{row.label}, {row.asked:.3g}": plan.removed_layers
+        row.name: plan.removed_layers
         for row, plan in zip(pruned, plans, strict=True)
         if plan.removed_layers
     }
@@ -227,10 +240,10 @@ def _decisions(summary: Summary) -> list[Markup]:
         )
         parts.append(figure(chart, "Dark layers go.", wide=True))
     most = {row.label: row for row in sorted(pruned, key=lambda row: row.asked or 0.0)}
-    for label, row in most.items():
+    for row in most.values():
         charts = _drawn_scores(json.dumps(row.plan))
         if charts:
-            parts.append(details(f"Scores of {label}, {row.asked:.3g}", figures(charts)))
+            parts.append(details(f"Scores of {row.name}", figures(charts)))
     return parts
 
 
@@ -274,7 +287,7 @@ def _measured(summary: Summary) -> list[Markup]:
             row.label,
             row.contest[0],
             "" if row.asked is None else f"{row.asked:.3g}",
-            str(row.arguments),
+            "; then ".join([str(row.arguments), *(str(one["arguments"]) for one in row.then)]),
         ]
         for row in summary.rows[1:]
     ]

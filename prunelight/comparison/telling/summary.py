@@ -19,16 +19,32 @@ from prunelight.runtime.origin import date_now
 Result = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class OfSeed:
+    """What a method gave with one seed.
+
+    Attributes:
+        seed: of calibration windows and training.
+        perplexity: text -> value.
+        prune_forwards: time to score and prune, in F; None for the dense model and for fits.
+    """
+
+    seed: int
+    perplexity: dict[str, float]
+    prune_forwards: float | None
+
+
 @dataclass
 class Row:
     """A method at an amount, all seeds together.
 
     Attributes:
         label: of the method; "dense" for the dense model.
-        group: what `asked` is a share of: "parameters", "zeros" or a method's own "ratio".
-        asked: share that was asked for; None for the dense model.
+        group: what `asked` is a share of: "parameters", "zeros" or a method's own "ratio"; "own"
+            where nothing is asked for.
+        asked: share that was asked for; None for the dense model, and where the arguments say it.
         recovered: the model was trained after the pruning.
-        arguments: of the method.
+        arguments: of the method; of the first one, in a series.
         failed: why there is no result, in one line; "" if there is one.
         missing: its cells are not run yet.
         share_removed: of all parameters, counted on the model.
@@ -50,6 +66,9 @@ class Row:
         plan: what the method decided with the first seed, `Plan.to_dict()` without what it found
             on the way; empty for the dense model and for fits.
         same_as: label of an earlier row with the same figures on every window: the same model.
+        then: method and arguments of each later method of a series.
+        decoder_weights_left: share of the dense model's decoder weights that are there.
+        seeds: what each seed gave.
     """
 
     label: str
@@ -76,6 +95,21 @@ class Row:
     on_front: bool = False
     plan: dict[str, Any] = field(default_factory=dict)
     same_as: str = ""
+    then: list[dict[str, Any]] = field(default_factory=list)
+    decoder_weights_left: float = 1.0
+    seeds: list[OfSeed] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Label and amount."""
+        return self.label if self.asked is None else f"{self.label}, {self.asked:.3g}"
+
+    @property
+    def amount(self) -> float:
+        """Share of all parameters that are gone; of decoder weights that are zero or gone."""
+        if self.group != "zeros":
+            return self.share_removed
+        return 1 - (1 - self.zeros) * self.decoder_weights_left
 
     @property
     def contest(self) -> tuple[str, float | None, bool]:
@@ -179,9 +213,9 @@ def summarize(
         ),
         additivity=additivity(cells),
     )
-    if settings.quality_target is None:
+    if settings.quality_target is None and settings.amounts is not None:
         _rank(summary, dict(zip(map(id, rows), results, strict=True)))
-    for group in ("parameters", "ratio", "zeros"):
+    for group in ("parameters", "ratio", "zeros", "own"):
         _mark_front(rows, group)
     return summary
 
@@ -191,13 +225,23 @@ def _row(
 ) -> Row:
     cell = members[0][0]
     row = Row(cell.label, cell.group, cell.asked, cell.recovered, cell.arguments or {})
+    row.then = cell.then
     row.failed = next((result["failed"] for result in results if result["failed"]), "")
     row.missing = not row.failed and len(results) < len(members)
     if not row.measured:
         return row
     row.share_removed = fmean(result["share_removed"] for result in results)
     row.zeros = fmean(result["zeros"] for result in results)
+    row.decoder_weights_left = fmean(result.get("decoder_weights_left", 1.0) for result in results)
     row.layers = results[0]["layers"]
+    row.seeds = [
+        OfSeed(
+            member.seed,
+            {text["text"]: text["perplexity"]["value"] for text in result["texts"]},
+            result.get("prune_forwards"),
+        )
+        for (member, _), result in zip(members, results, strict=True)
+    ]
     row.plan = {k: v for k, v in (results[0].get("plan") or {}).items() if k != "found"}
     counts = [text["window_tokens"] for text in results[0]["texts"]]
     for position, text in enumerate(results[0]["texts"]):
@@ -285,7 +329,8 @@ def mean_log_perplexity(row: Row) -> float:
 def _mark_front(rows: Sequence[Row], group: str) -> None:
     """Mark what no other row of the group beats in the amount asked for and in perplexity.
 
-    Not in the true share: layers come in whole numbers, and half a layer more is no merit.
+    Not in the true share: layers come in whole numbers, and half a layer more is no merit. Where
+    nothing was asked for, the true share is what there is.
     """
     for recovered in (False, True):
         of_group = [
@@ -293,6 +338,9 @@ def _mark_front(rows: Sequence[Row], group: str) -> None:
             for row in rows[1:]
             if row.measured and row.group == group and row.recovered == recovered
         ]
-        points = [(-(row.asked or 0.0), mean_log_perplexity(row)) for row in of_group]
+        points = [
+            (-(row.amount if row.asked is None else row.asked), mean_log_perplexity(row))
+            for row in of_group
+        ]
         for index in front(points):
             of_group[index].on_front = True

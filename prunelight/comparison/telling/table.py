@@ -42,14 +42,16 @@ def lines(summary: Summary, *, intervals: bool = True) -> list[tuple[str, list[l
     """
     parts = [("", [_line(summary, summary.dense, intervals)])]
     for (group, asked, recovered), rows in summary.contests().items():
-        if asked is None:
+        if summary.settings.amounts is None:
+            title = "each at its own amount" + (", zeros" if group == "zeros" else "")
+        elif asked is None:
             title = "as far as the limit allows"
         elif summary.settings.equal == "latency":
             title = f"{asked:.3g} of the time of a generation saved"
         else:
             title = f"{asked:.3g} {AMOUNT_OF[group]}"
         title += ", recovered" if recovered else ""
-        ordered = sorted(rows, key=_order)
+        ordered = rows if summary.settings.amounts is None else sorted(rows, key=_order)
         parts.append((title, [_line(summary, row, intervals) for row in ordered]))
     return parts
 

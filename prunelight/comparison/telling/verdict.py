@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from prunelight.comparison.telling.additivity import sentence
+from prunelight.comparison.telling.claim import sentence as sentence_on_claim
 from prunelight.comparison.telling.summary import Row, Summary, mean_log_perplexity
 
 _POOR = 2.0  # times the dense perplexity, above which a model is of no use as it is
@@ -14,12 +15,14 @@ _POOR = 2.0  # times the dense perplexity, above which a model is of no use as i
 def verdict(summary: Summary) -> list[str]:
     """Return what to conclude, the most important sentence first."""
     searched = summary.settings.quality_target is not None
-    sentences = []
+    sentences = [claim] if (claim := sentence_on_claim(summary)) else []
     for (group, asked, recovered), rows in summary.contests().items():
         measured = [row for row in rows if row.measured]
         if not measured:
             continue
-        if searched:
+        if summary.settings.amounts is None:
+            sentences.append(_at_own_amounts(group, measured, recovered))
+        elif searched:
             sentences.append(_reached(summary, group, measured, recovered))
         else:
             assert asked is not None
@@ -104,6 +107,23 @@ def _of_contest(
                 "recovery, or remove less."
             )
     return sentences
+
+
+def _at_own_amounts(group: str, rows: Sequence[Row], recovered: bool) -> str:
+    """Say how far the rows go, and which of them no other one beats in size and in quality."""
+    what = "zeros or gone in the decoder" if group == "zeros" else "of the parameters gone"
+    least, most = (take(rows, key=lambda row: row.amount) for take in (min, max))
+    ends = " to ".join(
+        f"{row.label} ({row.amount:.1%} {what}, perplexity "
+        f"{math.exp(mean_log_perplexity(row)):.1f})"
+        for row in ((least, most) if least is not most else (least,))
+    )
+    after = ", then recovered" if recovered else ""
+    told = f"Each row is at its own amount{after}: {ends}."
+    front = [row.label for row in sorted(rows, key=lambda row: row.amount) if row.on_front]
+    if len(rows) > 1:
+        told += f" No other row removes as much and is as good as {' or '.join(front)}."
+    return told
 
 
 def _reached(summary: Summary, group: str, rows: Sequence[Row], recovered: bool) -> str:

@@ -10,6 +10,11 @@ from prunelight.comparison.papers.beside import beside_published, note_on_publis
 from prunelight.comparison.running.measuring import LATENCY
 from prunelight.comparison.telling.additivity import HEAD, TITLE, table_of
 from prunelight.comparison.telling.additivity import HOW_TO_READ as HARMS
+from prunelight.comparison.telling.claim import HEAD as HEAD_OF_CLAIM
+from prunelight.comparison.telling.claim import LEAD as LEAD_OF_CLAIM
+from prunelight.comparison.telling.claim import TITLE as TITLE_OF_CLAIM
+from prunelight.comparison.telling.claim import judged
+from prunelight.comparison.telling.claim import table_of as table_of_claim
 from prunelight.comparison.telling.summary import Summary
 from prunelight.comparison.telling.table import head, lines
 from prunelight.evaluation.report.writing import markdown_table
@@ -93,6 +98,9 @@ def markdown(summary: Summary, told: list[str]) -> str:
         parts.append(LATENCY_NOTE)
     if summary.additivity:
         parts += [f"## {TITLE}", markdown_table(HEAD, table_of(summary.additivity)), HARMS]
+    if found := judged(summary):
+        parts += [f"## {TITLE_OF_CLAIM}", LEAD_OF_CLAIM]
+        parts.append(markdown_table(HEAD_OF_CLAIM, table_of_claim(found)))
     for one in beside_published(summary):
         parts += [f"## {one.title}", markdown_table(one.columns, one.rows)]
     if summary.settings.published:
