@@ -83,7 +83,8 @@ def sentence(summary: Summary) -> str:
     slowest = max((one.forwards for one in found if one.forwards is not None), default=None)
     told = f"at most {most.ratio:.3f} times"
     told += "" if slowest is None else f" and {slowest:.1f} F"
-    told += f" over {len(found)} pairs of amount and seed"
+    pairs = "1 pair" if len(found) == 1 else f"{len(found)} pairs"
+    told += f" over {pairs} of amount and seed"
     if all(one.holds for one in found):
         whole = claim_holds(summary)
         return f"The claim holds{'' if whole else ' so far'}: {bound}: {told}."
