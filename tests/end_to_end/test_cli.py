@@ -412,7 +412,7 @@ def test_an_unknown_config_is_one_line_with_names_that_are_near(capsys, name, ne
         ("export m --to gguf --unproven maybe", "unproven=maybe must be true or false"),
         ("compare --config compare_25.yaml --model m", "must be a mapping with some of name, dt"),
         ("compare --config compare_25.yaml --launcher.kind slurm", "one of sequential, joblib"),
-        ("compare --config compare_25.yaml --amounts 0.25", "amounts=0.25 must be a list"),
+        ("compare --config compare_25.yaml --amounts 0.25", "amounts=0.25 must be null or a list"),
         ("compare --config compare_25.yaml --maxkld 1", "did you mean max_kld?"),
     ],
 )
