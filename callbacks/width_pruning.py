@@ -5,11 +5,12 @@ depth pruning followed by width pruning. Whole key-value groups are removed, wit
 Each layer keeps its own best groups and neurons. prunelight/scoring/width_scores.py defines the
 scores.
 
-How many a layer keeps can also follow from its scores (`allocation="global"`), as in FLAP
-(arXiv:2312.11983). FLAP compares scores across layers that are standardised within each layer.
-Here they are divided by their layer's sum: standardised scores of two groups are always the same.
-With `allocation="dlp"` it follows from DLP's shares of zeros (arXiv:2505.23807), which here are
-shares of groups and neurons to remove. DLP's released code has no structured form that runs.
+How many a layer keeps can also follow from its scores. With `allocation="flap"` groups and neurons
+of all layers are ranked in one list, by FLAP's standardised fluctuations (arXiv:2312.11983), until
+their parameters meet one budget. With `allocation="global"` each kind has its own number, and any
+score is compared by its share of its layer's sum. With `allocation="dlp"` it follows from DLP's
+shares of zeros (arXiv:2505.23807), which here are shares of groups and neurons to remove. DLP's
+released code has no structured form that runs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.families.own_classes.layer_widths import LISTS
 from prunelight.planning.plan import Plan
-from prunelight.planning.sparsity_shares import clipping_excess, deal_blocks, dlp, fit_to_target
+from prunelight.planning.sparsity_shares import (
+    clipping_excess,
+    deal_blocks,
+    dlp,
+    fit_to_target,
+    spend_budget,
+)
 from prunelight.planning.steps import PruneWidth
 from prunelight.pruning.prune_width import check_width
 from prunelight.run.method import PruningMethod
@@ -41,6 +48,9 @@ from prunelight.scoring.weight_scores import weight_scores
 from prunelight.scoring.width_scores import (
     Widths,
     allowed_groups,
+    projection_parts,
+    standardised_scores,
+    unit_size,
     width_scores,
     widths_of,
 )
@@ -51,7 +61,7 @@ FIELDS: dict[str, str] = {"heads": "num_key_value_heads", "neurons": "intermedia
 
 PER_LAYER = {field: name for name, field in LISTS.items()}  # the same for different widths
 
-ALLOCATIONS = ("uniform", "global", "dlp")
+ALLOCATIONS = ("uniform", "global", "flap", "dlp")
 
 ALPHA = 0.15  # of DLP's paper
 
@@ -69,15 +79,21 @@ class WidthPruning(PruningCallback):
         score: "wanda", "fluctuation" (FLAP) or "taylor" (LLM-Pruner; needs gradients).
         multiple: what the number of neurons must be a multiple of, for fast kernels.
         correction: fit the output projections by least squares on the calibration windows, to
-            give what they gave with all inputs.
+            give what they gave with all inputs. "bias" gives them a bias instead, the mean of what
+            is gone on the calibration windows (FLAP); no stock class has it.
         allocation: "uniform" keeps equal numbers in all layers: a stock model. "global" keeps those
             of all layers whose shares of their layer's score are highest; at least one group and
-            `multiple` neurons a layer. "dlp" keeps more in layers whose median of |W| * ||X|| is
-            low, by DLP's shares. Ratios are then of all layers together, numbers are means. Such a
-            model needs prunelight to load, unless all widths are equal.
+            `multiple` neurons a layer. "flap" ranks groups and neurons together by standardised
+            fluctuations, each by its parameters: `head_ratio` and `neuron_ratio` say which kinds
+            may go, and together how many parameters. "dlp" keeps more in layers whose median of
+            |W| * ||X|| is low, by DLP's shares. Ratios are then of all layers together, numbers are
+            means. Such a model needs prunelight to load, unless all widths are equal.
         export_remote_code: put the code of its class beside a result whose widths differ, which
             then loads without prunelight under trust_remote_code.
         alpha: half the spread of the shares of "dlp"; None takes the paper's 0.15. 0 is uniform.
+        skip_first: number of first layers that stay whole; LLM-Pruner leaves 4 of 32. The others
+            lose more: ratios count over all layers, and numbers are means of all.
+        skip_last: number of last layers that stay whole; LLM-Pruner leaves 2 of 32.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect, two arguments set the same
@@ -91,6 +107,8 @@ class WidthPruning(PruningCallback):
         num_key_value_heads=at_least(1),
         multiple=at_least(1),
         alpha=at_least(0),
+        skip_first=at_least(0),
+        skip_last=at_least(0),
     )
     def __init__(
         self,
@@ -100,10 +118,12 @@ class WidthPruning(PruningCallback):
         num_key_value_heads: int | None = None,
         score: Literal["taylor", "wanda", "fluctuation"] = "wanda",
         multiple: int = 64,
-        correction: bool = True,
-        allocation: Literal["uniform", "global", "dlp"] = "uniform",
+        correction: bool | Literal["bias"] = True,
+        allocation: Literal["uniform", "global", "flap", "dlp"] = "uniform",
         export_remote_code: bool = False,
         alpha: float | None = None,
+        skip_first: int = 0,
+        skip_last: int = 0,
     ) -> None:
         pairs = (
             ("neuron_ratio", neuron_ratio, "intermediate_size", intermediate_size),
@@ -114,7 +134,15 @@ class WidthPruning(PruningCallback):
                 raise ValueError(f"{name}={ratio} and {other}={number}: give one of the two")
         if all(x is None for x in (*pairs[0][1::2], *pairs[1][1::2])):
             raise ValueError("nothing to prune: give neuron_ratio, head_ratio, or what is left")
-        if export_remote_code and allocation == "uniform":
+        if allocation == "flap" and score != "fluctuation":
+            raise ValueError(
+                f"allocation='flap' ranks standardised fluctuations, not {score=}; set "
+                "score='fluctuation', or allocation='global'"
+            )
+        self.stays_stock = (
+            allocation == "uniform" and correction != "bias" and not skip_first + skip_last
+        )
+        if export_remote_code and self.stays_stock:
             raise ValueError(
                 "export_remote_code=True has no effect with allocation='uniform', which leaves a "
                 "stock class; leave it out"
@@ -131,22 +159,21 @@ class WidthPruning(PruningCallback):
         self.intermediate_size, self.num_key_value_heads = intermediate_size, num_key_value_heads
         self.score, self.multiple, self.correction = score, multiple, correction
         self.allocation, self.export_remote_code = allocation, export_remote_code
-        self.alpha = alpha
-        self.follows_slicing = allocation == "uniform"
+        self.alpha, self.skip_first, self.skip_last = alpha, skip_first, skip_last
+        self.follows_slicing = self.stays_stock
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError or TypeError if the model cannot take the widths asked for."""
         before, counts = widths_of(model), self._counts(model)
-        if self.allocation != "uniform" and is_sliced(model):
-            raise TypeError(
-                "this model is sliced: its layers cannot have different widths; set "
-                "allocation='uniform'"
-            )
+        if not self.stays_stock and is_sliced(model):
+            raise TypeError(f"this model is sliced: no class of it has {self._own_class_reason()}")
         kept = {
             kind: {str(i): tuple(range(count)) for i, count in enumerate(numbers)}
             for kind, numbers in counts.items()
         }
         check_width(model, PruneWidth(kept.get("heads", {}), kept.get("neurons", {})))
+        if self.allocation == "flap":
+            return  # one kind may well keep all
         for kind, name in (("heads", "head_ratio"), ("neurons", "neuron_ratio")):
             if getattr(self, name) and counts[kind] == (numbers := _numbers(before, kind)):
                 log.warning("%s=%s removes none of %d", name, getattr(self, name), max(numbers))
@@ -162,7 +189,18 @@ class WidthPruning(PruningCallback):
             "neurons": ("intermediate_size", 1),
             "heads": ("num_attention_heads * head_dim", head),
         }
-        return {inputs[kind][0]: numbers[0] * inputs[kind][1] for kind, numbers in counts.items()}
+        first = self.skip_first  # of those that are pruned
+        return {
+            inputs[kind][0]: numbers[first] * inputs[kind][1] for kind, numbers in counts.items()
+        }
+
+    def _own_class_reason(self) -> str:
+        """Return what no stock class has, and how to do without."""
+        if self.allocation != "uniform":
+            return "layers of different widths; set allocation='uniform'"
+        if self.correction == "bias":
+            return "biases of output projections; set correction=True"
+        return "layers of different widths; leave skip_first and skip_last out"
 
     def check_run(self, run: Run, methods: Sequence[PruningMethod]) -> None:
         """Raise ValueError if a method beside this one leaves a model that it cannot prune."""
@@ -172,12 +210,12 @@ class WidthPruning(PruningCallback):
                     f"{type(other).__name__} drops sublayers before WidthPruning; put "
                     "WidthPruning before it"
                 )
-        for other in methods if self.allocation != "uniform" else ():
+        for other in methods if not self.stays_stock else ():
             if other.drops_sublayers or other.slices:
                 does = "drops sublayers" if other.drops_sublayers else "slices hidden states"
                 raise ValueError(
                     f"{type(other).__name__} {does}, and no class describes such a model with "
-                    "layers of different widths; set allocation='uniform'"
+                    f"{self._own_class_reason()}"
                 )
 
     @torch.no_grad()
@@ -192,16 +230,25 @@ class WidthPruning(PruningCallback):
         check_weights(model)
         self.check(model)
         check_windows(model, windows)
-        before = widths_of(model)
-        scores = width_scores(model, windows, self.score, [*self._means(before)])
+        before, kinds = widths_of(model), [*self._means(widths_of(model))]
+        flap = self.allocation == "flap"
+        scores = (
+            standardised_scores(model, windows, kinds)
+            if flap
+            else width_scores(model, windows, self.score, kinds)
+        )
         kept: dict[str, dict[str, tuple[int, ...]]] = {}
         kept_shares: dict[str, list[float]] = {}
         found: dict[str, Any] = {}
         medians = self._medians(model, windows)
         for kind, counts in self._counts(model, scores, medians).items():
-            kept[kind], kept_shares[f"share_of_{kind}_score_kept"] = _best(scores[kind], counts)
-            field, uniform = FIELDS[kind], self.allocation == "uniform"
-            found |= {field: counts[0]} if uniform else {PER_LAYER[field]: counts}
+            kept[kind] = _best(scores[kind], counts)
+            tell = _lowest if flap else _share_kept  # standardised scores have no sum
+            name = f"lowest_{kind}_score_kept" if flap else f"share_of_{kind}_score_kept"
+            kept_shares[name] = [*map(tell, scores[kind], kept[kind].values())]
+            field = FIELDS[kind]
+            equal = self.allocation == "uniform" and len(set(counts)) == 1
+            found |= {field: counts[0]} if equal else {PER_LAYER[field]: counts}
             found[f"{field}_before"] = max(_numbers(before, kind))
         step = PruneWidth(kept.get("heads", {}), kept.get("neurons", {}), self.correction)
         kept_shares |= {"median": medians} if medians else {}
@@ -229,6 +276,20 @@ class WidthPruning(PruningCallback):
                 means[kind] = sum(_numbers(before, kind)) / len(before) * (1 - ratio)
         return means
 
+    def pruned_layers(self, model: PreTrainedModel) -> range:
+        """Return the decoder layers that are pruned, without those that are skipped.
+
+        Raises:
+            ValueError: if all are skipped.
+        """
+        total = len(decoder_layers(model))
+        if self.skip_first + self.skip_last >= total:
+            raise ValueError(
+                f"skip_first={self.skip_first} and skip_last={self.skip_last} leave none of the "
+                f"{total} decoder layers to prune; lower one of them"
+            )
+        return range(self.skip_first, total - self.skip_last)
+
     def _counts(
         self,
         model: PreTrainedModel,
@@ -239,36 +300,168 @@ class WidthPruning(PruningCallback):
 
         Args:
             model: before it is pruned.
-            scores: of each layer, by kind; without them "global" gives one answer of many.
+            scores: of each layer, by kind; without them "global" and "flap" give one answer of
+                many.
             medians: DLP's score of each layer; without them "dlp" gives one answer of many.
 
         Raises:
-            ValueError: if the layers do not have so many.
+            ValueError: if the layers do not have so many, or those that are pruned cannot lose so
+                many.
         """
-        before, counts = widths_of(model), dict[str, list[int]]()
-        for kind, mean in self._means(before).items():
-            numbers, block = _numbers(before, kind), self.multiple if kind == "neurons" else 1
-            allowed = allowed_groups(model) if kind == "heads" else []
-            self._check_number(kind, numbers, block)
-            most = [max(1, number // block) for number in numbers]  # whole blocks of each layer
-            total = min(max(len(most), round(mean * len(most) / block)), sum(most))
-            if self.allocation == "dlp":
-                ratio = max(0.0, 1 - mean * len(most) / sum(numbers))
-                blocks = _deal(self._wanted(numbers, ratio, medians, block), most, total, allowed)
-            elif self.allocation == "global":
-                layers = [torch.ones(number) for number in most]
-                if scores is not None:
-                    layers = [_shares(*x, block) for x in zip(scores[kind], most, strict=True)]
-                blocks = _spread(layers, total, allowed)
-            elif getattr(self, FIELDS[kind]) is not None:
-                blocks = [round(mean / block)] * len(most)
-            elif kind == "heads":
-                blocks = [min(allowed, key=lambda count: abs(count - mean))] * len(most)
-            else:
-                self._check_rounding(mean, block)
-                blocks = [min(round(mean / block), *most)] * len(most)
-            counts[kind] = [number * block for number in blocks]
-        return counts
+        before, pruned = widths_of(model), self.pruned_layers(model)
+        numbers = {kind: _numbers(before, kind) for kind in self._means(before)}
+        for kind in numbers:
+            self._check_number(kind, numbers[kind], self._block(kind))
+        means = {
+            kind: self._mean_left(kind, numbers[kind], mean, pruned)
+            for kind, mean in self._means(before).items()
+        }
+        some = {kind: [numbers[kind][i] for i in pruned] for kind in numbers}
+        # Layers that stay whole beside narrow ones are of our class, which has any number.
+        whole = len(pruned) == len(before)
+        allowed = allowed_groups(model) if "heads" in numbers and whole else []
+        own = {k: [x[i] for i in pruned] for k, x in scores.items()} if scores is not None else None
+        if self.allocation == "flap":
+            blocks = self._flap_blocks(model, some, means, own, allowed)
+        else:
+            of_layers = [medians[i] for i in pruned] if medians else []
+            blocks = {
+                kind: self._blocks(
+                    kind,
+                    some[kind],
+                    means[kind],
+                    None if own is None else own[kind],
+                    of_layers,
+                    allowed if kind == "heads" else [],
+                )
+                for kind in numbers
+            }
+        for kind, counts in blocks.items():
+            for layer, count in zip(pruned, counts, strict=True):
+                numbers[kind][layer] = count * self._block(kind)
+        return numbers
+
+    def _block(self, kind: str) -> int:
+        """Return how many groups or neurons go or stay together."""
+        return self.multiple if kind == "neurons" else 1
+
+    def _mean_left(
+        self, kind: str, numbers: Sequence[int], mean: float, pruned: Sequence[int]
+    ) -> float:
+        """Return how many groups or neurons a mean layer of those that are pruned keeps.
+
+        Args:
+            kind: "heads" or "neurons".
+            numbers: of groups or neurons of all layers.
+            mean: how many a mean layer of all keeps.
+            pruned: the layers that are pruned.
+
+        Raises:
+            ValueError: if layers are skipped, and the others cannot lose so many.
+        """
+        if len(pruned) == len(numbers):
+            return mean
+        own = sum(numbers[layer] for layer in pruned)
+        left = (mean * len(numbers) - (sum(numbers) - own)) / len(pruned)
+        if self.allocation != "flap" and round(left / self._block(kind)) < 1:
+            most = 1 - (sum(numbers) - own + len(pruned) * self._block(kind)) / sum(numbers)
+            raise ValueError(
+                f"the {len(pruned)} layers that skip_first={self.skip_first} and skip_last="
+                f"{self.skip_last} leave cannot lose {1 - mean * len(numbers) / sum(numbers):.3g} "
+                f"of all {kind}, at most {most:.3g}; lower {self._asked(kind)}, or skip fewer"
+            )
+        return left
+
+    def _asked(self, kind: str) -> str:
+        """Return the argument that says how many groups or neurons go, with its value."""
+        ratio = "head_ratio" if kind == "heads" else "neuron_ratio"
+        name = ratio if getattr(self, ratio) is not None else FIELDS[kind]
+        return f"{name}={getattr(self, name)}"
+
+    def _blocks(
+        self,
+        kind: str,
+        numbers: Sequence[int],
+        mean: float,
+        scores: Sequence[Tensor] | None,
+        medians: Sequence[float],
+        allowed: Collection[int],
+    ) -> list[int]:
+        """Return how many blocks of one kind each layer keeps.
+
+        Args:
+            kind: "heads" or "neurons".
+            numbers: of groups or neurons of each layer.
+            mean: how many of them a mean layer keeps.
+            scores: of each layer's groups or neurons.
+            medians: DLP's score of each layer.
+            allowed: numbers that all layers can have, if no other; empty allows any.
+        """
+        block = self._block(kind)
+        most = [max(1, number // block) for number in numbers]  # whole blocks of each layer
+        total = min(max(len(most), round(mean * len(most) / block)), sum(most))
+        if self.allocation == "dlp":
+            ratio = max(0.0, 1 - mean * len(most) / sum(numbers))
+            return _deal(self._wanted(numbers, ratio, medians, block), most, total, allowed)
+        if self.allocation == "global":
+            layers = [torch.ones(number) for number in most]
+            if scores is not None:
+                layers = [_shares(*x, block) for x in zip(scores, most, strict=True)]
+            return _spread(layers, total, allowed)
+        if getattr(self, FIELDS[kind]) is not None:
+            return [round(mean / block)] * len(most)
+        if kind == "heads" and allowed:
+            return [min(allowed, key=lambda count: abs(count - mean))] * len(most)
+        if kind == "neurons":
+            self._check_rounding(mean, block)
+        return [min(round(mean / block), *most)] * len(most)
+
+    def _flap_blocks(
+        self,
+        model: PreTrainedModel,
+        numbers: Mapping[str, Sequence[int]],
+        means: Mapping[str, float],
+        scores: Mapping[str, Sequence[Tensor]] | None,
+        allowed: Collection[int],
+    ) -> dict[str, list[int]]:
+        """Return how many blocks of each kind each layer keeps, of all ranked in one list.
+
+        Args:
+            model: before it is pruned.
+            numbers: kind -> groups or neurons of each layer that is pruned.
+            means: kind -> how many of them a mean layer would keep, whose parameters are kept.
+            scores: kind -> standardised scores of each layer; without them all are equal.
+            allowed: numbers of groups that all layers can have, if no other; empty allows any.
+
+        Raises:
+            ValueError: if one group and `multiple` neurons a layer have more parameters than that.
+        """
+        ranked: dict[str, list[list[float]]] = {kind: [] for kind in numbers}
+        sizes: list[float] = []
+        budget = 0.0
+        widths = widths_of(model)
+        for kind, of_layers in numbers.items():
+            block = self._block(kind)
+            for position, layer in enumerate(self.pruned_layers(model)):
+                number = of_layers[position]
+                score = torch.zeros(number) if scores is None else scores[kind][position]
+                unit = unit_size(projection_parts(model, layer, widths[layer])[kind])
+                ranked[kind].append(_block_means(score, max(1, number // block), block))
+                sizes.append(block * unit)
+                budget += means[kind] * unit
+        least = sum(sizes)
+        if least - min(sizes) / 2 >= budget:
+            raise ValueError(
+                f"{' and '.join(map(self._asked, numbers))} would leave {max(0, budget):.0f} "
+                "parameters of the layers that are pruned, and one block each has "
+                f"{least:.0f}; lower a ratio"
+            )
+        together = [scores for of_kind in ranked.values() for scores in of_kind]
+        counts = iter(spend_budget(together, sizes, budget))
+        blocks = {kind: [next(counts) for _ in of_layers] for kind, of_layers in numbers.items()}
+        if allowed:
+            blocks["heads"] = _allowed_counts(blocks["heads"], ranked["heads"], allowed)
+        return blocks
 
     def _wanted(
         self, numbers: Sequence[int], ratio: float, medians: Sequence[float], block: int
@@ -302,7 +495,8 @@ class WidthPruning(PruningCallback):
 
     def _check_number(self, kind: str, numbers: Sequence[int], block: int) -> None:
         """Raise ValueError if the layers have less than is to be kept."""
-        if kind == "heads" and self.allocation == "uniform":
+        skips = bool(self.skip_first + self.skip_last)
+        if kind == "heads" and self.allocation == "uniform" and not skips:
             return  # check_width says which numbers the config class accepts
         asked = getattr(self, FIELDS[kind])
         limit = min(numbers) if self.allocation == "uniform" else sum(numbers) // len(numbers)
@@ -364,13 +558,43 @@ def _deal(
     return counts
 
 
-def _best(
-    scores: Sequence[Tensor], counts: Sequence[int]
-) -> tuple[dict[str, tuple[int, ...]], list[float]]:
-    """Return the indices of each layer's highest scores, and their share of its scores."""
+def _block_means(score: Tensor, most: int, block: int) -> list[float]:
+    """Return the mean score of a layer's blocks, of the best ones first; arguments of `_shares`."""
+    best = score.double().sort(descending=True).values[: most * block]
+    means: list[float] = best.view(most, block).mean(1).tolist()
+    return means
+
+
+def _allowed_counts(
+    counts: Sequence[int], layers: Sequence[Sequence[float]], allowed: Collection[int]
+) -> list[int]:
+    """Return the numbers that layers keep, without one that all have and no config class accepts.
+
+    The layer whose last kept score is lowest then loses that one.
+
+    Args:
+        counts: of each layer.
+        layers: scores of each layer in descending order.
+        allowed: numbers that all layers can have, if no other.
+    """
+    counts = [*counts]
+    while len(set(counts)) == 1 and counts[0] not in allowed:
+        last = [scores[count - 1] for scores, count in zip(layers, counts, strict=True)]
+        counts[last.index(min(last))] -= 1
+    return counts
+
+
+def _best(scores: Sequence[Tensor], counts: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return the indices of each layer's highest scores, by layer."""
     kept = [torch.topk(s, n).indices.sort().values for s, n in zip(scores, counts, strict=True)]
-    shares = [
-        (score[k].sum() / score.sum().clamp(min=1e-30)).item()
-        for score, k in zip(scores, kept, strict=True)
-    ]
-    return {str(i): tuple(k.tolist()) for i, k in enumerate(kept)}, shares
+    return {str(i): tuple(k.tolist()) for i, k in enumerate(kept)}
+
+
+def _share_kept(score: Tensor, kept: Sequence[int]) -> float:
+    """Return the share of a layer's score in what it keeps."""
+    return (score[[*kept]].sum() / score.sum().clamp(min=1e-30)).item()
+
+
+def _lowest(score: Tensor, kept: Sequence[int]) -> float:
+    """Return the lowest score of what a layer keeps."""
+    return score[[*kept]].min().item()

@@ -151,3 +151,32 @@ def deal_blocks(wanted: Sequence[float], most: Sequence[int], total: int) -> lis
         open_layers = [i for i, count in enumerate(counts) if count < most[i]]
         counts[max(open_layers, key=lambda i: (wanted[i] - counts[i], -i))] += 1
     return counts
+
+
+def spend_budget(
+    scores: Sequence[Sequence[float]], sizes: Sequence[float], budget: float
+) -> list[int]:
+    """Return how many blocks each list keeps, of all lists ranked together (FLAP).
+
+    The first block of each list stays. Of the others, from the highest score on, as many stay as
+    bring the parameters nearest to the budget (arXiv:2312.11983, adaptive over layers and modules).
+
+    Args:
+        scores: of the blocks of each list, in descending order, such as of a layer's neurons.
+        sizes: parameters of one block of each list.
+        budget: parameters that all lists keep together.
+
+    Raises:
+        ValueError: if the first blocks alone have more parameters, by half a block or more.
+    """
+    kept = math.fsum(sizes)
+    if kept - min(sizes) / 2 >= budget:
+        raise ValueError(f"budget={budget:.0f} must exceed the {kept:.0f} of one block each")
+    ranked = sorted((-score, index) for index, values in enumerate(scores) for score in values[1:])
+    counts = [1] * len(scores)
+    for _, index in ranked:
+        if abs(kept + sizes[index] - budget) > abs(kept - budget):
+            break
+        counts[index] += 1
+        kept += sizes[index]
+    return counts

@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from inspect import signature
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from prunelight.runtime.arguments import check_choice
 
@@ -256,14 +256,14 @@ class PruneWidth(Step):
     Attributes:
         heads: layer, as text -> key-value groups that are kept; empty leaves attention as it is.
         neurons: layer, as text -> MLP neurons that are kept; empty leaves the MLPs as they are.
-        correction: fit the output projections by least squares on calibration windows, to their
-            outputs with all inputs.
+        correction: true fits the output projections by least squares on calibration windows, to
+            their outputs with all inputs. "bias" gives them the mean of what is gone as a bias.
     """
 
     kind: ClassVar[str] = "prune_width"
     heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     neurons: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    correction: bool = False
+    correction: bool | Literal["bias"] = False
 
     @property
     def named(self) -> tuple[int, ...]:
@@ -272,11 +272,13 @@ class PruneWidth(Step):
 
     @property
     def leaves_own_class(self) -> bool:
-        """Return whether layers keep different numbers, which no stock config describes."""
+        """Return whether no stock config describes the result: other widths a layer, or biases."""
         kinds = (self.heads, self.neurons)
-        return any(len(set(map(len, kept.values()))) > 1 for kept in kinds)
+        differ = any(len(set(map(len, kept.values()))) > 1 for kept in kinds)
+        return differ or self.correction == "bias"
 
     def __post_init__(self) -> None:
+        check_choice("correction", self.correction, (True, False, "bias"))
         for name in ("heads", "neurons"):
             kept = getattr(self, name)
             if not isinstance(kept, dict) or not all(str(key).isdigit() for key in kept):

@@ -2,8 +2,9 @@
 
 Where all layers keep equal numbers, the result is a stock model of smaller `num_key_value_heads`
 and `intermediate_size`. Else it is one of the family's registered class, see
-models/families/own_classes/layer_widths.py. FLAP (arXiv:2312.11983) makes up for the inputs that
-are gone by a bias, which stock models lack. Here the output projection is fitted anew.
+models/families/own_classes/layer_widths.py. What is gone is made up for in one of two ways. The
+output projection is fitted anew, or it gets a bias: the mean of the inputs that are gone, times
+their columns (FLAP, arXiv:2312.11983). Stock models lack that bias, so those are of our class too.
 """
 
 # O out_features, I in_features
@@ -20,15 +21,17 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.input_statistics import InputStatistics
 from prunelight.calibration.layer_walk import LayerWalk
-from prunelight.calibration.statistics import Hessian
+from prunelight.calibration.statistics import Hessian, InputVariance
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.architectures import is_sliced, sublayers_of
 from prunelight.models.families.config_fields import config_accepts
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.own_classes.layer_widths import (
+    BIASED,
     CLASSES,
     LISTS,
     LayerConfig,
+    give_bias,
     share_config,
 )
 from prunelight.models.families.own_classes.registration import family_of
@@ -58,16 +61,24 @@ def check_width(
         ValueError: if an index does not exist, a layer that is left is not named, the config class
             does not accept a number of heads that all layers have, or windows are missing.
         TypeError: if attention and MLP of the family are not known, weights are quantized, neurons
-            of experts are asked for, or the layers of a sliced model keep different numbers.
+            of experts are asked for, or the layers of a sliced model keep different numbers or get
+            biases.
     """
     widths = widths_of(model)
     if step.correction and windows is None:
-        raise ValueError("correction=True needs calibration windows; pass them to apply")
+        raise ValueError(
+            f"correction={step.correction} needs calibration windows; pass them to apply"
+        )
     if step.neurons and not sublayers_of(model).neurons:
         raise TypeError(
             f"{model.config.model_type} has experts, whose neurons cannot be pruned; prune heads"
         )
     projection_parts(model, 0, widths[0])  # refuses quantized weights
+    if is_sliced(model) and step.correction == "bias":
+        raise TypeError(
+            f"the class of {model.config.model_type} holds no bias of its output projections; set "
+            "correction=True"
+        )
     if is_sliced(model) and step.leaves_own_class:
         raise TypeError(
             "this model is sliced: all its layers must keep the same number of heads and of "
@@ -107,8 +118,8 @@ def prune_width(
 ) -> None:
     """Carry out a width step that `check_width` passed, in place.
 
-    Where layers then differ, model and config take the family's registered class. A model of that
-    class whose layers no longer differ becomes a stock one again.
+    Where layers then differ, or have biases, model and config take the family's registered class. A
+    model of that class whose layers no longer differ becomes a stock one again.
 
     Args:
         model: after the earlier steps of the plan.
@@ -121,23 +132,48 @@ def prune_width(
     Raises:
         ValueError: if activations are NaN or Inf during a correction; some layers are cut by then.
     """
-    old = widths_of(model)
-    kept = {
-        kind: {renumber(int(i), removed): torch.tensor(x) for i, x in layers.items()}
-        for kind, layers in (("heads", step.heads), ("neurons", step.neurons))
-        if layers
-    }
+    old, kept = widths_of(model), _kept(step, removed)
     new = []
     for index, widths in enumerate(old):
         counts = {kind: len(layers[index]) for kind, layers in kept.items()}
         groups, neurons = counts.get("heads", widths.groups), counts.get("neurons", widths.neurons)
         new.append(replace(widths, groups=groups, neurons=neurons))
-    if not step.correction:
+    if step.correction == "bias":
+        assert windows is not None  # check_width
+        means = _mean_inputs(model, old, [*kept], windows, device=device, offload=offload)
+        _give_biases(model, old, kept, means)
+    if step.correction is True:
+        assert windows is not None  # check_width
+        _narrow_and_fit(model, old, new, kept, windows, device=device, offload=offload)
+    else:
         for index, change in enumerate(zip(old, new, strict=True)):
             _narrow(model, index, *change, kept)
-        _describe(model, new)
-        return
-    assert windows is not None  # check_width
+    _describe(model, new)
+
+
+def _kept(step: PruneWidth, removed: Collection[int]) -> dict[str, dict[int, Tensor]]:
+    """Return what is kept: kind -> layer as the model counts it now -> groups or neurons."""
+    return {
+        kind: {renumber(int(i), removed): torch.tensor(x) for i, x in layers.items()}
+        for kind, layers in (("heads", step.heads), ("neurons", step.neurons))
+        if layers
+    }
+
+
+def _narrow_and_fit(
+    model: PreTrainedModel,
+    old: Sequence[Widths],
+    new: Sequence[Widths],
+    kept: Mapping[str, Mapping[int, Tensor]],
+    windows: Windows,
+    *,
+    device: torch.device | None,
+    offload: bool,
+) -> None:
+    """Cut one layer after another, and fit its outputs to what it gave with all inputs, in place.
+
+    The inputs of a layer are those after the narrow layers before it.
+    """
     with LayerWalk(model, windows, device=device, offload=offload, label="width") as walk:
         for index, _ in walk.layers():
             parts = projection_parts(model, index, old[index])
@@ -150,7 +186,79 @@ def prune_width(
             _narrow(model, index, old[index], new[index], kept, inputs)
             if index + 1 < len(old):
                 walk.advance()
-    _describe(model, new)
+
+
+def _mean_inputs(
+    model: PreTrainedModel,
+    widths: Sequence[Widths],
+    kinds: Collection[str],
+    windows: Windows,
+    *,
+    device: torch.device | None,
+    offload: bool,
+) -> dict[str, Tensor]:
+    """Return the mean input (I,) of each output projection, by name, over all tokens.
+
+    All layers are dense meanwhile, as in FLAP's released code.
+
+    Raises:
+        ValueError: if an input is NaN or Inf.
+    """
+    means = {}
+    with LayerWalk(model, windows, device=device, offload=offload, label="means") as walk:
+        for index, _ in walk.layers():
+            parts = projection_parts(model, index, widths[index])
+            outputs = [parts[kind][-1].matrix for kind in kinds]
+            inputs = InputStatistics(outputs, InputVariance)
+            for batch, mask in enumerate(walk.masks):
+                with inputs.watching(mask):
+                    walk.states[batch] = walk.forward(batch).to(walk.store)
+            inputs.pool(walk.group)
+            for matrix in outputs:
+                (statistic,) = inputs.of(matrix)
+                statistic.norms()  # raises if an input was NaN or Inf
+                means[matrix.name] = statistic.mean
+    return means
+
+
+def _give_biases(
+    model: PreTrainedModel,
+    layers: Sequence[Widths],
+    kept: Mapping[str, Mapping[int, Tensor]],
+    means: Mapping[str, Tensor] | None,
+) -> None:
+    """Give output projections the bias that makes up for what is gone, in place (FLAP).
+
+    The bias b of W x + b grows by the sum over the columns j that go of W_j mean(x_j).
+
+    Args:
+        model: not yet cut.
+        layers: its widths.
+        kept: kind -> layer -> groups or neurons that are kept.
+        means: mean input (I,) of each output projection; None leaves new biases zero.
+    """
+    for index, widths in enumerate(layers):
+        parts = projection_parts(model, index, widths)
+        for kind, indices in kept.items():
+            output = parts[kind][-1]
+            linear: Any = output.matrix.owner
+            give_bias(linear)
+            if means is None:
+                continue
+            gone = torch.ones(linear.in_features, dtype=torch.bool)
+            gone[output.indices[indices[index]].flatten()] = False
+            place = float64_device(linear.weight.device)
+            lost = means[output.matrix.name].to(place).double() * gone.to(place)
+            bias = linear.bias.data.to(place).double() + linear.weight.to(place).double() @ lost
+            linear.bias.data = bias.to(linear.bias.data)
+    names = sublayers_of(model)
+    paths = {
+        "heads": f"{names.attention}.{names.head_output}",
+        "neurons": f"{names.mlp}.{names.neuron_output}",
+    }
+    config: Any = model.config
+    biased = {*(getattr(config, BIASED, None) or ()), *(paths[kind] for kind in kept)}
+    setattr(config, BIASED, sorted(biased))
 
 
 def _describe(model: Any, layers: Sequence[Widths]) -> None:
@@ -170,13 +278,15 @@ def _describe(model: Any, layers: Sequence[Widths]) -> None:
     config.head_dim = layers[0].head_dim  # explicit, for readers that divide widths
     own = CLASSES[family_of(config.model_type)]
     stock = own.__bases__[-1]
-    for name in LISTS:
-        if lists:
-            setattr(config, name, lists.get(name))
+    biased = getattr(config, BIASED, None)
+    differs = bool(lists or biased)
+    for name, value in {**dict.fromkeys(LISTS), **lists, BIASED: biased}.items():
+        if differs:
+            setattr(config, name, value)
         else:
             vars(config).pop(name, None)
-    if bool(lists) != isinstance(model, own):
-        model.__class__ = own if lists else stock
+    if differs != isinstance(model, own):
+        model.__class__ = own if differs else stock
         config.__class__ = model.config_class
         config.model_type = model.config_class.model_type
         config.architectures = [type(model).__name__]
@@ -259,6 +369,8 @@ def _carry_out(model: PreTrainedModel, step: PruneWidth, context: StepContext) -
 
 
 def _rehearse(model: PreTrainedModel, step: PruneWidth, context: StepContext) -> None:
+    if step.correction == "bias":
+        _give_biases(model, widths_of(model), _kept(step, context.removed), None)
     prune_width(model, replace(step, correction=False), removed=context.removed)
 
 
@@ -266,6 +378,6 @@ PRUNE_WIDTH = StepKind(
     _check,
     _carry_out,
     follows_slicing=True,
-    needs_windows=lambda step: step.correction,
+    needs_windows=lambda step: bool(step.correction),
     rehearse=_rehearse,
 )

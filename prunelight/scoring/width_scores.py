@@ -6,13 +6,15 @@ Three scores of a group or neuron are possible:
                  arXiv:2306.11695, as a structured sum)
     fluctuation  sum over its columns of the output projection of ||W||^2 times the variance of the
                  input (FLAP, arXiv:2312.11983, Eq. 5)
+
+`standardised_scores` are fluctuations that compare across layers, and across heads and neurons.
 """
 
 # I in_features, O out_features, G key-value groups, F neurons
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +79,19 @@ class ProjectionPart:
         """
         line_scores = weights if weights.ndim == 1 else weights.sum(1 - self.dim)
         return line_scores.cpu()[self.indices].sum(1)
+
+
+def unit_size(parts: Sequence[ProjectionPart]) -> float:
+    """Return how many parameters one group or neuron has: weights, and biases of its rows.
+
+    Args:
+        parts: of all projections of one layer's attention or MLP.
+    """
+    size = 0
+    for part in parts:
+        weight, bias = part.matrix.parameter, getattr(part.matrix.owner, "bias", None)
+        size += weight.numel() if part.dim or bias is None else weight.numel() + bias.numel()
+    return size / len(parts[0].indices)
 
 
 def widths_of(model: PreTrainedModel) -> list[Widths]:
@@ -178,6 +193,45 @@ def width_scores(
         return torch.stack(sums).sum(0)
 
     return {kind: [summed(layer[kind]) for layer in layers if layer[kind]] for kind in kinds}
+
+
+@remembered
+@torch.no_grad()
+def standardised_scores(
+    model: PreTrainedModel, windows: Windows, kinds: Collection[str] = KINDS
+) -> dict[str, list[Tensor]]:
+    """Score groups and neurons so that all layers and both kinds can be ranked together (FLAP).
+
+    The fluctuation of each column of an output projection is standardised over the columns of that
+    projection: less their mean, by their standard deviation (arXiv:2312.11983). A group's score is
+    the mean over its columns. FLAP's released code squares the fluctuations of attention first; we
+    follow the paper, which does not.
+
+    Args:
+        model: of a family whose attention and MLP are known.
+        windows: calibration windows.
+        kinds: "heads", "neurons" or both.
+
+    Returns:
+        Kind -> scores of each layer, (G,) for "heads" and (F,) for "neurons", float32 on the CPU,
+        dimensionless, of both signs.
+
+    Raises:
+        ValueError: if activations are NaN or Inf.
+        TypeError: if attention and MLP of the family are not known, or weights are quantized.
+    """
+    layers = [projection_parts(model, i, widths) for i, widths in enumerate(widths_of(model))]
+    # The last part of a kind is the output projection.
+    outputs = {kind: [layer[kind][-1] for layer in layers if layer[kind]] for kind in kinds}
+    matrices = [part.matrix for parts in outputs.values() for part in parts]
+    columns = dict(_column_scores(model, windows, matrices, "fluctuation"))
+
+    def mean(part: ProjectionPart) -> Tensor:
+        scores = columns[part.matrix.name]
+        standardised = (scores - scores.mean()) / scores.std().clamp(min=1e-30)
+        return part.sums(standardised) / part.indices.shape[1]
+
+    return {kind: [mean(part) for part in parts] for kind, parts in outputs.items()}
 
 
 def _column_scores(

@@ -16,7 +16,7 @@ from prunelight.comparison.settings import ComparisonSettings
 from prunelight.config_files import find_configs
 
 TABLES = [(paper, name) for paper, of in PAPERS.items() for name in of.tables]
-NOT_HERE = {"dense", "LLM-Pruner"}  # rows of papers that no method of ours stands for
+NOT_HERE = {"dense"}  # rows of papers that no method of ours stands for
 
 
 def settings_of(*configs):

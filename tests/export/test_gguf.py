@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import prunelight
-from prunelight.callbacks import SliceGPT
+from prunelight.callbacks import SliceGPT, WidthPruning
 from prunelight.export.exporting import export
 from prunelight.export.gguf.families import FAMILIES
 from prunelight.export.gguf.tensors import in_pairs
@@ -162,6 +162,13 @@ def dropped_qwen2(folder):
     return saved(drop_sublayers(model, (2,), ()), folder / "dropped")
 
 
+def biased(folder):
+    model = tiny_llama(folder / "dense")
+    windows = torch.randint(5, model.config.vocab_size, (8, 16))
+    plan = WidthPruning(0.25, multiple=8, correction="bias").plan(model, windows)
+    return saved(prunelight.apply(model, plan, windows), folder / "biased")
+
+
 def rope(kind, **more):
     parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     return {"rope_parameters": {**parameters, "original_max_position_embeddings": 64, **more}}
@@ -177,6 +184,7 @@ REFUSED = {
         "llama.cpp reads it wrong: it derives no_rope_layers from.*remove layers so that they do",
     ),
     "sliced": (sliced, r"cannot hold a model sliced layer by layer.*rotation='shared'"),
+    "biases": (biased, "a GGUF with biases of mlp.down_proj is not written here.*correction=True"),
     "layers that differ": (dropped_qwen2, "only for llama, mistral, in its architecture deci"),
     "an activation": (
         lambda f: tiny_directory(f, hidden_act="gelu"),

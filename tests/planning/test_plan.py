@@ -250,6 +250,7 @@ STEPS = {
     "merge": MergeLayers(((4, 5), (2, 3)), "mean"),
     "drop": DropSublayers(attention=(4, 2), mlp=(3,)),
     "width": PruneWidth({"2": (1,), "0": (0,)}, {"0": (5, 3)}, correction=True),
+    "width with biases": PruneWidth({"2": (1,), "0": (0,)}, correction="bias"),
 }
 
 

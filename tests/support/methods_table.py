@@ -119,4 +119,20 @@ VARIANTS = {
         lambda: WeightPruning(0.5, solver="magnitude", allocation="lamp", granularity="linear"),
         sparsity=0.5,
     ),
+    "FLAP": Method(
+        lambda: WidthPruning(
+            0.25,
+            0.25,
+            score="fluctuation",
+            multiple=1,
+            correction="bias",
+            allocation="flap",
+        )
+    ),
+    "Wanda-sp": Method(lambda: WidthPruning(0.25, 0.5, multiple=1, correction=False)),
+    "width in a range of layers": Method(
+        lambda: WidthPruning(
+            0.25, 0.25, score="taylor", multiple=8, correction=False, skip_first=1, skip_last=2
+        )
+    ),
 }

@@ -54,6 +54,9 @@ MORE = {
     "width, fluctuation": lambda: WidthPruning(
         neuron_ratio=0.25, score="fluctuation", multiple=8, correction=False
     ),
+    "FLAP": lambda: WidthPruning(
+        0.25, 0.25, score="fluctuation", multiple=8, correction="bias", allocation="flap"
+    ),
 }
 MAKERS = {**{name: method.make for name, method in METHODS.items()}, **MORE}
 UNEVEN = {

@@ -274,7 +274,10 @@ RANGES: dict[str, Range] = {
     "WidthPruning.num_key_value_heads": _range(1, 2, wrong=(0, -1, 3, 1000)),
     "WidthPruning.score": _range("wanda", "taylor", "fluctuation", wrong=("l1", "")),
     "WidthPruning.multiple": _range(1, 8, 16, wrong=(0, -1)),
-    "WidthPruning.allocation": _range("uniform", "global", "dlp", wrong=("owl", "")),
+    "WidthPruning.allocation": _range("uniform", "global", "dlp", wrong=("owl", "", "flap")),
+    "WidthPruning.correction": _range(True, False, "bias", wrong=("mean", "")),
+    "WidthPruning.skip_first": _range(0, 1, wrong=(-1, 6, 1000)),
+    "WidthPruning.skip_last": _range(0, 1, wrong=(-1, 6, 1000)),
     "WidthPruning.alpha": _range(None, wrong=(-0.1, 0.1)),
     "WidthPruning.export_remote_code": _range(False, wrong=(True,)),
 }

@@ -29,7 +29,12 @@ from prunelight.pruning.remove_layers import remove_layers
 from prunelight.pruning.slicing.shared_rotation import shared_parameters
 from prunelight.pruning.slicing.slice_hidden import check_sliceable
 from prunelight.pruning.slicing.targets import allowed_widths, residual_dims, sliced_parameters
-from prunelight.scoring.width_scores import allowed_groups, projection_parts, widths_of
+from prunelight.scoring.width_scores import (
+    allowed_groups,
+    projection_parts,
+    unit_size,
+    widths_of,
+)
 
 STEP = 0.01  # between shares that need no whole number
 NEAR_ENOUGH = 0.75  # of a target that is out of reach: what is taken instead
@@ -277,29 +282,27 @@ def _width(entrant: Entrant, model: PreTrainedModel) -> Iterator[Rung]:
     if not parts[0]["neurons"]:
         raise TypeError(f"{model.config.model_type} has experts, whose neurons cannot be pruned")
 
-    def unit(index: int, kind: str) -> float:
-        """Parameters of one neuron, or of one key-value group, of a layer."""
-        size = 0
-        for part in parts[index][kind]:
-            weight, bias = part.matrix.parameter, getattr(part.matrix.owner, "bias", None)
-            size += weight.numel() if part.dim or bias is None else weight.numel() + bias.numel()
-        widths = before[index]
-        return size / (widths.neurons if kind == "neurons" else widths.groups)
-
+    sizes = {kind: [unit_size(part[kind]) for part in parts] for kind in ("heads", "neurons")}
+    layers_of: Any = getattr(method, "pruned_layers", lambda model: range(len(before)))
+    pruned = layers_of(model)
+    skips = len(pruned) < len(before)
     removed_heads = 0.0
     wanted: Any = getattr(method, "num_key_value_heads", None), getattr(method, "head_ratio", None)
     if wanted != (None, None):
-        kept = wanted[0] or fmean(widths.groups for widths in before) * (1 - wanted[1])
+        groups = [widths.groups for widths in before]
+        kept = wanted[0] or fmean(groups) * (1 - wanted[1])
+        if skips:  # the others lose more
+            own = [groups[i] for i in pruned]
+            kept = (kept * len(groups) - sum(groups) + sum(own)) / len(pruned)
         if getattr(method, "allocation", "uniform") == "uniform":
-            kept = min(allowed_groups(model), key=lambda count: abs(count - kept))
-        removed_heads = sum(
-            (widths.groups - kept) * unit(i, "heads") for i, widths in enumerate(before)
-        )
-    sizes, mean = [unit(i, "neurons") for i in range(len(before))], fmean(w.neurons for w in before)
-    for blocks in range(1, min(widths.neurons for widths in before) // multiple + 1):
+            allowed = range(1, min(groups) + 1) if skips else allowed_groups(model)
+            kept = min(allowed, key=lambda count: abs(count - kept))
+        removed_heads = sum((groups[i] - kept) * sizes["heads"][i] for i in pruned)
+    neurons = [widths.neurons for widths in before]
+    for blocks in range(1, min(neurons[i] for i in pruned) // multiple + 1):
         kept = blocks * multiple
-        removed = sum((w.neurons - kept) * size for w, size in zip(before, sizes, strict=True))
-        ratio = 1 - kept / mean
+        removed = sum((neurons[i] - kept) * sizes["neurons"][i] for i in pruned)
+        ratio = sum(neurons[i] - kept for i in pruned) / sum(neurons)
         if 0 <= ratio < 1:
             yield Rung({"neuron_ratio": ratio}, (removed + removed_heads) / total)
 

@@ -29,7 +29,7 @@ from prunelight.export.targets import TORCH_DTYPES, Bound, ExportOptions, Readin
 from prunelight.export.tokenizer_files import copy_tokenizer
 from prunelight.models.engines import YES, has_windows, loads_in
 from prunelight.models.families.config_fields import head_dim
-from prunelight.models.families.own_classes.layer_widths import LISTS
+from prunelight.models.families.own_classes.layer_widths import BIASED, LISTS
 from prunelight.models.families.own_classes.registration import PREFIX, family_of
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
 from prunelight.models.transformers4 import old_names
@@ -43,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # Fields of our classes, and of their families, that DeciLM does not have.
 _LEFT_OUT = (
     *LISTS,
+    BIASED,
     *("drop_attention", "drop_mlp", "sublayer_names", "per_layer_config"),
     *("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
 )
@@ -133,6 +134,11 @@ def check_model(source: Source) -> None:
             f"DeciLM computes as Llama does, and {family} does otherwise; it holds layers that "
             f"differ of {', '.join(FAMILIES)}. Remove or merge whole layers, or narrow all layers "
             "alike, and vLLM loads the directory itself"
+        )
+    if biased := getattr(config, BIASED, None):
+        raise ValueError(
+            f"DeciLM has no biases of {', '.join(biased)} alone; prune with correction=True, not "
+            "'bias', or save with export_remote_code=True"
         )
     if config.hidden_act != "silu":
         raise ValueError(

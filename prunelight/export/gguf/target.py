@@ -42,6 +42,7 @@ from prunelight.export.targets import Bound, ExportOptions, NotReadableError, Re
 from prunelight.export.widths import block_warnings, parallel_warnings
 from prunelight.models.engines import READINGS, ByPlace, OtherWindows, has_windows
 from prunelight.models.families.config_fields import head_dim
+from prunelight.models.families.own_classes.layer_widths import BIASED
 from prunelight.models.families.own_classes.registration import PREFIX, family_of
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
 from prunelight.models.loading import load_tokenizer
@@ -154,6 +155,11 @@ def check_family(source: Source) -> GgufFamily:
         raise ValueError(
             f"llama.cpp holds layers that differ ({kind}) only for {', '.join(DECI_FAMILIES)}, in "
             "its architecture deci; remove whole layers, or narrow all layers alike"
+        )
+    if biased := getattr(source.config, BIASED, None):
+        raise ValueError(
+            f"a GGUF with biases of {', '.join(biased)} is not written here: its logits were not "
+            "compared with those of llama.cpp; prune with correction=True instead of 'bias'"
         )
     if family not in FAMILIES:
         raise ValueError(

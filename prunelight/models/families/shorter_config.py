@@ -21,7 +21,9 @@ from prunelight.models.families.config_fields import decoder_config
 from prunelight.models.families.outline import Outline, difference, is_shape, outline
 
 # Lists whose length may equal the number of layers by chance.
-LISTS_NOT_PER_LAYER = re.compile(r".*token_ids?|time_step_limit|rope_.*|architectures|.*_range")
+LISTS_NOT_PER_LAYER = re.compile(
+    r".*token_ids?|time_step_limit|rope_.*|architectures|.*_range|biased_projections"
+)
 
 # Fields that count layers from the first one, though a list of one kind a layer may overrule them.
 _COUNTING = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")

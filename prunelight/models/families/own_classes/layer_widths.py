@@ -6,9 +6,12 @@ registered class here, whose config has one number a layer: `layer_attention_hea
 holds for all layers. Beside a list, the stock field says how wide the dense model was. A layer is
 that of its family, built from a config of its own widths.
 
-transformers' `per_layer_config` says the same, but the models of these families do not read it. A
-config answers that question: transformers asks it for the sizes of caches. A saved config.json
-states it too; the lists count, and a statement that differs from them is an error.
+`biased_projections` names the projections that have a bias which the family's class does not give
+them, as paths inside a decoder layer. Each layer has them.
+
+transformers' `per_layer_config` says the same of widths, but the models of these families do not
+read it. A config answers that question: transformers asks it for the sizes of caches. A saved
+config.json states it too; the lists count, and a statement that differs from them is an error.
 
 This file needs only torch and transformers: it is what `export_remote_code` puts beside a model.
 """
@@ -48,6 +51,9 @@ LISTS = {
     "layer_key_value_heads": "num_key_value_heads",
     "layer_intermediate_sizes": "intermediate_size",
 }
+
+
+BIASED = "biased_projections"  # paths inside a decoder layer, or None
 
 
 class LayerConfig:
@@ -122,7 +128,16 @@ class _OfWidths:
         for index, layer in enumerate(layers):
             widths = widths_of_layer(config, index)
             layers[index] = type(layer)(LayerConfig(config, widths), index)
+            for path in getattr(config, BIASED) or ():
+                give_bias(layers[index].get_submodule(path))
         self.init_weights()  # of the layers just made
+
+
+def give_bias(linear: Any) -> None:
+    """Give a projection that has no bias one of zeros, in place."""
+    if linear.bias is None:
+        bias = linear.weight.new_zeros(linear.out_features)
+        linear.bias = nn.Parameter(bias, linear.weight.requires_grad)
 
 
 def widths_of_layer(config: Any, index: int) -> dict[str, int]:
@@ -168,8 +183,10 @@ def _make(family: str) -> Any:
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     name = f"LayerWidths{stock.__name__.removesuffix('ForCausalLM')}"
     here = {"__module__": __name__}
-    fields: dict[str, Any] = {**here, "model_type": PREFIX + family, **dict.fromkeys(LISTS)}
+    fields: dict[str, Any] = {**here, "model_type": PREFIX + family}
+    fields |= dict.fromkeys((*LISTS, BIASED))
     fields["__annotations__"] = dict.fromkeys(LISTS, "list[int] | None")
+    fields["__annotations__"] |= {BIASED: "list[str] | None"}
     config = type(f"{name}Config", (_WithWidths, stock_config), fields)
     body = {**here, "config_class": config}
     stock_base: Any = MODEL_MAPPING[stock_config]

@@ -312,7 +312,7 @@ def test_a_number_of_heads_that_the_config_class_refuses_for_all_becomes_uneven(
         ({"intermediate_size": 128}, "=128 must be at most the model's 64; lower it, or multiple"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must be at most the model's 2; lower"),
         ({"neuron_ratio": 0.5, "multiple": 128}, "=128 must be at most the model's 64; lower it"),
-        ({"neuron_ratio": 0.5, "allocation": "best"}, "must be one of uniform, global, dlp"),
+        ({"neuron_ratio": 0.5, "allocation": "best"}, "must be one of uniform, global, flap, dlp"),
     ],
 )
 def test_widths_that_the_layers_do_not_have_are_refused_before_any_forward(
