@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.calibration.windows import Windows, check_windows
+from prunelight.calibration.windows import Windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.layers import decoder_layers
@@ -78,6 +78,8 @@ class WidthPruning(PruningCallback):
         export_remote_code: put the code of its class beside a result whose widths differ, which
             then loads without prunelight under trust_remote_code.
         alpha: half the spread of the shares of "dlp"; None takes the paper's 0.15. 0 is uniform.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
+            see docs/healing.md. It needs 2 calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect, two arguments set the same
@@ -104,6 +106,7 @@ class WidthPruning(PruningCallback):
         allocation: Literal["uniform", "global", "dlp"] = "uniform",
         export_remote_code: bool = False,
         alpha: float | None = None,
+        heal: Literal["none", "linear"] = "none",
     ) -> None:
         pairs = (
             ("neuron_ratio", neuron_ratio, "intermediate_size", intermediate_size),
@@ -131,7 +134,7 @@ class WidthPruning(PruningCallback):
         self.intermediate_size, self.num_key_value_heads = intermediate_size, num_key_value_heads
         self.score, self.multiple, self.correction = score, multiple, correction
         self.allocation, self.export_remote_code = allocation, export_remote_code
-        self.alpha = alpha
+        self.alpha, self.heal = alpha, heal
         self.follows_slicing = allocation == "uniform"
 
     def check(self, model: PreTrainedModel) -> None:
@@ -191,7 +194,7 @@ class WidthPruning(PruningCallback):
         """
         check_weights(model)
         self.check(model)
-        check_windows(model, windows)
+        self.check_calibration(model, windows)
         before = widths_of(model)
         scores = width_scores(model, windows, self.score, [*self._means(before)])
         kept: dict[str, dict[str, tuple[int, ...]]] = {}

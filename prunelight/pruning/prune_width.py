@@ -268,4 +268,5 @@ PRUNE_WIDTH = StepKind(
     follows_slicing=True,
     needs_windows=lambda step: step.correction,
     rehearse=_rehearse,
+    changes_weights=True,
 )
