@@ -1,6 +1,7 @@
 """Lightning callbacks: one file a pruning method, and what recovery and studies need."""
 
 from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.depth_pruning import DepthPruning
 from prunelight.callbacks.dlp import DLP
 from prunelight.callbacks.dynamic_slicing import DynamicSlicing
 from prunelight.callbacks.laco import LaCo
@@ -21,6 +22,7 @@ from prunelight.moved import serve_old_names
 __all__ = [
     "DLP",
     "SLEB",
+    "DepthPruning",
     "DynamicSlicing",
     "LaCo",
     "Orthogonality",

@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, check_windows, split_windows
-from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.moved import warn_of_old_name
 from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import Step
 from prunelight.pruning.apply import apply
+from prunelight.pruning.healing.ends import heal_step
+from prunelight.pruning.healing.writers import check_healable
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
 from prunelight.run.start import start
@@ -45,6 +47,7 @@ class PruningCallback(Callback, ABC):
     drops_sublayers = False  # leaves decoder layers without attention or MLP
     follows_slicing = False  # can prune a model whose hidden states were sliced
     export_remote_code = False  # leaves a class of ours whose code goes beside the model
+    heal: str = "none"  # "linear": fit weights anew after pruning, see docs/healing.md
 
     @abstractmethod
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
@@ -63,7 +66,13 @@ class PruningCallback(Callback, ABC):
         scores: Mapping[str, Sequence[float | None]],
         found: dict[str, Any] | None = None,
     ) -> Plan:
-        """Return the plan of these steps, with what it was made from; on all ranks rank 0's."""
+        """Return the plan of these steps, with what it was made from; on all ranks rank 0's.
+
+        With `heal` a step that heals what they take follows them.
+        """
+        if self.heal != "none":
+            healing = heal_step(steps, len(decoder_layers(model)), layers_path(model))
+            steps = (*steps, *healing)
         plan = Plan(
             method=type(self).__name__,
             arguments=self.arguments(),
@@ -115,6 +124,8 @@ class PruningCallback(Callback, ABC):
             ValueError: if the model cannot read them, or they do not suffice.
         """
         check_windows(model, windows)
+        if self.heal != "none":
+            check_healable(model, windows)
 
     def apply(
         self, model: PreTrainedModel, plan: Plan, windows: Windows, outcomes: list[dict[str, Any]]

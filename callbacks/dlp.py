@@ -42,6 +42,8 @@ class DLP(WeightPruning):
         offload_activations: keep the calibration states on the CPU.
         statistic: of |W| * ||X|| in a layer, its score: "median" (the paper), "mean" (the same as
             allocation="dlp_mean"), "sum", "max", "std" or "var".
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
+            see docs/healing.md. It needs 2 calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -63,6 +65,7 @@ class DLP(WeightPruning):
         strict: bool = False,
         offload_activations: bool = False,
         statistic: Statistic = "median",
+        heal: Literal["none", "linear"] = "none",
     ) -> None:
         arguments: dict[str, Any] = {
             "sparsity": sparsity,
@@ -77,6 +80,7 @@ class DLP(WeightPruning):
             "strict": strict,
             "offload_activations": offload_activations,
             "statistic": statistic,
+            "heal": heal,
         }
         super().__init__(**arguments)
         if allocation in ("owl", "uniform"):

@@ -87,6 +87,8 @@ class DynamicSlicing(SlicingCallback):
             a low perplexity where this layer alone is cut, by slice_ratio or parameter_ratio of
             its width. The latter is the paper's experiment with single layers; it costs one slicing
             for each layer, and a quarter of the calibration windows judges.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
+            see docs/healing.md. It needs 2 calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -115,6 +117,7 @@ class DynamicSlicing(SlicingCallback):
         slice_ratios: list[float] | None = None,
         redundancy_text: str | list[str] | None = None,
         score: Literal["block_influence", "single_cut"] = "block_influence",
+        heal: Literal["none", "linear"] = "none",
     ) -> None:
         if slice_ratios is None:
             check_slice_target(slice_ratio, parameter_ratio, round_to)
@@ -151,7 +154,7 @@ class DynamicSlicing(SlicingCallback):
         self.seed = seed
         self.export_remote_code, self.offload_activations = export_remote_code, offload_activations
         self.slice_ratios = None if slice_ratios is None else list(slice_ratios)
-        self.redundancy_text, self.score = redundancy_text, score
+        self.redundancy_text, self.score, self.heal = redundancy_text, score, heal
         self._text_windows: dict[str, Windows] = {}  # what was read of redundancy_text
 
     def arguments(self) -> dict[str, Any]:

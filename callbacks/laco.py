@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from functools import partial
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -51,6 +52,8 @@ class LaCo(PruningCallback):
         protected: layers that no window may contain; negative indices count from the end.
         offload_activations: keep the hidden states on the CPU: num_samples * seq_len * hidden_size
             * (layers + 1) numbers.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
+            see docs/healing.md. It needs 2 calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -65,6 +68,7 @@ class LaCo(PruningCallback):
         window: int = 4,
         protected: list[int] | None = None,
         offload_activations: bool = False,
+        heal: Literal["none", "linear"] = "none",
     ) -> None:
         if [threshold, num_layers, ratio].count(None) != 2:
             raise ValueError(
@@ -77,7 +81,7 @@ class LaCo(PruningCallback):
             raise ValueError(f"threshold={threshold} must be at most 1, the dense model's own")
         self.threshold, self.num_layers, self.ratio = threshold, num_layers, ratio
         self.window, self.protected = window, list(protected or [])
-        self.offload_activations = offload_activations
+        self.offload_activations, self.heal = offload_activations, heal
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the target is out of reach, TypeError if layers cannot be merged."""

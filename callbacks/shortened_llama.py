@@ -13,7 +13,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from prunelight.calibration.windows import Windows, check_windows
+from prunelight.calibration.windows import Windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.engines import check_engines, engine_patterns, known_engines
 from prunelight.models.families.layers import decoder_layers
@@ -43,6 +43,8 @@ class ShortenedLlama(PruningCallback):
             "taylor" and "magnitude", as the paper does, and no layer for "perplexity".
         offload_activations: keep the hidden states on the CPU, as in `SLEB`.
         loads_in: programs that must read the result as transformers does, as in `ShortGPT`.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
+            see docs/healing.md. It needs 2 calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -57,12 +59,13 @@ class ShortenedLlama(PruningCallback):
         protected: list[int] | None = None,
         offload_activations: bool = False,
         loads_in: list[str] | None = None,
+        heal: Literal["none", "linear"] = "none",
     ) -> None:
         check_depth_target(ratio, num_layers)
         self.ratio, self.num_layers, self.score = ratio, num_layers, score
         self.protected = None if protected is None else list(protected)
         self.offload_activations = offload_activations
-        self.loads_in = known_engines(loads_in)
+        self.loads_in, self.heal = known_engines(loads_in), heal
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, TypeError for quantized weights."""
@@ -83,7 +86,7 @@ class ShortenedLlama(PruningCallback):
         """
         check_weights(model)
         self.check(model)
-        check_windows(model, windows)
+        self.check_calibration(model, windows)
         if self.score == "taylor":
             scores = taylor_scores(model, windows)
         elif self.score == "magnitude":

@@ -83,6 +83,8 @@ class ShortGPT(PruningCallback):
         parameter_ratio: share of all parameters to remove, embeddings included, in [0, 1): the
             nearest whole number of layers or sublayers.
         seed: of score="random"; needed there.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
+            see docs/healing.md. It needs 2 calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -110,6 +112,7 @@ class ShortGPT(PruningCallback):
         layers: list[int] | None = None,
         parameter_ratio: float | None = None,
         seed: int | None = None,
+        heal: Literal["none", "linear"] = "none",
     ) -> None:
         targets = {"ratio": ratio, "num_layers": num_layers}
         check_one_target({**targets, "layers": layers, "parameter_ratio": parameter_ratio})
@@ -127,6 +130,7 @@ class ShortGPT(PruningCallback):
         self.loads_in = known_engines(loads_in)
         self.layers = None if layers is None else list(layers)
         self.parameter_ratio, self.seed = parameter_ratio, seed
+        self.heal = heal
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, TypeError if the family forbids it."""

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.calibration.windows import Windows, check_windows
+from prunelight.calibration.windows import Windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.removable import removable_layers
@@ -41,6 +41,8 @@ class SLEB(PruningCallback):
         protected: layers never to remove; the paper spares the first and the last.
         offload_activations: keep the hidden states on the CPU: num_samples * seq_len * hidden_size
             * (layers + 1) numbers.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
+            see docs/healing.md. It needs 2 calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -54,11 +56,12 @@ class SLEB(PruningCallback):
         criterion: Literal["cosine", "cka", "kl", "nll", "cosine_flat"] = "nll",
         protected: list[int] | None = None,
         offload_activations: bool = False,
+        heal: Literal["none", "linear"] = "none",
     ) -> None:
         check_depth_target(ratio, num_layers)
         self.ratio, self.num_layers, self.criterion = ratio, num_layers, criterion
         self.protected = [0, -1] if protected is None else list(protected)
-        self.offload_activations = offload_activations
+        self.offload_activations, self.heal = offload_activations, heal
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, or layers depend on each other."""
@@ -80,7 +83,7 @@ class SLEB(PruningCallback):
         """
         check_weights(model)
         self.check(model)
-        check_windows(model, windows)
+        self.check_calibration(model, windows)
         total = len(decoder_layers(model))
         count = layers_to_remove(self.ratio, self.num_layers, total)
         protected = resolve_indices(self.protected, total)

@@ -104,6 +104,8 @@ class SliceGPT(SlicingCallback):
         export_remote_code: put the code of the sliced class beside the result, which then loads
             without prunelight under trust_remote_code.
         offload_activations: keep the calibration states on the CPU.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
+            see docs/healing.md. It needs 2 calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -124,6 +126,7 @@ class SliceGPT(SlicingCallback):
         seed: int = 0,
         export_remote_code: bool = False,
         offload_activations: bool = False,
+        heal: Literal["none", "linear"] = "none",
     ) -> None:
         check_slice_target(slice_ratio, parameter_ratio, round_to)
         if signal != "auto":
@@ -144,6 +147,7 @@ class SliceGPT(SlicingCallback):
         self.embedding, self.signal, self.orientation = embedding, signal, orientation
         self.rotation, self.seed = rotation, seed
         self.export_remote_code, self.offload_activations = export_remote_code, offload_activations
+        self.heal = heal
 
     def check(self, model: PreTrainedModel) -> None:
         """Check that the model can be sliced to the width that the arguments ask for.

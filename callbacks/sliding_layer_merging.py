@@ -76,6 +76,8 @@ class SlidingLayerMerging(PruningCallback):
             in 30 to 70 forwards of the model. "swaps" takes at most 10 forwards; it starts from
             ShortGPT's layers or from the loop over cosines, and keeps ShortGPT's unless windows
             that the search has not seen say otherwise. None takes "swaps" with limit "merge".
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
+            see docs/healing.md. It needs 2 calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range, or has no effect.
@@ -94,6 +96,7 @@ class SlidingLayerMerging(PruningCallback):
         protected: list[int] | None = None,
         offload_activations: bool = False,
         search: Literal["swaps", "sliding"] | None = None,
+        heal: Literal["none", "linear"] = "none",
     ) -> None:
         if [num_layers, ratio, threshold].count(None) != 2:
             raise ValueError(
@@ -110,7 +113,7 @@ class SlidingLayerMerging(PruningCallback):
         self.ignore_first_tokens = ignore_first_tokens
         self.protected = [-1] if protected is None else list(protected)
         self.offload_activations = offload_activations
-        self.search = search
+        self.search, self.heal = search, heal
         swaps = threshold is None and self.limit == "merge"
         if search == "swaps" and not swaps:
             raise ValueError(

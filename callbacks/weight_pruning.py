@@ -106,6 +106,8 @@ class WeightPruning(GradualZeros):
             "auto" leaves it out.
         offload_activations: keep the calibration states on the CPU.
         statistic: of |W| * ||X|| in a layer, the score of allocation="dlp".
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
+            see docs/healing.md. It needs 2 calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -128,6 +130,7 @@ class WeightPruning(GradualZeros):
         strict: bool = False,
         offload_activations: bool = False,
         statistic: Statistic = "median",
+        heal: Literal["none", "linear"] = "none",
     ) -> None:
         if isinstance(pattern, int):  # YAML 1.1 counts in sixties
             raise ValueError(f'pattern={pattern} is what YAML makes of N:M; quote it: "2:4"')
@@ -145,6 +148,11 @@ class WeightPruning(GradualZeros):
             raise ValueError(f"{sparsegpt} has no effect with solver={solver!r}")
         if self.pattern is not None and solver == "wanda_variant":
             raise ValueError(f"solver='wanda_variant' chooses by rows and knows no {pattern=}")
+        if heal != "none" and schedule is not None:
+            raise ValueError(
+                f"{heal=} has no effect with a schedule, whose zeros come while the model trains; "
+                "leave one of them out"
+            )
         super().__init__(solver, schedule)
         self.sparsity = sparsity
         self.allocation = allocation
@@ -153,7 +161,7 @@ class WeightPruning(GradualZeros):
         self.sparsegpt = sparsegpt
         self.strict = strict
         self.offload_activations = offload_activations
-        self.statistic = statistic
+        self.statistic, self.heal = statistic, heal
 
     @property
     def score(self) -> WeightScore | None:

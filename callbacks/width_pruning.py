@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.calibration.windows import Windows, check_windows
+from prunelight.calibration.windows import Windows
 from prunelight.callbacks.base import PruningCallback
 from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.layers import decoder_layers
@@ -94,6 +94,8 @@ class WidthPruning(PruningCallback):
         skip_first: number of first layers that stay whole; LLM-Pruner leaves 4 of 32. The others
             lose more: ratios count over all layers, and numbers are means of all.
         skip_last: number of last layers that stay whole; LLM-Pruner leaves 2 of 32.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
+            see docs/healing.md. It needs 2 calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect, two arguments set the same
@@ -124,6 +126,7 @@ class WidthPruning(PruningCallback):
         alpha: float | None = None,
         skip_first: int = 0,
         skip_last: int = 0,
+        heal: Literal["none", "linear"] = "none",
     ) -> None:
         pairs = (
             ("neuron_ratio", neuron_ratio, "intermediate_size", intermediate_size),
@@ -160,6 +163,7 @@ class WidthPruning(PruningCallback):
         self.score, self.multiple, self.correction = score, multiple, correction
         self.allocation, self.export_remote_code = allocation, export_remote_code
         self.alpha, self.skip_first, self.skip_last = alpha, skip_first, skip_last
+        self.heal = heal
         self.follows_slicing = self.stays_stock
 
     def check(self, model: PreTrainedModel) -> None:
@@ -229,7 +233,7 @@ class WidthPruning(PruningCallback):
         """
         check_weights(model)
         self.check(model)
-        check_windows(model, windows)
+        self.check_calibration(model, windows)
         before, kinds = widths_of(model), [*self._means(widths_of(model))]
         flap = self.allocation == "flap"
         scores = (

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from prunelight.runtime.arguments import check_choice
 
+HEALING_RIDGES = (0.01, 0.1, 1.0, 10.0)
+
 MERGES = ("top", "difference_sum", "released", "mean", "lowest")
 
 SLICE_OPTIONS = {
@@ -391,9 +393,47 @@ class SliceHidden(Step):
             raise ValueError("rotation='shared' needs the same width everywhere in residual_dims")
 
 
+@dataclass(frozen=True)
+class Heal(Step):
+    """Fit the last matrix of some decoder layers anew, to the hidden states of the dense model.
+
+    Dense is the model before the plan. The step holds decisions only: weights are fitted on the
+    calibration windows when the plan is carried out.
+
+    Attributes:
+        layers: the layers whose last matrix is fitted, those before it first.
+        mode: "linear", weighted ridge regression in closed form.
+        ridges: strengths of the pull towards the old weights. Held-out windows choose one for each
+            layer, or leave its weights as they are. 1 is the median energy of the matrix' inputs.
+    """
+
+    kind: ClassVar[str] = "heal"
+    has_outcome: ClassVar[bool] = True
+    layers: tuple[int, ...]
+    mode: str = "linear"
+    ridges: tuple[float, ...] = HEALING_RIDGES
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Return the layers that the step names."""
+        return self.layers
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _sorted_indices("layers", self.layers))
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError for an unknown mode or layer, or a ridge that is not above 0."""
+        check_choice("mode", self.mode, ("linear",))
+        _check_indices("layers", self.layers, num_layers)
+        if not self.ridges or not all(
+            isinstance(ridge, int | float) and 0 < ridge < math.inf for ridge in self.ridges
+        ):
+            raise ValueError(f"ridges={list(self.ridges)} must be numbers above 0; name one")
+
+
 STEPS: dict[str, type[Step]] = {
     step.kind: step
-    for step in (RemoveLayers, MergeLayers, DropSublayers, PruneWidth, SliceHidden, Sparsify)
+    for step in (RemoveLayers, MergeLayers, DropSublayers, PruneWidth, SliceHidden, Sparsify, Heal)
 }
 
 

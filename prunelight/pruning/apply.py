@@ -20,6 +20,7 @@ from prunelight.models.sizes import parameter_count
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import (
     DropSublayers,
+    Heal,
     MergeLayers,
     PruneWidth,
     RemoveLayers,
@@ -28,6 +29,7 @@ from prunelight.planning.steps import (
     Step,
 )
 from prunelight.pruning.drop_sublayers import DROP_SUBLAYERS, check_leading
+from prunelight.pruning.healing.heal import HEAL
 from prunelight.pruning.merge_layers import MERGE_LAYERS
 from prunelight.pruning.prune_width import PRUNE_WIDTH
 from prunelight.pruning.remove_layers import REMOVE_LAYERS
@@ -45,6 +47,7 @@ KINDS: dict[type[Step], StepKind[Any]] = {
     PruneWidth: PRUNE_WIDTH,
     SliceHidden: SLICE_HIDDEN,
     Sparsify: SPARSIFY,
+    Heal: HEAL,
 }
 
 
@@ -63,13 +66,13 @@ def apply(
     Args:
         model: the model that the plan was made for.
         plan: from a callback's `plan`, or `Plan.load`.
-        windows: calibration windows, for steps that need data: slice, corrected width, and
+        windows: calibration windows, for steps that need data: slice, corrected width, heal, and
             sparsify unless by magnitude.
         strict: require the very weights that the plan was made for, see `Plan.check`.
         device: where the layers compute, one at a time, for a model that is elsewhere.
         offload: keep the calibration states on the CPU.
-        outcomes: this list gets what each sparsify or slice step did, see `SparsifyOutcome` and
-            `SliceOutcome`.
+        outcomes: this list gets what each sparsify, slice or heal step did, see
+            `SparsifyOutcome`, `SliceOutcome` and `HealOutcome`.
 
     Raises:
         ValueError: if the plan does not fit the model, or a weight is NaN or infinite (it is
@@ -86,6 +89,8 @@ def apply(
     context = StepContext(windows, device, offload)
     _check_steps(model, plan.steps, context)
     before = parameter_count(model) / 1e6
+    if any(_kind_of(step).needs_dense for step in plan.steps):
+        context = replace(context, dense=_dense_twin(model, plan.steps))
     for step in plan.steps:
         outcome = _kind_of(step).carry_out(model, step, context)
         if outcome is not None and outcomes is not None:
@@ -101,6 +106,25 @@ def _kind_of(step: Step) -> StepKind[Any]:
     if type(step) not in KINDS:
         raise TypeError(f"no surgery is known for the step {step!r}")
     return KINDS[type(step)]
+
+
+def _dense_twin(model: PreTrainedModel, steps: Sequence[Step]) -> PreTrainedModel:
+    """Return the model as it is now, which the steps will not change.
+
+    The twin shares the memory of all weights, unless a step changes numbers where they are.
+    """
+    if any(_kind_of(step).changes_weights for step in steps):
+        return copy.deepcopy(model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    twin: PreTrainedModel = copy.deepcopy(model, {id(t): _same_memory(t) for t in tensors.values()})
+    return twin
+
+
+def _same_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return another tensor over the same numbers."""
+    alias = tensor.detach()
+    trained = tensor.requires_grad
+    return torch.nn.Parameter(alias, trained) if isinstance(tensor, torch.nn.Parameter) else alias
 
 
 def _check_steps(model: PreTrainedModel, steps: Sequence[Step], context: StepContext) -> None:

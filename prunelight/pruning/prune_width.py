@@ -380,4 +380,5 @@ PRUNE_WIDTH = StepKind(
     follows_slicing=True,
     needs_windows=lambda step: bool(step.correction),
     rehearse=_rehearse,
+    changes_weights=True,
 )

@@ -24,12 +24,14 @@ class StepContext:
         device: where the layers compute, one at a time; None takes the model's own.
         offload: keep the calibration states on the CPU.
         earlier: the steps of the same plan that come before.
+        dense: the model before the plan, for steps that need it.
     """
 
     windows: Windows | None = None
     device: torch.device | None = None
     offload: bool = False
     earlier: tuple[Step, ...] = ()
+    dense: PreTrainedModel | None = None
 
     def after(self, step: Step) -> StepContext:
         """Return the context of the next step."""
@@ -65,6 +67,8 @@ class StepKind(Generic[StepT]):
         rehearse: carries the step out, as far as that needs no data, in place on a model without
             weights (on the meta device); None: by `carry_out`. `apply` sees in this way whether the
             next steps can be carried out too.
+        changes_weights: tells whether numbers of weights change in the memory where they are.
+        needs_dense: the step reads the model before the plan.
     """
 
     check: Callable[[PreTrainedModel, StepT, StepContext], None]
@@ -72,3 +76,5 @@ class StepKind(Generic[StepT]):
     follows_slicing: bool = False
     needs_windows: Callable[[StepT], bool] = lambda step: False
     rehearse: Callable[[PreTrainedModel, StepT, StepContext], Any] | None = None
+    changes_weights: bool = False
+    needs_dense: bool = False

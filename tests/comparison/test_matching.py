@@ -13,6 +13,7 @@ from prunelight.models.sizes import parameter_count
 ARGUMENTS = {
     "ShortGPT": {},
     "SLEB": {},
+    "DepthPruning": {},
     "ShortenedLlama": {"score": "magnitude", "protected": []},
     "WidthPruning": {"multiple": 4},
     "SliceGPT": {"round_to": 2},

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from prunelight.callbacks import (
     DLP,
     SLEB,
+    DepthPruning,
     DynamicSlicing,
     LaCo,
     PruningCallback,
@@ -63,6 +64,7 @@ METHODS = {
     "Shortened LLaMA, Taylor": Method(
         lambda: ShortenedLlama(num_layers=2, score="taylor", protected=[0]), layers=4
     ),
+    "depth by healing": Method(lambda: DepthPruning(num_layers=2, protected=[0]), layers=4),
     "attention dropped": Method(lambda: ShortGPT(num_layers=2, granularity="attention")),
     "sublayers dropped": Method(lambda: ShortGPT(ratio=0.5, granularity="sublayer")),
     "width": Method(lambda: WidthPruning(neuron_ratio=0.25, head_ratio=0.5, multiple=8)),
@@ -112,6 +114,22 @@ VARIANTS = {
         lambda: ShortGPT(num_layers=2, score="relative_magnitude"), layers=4
     ),
     "ShortGPT, share of all parameters": Method(lambda: ShortGPT(parameter_ratio=0.2), layers=4),
+    "ShortGPT, healed": Method(lambda: ShortGPT(num_layers=2, heal="linear"), layers=4),
+    "SLM's mean, healed": Method(
+        lambda: SlidingLayerMerging(num_layers=2, merge="mean", heal="linear"), layers=4
+    ),
+    "width by layer, healed": Method(
+        lambda: WidthPruning(
+            neuron_ratio=0.25, head_ratio=0.25, multiple=8, allocation="global", heal="linear"
+        )
+    ),
+    "MLPs dropped, healed": Method(
+        lambda: ShortGPT(num_layers=2, granularity="mlp", heal="linear")
+    ),
+    "SliceGPT, healed": Method(
+        lambda: SliceGPT(0.25, embedding="full", heal="linear"), slices=True
+    ),
+    "DLP, healed": Method(lambda: DLP(0.5, heal="linear"), sparsity=0.5),
     "DLP by deviation, alpha chosen": Method(
         lambda: DLP(0.5, statistic="std", alpha="auto"), sparsity=0.5
     ),

@@ -66,6 +66,7 @@ TARGETS = {
     "trainer": Target(pl.Trainer, ("trainer",)),
     "ShortGPT": _callback(callbacks.ShortGPT, num_layers=2),
     "SLEB": _callback(callbacks.SLEB, num_layers=2),
+    "DepthPruning": _callback(callbacks.DepthPruning, num_layers=2),
     "ShortenedLlama": _callback(callbacks.ShortenedLlama, num_layers=2, protected=[0]),
     "SlidingLayerMerging": _callback(callbacks.SlidingLayerMerging, num_layers=2),
     "LaCo": _callback(callbacks.LaCo, num_layers=2),
@@ -115,6 +116,10 @@ def _range(*right: Any, wrong: tuple[Any, ...] = ()) -> Range:
 
 _RATIO = (-0.1, 1, 1.0, 2, -1, 1e300)
 _COUNT = (0, -1)
+_HEALED = (
+    *("ShortGPT", "SLEB", "ShortenedLlama", "SlidingLayerMerging", "LaCo", "DepthPruning"),
+    *("SliceGPT", "DynamicSlicing", "WidthPruning", "WeightPruning", "DLP"),
+)
 _LAYERS = (-1, 6, 7, 1000)  # of a model of 6 layers
 _PROTECTED = ([6], [-7], [0, 99], [0, 1, 2, 3, 4, 5])
 RANGES: dict[str, Range] = {
@@ -218,6 +223,11 @@ RANGES: dict[str, Range] = {
     "ShortGPT.layers": _range([], [0, -1], wrong=(*_PROTECTED, [1, 1], [1, -5], None)),
     "ShortGPT.parameter_ratio": _range(0, 0.1, wrong=(*_RATIO, 0.99, None)),
     "ShortGPT.seed": _range(0, 7, wrong=(-1, None)),
+    **{f"{name}.heal": _range("none", "linear", wrong=("ridge", "", True)) for name in _HEALED},
+    "DepthPruning.num_layers": _range(0, 1, 5, wrong=_LAYERS),
+    "DepthPruning.ratio": _range(0.34, wrong=_RATIO),
+    "DepthPruning.parameter_ratio": _range(0, 0.1, wrong=(*_RATIO, 0.99, None)),
+    "DepthPruning.protected": _range([], [0, -1], None, wrong=_PROTECTED),
     "SLEB.ratio": _range(0.34, wrong=_RATIO),
     "SLEB.num_layers": _range(0, 1, 4, wrong=(*_LAYERS, 5)),
     "SLEB.criterion": _range("nll", "kl", "cosine", "cka", "cosine_flat", wrong=("mse", "")),
@@ -324,6 +334,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "ShortGPT.parameter_ratio": {"num_layers": None},
     "ShortGPT.seed": {"score": "random"},
     "SLEB.ratio": {"num_layers": None},
+    "DepthPruning.ratio": {"num_layers": None},
+    "DepthPruning.parameter_ratio": {"num_layers": None},
     "ShortenedLlama.ratio": {"num_layers": None},
     "SlidingLayerMerging.ratio": {"num_layers": None},
     "SlidingLayerMerging.threshold": {"num_layers": None},

@@ -7,9 +7,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from prunelight.planning.steps import SliceHidden, Sparsify, Step, step_from_dict
+from prunelight.planning.steps import Heal, SliceHidden, Sparsify, Step, step_from_dict
 
 Json: TypeAlias = dict[str, Any]
+
+HEALING_ERRORS = (
+    "Errors are those of a layer's output against the dense states, on calibration windows that "
+    "were held out, as a share of those states' weighted energy."
+)
 
 StepT = TypeVar("StepT", bound=Step)
 
@@ -17,6 +22,18 @@ StepT = TypeVar("StepT", bound=Step)
 def percent(share: float) -> str:
     """Return a share in [0, 1] as text."""
     return f"{100 * share:.2f} %"
+
+
+def healing_lines(step: Heal, outcome: Json) -> list[str]:
+    """Return what a heal step did to each layer that it names, and its warnings."""
+    numbers = (outcome.get(name, []) for name in ("ridge", "error_before", "error_after"))
+    lines = [
+        f"layer {layer}: error {before:.3g} -> {after:.3g} (ridge {ridge:g})"
+        if ridge
+        else f"layer {layer}: error {before:.3g}, old weights kept"
+        for layer, ridge, before, after in zip(step.layers, *numbers, strict=False)
+    ]
+    return lines + list(outcome.get("notes", ()))
 
 
 class PlanFacts:

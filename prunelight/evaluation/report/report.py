@@ -39,8 +39,10 @@ from prunelight.evaluation.report.heat_maps import plot_cka
 from prunelight.evaluation.report.layer_plots import plot_layers
 from prunelight.evaluation.report.page.run_page import run_page
 from prunelight.evaluation.report.plan_facts import (
+    HEALING_ERRORS,
     Json,
     PlanFacts,
+    healing_lines,
     layer_columns,
     percent,
 )
@@ -51,7 +53,7 @@ from prunelight.evaluation.report.writing import (
     markdown_table,
     write_whole,
 )
-from prunelight.planning.steps import SliceHidden, Sparsify
+from prunelight.planning.steps import Heal, SliceHidden, Sparsify
 
 
 def summary_table(record: RunRecord) -> Table:
@@ -151,6 +153,9 @@ def _plan_section(plan: PlanFacts, outcomes: list[Json]) -> list[str]:
             parts += _sparsify_section(plan, step, outcome)
         elif isinstance(step, SliceHidden):
             parts += _slice_section(plan, step, outcome)
+        elif isinstance(step, Heal):
+            lines = "\n".join(f"- {line}" for line in healing_lines(step, outcome))
+            parts.append(f"Step `heal`, {step.mode}:\n{lines}\n\n{HEALING_ERRORS}")
         else:
             parts.append(f"Step `{step.kind}`:\n{bullets(step.facts)}")
     # Settings within settings stand with their step.

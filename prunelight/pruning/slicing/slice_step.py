@@ -27,4 +27,4 @@ def _carry_out(model: PreTrainedModel, step: SliceHidden, context: StepContext) 
     return slice_model(model, step, context.windows, device=context.device, offload=context.offload)
 
 
-SLICE_HIDDEN = StepKind(_check, _carry_out, needs_windows=lambda step: True)
+SLICE_HIDDEN = StepKind(_check, _carry_out, needs_windows=lambda step: True, changes_weights=True)

@@ -353,4 +353,5 @@ SPARSIFY = StepKind(
     follows_slicing=True,
     needs_windows=lambda step: step.solver != "magnitude",
     rehearse=_rehearse,
+    changes_weights=True,
 )

@@ -21,15 +21,17 @@ from prunelight.evaluation.report.page.frame import (
     table,
 )
 from prunelight.evaluation.report.plan_facts import (
+    HEALING_ERRORS,
     Json,
     PlanFacts,
     by_sublayer,
     explained_variance,
+    healing_lines,
     layer_columns,
     percent,
 )
 from prunelight.evaluation.report.record import RunRecord
-from prunelight.planning.steps import SliceHidden, Sparsify
+from prunelight.planning.steps import Heal, SliceHidden, Sparsify
 
 _MANY = 44  # decoder layers from which a chart takes the whole width of the page
 
@@ -82,6 +84,12 @@ _MEANINGS = {
     ),
     "magnitude": Meaning(
         "magnitude", "Sum of |weight| over a layer. Low means that the layer weighs little."
+    ),
+    "kl_without": Meaning(
+        "KL without it, healed (nats)",
+        "How far the model's predictions move when this layer alone goes and the layer before it "
+        "is fitted anew. Low means that the others make up for it. Later layers were chosen after "
+        "earlier ones had gone, so the lowest bars need not be the removed ones.",
     ),
     "similarity_without": Meaning(
         "similarity without it",
@@ -157,6 +165,10 @@ def _parts(carried: Carried) -> list[Markup | str]:
     for step, own in zip(carried.plan.steps, carried.outcomes, strict=True):
         if isinstance(step, Sparsify) and own.get("notes"):
             parts.append(bullets([str(note) for note in own["notes"]]))
+        elif isinstance(step, Heal) and (lines := healing_lines(step, own)):
+            healed = sum(ridge > 0 for ridge in own["ridge"])
+            summary = f"{healed} of {len(step.layers)} layers healed"
+            parts.append(details(summary, paragraph(HEALING_ERRORS), bullets(lines)))
     columns = layer_columns(plan, outcome)
     gone = plan.layer_outcomes()
     rows = [[cell.replace("**", "") for cell in row] for row in zip(*columns.values(), strict=True)]

@@ -1,0 +1,127 @@
+"""Weighted ridge regression from sums over tokens, streamed.
+
+A matrix W with inputs x adds scale * W x to the states that a layer hands on. With r the state that
+is missing, divided by the scale, the best change of W minimises
+
+    sum_t w_t ||r_t - D x_t||^2  +  ridge * ||D||^2,    D = C (G + ridge)^-1,
+
+with G = sum w x x^T and C = sum w r x^T. The same sums tell the error of any D, so that windows
+that were held out can judge it. Zeros of W that an earlier step put there stay: D is then found
+over the other places by conjugate gradients, one line search for each row.
+"""
+
+# T tokens, O out_features, I in_features
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunelight.runtime.processes import ProcessGroup
+
+_MOST_ITERATIONS, _TOLERANCE = 100, 1e-4  # of the right side
+
+
+@dataclass
+class ErrorSums:
+    """Sums over tokens that tell the error of any change of a matrix; all float64.
+
+    Attributes:
+        gram: G, weighted inputs x inputs, (I, I).
+        cross: C, weighted missing states x inputs, (O, I).
+        energy: sum of w ||r||^2: the error of no change.
+        tokens: how many tokens were added.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, out_features: int, in_features: int, device: torch.device) -> ErrorSums:
+        """Return the sums of no token."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(zeros(in_features, in_features), zeros(out_features, in_features), zeros())
+
+    def update(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
+        """Add tokens: inputs (T, I), missing states (T, O), weights (T)."""
+        place = self.gram.device
+        x, r, w = (value.to(place).double() for value in (inputs, missing, weights))
+        weighted = x * w[:, None]
+        self.gram += x.T @ weighted
+        self.cross += r.T @ weighted
+        self.energy += (r.square().sum(-1) * w).sum()
+        self.tokens += len(x)
+
+    def pool(self, group: ProcessGroup) -> None:
+        """Add up the sums of all ranks, in place."""
+        self.gram, self.cross = group.sum(self.gram), group.sum(self.cross)
+        self.energy = group.sum(self.energy)
+        self.tokens = int(group.totals(self.tokens)[0])
+
+    def __add__(self, other: ErrorSums) -> ErrorSums:
+        """Return the sums over the tokens of both."""
+        return ErrorSums(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.energy + other.energy,
+            self.tokens + other.tokens,
+        )
+
+    def error(self, change: Tensor) -> float:
+        """Return sum_t w_t ||r_t - D x_t||^2 of a change D, (O, I)."""
+        explained = 2 * (change * self.cross).sum() - ((change @ self.gram) * change).sum()
+        return float(self.energy - explained)
+
+    def fit(self, ridge: float, mask: Tensor | None = None) -> Tensor:
+        """Return the change D (O, I) of the smallest error, float64.
+
+        Args:
+            ridge: pull towards the old weights, in units of the median energy of the inputs.
+            mask: bool (O, I), False where D must be 0; None lets all places change.
+        """
+        strength = ridge * self.gram.diagonal().median().clamp(min=1e-30)
+        gram = self.gram.clone()
+        gram.diagonal().add_(strength)
+        if mask is not None:
+            return masked_solution(gram, self.cross, mask.to(gram.device))
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:  # G has rounded to a matrix that is not positive
+            return torch.linalg.lstsq(gram, self.cross.T).solution.T
+        return torch.cholesky_solve(self.cross.T, factor).T
+
+
+def masked_solution(gram: Tensor, cross: Tensor, mask: Tensor) -> Tensor:
+    """Return for each row the solution of d G = c over the places that the row's mask leaves.
+
+    Conjugate gradients with the diagonal as preconditioner, all rows at once.
+
+    Args:
+        gram: G, positive definite, (I, I).
+        cross: right sides, (O, I).
+        mask: bool (O, I).
+    """
+    inverse_diagonal = gram.diagonal().reciprocal()
+    change = torch.zeros_like(cross)
+    residual = cross * mask
+    limit = _TOLERANCE * residual.norm()
+    direction = residual * inverse_diagonal
+    product = (residual * direction).sum(-1, keepdim=True)
+    for _ in range(_MOST_ITERATIONS):
+        if residual.norm() <= limit:
+            break
+        step = (direction @ gram) * mask
+        length = product / (direction * step).sum(-1, keepdim=True).clamp(min=1e-300)
+        change += length * direction
+        residual = residual - length * step
+        scaled = residual * inverse_diagonal
+        following = (residual * scaled).sum(-1, keepdim=True)
+        direction = scaled + following / product.clamp(min=1e-300) * direction
+        product = following
+    return change

@@ -1,0 +1,276 @@
+"""Carries out a heal step: the last matrices of some layers, fitted to the dense hidden states.
+
+The dense and the pruned model walk side by side over the same windows. A layer that is healed gets
+the states of the pruned and healed layers before it. Its last matrix is fitted by ridge regression
+so that the layer hands on what the dense model hands to the next layer that is left. ReplaceMe
+(arXiv:2505.02819) does this for one gap and one linear map; here the matrix itself is fitted.
+
+Tokens weigh 1 / ||dense state||: massive activations are a thousand times as large as others. Their
+tokens count all the same, because a layer that writes them must go on doing so. Every fourth window
+is held out. It chooses the ridge, and a fit that does not lower its error there is discarded.
+"""
+
+# B sequences, T tokens, D hidden, I in_features
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunelight.calibration.layer_walk import LayerWalk
+from prunelight.calibration.shared_windows import first_own_window
+from prunelight.calibration.windows import Windows, split_windows
+from prunelight.models.families.layers import decoder_layers, layers_path
+from prunelight.models.families.matrices import layer_matrices
+from prunelight.planning.steps import Heal, SliceHidden, renumber
+from prunelight.pruning.healing.ends import dense_ends
+from prunelight.pruning.healing.error_sums import ErrorSums
+from prunelight.pruning.healing.writers import Writer, check_healable, writer_of
+from prunelight.pruning.step_kind import StepContext, StepKind
+from prunelight.runtime.devices import float64_device
+
+log = logging.getLogger(__name__)
+
+_HELD_OUT = 4  # every fourth window
+_ROTATION_ROUNDING = 0.02  # bfloat16's, and some room
+_ZEROS = 0.01  # a share of zeros from which on they are taken for a step's, and kept
+
+
+@dataclass
+class HealOutcome:
+    """What a heal step did; lists have one number for each layer that it names.
+
+    Attributes:
+        healed: matrices that were fitted.
+        ridge: the ridge that was taken, or 0 where the old weights stayed.
+        error_before: weighted squared error of the layer's output against the dense states on the
+            windows that were held out, divided by that of the dense states themselves.
+        error_after: the same with the fitted weights.
+        notes: warnings of the run, for its report.
+    """
+
+    healed: list[str] = field(default_factory=list)
+    ridge: list[float] = field(default_factory=list)
+    error_before: list[float] = field(default_factory=list)
+    error_after: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def heal(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    step: Heal,
+    windows: Windows,
+    *,
+    ends: dict[int, int],
+    rotated: bool = False,
+    device: torch.device | None = None,
+    offload: bool = False,
+) -> HealOutcome:
+    """Fit the last matrix of each layer that the step names, in place.
+
+    Args:
+        model: after the other steps of the plan.
+        dense: before them; its layers are those that the step counts.
+        step: which layers, which ridges.
+        windows: calibration windows, (N, T).
+        ends: layer that is left -> last dense layer that it stands for, see `dense_ends`.
+        rotated: the states of the model are sliced rotations of the dense states.
+        device: where the layers compute; None takes the model's own.
+        offload: keep the calibration states on the CPU.
+
+    Raises:
+        ValueError: if activations are NaN or Inf; some layers may be healed by then.
+    """
+    outcome = HealOutcome()
+    with (
+        LayerWalk(dense, windows, device=device, offload=offload) as dense_walk,
+        LayerWalk(model, windows, device=device, offload=offload, label="heal") as walk,
+    ):
+        ahead = dense_walk.layers()
+        for (index, _), (layer, end) in zip(walk.layers(), sorted(ends.items()), strict=True):
+            for dense_index, _ in ahead:
+                dense_walk.advance()
+                if dense_index == end:
+                    break
+            if layer in step.layers:
+                writer = writer_of(walk, index)
+                if writer is None:
+                    _note_left(outcome, layer)
+                else:
+                    turn = _rotation(dense, layer, writer) if rotated else None
+                    _heal_layer(walk, writer, dense_walk.states, turn, step, outcome)
+            if index + 1 < len(ends):
+                walk.advance()
+    return outcome
+
+
+def _rotation(dense: PreTrainedModel, layer: int, writer: Writer) -> Tensor:
+    """Return the matrix (D, d) that turns dense states into those that a slice step keeps.
+
+    The step has turned the writer's outputs too, so both weights tell it: W'^T = W^T Q.
+
+    Raises:
+        ValueError: if no such matrix leads from one weight to the other.
+    """
+    path = layers_path(dense)
+    _, _, own_name = writer.matrix.name.removeprefix(f"{path}.").partition(".")
+    name = f"{path}.{layer}.{own_name}"
+    place = float64_device(writer.weight.device)
+    wide = {matrix.name: matrix for matrix in layer_matrices(dense, layer)}[name].views()[0]
+    before, after = (weight.to(place).double().T for weight in (wide, writer.weight))
+    turn = torch.linalg.lstsq(before, after).solution
+    difference = float((before @ turn - after).norm() / after.norm())
+    if len(before) < before.shape[1] or difference > _ROTATION_ROUNDING:
+        raise ValueError(
+            f"{name} does not tell how slicing turned the hidden states (off by {difference:.1g}): "
+            "slice in a plan of its own, without heal"
+        )
+    return turn
+
+
+def _heal_layer(
+    walk: LayerWalk,
+    writer: Writer,
+    dense_states: list[Tensor],
+    turn: Tensor | None,
+    step: Heal,
+    outcome: HealOutcome,
+) -> None:
+    """Fit a writer of the walk's current layer, in place, if that helps held-out windows."""
+    fitted_on, held_out, scale = _sums(walk, writer, dense_states, turn)
+    inputs = writer.weight.shape[1]
+    if fitted_on.tokens < inputs:
+        _note(
+            outcome,
+            f"{writer.matrix.name} was fitted on {fitted_on.tokens} tokens, fewer than its "
+            f"{inputs} inputs: the ridge decides the rest; calibrate on more text",
+        )
+    mask = writer.weight != 0
+    kept_zeros = mask if 1 - float(mask.float().mean()) > _ZEROS else None
+    before = held_out.error(torch.zeros_like(held_out.cross))
+    # Zeros make a fit slow: they do not take part in the choice of the ridge.
+    errors = {ridge: held_out.error(fitted_on.fit(ridge)) for ridge in step.ridges}
+    ridge = min(errors, key=lambda tried: errors[tried])
+    after = errors[ridge]
+    if kept_zeros is not None:
+        after = held_out.error(fitted_on.fit(ridge, kept_zeros))
+    better = after < before
+    outcome.ridge.append(ridge if better else 0.0)
+    outcome.error_before.append(before / scale)
+    outcome.error_after.append((after if better else before) / scale)
+    if not better:
+        log.info("%s keeps its weights: no fit helps held-out windows", writer.matrix.name)
+        return
+    change = (fitted_on + held_out).fit(ridge, kept_zeros)
+    writer.put(writer.weight.to(change.device).double() + change)
+    outcome.healed.append(writer.matrix.name)
+    log.info(
+        "%s fitted with ridge %g: error %.3g -> %.3g of the dense states on held-out windows",
+        writer.matrix.name,
+        ridge,
+        outcome.error_before[-1],
+        outcome.error_after[-1],
+    )
+
+
+def _sums(
+    walk: LayerWalk, writer: Writer, dense_states: list[Tensor], turn: Tensor | None
+) -> tuple[ErrorSums, ErrorSums, float]:
+    """Return the sums over windows to fit on and over those held out, and the latter's energy.
+
+    The energy is that of the dense states, weighted like the errors.
+    """
+    place = float64_device(walk.device)
+    features, inputs = writer.weight.shape
+    sums = [ErrorSums.empty(features, inputs, place) for _ in range(2)]
+    energy = 0.0
+    held_windows = held_out_windows(walk)
+    for batch, counted in enumerate(walk.positions()):
+        with writer.watching() as seen:
+            output = walk.forward(batch)
+        target = dense_states[batch].to(walk.device).float()
+        if turn is not None:
+            target = target @ turn.to(target)
+        weights = target.norm(dim=-1).clamp(min=1e-30).reciprocal()
+        missing = (target - output.float()) / writer.scale
+        x = seen[0].reshape(*output.shape[:-1], -1).float()
+        for held, own in enumerate(sums):
+            rows = counted & (held_windows[batch] == bool(held))[:, None].to(counted.device)
+            if bool(rows.any()):
+                own.update(x[rows], missing[rows], weights[rows])
+        rows = counted & held_windows[batch][:, None].to(counted.device)
+        energy += float((target[rows].square().sum(-1) * weights[rows]).sum()) / writer.scale**2
+    for own in sums:
+        own.pool(walk.group)
+    return sums[0], sums[1], max(walk.group.totals(energy)[0], 1e-30)
+
+
+def held_out_windows(walk: LayerWalk) -> list[Tensor]:
+    """Return which windows of each micro-batch are held out, bool (B): every fourth of all.
+
+    Of fewer windows than four the last one is.
+    """
+    total = len(split_windows(walk.windows)[0])
+    number, held = first_own_window(walk.windows), []
+    for state in walk.states:
+        numbers = torch.arange(number, number + len(state))
+        last = numbers == total - 1 if total < _HELD_OUT else torch.zeros_like(numbers).bool()
+        held.append((numbers % _HELD_OUT == _HELD_OUT - 1) | last)
+        number += len(state)
+    return held
+
+
+def _note_left(outcome: HealOutcome, layer: int) -> None:
+    """Say that a layer was not healed."""
+    _note(outcome, f"layer {layer} was not healed: no matrix of it adds to the hidden states")
+    for numbers in (outcome.ridge, outcome.error_before, outcome.error_after):
+        numbers.append(0.0)
+
+
+def _note(outcome: HealOutcome, text: str) -> None:
+    log.warning(text)
+    outcome.notes.append(text)
+
+
+def _check(model: PreTrainedModel, step: Heal, context: StepContext) -> None:
+    if any(isinstance(earlier, Heal) for earlier in context.earlier):
+        raise ValueError("heal once, as the last step of a plan")
+    if context.windows is None:
+        raise ValueError("heal needs calibration windows; pass them to apply")
+    check_healable(model, context.windows)
+
+
+def _carry_out(model: PreTrainedModel, step: Heal, context: StepContext) -> HealOutcome:
+    assert context.windows is not None  # _check
+    assert context.dense is not None  # apply
+    return heal(
+        model,
+        context.dense,
+        step,
+        context.windows,
+        ends=dense_ends(context.earlier, len(decoder_layers(context.dense))),
+        rotated=any(isinstance(earlier, SliceHidden) for earlier in context.earlier),
+        device=context.device,
+        offload=context.offload,
+    )
+
+
+def _rehearse(model: PreTrainedModel, step: Heal, context: StepContext) -> None:
+    left = len(decoder_layers(model))
+    assert all(renumber(layer, context.removed) < left for layer in step.layers)
+
+
+HEAL = StepKind(
+    _check,
+    _carry_out,
+    follows_slicing=True,
+    needs_windows=lambda step: True,
+    needs_dense=True,
+    rehearse=_rehearse,
+)
