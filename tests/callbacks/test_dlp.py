@@ -439,7 +439,7 @@ def test_what_identifies_a_base_and_a_state_of_dlp_is_as_in_older_versions():
         "strict": False,
     }
     assert json.dumps(state_arguments(method)) == json.dumps(expected)
-    assert list(method.arguments()) == [*expected, "statistic"]
+    assert list(method.arguments()) == [*expected, "statistic", "heal"]
     assert list(given_arguments(method)) == ["sparsity", "alpha", "schedule"]
     assert method.state_key == f"DLP{expected!r}"
     assert (type(method).__name__, method.version) == ("DLP", 1)

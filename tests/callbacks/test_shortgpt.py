@@ -228,6 +228,7 @@ def test_a_plan_records_what_it_was_made_from(model):
         "layers": None,
         "parameter_ratio": None,
         "seed": None,
+        "heal": "none",
     }
     assert ShortGPT(**plan.arguments).plan(model, WINDOWS) == plan
     assert plan.model == describe_model(model)

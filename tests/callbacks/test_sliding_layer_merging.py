@@ -260,6 +260,7 @@ def test_a_plan_says_what_it_was_made_from_and_what_was_found(model):
         "ignore_first_tokens": 1,
         "protected": [-1],
         "search": None,
+        "heal": "none",
     }
     assert SlidingLayerMerging(**plan.arguments).plan(model, WINDOWS) == plan
     assert plan.model == describe_model(model)

@@ -193,7 +193,9 @@ def test_a_bad_recovery_is_refused(recovery, message, tmp_path):
         check_recovery(settings(model=ModelSettings(name), recovery=recovery))
 
 
-@pytest.mark.parametrize("name", ["compare_25.yaml", "compare_recovery.yaml", "owl_m_sweep.yaml"])
+@pytest.mark.parametrize(
+    "name", ["compare_25.yaml", "compare_recovery.yaml", "compare_healing.yaml", "owl_m_sweep.yaml"]
+)
 def test_shipped_configs_parse_and_say_how_they_are_run(name):
     from prunelight.commands.compare import _parser
 
