@@ -32,8 +32,8 @@ def swept(model, tmp_path_factory):
     settings = ComparisonSettings(
         ModelSettings(model, "float32"),
         [
-            {**SLM, "sweep": {"threshold": [0.9, 0.9999, 0.999999]}},
-            {**SHORTGPT, "sweep": {"num_layers": [1, 2, 3]}},
+            {**SLM, "sweep": {"threshold": [0.9, 0.999999]}},
+            {**SHORTGPT, "sweep": {"num_layers": [1, 2]}},
             {"class_path": "WeightPruning", "init_args": {"sparsity": 0.5}},
             {"class_path": "ShortGPT", "init_args": {"num_layers": 6}, "label": "too much"},
         ],
@@ -46,9 +46,8 @@ def swept(model, tmp_path_factory):
 
 def test_each_row_removes_what_its_own_arguments_say(swept):
     rows = {row.label: row for row in swept[1].rows}
-    assert [rows[f"ShortGPT, num_layers {n}"].layers for n in (1, 2, 3)] == [5, 4, 3]
-    layers = [rows[f"SLM, threshold {t}"].layers for t in (0.9, 0.9999, 0.999999)]
-    assert layers == sorted(layers)
+    assert [rows[f"ShortGPT, num_layers {n}"].layers for n in (1, 2)] == [5, 4]
+    layers = [rows[f"SLM, threshold {t}"].layers for t in (0.9, 0.999999)]
     assert layers[0] < layers[-1]
     assert rows["WeightPruning"].zeros == pytest.approx(0.5, abs=0.03)
     assert "6" in rows["too much"].failed
