@@ -7,6 +7,7 @@ all of them, in list order, in `setup`: before the optimizer exists, see `prunel
 from __future__ import annotations
 
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ from prunelight.training.own_module import prune_after_setup
 from prunelight.training.recovery_module import RecoveryModule
 from prunelight.training.resuming.exact_resume import use_safe_files
 from prunelight.training.trainer import pruning_methods
+
+log = logging.getLogger(__name__)
 
 
 class PruningCallback(Callback, ABC):
@@ -72,6 +75,12 @@ class PruningCallback(Callback, ABC):
         """
         if self.heal != "none":
             healing = heal_step(steps, len(decoder_layers(model)), layers_path(model))
+            if not healing and any(step.named for step in steps):
+                log.warning(
+                    "heal=%r has nothing to fit: no layer lies before what goes; the plan heals "
+                    "nothing",
+                    self.heal,
+                )
             steps = (*steps, *healing)
         plan = Plan(
             method=type(self).__name__,

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.shared_windows import first_own_window
+from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import layer_matrices
@@ -99,6 +100,8 @@ def heal(
                 if dense_index == end:
                     break
             if layer in step.layers:
+                for state in dense_walk.states:
+                    check_finite(end, state.abs().max().item(), state)
                 writer = writer_of(walk, index)
                 if writer is None:
                     _note_left(outcome, layer)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_model, token_windows
+from tiny import FAMILIES, tiny_model, token_windows
 
 import prunelight
 from prunelight.calibration.layer_walk import LayerWalk
@@ -194,6 +194,51 @@ def test_zeros_stay_zeros_and_the_model_before_the_plan_is_the_target(settings):
     for name, matrix in matrices(healed).items():
         before = matrices(plain)[name].parameter
         assert not bool(((before == 0) & (matrix.parameter != 0)).any()), name
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda heal: ShortGPT(layers=[2, 3], heal=heal),
+        lambda heal: WidthPruning(0.5, multiple=8, correction=False, heal=heal),
+        lambda heal: SliceGPT(0.25, heal=heal),
+    ],
+    ids=["depth", "width", "slicing"],
+)
+def test_every_family_that_a_method_can_prune_is_healed_or_refused_in_one_line(family, make):
+    dense, windows, errors = tiny_model(family), token_windows(64, 16), {}
+    try:
+        make("none").plan(dense, windows)
+    except TypeError:
+        pytest.skip("the method cannot prune this family")
+    target = logits_of(dense, windows)
+    if family in NOT_HEALED:
+        with pytest.raises(TypeError, match="cannot be healed"):
+            make("linear").plan(dense, windows)
+        return
+    for heal in ("none", "linear"):
+        model = tiny_model(family)
+        model = prunelight.apply(model, make(heal).plan(model, windows), windows)
+        errors[heal] = (logits_of(model, windows) - target).square().mean().item()
+    assert errors["linear"] <= errors["none"]
+
+
+def test_a_gap_that_no_layer_precedes_is_told(caplog):
+    plan = ShortGPT(layers=[0, 1], heal="linear").plan(tiny_model(), WINDOWS)
+    assert len(plan.steps) == 1
+    assert "heal='linear' has nothing to fit" in caplog.text
+
+
+def test_states_that_are_nan_are_told_and_not_fitted():
+    model = tiny_model()
+    plan = ShortGPT(layers=[3], heal="linear").plan(model, WINDOWS)
+    with torch.no_grad():
+        for name in ("up_proj", "down_proj"):
+            decoder_layers(model)[1].mlp.get_submodule(name).weight.fill_(1e30)
+    with pytest.raises(ValueError, match="in the hidden states after decoder layer 3"):
+        prunelight.apply(model, plan, WINDOWS, strict=False)
 
 
 def test_a_fit_that_does_not_help_held_out_windows_is_discarded():
