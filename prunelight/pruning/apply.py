@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.placement import copy_of_same_memory, copy_without_values
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import (
@@ -115,16 +116,7 @@ def _dense_twin(model: PreTrainedModel, steps: Sequence[Step]) -> PreTrainedMode
     """
     if any(_kind_of(step).changes_weights for step in steps):
         return copy.deepcopy(model)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    twin: PreTrainedModel = copy.deepcopy(model, {id(t): _same_memory(t) for t in tensors.values()})
-    return twin
-
-
-def _same_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Return another tensor over the same numbers."""
-    alias = tensor.detach()
-    trained = tensor.requires_grad
-    return torch.nn.Parameter(alias, trained) if isinstance(tensor, torch.nn.Parameter) else alias
+    return copy_of_same_memory(model)
 
 
 def _check_steps(model: PreTrainedModel, steps: Sequence[Step], context: StepContext) -> None:
@@ -157,9 +149,7 @@ def _rehearse(model: PreTrainedModel, steps: Sequence[Step], context: StepContex
     Raises:
         ValueError, TypeError: naming the step that cannot be carried out after those before it.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    without_weights = {id(tensor): _on_meta(tensor) for tensor in tensors.values()}
-    copied: Any = copy.deepcopy(model, without_weights)
+    copied = copy_without_values(model)
     for position, step in enumerate(steps):
         if isinstance(step, SliceHidden):  # what may follow depends on no shape that it changes
             return
@@ -171,10 +161,3 @@ def _rehearse(model: PreTrainedModel, steps: Sequence[Step], context: StepContex
                 f"steps[{position}] ({step.kind}) cannot follow the steps before it: {error}"
             ) from error
         context = context.after(step)
-
-
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of the same shape without numbers."""
-    empty = tensor.detach().to("meta")
-    trained = tensor.requires_grad
-    return torch.nn.Parameter(empty, trained) if isinstance(tensor, torch.nn.Parameter) else empty

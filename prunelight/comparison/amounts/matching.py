@@ -8,15 +8,12 @@ counted on the pruned model.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from statistics import fmean
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from prunelight.callbacks.base import PruningCallback
@@ -24,6 +21,7 @@ from prunelight.callbacks.slicegpt import SliceGPT
 from prunelight.comparison.methods import OWN_RATIOS, Entrant, Series
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.removable import removable_layers
+from prunelight.models.placement import copy_without_values
 from prunelight.models.sizes import depth_unit_sizes, parameter_count
 from prunelight.pruning.remove_layers import remove_layers
 from prunelight.pruning.slicing.shared_rotation import shared_parameters
@@ -174,14 +172,7 @@ def shorter(
         num_layers: that stay.
         protected: layers that must stay.
     """
-    tensors = chain(model.parameters(), model.buffers())
-    without_values: dict[int, Any] = {}
-    for tensor in tensors:
-        empty = tensor.detach().to("meta")
-        if isinstance(tensor, torch.nn.Parameter):
-            empty = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
-        without_values[id(tensor)] = empty
-    left = copy.deepcopy(model, without_values)
+    left = copy_without_values(model)
     total = len(decoder_layers(left))
     alike = [0.0] * total
     remove_layers(left, removable_layers(left).choose(alike, total - num_layers, protected or []))
