@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -233,10 +234,10 @@ class _Variants:
         left = [i for i in self._left(self.removed) if i != layer]
         before = max((i for i in left if i < layer), default=None)
         if before is None:
-            return self._judge(left, 0)
+            return self._score(*self._from(left, 0))
         ends = dense_ends([RemoveLayers((*self.removed, layer))], len(self._layers))
         with self._healed(before, ends[before]):
-            return self._judge(left, before)
+            return self._score(*self._from(left, before))
 
     def remove(self, layer: int) -> None:
         """Remove one more layer, and heal anew before this gap and all gaps above it."""
@@ -256,24 +257,22 @@ class _Variants:
         for layer in again if self._writers else ():
             self._inputs[layer] = states
             if layer in self._writers:
-                self._put(layer, None)
-                if ends[layer] > layer:
-                    self._put(layer, self._fit(layer, ends[layer]))
+                self._set_for(layer, ends[layer])
             states = self._run(layer, states)
-        self.divergence = self._judge(left, lowest, accept=True)
+        self._judges.replace(*self._from(left, lowest))
+        self.divergence = self._score(len(self._judges.layers), [])
 
     def _left(self, removed: Sequence[int]) -> list[int]:
         return [i for i in range(len(self._layers)) if i not in {*removed}]
 
-    def _judge(self, left: Sequence[int], lowest: int, *, accept: bool = False) -> float:
-        """Return the KL of the model with these layers, which may differ from layer `lowest` on."""
-        above = [VariantLayer(self._layers[i], i) for i in left if i >= lowest]
-        present = [layer.index for layer in self._judges.layers]
-        start = sum(i < lowest for i in present)
-        if accept:
-            self._judges.replace(start, above)
-            start, above = len(self._judges.layers), []
-        similarity = self._judges.score(start, above)
+    def _from(self, left: Sequence[int], lowest: int) -> tuple[int, list[VariantLayer]]:
+        """Return these layers from layer `lowest` on, and their place in what the judges know."""
+        start = sum(layer.index < lowest for layer in self._judges.layers)
+        return start, [VariantLayer(self._layers[i], i) for i in left if i >= lowest]
+
+    def _score(self, start: int, layers: Sequence[VariantLayer]) -> float:
+        """Return the KL of what the judges know with its layers from a place on replaced."""
+        similarity = self._judges.score(start, layers)
         return -math.log(similarity) if similarity > 0 else math.inf
 
     @contextmanager
@@ -282,14 +281,18 @@ class _Variants:
         if layer not in self._writers:
             yield
             return
-        writer = self._writers[layer]
-        present = writer.matrix.parameter.data
-        self._put(layer, None)
-        self._put(layer, self._fit(layer, end))
+        present = self._writers[layer].matrix.parameter.data
+        self._set_for(layer, end)
         try:
             yield
         finally:
             self._set(layer, present)
+
+    def _set_for(self, layer: int, end: int) -> None:
+        """Give a layer the weights with which it stands for the dense layers up to `end`."""
+        self._set(layer, self._old[layer])
+        if end > layer:
+            self._writers[layer].put(self._fit(layer, end))
 
     def _fit(self, layer: int, end: int) -> Tensor:
         """Return the weight (O, I) that makes a layer give the dense states after layer `end`."""
@@ -302,15 +305,10 @@ class _Variants:
         self._forwards += 1
         with self._walk.placed(module):
             for batch, state in enumerate(self._inputs[layer]):
-                with writer.watching() as seen:
-                    output = self._walk.call(module, layer, batch, state)
-                counted = positions[batch]
-                target = self._dense[end + 1][batch].to(self._walk.device).float()
-                sums.update(
-                    seen[0].reshape(*output.shape[:-1], -1)[counted],
-                    ((target - output.float()) / writer.scale)[counted],
-                    target.norm(dim=-1).clamp(min=1e-30).reciprocal()[counted],
-                )
+                run = partial(self._walk.call, module, layer, batch, state)
+                tokens = writer.observe(run, self._dense[end + 1][batch])
+                x, missing, weights = (value[positions[batch]] for value in tokens)
+                sums.update(x, missing, weights)
         sums.pool(self._walk.group)
         return writer.weight.to(place).double() + sums.fit(_RIDGE)
 
@@ -321,17 +319,10 @@ class _Variants:
             outputs = [self._walk.call(module, layer, i, state) for i, state in enumerate(states)]
         return [output.to(self._walk.store) for output in outputs]
 
-    def _put(self, layer: int, weight: Tensor | None) -> None:
-        """Give a writer a weight (O, I), or with None its weight in the dense model."""
-        writer = self._writers[layer]
-        if weight is None:
-            self._set(layer, self._old[layer])
-        else:
-            writer.put(weight)
-
     def _set(self, layer: int, stored: Tensor) -> None:
-        writer = self._writers[layer]
-        writer.matrix.parameter.data = stored.to(writer.matrix.parameter.device)
+        """Give a writer numbers that it had before, in their stored shape."""
+        parameter = self._writers[layer].matrix.parameter
+        parameter.data = stored.to(parameter.device)
 
     def _put_back(self) -> None:
         for layer, stored in self._old.items():

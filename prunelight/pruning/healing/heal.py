@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -195,14 +196,10 @@ def _sums(
     energy = 0.0
     held_windows = held_out_windows(walk)
     for batch, counted in enumerate(walk.positions()):
-        with writer.watching() as seen:
-            output = walk.forward(batch)
         target = dense_states[batch].to(walk.device).float()
         if turn is not None:
             target = target @ turn.to(target)
-        weights = target.norm(dim=-1).clamp(min=1e-30).reciprocal()
-        missing = (target - output.float()) / writer.scale
-        x = seen[0].reshape(*output.shape[:-1], -1).float()
+        x, missing, weights = writer.observe(partial(walk.forward, batch), target)
         for held, own in enumerate(sums):
             rows = counted & (held_windows[batch] == bool(held))[:, None].to(counted.device)
             if bool(rows.any()):

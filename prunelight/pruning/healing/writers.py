@@ -9,7 +9,7 @@ that norm what their MLP gives, or whose last matrices are experts, have no writ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,26 @@ class Writer:
             yield inputs
         finally:
             handle.remove()
+
+    def observe(
+        self, forward: Callable[[], Tensor], target: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a fit of the matrix needs to know of some tokens.
+
+        Args:
+            forward: runs the writer's layer and returns its output, (B, T, D).
+            target: states that the layer should hand on, (B, T, D).
+
+        Returns:
+            Inputs of the matrix (B, T, I); what is missing of its outputs (B, T, O); weights of the
+            tokens (B, T), one over the norm of the target.
+        """
+        with self.watching() as inputs:
+            output = forward()
+        target = target.to(output.device).float()
+        missing = (target - output.float()) / self.scale
+        weights = target.norm(dim=-1).clamp(min=1e-30).reciprocal()
+        return inputs[0].reshape(*output.shape[:-1], -1), missing, weights
 
     @torch.no_grad()
     def put(self, weight: Tensor) -> None:
@@ -118,8 +138,8 @@ def check_healable(model: PreTrainedModel, windows: Windows) -> None:
     few = ids[:1, :_PROBE_TOKENS].clone()
     with LayerWalk(model, few) as walk:
         index, _ = next(iter(walk.layers()))
-        found = writer_of(walk, index)
-    if found is None:
+        writer = writer_of(walk, index)
+    if writer is None:
         raise TypeError(
             f"layers of {model.config.model_type} cannot be healed: no matrix of theirs adds to "
             "the hidden states as it is (a norm or experts stand behind the last); leave out "
@@ -129,12 +149,12 @@ def check_healable(model: PreTrainedModel, windows: Windows) -> None:
 
 def _scale(walk: LayerWalk, matrix: Matrix) -> float | None:
     """Return by which number the outputs of a matrix enter what the layer hands on, or None."""
-    weight, plain = matrix.views()[0], walk.forward(0).float()
+    weight = matrix.views()[0]
+    with Writer(matrix, 1.0).watching() as inputs:
+        plain = walk.forward(0).float()
     if len(weight) != plain.shape[-1]:
         return None
     drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-    with Writer(matrix, 1.0).watching() as inputs:
-        walk.forward(0)
     norms = [plain.norm(), linear(inputs[0], drawn).float().norm()]
     state, product = (norm.item() for norm in walk.group.sum(torch.stack(norms)))
     if not 0 < product < math.inf:
