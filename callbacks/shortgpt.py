@@ -191,7 +191,7 @@ class ShortGPT(PruningCallback):
             ranking, first = {"layer": influence.mean}, influence.first_token
             scores = {"block_influence": influence.mean, "block_influence_first_token": first}
         step = self._step(model, ranking)
-        facts = {} if needs_data else {"calibration_used": False}
+        facts = {} if needs_data or self.heal != "none" else {"calibration_used": False}
         return self.make_plan(model, windows, step, scores=scores, found=facts)
 
     def _count(self, model: PreTrainedModel) -> int:

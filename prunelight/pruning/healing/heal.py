@@ -15,6 +15,7 @@ is held out. It chooses the ridge, and a fit that does not lower its error there
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,7 +29,7 @@ from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import layer_matrices
-from prunelight.planning.steps import Heal, SliceHidden, renumber
+from prunelight.planning.steps import Heal, SliceHidden, Sparsify, renumber
 from prunelight.pruning.healing.ends import dense_ends
 from prunelight.pruning.healing.error_sums import ErrorSums
 from prunelight.pruning.healing.writers import Writer, check_healable, writer_of
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 _HELD_OUT = 4  # every fourth window
 _ROTATION_ROUNDING = 0.02  # bfloat16's, and some room
-_ZEROS = 0.01  # a share of zeros from which on they are taken for a step's, and kept
+_ZEROS = 0.01  # a share of zeros from which on they are taken for an earlier run's, and kept
 
 
 @dataclass
@@ -71,6 +72,7 @@ def heal(
     *,
     ends: dict[int, int],
     rotated: bool = False,
+    sparse: bool = False,
     device: torch.device | None = None,
     offload: bool = False,
 ) -> HealOutcome:
@@ -83,6 +85,7 @@ def heal(
         windows: calibration windows, (N, T).
         ends: layer that is left -> last dense layer that it stands for, see `dense_ends`.
         rotated: the states of the model are sliced rotations of the dense states.
+        sparse: the plan put zeros into the model, so that each zero stays.
         device: where the layers compute; None takes the model's own.
         offload: keep the calibration states on the CPU.
 
@@ -108,7 +111,8 @@ def heal(
                     _note_left(outcome, layer)
                 else:
                     turn = _rotation(dense, layer, writer) if rotated else None
-                    _heal_layer(walk, writer, dense_walk.states, turn, step, outcome)
+                    sums = _sums(walk, writer, dense_walk.states, turn)
+                    _fit_writer(writer, sums, step.ridges, _kept_zeros(writer, sparse), outcome)
             if index + 1 < len(ends):
                 walk.advance()
     return outcome
@@ -138,16 +142,25 @@ def _rotation(dense: PreTrainedModel, layer: int, writer: Writer) -> Tensor:
     return turn
 
 
-def _heal_layer(
-    walk: LayerWalk,
+def _kept_zeros(writer: Writer, sparse: bool) -> Tensor | None:
+    """Return where a weight may change, bool (O, I), or None for everywhere.
+
+    A few zeros by chance, such as those of rounding, do not make the fit a slow one.
+    """
+    mask = writer.weight != 0
+    zeros = 1 - float(mask.float().mean())
+    return mask if zeros > (0 if sparse else _ZEROS) else None
+
+
+def _fit_writer(
     writer: Writer,
-    dense_states: list[Tensor],
-    turn: Tensor | None,
-    step: Heal,
+    sums: tuple[ErrorSums, ErrorSums, float],
+    ridges: Sequence[float],
+    mask: Tensor | None,
     outcome: HealOutcome,
 ) -> None:
-    """Fit a writer of the walk's current layer, in place, if that helps held-out windows."""
-    fitted_on, held_out, scale = _sums(walk, writer, dense_states, turn)
+    """Fit a writer to its sums, see `_sums`, in place, if that helps held-out windows."""
+    fitted_on, held_out, scale = sums
     inputs = writer.weight.shape[1]
     if fitted_on.tokens < inputs:
         _note(
@@ -155,15 +168,13 @@ def _heal_layer(
             f"{writer.matrix.name} was fitted on {fitted_on.tokens} tokens, fewer than its "
             f"{inputs} inputs: the ridge decides the rest; calibrate on more text",
         )
-    mask = writer.weight != 0
-    kept_zeros = mask if 1 - float(mask.float().mean()) > _ZEROS else None
     before = held_out.error(torch.zeros_like(held_out.cross))
     # Zeros make a fit slow: they do not take part in the choice of the ridge.
-    errors = {ridge: held_out.error(fitted_on.fit(ridge)) for ridge in step.ridges}
+    errors = {ridge: held_out.error(fitted_on.fit(ridge)) for ridge in ridges}
     ridge = min(errors, key=lambda tried: errors[tried])
     after = errors[ridge]
-    if kept_zeros is not None:
-        after = held_out.error(fitted_on.fit(ridge, kept_zeros))
+    if mask is not None:
+        after = held_out.error(fitted_on.fit(ridge, mask))
     better = after < before
     outcome.ridge.append(ridge if better else 0.0)
     outcome.error_before.append(before / scale)
@@ -171,7 +182,7 @@ def _heal_layer(
     if not better:
         log.info("%s keeps its weights: no fit helps held-out windows", writer.matrix.name)
         return
-    change = (fitted_on + held_out).fit(ridge, kept_zeros)
+    change = (fitted_on + held_out).fit(ridge, mask)
     writer.put(writer.weight.to(change.device).double() + change)
     outcome.healed.append(writer.matrix.name)
     log.info(
@@ -256,6 +267,7 @@ def _carry_out(model: PreTrainedModel, step: Heal, context: StepContext) -> Heal
         context.windows,
         ends=dense_ends(context.earlier, len(decoder_layers(context.dense))),
         rotated=any(isinstance(earlier, SliceHidden) for earlier in context.earlier),
+        sparse=any(isinstance(earlier, Sparsify) for earlier in context.earlier),
         device=context.device,
         offload=context.offload,
     )

@@ -185,7 +185,9 @@ def test_what_is_not_a_writer_keeps_its_numbers(name):
             torch.testing.assert_close(others[parameter], value, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("settings", [{"sparsity": 0.7}, {"pattern": "2:4"}])
+@pytest.mark.parametrize(
+    "settings", [{"sparsity": 0.7}, {"sparsity": 0.005, "solver": "magnitude"}, {"pattern": "2:4"}]
+)
 def test_zeros_stay_zeros_and_the_model_before_the_plan_is_the_target(settings):
     plain, healed = tiny_model(), tiny_model()
     prunelight.apply(plain, WeightPruning(**settings).plan(plain, WINDOWS), WINDOWS)
@@ -223,6 +225,15 @@ def test_every_family_that_a_method_can_prune_is_healed_or_refused_in_one_line(f
         model = prunelight.apply(model, make(heal).plan(model, windows), windows)
         errors[heal] = (logits_of(model, windows) - target).square().mean().item()
     assert errors["linear"] <= errors["none"]
+
+
+def test_a_plan_that_heals_does_not_say_that_calibration_is_unused():
+    plans = {
+        heal: ShortGPT(layers=[2], heal=heal).plan(tiny_model(), WINDOWS)
+        for heal in ("none", "linear")
+    }
+    assert plans["none"].found["calibration_used"] is False
+    assert "calibration_used" not in plans["linear"].found
 
 
 def test_a_gap_that_no_layer_precedes_is_told(caplog):
