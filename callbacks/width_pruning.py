@@ -234,7 +234,8 @@ class WidthPruning(PruningCallback):
         check_weights(model)
         self.check(model)
         self.check_calibration(model, windows)
-        before, kinds = widths_of(model), [*self._means(widths_of(model))]
+        before = widths_of(model)
+        kinds = [*self._means(before)]
         flap = self.allocation == "flap"
         scores = (
             standardised_scores(model, windows, kinds)
@@ -453,15 +454,15 @@ class WidthPruning(PruningCallback):
                 ranked[kind].append(_block_means(score, max(1, number // block), block))
                 sizes.append(block * unit)
                 budget += means[kind] * unit
-        least = sum(sizes)
-        if least - min(sizes) / 2 >= budget:
+        together = [scores for of_kind in ranked.values() for scores in of_kind]
+        try:
+            counts = iter(spend_budget(together, sizes, budget))
+        except ValueError as error:
             raise ValueError(
                 f"{' and '.join(map(self._asked, numbers))} would leave {max(0, budget):.0f} "
                 "parameters of the layers that are pruned, and one block each has "
-                f"{least:.0f}; lower a ratio"
-            )
-        together = [scores for of_kind in ranked.values() for scores in of_kind]
-        counts = iter(spend_budget(together, sizes, budget))
+                f"{sum(sizes):.0f}; lower a ratio"
+            ) from error
         blocks = {kind: [next(counts) for _ in of_layers] for kind, of_layers in numbers.items()}
         if allowed:
             blocks["heads"] = _allowed_counts(blocks["heads"], ranked["heads"], allowed)

@@ -44,18 +44,18 @@ def judged(summary: Summary) -> list[Judged]:
     claim = summary.settings.claim
     if claim is None:
         return []
-    found = []
+    pairs = []
     for (_, asked, recovered), rows in summary.contests().items():
-        pair = [_row_of(rows, label) for label in (claim.method, claim.against)]
-        if asked is None or pair[0] is None or pair[1] is None:
+        rows_of_pair = [_row_of(rows, label) for label in (claim.method, claim.against)]
+        if asked is None or rows_of_pair[0] is None or rows_of_pair[1] is None:
             continue
-        for one, other in zip(pair[0].seeds, pair[1].seeds, strict=True):
+        for one, other in zip(rows_of_pair[0].seeds, rows_of_pair[1].seeds, strict=True):
             ratio = math.exp(_mean_log(one) - _mean_log(other))
             forwards = one.prune_forwards
             fast = claim.forwards is None or forwards is None or forwards <= claim.forwards
             holds = ratio <= 1 + claim.loss and fast
-            found.append(Judged(asked, recovered, one.seed, ratio, forwards, holds))
-    return found
+            pairs.append(Judged(asked, recovered, one.seed, ratio, forwards, holds))
+    return pairs
 
 
 def claim_holds(summary: Summary) -> bool:
@@ -64,35 +64,35 @@ def claim_holds(summary: Summary) -> bool:
     if claim is None:
         return True
     rows = [row for row in summary.rows if row.label in (claim.method, claim.against)]
-    found = judged(summary)
-    return bool(found) and all(row.measured for row in rows) and all(one.holds for one in found)
+    pairs = judged(summary)
+    return bool(pairs) and all(row.measured for row in rows) and all(one.holds for one in pairs)
 
 
 def sentence(summary: Summary) -> str:
     """Return whether the claim holds, in a sentence; "" without one."""
-    claim, found = summary.settings.claim, judged(summary)
+    claim, pairs = summary.settings.claim, judged(summary)
     if claim is None:
         return ""
     bound = f"{claim.method} has at most {1 + claim.loss:.4g} times the perplexity of "
     bound += claim.against
     if claim.forwards is not None:
         bound += f", within {claim.forwards:g} F"
-    if not found:
+    if not pairs:
         return f"The claim that {bound} is not judged: it has no pair of results."
-    most = max(found, key=lambda one: one.ratio)
-    slowest = max((one.forwards for one in found if one.forwards is not None), default=None)
-    told = f"at most {most.ratio:.3f} times"
-    told += "" if slowest is None else f" and {slowest:.1f} F"
-    pairs = "1 pair" if len(found) == 1 else f"{len(found)} pairs"
-    told += f" over {pairs} of amount and seed"
-    if all(one.holds for one in found):
+    most = max(pairs, key=lambda one: one.ratio)
+    slowest = max((one.forwards for one in pairs if one.forwards is not None), default=None)
+    measured = f"at most {most.ratio:.3f} times"
+    measured += "" if slowest is None else f" and {slowest:.1f} F"
+    number = "1 pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
+    measured += f" over {number} of amount and seed"
+    if all(one.holds for one in pairs):
         whole = claim_holds(summary)
-        return f"The claim holds{'' if whole else ' so far'}: {bound}: {told}."
-    failed = [f"{one.asked:.3g} with seed {one.seed}" for one in found if not one.holds]
-    return f"The claim does not hold: {bound}, fails at {', '.join(failed)}: {told}."
+        return f"The claim holds{'' if whole else ' so far'}: {bound}: {measured}."
+    failed = [f"{one.asked:.3g} with seed {one.seed}" for one in pairs if not one.holds]
+    return f"The claim does not hold: {bound}, fails at {', '.join(failed)}: {measured}."
 
 
-def table_of(found: Sequence[Judged]) -> list[list[str]]:
+def table_of(pairs: Sequence[Judged]) -> list[list[str]]:
     """Return the cells of a table, below `HEAD`."""
     return [
         [
@@ -102,7 +102,7 @@ def table_of(found: Sequence[Judged]) -> list[list[str]]:
             "" if one.forwards is None else f"{one.forwards:.1f}",
             "holds" if one.holds else "does not hold",
         ]
-        for one in found
+        for one in pairs
     ]
 
 

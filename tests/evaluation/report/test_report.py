@@ -387,6 +387,27 @@ def test_merged_and_dropped_layers_are_told_by_their_fate(tmp_path: Path) -> Non
     assert (tmp_path / "cka-2.png").read_bytes()[:4] == PNG[:4]
 
 
+def test_a_heal_step_tells_of_each_layer_what_became_of_it(tmp_path: Path) -> None:
+    record = with_steps(
+        {"kind": "remove_layers", "layers": [3]},
+        {"kind": "heal", "layers": [2, 5], "mode": "linear", "ridges": [0.1, 1.0]},
+    )
+    outcome = {
+        "healed": ["model.layers.2.mlp.down_proj"],
+        "ridge": [0.1, 0.0],
+        "error_before": [0.125, 0.0312],
+        "error_after": [0.0651, 0.0312],
+        "notes": ["calibrate on more text"],
+    }
+    write_report(tmp_path, replace(record, outcomes=[outcome]))
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8").replace("&gt;", ">")
+        assert "layer 2: error 0.125 -> 0.0651 (ridge 0.1)" in text
+        assert "layer 5: error 0.0312, old weights kept" in text
+        assert "calibrate on more text" in text
+        assert "calibration windows that were held out" in text
+
+
 def test_a_width_step_tells_how_many_of_how_many(tmp_path: Path) -> None:
     record = with_steps(
         {
