@@ -10,7 +10,7 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -50,7 +50,7 @@ class PruningCallback(Callback, ABC):
     drops_sublayers = False  # leaves decoder layers without attention or MLP
     follows_slicing = False  # can prune a model whose hidden states were sliced
     export_remote_code = False  # leaves a class of ours whose code goes beside the model
-    heal: str = "none"  # "linear": fit weights anew after pruning, see docs/healing.md
+    heal: Literal["none", "linear", "layer"] = "none"  # see docs/healing.md
 
     @abstractmethod
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
@@ -74,7 +74,7 @@ class PruningCallback(Callback, ABC):
         With `heal` a step that heals what they take follows them.
         """
         if self.heal != "none":
-            healing = heal_step(steps, len(decoder_layers(model)), layers_path(model))
+            healing = heal_step(steps, len(decoder_layers(model)), layers_path(model), self.heal)
             if not healing and any(step.named for step in steps):
                 log.warning(
                     "heal=%r has nothing to fit: no layer lies before what goes; the plan heals "
@@ -134,7 +134,7 @@ class PruningCallback(Callback, ABC):
         """
         check_windows(model, windows)
         if self.heal != "none":
-            check_healable(model, windows)
+            check_healable(model, windows, self.heal)
 
     def apply(
         self, model: PreTrainedModel, plan: Plan, windows: Windows, outcomes: list[dict[str, Any]]

@@ -41,7 +41,8 @@ class DepthPruning(PruningCallback):
         parameter_ratio: share of all parameters to remove, embeddings included, in [0, 1): the
             nearest whole number of layers.
         heal: "linear" fits the layer before each gap anew, during the search and after it, see
-            docs/healing.md. "none" searches and prunes without.
+            docs/healing.md. "layer" trains that layer too, after the search. "none" searches and
+            prunes without.
         protected: layers never to remove; negative indices count from the end.
         look_back: in the end put each removed layer back once, and let another go instead where
             that is better.
@@ -58,7 +59,7 @@ class DepthPruning(PruningCallback):
         num_layers: int | None = None,
         ratio: float | None = None,
         parameter_ratio: float | None = None,
-        heal: Literal["none", "linear"] = "linear",
+        heal: Literal["none", "linear", "layer"] = "linear",
         protected: list[int] | None = None,
         look_back: bool = True,
         offload_activations: bool = False,

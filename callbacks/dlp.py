@@ -42,8 +42,9 @@ class DLP(WeightPruning):
         offload_activations: keep the calibration states on the CPU.
         statistic: of |W| * ||X|| in a layer, its score: "median" (the paper), "mean" (the same as
             allocation="dlp_mean"), "sum", "max", "std" or "var".
-        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
-            see docs/healing.md. It needs 2 calibration windows or more.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
+            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -65,7 +66,7 @@ class DLP(WeightPruning):
         strict: bool = False,
         offload_activations: bool = False,
         statistic: Statistic = "median",
-        heal: Literal["none", "linear"] = "none",
+        heal: Literal["none", "linear", "layer"] = "none",
     ) -> None:
         arguments: dict[str, Any] = {
             "sparsity": sparsity,

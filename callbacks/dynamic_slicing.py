@@ -87,8 +87,9 @@ class DynamicSlicing(SlicingCallback):
             a low perplexity where this layer alone is cut, by slice_ratio or parameter_ratio of
             its width. The latter is the paper's experiment with single layers; it costs one slicing
             for each layer, and a quarter of the calibration windows judges.
-        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
-            see docs/healing.md. It needs 2 calibration windows or more.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
+            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -117,7 +118,7 @@ class DynamicSlicing(SlicingCallback):
         slice_ratios: list[float] | None = None,
         redundancy_text: str | list[str] | None = None,
         score: Literal["block_influence", "single_cut"] = "block_influence",
-        heal: Literal["none", "linear"] = "none",
+        heal: Literal["none", "linear", "layer"] = "none",
     ) -> None:
         if slice_ratios is None:
             check_slice_target(slice_ratio, parameter_ratio, round_to)

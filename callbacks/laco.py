@@ -52,8 +52,9 @@ class LaCo(PruningCallback):
         protected: layers that no window may contain; negative indices count from the end.
         offload_activations: keep the hidden states on the CPU: num_samples * seq_len * hidden_size
             * (layers + 1) numbers.
-        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
-            see docs/healing.md. It needs 2 calibration windows or more.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
+            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -68,7 +69,7 @@ class LaCo(PruningCallback):
         window: int = 4,
         protected: list[int] | None = None,
         offload_activations: bool = False,
-        heal: Literal["none", "linear"] = "none",
+        heal: Literal["none", "linear", "layer"] = "none",
     ) -> None:
         if [threshold, num_layers, ratio].count(None) != 2:
             raise ValueError(

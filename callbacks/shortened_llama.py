@@ -43,8 +43,9 @@ class ShortenedLlama(PruningCallback):
             "taylor" and "magnitude", as the paper does, and no layer for "perplexity".
         offload_activations: keep the hidden states on the CPU, as in `SLEB`.
         loads_in: programs that must read the result as transformers does, as in `ShortGPT`.
-        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
-            see docs/healing.md. It needs 2 calibration windows or more.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
+            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -59,7 +60,7 @@ class ShortenedLlama(PruningCallback):
         protected: list[int] | None = None,
         offload_activations: bool = False,
         loads_in: list[str] | None = None,
-        heal: Literal["none", "linear"] = "none",
+        heal: Literal["none", "linear", "layer"] = "none",
     ) -> None:
         check_depth_target(ratio, num_layers)
         self.ratio, self.num_layers, self.score = ratio, num_layers, score

@@ -83,8 +83,9 @@ class ShortGPT(PruningCallback):
         parameter_ratio: share of all parameters to remove, embeddings included, in [0, 1): the
             nearest whole number of layers or sublayers.
         seed: of score="random"; needed there.
-        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
-            see docs/healing.md. It needs 2 calibration windows or more.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
+            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -112,7 +113,7 @@ class ShortGPT(PruningCallback):
         layers: list[int] | None = None,
         parameter_ratio: float | None = None,
         seed: int | None = None,
-        heal: Literal["none", "linear"] = "none",
+        heal: Literal["none", "linear", "layer"] = "none",
     ) -> None:
         targets = {"ratio": ratio, "num_layers": num_layers}
         check_one_target({**targets, "layers": layers, "parameter_ratio": parameter_ratio})

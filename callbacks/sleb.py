@@ -41,8 +41,9 @@ class SLEB(PruningCallback):
         protected: layers never to remove; the paper spares the first and the last.
         offload_activations: keep the hidden states on the CPU: num_samples * seq_len * hidden_size
             * (layers + 1) numbers.
-        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
-            see docs/healing.md. It needs 2 calibration windows or more.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
+            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -56,7 +57,7 @@ class SLEB(PruningCallback):
         criterion: Literal["cosine", "cka", "kl", "nll", "cosine_flat"] = "nll",
         protected: list[int] | None = None,
         offload_activations: bool = False,
-        heal: Literal["none", "linear"] = "none",
+        heal: Literal["none", "linear", "layer"] = "none",
     ) -> None:
         check_depth_target(ratio, num_layers)
         self.ratio, self.num_layers, self.criterion = ratio, num_layers, criterion

@@ -104,8 +104,9 @@ class SliceGPT(SlicingCallback):
         export_remote_code: put the code of the sliced class beside the result, which then loads
             without prunelight under trust_remote_code.
         offload_activations: keep the calibration states on the CPU.
-        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
-            see docs/healing.md. It needs 2 calibration windows or more.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
+            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -126,7 +127,7 @@ class SliceGPT(SlicingCallback):
         seed: int = 0,
         export_remote_code: bool = False,
         offload_activations: bool = False,
-        heal: Literal["none", "linear"] = "none",
+        heal: Literal["none", "linear", "layer"] = "none",
     ) -> None:
         check_slice_target(slice_ratio, parameter_ratio, round_to)
         if signal != "auto":

@@ -76,8 +76,9 @@ class SlidingLayerMerging(PruningCallback):
             in 30 to 70 forwards of the model. "swaps" takes at most 10 forwards; it starts from
             ShortGPT's layers or from the loop over cosines, and keeps ShortGPT's unless windows
             that the search has not seen say otherwise. None takes "swaps" with limit "merge".
-        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
-            see docs/healing.md. It needs 2 calibration windows or more.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
+            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range, or has no effect.
@@ -96,7 +97,7 @@ class SlidingLayerMerging(PruningCallback):
         protected: list[int] | None = None,
         offload_activations: bool = False,
         search: Literal["swaps", "sliding"] | None = None,
-        heal: Literal["none", "linear"] = "none",
+        heal: Literal["none", "linear", "layer"] = "none",
     ) -> None:
         if [num_layers, ratio, threshold].count(None) != 2:
             raise ValueError(

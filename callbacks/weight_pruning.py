@@ -106,8 +106,9 @@ class WeightPruning(GradualZeros):
             "auto" leaves it out.
         offload_activations: keep the calibration states on the CPU.
         statistic: of |W| * ||X|| in a layer, the score of allocation="dlp".
-        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
-            see docs/healing.md. It needs 2 calibration windows or more.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
+            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -130,7 +131,7 @@ class WeightPruning(GradualZeros):
         strict: bool = False,
         offload_activations: bool = False,
         statistic: Statistic = "median",
-        heal: Literal["none", "linear"] = "none",
+        heal: Literal["none", "linear", "layer"] = "none",
     ) -> None:
         if isinstance(pattern, int):  # YAML 1.1 counts in sixties
             raise ValueError(f'pattern={pattern} is what YAML makes of N:M; quote it: "2:4"')

@@ -94,8 +94,9 @@ class WidthPruning(PruningCallback):
         skip_first: number of first layers that stay whole; LLM-Pruner leaves 4 of 32. The others
             lose more: ratios count over all layers, and numbers are means of all.
         skip_last: number of last layers that stay whole; LLM-Pruner leaves 2 of 32.
-        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
-            see docs/healing.md. It needs 2 calibration windows or more.
+        heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
+            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect, two arguments set the same
@@ -126,7 +127,7 @@ class WidthPruning(PruningCallback):
         alpha: float | None = None,
         skip_first: int = 0,
         skip_last: int = 0,
-        heal: Literal["none", "linear"] = "none",
+        heal: Literal["none", "linear", "layer"] = "none",
     ) -> None:
         pairs = (
             ("neuron_ratio", neuron_ratio, "intermediate_size", intermediate_size),

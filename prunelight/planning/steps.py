@@ -395,16 +395,18 @@ class SliceHidden(Step):
 
 @dataclass(frozen=True)
 class Heal(Step):
-    """Fit the last matrix of some decoder layers anew, to the hidden states of the dense model.
+    """Fit some decoder layers anew, to the hidden states of the dense model.
 
     Dense is the model before the plan. The step holds decisions only: weights are fitted on the
     calibration windows when the plan is carried out.
 
     Attributes:
-        layers: the layers whose last matrix is fitted, those before it first.
-        mode: "linear", weighted ridge regression in closed form.
+        layers: the layers that are fitted, those before it first.
+        mode: "linear", weighted ridge regression of the last matrix in closed form; "layer", then
+            gradient steps on all matrices of the layer.
         ridges: strengths of the pull towards the old weights. Held-out windows choose one for each
             layer, or leave its weights as they are. 1 is the median energy of the matrix' inputs.
+        epochs: of mode "layer", passes over the windows for each layer.
     """
 
     kind: ClassVar[str] = "heal"
@@ -412,6 +414,7 @@ class Heal(Step):
     layers: tuple[int, ...]
     mode: str = "linear"
     ridges: tuple[float, ...] = HEALING_RIDGES
+    epochs: int = 8
 
     @property
     def named(self) -> tuple[int, ...]:
@@ -422,13 +425,15 @@ class Heal(Step):
         object.__setattr__(self, "layers", _sorted_indices("layers", self.layers))
 
     def check(self, num_layers: int) -> None:
-        """Raise ValueError for an unknown mode or layer, or a ridge that is not above 0."""
-        check_choice("mode", self.mode, ("linear",))
+        """Raise ValueError for an unknown mode or layer, or ridges or epochs not above 0."""
+        check_choice("mode", self.mode, ("linear", "layer"))
         _check_indices("layers", self.layers, num_layers)
         if not self.ridges or not all(
             isinstance(ridge, int | float) and 0 < ridge < math.inf for ridge in self.ridges
         ):
             raise ValueError(f"ridges={list(self.ridges)} must be numbers above 0; name one")
+        if not isinstance(self.epochs, int) or isinstance(self.epochs, bool) or self.epochs < 1:
+            raise ValueError(f"epochs={self.epochs} must be a whole number above 0")
 
 
 STEPS: dict[str, type[Step]] = {

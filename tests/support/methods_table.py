@@ -130,6 +130,8 @@ VARIANTS = {
         lambda: SliceGPT(0.25, embedding="full", heal="linear"), slices=True
     ),
     "DLP, healed": Method(lambda: DLP(0.5, heal="linear"), sparsity=0.5),
+    "ShortGPT, layers trained": Method(lambda: ShortGPT(num_layers=2, heal="layer"), layers=4),
+    "Wanda, layers trained": Method(lambda: WeightPruning(0.5, heal="layer"), sparsity=0.5),
     "DLP by deviation, alpha chosen": Method(
         lambda: DLP(0.5, statistic="std", alpha="auto"), sparsity=0.5
     ),

@@ -223,7 +223,10 @@ RANGES: dict[str, Range] = {
     "ShortGPT.layers": _range([], [0, -1], wrong=(*_PROTECTED, [1, 1], [1, -5], None)),
     "ShortGPT.parameter_ratio": _range(0, 0.1, wrong=(*_RATIO, 0.99, None)),
     "ShortGPT.seed": _range(0, 7, wrong=(-1, None)),
-    **{f"{name}.heal": _range("none", "linear", wrong=("ridge", "", True)) for name in _HEALED},
+    **{
+        f"{name}.heal": _range("none", "linear", "layer", wrong=("ridge", "", True))
+        for name in _HEALED
+    },
     "DepthPruning.num_layers": _range(0, 1, 5, wrong=_LAYERS),
     "DepthPruning.ratio": _range(0.34, wrong=_RATIO),
     "DepthPruning.parameter_ratio": _range(0, 0.1, wrong=(*_RATIO, 0.99, None)),

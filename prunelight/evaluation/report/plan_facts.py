@@ -26,13 +26,17 @@ def percent(share: float) -> str:
 
 def healing_lines(step: Heal, outcome: Json) -> list[str]:
     """Return what a heal step did to each layer that it names, and its warnings."""
-    numbers = (outcome.get(name, []) for name in ("ridge", "error_before", "error_after"))
-    lines = [
-        f"layer {layer}: error {before:.3g} -> {after:.3g} (ridge {ridge:g})"
-        if ridge
-        else f"layer {layer}: error {before:.3g}, old weights kept"
-        for layer, ridge, before, after in zip(step.layers, *numbers, strict=False)
-    ]
+    names = ("ridge", "error_before", "error_after")
+    numbers = [outcome.get(name, []) for name in names]
+    epochs = outcome.get("epochs") or [0] * len(step.layers)
+    lines = []
+    for layer, tuned, ridge, before, after in zip(step.layers, epochs, *numbers, strict=False):
+        means = [f"ridge {ridge:g}"] * bool(ridge) + [f"{tuned} epochs"] * bool(tuned)
+        lines.append(
+            f"layer {layer}: error {before:.3g} -> {after:.3g} ({', '.join(means)})"
+            if means
+            else f"layer {layer}: error {before:.3g}, old weights kept"
+        )
     return lines + list(outcome.get("notes", ()))
 
 

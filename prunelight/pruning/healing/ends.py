@@ -63,10 +63,12 @@ def layers_to_heal(steps: Sequence[Step], num_layers: int, layers_path: str) -> 
     return sorted(changed & {*ends})
 
 
-def heal_step(steps: Sequence[Step], num_layers: int, layers_path: str) -> list[Heal]:
+def heal_step(
+    steps: Sequence[Step], num_layers: int, layers_path: str, mode: str = "linear"
+) -> list[Heal]:
     """Return the step that heals what other steps take; none if no layer can make up for it."""
     layers = layers_to_heal(steps, num_layers, layers_path)
-    return [Heal(tuple(layers))] if layers else []
+    return [Heal(tuple(layers), mode)] if layers else []
 
 
 def _mixed_windows(steps: Sequence[Step]) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Carries out a heal step: the last matrices of some layers, fitted to the dense hidden states.
+"""Carries out a heal step: some layers are fitted to the dense hidden states.
 
 The dense and the pruned model walk side by side over the same windows. A layer that is healed gets
 the states of the pruned and healed layers before it. Its last matrix is fitted by ridge regression
@@ -8,6 +8,9 @@ so that the layer hands on what the dense model hands to the next layer that is 
 Tokens weigh 1 / ||dense state||: massive activations are a thousand times as large as others. Their
 tokens count all the same, because a layer that writes them must go on doing so. Every fourth window
 is held out. It chooses the ridge, and a fit that does not lower its error there is discarded.
+
+Mode "layer" then trains all matrices of the layer, see `tune.py`. It needs no matrix that adds to
+the states, so that it heals families whose layers norm what their MLP gives, or end in experts.
 """
 
 # B sequences, T tokens, D hidden, I in_features
@@ -15,30 +18,30 @@ is held out. It chooses the ridge, and a fit that does not lower its error there
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_walk import LayerWalk
-from prunelight.calibration.shared_windows import first_own_window
 from prunelight.calibration.statistics import check_finite
-from prunelight.calibration.windows import Windows, split_windows
+from prunelight.calibration.windows import Windows
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import layer_matrices
 from prunelight.planning.steps import Heal, SliceHidden, Sparsify, renumber
 from prunelight.pruning.healing.ends import dense_ends
 from prunelight.pruning.healing.error_sums import ErrorSums
+from prunelight.pruning.healing.held_out import held_out_windows
+from prunelight.pruning.healing.tune import tune_layer
 from prunelight.pruning.healing.writers import Writer, check_healable, writer_of
 from prunelight.pruning.step_kind import StepContext, StepKind
 from prunelight.runtime.devices import float64_device
 
 log = logging.getLogger(__name__)
 
-_HELD_OUT = 4  # every fourth window
 _ROTATION_ROUNDING = 0.02  # bfloat16's, and some room
 _ZEROS = 0.01  # a share of zeros from which on they are taken for an earlier run's, and kept
 
@@ -48,12 +51,14 @@ class HealOutcome:
     """What a heal step did; lists have one number for each layer that it names.
 
     Attributes:
-        healed: matrices that were fitted.
-        ridge: the ridge that was taken, or 0 where the old weights stayed.
+        healed: matrices that were fitted in closed form.
+        ridge: the ridge that was taken, or 0 where no closed form was.
         error_before: weighted squared error of the layer's output against the dense states on the
             windows that were held out, divided by that of the dense states themselves.
         error_after: the same with the fitted weights.
         notes: warnings of the run, for its report.
+        epochs: after how many passes a layer's trained weights were taken, 0 where none were;
+            empty in mode "linear".
     """
 
     healed: list[str] = field(default_factory=list)
@@ -61,6 +66,13 @@ class HealOutcome:
     error_before: list[float] = field(default_factory=list)
     error_after: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+
+    def add(self, ridge: float, before: float, after: float) -> None:
+        """Note what the closed form did to a layer."""
+        self.ridge.append(ridge)
+        self.error_before.append(before)
+        self.error_after.append(after)
 
 
 @torch.no_grad()
@@ -76,7 +88,7 @@ def heal(
     device: torch.device | None = None,
     offload: bool = False,
 ) -> HealOutcome:
-    """Fit the last matrix of each layer that the step names, in place.
+    """Fit each layer that the step names, in place.
 
     Args:
         model: after the other steps of the plan.
@@ -98,7 +110,7 @@ def heal(
         LayerWalk(model, windows, device=device, offload=offload, label="heal") as walk,
     ):
         ahead = dense_walk.layers()
-        for (index, _), (layer, end) in zip(walk.layers(), sorted(ends.items()), strict=True):
+        for (index, module), (layer, end) in zip(walk.layers(), sorted(ends.items()), strict=True):
             for dense_index, _ in ahead:
                 dense_walk.advance()
                 if dense_index == end:
@@ -107,12 +119,23 @@ def heal(
                 for state in dense_walk.states:
                     check_finite(end, state.abs().max().item(), state)
                 writer = writer_of(walk, index)
+                turn = _rotation(dense, layer, writer) if rotated and writer else None
+                target_of = partial(_target, walk, dense_walk.states, turn)
                 if writer is None:
-                    _note_left(outcome, layer)
+                    outcome.add(0.0, 0.0, 0.0)
                 else:
-                    turn = _rotation(dense, layer, writer) if rotated else None
-                    sums = _sums(walk, writer, dense_walk.states, turn)
-                    _fit_writer(writer, sums, step.ridges, _kept_zeros(writer, sparse), outcome)
+                    sums = _sums(walk, writer, target_of)
+                    mask = _kept_zeros(writer.weight, sparse)
+                    _fit_writer(writer, sums, step.ridges, mask, outcome)
+                if step.mode == "layer":
+                    trained = [matrix.parameter for matrix in layer_matrices(model, index)]
+                    masks = {parameter: _kept_zeros(parameter, sparse) for parameter in trained}
+                    _tune(walk, index, module, masks, target_of, step.epochs, outcome)
+                elif writer is None:
+                    text = (
+                        f"layer {layer} was not healed: no matrix of it adds to the hidden states"
+                    )
+                    _note(outcome, text)
             if index + 1 < len(ends):
                 walk.advance()
     return outcome
@@ -142,12 +165,18 @@ def _rotation(dense: PreTrainedModel, layer: int, writer: Writer) -> Tensor:
     return turn
 
 
-def _kept_zeros(writer: Writer, sparse: bool) -> Tensor | None:
-    """Return where a weight may change, bool (O, I), or None for everywhere.
+def _target(walk: LayerWalk, dense_states: list[Tensor], turn: Tensor | None, batch: int) -> Tensor:
+    """Return the states (B, T, D) that a layer should hand on for a micro-batch, float32."""
+    target = dense_states[batch].to(walk.device).float()
+    return target if turn is None else target @ turn.to(target)
+
+
+def _kept_zeros(weight: Tensor, sparse: bool) -> Tensor | None:
+    """Return where a weight may change, bool of its shape, or None for everywhere.
 
     A few zeros by chance, such as those of rounding, do not make the fit a slow one.
     """
-    mask = writer.weight != 0
+    mask = weight != 0
     zeros = 1 - float(mask.float().mean())
     return mask if zeros > (0 if sparse else _ZEROS) else None
 
@@ -176,9 +205,7 @@ def _fit_writer(
     if mask is not None:
         after = held_out.error(fitted_on.fit(ridge, mask))
     better = after < before
-    outcome.ridge.append(ridge if better else 0.0)
-    outcome.error_before.append(before / scale)
-    outcome.error_after.append((after if better else before) / scale)
+    outcome.add(ridge if better else 0.0, before / scale, (after if better else before) / scale)
     if not better:
         log.info("%s keeps its weights: no fit helps held-out windows", writer.matrix.name)
         return
@@ -194,8 +221,32 @@ def _fit_writer(
     )
 
 
+def _tune(
+    walk: LayerWalk,
+    index: int,
+    module: nn.Module,
+    masks: dict[Tensor, Tensor | None],
+    target_of: Callable[[int], Tensor],
+    epochs: int,
+    outcome: HealOutcome,
+) -> None:
+    """Tune a layer, in place, if that helps held-out windows."""
+    tuned = tune_layer(walk, index, module, masks, target_of, epochs)
+    outcome.epochs.append(tuned.epochs)
+    if not outcome.ridge[-1]:
+        outcome.error_before[-1] = tuned.before
+    outcome.error_after[-1] = tuned.after
+    log.info(
+        "layer %d tuned for %d epochs: error %.3g -> %.3g of the dense states on held-out windows",
+        index,
+        tuned.epochs,
+        tuned.before,
+        tuned.after,
+    )
+
+
 def _sums(
-    walk: LayerWalk, writer: Writer, dense_states: list[Tensor], turn: Tensor | None
+    walk: LayerWalk, writer: Writer, target_of: Callable[[int], Tensor]
 ) -> tuple[ErrorSums, ErrorSums, float]:
     """Return the sums over windows to fit on and over those held out, and the latter's energy.
 
@@ -207,9 +258,7 @@ def _sums(
     energy = 0.0
     held_windows = held_out_windows(walk)
     for batch, counted in enumerate(walk.positions()):
-        target = dense_states[batch].to(walk.device).float()
-        if turn is not None:
-            target = target @ turn.to(target)
+        target = target_of(batch)
         x, missing, weights = writer.observe(partial(walk.forward, batch), target)
         for held, own in enumerate(sums):
             rows = counted & (held_windows[batch] == bool(held))[:, None].to(counted.device)
@@ -222,28 +271,6 @@ def _sums(
     return sums[0], sums[1], max(walk.group.totals(energy)[0], 1e-30)
 
 
-def held_out_windows(walk: LayerWalk) -> list[Tensor]:
-    """Return which windows of each micro-batch are held out, bool (B): every fourth of all.
-
-    Of fewer windows than four the last one is.
-    """
-    total = len(split_windows(walk.windows)[0])
-    number, held = first_own_window(walk.windows), []
-    for state in walk.states:
-        numbers = torch.arange(number, number + len(state))
-        last = numbers == total - 1 if total < _HELD_OUT else torch.zeros_like(numbers).bool()
-        held.append((numbers % _HELD_OUT == _HELD_OUT - 1) | last)
-        number += len(state)
-    return held
-
-
-def _note_left(outcome: HealOutcome, layer: int) -> None:
-    """Say that a layer was not healed."""
-    _note(outcome, f"layer {layer} was not healed: no matrix of it adds to the hidden states")
-    for numbers in (outcome.ridge, outcome.error_before, outcome.error_after):
-        numbers.append(0.0)
-
-
 def _note(outcome: HealOutcome, text: str) -> None:
     log.warning(text)
     outcome.notes.append(text)
@@ -254,7 +281,7 @@ def _check(model: PreTrainedModel, step: Heal, context: StepContext) -> None:
         raise ValueError("heal once, as the last step of a plan")
     if context.windows is None:
         raise ValueError("heal needs calibration windows; pass them to apply")
-    check_healable(model, context.windows)
+    check_healable(model, context.windows, step.mode)
 
 
 def _carry_out(model: PreTrainedModel, step: Heal, context: StepContext) -> HealOutcome:

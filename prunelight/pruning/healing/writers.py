@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.windows import Windows, split_windows
-from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import Matrix, layer_matrices
 
 # Share of a change that may be left unexplained: float32 has some 1e-6, bfloat16 some 1e-2.
@@ -121,8 +120,10 @@ def _last_called(walk: LayerWalk, matrices: Sequence[Matrix]) -> Matrix | None:
 
 
 @torch.no_grad()
-def check_healable(model: PreTrainedModel, windows: Windows) -> None:
-    """Check on a few tokens that the layers of a model have writers, and can be held out on.
+def check_healable(model: PreTrainedModel, windows: Windows, mode: str) -> None:
+    """Check that windows can be held out, and on a few tokens that layers can be healed.
+
+    Mode "linear" needs layers that have writers, mode "layer" none.
 
     Raises:
         ValueError: if there are too few windows to hold one out.
@@ -131,7 +132,7 @@ def check_healable(model: PreTrainedModel, windows: Windows) -> None:
     ids = split_windows(windows)[0]
     if len(ids) < 2:
         raise ValueError(
-            f"heal='linear' holds windows out to judge what it fits, and {len(ids)} window is "
+            f"heal={mode!r} holds windows out to judge what it fits, and {len(ids)} window is "
             "given; calibrate on 2 windows or more, better on 16"
         )
     layer_matrices(model, 0)  # refuses quantized weights
@@ -139,11 +140,11 @@ def check_healable(model: PreTrainedModel, windows: Windows) -> None:
     with LayerWalk(model, few) as walk:
         index, _ = next(iter(walk.layers()))
         writer = writer_of(walk, index)
-    if writer is None:
+    if writer is None and mode == "linear":
         raise TypeError(
-            f"layers of {model.config.model_type} cannot be healed: no matrix of theirs adds to "
-            "the hidden states as it is (a norm or experts stand behind the last); leave out "
-            f"heal='linear', and recover the {len(decoder_layers(model))} layers by training"
+            f"layers of {model.config.model_type} cannot be healed in closed form: no matrix of "
+            "theirs adds to the hidden states as it is (a norm or experts stand behind the last); "
+            "train the layers by heal='layer', or leave heal out"
         )
 
 

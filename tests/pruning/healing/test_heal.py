@@ -84,7 +84,7 @@ def test_the_writer_is_a_matrix_that_adds_to_the_states(family):
 @pytest.mark.parametrize("family", NOT_HEALED)
 def test_a_family_without_a_writer_is_refused_before_anything_is_scored(family):
     model = tiny_model(family)
-    with pytest.raises(TypeError, match=f"layers of {family} cannot be healed"):
+    with pytest.raises(TypeError, match=f"layers of {family} cannot be healed in closed form"):
         ShortGPT(num_layers=1, heal="linear").plan(model, WINDOWS)
 
 
@@ -266,6 +266,7 @@ def test_a_fit_that_does_not_help_held_out_windows_is_discarded():
             "error_before": [0.0, 0.0],
             "error_after": [0.0, 0.0],
             "notes": outcomes[0]["notes"],
+            "epochs": [],
         }
     ]
     for mine, other in zip(model.parameters(), dense.parameters(), strict=True):
@@ -297,7 +298,8 @@ def test_healing_does_not_depend_on_micro_batches_or_where_states_are_kept():
         (Heal((2,)), "layers=.2. are gone after an earlier step"),
         (Heal((1,), ridges=(0.0,)), "ridges=.0.0. must be numbers above 0"),
         (Heal((1,), ridges=()), "ridges=.. must be numbers above 0"),
-        (Heal((1,), mode="layer"), "mode='layer'"),
+        (Heal((1,), mode="operator"), "mode='operator'"),
+        (Heal((1,), mode="layer", epochs=0), "epochs=0 must be a whole number above 0"),
         (Heal((9,)), "layers=.9. must lie in"),
     ],
 )

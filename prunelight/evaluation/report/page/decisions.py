@@ -166,7 +166,8 @@ def _parts(carried: Carried) -> list[Markup | str]:
         if isinstance(step, Sparsify) and own.get("notes"):
             parts.append(bullets([str(note) for note in own["notes"]]))
         elif isinstance(step, Heal) and (lines := healing_lines(step, own)):
-            healed = sum(ridge > 0 for ridge in own["ridge"])
+            epochs = own.get("epochs") or [0] * len(own["ridge"])
+            healed = sum(max(each) > 0 for each in zip(own["ridge"], epochs, strict=True))
             summary = f"{healed} of {len(step.layers)} layers healed"
             parts.append(details(summary, paragraph(HEALING_ERRORS), bullets(lines)))
     columns = layer_columns(plan, outcome)
