@@ -10,7 +10,7 @@ layer as it was. Zeros stay zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.shared_windows import first_own_window
@@ -58,7 +60,7 @@ def tune_layer(
 
     The loss is sum_t ||y_t - y'_t||^2 / ||y_t|| over the windows that are not held out, in units of
     the same sum of the targets. AdamW in float32, without decay; its rate is a share of each
-    matrix' root mean square and falls by a cosine.
+    matrix' root mean square, and falls by a cosine.
 
     Args:
         walk: at the layer, inside `walk.layers()`.
@@ -66,83 +68,112 @@ def tune_layer(
         layer: its module.
         masks: weights to train -> bool tensor, False where they must stay 0; None for all places.
         target_of: gives the target states (B, T, D) of a micro-batch.
-        epochs: passes over the windows; stops where held-out windows get worse.
+        epochs: passes over the windows; ends early where held-out windows gain nothing.
     """
-    names: dict[Tensor, str] = {p: name for name, p in layer.named_parameters()}
-    trained = {
-        names[parameter]: parameter.detach().float().clone().requires_grad_() for parameter in masks
-    }
-    kept = {names[parameter]: mask for parameter, mask in masks.items()}
-    dtypes = {names[parameter]: parameter.dtype for parameter in masks}
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        weights = {name: value.to(dtypes[name]) for name, value in trained.items()}
-        return functional_call(layer, weights, args, kwargs)
-
-    def sums(batch: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the squared error of a micro-batch's tokens and the scale of it."""
-        target = target_of(batch)[rows]
-        output = walk.call(run, index, batch, walk.states[batch])[rows].float()
-        weights = target.norm(dim=-1).clamp(min=1e-30).reciprocal()
-        return (
-            ((output - target).square().sum(-1) * weights).sum(),
-            (target.square().sum(-1) * weights).sum(),
-        )
-
-    held_windows = [held[:, None].to(walk.device) for held in held_out_windows(walk)]
-    counted = walk.positions()
-    fitted_on = [rows & ~held for rows, held in zip(counted, held_windows, strict=True)]
-    held_out = [rows & held for rows, held in zip(counted, held_windows, strict=True)]
-
-    def held_error() -> float:
-        with torch.no_grad():
-            pairs = [sums(i, rows) for i, rows in enumerate(held_out) if bool(rows.any())]
-        error, scale = walk.group.totals(*(sum(float(p[k]) for p in pairs) for k in range(2)))
-        return error / max(scale, 1e-30)
-
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [value], "lr": _RATE * float(value.detach().square().mean().sqrt())}
-            for value in trained.values()
-        ],
+    training = _Training(walk, index, layer, masks, target_of)
+    steps = _steps(walk)
+    optimizer = AdamW(
+        [{"params": [w], "lr": _RATE * float(w.detach().square().mean().sqrt())} for w in training],
         betas=_BETAS,
         weight_decay=0.0,
     )
-    steps = _steps(walk)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, partial(_share_of_rate, total=epochs * len(steps))
-    )
-    before = best = held_error()
-    best_epoch, best_weights = 0, {name: value.detach().clone() for name, value in trained.items()}
+    schedule = LambdaLR(optimizer, partial(_share_of_rate, total=epochs * len(steps)))
+    before = best = training.held_error()
+    best_epoch, best_weights = 0, training.copies()
     for epoch in range(1, epochs + 1):
         for batches in steps:
-            optimizer.zero_grad(set_to_none=False)
-            scale = 0.0
-            for batch in batches:
-                if bool(fitted_on[batch].any()):
-                    with torch.enable_grad():
-                        error, own_scale = sums(batch, fitted_on[batch])
-                        error.backward()
-                    scale += float(own_scale)
-            scale = max(walk.group.totals(scale)[0], 1e-30)
-            for name, value in trained.items():
-                gradient = torch.zeros_like(value) if value.grad is None else value.grad
-                value.grad = walk.group.sum(gradient) / scale
-                if (mask := kept[name]) is not None:
-                    value.grad *= mask
+            training.backward(batches)
             optimizer.step()
             schedule.step()
-        error_now = held_error()
-        if not error_now < best:
-            if epoch - best_epoch == _PATIENCE:
-                break
-            continue
-        best, best_epoch = error_now, epoch
-        best_weights = {name: value.detach().clone() for name, value in trained.items()}
+        error = training.held_error()
+        if error < best:
+            best, best_epoch, best_weights = error, epoch, training.copies()
+        elif epoch - best_epoch == _PATIENCE:
+            break
     if best_epoch:
-        for parameter, name in ((p, names[p]) for p in masks):
-            parameter.data = best_weights[name].to(parameter)
+        for parameter, weight in zip(masks, best_weights, strict=True):
+            parameter.data = weight.to(parameter)
     return Tuning(best_epoch, before, best)
+
+
+class _Training:
+    """Weights that are trained in float32 beside a layer, which itself stays as it is.
+
+    Iterating gives the weights, in the order of `masks`. Arguments are those of `tune_layer`.
+    """
+
+    def __init__(
+        self,
+        walk: LayerWalk,
+        index: int,
+        layer: nn.Module,
+        masks: dict[Tensor, Tensor | None],
+        target_of: Callable[[int], Tensor],
+    ) -> None:
+        self._walk, self._index, self._layer, self._target_of = walk, index, layer, target_of
+        self._masks = list(masks.values())
+        self._dtypes = [parameter.dtype for parameter in masks]
+        names: dict[Tensor, str] = {p: name for name, p in layer.named_parameters()}
+        self._names = [names[parameter] for parameter in masks]
+        self._weights = [p.detach().float().clone().requires_grad_() for p in masks]
+        held = [rows[:, None].to(walk.device) for rows in held_out_windows(walk)]
+        counted = walk.positions()
+        self._fitted_on = [rows & ~own for rows, own in zip(counted, held, strict=True)]
+        self._held_out = [rows & own for rows, own in zip(counted, held, strict=True)]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield each weight, float32."""
+        return iter(self._weights)
+
+    def copies(self) -> list[Tensor]:
+        """Return what the weights are now."""
+        return [weight.detach().clone() for weight in self._weights]
+
+    def held_error(self) -> float:
+        """Return the error of all ranks' held-out windows over that of the target states."""
+        with torch.no_grad():
+            pairs = [
+                self._sums(batch, rows)
+                for batch, rows in enumerate(self._held_out)
+                if bool(rows.any())
+            ]
+        sums = [math.fsum(float(pair[i]) for pair in pairs) for i in range(2)]
+        error, scale = self._walk.group.totals(*sums)
+        return error / max(scale, 1e-30)
+
+    def backward(self, batches: list[int]) -> None:
+        """Set the gradients of all ranks' loss over these micro-batches of this rank."""
+        scale = 0.0
+        for weight in self._weights:
+            weight.grad = torch.zeros_like(weight)
+        for batch in batches:
+            if bool(self._fitted_on[batch].any()):
+                with torch.enable_grad():
+                    error, own_scale = self._sums(batch, self._fitted_on[batch])
+                    error.backward()
+                scale += float(own_scale)
+        scale = max(self._walk.group.totals(scale)[0], 1e-30)
+        for weight, mask in zip(self._weights, self._masks, strict=True):
+            assert weight.grad is not None  # set above
+            gradient = self._walk.group.sum(weight.grad) / scale
+            weight.grad = gradient if mask is None else gradient * mask
+
+    def _sums(self, batch: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted squared error of some tokens, bool (B, T), and that of no output."""
+        target = self._target_of(batch)[rows]
+        states = self._walk.states[batch]
+        output = self._walk.call(self._run, self._index, batch, states)[rows].float()
+        weights = target.norm(dim=-1).clamp(min=1e-30).reciprocal()
+        error = ((output - target).square().sum(-1) * weights).sum()
+        return error, (target.square().sum(-1) * weights).sum()
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer with the trained weights in the place of its own."""
+        of_layer = {
+            name: weight.to(dtype)
+            for name, weight, dtype in zip(self._names, self._weights, self._dtypes, strict=True)
+        }
+        return functional_call(self._layer, of_layer, args, kwargs)
 
 
 def _share_of_rate(step: int, total: int) -> float:
