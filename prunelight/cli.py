@@ -28,6 +28,9 @@ VERBS = {
 }
 # Verbs without a Trainer: the module of each in `prunelight.commands`.
 COMMANDS = {
+    "score": "Compute the scores that plans are made of, once.",
+    "plan": "Make a method's plan without training; show a plan, or the difference of two.",
+    "apply": "Carry out a plan on its model, and save the result.",
     "evaluate": "Measure a model on text and tasks, alone or against the dense one.",
     "compare": "Run a contest of methods at equal size, and draw one page to decide from.",
     "reproduce": "Repeat a paper's table on your model, with the published figures beside it.",

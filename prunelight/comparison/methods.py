@@ -277,7 +277,7 @@ def _entrant(entry: Any, own_amount: bool = False) -> Entrant:
             "prunelight.callbacks.ShortGPT, and init_args, or with callbacks and share"
         )
     check_keys(f"the method {entry['class_path']}", {**entry}, ("class_path", "init_args", "label"))
-    made = _class_of(entry["class_path"])
+    made = method_class(entry["class_path"])
     arguments = entry.get("init_args") or {}
     if not isinstance(arguments, Mapping):
         raise TypeError(
@@ -300,10 +300,14 @@ def _entrant(entry: Any, own_amount: bool = False) -> Entrant:
     return Entrant(label, made, {**arguments}, kind, own_amount)
 
 
-def _class_of(path: str) -> type[PruningCallback]:
-    """Return the class of a path; a bare name is one of `prunelight.callbacks`."""
+def method_class(path: str) -> type[PruningCallback]:
+    """Return the class of a path; a bare name is one of `prunelight.callbacks`.
+
+    Raises:
+        ValueError: if there is no such method (the nearest is named), or it is no pruning method.
+    """
     module, _, name = path.rpartition(".")
-    known = _known_methods()
+    known = known_methods()
     try:
         made = getattr(import_module(module or "prunelight.callbacks"), name)
     except (ImportError, AttributeError) as error:
@@ -317,7 +321,8 @@ def _class_of(path: str) -> type[PruningCallback]:
     return made
 
 
-def _known_methods() -> list[str]:
+def known_methods() -> list[str]:
+    """Return the names of the pruning methods of `prunelight.callbacks`."""
     exported = {name: getattr(prunelight.callbacks, name) for name in prunelight.callbacks.__all__}
     return sorted(
         name

@@ -18,6 +18,9 @@ from prunelight.version import __version__
 # About so many evenly spaced elements of each tensor enter a model's fingerprint.
 _SAMPLED = 512
 
+# Attribute of a model without weights: the fingerprint of the model that it stands for.
+_STANDS_FOR = "_prunelight_stands_for"
+
 
 def describe_model(model: PreTrainedModel, num_layers: int | None = None) -> dict[str, Any]:
     """Return the name, shape facts and fingerprint by which a plan recognises its model."""
@@ -58,7 +61,11 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
     Values are rounded to bfloat16 first, so that a plan made on a bfloat16 copy fits the float32
     model. Reading takes milliseconds per tensor. A change of very few weights can go unnoticed.
+    A model that stands for another one has the other's fingerprint, see `stand_for`.
     """
+    known: str | None = vars(model).get(_STANDS_FOR)
+    if known is not None:
+        return known
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -67,6 +74,12 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def stand_for(model: PreTrainedModel, fingerprint: str, name: str) -> None:
+    """Let a model without weights stand for the model of a fingerprint and a name, in place."""
+    setattr(model, _STANDS_FOR, fingerprint)
+    model.config._name_or_path = name
 
 
 def fingerprint_of(*parts: Any) -> str:

@@ -133,15 +133,37 @@ def _check_steps(model: PreTrainedModel, steps: Sequence[Step], context: StepCon
         kind.check(model, step, context)
         context = context.after(step)
         check_leading(model, context.removed, context.without_attention)
-    if any(_kind_of(step).needs_windows(step) for step in steps):
+    if needs_windows(steps):
         assert context.windows is not None  # the step's own check
         check_windows(model, context.windows)
     if len(steps) > 1:
-        _rehearse(model, steps, alone)
+        _rehearse(copy_without_values(model), steps, alone)
 
 
-def _rehearse(model: PreTrainedModel, steps: Sequence[Step], context: StepContext) -> None:
-    """Carry out all steps on a copy of the model without weights.
+def needs_windows(steps: Sequence[Step]) -> list[Step]:
+    """Return the steps that run the model on calibration windows."""
+    return [step for step in steps if _kind_of(step).needs_windows(step)]
+
+
+def outline_after(model: PreTrainedModel, steps: Sequence[Step]) -> PreTrainedModel:
+    """Return the pruned model without weights, on the meta device: modules, shapes and config.
+
+    Slicing changes no shape here, and what follows it is left out.
+
+    Args:
+        model: may be on the meta device; it is unchanged.
+        steps: of a plan.
+
+    Raises:
+        ValueError, TypeError: naming the step that cannot be carried out.
+    """
+    outline = copy_without_values(model)
+    _rehearse(outline, steps, StepContext())
+    return outline
+
+
+def _rehearse(copied: PreTrainedModel, steps: Sequence[Step], context: StepContext) -> None:
+    """Carry out all steps, in place, on a copy of the model without weights.
 
     A step may ask for what an earlier one took: a matrix of a dropped attention, a width that a
     pattern divides, layers of one kind.
@@ -149,7 +171,6 @@ def _rehearse(model: PreTrainedModel, steps: Sequence[Step], context: StepContex
     Raises:
         ValueError, TypeError: naming the step that cannot be carried out after those before it.
     """
-    copied = copy_without_values(model)
     for position, step in enumerate(steps):
         if isinstance(step, SliceHidden):  # what may follow depends on no shape that it changes
             return

@@ -8,6 +8,7 @@ We take the raw output of the last layer; the released code takes the output of 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -45,7 +46,19 @@ def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> li
     Raises:
         ValueError: if the output of a layer, which is named, holds NaN or Inf, or all is padding.
     """
-    totals = torch.zeros(len(decoder_layers(model)) - size + 1, dtype=torch.float64)
+    return angular_distances_by_size(model, windows, [size])[size]
+
+
+def angular_distances_by_size(
+    model: PreTrainedModel, windows: Windows, sizes: Collection[int]
+) -> dict[int, list[float]]:
+    """Return the `angular_distances` of several sizes, from one forward: size -> scores.
+
+    Raises:
+        ValueError: if the output of a layer, which is named, holds NaN or Inf, or all is padding.
+    """
+    num_layers = len(decoder_layers(model))
+    totals = {size: torch.zeros(num_layers - size + 1, dtype=torch.float64) for size in sizes}
     num_samples = 0
     # Hidden states (B, D) of the last real tokens, before layer 0 and after each layer.
     states: list[Tensor] = []
@@ -60,10 +73,11 @@ def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> li
             num_samples += len(last[0])
             states.clear()
             forward_without_head(model, batch)
-            starts, ends = torch.stack(states[: len(totals)]), torch.stack(states[size:])
-            totals += angular_distance(starts, ends).sum(1).cpu().double()
+            for size, total in totals.items():
+                starts, ends = torch.stack(states[: len(total)]), torch.stack(states[size:])
+                total += angular_distance(starts, ends).sum(1).cpu().double()
     group = group_of(windows)
-    (samples,), totals = group.totals(num_samples), group.sum(totals)
+    (samples,) = group.totals(num_samples)
     if samples == 0:
         raise ValueError("0 tokens were counted; mask less")
-    return (totals / samples).tolist()
+    return {size: (group.sum(total) / samples).tolist() for size, total in totals.items()}

@@ -2,17 +2,19 @@
 
 Within `remembering_scores` a function that is `remembered` computes once for the same model,
 windows and arguments. What it took is added to the time of those who are given it again, so that
-each method's cost is what it takes alone.
+each method's cost is what it takes alone. A memory may come from a file, and then nothing is
+computed: what it lacks is an error.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
+from inspect import signature, unwrap
 from typing import Any, ParamSpec, TypeVar
 
 from transformers import PreTrainedModel
@@ -31,10 +33,21 @@ class Memory:
     Attributes:
         scores: key -> result, and the seconds that it took.
         seconds_spared: of all results that were given again.
+        calls: key -> what was computed: the function's name and its arguments, as text.
+        source: where the scores were read; what is not there is then an error. None computes it.
     """
 
     scores: dict[str, tuple[Any, float]] = field(default_factory=dict)
     seconds_spared: float = 0.0
+    calls: dict[str, str] = field(default_factory=dict)
+    source: str | None = None
+
+    def keep(
+        self, function: Callable[..., Any], result: Any, seconds: float, *args: Any, **kwargs: Any
+    ) -> None:
+        """Keep a result as if a function that is `remembered` had been called so."""
+        key, call = _key(unwrap(function), *args, **kwargs)
+        self.scores[key], self.calls[key] = (result, seconds), call
 
 
 _MEMORY: ContextVar[Memory | None] = ContextVar("scores", default=None)
@@ -61,23 +74,39 @@ def remembered(function: Callable[P, R]) -> Callable[P, R]:
         memory = _MEMORY.get()
         if memory is None:
             return function(*args, **kwargs)
-        key = _key(function.__qualname__, *args, **kwargs)
+        key, text = _key(unwrap(function), *args, **kwargs)
         if key in memory.scores:
             result, seconds = memory.scores[key]
             memory.seconds_spared += seconds
             return result
+        if memory.source is not None:
+            raise ValueError(
+                f"{memory.source} holds no {text}; plan from the model itself, which computes it: "
+                "prunelight plan MODEL"
+            )
         start = time.perf_counter()
         result = function(*args, **kwargs)
         memory.scores[key] = result, time.perf_counter() - start
+        memory.calls[key] = text
         return result
 
     return call
 
 
-def _key(name: str, model: Any, windows: Any, *rest: Any, **named: Any) -> str:
+# Where layers compute, and what helps them, does not change what they give.
+_WITHOUT_EFFECT = ("device", "offload", "replay")
+
+
+def _key(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, str]:
+    """Return what identifies a call, however its arguments are written, and the call as text."""
+    bound = signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    model, windows, *_ = bound.arguments.values()
     assert isinstance(model, PreTrainedModel)
     given: Windows = windows
     facts = describe_windows(*split_windows(given))
-    # Where layers compute, and what helps them, does not change what they give.
-    settings = {k: v for k, v in named.items() if k not in ("device", "offload", "replay")}
-    return fingerprint_of(name, model_fingerprint(model), facts, repr(rest), repr(settings))
+    rest: Mapping[str, Any] = dict([*bound.arguments.items()][2:])
+    named = {name: value for name, value in rest.items() if name not in _WITHOUT_EFFECT}
+    text = ", ".join(f"{name}={value!r}" for name, value in named.items())
+    call = f"{function.__name__}({text})"
+    return fingerprint_of(function.__qualname__, model_fingerprint(model), facts, text), call

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -64,8 +64,37 @@ def weight_scores(
         ValueError: if an activation is NaN or Inf; names the matrix.
         TypeError: if the layers cannot be run one by one.
     """
-    scores: dict[str, float] = {}
-    with LayerWalk(model, windows, device=device, offload=offload, label=f"{score} score") as walk:
+    return weight_summaries(
+        model,
+        windows,
+        [score],
+        outlier_factor=outlier_factor,
+        by_matrix=by_matrix,
+        device=device,
+        offload=offload,
+    )[score]
+
+
+@torch.no_grad()
+def weight_summaries(
+    model: PreTrainedModel,
+    windows: Windows,
+    summaries: Collection[WeightScore],
+    *,
+    outlier_factor: float = 5.0,
+    by_matrix: bool = False,
+    device: torch.device | None = None,
+    offload: bool = False,
+) -> dict[WeightScore, dict[str, float]]:
+    """Return several `weight_scores` from one walk: the summary -> scores.
+
+    Raises:
+        ValueError: if an activation is NaN or Inf; names the matrix.
+        TypeError: if the layers cannot be run one by one.
+    """
+    scores: dict[WeightScore, dict[str, float]] = {summary: {} for summary in summaries}
+    label = f"{next(iter(summaries))} score" if len(summaries) == 1 else "weight scores"
+    with LayerWalk(model, windows, device=device, offload=offload, label=label) as walk:
         tokens = walk.counted()
         for index, _ in walk.layers():
             matrices = layer_matrices(model, index)
@@ -78,7 +107,8 @@ def weight_scores(
             for group in [[m] for m in matrices] if by_matrix or not matrices else [matrices]:
                 parts = partial(_wanda_parts, group, statistics, tokens)
                 names = [matrix.name for matrix in group]
-                scores |= dict.fromkeys(names, _summary(parts, score, outlier_factor))
+                for summary, of_matrix in scores.items():
+                    of_matrix |= dict.fromkeys(names, _summary(parts, summary, outlier_factor))
     return scores
 
 

@@ -21,6 +21,7 @@ import prunelight
 import prunelight.callbacks
 from prunelight.callbacks import ShortGPT, WeightPruning, WidthPruning
 from prunelight.cli import COMMANDS, main
+from prunelight.commands.plan import flat_arguments
 from prunelight.lightning_cli import CLI, find_configs
 from prunelight.models.families.architectures import ARCHITECTURES
 from prunelight.models.families.layers import decoder_layers
@@ -249,6 +250,12 @@ def test_a_page_with_figures_says_which_model_they_are_from(page):
 def test_commands_parse(words, capsys):
     if words[0] == "families":  # it takes no config; tests/pruning/test_abilities.py runs it
         assert len(words) <= 2
+        return
+    if words[0] == "plan":  # its options are those of the method, or of show and diff
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        told = re.findall(r"--[\w.]+", capsys.readouterr().out)
+        assert {word for word in flat_arguments(words) if word.startswith("--")} <= {*told}
         return
     if words[0] in COMMANDS:  # each has a parser of its own
         # `reproduce` hands what it does not know itself to `compare`.

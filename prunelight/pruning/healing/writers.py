@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.models.families.matrices import Matrix, layer_matrices
+from prunelight.scoring.remembered import remembered
 
 # Share of a change that may be left unexplained: float32 has some 1e-6, bfloat16 some 1e-2.
 _ROUNDING = 0.05
@@ -120,6 +121,7 @@ def _last_called(walk: LayerWalk, matrices: Sequence[Matrix]) -> Matrix | None:
 
 
 @torch.no_grad()
+@remembered
 def check_healable(model: PreTrainedModel, windows: Windows, mode: str) -> None:
     """Check that windows can be held out, and on a few tokens that layers can be healed.
 

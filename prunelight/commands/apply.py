@@ -1,0 +1,78 @@
+"""`prunelight apply MODEL plan.json --out DIR`: a plan carried out, and the result saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from prunelight.commands.plan import show_decisions
+from prunelight.commands.running import VerbParser, run_verb
+from prunelight.planner.applying import apply_to_saved, calibration_for
+from prunelight.planner.making import read_plan
+from prunelight.planner.settings import CalibrationSettings
+from prunelight.planner.telling import plan_rows
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the verb."""
+    parser = _parser()
+    options = [text.partition("=")[0] for text in arguments if text.startswith("--data.")]
+    given = {option.removeprefix("--data.") for option in options}
+
+    def verb(values: Namespace) -> None:
+        _apply(parser.instantiate(values), given)
+
+    run_verb(parser, arguments, verb)
+
+
+def _apply(values: Namespace, given: set[str]) -> None:
+    plan, out = read_plan(Path(values.plan).expanduser()), Path(values.out).expanduser()
+    if given and "calibration" not in given:
+        raise ValueError(
+            f"data.{min(given)} says how windows are drawn, and no text is given; add "
+            "--data.calibration, such as sample:calibration"
+        )
+    saved, size = apply_to_saved(
+        values.model,
+        plan,
+        out,
+        calibration_for(plan, values.data, given) if given else None,
+        dtype=values.dtype,
+        device=values.device,
+        strict=values.strict,
+        trust_remote_code=values.trust_remote_code,
+    )
+    rows = {"parameters": str(size), "saved": saved.directory, "verified": saved.verification}
+    show_decisions(f"Applied: {values.plan}", {**plan_rows(plan), **rows})
+
+
+def _parser() -> VerbParser:
+    parser = VerbParser(
+        prog="prunelight apply",
+        description="Carry out a plan on the model that it was made for, and save the result with "
+        "the plan beside it. Nothing is trained.",
+    )
+    add: Any = parser.add_argument
+    add("model", type=str, help="Hub id, directory, GGUF file or bundled name of the model.")
+    add("plan", type=str, help="File of the plan.")
+    add("--out", type=str, required=True, help="New directory of the pruned model.")
+    add("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16.")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+    add(
+        "--strict",
+        type=bool,
+        default=True,
+        help="Require the very weights that the plan was made for; false takes a fine-tuned model "
+        "of the same shape too.",
+    )
+    add(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="Run Python code that comes with the model; only of authors whom you trust.",
+    )
+    parser.add_class_arguments(CalibrationSettings, "data")
+    return parser

@@ -1,0 +1,176 @@
+"""Carries out a plan on a model by name, and saves the result: all that can fail, fails before."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunelight.calibration.windows import Windows, split_windows
+from prunelight.evaluation.saved.subject import find_device
+from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.own_classes.registration import code_file
+from prunelight.models.loading import load
+from prunelight.models.placement import move_if_it_fits
+from prunelight.models.saving import SavedModel, generation_fault, save
+from prunelight.models.written_files import check_place
+from prunelight.planner.counting import Size, planned_size
+from prunelight.planner.settings import CalibrationSettings
+from prunelight.planning.fingerprints import describe_windows
+from prunelight.planning.plan import Plan
+from prunelight.pruning.apply import apply, needs_windows
+from prunelight.run.run_state import plan_texts, plans_beside
+from prunelight.runtime.files.atomic_files import check_writable, explaining_write_errors
+
+log = logging.getLogger(__name__)
+
+_OTHER_FILES = 64 * 2**20  # bytes of config, tokenizer and plan, generously
+
+
+@torch.no_grad()
+def apply_to_saved(
+    name: str,
+    plan: Plan,
+    out: Path,
+    data: CalibrationSettings | None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    strict: bool = True,
+    trust_remote_code: bool = False,
+) -> tuple[SavedModel, Size]:
+    """Prune a model by a plan and save it, with the plan beside it; all of it, or nothing.
+
+    Args:
+        name: what `load` takes.
+        plan: made for this model.
+        out: new directory.
+        data: what steps look at that fit weights, or choose zeros; None without data.
+        dtype: of the weights.
+        device: where layers compute; auto takes a GPU if there is one.
+        strict: require the very weights that the plan was made for.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        What was saved, and the sizes before and after.
+
+    Raises:
+        FileExistsError: if the directory exists.
+        ValueError, TypeError: if the plan does not fit the model, or needs windows.
+        OSError: if the result would not fit on the disk, or cannot be written.
+    """
+    place = find_device(device)
+    check_new(out)
+    check_data(plan, data)
+    model, tokenizer = load(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    plan.check(model, strict=strict, num_layers=len(decoder_layers(model)))
+    size = planned_size(model, plan)
+    check_room(out, size.bytes_after)
+    windows = None if data is None else _windows(plan, data, model, tokenizer)
+    model = move_if_it_fits(model, place)
+    fault = generation_fault(model)
+    model = apply(model, plan, windows, strict=strict, device=place)
+    with explaining_write_errors(out):
+        saved = save(
+            model,
+            tokenizer,
+            out,
+            # What was done to the model before still holds: its zeros stay planned zeros.
+            extra_files=plan_texts([*plans_beside(Path(name).expanduser()), plan]),
+            trust_remote_code=trust_remote_code,
+            export_remote_code=bool(plan.arguments.get("export_remote_code"))
+            and code_file(model.config.model_type) is not None,
+            dense_fault=fault,
+        )
+    return saved, size
+
+
+def calibration_for(plan: Plan, data: CalibrationSettings, given: set[str]) -> CalibrationSettings:
+    """Return settings whose number and length of windows are the plan's, where none was given.
+
+    Args:
+        plan: whose windows are drawn again.
+        data: as parsed, with defaults.
+        given: names of the settings that were given.
+    """
+    facts = {"seq_len": "seq_len", "num_calibration": "num_samples"}
+    of_the_plan = {
+        name: plan.calibration[fact]
+        for name, fact in facts.items()
+        if name not in given and fact in plan.calibration
+    }
+    return replace(data, **of_the_plan)
+
+
+def check_new(out: Path) -> None:
+    """Check that a directory does not exist yet and can be made.
+
+    Raises:
+        FileExistsError: if something has its name.
+        ValueError: if it is one that cannot be replaced.
+        OSError: if nothing can be written there.
+    """
+    check_place(out)
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"out={out} exists; choose another directory, or remove it")
+    check_writable(out)
+
+
+def check_data(plan: Plan, data: CalibrationSettings | None) -> None:
+    """Check that there are calibration windows if, and only if, a step looks at them.
+
+    Raises:
+        ValueError: if a step needs windows and there are none; names the step.
+    """
+    steps = needs_windows(plan.steps)
+    if steps and data is None:
+        raise ValueError(
+            f"the step {steps[0].kind} of the plan looks at calibration windows; give "
+            "data.calibration, the text that the plan was made with, such as "
+            "--data.calibration sample:calibration"
+        )
+    if data is not None and not steps:
+        log.warning("data.calibration has no effect: no step of the plan looks at windows")
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Check that the disk has room for so many bytes of weights.
+
+    Raises:
+        OSError: if not; says what is needed and what is free.
+    """
+    existing = out.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed + _OTHER_FILES:
+        raise OSError(
+            f"out={out} needs {needed / 1e9:.2f} GB for its weights and {_OTHER_FILES / 1e9:.2f} "
+            f"GB beside them, and {free / 1e9:.2f} GB are free there; free space, or choose "
+            "another disk"
+        )
+
+
+def _windows(
+    plan: Plan,
+    data: CalibrationSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Windows | None:
+    """Return the windows that steps look at; None if no step does."""
+    if not needs_windows(plan.steps):
+        return None
+    windows = data.windows(model, tokenizer)
+    facts = describe_windows(*split_windows(windows))
+    if plan.calibration and facts["fingerprint"] != plan.calibration.get("fingerprint"):
+        log.warning(
+            "the plan was made with other calibration windows (%s of %s tokens, fingerprint %s); "
+            "weights are fitted on these: %s of %s tokens, %s",
+            *(plan.calibration.get(key) for key in ("num_samples", "seq_len", "fingerprint")),
+            *(facts[key] for key in ("num_samples", "seq_len", "fingerprint")),
+        )
+    return windows

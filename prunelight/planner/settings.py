@@ -1,0 +1,64 @@
+"""The calibration windows of a plan that is made, or carried out, without a run.
+
+Names and defaults are those of `data` in a fit, so that both give the same windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunelight.calibration.windows import Windows, check_windows
+from prunelight.comparison.settings import check_source
+from prunelight.data.token_windows import Bos
+from prunelight.runtime.arguments import NOT_EMPTY, SEED, at_least, check_fields
+from prunelight.training.text_datamodule import TextDataModule
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What methods look at.
+
+    Attributes:
+        calibration: source or sources of the windows that pruning looks at, see
+            `prunelight.data.sources.read_documents`.
+        seq_len: tokens of a window.
+        num_calibration: windows drawn, by the seed.
+        text_field: the field of a row that holds its text.
+        bos: auto, always or never: whether each window starts with the BOS token.
+        seed: draws the windows.
+    """
+
+    calibration: str | list[str] = "sample:calibration"
+    seq_len: int = 512
+    num_calibration: int = 32
+    text_field: str = "text"
+    bos: Bos = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "data.",
+            calibration=NOT_EMPTY,
+            seq_len=at_least(2),
+            num_calibration=at_least(1),
+            text_field=NOT_EMPTY,
+            seed=SEED,
+        )
+        given = [self.calibration] if isinstance(self.calibration, str) else self.calibration
+        for source in given:
+            check_source(source)
+
+    def windows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Windows:
+        """Return the windows, as a fit draws them.
+
+        Raises:
+            ValueError: if there is too little text, or the model cannot read the windows.
+        """
+        arguments: dict[str, Any] = asdict(self)
+        windows = TextDataModule(tokenizer, **arguments).calibration_windows()
+        check_windows(model, windows)
+        return windows
