@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities.rank_zero import rank_zero_deprecation
 
 from prunelight.callbacks.weight_pruning import WeightPruning
+from prunelight.pruning.sparsity.alps import ALPS
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.runtime.arguments import above, checked, within
@@ -33,7 +34,7 @@ class DLP(WeightPruning):
             one pruning. "auto" tries 0 (uniform), 0.05, 0.1, 0.15 and 0.2.
         outlier_factor: deprecated here, OWL's M: write `WeightPruning`.
         granularity: one share a decoder "layer" (the paper), or one a "linear".
-        solver: "wanda", "wanda_variant" (shares differ by row), "sparsegpt" or "magnitude".
+        solver: "wanda", "wanda_variant" (shares differ by row), "sparsegpt", "magnitude" or "alps".
         sparsegpt: settings of SparseGPT.
         schedule: prune gradually while the model trains, by "wanda" or "magnitude"; None prunes at
             fit start.
@@ -44,6 +45,7 @@ class DLP(WeightPruning):
             allocation="dlp_mean"), "sum", "max", "std" or "var".
         heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
             see docs/healing.md. It needs 2 calibration windows or more.
+        alps: settings of ALPS.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -59,13 +61,14 @@ class DLP(WeightPruning):
         alpha: float | list[float] | Literal["auto"] | None = None,
         outlier_factor: float = 5.0,
         granularity: Literal["layer", "linear"] = "layer",
-        solver: Literal["wanda", "wanda_variant", "sparsegpt", "magnitude"] = "wanda",
+        solver: Literal["wanda", "wanda_variant", "sparsegpt", "magnitude", "alps"] = "wanda",
         sparsegpt: SparseGPT = SparseGPT(),  # noqa: B008 (frozen)
         schedule: Schedule | None = None,
         strict: bool = False,
         offload_activations: bool = False,
         statistic: Statistic = "median",
         heal: Literal["none", "linear"] = "none",
+        alps: ALPS = ALPS(),  # noqa: B008 (frozen)
     ) -> None:
         arguments: dict[str, Any] = {
             "sparsity": sparsity,
@@ -81,6 +84,7 @@ class DLP(WeightPruning):
             "offload_activations": offload_activations,
             "statistic": statistic,
             "heal": heal,
+            "alps": alps,
         }
         super().__init__(**arguments)
         if allocation in ("owl", "uniform"):
