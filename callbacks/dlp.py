@@ -46,6 +46,8 @@ class DLP(WeightPruning):
         heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
             see docs/healing.md. It needs 2 calibration windows or more.
         alps: settings of ALPS.
+        swaps: rounds in which zeros of a row change places with weights that stay, where that
+            lowers the error of the outputs (SparseSwaps); for "wanda", "wanda_variant" and "alps".
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -69,6 +71,7 @@ class DLP(WeightPruning):
         statistic: Statistic = "median",
         heal: Literal["none", "linear"] = "none",
         alps: ALPS = ALPS(),  # noqa: B008 (frozen)
+        swaps: int = 0,
     ) -> None:
         arguments: dict[str, Any] = {
             "sparsity": sparsity,
@@ -85,6 +88,7 @@ class DLP(WeightPruning):
             "statistic": statistic,
             "heal": heal,
             "alps": alps,
+            "swaps": swaps,
         }
         super().__init__(**arguments)
         if allocation in ("owl", "uniform"):

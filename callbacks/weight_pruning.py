@@ -36,7 +36,7 @@ from prunelight.pruning.sparsity.alps import ALPS
 from prunelight.pruning.sparsity.lamp import lamp_shares
 from prunelight.pruning.sparsity.masks import Pattern
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
-from prunelight.pruning.sparsity.sparsify import check_step
+from prunelight.pruning.sparsity.sparsify import check_step, check_swaps
 from prunelight.pruning.sparsity.trial import held_out_windows, sparse_perplexity
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.runtime.arguments import above, at_least, checked, checked_value, within
@@ -111,6 +111,8 @@ class WeightPruning(GradualZeros):
         heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states,
             see docs/healing.md. It needs 2 calibration windows or more.
         alps: settings of ALPS.
+        swaps: rounds in which zeros of a row change places with weights that stay, where that
+            lowers the error of the outputs (SparseSwaps); for "wanda", "wanda_variant" and "alps".
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -135,6 +137,7 @@ class WeightPruning(GradualZeros):
         statistic: Statistic = "median",
         heal: Literal["none", "linear"] = "none",
         alps: ALPS = ALPS(),  # noqa: B008 (frozen)
+        swaps: int = 0,
     ) -> None:
         if isinstance(pattern, int):  # YAML 1.1 counts in sixties
             raise ValueError(f'pattern={pattern} is what YAML makes of N:M; quote it: "2:4"')
@@ -152,6 +155,9 @@ class WeightPruning(GradualZeros):
             raise ValueError(f"{sparsegpt} has no effect with solver={solver!r}")
         if solver != "alps" and alps != ALPS():
             raise ValueError(f"{alps} has no effect with solver={solver!r}")
+        check_swaps(swaps, solver)
+        if swaps and schedule is not None:
+            raise ValueError(f"{swaps=} has no effect with a schedule; leave one of them out")
         if self.pattern is not None and solver == "wanda_variant":
             raise ValueError(f"solver='wanda_variant' chooses by rows and knows no {pattern=}")
         if heal != "none" and schedule is not None:
@@ -167,7 +173,7 @@ class WeightPruning(GradualZeros):
         self.sparsegpt, self.alps = sparsegpt, alps
         self.strict = strict
         self.offload_activations = offload_activations
-        self.statistic, self.heal = statistic, heal
+        self.statistic, self.heal, self.swaps = statistic, heal, swaps
 
     @property
     def score(self) -> WeightScore | None:
@@ -264,6 +270,8 @@ class WeightPruning(GradualZeros):
         """Return the plan's step for these shares of zeros, {name of a matrix: share}."""
         settings = {"sparsegpt": self.sparsegpt, "alps": self.alps}.get(self.solver)
         options = {} if settings is None else asdict(settings)
+        if self.swaps:
+            options["swaps"] = self.swaps
         pattern = None if self.pattern is None else str(self.pattern)
         return Sparsify(sparsity, self.solver, pattern, options)
 

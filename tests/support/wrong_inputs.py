@@ -304,6 +304,7 @@ for _name in ("WeightPruning", "DLP"):
         f"{_name}.solver": _range(
             "wanda", "sparsegpt", "magnitude", "wanda_variant", "alps", wrong=("gptq", "")
         ),
+        f"{_name}.swaps": _range(0, 1, wrong=(-1,)),
         f"{_name}.outlier_factor": _range(5.0, wrong=(0, -1, 6)),
         f"{_name}.granularity": _range("layer", wrong=("matrix", "")),
     }

@@ -21,6 +21,7 @@ from prunelight.calibration.statistics import finite_values
 from prunelight.pruning.sparsity.masked_solution import masked_solution
 from prunelight.pruning.sparsity.masks import Amount, Pattern, check_width, count_zeros, matrix_mask
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT, sparsegpt_stacked
+from prunelight.pruning.sparsity.swaps import swapped_solution
 from prunelight.runtime.arguments import above, at_least, check_fields
 from prunelight.runtime.devices import float64_device
 
@@ -50,7 +51,14 @@ class ALPS:
         check_fields(self, dampening=above(0), iterations=at_least(1))
 
 
-def alps(weight: Tensor, hessian: Tensor, amount: Amount, settings: ALPS | None = None) -> Tensor:
+def alps(
+    weight: Tensor,
+    hessian: Tensor,
+    amount: Amount,
+    settings: ALPS | None = None,
+    *,
+    swaps: int = 0,
+) -> Tensor:
     """Prune a weight, so that outputs change least (Algorithms 1 and 2).
 
     Args:
@@ -58,6 +66,7 @@ def alps(weight: Tensor, hessian: Tensor, amount: Amount, settings: ALPS | None 
         hessian: X^T X summed over tokens, (I, I), in any unit.
         amount: share of zeros, exact over the whole weight; or N:M.
         settings: see `ALPS`.
+        swaps: rounds of swaps of zeros after it, see `swaps.py`.
 
     Returns:
         The new weight, (O, I), float32, exactly zero where pruned. The arguments are unchanged.
@@ -65,12 +74,17 @@ def alps(weight: Tensor, hessian: Tensor, amount: Amount, settings: ALPS | None 
     Raises:
         ValueError: if M does not divide I, or the weight or the Hessian holds NaN or Inf.
     """
-    return alps_stacked([weight], hessian, [amount], settings or ALPS())[0]
+    return alps_stacked([weight], hessian, [amount], settings or ALPS(), swaps=swaps)[0]
 
 
 @torch.no_grad()
 def alps_stacked(
-    weights: Sequence[Tensor], hessian: Tensor, amounts: Sequence[Amount], settings: ALPS
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    amounts: Sequence[Amount],
+    settings: ALPS,
+    *,
+    swaps: int = 0,
 ) -> list[Tensor]:
     """Solve weights that share an input; their Hessian is decomposed once.
 
@@ -79,6 +93,7 @@ def alps_stacked(
         hessian: X^T X of their common input, (I, I).
         amounts: one for each weight, all shares or all patterns with the same M.
         settings: see `ALPS`.
+        swaps: rounds of swaps of zeros after it.
     """
     for amount in amounts:
         if isinstance(amount, Pattern):
@@ -88,7 +103,7 @@ def alps_stacked(
     system = _System.of(finite_values(hessian, "Hessian"), settings.dampening, dense[0].dtype)
     others = sparsegpt_stacked(weights, hessian, amounts, SparseGPT(settings.dampening))
     return [
-        _solve(weight, other, amount, system, dead, settings.iterations)
+        _solve(weight, other, amount, system, dead, settings.iterations, swaps)
         for weight, other, amount in zip(dense, others, amounts, strict=True)
     ]
 
@@ -140,6 +155,7 @@ def _solve(
     system: _System,
     dead: Tensor,
     iterations: int,
+    swaps: int,
 ) -> Tensor:
     """Return one weight (O, I) with its zeros; `other` is SparseGPT's, which it has to beat."""
     target = amount if isinstance(amount, Pattern) else count_zeros(weight.numel(), amount)
@@ -152,7 +168,10 @@ def _solve(
     solution = masked_solution(system.hessian, cross, mask, start=start)
     other = other.to(dense.dtype) * system.scale
     if system.error(dense - solution) > system.error(dense - other):
-        solution = masked_solution(system.hessian, cross, other != 0, start=other)
+        mask = other != 0
+        solution = masked_solution(system.hessian, cross, mask, start=other)
+    if swaps:
+        solution = swapped_solution(dense, solution, mask, system.hessian, amount, swaps)
     return solution.div_(system.scale)
 
 

@@ -36,8 +36,9 @@ from prunelight.pruning.sparsity.masks import (
     wanda_variant_mask,
 )
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT, sparsegpt_stacked
+from prunelight.pruning.sparsity.swaps import swapped_mask
 from prunelight.pruning.step_kind import StepContext, StepKind
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import at_least, check_choice, checked_value
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ SOLVERS = ("magnitude", "wanda", "wanda_variant", "sparsegpt", "alps")
 
 # The settings of the solvers that correct weights; they read a Hessian, the others norms.
 _SETTINGS: dict[str, type[SparseGPT | ALPS]] = {"sparsegpt": SparseGPT, "alps": ALPS}
+
+SWAPPING = ("wanda", "wanda_variant", "alps")  # solvers whose zeros can be swapped afterwards
 
 
 @dataclass
@@ -150,7 +153,8 @@ def sparsify_layer(
         count_outliers: note the share of outliers that were kept, which reads all weights.
     """
     chosen = [m for m in layer_matrices(model, index) if m.name in step.sparsity]
-    statistic: Callable[[int], InputNorm] = Hessian if step.solver in _SETTINGS else InputNorm
+    products = step.solver in _SETTINGS or _swaps_of(step) > 0
+    statistic: Callable[[int], InputNorm] = Hessian if products else InputNorm
     inputs = InputStatistics(chosen, statistic)
     before = dense = walk.states[0].to(walk.device)
     for batch in range(len(walk.states) if chosen else 1):
@@ -236,17 +240,31 @@ def _solve(
             continue
         norms = statistic.norms().to(views[0].device)
         for view, amount in zip(views, amounts, strict=True):
-            view.masked_fill_(_wanda(step.solver, view, norms, amount), 0)
+            pruned = _wanda(step.solver, view, norms, amount)
+            if swaps := _swaps_of(step):
+                hessian = statistic.result().to(view.device)
+                pruned = swapped_mask(view, pruned, hessian, amount, swaps)
+            view.masked_fill_(pruned, 0)
 
 
 def _corrected(
     step: Sparsify, views: Sequence[Tensor], hessian: Tensor, amounts: Sequence[Amount]
 ) -> list[Tensor]:
     """Return the weights of a solver that corrects what it keeps; they share an input."""
-    settings = _SETTINGS[step.solver](**step.options)
+    settings = _SETTINGS[step.solver](**_own_options(step))
     if isinstance(settings, ALPS):
-        return alps_stacked(views, hessian, amounts, settings)
+        return alps_stacked(views, hessian, amounts, settings, swaps=_swaps_of(step))
     return sparsegpt_stacked(views, hessian, amounts, settings)
+
+
+def _swaps_of(step: Sparsify) -> int:
+    """Return the rounds of swaps that a step asks for."""
+    return int(step.options.get("swaps", 0))
+
+
+def _own_options(step: Sparsify) -> dict[str, Any]:
+    """Return the options of a step that are its solver's own settings."""
+    return {name: value for name, value in step.options.items() if name != "swaps"}
 
 
 def _wanda(solver: str, view: Tensor, norms: Tensor, amount: Amount) -> Tensor:
@@ -322,13 +340,7 @@ def check_step(model: PreTrainedModel, step: Sparsify) -> None:
             f"{unknown[0]} is no matrix of the decoder layers of {model.config.model_type}; the "
             f"first one is {next(iter(known), 'missing')}"
         )
-    if kind := _SETTINGS.get(step.solver):
-        try:
-            kind(**step.options)
-        except TypeError as error:
-            raise ValueError(f"options={step.options} are not those of {kind.__name__}") from error
-    elif step.options:
-        raise ValueError(f"options={step.options} have no effect on solver={step.solver!r}")
+    _check_options(step)
     if step.pattern is None:
         return
     pattern = Pattern.parse(str(step.pattern))  # a hand-written plan may hold a number
@@ -338,6 +350,34 @@ def check_step(model: PreTrainedModel, step: Sparsify) -> None:
         check_width(pattern, known[name].in_features, name)
         if abs(pattern.of * share - round(pattern.of * share)) > 1e-6:
             raise ValueError(f"sparsity={share} of {name} is no whole number of {pattern.of}ths")
+
+
+def _check_options(step: Sparsify) -> None:
+    try:
+        check_swaps(step.options.get("swaps", 0), step.solver)
+    except TypeError as error:  # a plan written by hand
+        raise ValueError(str(error)) from error
+    own = _own_options(step)
+    if kind := _SETTINGS.get(step.solver):
+        try:
+            kind(**own)
+        except TypeError as error:
+            raise ValueError(f"options={own} are not those of {kind.__name__}") from error
+    elif own:
+        raise ValueError(f"options={own} have no effect on solver={step.solver!r}")
+
+
+def check_swaps(swaps: int, solver: str) -> None:
+    """Check rounds of swaps against the solver whose zeros they would improve.
+
+    Raises:
+        ValueError: if they are no whole number from 0 on, or have no effect.
+    """
+    checked_value("swaps", swaps, int, at_least(0))
+    if swaps and solver not in SWAPPING:
+        raise ValueError(
+            f"{swaps=} has no effect with solver={solver!r}; take one of {', '.join(SWAPPING)}"
+        )
 
 
 def _check(model: PreTrainedModel, step: Sparsify, context: StepContext) -> None:

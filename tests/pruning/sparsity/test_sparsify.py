@@ -279,6 +279,25 @@ def test_the_reconstruction_error_falls_from_wanda_to_alps_and_with_fewer_zeros(
     assert errors["alps", 0.5] > 0
 
 
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("solver", ["wanda", "wanda_variant", "alps"])
+def test_swaps_lower_the_reconstruction_error_and_keep_the_counts(solver, pattern):
+    if pattern and solver == "wanda_variant":
+        return
+    errors, counts, models = [], [], []
+    for options in ({}, {"swaps": 3}):
+        model = lively_model()
+        step = step_for(model, 0.5, solver, pattern, **options)
+        errors.append(sparsify(model, step, WINDOWS).reconstruction_error[0])
+        counts.append(zero_counts(model))
+        models.append(model)
+    assert errors[1] < errors[0]
+    assert counts[0] == counts[1]
+    for name, matrix in matrices(models[1]).items() if solver == "wanda" else ():
+        dense = matrices(lively_model())[name].parameter
+        assert torch.equal(matrix.parameter, dense.masked_fill(matrix.parameter == 0, 0))
+
+
 @pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize(
     "options",
@@ -397,6 +416,12 @@ FAULTS = {
         {"solver": "sparsegpt", "options": {"dampening": "much"}},
         "options={'dampening': 'much'} are not those of SparseGPT",
     ),
+    "no swaps": (
+        {UP: 0.5},
+        {"solver": "sparsegpt", "options": {"swaps": 2}},
+        "swaps=2 has no effect with solver='sparsegpt'; take one of wanda, wanda_variant, alps",
+    ),
+    "half a swap": ({UP: 0.5}, {"options": {"swaps": 0.5}}, "swaps=0.5 must be a whole number"),
     "ALPS's options": (
         {UP: 0.5},
         {"solver": "alps", "options": {"block_size": 64}},
