@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities.rank_zero import rank_zero_deprecation
 
 from prunelight.callbacks.weight_pruning import WeightPruning
+from prunelight.pruning.sparsity.alps import ALPS
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.runtime.arguments import above, checked, within
@@ -33,7 +34,7 @@ class DLP(WeightPruning):
             one pruning. "auto" tries 0 (uniform), 0.05, 0.1, 0.15 and 0.2.
         outlier_factor: deprecated here, OWL's M: write `WeightPruning`.
         granularity: one share a decoder "layer" (the paper), or one a "linear".
-        solver: "wanda", "wanda_variant" (shares differ by row), "sparsegpt" or "magnitude".
+        solver: "wanda", "wanda_variant" (shares differ by row), "sparsegpt", "magnitude" or "alps".
         sparsegpt: settings of SparseGPT.
         schedule: prune gradually while the model trains, by "wanda" or "magnitude"; None prunes at
             fit start.
@@ -45,6 +46,9 @@ class DLP(WeightPruning):
         heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
             "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
             calibration windows or more.
+        alps: settings of ALPS.
+        swaps: rounds in which zeros of a row change places with weights that stay, where that
+            lowers the error of the outputs (SparseSwaps); for "wanda", "wanda_variant" and "alps".
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -60,13 +64,15 @@ class DLP(WeightPruning):
         alpha: float | list[float] | Literal["auto"] | None = None,
         outlier_factor: float = 5.0,
         granularity: Literal["layer", "linear"] = "layer",
-        solver: Literal["wanda", "wanda_variant", "sparsegpt", "magnitude"] = "wanda",
+        solver: Literal["wanda", "wanda_variant", "sparsegpt", "magnitude", "alps"] = "wanda",
         sparsegpt: SparseGPT = SparseGPT(),  # noqa: B008 (frozen)
         schedule: Schedule | None = None,
         strict: bool = False,
         offload_activations: bool = False,
         statistic: Statistic = "median",
         heal: Literal["none", "linear", "layer"] = "none",
+        alps: ALPS = ALPS(),  # noqa: B008 (frozen)
+        swaps: int = 0,
     ) -> None:
         arguments: dict[str, Any] = {
             "sparsity": sparsity,
@@ -82,6 +88,8 @@ class DLP(WeightPruning):
             "offload_activations": offload_activations,
             "statistic": statistic,
             "heal": heal,
+            "alps": alps,
+            "swaps": swaps,
         }
         super().__init__(**arguments)
         if allocation in ("owl", "uniform"):

@@ -2,9 +2,9 @@
 
 An allocation says how many zeros each layer gets: uniform, OWL (arXiv:2310.05175), DLP
 (arXiv:2505.23807) or LAMP (arXiv:2010.07611). A solver says which weights become zero: magnitude,
-Wanda (arXiv:2306.11695) or SparseGPT (arXiv:2301.00774). Any pair works, unstructured or N:M, at
-fit start or along a schedule. The released codes ignore the allocation for N:M and do not make up
-for what they clip.
+Wanda (arXiv:2306.11695), SparseGPT (arXiv:2301.00774) or ALPS (arXiv:2406.07831). Any pair works,
+unstructured or N:M, at fit start; Wanda and magnitude also along a schedule. The released codes
+ignore the allocation for N:M and do not make up for what they clip.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from prunelight.planning.sparsity_shares import (
     weighted_mean,
 )
 from prunelight.planning.steps import Sparsify
+from prunelight.pruning.sparsity.alps import ALPS
 from prunelight.pruning.sparsity.lamp import lamp_shares
 from prunelight.pruning.sparsity.masks import Pattern
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
-from prunelight.pruning.sparsity.sparsify import check_step
+from prunelight.pruning.sparsity.sparsify import check_step, check_swaps
 from prunelight.pruning.sparsity.trial import held_out_windows, sparse_perplexity
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.runtime.arguments import above, at_least, checked, checked_value, within
@@ -83,7 +84,7 @@ class _Units:
 
 
 class WeightPruning(GradualZeros):
-    """Put zeros into the weights of decoder linears: Wanda, SparseGPT or magnitude, also N:M.
+    """Put zeros into the weights of decoder linears: Wanda, SparseGPT, ALPS, magnitude; also N:M.
 
     Args:
         sparsity: share of the weights of decoder linears that become zero, in [0, 1). The papers
@@ -91,7 +92,8 @@ class WeightPruning(GradualZeros):
         pattern: "N:M" keeps N of M consecutive inputs (2:4), instead of `sparsity`. With an
             allocation other than uniform each layer gets an N of its own, N:M on average; hardware
             that computes 2:4 needs allocation="uniform".
-        solver: "wanda", "sparsegpt", "magnitude", or "wanda_variant" (shares differ by row).
+        solver: "wanda", "sparsegpt", "magnitude", "wanda_variant" (shares differ by row), or "alps"
+            (the smallest error of the outputs, the longest time).
         allocation: "uniform", "owl", "dlp" (the median, its paper), "dlp_mean" (DLP's released
             code), or "lamp", which ranks the weights of all layers by themselves and has no alpha.
         alpha: half the spread of the shares; None takes the paper's, 0.08 for OWL and 0.15 for DLP.
@@ -109,6 +111,9 @@ class WeightPruning(GradualZeros):
         heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
             "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
             calibration windows or more.
+        alps: settings of ALPS.
+        swaps: rounds in which zeros of a row change places with weights that stay, where that
+            lowers the error of the outputs (SparseSwaps); for "wanda", "wanda_variant" and "alps".
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -121,7 +126,7 @@ class WeightPruning(GradualZeros):
         self,
         sparsity: float | None = None,
         pattern: str | int | None = None,
-        solver: Literal["wanda", "sparsegpt", "magnitude", "wanda_variant"] = "wanda",
+        solver: Literal["wanda", "sparsegpt", "magnitude", "wanda_variant", "alps"] = "wanda",
         allocation: Literal["uniform", "owl", "dlp", "dlp_mean", "lamp"] = "uniform",
         alpha: float | list[float] | Literal["auto"] | None = None,
         outlier_factor: float = 5.0,
@@ -132,6 +137,8 @@ class WeightPruning(GradualZeros):
         offload_activations: bool = False,
         statistic: Statistic = "median",
         heal: Literal["none", "linear", "layer"] = "none",
+        alps: ALPS = ALPS(),  # noqa: B008 (frozen)
+        swaps: int = 0,
     ) -> None:
         if isinstance(pattern, int):  # YAML 1.1 counts in sixties
             raise ValueError(f'pattern={pattern} is what YAML makes of N:M; quote it: "2:4"')
@@ -147,6 +154,11 @@ class WeightPruning(GradualZeros):
             raise ValueError(f"{statistic=} has no effect with {allocation=}; set allocation='dlp'")
         if solver != "sparsegpt" and sparsegpt != SparseGPT():
             raise ValueError(f"{sparsegpt} has no effect with solver={solver!r}")
+        if solver != "alps" and alps != ALPS():
+            raise ValueError(f"{alps} has no effect with solver={solver!r}")
+        check_swaps(swaps, solver)
+        if swaps and schedule is not None:
+            raise ValueError(f"{swaps=} has no effect with a schedule; leave one of them out")
         if self.pattern is not None and solver == "wanda_variant":
             raise ValueError(f"solver='wanda_variant' chooses by rows and knows no {pattern=}")
         if heal != "none" and schedule is not None:
@@ -159,10 +171,10 @@ class WeightPruning(GradualZeros):
         self.allocation = allocation
         self.outlier_factor = outlier_factor
         self.granularity = granularity
-        self.sparsegpt = sparsegpt
+        self.sparsegpt, self.alps = sparsegpt, alps
         self.strict = strict
         self.offload_activations = offload_activations
-        self.statistic, self.heal = statistic, heal
+        self.statistic, self.heal, self.swaps = statistic, heal, swaps
 
     @property
     def score(self) -> WeightScore | None:
@@ -180,6 +192,7 @@ class WeightPruning(GradualZeros):
             **super().arguments(),
             "pattern": None if self.pattern is None else str(self.pattern),
             "sparsegpt": asdict(self.sparsegpt),
+            "alps": asdict(self.alps),
             "schedule": None if self.schedule is None else asdict(self.schedule),
         }
 
@@ -256,7 +269,10 @@ class WeightPruning(GradualZeros):
 
     def sparsify_step(self, sparsity: dict[str, float]) -> Sparsify:
         """Return the plan's step for these shares of zeros, {name of a matrix: share}."""
-        options = asdict(self.sparsegpt) if self.solver == "sparsegpt" else {}
+        settings = {"sparsegpt": self.sparsegpt, "alps": self.alps}.get(self.solver)
+        options = {} if settings is None else asdict(settings)
+        if self.swaps:
+            options["swaps"] = self.swaps
         pattern = None if self.pattern is None else str(self.pattern)
         return Sparsify(sparsity, self.solver, pattern, options)
 

@@ -124,7 +124,7 @@ class Sparsify(Step):
 
     Attributes:
         sparsity: name of a matrix (see `models/families/layers.py`) -> share of zeros, in [0, 1).
-        solver: "magnitude", "wanda", "wanda_variant" or "sparsegpt".
+        solver: "magnitude", "wanda", "wanda_variant", "sparsegpt" or "alps".
         pattern: "N:M" keeps N of M consecutive inputs; a matrix' own N is M * (1 - sparsity).
         options: the solver's own options.
     """

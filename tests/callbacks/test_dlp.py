@@ -20,6 +20,7 @@ from prunelight.models.families.matrices import layer_matrices, matrices
 from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.planning.sparsity_shares import weighted_mean
 from prunelight.planning.steps import Sparsify
+from prunelight.pruning.sparsity.alps import ALPS
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 from prunelight.run.checkpoints import given_arguments, state_arguments
@@ -351,7 +352,7 @@ def test_the_arguments_in_a_plan_make_it_again(model, arguments):
     plan = WeightPruning(**arguments).plan(model, WINDOWS)
     told = json.loads(json.dumps(plan.arguments))
     assert told == plan.arguments
-    nested = {"sparsegpt": SparseGPT(**told["sparsegpt"])}
+    nested = {"sparsegpt": SparseGPT(**told["sparsegpt"]), "alps": ALPS(**told["alps"])}
     assert WeightPruning(**{**told, **nested}).plan(model, WINDOWS) == plan
 
 
@@ -439,7 +440,7 @@ def test_what_identifies_a_base_and_a_state_of_dlp_is_as_in_older_versions():
         "strict": False,
     }
     assert json.dumps(state_arguments(method)) == json.dumps(expected)
-    assert list(method.arguments()) == [*expected, "statistic", "heal"]
+    assert list(method.arguments()) == [*expected, "statistic", "heal", "alps", "swaps"]
     assert list(given_arguments(method)) == ["sparsity", "alpha", "schedule"]
     assert method.state_key == f"DLP{expected!r}"
     assert (type(method).__name__, method.version) == ("DLP", 1)
@@ -553,6 +554,19 @@ def test_offloading_is_no_reason_to_prune_again(tmp_path):
         (
             {"sparsity": 0.5, "sparsegpt": SparseGPT(dampening=0.1)},
             r"SparseGPT\(dampening=0.1, .*\) has no effect with solver='wanda'",
+        ),
+        (
+            {"sparsity": 0.5, "alps": ALPS(iterations=9)},
+            r"ALPS\(dampening=0.01, iterations=9\) has no effect with solver='wanda'",
+        ),
+        (
+            {"sparsity": 0.5, "swaps": 3, "solver": "sparsegpt"},
+            "swaps=3 has no effect with solver='sparsegpt'; take one of wanda, wanda_variant, alps",
+        ),
+        ({"sparsity": 0.5, "swaps": -1}, "swaps=-1 must be at least 0"),
+        (
+            {"sparsity": 0.5, "swaps": 3, "schedule": Schedule(0, 9)},
+            "swaps=3 has no effect with a schedule; leave one of them out",
         ),
         (
             {"sparsity": 0.5, "allocation": "dlp_mean", "statistic": "max"},

@@ -135,6 +135,12 @@ VARIANTS = {
     "DLP by deviation, alpha chosen": Method(
         lambda: DLP(0.5, statistic="std", alpha="auto"), sparsity=0.5
     ),
+    "ALPS": Method(lambda: WeightPruning(0.5, solver="alps"), sparsity=0.5),
+    "2:4, ALPS": Method(lambda: WeightPruning(pattern="2:4", solver="alps"), sparsity=0.5),
+    "2:4, ALPS, swapped": Method(
+        lambda: WeightPruning(pattern="2:4", solver="alps", swaps=2), sparsity=0.5
+    ),
+    "Wanda, swapped": Method(lambda: WeightPruning(0.5, swaps=2), sparsity=0.5),
     "LAMP, magnitude": Method(
         lambda: WeightPruning(0.5, solver="magnitude", allocation="lamp", granularity="linear"),
         sparsity=0.5,

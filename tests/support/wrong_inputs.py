@@ -18,6 +18,7 @@ from prunelight import callbacks
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
 from prunelight.callbacks.recovery.token_budget import TokenBudget
 from prunelight.evaluation.speed import LatencyProtocol
+from prunelight.pruning.sparsity.alps import ALPS
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
 from prunelight.recovery.distillation.objective import Distillation
 from prunelight.recovery.lora import LoRA
@@ -80,6 +81,7 @@ TARGETS = {
     "sparsegpt": Target(
         SparseGPT, others=(("sparsity", 0.5), ("solver", "sparsegpt")), is_callback=True
     ),
+    "alps": Target(ALPS, others=(("sparsity", 0.5), ("solver", "alps")), is_callback=True),
     "schedule": Target(
         Schedule,
         others=(("sparsity", 0.5), ("schedule", {"start_step": 0, "end_step": 2})),
@@ -303,8 +305,9 @@ for _name in ("WeightPruning", "DLP"):
             wrong=("4:2", "2/4", "4:4", "0:4", "-1:4", "2:5", "2:7", "", 124, "2:1000"),
         ),
         f"{_name}.solver": _range(
-            "wanda", "sparsegpt", "magnitude", "wanda_variant", wrong=("gptq", "")
+            "wanda", "sparsegpt", "magnitude", "wanda_variant", "alps", wrong=("gptq", "")
         ),
+        f"{_name}.swaps": _range(0, 1, wrong=(-1,)),
         f"{_name}.outlier_factor": _range(5.0, wrong=(0, -1, 6)),
         f"{_name}.granularity": _range("layer", wrong=("matrix", "")),
     }
@@ -324,6 +327,8 @@ RANGES |= {
     "sparsegpt.block_size": _range(1, 128, wrong=_COUNT),
     "sparsegpt.bits": _range(4, 8, None, wrong=(3, 16, 0, -4)),
     "sparsegpt.group_size": _range(64, 128, wrong=_COUNT),
+    "alps.dampening": _range(0.01, 1, wrong=(0, -0.1)),
+    "alps.iterations": _range(3, 300, wrong=_COUNT),
     "schedule.start_step": _range(0, 1, wrong=(-1, 2, 3)),
     "schedule.end_step": _range(1, 2, wrong=(0, -1, 3, 1000)),
     "schedule.every": _range(1, 10, wrong=_COUNT),
@@ -481,7 +486,7 @@ def config_of(case: Case, base: dict[str, Any]) -> dict[str, Any]:
         return config
     own = {key: value for key, value in BESIDE.get(case.option, {}).items() if "." not in key}
     arguments = dict(target.others)
-    if name in ("sparsegpt", "schedule"):
+    if name in ("sparsegpt", "alps", "schedule"):
         made = "WeightPruning"
         arguments[name] = {**dict(arguments.get(name, {})), **own, argument: case.value}
     else:

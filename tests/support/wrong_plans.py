@@ -52,7 +52,7 @@ def random_step(draw: random.Random, names: list[str], hidden_size: int) -> dict
     chosen = draw.sample(names, draw.randint(1, len(names)))
     pattern = draw.choice([None, None, "2:4", "4:16", "2:5"])
     shares = {name: 0.5 if pattern == "2:4" else 0.75 for name in chosen}
-    solver = draw.choice(["magnitude", "wanda", "sparsegpt", "wanda_variant"])
+    solver = draw.choice(["magnitude", "wanda", "sparsegpt", "wanda_variant", "alps"])
     return {"kind": kind, "sparsity": shares, "solver": solver, "pattern": pattern}
 
 

@@ -7,7 +7,7 @@ is missing, divided by the scale, the best change of W minimises
 
 with G = sum w x x^T and C = sum w r x^T. The same sums tell the error of any D, so that windows
 that were held out can judge it. Zeros of W that an earlier step put there stay: D is then found
-over the other places by conjugate gradients, one line search for each row.
+over the other places, see `masked_solution`.
 """
 
 # T tokens, O out_features, I in_features
@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunelight.pruning.sparsity.masked_solution import masked_solution
 from prunelight.runtime.processes import ProcessGroup
-
-_MOST_ITERATIONS, _TOLERANCE = 100, 1e-4  # of the right side
 
 
 @dataclass
@@ -95,33 +94,3 @@ class ErrorSums:
         if failed:  # G has rounded to a matrix that is not positive
             return torch.linalg.lstsq(gram, self.cross.T).solution.T
         return torch.cholesky_solve(self.cross.T, factor).T
-
-
-def masked_solution(gram: Tensor, cross: Tensor, mask: Tensor) -> Tensor:
-    """Return for each row the solution of d G = c over the places that the row's mask leaves.
-
-    Conjugate gradients with the diagonal as preconditioner, all rows at once.
-
-    Args:
-        gram: G, positive definite, (I, I).
-        cross: right sides, (O, I).
-        mask: bool (O, I).
-    """
-    inverse_diagonal = gram.diagonal().reciprocal()
-    change = torch.zeros_like(cross)
-    residual = cross * mask
-    limit = _TOLERANCE * residual.norm()
-    direction = residual * inverse_diagonal
-    product = (residual * direction).sum(-1, keepdim=True)
-    for _ in range(_MOST_ITERATIONS):
-        if residual.norm() <= limit:
-            break
-        step = (direction @ gram) * mask
-        length = product / (direction * step).sum(-1, keepdim=True).clamp(min=1e-300)
-        change += length * direction
-        residual = residual - length * step
-        scaled = residual * inverse_diagonal
-        following = (residual * scaled).sum(-1, keepdim=True)
-        direction = scaled + following / product.clamp(min=1e-300) * direction
-        product = following
-    return change

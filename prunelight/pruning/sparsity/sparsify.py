@@ -26,6 +26,7 @@ from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import Matrix, layer_matrices, matrices
 from prunelight.models.sizes import zero_share
 from prunelight.planning.steps import Sparsify, renumbered
+from prunelight.pruning.sparsity.alps import ALPS, alps_stacked
 from prunelight.pruning.sparsity.masks import (
     Amount,
     Pattern,
@@ -35,14 +36,20 @@ from prunelight.pruning.sparsity.masks import (
     wanda_variant_mask,
 )
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT, sparsegpt_stacked
+from prunelight.pruning.sparsity.swaps import swapped_mask
 from prunelight.pruning.step_kind import StepContext, StepKind
-from prunelight.runtime.arguments import check_choice
+from prunelight.runtime.arguments import at_least, check_choice, checked_value
 
 log = logging.getLogger(__name__)
 
 _OUTLIER_FACTOR = 5.0  # OWL's M
 
-SOLVERS = ("magnitude", "wanda", "wanda_variant", "sparsegpt")
+SOLVERS = ("magnitude", "wanda", "wanda_variant", "sparsegpt", "alps")
+
+# The settings of the solvers that correct weights; they read a Hessian, the others norms.
+_SETTINGS: dict[str, type[SparseGPT | ALPS]] = {"sparsegpt": SparseGPT, "alps": ALPS}
+
+SWAPPING = ("wanda", "wanda_variant", "alps")  # solvers whose zeros can be swapped afterwards
 
 
 @dataclass
@@ -105,9 +112,10 @@ def sparsify(
     with LayerWalk(
         model, windows, device=device, offload=offload, label=f"sparsify ({step.solver})"
     ) as walk:
-        if step.solver == "sparsegpt":
+        if step.solver in _SETTINGS:
             known = matrices(model)
-            _note_scarce([known[name] for name in step.sparsity], walk.counted(), outcome)
+            chosen = [known[name] for name in step.sparsity]
+            _note_scarce(chosen, walk.counted(), step.solver, outcome)
         for index, _ in walk.layers():
             sparsify_layer(model, step, walk, index, outcome)
     _note_layers(outcome, model)
@@ -145,7 +153,8 @@ def sparsify_layer(
         count_outliers: note the share of outliers that were kept, which reads all weights.
     """
     chosen = [m for m in layer_matrices(model, index) if m.name in step.sparsity]
-    statistic: Callable[[int], InputNorm] = Hessian if step.solver == "sparsegpt" else InputNorm
+    products = step.solver in _SETTINGS or _swaps_of(step) > 0
+    statistic: Callable[[int], InputNorm] = Hessian if products else InputNorm
     inputs = InputStatistics(chosen, statistic)
     before = dense = walk.states[0].to(walk.device)
     for batch in range(len(walk.states) if chosen else 1):
@@ -224,16 +233,38 @@ def _solve(
     for position, statistic in enumerate(statistics):
         views = [matrix.views()[position] for matrix in group]
         amounts = [amount_of(step, matrix.name) for matrix in group]
-        if step.solver == "sparsegpt":
-            settings = SparseGPT(**step.options)
+        if step.solver in _SETTINGS:
             hessian = statistic.result().to(views[0].device)
-            solved = sparsegpt_stacked(views, hessian, amounts, settings)
-            for view, weight in zip(views, solved, strict=True):
+            for view, weight in zip(views, _corrected(step, views, hessian, amounts), strict=True):
                 view.copy_(weight)
             continue
         norms = statistic.norms().to(views[0].device)
         for view, amount in zip(views, amounts, strict=True):
-            view.masked_fill_(_wanda(step.solver, view, norms, amount), 0)
+            pruned = _wanda(step.solver, view, norms, amount)
+            if swaps := _swaps_of(step):
+                hessian = statistic.result().to(view.device)
+                pruned = swapped_mask(view, pruned, hessian, amount, swaps)
+            view.masked_fill_(pruned, 0)
+
+
+def _corrected(
+    step: Sparsify, views: Sequence[Tensor], hessian: Tensor, amounts: Sequence[Amount]
+) -> list[Tensor]:
+    """Return the weights of a solver that corrects what it keeps; they share an input."""
+    settings = _SETTINGS[step.solver](**_own_options(step))
+    if isinstance(settings, ALPS):
+        return alps_stacked(views, hessian, amounts, settings, swaps=_swaps_of(step))
+    return sparsegpt_stacked(views, hessian, amounts, settings)
+
+
+def _swaps_of(step: Sparsify) -> int:
+    """Return the rounds of swaps that a step asks for."""
+    return int(step.options.get("swaps", 0))
+
+
+def _own_options(step: Sparsify) -> dict[str, Any]:
+    """Return the options of a step that are its solver's own settings."""
+    return {name: value for name, value in step.options.items() if name != "swaps"}
 
 
 def _wanda(solver: str, view: Tensor, norms: Tensor, amount: Amount) -> Tensor:
@@ -243,15 +274,17 @@ def _wanda(solver: str, view: Tensor, norms: Tensor, amount: Amount) -> Tensor:
     return wanda_mask(view, norms, amount)
 
 
-def _note_scarce(chosen: Sequence[Matrix], tokens: int, outcome: SparsifyOutcome) -> None:
+def _note_scarce(
+    chosen: Sequence[Matrix], tokens: int, solver: str, outcome: SparsifyOutcome
+) -> None:
     """Warn of matrices with more inputs than calibration tokens: their Hessians are singular."""
     scarce = [matrix for matrix in chosen if matrix.in_features > tokens]
     if scarce:
         _note(
             outcome,
             f"calibration holds {tokens} tokens, fewer than the {scarce[0].in_features} inputs of "
-            f"{scarce[0].name} ({len(scarce)} such matrices): SparseGPT then depends on its "
-            "dampening; calibrate on more text",
+            f"{scarce[0].name} ({len(scarce)} such matrices): {_SETTINGS[solver].__name__} then "
+            "depends on its dampening; calibrate on more text",
         )
 
 
@@ -307,13 +340,7 @@ def check_step(model: PreTrainedModel, step: Sparsify) -> None:
             f"{unknown[0]} is no matrix of the decoder layers of {model.config.model_type}; the "
             f"first one is {next(iter(known), 'missing')}"
         )
-    if step.solver == "sparsegpt":
-        try:
-            SparseGPT(**step.options)
-        except TypeError as error:
-            raise ValueError(f"options={step.options} are not those of SparseGPT") from error
-    elif step.options:
-        raise ValueError(f"options={step.options} have no effect on solver={step.solver!r}")
+    _check_options(step)
     if step.pattern is None:
         return
     pattern = Pattern.parse(str(step.pattern))  # a hand-written plan may hold a number
@@ -323,6 +350,34 @@ def check_step(model: PreTrainedModel, step: Sparsify) -> None:
         check_width(pattern, known[name].in_features, name)
         if abs(pattern.of * share - round(pattern.of * share)) > 1e-6:
             raise ValueError(f"sparsity={share} of {name} is no whole number of {pattern.of}ths")
+
+
+def _check_options(step: Sparsify) -> None:
+    try:
+        check_swaps(step.options.get("swaps", 0), step.solver)
+    except TypeError as error:  # a plan written by hand
+        raise ValueError(str(error)) from error
+    own = _own_options(step)
+    if kind := _SETTINGS.get(step.solver):
+        try:
+            kind(**own)
+        except TypeError as error:
+            raise ValueError(f"options={own} are not those of {kind.__name__}") from error
+    elif own:
+        raise ValueError(f"options={own} have no effect on solver={step.solver!r}")
+
+
+def check_swaps(swaps: int, solver: str) -> None:
+    """Check rounds of swaps against the solver whose zeros they would improve.
+
+    Raises:
+        ValueError: if they are no whole number from 0 on, or have no effect.
+    """
+    checked_value("swaps", swaps, int, at_least(0))
+    if swaps and solver not in SWAPPING:
+        raise ValueError(
+            f"{swaps=} has no effect with solver={solver!r}; take one of {', '.join(SWAPPING)}"
+        )
 
 
 def _check(model: PreTrainedModel, step: Sparsify, context: StepContext) -> None:

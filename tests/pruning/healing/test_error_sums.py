@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from prunelight.pruning.healing.error_sums import ErrorSums, masked_solution
+from prunelight.pruning.healing.error_sums import ErrorSums
+from prunelight.pruning.sparsity.masked_solution import masked_solution
 
 
 def tokens(seed=0, count=200, inputs=12, outputs=5):

@@ -10,6 +10,7 @@ from small_matrices import COLUMNS, PATTERNS, ROWS, WIDTH, hessian, matrix, norm
 from torch.overrides import TorchFunctionMode
 
 from prunelight.calibration.cka import CKA
+from prunelight.pruning.sparsity.alps import alps
 from prunelight.pruning.sparsity.masks import (
     Pattern,
     magnitude_mask,
@@ -37,6 +38,7 @@ MASKS = {
     "wanda": lambda w, amount: wanda_mask(w, statistics(w)[0], amount),
     "wanda_variant": lambda w, amount: wanda_variant_mask(w, statistics(w)[0], amount),
     "sparsegpt": lambda w, amount: sparsegpt(w, statistics(w)[1], amount) == 0,
+    "alps": lambda w, amount: alps(w, statistics(w)[1], amount) == 0,
     "act_order": lambda w, amount: sparsegpt(w, statistics(w)[1], amount, ACT_ORDER) == 0,
 }
 
@@ -46,7 +48,7 @@ def every(*names):
 
 
 every_mask, masks_alone = every(*MASKS), every("magnitude", "wanda", "wanda_variant")
-with_patterns = every("magnitude", "wanda", "sparsegpt")
+with_patterns = every("magnitude", "wanda", "sparsegpt", "alps")
 half_or_pattern = pytest.mark.parametrize("amount", [0.5, Pattern(2, 4)], ids=str)
 
 

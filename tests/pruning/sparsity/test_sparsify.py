@@ -268,17 +268,37 @@ def test_all_outliers_are_kept_without_zeros_and_magnitude_counts_none():
     assert sparsify(model, step_for(model, 0.5, "magnitude")).outliers_kept == []
 
 
-def test_the_reconstruction_error_falls_from_wanda_to_sparsegpt_and_with_fewer_zeros():
+def test_the_reconstruction_error_falls_from_wanda_to_alps_and_with_fewer_zeros():
     errors = {}
-    for solver, share in (("wanda", 0.7), ("sparsegpt", 0.7), ("sparsegpt", 0.5)):
+    for solver, share in (("wanda", 0.7), ("sparsegpt", 0.7), ("alps", 0.7), ("alps", 0.5)):
         model = lively_model()
         outcome = sparsify(model, step_for(model, share, solver), WINDOWS)
         errors[solver, share] = outcome.reconstruction_error[0]  # all start from the same input
         assert len(outcome.reconstruction_error) == NUM_LAYERS
-    assert errors["wanda", 0.7] > errors["sparsegpt", 0.7] > errors["sparsegpt", 0.5] > 0
+    assert [*errors.values()] == sorted(errors.values(), reverse=True)
+    assert errors["alps", 0.5] > 0
 
 
-@pytest.mark.parametrize("solver", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("solver", ["wanda", "wanda_variant", "alps"])
+def test_swaps_lower_the_reconstruction_error_and_keep_the_counts(solver, pattern):
+    if pattern and solver == "wanda_variant":
+        return
+    errors, counts, models = [], [], []
+    for options in ({}, {"swaps": 3}):
+        model = lively_model()
+        step = step_for(model, 0.5, solver, pattern, **options)
+        errors.append(sparsify(model, step, WINDOWS).reconstruction_error[0])
+        counts.append(zero_counts(model))
+        models.append(model)
+    assert errors[1] < errors[0]
+    assert counts[0] == counts[1]
+    for name, matrix in matrices(models[1]).items() if solver == "wanda" else ():
+        dense = matrices(lively_model())[name].parameter
+        assert torch.equal(matrix.parameter, dense.masked_fill(matrix.parameter == 0, 0))
+
+
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -330,7 +350,7 @@ def test_a_bfloat16_model_gets_exact_counts_too(solver):
 # --- experts ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "alps"])
 def test_an_expert_that_sees_no_token_is_pruned_by_magnitude_and_noted(solver):
     model = lively_model("mixtral")
     dense = {name: [v.clone() for v in m.views()] for name, m in matrices(model).items()}
@@ -395,6 +415,22 @@ FAULTS = {
         {UP: 0.5},
         {"solver": "sparsegpt", "options": {"dampening": "much"}},
         "options={'dampening': 'much'} are not those of SparseGPT",
+    ),
+    "no swaps": (
+        {UP: 0.5},
+        {"solver": "sparsegpt", "options": {"swaps": 2}},
+        "swaps=2 has no effect with solver='sparsegpt'; take one of wanda, wanda_variant, alps",
+    ),
+    "half a swap": ({UP: 0.5}, {"options": {"swaps": 0.5}}, "swaps=0.5 must be a whole number"),
+    "ALPS's options": (
+        {UP: 0.5},
+        {"solver": "alps", "options": {"block_size": 64}},
+        "options={'block_size': 64} are not those of ALPS",
+    ),
+    "ALPS's value": (
+        {UP: 0.5},
+        {"solver": "alps", "options": {"iterations": 0}},
+        "iterations=0 must be at least 1",
     ),
     "option value": ({UP: 0.5}, {"solver": "sparsegpt", "options": {"bits": 3}}, "bits=3 must be"),
     "width": (
@@ -477,6 +513,8 @@ def test_fewer_tokens_than_a_hessian_is_wide_are_noted_with_the_layer(caplog):
         f"({NUM_LAYERS} such matrices)"
     )
     assert note in caplog.messages
+    (same,) = sparsify(lively_model(), step_for(model, 0.5, "alps"), few).notes
+    assert same == note.replace("SparseGPT", "ALPS")
     assert sparsify(lively_model(), step_for(model, 0.5), few).notes == []
     assert sparsify(lively_model(), step_for(model, 0.5, "sparsegpt"), WINDOWS).notes == []
 
