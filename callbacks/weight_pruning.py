@@ -269,8 +269,8 @@ class WeightPruning(GradualZeros):
 
     def sparsify_step(self, sparsity: dict[str, float]) -> Sparsify:
         """Return the plan's step for these shares of zeros, {name of a matrix: share}."""
-        settings = {"sparsegpt": self.sparsegpt, "alps": self.alps}.get(self.solver)
-        options = {} if settings is None else asdict(settings)
+        settings: dict[str, SparseGPT | ALPS] = {"sparsegpt": self.sparsegpt, "alps": self.alps}
+        options = asdict(settings[self.solver]) if self.solver in settings else {}
         if self.swaps:
             options["swaps"] = self.swaps
         pattern = None if self.pattern is None else str(self.pattern)
