@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,21 @@ from prunelight.planner.telling import plan_rows
 def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     parser = _parser()
-    options = [text.partition("=")[0] for text in arguments if text.startswith("--data.")]
-    given = {option.removeprefix("--data.") for option in options}
+    given = given_settings(arguments)
 
     def verb(values: Namespace) -> None:
         _apply(parser.instantiate(values), given)
 
     run_verb(parser, arguments, verb)
+
+
+def given_settings(arguments: Sequence[str]) -> set[str]:
+    """Return the names of the data settings on a command line; of a whole `--data`, all."""
+    options = {text.partition("=")[0] for text in arguments}
+    if "--data" in options:
+        return {field.name for field in fields(CalibrationSettings)}
+    prefix = "--data."
+    return {option.removeprefix(prefix) for option in options if option.startswith(prefix)}
 
 
 def _apply(values: Namespace, given: set[str]) -> None:

@@ -113,7 +113,7 @@ def _of_model(values: Namespace, method: Any) -> tuple[Any, Any]:
 
 def _of_scores(arguments: Sequence[str], values: Namespace, method: Any) -> tuple[Any, Any]:
     for option in (text.partition("=")[0].removeprefix("--") for text in arguments):
-        if option.startswith("data.") or option in ("dtype", "device"):
+        if option.partition(".")[0] in ("data", "dtype", "device"):
             raise ValueError(
                 f"{option} has no effect with scores, whose windows were read and whose model ran "
                 "before; leave it out, or score again"

@@ -107,8 +107,8 @@ def _step_rows(step: Step) -> Iterable[tuple[str, str]]:
         yield "hidden widths", f"{widths} ({step.rotation})"
     elif isinstance(step, Sparsify):
         shares = step.sparsity.values()
-        least, most = (f"{100 * bound(shares):.1f} %" for bound in (min, max))
-        share = least if least == most else f"{least} to {most}"
+        lowest, highest = (f"{100 * bound(shares):.1f} %" for bound in (min, max))
+        share = lowest if lowest == highest else f"{lowest} to {highest}"
         how = ", ".join(part for part in (step.solver, step.pattern) if part)
         yield "zeros", f"{share} of {len(step.sparsity)} matrices ({how})"
     elif isinstance(step, Heal):

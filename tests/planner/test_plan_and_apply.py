@@ -18,6 +18,7 @@ from warm_command import call
 
 import prunelight
 from prunelight.cli import main
+from prunelight.commands.apply import given_settings
 from prunelight.commands.plan import flat_arguments
 from prunelight.models.sizes import parameter_count
 from prunelight.planner.counting import planned_size
@@ -257,6 +258,14 @@ def test_number_and_length_of_windows_are_those_of_the_plan(models, data, tmp_pa
     assert "other calibration windows" not in caplog.text
     main([*command, "--data.num_calibration", "3", "--out", str(tmp_path / "other")])
     assert "other calibration windows" in caplog.text
+
+
+def test_settings_of_the_data_count_as_given_however_they_are_written():
+    assert given_settings(["--data.seed=1", "--data.calibration", "x", "--out", "y"]) == {
+        *("seed", "calibration")
+    }
+    assert "calibration" in given_settings(["m", "--data", "{seed: 1}"])
+    assert given_settings(["m", "--dtype", "float32"]) == set()
 
 
 def test_windows_that_no_step_looks_at_are_told(models, data, tmp_path, caplog):

@@ -180,6 +180,10 @@ ERRORS = {
         ["plan", "SCORES", "--method", "ShortGPT", "--ratio", "0.2", "--data.seq_len", "8"],
         "data.seq_len has no effect with scores",
     ),
+    "whole data with scores": (
+        ["plan", "SCORES", "--method", "ShortGPT", "--ratio", "0.2", "--data", "{seq_len: 8}"],
+        "data has no effect with scores",
+    ),
     "more than the scores": (
         ["plan", "SCORES", "--method", "SLEB", "--num_layers", "1", "--out", "NEW"],
         "plan from the model itself",
