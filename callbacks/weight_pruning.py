@@ -1,10 +1,11 @@
 """Weight pruning: zeros in the decoder layers, by an allocation and a solver.
 
 An allocation says how many zeros each layer gets: uniform, OWL (arXiv:2310.05175), DLP
-(arXiv:2505.23807) or LAMP (arXiv:2010.07611). A solver says which weights become zero: magnitude,
-Wanda (arXiv:2306.11695), SparseGPT (arXiv:2301.00774) or ALPS (arXiv:2406.07831). Any pair works,
-unstructured or N:M, at fit start; Wanda and magnitude also along a schedule. The released codes
-ignore the allocation for N:M and do not make up for what they clip.
+(arXiv:2505.23807), LAMP (arXiv:2010.07611) or a ramp over depth (arXiv:2502.14770). A solver says
+which weights become zero: magnitude, Wanda (arXiv:2306.11695), SparseGPT (arXiv:2301.00774) or ALPS
+(arXiv:2406.07831). Any pair works, unstructured or N:M, at fit start; Wanda and magnitude also
+along a schedule. The released codes ignore the allocation for N:M and do not make up for what they
+clip.
 """
 
 from __future__ import annotations
@@ -54,9 +55,17 @@ ALLOCATIONS: dict[str, WeightScore | None] = {
     "dlp": "median",
     "dlp_mean": "mean",
     "lamp": None,  # reads weights alone
+    "ramp": None,  # reads the place of a layer alone
 }
 
-ALPHAS = {"uniform": 0.0, "owl": 0.08, "dlp": 0.15, "dlp_mean": 0.15, "lamp": 0.0}  # of the papers
+ALPHAS: dict[str, float | Literal["auto"]] = {  # of the papers
+    "uniform": 0.0,
+    "owl": 0.08,
+    "dlp": 0.15,
+    "dlp_mean": 0.15,
+    "lamp": 0.0,
+    "ramp": "auto",
+}
 
 ALPHA_GRID = (0.0, 0.05, 0.1, 0.15, 0.2)  # what alpha="auto" tries; 0 is uniform
 
@@ -95,8 +104,10 @@ class WeightPruning(GradualZeros):
         solver: "wanda", "sparsegpt", "magnitude", "wanda_variant" (shares differ by row), or "alps"
             (the smallest error of the outputs, the longest time).
         allocation: "uniform", "owl", "dlp" (the median, its paper), "dlp_mean" (DLP's released
-            code), or "lamp", which ranks the weights of all layers by themselves and has no alpha.
-        alpha: half the spread of the shares; None takes the paper's, 0.08 for OWL and 0.15 for DLP.
+            code), "ramp" (shares rise by equal steps from the first layer to the last), or "lamp",
+            which ranks the weights of all layers by themselves and has no alpha.
+        alpha: half the spread of the shares; None takes the paper's, 0.08 for OWL, 0.15 for DLP and
+            "auto" for the ramp.
             Of a list, the value with the lowest perplexity on a quarter of the calibration windows
             is taken; each value costs one pruning. "auto" tries 0 (uniform), 0.05, 0.1, 0.15, 0.2.
         outlier_factor: OWL's M: a score above M times the mean is an outlier.
@@ -127,7 +138,7 @@ class WeightPruning(GradualZeros):
         sparsity: float | None = None,
         pattern: str | int | None = None,
         solver: Literal["wanda", "sparsegpt", "magnitude", "wanda_variant", "alps"] = "wanda",
-        allocation: Literal["uniform", "owl", "dlp", "dlp_mean", "lamp"] = "uniform",
+        allocation: Literal["uniform", "owl", "dlp", "dlp_mean", "lamp", "ramp"] = "uniform",
         alpha: float | list[float] | Literal["auto"] | None = None,
         outlier_factor: float = 5.0,
         granularity: Literal["layer", "linear"] = "layer",
@@ -281,6 +292,9 @@ class WeightPruning(GradualZeros):
         by_matrix = self.granularity == "linear"
         if self.allocation == "lamp":
             return lamp_shares(model, self.target, by_matrix=by_matrix, device=self.device)
+        if self.allocation == "ramp" and self.spreads:
+            layers = _names_by_layer(model, [*matrices(model)])
+            return {name: float(i) for i, names in enumerate(layers) for name in names}
         kind = self.score
         if kind is None or not self.spreads:
             return {}
@@ -386,7 +400,7 @@ class WeightPruning(GradualZeros):
         With granularity "linear" each projection has a list of its own.
         """
         lists: dict[str, list[float | None]] = {}
-        kind = "lamp_share" if self.allocation == "lamp" else str(self.score)
+        kind = {"lamp": "lamp_share", "ramp": "depth"}.get(self.allocation, str(self.score))
         for layer in layers if scores else []:
             if not layer and self.granularity == "layer":
                 lists.setdefault(kind, []).append(None)

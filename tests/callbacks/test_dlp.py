@@ -402,6 +402,34 @@ def test_embeddings_and_a_tied_head_are_untouched():
     assert not any((weight == 0).any() for weight in norms)
 
 
+# --- the ramp
+
+
+@pytest.mark.parametrize("granularity", ["layer", "linear"])
+def test_a_ramp_rises_by_equal_steps_and_keeps_the_mean(model, granularity):
+    method = WeightPruning(0.6, allocation="ramp", alpha=0.2, granularity=granularity)
+    plan = method.plan(model, WINDOWS)
+    shares = plan.scores["sparsity"]
+    expected = [0.4 + 0.4 * i / (len(shares) - 1) for i in range(len(shares))]
+    assert shares == pytest.approx(expected, abs=1e-9)
+    assert prunelight.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_a_ramp_that_leaves_the_range_is_clipped_and_keeps_the_mean(model):
+    shares = WeightPruning(0.9, allocation="ramp", alpha=0.3).plan(model, WINDOWS)
+    shares = shares.scores["sparsity"]
+    assert all(0 <= share < 1 for share in shares)
+    assert sum(shares) / len(shares) == pytest.approx(0.9)
+    assert shares == sorted(shares)
+
+
+def test_the_slope_of_a_ramp_is_chosen_on_held_out_windows_by_default(model):
+    plan = WeightPruning(0.5, allocation="ramp").plan(model, WINDOWS)
+    tried = plan.found["perplexity_of_alpha"]
+    assert [*tried] == ["0", "0.05", "0.1", "0.15", "0.2"]
+    assert f"{plan.found['alpha']:.4g}" == min(tried, key=tried.get)
+
+
 # --- DLP is WeightPruning with its paper's allocation
 
 

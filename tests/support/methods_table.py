@@ -141,6 +141,7 @@ VARIANTS = {
         lambda: WeightPruning(pattern="2:4", solver="alps", swaps=2), sparsity=0.5
     ),
     "Wanda, swapped": Method(lambda: WeightPruning(0.5, swaps=2), sparsity=0.5),
+    "ramp, Wanda": Method(lambda: WeightPruning(0.5, allocation="ramp"), sparsity=0.5),
     "LAMP, magnitude": Method(
         lambda: WeightPruning(0.5, solver="magnitude", allocation="lamp", granularity="linear"),
         sparsity=0.5,

@@ -313,7 +313,7 @@ for _name in ("WeightPruning", "DLP"):
     }
 RANGES |= {
     "WeightPruning.allocation": _range(
-        "uniform", "owl", "dlp", "dlp_mean", "lamp", wrong=("OWL", "")
+        "uniform", "owl", "dlp", "dlp_mean", "lamp", "ramp", wrong=("OWL", "")
     ),
     "WeightPruning.alpha": _range(0, None, wrong=(-0.1, 0.1, [], "auto")),
     "DLP.allocation": _range("dlp", "dlp_mean", wrong=("DLP", "")),
