@@ -31,7 +31,9 @@ FROM_SCORES = {
     *("width", "width by layer", "width by layer, Taylor, no correction", "width by DLP's shares"),
     *("width by layer, healed", "FLAP", "Wanda-sp", "width in a range of layers"),
     *("DLP, Wanda", "DLP, Wanda's variant", "DLP, SparseGPT", "DLP by linear", "DLP, mixed 2:4"),
-    *("DLP, healed", "Wanda", "magnitude", "OWL, Wanda", "2:4, SparseGPT"),
+    *("DLP, healed", "Wanda", "magnitude", "OWL, Wanda", "2:4, SparseGPT", "Wanda, swapped"),
+    *("ALPS", "2:4, ALPS", "2:4, ALPS, swapped"),
+    *("ShortGPT, layers trained", "Wanda, layers trained"),
 }
 
 
