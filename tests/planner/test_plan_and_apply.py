@@ -119,7 +119,10 @@ def test_plan_and_apply_do_what_the_start_of_a_run_does(law, models, text, data,
     assert model(**tokenizer("a b", return_tensors="pt")).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.sweep) if n in VARIANTS else n for n in COUNTED],
+)
 def test_the_counted_size_is_that_of_the_pruned_model(name):
     model, windows = tiny_model(), token_windows(16, 32)
     method = {**METHODS, **VARIANTS}[name].make()
