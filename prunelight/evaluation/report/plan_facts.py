@@ -26,18 +26,24 @@ def percent(share: float) -> str:
 
 def healing_lines(step: Heal, outcome: Json) -> list[str]:
     """Return what a heal step did to each layer that it names, and its warnings."""
-    names = ("ridge", "error_before", "error_after")
-    numbers = [outcome.get(name, []) for name in names]
-    epochs = outcome.get("epochs") or [0] * len(step.layers)
-    lines = []
-    for layer, tuned, ridge, before, after in zip(step.layers, epochs, *numbers, strict=False):
-        means = [f"ridge {ridge:g}"] * bool(ridge) + [f"{tuned} epochs"] * bool(tuned)
-        lines.append(
-            f"layer {layer}: error {before:.3g} -> {after:.3g} ({', '.join(means)})"
-            if means
-            else f"layer {layer}: error {before:.3g}, old weights kept"
-        )
+    errors = (outcome.get(name, []) for name in ("error_before", "error_after"))
+    lines = [
+        f"layer {layer}: error {before:.3g} -> {after:.3g} ({how})"
+        if how
+        else f"layer {layer}: error {before:.3g}, old weights kept"
+        for layer, how, before, after in zip(step.layers, healed_by(outcome), *errors, strict=False)
+    ]
     return lines + list(outcome.get("notes", ()))
+
+
+def healed_by(outcome: Json) -> list[str]:
+    """Return what gave each layer of a heal step its weights; "" where it kept the old ones."""
+    ridges = outcome.get("ridge", [])
+    epochs = outcome.get("epochs") or [0] * len(ridges)  # of mode "layer" alone
+    return [
+        ", ".join([f"ridge {ridge:g}"] * bool(ridge) + [f"{count} epochs"] * bool(count))
+        for ridge, count in zip(ridges, epochs, strict=True)
+    ]
 
 
 class PlanFacts:

@@ -23,6 +23,11 @@ from prunelight.pruning.sparsity.masked_solution import masked_solution
 from prunelight.runtime.processes import ProcessGroup
 
 
+def token_weights(target: Tensor) -> Tensor:
+    """Return the weights (...) of tokens in a fit: one over the norm of their target (..., D)."""
+    return target.norm(dim=-1).clamp(min=1e-30).reciprocal()
+
+
 @dataclass
 class ErrorSums:
     """Sums over tokens that tell the error of any change of a matrix; all float64.

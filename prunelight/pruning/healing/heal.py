@@ -34,7 +34,7 @@ from prunelight.models.families.matrices import layer_matrices
 from prunelight.planning.steps import Heal, SliceHidden, Sparsify, renumber
 from prunelight.pruning.healing.ends import dense_ends
 from prunelight.pruning.healing.error_sums import ErrorSums
-from prunelight.pruning.healing.held_out import held_out_windows
+from prunelight.pruning.healing.held_out import split_positions
 from prunelight.pruning.healing.tune import tune_layer
 from prunelight.pruning.healing.writers import Writer, check_healable, writer_of
 from prunelight.pruning.step_kind import StepContext, StepKind
@@ -124,18 +124,12 @@ def heal(
                 if writer is None:
                     outcome.add(0.0, 0.0, 0.0)
                 else:
-                    sums = _sums(walk, writer, target_of)
-                    mask = _kept_zeros(writer.weight, sparse)
-                    _fit_writer(writer, sums, step.ridges, mask, outcome)
+                    _fit_writer(walk, writer, target_of, step.ridges, sparse, outcome)
                 if step.mode == "layer":
-                    trained = [matrix.parameter for matrix in layer_matrices(model, index)]
-                    masks = {parameter: _kept_zeros(parameter, sparse) for parameter in trained}
-                    _tune(walk, index, module, masks, target_of, step.epochs, outcome)
+                    _tune(walk, index, module, target_of, step.epochs, sparse, outcome)
                 elif writer is None:
-                    text = (
-                        f"layer {layer} was not healed: no matrix of it adds to the hidden states"
-                    )
-                    _note(outcome, text)
+                    reason = "no matrix of it adds to the hidden states"
+                    _note(outcome, f"layer {layer} was not healed: {reason}")
             if index + 1 < len(ends):
                 walk.advance()
     return outcome
@@ -182,14 +176,16 @@ def _kept_zeros(weight: Tensor, sparse: bool) -> Tensor | None:
 
 
 def _fit_writer(
+    walk: LayerWalk,
     writer: Writer,
-    sums: tuple[ErrorSums, ErrorSums, float],
+    target_of: Callable[[int], Tensor],
     ridges: Sequence[float],
-    mask: Tensor | None,
+    sparse: bool,
     outcome: HealOutcome,
 ) -> None:
-    """Fit a writer to its sums, see `_sums`, in place, if that helps held-out windows."""
-    fitted_on, held_out, scale = sums
+    """Fit the writer of the walk's current layer, in place, if that helps held-out windows."""
+    fitted_on, held_out, scale = _sums(walk, writer, target_of)
+    mask = _kept_zeros(writer.weight, sparse)
     inputs = writer.weight.shape[1]
     if fitted_on.tokens < inputs:
         _note(
@@ -225,12 +221,14 @@ def _tune(
     walk: LayerWalk,
     index: int,
     module: nn.Module,
-    masks: dict[Tensor, Tensor | None],
     target_of: Callable[[int], Tensor],
     epochs: int,
+    sparse: bool,
     outcome: HealOutcome,
 ) -> None:
-    """Tune a layer, in place, if that helps held-out windows."""
+    """Tune the walk's current layer, in place, if that helps held-out windows."""
+    trained = [matrix.parameter for matrix in layer_matrices(walk.model, index)]
+    masks = {parameter: _kept_zeros(parameter, sparse) for parameter in trained}
     tuned = tune_layer(walk, index, module, masks, target_of, epochs)
     outcome.epochs.append(tuned.epochs)
     if not outcome.ridge[-1]:
@@ -256,15 +254,13 @@ def _sums(
     features, inputs = writer.weight.shape
     sums = [ErrorSums.empty(features, inputs, place) for _ in range(2)]
     energy = 0.0
-    held_windows = held_out_windows(walk)
-    for batch, counted in enumerate(walk.positions()):
+    for batch, split in enumerate(split_positions(walk)):
         target = target_of(batch)
         x, missing, weights = writer.observe(partial(walk.forward, batch), target)
-        for held, own in enumerate(sums):
-            rows = counted & (held_windows[batch] == bool(held))[:, None].to(counted.device)
+        for own, rows in zip(sums, split, strict=True):
             if bool(rows.any()):
                 own.update(x[rows], missing[rows], weights[rows])
-        rows = counted & held_windows[batch][:, None].to(counted.device)
+        rows = split[1]
         energy += float((target[rows].square().sum(-1) * weights[rows]).sum()) / writer.scale**2
     for own in sums:
         own.pool(walk.group)

@@ -1,6 +1,6 @@
 """Which calibration windows judge what is fitted on the others."""
 
-# B sequences
+# B sequences, T tokens
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from prunelight.calibration.windows import split_windows
 _HELD_OUT = 4  # every fourth window
 
 
-def held_out_windows(walk: LayerWalk) -> list[Tensor]:
-    """Return which windows of each micro-batch are held out, bool (B): every fourth of all.
+def split_positions(walk: LayerWalk) -> list[tuple[Tensor, Tensor]]:
+    """Return which tokens of each micro-batch are fitted on, and which judge, both bool (B, T).
 
-    Of fewer windows than four the last one is.
+    Every fourth window judges; of fewer windows than four the last one does. Padding does not
+    count. Both are on the walk's device.
     """
     total = len(split_windows(walk.windows)[0])
-    number, held = first_own_window(walk.windows), []
-    for state in walk.states:
-        numbers = torch.arange(number, number + len(state))
-        last = numbers == total - 1 if total < _HELD_OUT else torch.zeros_like(numbers).bool()
-        held.append((numbers % _HELD_OUT == _HELD_OUT - 1) | last)
-        number += len(state)
-    return held
+    number, split = first_own_window(walk.windows), []
+    for counted in walk.positions():
+        numbers = torch.arange(number, number + len(counted), device=counted.device)
+        judges = numbers % _HELD_OUT == _HELD_OUT - 1
+        if total < _HELD_OUT:
+            judges |= numbers == total - 1
+        split.append((counted & ~judges[:, None], counted & judges[:, None]))
+        number += len(counted)
+    return split

@@ -24,7 +24,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.shared_windows import first_own_window
 from prunelight.calibration.windows import MICRO_BATCH_TOKENS, split_windows
-from prunelight.pruning.healing.held_out import held_out_windows
+from prunelight.pruning.healing.error_sums import token_weights
+from prunelight.pruning.healing.held_out import split_positions
 
 _BATCHES = 2  # micro-batches of a step
 _RATE = 2e-3  # of the root mean square of each matrix
@@ -116,10 +117,7 @@ class _Training:
         names: dict[Tensor, str] = {p: name for name, p in layer.named_parameters()}
         self._names = [names[parameter] for parameter in masks]
         self._weights = [p.detach().float().clone().requires_grad_() for p in masks]
-        held = [rows[:, None].to(walk.device) for rows in held_out_windows(walk)]
-        counted = walk.positions()
-        self._fitted_on = [rows & ~own for rows, own in zip(counted, held, strict=True)]
-        self._held_out = [rows & own for rows, own in zip(counted, held, strict=True)]
+        self._fitted_on, self._held_out = zip(*split_positions(walk), strict=True)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield each weight, float32."""
@@ -163,7 +161,7 @@ class _Training:
         target = self._target_of(batch)[rows]
         states = self._walk.states[batch]
         output = self._walk.call(self._run, self._index, batch, states)[rows].float()
-        weights = target.norm(dim=-1).clamp(min=1e-30).reciprocal()
+        weights = token_weights(target)
         error = ((output - target).square().sum(-1) * weights).sum()
         return error, (target.square().sum(-1) * weights).sum()
 

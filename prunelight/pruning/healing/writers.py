@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.models.families.matrices import Matrix, layer_matrices
+from prunelight.pruning.healing.error_sums import token_weights
 from prunelight.scoring.remembered import remembered
 
 # Share of a change that may be left unexplained: float32 has some 1e-6, bfloat16 some 1e-2.
@@ -80,8 +81,7 @@ class Writer:
             output = forward()
         target = target.to(output.device).float()
         missing = (target - output.float()) / self.scale
-        weights = target.norm(dim=-1).clamp(min=1e-30).reciprocal()
-        return inputs[0].reshape(*output.shape[:-1], -1), missing, weights
+        return inputs[0].reshape(*output.shape[:-1], -1), missing, token_weights(target)
 
     @torch.no_grad()
     def put(self, weight: Tensor) -> None:

@@ -26,6 +26,7 @@ from prunelight.evaluation.report.plan_facts import (
     PlanFacts,
     by_sublayer,
     explained_variance,
+    healed_by,
     healing_lines,
     layer_columns,
     percent,
@@ -166,9 +167,7 @@ def _parts(carried: Carried) -> list[Markup | str]:
         if isinstance(step, Sparsify) and own.get("notes"):
             parts.append(bullets([str(note) for note in own["notes"]]))
         elif isinstance(step, Heal) and (lines := healing_lines(step, own)):
-            epochs = own.get("epochs") or [0] * len(own["ridge"])
-            healed = sum(max(each) > 0 for each in zip(own["ridge"], epochs, strict=True))
-            summary = f"{healed} of {len(step.layers)} layers healed"
+            summary = f"{sum(map(bool, healed_by(own)))} of {len(step.layers)} layers healed"
             parts.append(details(summary, paragraph(HEALING_ERRORS), bullets(lines)))
     columns = layer_columns(plan, outcome)
     gone = plan.layer_outcomes()
