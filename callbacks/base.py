@@ -10,7 +10,7 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -37,6 +37,8 @@ from prunelight.training.trainer import pruning_methods
 
 log = logging.getLogger(__name__)
 
+Healing: TypeAlias = Literal["none", "linear", "layer"]  # see docs/healing.md
+
 
 class PruningCallback(Callback, ABC):
     """Base of all pruning methods; `plan` and `prunelight.apply` work without a Trainer too."""
@@ -50,7 +52,7 @@ class PruningCallback(Callback, ABC):
     drops_sublayers = False  # leaves decoder layers without attention or MLP
     follows_slicing = False  # can prune a model whose hidden states were sliced
     export_remote_code = False  # leaves a class of ours whose code goes beside the model
-    heal: Literal["none", "linear", "layer"] = "none"  # see docs/healing.md
+    heal: Healing = "none"
 
     @abstractmethod
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:

@@ -8,13 +8,11 @@ healed before it is judged, by the KL to the dense model on windows that no fit 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.base import Healing, PruningCallback
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.removable import removable_layers
 from prunelight.models.sizes import depth_unit_sizes, parameter_count
@@ -59,7 +57,7 @@ class DepthPruning(PruningCallback):
         num_layers: int | None = None,
         ratio: float | None = None,
         parameter_ratio: float | None = None,
-        heal: Literal["none", "linear", "layer"] = "linear",
+        heal: Healing = "linear",
         protected: list[int] | None = None,
         look_back: bool = True,
         offload_activations: bool = False,

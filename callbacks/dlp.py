@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_deprecation
 
+from prunelight.callbacks.base import Healing
 from prunelight.callbacks.weight_pruning import WeightPruning
 from prunelight.pruning.sparsity.alps import ALPS
 from prunelight.pruning.sparsity.sparsegpt import SparseGPT
@@ -70,7 +71,7 @@ class DLP(WeightPruning):
         strict: bool = False,
         offload_activations: bool = False,
         statistic: Statistic = "median",
-        heal: Literal["none", "linear", "layer"] = "none",
+        heal: Healing = "none",
         alps: ALPS = ALPS(),  # noqa: B008 (frozen)
         swaps: int = 0,
     ) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of, share_windows
 from prunelight.calibration.windows import Windows, check_windows, first_windows, split_windows
+from prunelight.callbacks.base import Healing
 from prunelight.callbacks.slicegpt import SlicingCallback
 from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.fingerprints import describe_windows
@@ -118,7 +119,7 @@ class DynamicSlicing(SlicingCallback):
         slice_ratios: list[float] | None = None,
         redundancy_text: str | list[str] | None = None,
         score: Literal["block_influence", "single_cut"] = "block_influence",
-        heal: Literal["none", "linear", "layer"] = "none",
+        heal: Healing = "none",
     ) -> None:
         if slice_ratios is None:
             check_slice_target(slice_ratio, parameter_ratio, round_to)

@@ -12,13 +12,12 @@ from __future__ import annotations
 import logging
 import math
 from functools import partial
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.base import Healing, PruningCallback
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.removable import removable_layers
 from prunelight.planning.fixed_windows import most_removed, slide_fixed
@@ -69,7 +68,7 @@ class LaCo(PruningCallback):
         window: int = 4,
         protected: list[int] | None = None,
         offload_activations: bool = False,
-        heal: Literal["none", "linear", "layer"] = "none",
+        heal: Healing = "none",
     ) -> None:
         if [threshold, num_layers, ratio].count(None) != 2:
             raise ValueError(

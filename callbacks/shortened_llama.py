@@ -14,7 +14,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.base import Healing, PruningCallback
 from prunelight.models.engines import check_engines, engine_patterns, known_engines
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import matrices
@@ -60,7 +60,7 @@ class ShortenedLlama(PruningCallback):
         protected: list[int] | None = None,
         offload_activations: bool = False,
         loads_in: list[str] | None = None,
-        heal: Literal["none", "linear", "layer"] = "none",
+        heal: Healing = "none",
     ) -> None:
         check_depth_target(ratio, num_layers)
         self.ratio, self.num_layers, self.score = ratio, num_layers, score

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_ignored
-from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.base import Healing, PruningCallback
 from prunelight.models.engines import check_engines, engine_patterns, known_engines
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.own_classes.dropped_sublayers import SUBLAYERS
@@ -113,7 +113,7 @@ class ShortGPT(PruningCallback):
         layers: list[int] | None = None,
         parameter_ratio: float | None = None,
         seed: int | None = None,
-        heal: Literal["none", "linear", "layer"] = "none",
+        heal: Healing = "none",
     ) -> None:
         targets = {"ratio": ratio, "num_layers": num_layers}
         check_one_target({**targets, "layers": layers, "parameter_ratio": parameter_ratio})

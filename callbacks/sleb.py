@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.base import Healing, PruningCallback
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.removable import removable_layers
 from prunelight.planning.layer_choice import (
@@ -57,7 +57,7 @@ class SLEB(PruningCallback):
         criterion: Literal["cosine", "cka", "kl", "nll", "cosine_flat"] = "nll",
         protected: list[int] | None = None,
         offload_activations: bool = False,
-        heal: Literal["none", "linear", "layer"] = "none",
+        heal: Healing = "none",
     ) -> None:
         check_depth_target(ratio, num_layers)
         self.ratio, self.num_layers, self.criterion = ratio, num_layers, criterion

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.base import Healing, PruningCallback
 from prunelight.planning.plan import Plan
 from prunelight.planning.slice_widths import uniform_width
 from prunelight.planning.steps import SliceHidden, Sparsify
@@ -127,7 +127,7 @@ class SliceGPT(SlicingCallback):
         seed: int = 0,
         export_remote_code: bool = False,
         offload_activations: bool = False,
-        heal: Literal["none", "linear", "layer"] = "none",
+        heal: Healing = "none",
     ) -> None:
         check_slice_target(slice_ratio, parameter_ratio, round_to)
         if signal != "auto":

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.cka import CKA
 from prunelight.calibration.windows import Windows, check_ignored
-from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.base import Healing, PruningCallback
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.removable import removable_layers
 from prunelight.planning.layer_choice import (
@@ -97,7 +97,7 @@ class SlidingLayerMerging(PruningCallback):
         protected: list[int] | None = None,
         offload_activations: bool = False,
         search: Literal["swaps", "sliding"] | None = None,
-        heal: Literal["none", "linear", "layer"] = "none",
+        heal: Healing = "none",
     ) -> None:
         if [num_layers, ratio, threshold].count(None) != 2:
             raise ValueError(

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
+from prunelight.callbacks.base import Healing
 from prunelight.callbacks.recovery.gradual_zeros import GradualZeros
 from prunelight.models.families.config_fields import check_reloadable
 from prunelight.models.families.layers import decoder_layers, layers_path
@@ -147,7 +148,7 @@ class WeightPruning(GradualZeros):
         strict: bool = False,
         offload_activations: bool = False,
         statistic: Statistic = "median",
-        heal: Literal["none", "linear", "layer"] = "none",
+        heal: Healing = "none",
         alps: ALPS = ALPS(),  # noqa: B008 (frozen)
         swaps: int = 0,
     ) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.base import Healing, PruningCallback
 from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import layer_matrices
@@ -127,7 +127,7 @@ class WidthPruning(PruningCallback):
         alpha: float | None = None,
         skip_first: int = 0,
         skip_last: int = 0,
-        heal: Literal["none", "linear", "layer"] = "none",
+        heal: Healing = "none",
     ) -> None:
         pairs = (
             ("neuron_ratio", neuron_ratio, "intermediate_size", intermediate_size),

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from prunelight.commands.plan import show_decisions
-from prunelight.commands.running import VerbParser, run_verb
+from prunelight.commands.running import VerbParser, add_place, add_trust, run_verb
 from prunelight.planner.applying import apply_to_saved, calibration_for
 from prunelight.planner.making import read_plan
 from prunelight.planner.settings import CalibrationSettings
@@ -68,8 +68,7 @@ def _parser() -> VerbParser:
     add("model", type=str, help="Hub id, directory, GGUF file or bundled name of the model.")
     add("plan", type=str, help="File of the plan.")
     add("--out", type=str, required=True, help="New directory of the pruned model.")
-    add("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16.")
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+    add_place(parser)
     add(
         "--strict",
         type=bool,
@@ -77,11 +76,6 @@ def _parser() -> VerbParser:
         help="Require the very weights that the plan was made for; false takes a fine-tuned model "
         "of the same shape too.",
     )
-    add(
-        "--trust_remote_code",
-        type=bool,
-        default=False,
-        help="Run Python code that comes with the model; only of authors whom you trust.",
-    )
+    add_trust(parser)
     parser.add_class_arguments(CalibrationSettings, "data")
     return parser

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from jsonargparse import Namespace
 from rich.console import Console
 
-from prunelight.commands.running import VerbParser, run_verb
+from prunelight.commands.running import VerbParser, add_place, add_trust, run_verb
 from prunelight.evaluation.saved.evaluate import evaluate_saved, out_folder
 from prunelight.evaluation.saved.record import FILE
 from prunelight.evaluation.saved.settings import EvaluationSettings
@@ -162,14 +162,8 @@ def _parser() -> VerbParser:
         default=None,
         help="Windows, or questions, of a forward; by default about 1024 tokens of windows.",
     )
-    add("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16.")
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
-    add(
-        "--trust_remote_code",
-        type=bool,
-        default=False,
-        help="Run Python code that comes with the models; only of authors whom you trust.",
-    )
+    add_place(parser)
+    add_trust(parser)
     add(
         "--out",
         type=str | None,

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prunelight.commands.running import VerbParser, run_verb
+from prunelight.commands.running import VerbParser, add_place, add_trust, run_verb
 from prunelight.comparison.methods import known_methods, method_class
 from prunelight.planner.counting import size_by_config
 from prunelight.planner.making import (
@@ -46,19 +46,19 @@ def main(arguments: Sequence[str]) -> None:
         return
     given = flat_arguments(arguments)
     name = _method_name(given)
-    made: MethodClass | None = None
+    method_type: MethodClass | None = None
     if name is not None:
         try:
-            made = method_class(name)
+            method_type = method_class(name)
         except ValueError as error:
             _parser(None).error(str(error))
-    parser = _parser(made)
-    if made is None:
+    parser = _parser(method_type)
+    if method_type is None:
         if not {"-h", "--help"} & {*given}:
             parser.error(f"method is missing; name one of {', '.join(known_methods())}")
         parser.parse_args(given)
         return
-    run_verb(parser, given, partial(_plan, parser, made, given))
+    run_verb(parser, given, partial(_plan, parser, method_type, given))
 
 
 def flat_arguments(arguments: Sequence[str]) -> list[str]:
@@ -68,7 +68,7 @@ def flat_arguments(arguments: Sequence[str]) -> list[str]:
     """
     prefix = re.compile(r"^--method\.(class_path(?=$|=)|init_args\.)?")
     return [
-        prefix.sub(lambda found: "--method" if found[1] == "class_path" else "--", argument)
+        prefix.sub(lambda match: "--method" if match[1] == "class_path" else "--", argument)
         for argument in arguments
     ]
 
@@ -90,10 +90,10 @@ def show_decisions(title: str, rows: Mapping[str, str]) -> None:
 
 
 def _plan(
-    parser: VerbParser, made: MethodClass, arguments: Sequence[str], given: Namespace
+    parser: VerbParser, method_type: MethodClass, arguments: Sequence[str], given: Namespace
 ) -> None:
     values = parser.instantiate(given)
-    out, method = _checked(values, made)
+    out, method = _checked(values, method_type)
     make = partial(_of_scores, arguments) if is_scores(values.model) else _of_model
     plan, size = make(values, method)
     write_plan(plan, out)
@@ -122,9 +122,11 @@ def _of_scores(arguments: Sequence[str], values: Namespace, method: Any) -> tupl
     return plan_of_scores(method, directory, trust=values.trust_remote_code)
 
 
-def _checked(values: Namespace, made: MethodClass) -> tuple[Path, Any]:
+def _checked(values: Namespace, method_type: MethodClass) -> tuple[Path, Any]:
     """Return the file of the plan and the method, both checked."""
-    method = make_method(made, {name: values[name] for name in signature(made).parameters})
+    method = make_method(
+        method_type, {name: values[name] for name in signature(method_type).parameters}
+    )
     out = Path(values.out).expanduser()
     check_plan_file(out)
     return out, method
@@ -165,7 +167,7 @@ def _method_name(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _parser(made: MethodClass | None) -> VerbParser:
+def _parser(method_type: MethodClass | None) -> VerbParser:
     parser = VerbParser(
         prog="prunelight plan",
         description="Make the plan of a method for a model, without training. `plan show FILE` "
@@ -175,12 +177,11 @@ def _parser(made: MethodClass | None) -> VerbParser:
     add("model", type=str, help="The model, as for evaluate; or scores of prunelight score.")
     add("--method", type=str, help=f"One of {', '.join(known_methods())}, or a class of yours.")
     add("--out", type=str, default="plan.json", help="File of the plan; plan.json by default.")
-    add("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16.")
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
-    _add_trust(parser)
+    add_place(parser)
+    add_trust(parser)
     parser.add_class_arguments(CalibrationSettings, "data")
-    if made is not None:
-        parser.add_class_arguments(made, None)
+    if method_type is not None:
+        parser.add_class_arguments(method_type, None)
     return parser
 
 
@@ -201,12 +202,6 @@ def _diff_parser() -> VerbParser:
 
 def _add_model(parser: VerbParser) -> None:
     add: Any = parser.add_argument
-    told = "The model of the plan, to count parameters; no weight is read."
-    add("--model", type=str | None, default=None, help=told)
-    _add_trust(parser)
-
-
-def _add_trust(parser: VerbParser) -> None:
-    add: Any = parser.add_argument
-    told = "Run Python code that comes with the model; only of authors whom you trust."
-    add("--trust_remote_code", type=bool, default=False, help=told)
+    help_text = "The model of the plan, to count parameters; no weight is read."
+    add("--model", type=str | None, default=None, help=help_text)
+    add_trust(parser)

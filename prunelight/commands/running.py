@@ -53,3 +53,21 @@ def run_verb(
         if os.environ.get("PRUNELIGHT_TRACEBACK") or ours is None:
             raise
         sys.exit(f"prunelight: error: {ours}")
+
+
+def add_place(parser: VerbParser) -> None:
+    """Add the options that say how weights are stored and where a model computes."""
+    add: Any = parser.add_argument
+    add("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16.")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+
+
+def add_trust(parser: VerbParser) -> None:
+    """Add the option that allows code of a model's authors."""
+    add: Any = parser.add_argument
+    add(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="Run Python code that comes with the model; only of authors whom you trust.",
+    )

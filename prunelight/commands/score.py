@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from prunelight.commands.plan import show_rows
-from prunelight.commands.running import VerbParser, run_verb
+from prunelight.commands.running import VerbParser, add_place, add_trust, run_verb
 from prunelight.planner.scoring import CHEAP, SCORERS, score_to_directory
 from prunelight.planner.settings import CalibrationSettings
 
@@ -17,19 +17,19 @@ from prunelight.planner.settings import CalibrationSettings
 def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
     parser = _parser()
-    run_verb(parser, arguments, lambda given: _score(parser.instantiate(given)))
+    run_verb(parser, arguments, lambda values: _score(parser.instantiate(values)))
 
 
-def _score(given: Namespace) -> None:
-    out = Path(given.out).expanduser()
+def _score(values: Namespace) -> None:
+    out = Path(values.out).expanduser()
     scores = score_to_directory(
-        given.model,
+        values.model,
         out,
-        given.data,
-        scores=given.scores,
-        dtype=given.dtype,
-        device=given.device,
-        trust=given.trust_remote_code,
+        values.data,
+        scores=values.scores,
+        dtype=values.dtype,
+        device=values.device,
+        trust=values.trust_remote_code,
     )
     rows = [(name, f"{seconds:.1f} s") for name, seconds in scores.seconds.items()]
     rows += [(name, f"left out: {reason}") for name, reason in scores.left_out.items()]
@@ -52,13 +52,7 @@ def _parser() -> VerbParser:
         default=CHEAP,
         help=f"Which: {', '.join(SCORERS)}; by default all but taylor, which needs gradients.",
     )
-    add("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16.")
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
-    add(
-        "--trust_remote_code",
-        type=bool,
-        default=False,
-        help="Run Python code that comes with the model; only of authors whom you trust.",
-    )
+    add_place(parser)
+    add_trust(parser)
     parser.add_class_arguments(CalibrationSettings, "data")
     return parser

@@ -94,9 +94,7 @@ class DataSettings:
         )
         for name, source in self.texts.items():
             checked_value(f"data.texts.{name}", source, str, NOT_EMPTY)
-        given = [self.calibration] if isinstance(self.calibration, str) else self.calibration
-        for source in given:
-            check_source(source)
+        check_sources(self.calibration)
         for source in self.texts.values():
             check_source(source, split="test")
 
@@ -338,6 +336,12 @@ class ComparisonSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
         return asdict(self)
+
+
+def check_sources(sources: str | list[str]) -> None:
+    """Check one source or several, as `check_source` does."""
+    for source in [sources] if isinstance(sources, str) else sources:
+        check_source(source)
 
 
 def check_source(source: str, *, split: str = "train") -> None:

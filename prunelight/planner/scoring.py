@@ -65,9 +65,9 @@ def _weights(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
     summaries: list[WeightScore] = ["median", "mean", "outlier_ratio"]
     for by_matrix in (False, True):
         start = time.perf_counter()
-        found = weight_summaries(model, windows, summaries, by_matrix=by_matrix)
-        each = (time.perf_counter() - start) / len(found)
-        for name, scores in found.items():
+        by_summary = weight_summaries(model, windows, summaries, by_matrix=by_matrix)
+        each = (time.perf_counter() - start) / len(by_summary)
+        for name, scores in by_summary.items():
             memory.keep(weight_scores, scores, each, model, windows, name, by_matrix=by_matrix)
 
 
@@ -202,6 +202,6 @@ def score_to_directory(
     check_new(out)
     model, tokenizer = load(name, dtype=dtype, trust_remote_code=trust)
     windows = data.windows(model, tokenizer)
-    found = score_model(model, windows, scores=scores, device=place)
-    write_scores(found, model, out)
-    return found
+    computed = score_model(model, windows, scores=scores, device=place)
+    write_scores(computed, model, out)
+    return computed

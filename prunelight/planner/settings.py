@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.calibration.windows import Windows, check_windows
-from prunelight.comparison.settings import check_source
+from prunelight.comparison.settings import check_sources
 from prunelight.data.token_windows import Bos
 from prunelight.runtime.arguments import NOT_EMPTY, SEED, at_least, check_fields
 from prunelight.training.text_datamodule import TextDataModule
@@ -48,9 +48,7 @@ class CalibrationSettings:
             text_field=NOT_EMPTY,
             seed=SEED,
         )
-        given = [self.calibration] if isinstance(self.calibration, str) else self.calibration
-        for source in given:
-            check_source(source)
+        check_sources(self.calibration)
 
     def windows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Windows:
         """Return the windows, as a fit draws them.
