@@ -39,6 +39,7 @@ from prunelight.callbacks import (
     ShortenedLlama,
     ShortGPT,
     SlidingLayerMerging,
+    WeightPruning,
     WidthPruning,
 )
 from prunelight.evaluation.perplexity import evaluate
@@ -57,6 +58,9 @@ MORE = {
     "FLAP": lambda: WidthPruning(
         0.25, 0.25, score="fluctuation", multiple=8, correction="bias", allocation="flap"
     ),
+    "ShortGPT, healed": lambda: ShortGPT(num_layers=2, heal="linear"),
+    "ShortGPT, layers trained": lambda: ShortGPT(num_layers=2, heal="layer"),
+    "Wanda, swapped": lambda: WeightPruning(0.5, swaps=2),
 }
 MAKERS = {**{name: method.make for name, method in METHODS.items()}, **MORE}
 UNEVEN = {
