@@ -69,9 +69,10 @@ MOVED: dict[str, dict[str, str]] = {
             "micro_batches next_token_labels split_windows"
         ),
         "models.forward": (
-            "Visit evaluating hidden_name=hidden_states_argument replaced_forward "
+            "Visit evaluating hidden_name=hidden_states_argument "
             "run_layers=forward_without_head watching_layers"
         ),
+        "models.placement": "replaced_forward",
     },
     "callbacks.base": {
         "training.trainer": "pruning_callbacks=pruning_methods",
@@ -140,7 +141,7 @@ MOVED: dict[str, dict[str, str]] = {
         "models.forward": "greedy_tokens",
         "models.sizes": "linear_sparsity",
         "evaluation.stages": "measure_stage new_record",
-        "models.placement": "place_for=device_with_room to_device where_it_fits=move_if_it_fits",
+        "models.placement": "place_for=device_for to_device where_it_fits=move_if_it_fits",
     },
     "files": {
         "runtime.files.atomic_files": (

@@ -31,7 +31,13 @@ from prunelight.models.forward import (
     evaluating,
     forward_without_head,
     hidden_states_argument,
+)
+from prunelight.models.placement import (
+    compute_device,
+    layers_arriving,
+    on_device,
     replaced_forward,
+    rest_on_device,
 )
 from prunelight.runtime.progress import show_progress
 
@@ -51,13 +57,16 @@ class LayerWalk:
 
     Attributes:
         states: hidden states (B, T, D) of each micro-batch before the current layer.
+        device: on which layers compute.
+        home: device of the model outside the walk.
         masks: attention mask (B, T) of each micro-batch, bool, or None without padding.
         group: the processes that share the windows; states and masks are of this rank's windows.
 
     Args:
         model: on any device; its mode, cache setting and device are restored on exit.
         windows: token ids (N, T), or a mapping of these and an attention_mask.
-        device: device on which the layers compute; None takes the model's device.
+        device: device on which the layers compute; None takes `compute_device` of the model.
+            Embeddings, last norm and head are there too during the walk.
         offload: keep the states on the CPU.
         label: name of the progress bar.
 
@@ -84,7 +93,8 @@ class LayerWalk:
             )
         self.model, self.windows, self.label = model, windows, label
         self.group = group_of(windows)
-        self.device = device or model.device
+        self.device = device or compute_device(model)
+        self.home = model.device
         self.store = torch.device("cpu") if offload else self.device
         self.states: list[Tensor] = []
         self.masks: list[Tensor | None] = []
@@ -97,9 +107,12 @@ class LayerWalk:
     def __enter__(self) -> LayerWalk:
         """Record how the model calls its layers, and the states before the first layer."""
         with ExitStack() as stack:
-            stack.enter_context(evaluating(self.model))
+            stack.enter_context(evaluating(self.model, at_home=True))
             stack.enter_context(without_rescaling(self.model))
-            self._rests = self._check_replay()
+            stack.enter_context(rest_on_device(self.model, self.device))
+            rests = self._check_by_stand_ins() if self.device != self.home else None
+            with layers_arriving(self.model, self.device):
+                self._rests = self._check_replay() if rests is None else rests
             for batch in micro_batches(self.model, self.windows):
                 mask = batch.get("attention_mask")
                 state, calls = _record_calls(self.model, batch, self._rests)
@@ -124,20 +137,8 @@ class LayerWalk:
         shown = show_progress(layers, self.label, unit="layers", quiet=quiet)
         for index, layer in enumerate(shown):
             self._index, self._layer = index, layer
-            with self.placed(layer):
+            with on_device(layer.modules(), self.device):
                 yield index, layer
-
-    @contextmanager
-    def placed(self, layer: nn.Module) -> Iterator[None]:
-        """Keep a layer on the compute device inside; move it back on exit."""
-        home = self.model.device
-        try:
-            if home != self.device:
-                layer.to(self.device)
-            yield
-        finally:
-            if home != self.device:
-                layer.to(home)
 
     def forward(self, batch: int) -> Tensor:
         """Return the current layer's output for a micro-batch, (B, T, D) on the compute device."""
@@ -160,9 +161,9 @@ class LayerWalk:
 
         Returns:
             Hidden states after the final norm (B, T, D), or with `head` logits (B, T, V), on the
-            model's device.
+            compute device.
         """
-        state = state.to(self.model.device)
+        state = state.to(self.device)
         ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
 
         def stand_in(rest: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
@@ -193,6 +194,39 @@ class LayerWalk:
     def counted(self) -> int:
         """Return how many tokens of all ranks' windows are no padding."""
         return int(self.group.totals(sum(int(mask.sum()) for mask in self.positions()))[0])
+
+    def _check_by_stand_ins(self) -> list[tuple[Any, ...] | None] | None:
+        """Check, without a forward of all layers, that the model only hands on hidden states.
+
+        `_check_replay` brings each layer to the device three times. Here stand-ins return numbers
+        that are drawn: each layer must get what the one before it returned, and whatever is handed
+        on, all must get the same other arguments.
+
+        Returns:
+            None for each layer, as each returns a tensor; or None, if a kind of layer returns more.
+
+        Raises:
+            TypeError: if the model does more between its layers.
+        """
+        batch = next(micro_batches(self.model, self.windows))
+        batch = {"input_ids": batch["input_ids"][:1, :_PROBE_TOKENS]}
+        layers = decoder_layers(self.model)
+        rests: list[tuple[Any, ...] | None] = [None] * len(layers)
+        try:
+            state, calls = _record_calls(self.model, batch, rests)
+        except (TypeError, ValueError, IndexError):  # it unpacks what a layer returns
+            return None
+        kinds = {type(layer): index for index, layer in enumerate(layers)}
+        for index in kinds.values():
+            args, kwargs = calls[index]
+            with on_device(layers[index].modules(), self.device):
+                if not isinstance(layers[index](state, *args, **kwargs), Tensor):
+                    return None
+        drawn = torch.randn(state.shape, generator=torch.Generator().manual_seed(0)).to(state)
+        for index, faithful in enumerate(_handed_on(self.model, batch, drawn, calls)):
+            if not faithful:
+                raise TypeError(_not_alone(self.model, index))
+        return rests
 
     def _check_replay(self) -> list[tuple[Any, ...] | None]:
         """Compare a replay of a few tokens, layer by layer, with the model's own forward.
@@ -228,12 +262,59 @@ class LayerWalk:
             difference = (state.float() - outputs[index].float()).norm(dim=-1)
             # NaN passes here; the statistics report it.
             if bool((difference > 1e-2 * outputs[index].float().norm(dim=-1)).any()):
-                raise TypeError(
-                    f"decoder layer {index} of {self.model.config.model_type} cannot be run on its "
-                    "own: the model does more between its layers than hand on hidden states; "
-                    "methods that go layer by layer do not support it"
-                )
+                raise TypeError(_not_alone(self.model, index))
         return rests
+
+
+def _not_alone(model: PreTrainedModel, index: int) -> str:
+    return (
+        f"decoder layer {index} of {model.config.model_type} cannot be run on its own: the model "
+        "does more between its layers than hand on hidden states; methods that go layer by layer "
+        "do not support it"
+    )
+
+
+def _handed_on(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], drawn: Tensor, calls: Sequence[Call]
+) -> list[bool]:
+    """Return for each layer whether it gets what the layer before it returned, and nothing new.
+
+    Args:
+        model: none of its layers runs; layer i returns `drawn` times i + 1.
+        batch: arguments of the model.
+        drawn: of the shape of the hidden states.
+        calls: other arguments of each layer when the layers return their inputs.
+    """
+    names = [hidden_states_argument(layer) for layer in decoder_layers(model)]
+    faithful: list[bool] = []
+
+    def stand_in(index: int, *args: Any, **kwargs: Any) -> Tensor:
+        state = args[0] if args else kwargs.pop(names[index])
+        others = (args[1:], kwargs)
+        same = index == 0 or torch.equal(state, drawn * index)
+        faithful.append(same and _equal(others, calls[index]))
+        return drawn * (index + 1)
+
+    with _replaced_layers(model, [partial(stand_in, index) for index in range(len(names))]):
+        forward_without_head(model, batch)
+    return faithful
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Return whether two arguments are equal; of what is no number, tensor or list, the kind."""
+    if isinstance(first, Tensor):
+        return (
+            isinstance(second, Tensor)
+            and first.shape == second.shape
+            and torch.equal(first, second)
+        )
+    if isinstance(first, (tuple, list)):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(
+            _equal(value, second[key]) for key, value in first.items()
+        )
+    return type(first) is type(second)
 
 
 def _record_calls(

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from prunelight.commands.plan import show_decisions
-from prunelight.commands.running import VerbParser, add_place, add_trust, run_verb
+from prunelight.commands.running import VerbParser, add_offload, add_place, add_trust, run_verb
 from prunelight.planner.applying import apply_to_saved, calibration_for
 from prunelight.planner.making import read_plan
 from prunelight.planner.settings import CalibrationSettings
@@ -51,6 +51,7 @@ def _apply(values: Namespace, given: set[str]) -> None:
         calibration_for(plan, values.data, given) if given else None,
         dtype=values.dtype,
         device=values.device,
+        offload=values.offload,
         strict=values.strict,
         trust_remote_code=values.trust_remote_code,
     )
@@ -69,6 +70,7 @@ def _parser() -> VerbParser:
     add("plan", type=str, help="File of the plan.")
     add("--out", type=str, required=True, help="New directory of the pruned model.")
     add_place(parser)
+    add_offload(parser)
     add(
         "--strict",
         type=bool,

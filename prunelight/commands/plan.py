@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prunelight.commands.running import VerbParser, add_place, add_trust, run_verb
+from prunelight.commands.running import VerbParser, add_offload, add_place, add_trust, run_verb
 from prunelight.comparison.methods import known_methods, method_class
 from prunelight.planner.counting import size_by_config
 from prunelight.planner.making import (
@@ -107,13 +107,14 @@ def _of_model(values: Namespace, method: Any) -> tuple[Any, Any]:
         values.data,
         dtype=values.dtype,
         device=values.device,
+        offload=values.offload,
         trust=values.trust_remote_code,
     )
 
 
 def _of_scores(arguments: Sequence[str], values: Namespace, method: Any) -> tuple[Any, Any]:
     for option in (text.partition("=")[0].removeprefix("--") for text in arguments):
-        if option.partition(".")[0] in ("data", "dtype", "device"):
+        if option.partition(".")[0] in ("data", "dtype", "device", "offload"):
             raise ValueError(
                 f"{option} has no effect with scores, whose windows were read and whose model ran "
                 "before; leave it out, or score again"
@@ -178,6 +179,7 @@ def _parser(method_type: MethodClass | None) -> VerbParser:
     add("--method", type=str, help=f"One of {', '.join(known_methods())}, or a class of yours.")
     add("--out", type=str, default="plan.json", help="File of the plan; plan.json by default.")
     add_place(parser)
+    add_offload(parser)
     add_trust(parser)
     parser.add_class_arguments(CalibrationSettings, "data")
     if method_type is not None:

@@ -62,6 +62,18 @@ def add_place(parser: VerbParser) -> None:
     add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
 
 
+def add_offload(parser: VerbParser) -> None:
+    """Add the option that keeps a model off the device, whose layers then go there one by one."""
+    add: Any = parser.add_argument
+    add(
+        "--offload",
+        type=bool,
+        default=False,
+        help="Keep the model off the device, with one layer there at a time; a model that does "
+        "not fit is treated so anyway.",
+    )
+
+
 def add_trust(parser: VerbParser) -> None:
     """Add the option that allows code of a model's authors."""
     add: Any = parser.add_argument

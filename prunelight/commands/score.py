@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from prunelight.commands.plan import show_rows
-from prunelight.commands.running import VerbParser, add_place, add_trust, run_verb
+from prunelight.commands.running import VerbParser, add_offload, add_place, add_trust, run_verb
 from prunelight.planner.scoring import CHEAP, SCORERS, score_to_directory
 from prunelight.planner.settings import CalibrationSettings
 
@@ -29,6 +29,7 @@ def _score(values: Namespace) -> None:
         scores=values.scores,
         dtype=values.dtype,
         device=values.device,
+        offload=values.offload,
         trust=values.trust_remote_code,
     )
     rows = [(name, f"{seconds:.1f} s") for name, seconds in scores.seconds.items()]
@@ -53,6 +54,7 @@ def _parser() -> VerbParser:
         help=f"Which: {', '.join(SCORERS)}; by default all but taylor, which needs gradients.",
     )
     add_place(parser)
+    add_offload(parser)
     add_trust(parser)
     parser.add_class_arguments(CalibrationSettings, "data")
     return parser

@@ -21,6 +21,7 @@ from prunelight.evaluation.speed import (
     measure_latency,
 )
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.placement import compute_device
 from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count, zero_share
 from prunelight.planning.fingerprints import library_versions, without_folders
 from prunelight.runtime.devices import device_name
@@ -139,7 +140,7 @@ def new_record(
     """Start the record of a run from the dense model, before anything is measured."""
     return RunRecord(
         model=without_folders(name),
-        device=device_name(model.device),
+        device=device_name(compute_device(model)),
         dtype=str(model.dtype).removeprefix("torch."),
         fingerprint=fingerprint,
         checkpoint_bytes=parameter_bytes(model),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from prunelight.models.families.config_fields import decoder_config
 from prunelight.models.families.layers import decoder_layers, first_tensor
 from prunelight.models.families.rwkv import restore_rwkv_scale
+from prunelight.models.placement import streaming
 
 # Called as visit(layer index, input (B, T, D), output (B, T, D)).
 Visit: TypeAlias = Callable[[int, Tensor, Tensor], None]
@@ -29,8 +30,13 @@ _SIDE_OUTPUTS = ("use_cache", "output_router_logits")
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in eval mode, without gradients, cache and router logits; undo all on exit."""
+def evaluating(model: PreTrainedModel, *, at_home: bool = False) -> Iterator[None]:
+    """Put the model in eval mode, without gradients, cache and router logits; undo all on exit.
+
+    Args:
+        model: a streamed one computes on its device inside, see `models/placement.py`.
+        at_home: it computes where its weights are instead, as gradients of all layers need.
+    """
     training = {module: module.training for module in model.modules()}
     # A multimodal model asks the config of its text decoder.
     configs = {id(c): c for c in (model.config, decoder_config(model.config))}.values()
@@ -40,7 +46,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.eval()
         for config, name, _ in settings:
             setattr(config, name, False)
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if at_home else streaming(model):
             yield
     finally:
         for module, mode in training.items():
@@ -62,22 +68,6 @@ def watching_layers(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def replaced_forward(
-    module: nn.Module, forward: Callable[..., Any]
-) -> Iterator[Callable[..., Any]]:
-    """Replace the forward of a module; yield the original forward, and restore it on exit."""
-    original = module.forward
-    on_instance = vars(module).get("forward")  # accelerate sets a forward on the instance
-    module.forward = forward
-    try:
-        yield original
-    finally:
-        del module.forward
-        if on_instance is not None:
-            module.forward = on_instance
 
 
 def hidden_states_argument(layer: nn.Module) -> str:

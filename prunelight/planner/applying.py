@@ -40,6 +40,7 @@ def apply_to_saved(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    offload: bool = False,
     strict: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[SavedModel, Size]:
@@ -52,6 +53,7 @@ def apply_to_saved(
         data: what steps look at that fit weights, or choose zeros; None without data.
         dtype: of the weights.
         device: where layers compute; auto takes a GPU if there is one.
+        offload: keep it off the device, with one layer there at a time, even if it fits.
         strict: require the very weights that the plan was made for.
         trust_remote_code: run Python code that comes with the model.
 
@@ -71,7 +73,7 @@ def apply_to_saved(
     size = planned_size(model, plan)
     check_room(out, size.bytes_after)
     windows = None if data is None else _windows(plan, data, model, tokenizer)
-    model = move_if_it_fits(model, place)
+    model = move_if_it_fits(model, place, offload=offload)
     fault = generation_fault(model)
     model = apply(model, plan, windows, strict=strict, device=place)
     with explaining_write_errors(out):

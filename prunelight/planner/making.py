@@ -46,6 +46,7 @@ def plan_of_model(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    offload: bool = False,
     trust: bool = False,
 ) -> tuple[Plan, Size]:
     """Return the plan that a run would make with the same data, and the sizes before and after.
@@ -55,7 +56,8 @@ def plan_of_model(
         name: of the dense model, what `load` takes.
         data: what the method looks at.
         dtype: of the weights.
-        device: where the model computes, if it fits there; auto takes a GPU if there is one.
+        device: where the model computes; auto takes a GPU if there is one.
+        offload: keep it off the device, with one layer there at a time, even if it fits.
         trust: run Python code that comes with the model.
 
     Raises:
@@ -67,7 +69,7 @@ def plan_of_model(
     windows = data.windows(model, tokenizer)
     method.check_calibration(model, windows)
     method.device = place
-    plan = method.plan(move_if_it_fits(model, place), windows)
+    plan = method.plan(move_if_it_fits(model, place, offload=offload), windows)
     return plan, planned_size(model, plan)
 
 

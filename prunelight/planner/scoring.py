@@ -139,14 +139,16 @@ def score_model(
     *,
     scores: Collection[str] = CHEAP,
     device: torch.device,
+    offload: bool = False,
 ) -> Scores:
     """Return the scores of a model; the model is unchanged.
 
     Args:
-        model: it is moved to the device where it fits.
+        model: it is moved to the device if it fits.
         windows: calibration windows.
         scores: names of `SCORERS`. One that the family does not have is left out, and named.
         device: where the model computes.
+        offload: keep it off the device, with one layer there at a time, even if it fits.
 
     Raises:
         ValueError: if a name is unknown, the windows do not fit, or a state is NaN or Inf.
@@ -155,7 +157,7 @@ def score_model(
     check_weights(model)
     check_windows(model, windows)
     windows = windows_like(windows)
-    model = move_if_it_fits(model, device)
+    model = move_if_it_fits(model, device, offload=offload)
     left_out: dict[str, str] = {}
     seconds: dict[str, float] = {}
     with remembering_scores(Memory()) as memory:
@@ -179,6 +181,7 @@ def score_to_directory(
     scores: Collection[str] = CHEAP,
     dtype: str = "auto",
     device: str = "auto",
+    offload: bool = False,
     trust: bool = False,
 ) -> Scores:
     """Score a model by name, write the scores to a new directory, and return them.
@@ -189,7 +192,8 @@ def score_to_directory(
         data: what the model reads.
         scores: names of `SCORERS`.
         dtype: of the weights.
-        device: where the model computes, if it fits there; auto takes a GPU if there is one.
+        device: where the model computes; auto takes a GPU if there is one.
+        offload: keep it off the device, with one layer there at a time, even if it fits.
         trust: run Python code that comes with the model.
 
     Raises:
@@ -202,6 +206,6 @@ def score_to_directory(
     check_new(out)
     model, tokenizer = load(name, dtype=dtype, trust_remote_code=trust)
     windows = data.windows(model, tokenizer)
-    computed = score_model(model, windows, scores=scores, device=place)
+    computed = score_model(model, windows, scores=scores, device=place, offload=offload)
     write_scores(computed, model, out)
     return computed

@@ -28,7 +28,7 @@ from prunelight.evaluation.speed import Architecture, forward_seconds
 from prunelight.evaluation.stages import new_record
 from prunelight.models.families.own_classes.registration import code_file
 from prunelight.models.loading import DTYPES, check_hub, find_source, load_config
-from prunelight.models.placement import device_with_room, move_if_it_fits, to_device
+from prunelight.models.placement import device_for, move_if_it_fits
 from prunelight.models.saving import SavedModel, check_replaceable, generation_fault, save
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of
 from prunelight.planning.plan import Plan
@@ -183,7 +183,7 @@ def _reuse_base(facts: Facts, base: Base, record: RunRecord) -> None:
     log.info("reusing %s: same model, arguments and calibration", base.directory)
     record.costs = [replace(cost, reused=True) for cost in record.costs]
     now = group.run_on_rank_zero(partial(describe_evaluation, run))
-    place = device_with_room(facts.model, run.place.device)
+    place = device_for(facts.model, run.place.device)
     device = group.run_on_rank_zero(lambda: device_name(place))
     changed = changed_examinations(record.evaluation, now)
     if not measures_the_same(record.evaluation, now) or record.device != device:
@@ -208,7 +208,7 @@ def _measure_base(facts: Facts, base: Base, record: RunRecord, measure: MeasureS
     for number in range(len(stages)):
         told = collapse_warnings(stages[: number + 1])
         record.warnings = [text for text in record.warnings if text not in told]
-    model = to_device(facts.model, device_with_room(facts.model, run.place.device))
+    model = move_if_it_fits(facts.model, run.place.device)
     record.stages = []
     for stage in stages:
         if stage.name == "pruned":

@@ -49,7 +49,7 @@ def saliencies(
 
     total, group = 0, group_of(windows)
     try:
-        with evaluating(model), ExitStack() as hooks:
+        with evaluating(model, at_home=True), ExitStack() as hooks:
             for parameter in flags:
                 parameter.grad = None
                 parameter.requires_grad_(id(parameter) in names)

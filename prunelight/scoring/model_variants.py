@@ -22,6 +22,7 @@ from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.placement import on_device
 from prunelight.planning.sliding_search import BudgetExceededError, Groups
 from prunelight.runtime.progress import Bar
 from prunelight.scoring.remembered import remembered
@@ -136,7 +137,7 @@ class VariantReplay:
             return self.inputs[start]
         if not layers or layers[0].layer is self._first:
             return self._embeddings
-        return [norm(state.to(self.walk.model.device)) for state in self._embeddings]
+        return [norm(state.to(self.walk.device)) for state in self._embeddings]
 
     def _extend(self) -> None:
         """Run the present variant's layers from the last known input on, and keep their outputs."""
@@ -150,7 +151,7 @@ class VariantReplay:
         self.layer_forwards += 1
         self._bar.update()
         layer, index = variant_layer.layer, variant_layer.index
-        with self.walk.placed(layer):
+        with on_device(layer.modules(), self.walk.device):
             return [
                 self.walk.call(layer, index, batch, state) for batch, state in enumerate(states)
             ]

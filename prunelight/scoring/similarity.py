@@ -55,7 +55,7 @@ def similarity_to(
             constant ("cka").
     """
     check_choice("criterion", criterion, CRITERIA)
-    counted = [mask.to(walk.model.device) for mask in walk.positions(ignore_first_tokens)]
+    counted = [mask.to(walk.device) for mask in walk.positions(ignore_first_tokens)]
     if not _total(walk, counted):
         raise ValueError(f"ignore_first_tokens={ignore_first_tokens} leaves no token to count")
     make = {
@@ -131,7 +131,7 @@ def _cka(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -
 
 
 def _nll(walk: LayerWalk, states: Sequence[Tensor], counted: Sequence[Tensor]) -> Similarity:
-    ids = split_windows(own_windows(walk.windows))[0].to(walk.model.device)
+    ids = split_windows(own_windows(walk.windows))[0].to(walk.device)
     # Position t predicts token t + 1: both must count.
     predicted = [pad(mask[:, :-1] & mask[:, 1:], (1, 0)) for mask in counted]
     labels = ids.masked_fill(~torch.cat(predicted), IGNORED_LABEL)

@@ -86,23 +86,6 @@ def test_place_and_offloading_change_nothing(device, offload):
     assert {p.device for p in model.parameters()} == {torch.device("cpu")}
 
 
-def test_a_layer_moves_to_the_compute_device_and_back_home_on_errors_too():
-    model, moves = tiny_model(), []
-    for index, layer in enumerate(decoder_layers(model)):
-        layer.to = lambda device, index=index: moves.append((index, str(device)))
-
-    def act():
-        with LayerWalk(model, WINDOWS, device=torch.device("cpu:0")) as walk:
-            for index, _ in walk.layers():
-                if index == 1:
-                    raise KeyError("broken")
-                walk.advance()
-
-    with pytest.raises(KeyError):
-        act()
-    assert moves == [(0, "cpu:0"), (0, "cpu"), (1, "cpu:0"), (1, "cpu")]
-
-
 def test_a_walk_may_stop_before_the_end_and_start_anew():
     model = lively_model()
     with LayerWalk(model, WINDOWS) as walk:
@@ -148,7 +131,7 @@ def test_the_model_is_restored_whatever_happens(family, fault):
     weights, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
 
     def act():
-        with LayerWalk(model, windows, device=torch.device("cpu:0")) as walk:
+        with LayerWalk(model, windows) as walk:
             for index, _ in walk.layers():
                 assert not torch.is_grad_enabled()
                 if fault == "body" and index == 3:

@@ -77,7 +77,7 @@ class Matrix:
         Args:
             stored: a tensor of the weight's stored shape, to view instead of the weight.
         """
-        data = self.parameter.data if stored is None else stored
+        data = self.parameter.detach() if stored is None else stored
         parts = [data] if self.experts is None else list(data.unflatten(0, (self.experts, -1)))
         if data.ndim == 3:
             parts = list(data)

@@ -26,6 +26,7 @@ from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.shared_windows import group_of, share_windows
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.placement import on_device
 from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.healing.ends import dense_ends
 from prunelight.pruning.healing.error_sums import ErrorSums
@@ -303,7 +304,7 @@ class _Variants:
         positions = self._walk.positions()
         module = self._layers[layer]
         self._forwards += 1
-        with self._walk.placed(module):
+        with on_device(module.modules(), self._walk.device):
             for batch, state in enumerate(self._inputs[layer]):
                 run = partial(self._walk.call, module, layer, batch, state)
                 tokens = writer.observe(run, self._dense[end + 1][batch])
@@ -315,7 +316,7 @@ class _Variants:
     def _run(self, layer: int, states: Sequence[Tensor]) -> list[Tensor]:
         self._forwards += 1
         module = self._layers[layer]
-        with self._walk.placed(module):
+        with on_device(module.modules(), self._walk.device):
             outputs = [self._walk.call(module, layer, i, state) for i, state in enumerate(states)]
         return [output.to(self._walk.store) for output in outputs]
 

@@ -140,8 +140,9 @@ def check_healable(model: PreTrainedModel, windows: Windows, mode: str) -> None:
     layer_matrices(model, 0)  # refuses quantized weights
     few = ids[:1, :_PROBE_TOKENS].clone()
     with LayerWalk(model, few) as walk:
-        index, _ = next(iter(walk.layers()))
-        writer = writer_of(walk, index)
+        for index, _ in walk.layers():
+            writer = writer_of(walk, index)
+            break
     if writer is None and mode == "linear":
         raise TypeError(
             f"layers of {model.config.model_type} cannot be healed in closed form: no matrix of "
@@ -197,7 +198,7 @@ def _scale_beside(walk: LayerWalk, matrix: Matrix, plain: Tensor, beside: Tensor
         return None
     product = products[0].float().flatten()
     sums = torch.stack([difference @ product, product @ product, difference @ difference])
-    shared, own, total = walk.group.sum(sums).tolist()
+    shared, own, total = walk.group.sum(sums).cpu().tolist()
     if not (0 < own < math.inf and 0 < total < math.inf):
         return None
     unexplained = max(0.0, total - shared * shared / own)

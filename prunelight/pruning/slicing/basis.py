@@ -88,8 +88,8 @@ def read_basis(module: Any, norm: Any, basis: Tensor | None, *, offset: float = 
         rows = weight[block].to(place).double()
         if biased:
             shift = rows @ norm.bias.detach().to(rows)
-            bias = module.bias.data[block]
-            module.bias.data[block] = (bias.to(shift) + shift).to(bias)
+            bias = module.bias.detach()[block]
+            bias.copy_(bias.to(shift) + shift)
         rows = rows if gain is None else rows * gain
         new_weight[block] = (rows if basis is None else rows @ basis).to(new_weight)
     set_weight(module, new_weight)

@@ -180,7 +180,7 @@ def slice_hidden(
         slicer = Slicer(walk, step)
         layers = decoder_layers(model)
         for index, layer in slicer.layers():
-            layers[index] = layer.to(model.device)
+            layers[index] = layer.to(walk.home)
     if config.tie_word_embeddings and step.residual_dims[0] < config.hidden_size:
         untie(model)
     if not config.tie_word_embeddings:

@@ -57,9 +57,9 @@ def sliced_perplexity(
             first = max(0, fitted - start)
             if first < len(state):
                 logits = walk.finish(state[first:], head=True)
-                wanted = labels[start + first : start + len(state)]
+                wanted = labels[start + first : start + len(state)].to(logits.device)
                 nll, _, predicted = next_token_sums(logits, wanted)
-                total, tokens = total + nll, tokens + int(predicted)
+                total, tokens = total + nll.cpu(), tokens + int(predicted)
             start += len(state)
     loss, predicted_tokens = walk.group.totals(total.item(), tokens)
     if not (predicted_tokens and math.isfinite(loss)):

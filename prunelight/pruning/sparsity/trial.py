@@ -99,7 +99,8 @@ def sparse_perplexity(
         total, tokens, start = 0.0, 0, 0
         for state in judged.states:
             logits = judged.finish(state, head=True)
-            nll, _, predicted = next_token_sums(logits, labels[start : start + len(state)])
+            wanted = labels[start : start + len(state)].to(logits.device)
+            nll, _, predicted = next_token_sums(logits, wanted)
             total, tokens = total + nll.item(), tokens + int(predicted)
             start += len(state)
         loss, predicted_tokens = judged.group.totals(total, tokens)
@@ -119,4 +120,4 @@ def _restored(matrices: Sequence[Matrix]) -> Iterator[None]:
         yield
     finally:
         for matrix, weight in zip(matrices, weights, strict=True):
-            matrix.parameter.data.copy_(weight)
+            matrix.parameter.detach().copy_(weight)

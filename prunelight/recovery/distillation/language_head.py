@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from prunelight.losses import TokenLoss, linear_loss, module_loss, next_token_sums
 from prunelight.models.families.config_fields import logits_finish
-from prunelight.models.forward import evaluating, replaced_forward
+from prunelight.models.forward import evaluating
+from prunelight.models.placement import replaced_forward
 
 # Allowed difference as a share of the largest logit: both sides sum the same products in another
 # order.
