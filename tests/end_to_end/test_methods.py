@@ -36,6 +36,27 @@ from prunelight.pruning.sparsity.sparsify import amount_of
 RECOVERIES = ("lora", "full")
 # Methods whose stages are asked by the probes too; one of each kind of result, for the time.
 PROBED = ("ShortGPT by number", "sublayers dropped", "width by layer", "SliceGPT", "DLP, gradual")
+# Methods that every run of the tests trains whole too, and in two processes: one of each kind of
+# step, of walk and of search. A sweep (`-m ""`) does so with all; plans of two processes are held
+# against one in test_processes.py.
+THOROUGH = (
+    "ShortGPT by number",
+    "SLM, highest layers",
+    "SLEB",
+    "depth by healing",
+    "sublayers dropped",
+    "width by layer",
+    "SliceGPT",
+    "DynamicSlicing, by hand",
+    "DLP, Wanda",
+    "DLP, SparseGPT",
+    "DLP, gradual",
+)
+
+
+def chosen_methods(config):
+    """Return the names of the methods that this run of the tests looks at thoroughly."""
+    return THOROUGH if config.option.markexpr == "not sweep" else tuple(METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +73,10 @@ def method(request):
 
 
 @pytest.fixture(params=RECOVERIES, scope="module")
-def recovery(request):
+def recovery(request, method):
+    thorough = [METHODS[name] for name in chosen_methods(request.config)]
+    if request.param == "full" and method in METHODS.values() and method not in thorough:
+        pytest.skip("it is trained by adapters alone, for the time; a sweep trains it whole too")
     return request.param
 
 
@@ -174,19 +198,26 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(method, recovery, name,
 
 
 @pytest.fixture(scope="module")
-def listed(method):
-    """Skip variants: the launch of two processes goes through METHODS alone."""
-    if method not in METHODS.values():
-        pytest.skip("a variant; two processes run the methods of the main table")
+def launched(method, request):
+    """Skip methods that no two processes fit here."""
+    if method not in [METHODS[name] for name in chosen_methods(request.config)]:
+        pytest.skip("two processes fit one method of each kind, and a sweep the main table")
 
 
 @pytest.fixture(scope="module")
-def group(name, tmp_path_factory):
+def group(name, tmp_path_factory, request):
     """Return the directory of the same runs by two processes, all in one launch."""
     directory = tmp_path_factory.mktemp("ranks")
-    gradual = list(METHODS).index("DLP, gradual")
+    numbers = {known: str(number) for number, known in enumerate(METHODS)}
+    chosen = ",".join(numbers[known] for known in chosen_methods(request.config))
+    gradual = numbers["DLP, gradual"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    runs = ["ddp:lora:", "fsdp2:full:", f"fsdp2:lora:{gradual}", f"fsdp2:full:{gradual}r"]
+    runs = [
+        f"ddp:lora:{chosen}",
+        f"fsdp2:full:{chosen}",
+        f"fsdp2:lora:{gradual}",
+        f"fsdp2:full:{gradual}r",
+    ]
     if find_spec("bitsandbytes"):
         runs.append("ddp:int8:0")
     done = subprocess.run(
@@ -201,7 +232,7 @@ def group(name, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_reach_what_one_reaches(method, recovery, listed, root, group):
+def test_two_processes_reach_what_one_reaches(method, recovery, launched, root, group):
     number = list(METHODS.values()).index(method)
     run = group / f"{'ddp' if recovery == 'lora' else 'fsdp2'}-{recovery}-{number}"
     told = json.loads((run / "digests.json").read_text())
