@@ -36,8 +36,9 @@ def test_padding_does_not_count():
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_that_no_token_takes_score_zero(family):
-    for layer, scores in expert_scores(make_idle(mixture(family)), WINDOWS).items():
-        assert (scores == 0).nonzero().flatten().tolist() == [*IDLE], layer
+    for scores in expert_scores(make_idle(mixture(family)), WINDOWS).values():
+        assert scores[[*IDLE]].tolist() == [0, 0]
+        assert (scores > 0).sum() >= 2
 
 
 def test_the_model_is_unchanged_and_runs_in_every_implementation_of_experts_alike():
