@@ -1,4 +1,4 @@
-"""ExpertPruning: what it chooses, that a run trains, resumes and reloads it, and what it refuses."""
+"""ExpertPruning: what it chooses; a run trains, resumes and reloads it; what it refuses."""
 
 import json
 import subprocess
