@@ -4,6 +4,7 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.callbacks.depth_pruning import DepthPruning
 from prunelight.callbacks.dlp import DLP
 from prunelight.callbacks.dynamic_slicing import DynamicSlicing
+from prunelight.callbacks.expert_pruning import ExpertPruning
 from prunelight.callbacks.laco import LaCo
 from prunelight.callbacks.orthogonality import Orthogonality
 from prunelight.callbacks.recovery.checkpoint import RecoveryCheckpoint
@@ -24,6 +25,7 @@ __all__ = [
     "SLEB",
     "DepthPruning",
     "DynamicSlicing",
+    "ExpertPruning",
     "LaCo",
     "Orthogonality",
     "PruningCallback",

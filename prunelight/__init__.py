@@ -36,6 +36,7 @@ _HOMES = {
     "Plan": "planning.plan",
     "PruneWidth": "planning.steps",
     "RecoveryModule": "training.recovery_module",
+    "RemoveExperts": "planning.steps",
     "RemoveLayers": "planning.steps",
     "Schedule": "recovery.zeros.gradual_zeros",
     "SliceHidden": "planning.steps",

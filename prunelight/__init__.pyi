@@ -13,6 +13,7 @@ from prunelight.planning.plan import Plan as Plan
 from prunelight.planning.steps import DropSublayers as DropSublayers
 from prunelight.planning.steps import MergeLayers as MergeLayers
 from prunelight.planning.steps import PruneWidth as PruneWidth
+from prunelight.planning.steps import RemoveExperts as RemoveExperts
 from prunelight.planning.steps import RemoveLayers as RemoveLayers
 from prunelight.planning.steps import SliceHidden as SliceHidden
 from prunelight.planning.steps import Sparsify as Sparsify

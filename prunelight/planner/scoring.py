@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows, split_windows
 from prunelight.evaluation.saved.subject import find_device
+from prunelight.models.families.experts.layout import has_experts
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import load
 from prunelight.models.placement import move_if_it_fits
@@ -31,6 +32,8 @@ from prunelight.scoring.block_influence import (
     relative_magnitudes,
     sublayer_influences,
 )
+from prunelight.scoring.experts.expert_scores import SCORES as EXPERT_SCORES
+from prunelight.scoring.experts.expert_scores import expert_scores
 from prunelight.scoring.importance import taylor_scores
 from prunelight.scoring.remembered import Memory, remembering_scores
 from prunelight.scoring.weight_scores import WeightScore, weight_scores, weight_summaries
@@ -82,6 +85,13 @@ def _width(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
         memory.keep(standardised_scores, {kind: scores}, seconds, model, windows, [kind])
 
 
+def _experts(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
+    """Keep both scores of experts; a model without routed experts has none to keep."""
+    if has_experts(model):
+        for score in EXPERT_SCORES:
+            expert_scores(model, windows, score)
+
+
 def _healing(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
     """Keep that layers of this model can be healed; one window alone holds none out."""
     if len(split_windows(windows)[0]) > 1:
@@ -111,6 +121,7 @@ SCORERS: dict[str, Callable[[PreTrainedModel, Windows, Memory], None]] = {
     "angular": _angular,
     "weights": _weights,
     "width": _width,
+    "experts": _experts,
     "healing": _healing,
     "taylor": _taylor,
 }

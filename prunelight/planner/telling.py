@@ -12,6 +12,7 @@ from prunelight.planning.steps import (
     Heal,
     MergeLayers,
     PruneWidth,
+    RemoveExperts,
     RemoveLayers,
     SliceHidden,
     Sparsify,
@@ -96,6 +97,8 @@ def _step_rows(step: Step) -> Iterable[tuple[str, str]]:
         for name, layers in step.dropped_sublayers.items():
             if layers:
                 yield f"{name} dropped", _counted(layers)
+    elif isinstance(step, RemoveExperts):
+        yield "experts removed", _by_layer({int(i): len(x) for i, x in step.experts.items()})
     elif isinstance(step, PruneWidth):
         for name in ("heads", "neurons"):
             kept: Mapping[Any, Collection[int]] = getattr(step, name)
@@ -124,6 +127,8 @@ def _by_layer(numbers: Mapping[int, int]) -> str:
     layers: dict[int, list[int]] = {}
     for layer, number in sorted(numbers.items()):
         layers.setdefault(number, []).append(layer)
+    if not layers:
+        return NOTHING
     if len(layers) == 1:
         return f"{next(iter(layers))} in each of {len(numbers)} layers"
     return "; ".join(f"{number} in {layer_ranges(of)}" for number, of in layers.items())

@@ -69,8 +69,8 @@ def check_depth_target(ratio: float | None, num_layers: int | None) -> None:
         raise ValueError(f"num_layers={num_layers} must be at least 0")
 
 
-def check_one_target(targets: Mapping[str, Any]) -> None:
-    """Check that exactly one of several depth targets is given: name -> value, None if not given.
+def check_one_target(targets: Mapping[str, Any], what: str = "layers") -> None:
+    """Check that exactly one of several targets is given: name -> value, None if not given.
 
     Raises:
         ValueError: if none or several are given; names all.
@@ -78,7 +78,7 @@ def check_one_target(targets: Mapping[str, Any]) -> None:
     given = [f"{name}={value}" for name, value in targets.items() if value is not None]
     if len(given) != 1:
         raise ValueError(
-            f"{' and '.join(given) or 'nothing says how many layers go'}: give exactly one of "
+            f"{' and '.join(given) or f'nothing says how many {what} go'}: give exactly one of "
             f"{', '.join(targets)}"
         )
 

@@ -282,11 +282,7 @@ class PruneWidth(Step):
     def __post_init__(self) -> None:
         check_choice("correction", self.correction, (True, False, "bias"))
         for name in ("heads", "neurons"):
-            kept = getattr(self, name)
-            if not isinstance(kept, dict) or not all(str(key).isdigit() for key in kept):
-                raise ValueError(f"{name} must be an object, {{layer: [indices that are kept]}}")
-            by_layer = {int(key): _sorted_indices(name, value) for key, value in kept.items()}
-            object.__setattr__(self, name, {str(i): by_layer[i] for i in sorted(by_layer)})
+            object.__setattr__(self, name, _by_layer(name, getattr(self, name), "kept"))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -322,6 +318,66 @@ class PruneWidth(Step):
                 raise ValueError(
                     f"{name} keeps none in layers {', '.join(empty)}; each layer must keep one"
                 )
+
+
+@dataclass(frozen=True)
+class RemoveExperts(Step):
+    """Remove experts of mixture-of-experts layers, with their rows of the router.
+
+    All layers with experts lose equal numbers, so that the result is a stock model.
+
+    Attributes:
+        experts: layer, as text -> experts that are removed.
+    """
+
+    kind: ClassVar[str] = "remove_experts"
+    experts: dict[str, tuple[int, ...]]
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """Return the layers that the step names."""
+        return tuple(int(layer) for layer in self.experts)
+
+    @property
+    def num_experts(self) -> int:
+        """Return how many experts each layer loses."""
+        return max(map(len, self.experts.values()), default=0)
+
+    def __post_init__(self) -> None:
+        by_layer = _by_layer("experts", self.experts, "removed")
+        object.__setattr__(self, "experts", by_layer)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return how many experts go, of how many layers; their indices are too many to list."""
+        return {"experts_removed": self.num_experts, "layers": len(self.experts)}
+
+    def nominal(self, plan: PlanLike) -> list[str]:
+        """Return how many experts go, of how many."""
+        if not self.num_experts:
+            return []
+        before = plan.found.get("num_experts_before")
+        share = f" ({100 * self.num_experts / before:.2f} %)" if before else ""
+        of = f" of {before}" if before else ""
+        return [f"{self.num_experts}{of} experts removed from {len(self.experts)} layers{share}"]
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError if a layer does not exist, an expert is repeated, or numbers differ.
+
+        `remove_experts.check_experts` checks the rest.
+        """
+        _check_indices("experts of layers", self.named, num_layers)
+        for layer, removed in self.experts.items():
+            if len(set(removed)) < len(removed):
+                raise ValueError(
+                    f"experts={list(removed)} of layer {layer} must not name an expert twice"
+                )
+        counts = {layer: len(removed) for layer, removed in self.experts.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"experts removes {min(counts.values())} to {max(counts.values())} experts a "
+                "layer; remove equal numbers: a stock config holds one number for all layers"
+            )
 
 
 @dataclass(frozen=True)
@@ -438,7 +494,10 @@ class Heal(Step):
 
 STEPS: dict[str, type[Step]] = {
     step.kind: step
-    for step in (RemoveLayers, MergeLayers, DropSublayers, PruneWidth, SliceHidden, Sparsify, Heal)
+    for step in (
+        *(RemoveLayers, MergeLayers, DropSublayers, RemoveExperts, PruneWidth, SliceHidden),
+        *(Sparsify, Heal),
+    )
 }
 
 
@@ -453,6 +512,14 @@ def _sorted_indices(name: str, indices: Iterable[Any]) -> tuple[int, ...]:
         if not isinstance(index, int) or isinstance(index, bool):
             raise ValueError(f"{name} holds {index!r}; it must be a list of whole numbers")
     return tuple(sorted(indices))
+
+
+def _by_layer(name: str, indices: Any, fate: str) -> dict[str, tuple[int, ...]]:
+    """Return the indices of each layer, both sorted; layers as text, as in JSON."""
+    if not isinstance(indices, dict) or not all(str(key).isdigit() for key in indices):
+        raise ValueError(f"{name} must be an object, {{layer: [indices that are {fate}]}}")
+    layers = {int(key): _sorted_indices(name, value) for key, value in indices.items()}
+    return {str(layer): layers[layer] for layer in sorted(layers)}
 
 
 def _check_indices(name: str, indices: Collection[int], num_layers: int) -> None:

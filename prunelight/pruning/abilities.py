@@ -20,6 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from prunelight.models.engines import loads_in
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.config_fields import check_reloadable, decoder_config
+from prunelight.models.families.experts.layout import experts_of
+from prunelight.models.families.experts.routed import check_scorable
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import (
     dense_places,
@@ -45,13 +47,14 @@ def abilities(model: PreTrainedModel) -> dict[str, str]:
         model: may be on the meta device; no weight is read.
 
     Returns:
-        "depth", "attention and MLP", "width", "slicing", "sparsity", "LoRA" and each engine -> one
-        line.
+        "depth", "attention and MLP", "width", "experts", "slicing", "sparsity", "LoRA" and each
+        engine -> one line.
     """
     questions: dict[str, Callable[[PreTrainedModel], str]] = {
         "depth": _depth,
         "attention and MLP": _sublayers,
         "width": _width,
+        "experts": _experts,
         "slicing": _slicing,
         "sparsity": _sparsity,
         "LoRA": _lora,
@@ -140,6 +143,16 @@ def _sublayers(model: PreTrainedModel) -> str:
 def _width(model: PreTrainedModel) -> str:
     names = sublayers_of(model)
     return "key-value groups" + (" and neurons" if names.neurons else ", no neurons of experts")
+
+
+def _experts(model: PreTrainedModel) -> str:
+    experts = experts_of(model)
+    if experts.fault:
+        raise TypeError(experts.fault)
+    check_scorable(model, experts)
+    most = experts.groups * ((experts.count - experts.fewest) // experts.groups)
+    groups = f", as many of each of {experts.groups} groups" if experts.groups > 1 else ""
+    return f"{most} of {experts.count} can go in each of {len(experts.layers)} layers{groups}"
 
 
 def _slicing(model: PreTrainedModel) -> str:

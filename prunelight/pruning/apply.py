@@ -24,6 +24,7 @@ from prunelight.planning.steps import (
     Heal,
     MergeLayers,
     PruneWidth,
+    RemoveExperts,
     RemoveLayers,
     SliceHidden,
     Sparsify,
@@ -33,6 +34,7 @@ from prunelight.pruning.drop_sublayers import DROP_SUBLAYERS, check_leading
 from prunelight.pruning.healing.heal import HEAL
 from prunelight.pruning.merge_layers import MERGE_LAYERS
 from prunelight.pruning.prune_width import PRUNE_WIDTH
+from prunelight.pruning.remove_experts import REMOVE_EXPERTS
 from prunelight.pruning.remove_layers import REMOVE_LAYERS
 from prunelight.pruning.slicing.slice_step import SLICE_HIDDEN
 from prunelight.pruning.sparsity.sparsify import SPARSIFY
@@ -45,6 +47,7 @@ KINDS: dict[type[Step], StepKind[Any]] = {
     RemoveLayers: REMOVE_LAYERS,
     MergeLayers: MERGE_LAYERS,
     DropSublayers: DROP_SUBLAYERS,
+    RemoveExperts: REMOVE_EXPERTS,
     PruneWidth: PRUNE_WIDTH,
     SliceHidden: SLICE_HIDDEN,
     Sparsify: SPARSIFY,

@@ -18,6 +18,7 @@ from prunelight.planning.steps import (
     DropSublayers,
     MergeLayers,
     PruneWidth,
+    RemoveExperts,
     RemoveLayers,
     Sparsify,
     renumbered,
@@ -249,6 +250,7 @@ STEPS = {
     "nothing": Sparsify({}, "wanda"),
     "merge": MergeLayers(((4, 5), (2, 3)), "mean"),
     "drop": DropSublayers(attention=(4, 2), mlp=(3,)),
+    "experts": RemoveExperts({"4": (1, 0), "2": (3, 5)}),
     "width": PruneWidth({"2": (1,), "0": (0,)}, {"0": (5, 3)}, correction=True),
     "width with biases": PruneWidth({"2": (1,), "0": (0,)}, correction="bias"),
 }

@@ -74,6 +74,7 @@ TARGETS = {
     "SliceGPT": _callback(callbacks.SliceGPT, slice_ratio=0.25),
     "DynamicSlicing": _callback(callbacks.DynamicSlicing, slice_ratio=0.25),
     "WidthPruning": _callback(callbacks.WidthPruning, neuron_ratio=0.25, multiple=8),
+    "ExpertPruning": _callback(callbacks.ExpertPruning, num_experts=1),
     "WeightPruning": _callback(callbacks.WeightPruning, sparsity=0.5),
     "DLP": _callback(callbacks.DLP, sparsity=0.5),
     "TokenBudget": _callback(TokenBudget, tokens=64),
@@ -295,6 +296,10 @@ RANGES: dict[str, Range] = {
     "WidthPruning.skip_last": _range(0, 1, wrong=(-1, 6, 1000)),
     "WidthPruning.alpha": _range(None, wrong=(-0.1, 0.1)),
     "WidthPruning.export_remote_code": _range(False, wrong=(True,)),
+    # The model of these runs has no experts, so that no value is right.
+    "ExpertPruning.num_experts": _range(wrong=(-1,)),
+    "ExpertPruning.ratio": _range(wrong=_RATIO),
+    "ExpertPruning.score": _range(wrong=("reap ", "", "REAP")),
 }
 for _name in ("WeightPruning", "DLP"):
     RANGES |= {
@@ -353,6 +358,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "LaCo.ratio": {"num_layers": None},
     "LaCo.threshold": {"num_layers": None},
     "WidthPruning.intermediate_size": {"neuron_ratio": None},
+    "ExpertPruning.ratio": {"num_experts": None},
     "WeightPruning.pattern": {"sparsity": None},
     "DLP.pattern": {"sparsity": None},
     "model.distillation.k": {"model.loss": "kd_topk"},

@@ -126,6 +126,21 @@ _MEANINGS = {
         "The share of weights whose |W| ‖X‖ is far above the mean. Low means that few stand out, "
         "so the layer loses more weights.",
     ),
+    "expert_reap": Meaning(
+        "mean score of experts (REAP)",
+        "Gate times norm of the output, mean over the experts of a layer. It grows with depth, so "
+        "that experts are compared within their layer alone.",
+    ),
+    "expert_frequency": Meaning(
+        "mean share of tokens of an expert",
+        "How many tokens an expert gets, mean over the experts of a layer. Equal in all layers "
+        "where a token takes equally many.",
+    ),
+    "share_of_experts_score_removed": Meaning(
+        "share of the experts' score removed",
+        "The part of the scores of all experts that the removed ones held. High means that this "
+        "layer lost experts that mattered.",
+    ),
     "share_of_heads_score_kept": Meaning(
         "share of the heads' score kept",
         "The part of the importance of all heads that the kept ones hold. Low means that this "

@@ -1,0 +1,1 @@
+"""Experts of a model: where they stand, which weights are theirs, and how they are called."""
