@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
+from prunelight.calibration.layer_walk import visit_layers
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows, last_positions, micro_batches
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.forward import evaluating, forward_without_head, watching_layers
 from prunelight.scoring.remembered import remembered
 
 
@@ -59,23 +59,22 @@ def angular_distances_by_size(
     """
     num_layers = len(decoder_layers(model))
     totals = {size: torch.zeros(num_layers - size + 1, dtype=torch.float64) for size in sizes}
-    num_samples = 0
-    # Hidden states (B, D) of the last real tokens, before layer 0 and after each layer.
-    states: list[Tensor] = []
+    lasts = [last_positions(batch) for batch in micro_batches(model, windows)]
+    num_samples = sum(len(rows) for rows, _ in lasts)
+    # Of each micro-batch, hidden states (B, D) of the last real tokens before layer 0 and after
+    # each layer.
+    states: list[list[Tensor]] = [[] for _ in lasts]
 
-    def visit(index: int, inputs: Tensor, outputs: Tensor) -> None:
-        states.extend(state[last] for state in (inputs, outputs)[index > 0 :])
-        check_finite(index, states[-1].float().norm().item(), outputs)
+    def visit(batch: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
+        last = tuple(positions.to(outputs.device) for positions in lasts[batch])
+        states[batch].extend(state[last] for state in (inputs, outputs)[index > 0 :])
+        check_finite(index, states[batch][-1].float().norm().item(), outputs)
 
-    with evaluating(model), watching_layers(model, visit):
-        for batch in micro_batches(model, windows, label="angular distance"):
-            last = last_positions(batch)
-            num_samples += len(last[0])
-            states.clear()
-            forward_without_head(model, batch)
-            for size, total in totals.items():
-                starts, ends = torch.stack(states[: len(total)]), torch.stack(states[size:])
-                total += angular_distance(starts, ends).sum(1).cpu().double()
+    visit_layers(model, windows, visit, label="angular distance")
+    for of_batch in states:
+        for size, total in totals.items():
+            starts, ends = torch.stack(of_batch[: len(total)]), torch.stack(of_batch[size:])
+            total += angular_distance(starts, ends).sum(1).cpu().double()
     group = group_of(windows)
     (samples,) = group.totals(num_samples)
     if samples == 0:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
+from prunelight.calibration.layer_walk import visit_layers
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import TokenMean, check_finite, token_cosine
 from prunelight.calibration.windows import (
@@ -28,7 +29,6 @@ from prunelight.calibration.windows import (
 )
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.forward import evaluating, forward_without_head, watching_layers
 from prunelight.scoring.remembered import remembered
 
 
@@ -177,18 +177,18 @@ def _token_means(
         measure: gives the value (B, T) of each token of a pair.
     """
     means = {name: [TokenMean() for _ in decoder_layers(model)] for name in names}
+    masks = [batch.get("attention_mask") for batch in micro_batches(model, windows)]
+    shapes = [batch["input_ids"].shape for batch in micro_batches(model, windows)]
 
-    def visit(index: int, inputs: Tensor, outputs: Tensor) -> None:
+    def visit(batch: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
+        mask, first = masks[batch], first_positions(masks[batch])
+        counted = counted_positions(mask, shapes[batch], ignore_first_tokens)
+        counted = None if counted is None else counted.to(outputs.device)
+        first = None if first is None else first.to(outputs.device)
         for layers, (x, y) in zip(means.values(), pairs(inputs, outputs), strict=True):
             layers[index].add(measure(x, y), counted, first)
             check_finite(index, layers[index].total + layers[index].first_total, outputs)
 
-    with evaluating(model), watching_layers(model, visit):
-        for batch in micro_batches(model, windows, label="layer scores"):
-            mask = batch.get("attention_mask")
-            counted = counted_positions(mask, batch["input_ids"].shape, ignore_first_tokens)
-            counted = None if counted is None else counted.to(model.device)
-            first = first_positions(mask)
-            forward_without_head(model, batch)
+    visit_layers(model, windows, visit, label="layer scores")
     group = group_of(windows)
     return {name: [mean.pool(group) for mean in layers] for name, layers in means.items()}
