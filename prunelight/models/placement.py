@@ -24,7 +24,6 @@ from prunelight.runtime.devices import free_memory
 
 log = logging.getLogger(__name__)
 
-
 # Attribute of a model whose layers compute one at a time: the device on which they do.
 _STREAMED_ON = "_prunelight_streamed_on"
 
@@ -37,8 +36,8 @@ def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def has_room(model: PreTrainedModel, device: torch.device) -> bool:
-    """Return whether a device has memory for a model and a fifth more; the CPU holds it."""
-    if device.type == "cpu" or model.device == device:
+    """Return whether a device has memory for a model and a fifth more; only GPUs are asked."""
+    if device.type != "cuda" or model.device == device:
         return True
     return 1.2 * parameter_bytes(model) <= free_memory(device)
 
@@ -101,8 +100,11 @@ def compute_device(model: PreTrainedModel) -> torch.device:
 def streaming(model: PreTrainedModel) -> Iterator[None]:
     """Let each forward of a streamed model compute on its device, one layer there at a time.
 
-    Nothing changes for a model that is on the device already.
+    Nothing changes for any other model.
     """
+    if not is_streamed(model):
+        yield
+        return
     device = compute_device(model)
     with rest_on_device(model, device), layers_arriving(model, device):
         yield
