@@ -199,14 +199,20 @@ class Hessian(InputNorm):
     def result(self) -> Tensor:
         """Return X^T X, (I, I); the identity without any token, so that |W| alone decides.
 
+        The tensor is the statistic's own: for 14,336 inputs a copy would take 0.8 GB.
+
         Raises:
             ValueError: if an input was NaN or Inf.
         """
         self.norms()  # raises if an input was NaN or Inf
         if self.product is None:
             return torch.eye(len(self.squares))
-        upper = self.product.triu()
-        return upper + upper.triu(1).T
+        for start in range(0, len(self.product), self._BLOCK):
+            rows = self.product[start : start + self._BLOCK]
+            square, right = rows[:, start:].split([len(rows), rows.shape[1] - start - len(rows)], 1)
+            square.copy_(square.triu() + square.triu(1).T)
+            self.product[start + len(rows) :, start : start + len(rows)] = right.T
+        return self.product
 
 
 class Gram(Hessian):

@@ -17,6 +17,7 @@ from torch import Tensor
 from prunelight.calibration.statistics import finite_values
 from prunelight.pruning.sparsity.masks import Amount, Pattern, check_width, count_zeros, matrix_mask
 from prunelight.runtime.arguments import above, at_least, check_fields
+from prunelight.runtime.finite import fault_of
 
 _LAZY = 32  # columns that are corrected one by one; later columns are corrected in one product
 
@@ -209,19 +210,22 @@ def inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
     Raises:
         ValueError: if the matrix is still indefinite then.
     """
-    damped = hessian.clone()
-    diagonal = damped.diagonal()
+    diagonal = hessian.diagonal().clone()
     alive = diagonal > 0
     diagonal[~alive] = diagonal[alive].mean() if bool(alive.any()) else 1  # in the Hessian's unit
     unit = dampening * diagonal.mean()
-    plain = diagonal.clone()
+    # Two matrices take turns, since each may take a gigabyte.
+    work, triangle = torch.empty_like(hessian), torch.empty_like(hessian)
+    fault = torch.zeros((), dtype=torch.int32, device=hessian.device)
     for factor in _DAMPINGS:
-        diagonal.copy_(plain + factor * unit)
-        lower, fault = torch.linalg.cholesky_ex(damped)
+        work.copy_(hessian)
+        work.diagonal().copy_(diagonal + factor * unit)
+        torch.linalg.cholesky_ex(work, out=(triangle, fault))
         if not fault:
-            upper, fault = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not fault and bool(upper.isfinite().all()):
-            return upper
+            torch.cholesky_inverse(triangle, out=work)
+            torch.linalg.cholesky_ex(work, upper=True, out=(triangle, fault))
+        if not fault and not fault_of(triangle):  # isfinite would copy it
+            return triangle
     raise ValueError(
         f"the Hessian of {len(hessian)} inputs is singular even with {_DAMPINGS[-1]:g} times "
         f"dampening={dampening}; raise it, or calibrate on more text"

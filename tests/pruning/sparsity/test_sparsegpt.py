@@ -5,12 +5,16 @@ import reference_sparsity as reference
 import torch
 from reference_sparsity import objective
 from small_matrices import COLUMNS, PATTERNS, ROWS, WIDTH, hessian, matrix, same
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunelight.pruning.sparsity.masks import (
-    Pattern,
-    magnitude_mask,
+from prunelight.calibration.statistics import Hessian
+from prunelight.pruning.sparsity.masks import Pattern, magnitude_mask
+from prunelight.pruning.sparsity.sparsegpt import (
+    SparseGPT,
+    inverse_factor,
+    sparsegpt,
+    sparsegpt_stacked,
 )
-from prunelight.pruning.sparsity.sparsegpt import SparseGPT, sparsegpt, sparsegpt_stacked
 
 ACT_ORDER = SparseGPT(act_order=True)
 HALF = ROWS * COLUMNS / 2
@@ -193,3 +197,31 @@ def test_quantizing_inside_the_loop_beats_quantizing_afterwards(bits, amount):
     # Beside the loss of pruning, that of 8 bits is too small to tell the two apart.
     slack = 1.005 if bits == 8 and amount else 1
     assert objective(w, joint, h) < slack * objective(w, after, h)
+
+
+class NewMemory(TorchDispatchMode):
+    """Counts the numbers of all float tensors that are made inside; views and outputs are none."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            storages = {x.untyped_storage()._cdata for x in given}
+            if result.untyped_storage()._cdata not in storages:
+                self.numbers += result.numel()
+        return result
+
+
+def test_a_solve_takes_two_matrices_beside_the_hessian_and_that_takes_no_copy():
+    size = 2048
+    statistic = Hessian(size)
+    statistic.update(torch.randn(2 * size, size, generator=torch.Generator().manual_seed(0)))
+    with NewMemory() as made:
+        found = statistic.result()
+    assert found is statistic.product
+    assert made.numbers < size**2  # blocks of it, one after another
+    with NewMemory() as made:
+        inverse_factor(found, 0.01)
+    assert made.numbers < 2.1 * size**2
