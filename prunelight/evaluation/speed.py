@@ -20,6 +20,7 @@ from prunelight.calibration.windows import Windows, check_length, micro_batches,
 from prunelight.evaluation.serving.measured import ServingProtocol, measure_cost
 from prunelight.evaluation.serving.timing import Spread, in_turn, seconds_of
 from prunelight.models.forward import evaluating, generate_tokens
+from prunelight.models.placement import compute_device
 from prunelight.models.sizes import is_quantized, parameter_bytes
 from prunelight.runtime.arguments import NOT_EMPTY, at_least, check_fields
 from prunelight.runtime.devices import free_memory
@@ -152,7 +153,7 @@ def _generations(
     """Return, for each model, the seconds of the timed generations, in turn."""
     calls = []
     for model in models:
-        ids = tokenizer(protocol.prompt, return_tensors="pt")["input_ids"].to(model.device)
+        ids = tokenizer(protocol.prompt, return_tensors="pt")["input_ids"].to(compute_device(model))
         check_length(model, ids.shape[1] + protocol.num_tokens)
         ids = ids.expand(protocol.batch_size, -1)
         calls.append(partial(_timed_generation, model, ids, protocol.num_tokens))

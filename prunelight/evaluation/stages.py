@@ -100,7 +100,7 @@ def _speeds(
         speeds = {name: getattr(timed, name) for name in SPEEDS}
         earlier = [timed] if beside is None else [beside.stage, timed]
         return speeds | {"examined": {"serving": stage_cost(model, None, earlier)}}
-    dense = None if beside is None else beside.architecture.build(model.device)
+    dense = None if beside is None else beside.architecture.build(compute_device(model))
     # Latency comes first: it fails early if its text is too long for the model.
     latency = _latency(model, dense, beside, timing)
     serving = stage_cost(model, dense, [] if beside is None else [beside.stage])

@@ -60,7 +60,12 @@ def move_if_it_fits(
         device: where it should compute.
         offload: stream the model even if it fits.
     """
-    if has_room(model, device) and not offload:
+    fits = has_room(model, device)
+    if offload and (device == model.device or not _can_stream(model)):
+        why = "the model is there" if device == model.device else "its layers cannot go there alone"
+        log.warning("offload=True has no effect with device=%s: %s", device, why)
+        offload = False
+    if fits and not offload:
         return to_device(model, device)
     if not _can_stream(model):
         log.warning("the model does not fit on %s; it runs on %s instead", device, model.device)
@@ -75,6 +80,13 @@ def move_if_it_fits(
         )
     setattr(model, _STREAMED_ON, device)
     return model
+
+
+def place_like(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
+    """Move a model, in place, to where another one is; stream it where that one is streamed."""
+    if is_streamed(other):
+        return move_if_it_fits(model, compute_device(other), offload=True)
+    return to_device(model, other.device)
 
 
 def _can_stream(model: PreTrainedModel) -> bool:

@@ -27,7 +27,7 @@ from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.forward import evaluating, greedy_tokens
 from prunelight.models.loading import quiet_transformers
 from prunelight.models.packed.grids import describe_grids, has_grids, packed_state, quiet_package
-from prunelight.models.placement import to_device
+from prunelight.models.placement import compute_device, place_like
 from prunelight.models.sizes import is_quantized, longest_sequence, parameter_bytes
 from prunelight.models.transformers4 import add_old_names, tell_fault
 from prunelight.models.written_files import check_names, check_place, finish_files
@@ -232,7 +232,7 @@ def verify(
                 trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # _compare_weights names the weight and its shapes
             )
-        reloaded = to_device(loaded, model.device)
+        reloaded = place_like(loaded, model)
         stored = packed_state(model) if has_grids(model) else model.state_dict()
         _compare_weights(stored, reloaded.state_dict())
         with quiet_package(model.config):  # a packed model unpacks itself at its first forward
@@ -293,7 +293,8 @@ def _probe_ids(model: PreTrainedModel) -> Tensor:
     """Return random ids (2, T), so short that tokens can follow."""
     generator = torch.Generator().manual_seed(0)
     length = min(16, (longest_sequence(model) or 64) - _NEW_TOKENS)
-    return torch.randint(vocabulary_size(model), (2, length), generator=generator).to(model.device)
+    ids = torch.randint(vocabulary_size(model), (2, length), generator=generator)
+    return ids.to(compute_device(model))
 
 
 def _allowed(logits: Tensor) -> float:

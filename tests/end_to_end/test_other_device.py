@@ -56,6 +56,13 @@ def test_scores_bring_each_layer_once_for_all_micro_batches():
         assert row["to_device"] < 1.6  # hidden states are not small beside a tiny model
 
 
+def test_a_streamed_model_is_checked_and_timed_on_the_device():
+    row = on_the_other_device("llama", ())["surroundings"]
+    assert (row["reloaded_on"], row["generation_fault"], row["compared"]) == ("emulated", "", True)
+    assert row["first_token"] > 0
+    assert {*row["home"]} == {"cpu"}
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ALWAYS])
 def test_so_does_every_other_method(name):

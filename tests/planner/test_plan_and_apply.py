@@ -277,6 +277,15 @@ def test_windows_that_no_step_looks_at_are_told(models, data, tmp_path, caplog):
     assert "data.calibration has no effect" in caplog.text
 
 
+def test_offload_to_where_the_model_is_is_told(models, data, tmp_path, caplog):
+    out = str(tmp_path / "plan.json")
+    given = [models("llama"), "--method", "ShortGPT", "--num_layers", "1", "--device", "cpu", *data]
+    main(["plan", *given, "--out", out])
+    assert "offload" not in caplog.text
+    main(["plan", *given, "--out", out, "--offload", "true"])
+    assert "offload=True has no effect with device=cpu: the model is there" in caplog.text
+
+
 def test_a_full_disk_is_told_before_anything_is_computed(models, data, tmp_path, monkeypatch):
     file = plan_file(models, data, tmp_path, num_layers=1)
     usage = namedtuple("usage", "total used free")

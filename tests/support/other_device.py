@@ -1,19 +1,43 @@
 """Methods on a streamed model whose layers compute on the emulated device: FAMILY COUNT METHOD ...
 
 Writes one JSON line a method: what differs from the CPU with COUNT windows, and what was moved.
+Without a method, the line says what saving and timing do with such a model.
 """
 
+import copy
 import json
 import sys
 from functools import partial
 
 from device_parity import compared
 from emulated_device import BYTES, DEVICE, Emulating
+from tiny import tiny_model
 
-from prunelight.models.placement import move_if_it_fits
+from prunelight.evaluation.serving.shape import prompt
+from prunelight.evaluation.serving.timing import time_generation
+from prunelight.models.placement import compute_device, move_if_it_fits, place_like
+from prunelight.models.saving import _compare_behaviour, generation_fault
+
+
+def surroundings(family):
+    """Return what the check of a saved model and a timing say of a streamed one."""
+    model = tiny_model(family)
+    with Emulating():
+        streamed = move_if_it_fits(copy.deepcopy(model), DEVICE, offload=True)
+        reloaded = place_like(model, streamed)
+        return {
+            "name": "surroundings",
+            "reloaded_on": compute_device(reloaded).type,
+            "generation_fault": generation_fault(streamed),
+            "compared": _compare_behaviour(streamed, reloaded, ""),
+            "first_token": time_generation(streamed, prompt(streamed, 4), 3).first_token,
+            "home": [weight.device.type for weight in streamed.parameters()],
+        }
 
 
 def main(family, count, names):
+    if not names:
+        sys.stdout.write(json.dumps(surroundings(family)) + "\n")
     put = partial(move_if_it_fits, device=DEVICE, offload=True)
     for name in names:
         try:

@@ -27,7 +27,7 @@ from prunelight.data.token_windows import bos_token_id, pack_windows, tokenize_d
 from prunelight.evaluation.quality.text_windows import TextWindows, text_windows
 from prunelight.evaluation.speed import forward_seconds
 from prunelight.models.loading import load
-from prunelight.models.placement import to_device
+from prunelight.models.placement import move_if_it_fits
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.fingerprints import describe_windows
 from prunelight.scoring.remembered import Memory
@@ -57,7 +57,7 @@ class Bench:
         of = self.settings.model
         log.info("loading %s", of.name)
         model, tokenizer = load(of.name, dtype=of.dtype, trust_remote_code=of.trust_remote_code)
-        return to_device(model, self.device), tokenizer
+        return move_if_it_fits(model, self.device), tokenizer
 
     @property
     def dense(self) -> PreTrainedModel:

@@ -24,7 +24,7 @@ from prunelight.comparison.grid import Cell
 from prunelight.comparison.running.bench import Bench, data_arguments
 from prunelight.comparison.settings import ComparisonSettings, check_keys
 from prunelight.models.loading import load
-from prunelight.models.placement import to_device
+from prunelight.models.placement import move_if_it_fits
 from prunelight.run.preflight import FinishedRunError
 from prunelight.run.run_state import FINAL
 from prunelight.training.recovery_module import RecoveryModule
@@ -99,7 +99,7 @@ def recovered_model(
         facts["plan"] = record.plans[0] if record.plans else None
         facts["later_plans"] = record.plans[1:]
         facts["outcomes"] = record.outcomes
-    return to_device(model, bench.device), facts
+    return move_if_it_fits(model, bench.device), facts
 
 
 def _device(bench: Bench) -> dict[str, Any]:

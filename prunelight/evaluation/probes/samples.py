@@ -13,6 +13,7 @@ from prunelight.evaluation.probes.results import ProbeResult
 from prunelight.evaluation.probes.rows import first_tokens
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.forward import evaluating
+from prunelight.models.placement import compute_device
 from prunelight.models.sizes import longest_sequence
 
 NEW_TOKENS = 40
@@ -127,7 +128,7 @@ def _room(model: PreTrainedModel, batch: Sequence[Sequence[int]], new_tokens: in
 
 def _continued(model: PreTrainedModel, ids: Tensor, count: int, end: int | None) -> list[list[int]]:
     """Return the tokens that follow ids (B, T) greedily, up to the token that ends a text."""
-    ids = ids.to(model.device)
+    ids = ids.to(compute_device(model))
     with evaluating(model):
         rows: Tensor = model.generate(  # type: ignore[operator]
             ids,

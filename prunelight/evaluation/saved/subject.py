@@ -20,7 +20,7 @@ from prunelight.models.loading import (
     load_tokenizer,
     resolve_dtype,
 )
-from prunelight.models.placement import to_device
+from prunelight.models.placement import move_if_it_fits
 from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count
 from prunelight.planning.fingerprints import (
     fingerprint_of,
@@ -60,9 +60,9 @@ class Subject:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model on its device."""
+        """The model, computing on its device."""
         model, _ = load(self.name, dtype=self.dtype, trust_remote_code=self.trust)
-        return to_device(model, self.device)
+        return move_if_it_fits(model, self.device)
 
     @property
     def files(self) -> str | None:

@@ -28,6 +28,7 @@ from prunelight.evaluation.serving.shape import ShapeCost, shape_cost
 from prunelight.evaluation.serving.verdicts import hardware, verdicts, zeros_pattern
 from prunelight.evaluation.speed import Architecture
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.placement import compute_device
 from prunelight.models.sizes import is_quantized
 from prunelight.runtime.processes import ProcessGroup
 
@@ -107,7 +108,8 @@ class ServingExaminer:
         return measured
 
     def _examine(self, model: PreTrainedModel, earlier: Sequence[Stage]) -> Json:
-        dense = self.dense.build(model.device) if earlier and self.dense is not None else None
+        place = compute_device(model)
+        dense = self.dense.build(place) if earlier and self.dense is not None else None
         return stage_cost(model, dense, earlier, self.protocol)
 
 
@@ -169,7 +171,7 @@ def _facts(model: PreTrainedModel, shape: ShapeCost) -> Json:
     except TypeError:
         num_layers = None
     return {
-        "hardware": hardware(model.device),
+        "hardware": hardware(compute_device(model)),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "packed": is_quantized(model),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from prunelight.evaluation.serving.shape import PROMPT_TOKENS, prompt, prompt_length
 from prunelight.evaluation.serving.timing import Spread, TimedGeneration, in_turn, time_generation
+from prunelight.models.placement import compute_device
 from prunelight.runtime.arguments import at_least, check_fields
 from prunelight.runtime.devices import free_memory
 from prunelight.runtime.measuring import memory_growth
@@ -149,7 +150,7 @@ def _obstacle(
     """Return what speaks against the larger batch: memory, or time; None if nothing does."""
     growth = max(alone.working_bytes for alone in single) * lengths[1] / lengths[0]
     needed = protocol.batch_size * growth
-    free = min(free_memory(model.device) for model in models)
+    free = min(free_memory(compute_device(model)) for model in models)
     if needed > free:
         return f"it needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
     if seconds > 2 * protocol.patience:
@@ -228,7 +229,7 @@ class _Generation:
     def __call__(self) -> TimedGeneration:
         if self.working_bytes is not None:
             return time_generation(self.model, self.ids, self.new_tokens)
-        with memory_growth(self.model.device) as growth:
+        with memory_growth(compute_device(self.model)) as growth:
             timed = time_generation(self.model, self.ids, self.new_tokens)
         self.working_bytes = growth()
         return timed

@@ -16,6 +16,7 @@ from prunelight.calibration.windows import check_length
 from prunelight.evaluation.serving.counting import counting_work
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.forward import evaluating, generate_tokens
+from prunelight.models.placement import compute_device
 from prunelight.models.sizes import (
     longest_sequence,
     nonzero_count,
@@ -137,5 +138,5 @@ def prompt_length(model: PreTrainedModel, prompt_tokens: int | None, *, new_toke
 
 def prompt(model: PreTrainedModel, tokens: int, batch_size: int = 1) -> torch.Tensor:
     """Return token ids (batch_size, tokens), the same in each row, without special tokens first."""
-    ids = torch.arange(3, 3 + tokens, device=model.device)[None] % vocabulary_size(model)
+    ids = torch.arange(3, 3 + tokens, device=compute_device(model))[None] % vocabulary_size(model)
     return ids.expand(batch_size, -1).contiguous()

@@ -198,7 +198,7 @@ def _scale_beside(walk: LayerWalk, matrix: Matrix, plain: Tensor, beside: Tensor
         return None
     product = products[0].float().flatten()
     sums = torch.stack([difference @ product, product @ product, difference @ difference])
-    shared, own, total = walk.group.sum(sums).cpu().tolist()
+    shared, own, total = walk.group.sum(sums).tolist()
     if not (0 < own < math.inf and 0 < total < math.inf):
         return None
     unexplained = max(0.0, total - shared * shared / own)
