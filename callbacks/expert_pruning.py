@@ -51,9 +51,7 @@ class ExpertPruning(PruningCallback):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError or TypeError if the experts cannot be scored, or too few would stay."""
-        experts = experts_of(model)
-        check_scorable(model, experts)
-        self._count(experts)
+        self._checked(model)
 
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
@@ -64,10 +62,8 @@ class ExpertPruning(PruningCallback):
             TypeError: if the model has no experts, or they cannot be scored.
         """
         check_weights(model)
-        self.check(model)
+        experts, count = self._checked(model)
         self.check_calibration(model, windows)
-        experts = experts_of(model)
-        count = self._count(experts)
         scores = expert_scores(model, windows, self.score)
         removed = {
             str(layer): tuple(lowest_experts(of_layer.tolist(), count, experts.groups))
@@ -99,6 +95,12 @@ class ExpertPruning(PruningCallback):
                 },
             },
         )
+
+    def _checked(self, model: PreTrainedModel) -> tuple[Experts, int]:
+        """Return the experts of a model, and how many of each layer to remove."""
+        experts = experts_of(model)
+        check_scorable(model, experts)
+        return experts, self._count(experts)
 
     def _count(self, experts: Experts) -> int:
         """Return how many experts of each layer to remove."""

@@ -200,6 +200,11 @@ class LayerWalk:
         """Return how many tokens of all ranks' windows are no padding."""
         return int(self.group.totals(sum(int(mask.sum()) for mask in self.positions()))[0])
 
+    def _probe(self) -> dict[str, Tensor]:
+        """Return the first tokens of the windows, as arguments of the model."""
+        batch = next(micro_batches(self.model, self.windows))
+        return {"input_ids": batch["input_ids"][:1, :_PROBE_TOKENS]}
+
     def _check_by_stand_ins(self) -> list[tuple[Any, ...] | None] | None:
         """Check, without a forward of all layers, that the model only hands on hidden states.
 
@@ -213,9 +218,7 @@ class LayerWalk:
         Raises:
             TypeError: if the model does more between its layers.
         """
-        batch = next(micro_batches(self.model, self.windows))
-        batch = {"input_ids": batch["input_ids"][:1, :_PROBE_TOKENS]}
-        layers = decoder_layers(self.model)
+        batch, layers = self._probe(), decoder_layers(self.model)
         rests: list[tuple[Any, ...] | None] = [None] * len(layers)
         try:
             state, calls = _record_calls(self.model, batch, rests)
@@ -242,8 +245,7 @@ class LayerWalk:
         Raises:
             TypeError: if replay and forward differ.
         """
-        batch = next(micro_batches(self.model, self.windows))
-        batch = {"input_ids": batch["input_ids"][:1, :_PROBE_TOKENS]}
+        batch = self._probe()
         outputs, rests = [], []
 
         def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -306,7 +308,7 @@ def _handed_on(
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Return whether two arguments are equal; of what is no number, tensor or list, the kind."""
+    """Return whether two arguments are equal; of objects such as caches, whether of one class."""
     if isinstance(first, Tensor):
         return (
             isinstance(second, Tensor)
@@ -319,7 +321,8 @@ def _equal(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(
             _equal(value, second[key]) for key, value in first.items()
         )
-    return type(first) is type(second)
+    plain = isinstance(first, (bool, int, float, str, torch.dtype, torch.device))
+    return first == second if plain else type(first) is type(second)
 
 
 def visit_layers(

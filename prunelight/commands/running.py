@@ -64,22 +64,24 @@ def add_place(parser: VerbParser) -> None:
 
 def add_offload(parser: VerbParser) -> None:
     """Add the option that keeps a model off the device, whose layers then go there one by one."""
-    add: Any = parser.add_argument
-    add(
+    _add_switch(
+        parser,
         "--offload",
-        type=bool,
-        default=False,
-        help="Keep the model off the device, with one layer there at a time; a model that does "
-        "not fit is treated so anyway.",
+        "Keep the model off the device, with one layer there at a time; a model that does not fit "
+        "is treated so anyway.",
     )
 
 
 def add_trust(parser: VerbParser) -> None:
     """Add the option that allows code of a model's authors."""
-    add: Any = parser.add_argument
-    add(
+    _add_switch(
+        parser,
         "--trust_remote_code",
-        type=bool,
-        default=False,
-        help="Run Python code that comes with the model; only of authors whom you trust.",
+        "Run Python code that comes with the model; only of authors whom you trust.",
     )
+
+
+def _add_switch(parser: VerbParser, name: str, help_text: str) -> None:
+    """Add an option that is false unless it is given."""
+    add: Any = parser.add_argument
+    add(name, type=bool, default=False, help=help_text)

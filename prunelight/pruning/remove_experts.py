@@ -24,8 +24,8 @@ from prunelight.pruning.step_kind import StepContext, StepKind
 
 def check_experts(
     model: PreTrainedModel, step: RemoveExperts, removed: Collection[int] = ()
-) -> None:
-    """Check a step against a model.
+) -> Experts:
+    """Check a step against a model; return the experts of the model.
 
     Args:
         model: with all layers that the step's plan counts.
@@ -46,6 +46,7 @@ def check_experts(
         raise ValueError(f"experts must name each layer that is left and has experts; {why}")
     for layer, gone in step.experts.items():
         experts.check_removed(int(layer), gone)
+    return experts
 
 
 @torch.no_grad()
@@ -62,10 +63,9 @@ def remove_experts(model: PreTrainedModel, removed: Mapping[int, Collection[int]
     """
     step = RemoveExperts({str(layer): tuple(gone) for layer, gone in removed.items()})
     step.check(len(decoder_layers(model)))
-    check_experts(model, step)
+    experts, layers = check_experts(model, step), decoder_layers(model)
     if not step.num_experts:
         return
-    experts, layers = experts_of(model), decoder_layers(model)
     for layer, tensors in experts.tensors.items():
         gone = set(removed[layer])
         kept = torch.tensor([expert for expert in range(experts.count) if expert not in gone])

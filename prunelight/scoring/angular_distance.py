@@ -20,6 +20,7 @@ from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows, last_positions, micro_batches
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.placement import compute_device
 from prunelight.scoring.remembered import remembered
 
 
@@ -59,15 +60,19 @@ def angular_distances_by_size(
     """
     num_layers = len(decoder_layers(model))
     totals = {size: torch.zeros(num_layers - size + 1, dtype=torch.float64) for size in sizes}
-    lasts = [last_positions(batch) for batch in micro_batches(model, windows)]
+    place = compute_device(model)
+    # Rows and columns of the last real tokens of each micro-batch.
+    lasts = [
+        tuple(positions.to(place) for positions in last_positions(batch))
+        for batch in micro_batches(model, windows)
+    ]
     num_samples = sum(len(rows) for rows, _ in lasts)
     # Of each micro-batch, hidden states (B, D) of the last real tokens before layer 0 and after
     # each layer.
     states: list[list[Tensor]] = [[] for _ in lasts]
 
     def visit(batch: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
-        last = tuple(positions.to(outputs.device) for positions in lasts[batch])
-        states[batch].extend(state[last] for state in (inputs, outputs)[index > 0 :])
+        states[batch].extend(state[lasts[batch]] for state in (inputs, outputs)[index > 0 :])
         check_finite(index, states[batch][-1].float().norm().item(), outputs)
 
     visit_layers(model, windows, visit, label="angular distance")

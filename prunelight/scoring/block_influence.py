@@ -29,6 +29,7 @@ from prunelight.calibration.windows import (
 )
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.placement import compute_device
 from prunelight.scoring.remembered import remembered
 
 
@@ -177,14 +178,18 @@ def _token_means(
         measure: gives the value (B, T) of each token of a pair.
     """
     means = {name: [TokenMean() for _ in decoder_layers(model)] for name in names}
-    masks = [batch.get("attention_mask") for batch in micro_batches(model, windows)]
-    shapes = [batch["input_ids"].shape for batch in micro_batches(model, windows)]
+    place = compute_device(model)
+    # Of each micro-batch: the tokens that count, and the first of each sequence.
+    tokens: list[tuple[Tensor | None, Tensor | None]] = []
+    for batch in micro_batches(model, windows):
+        mask = batch.get("attention_mask")
+        mask = None if mask is None else mask.to(place)
+        counted = counted_positions(mask, batch["input_ids"].shape, ignore_first_tokens)
+        counted = None if counted is None else counted.to(place)
+        tokens.append((counted, first_positions(mask)))
 
-    def visit(batch: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
-        mask, first = masks[batch], first_positions(masks[batch])
-        counted = counted_positions(mask, shapes[batch], ignore_first_tokens)
-        counted = None if counted is None else counted.to(outputs.device)
-        first = None if first is None else first.to(outputs.device)
+    def visit(number: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
+        counted, first = tokens[number]
         for layers, (x, y) in zip(means.values(), pairs(inputs, outputs), strict=True):
             layers[index].add(measure(x, y), counted, first)
             check_finite(index, layers[index].total + layers[index].first_total, outputs)

@@ -247,11 +247,9 @@ def _column_scores(
     statistics.pool(group_of(windows))
     for matrix in outputs:
         (statistic,), weight = statistics.of(matrix), matrix.parameter
-        norms = statistic.norms().to(weight.device)  # raises if an input was NaN or Inf
+        norms = statistic.norms()  # raises if an input was NaN or Inf
         if score == "wanda":
-            yield matrix.name, wanda_scores(weight, norms).sum(0)
+            yield matrix.name, wanda_scores(weight, norms.to(weight.device)).sum(0)
         else:
-            yield (
-                matrix.name,
-                weight.float().square().sum(0) * statistic.variance().to(weight.device),
-            )
+            variance = statistic.variance().to(weight.device)
+            yield matrix.name, weight.float().square().sum(0) * variance

@@ -44,6 +44,7 @@ def sliced_perplexity(
     labels = next_token_labels(own_windows(windows))
     total, tokens, start = torch.zeros((), dtype=torch.float64), 0, 0
     with LayerWalk(model, windows, device=device, offload=offload, label="try") as walk:
+        labels = labels.to(walk.device)
         fitted -= first_own_window(windows)  # of this process's rows: none, some or all
         counted = walk.positions()
         for positions in counted:
@@ -57,7 +58,7 @@ def sliced_perplexity(
             first = max(0, fitted - start)
             if first < len(state):
                 logits = walk.finish(state[first:], head=True)
-                wanted = labels[start + first : start + len(state)].to(logits.device)
+                wanted = labels[start + first : start + len(state)]
                 nll, _, predicted = next_token_sums(logits, wanted)
                 total, tokens = total + nll.cpu(), tokens + int(predicted)
             start += len(state)

@@ -85,6 +85,7 @@ def sparse_perplexity(
             return stack.enter_context(walk)
 
         judged = walk_of(held_out)
+        labels = labels.to(judged.device)
         solved = None if step.solver == "magnitude" else walk_of(windows)
         for index, layer in (solved or judged).layers():
             with _restored([m for m in layer_matrices(model, index) if m.name in step.sparsity]):
@@ -99,8 +100,7 @@ def sparse_perplexity(
         total, tokens, start = 0.0, 0, 0
         for state in judged.states:
             logits = judged.finish(state, head=True)
-            wanted = labels[start : start + len(state)].to(logits.device)
-            nll, _, predicted = next_token_sums(logits, wanted)
+            nll, _, predicted = next_token_sums(logits, labels[start : start + len(state)])
             total, tokens = total + nll.item(), tokens + int(predicted)
             start += len(state)
         loss, predicted_tokens = judged.group.totals(total, tokens)

@@ -81,8 +81,9 @@ def _hook(layer: int, module: nn.Module, visit: VisitRouted, norms: bool) -> Cal
                 f"gates {tuple(gates.shape)} of {type(module).__name__} must have the shape of "
                 f"its indices {tuple(indices.shape)}; its experts cannot be scored"
             )
-        found = _output_norms(module, hidden, indices, gates) if norms else torch.ones_like(gates)
-        visit(layer, indices, gates, found)
+        ones = torch.ones_like(gates)
+        output_norms = _output_norms(module, hidden, indices, gates) if norms else ones
+        visit(layer, indices, gates, output_norms)
 
     return hook
 
