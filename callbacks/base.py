@@ -24,7 +24,9 @@ from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import Step
 from prunelight.pruning.apply import apply
+from prunelight.pruning.drop_sublayers import check_droppable
 from prunelight.pruning.healing.ends import heal_step
+from prunelight.pruning.healing.stand_ins import leave_stand_ins
 from prunelight.pruning.healing.writers import check_healable
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
@@ -38,6 +40,7 @@ from prunelight.training.trainer import pruning_methods
 log = logging.getLogger(__name__)
 
 Healing: TypeAlias = Literal["none", "linear", "layer"]  # see docs/healing.md
+DepthHealing: TypeAlias = Literal["none", "linear", "layer", "mlp"]  # of removed layers
 
 
 class PruningCallback(Callback, ABC):
@@ -52,7 +55,7 @@ class PruningCallback(Callback, ABC):
     drops_sublayers = False  # leaves decoder layers without attention or MLP
     follows_slicing = False  # can prune a model whose hidden states were sliced
     export_remote_code = False  # leaves a class of ours whose code goes beside the model
-    heal: Healing = "none"
+    heal: DepthHealing = "none"
 
     @abstractmethod
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:
@@ -75,8 +78,11 @@ class PruningCallback(Callback, ABC):
 
         With `heal` a step that heals what they take follows them.
         """
+        if self.heal == "mlp":
+            steps = leave_stand_ins(model, steps)
         if self.heal != "none":
-            healing = heal_step(steps, len(decoder_layers(model)), layers_path(model), self.heal)
+            mode = "linear" if self.heal == "linear" else "layer"
+            healing = heal_step(steps, len(decoder_layers(model)), layers_path(model), mode)
             if not healing and any(step.named for step in steps):
                 log.warning(
                     "heal=%r has nothing to fit: no layer lies before what goes; the plan heals "
@@ -135,6 +141,8 @@ class PruningCallback(Callback, ABC):
             ValueError: if the model cannot read them, or they do not suffice.
         """
         check_windows(model, windows)
+        if self.heal == "mlp":
+            check_droppable(model)
         if self.heal != "none":
             check_healable(model, windows, self.heal)
 
@@ -159,3 +167,33 @@ class PruningCallback(Callback, ABC):
         run.gradual = any(method.gradual for method in methods)
         if run.base is None:  # a second fit goes on with the pruned model
             start(run, methods)
+
+
+def check_stand_ins(
+    heal: str,
+    granularity: str = "layer",
+    parameter_ratio: float | None = None,
+    loads_in: Sequence[str] | None = None,
+) -> None:
+    """Check that `heal="mlp"` goes with other arguments of a method that removes layers.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if heal != "mlp":
+        return
+    if granularity != "layer":
+        raise ValueError(
+            f"heal='mlp' lets MLPs stand in for whole layers, not for granularity={granularity!r}; "
+            "take granularity='layer', or heal='layer'"
+        )
+    if parameter_ratio is not None:
+        raise ValueError(
+            f"parameter_ratio={parameter_ratio} counts whole layers, and heal='mlp' keeps an MLP "
+            "of each run; give num_layers or ratio"
+        )
+    if loads_in:
+        raise ValueError(
+            f"loads_in={[*loads_in]} needs a stock class, and heal='mlp' leaves layers without "
+            "attention, which none has; leave one of them out, or export to decilm for vLLM"
+        )

@@ -14,7 +14,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import Healing, PruningCallback
+from prunelight.callbacks.base import DepthHealing, PruningCallback, check_stand_ins
 from prunelight.models.engines import check_engines, engine_patterns, known_engines
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import matrices
@@ -44,8 +44,9 @@ class ShortenedLlama(PruningCallback):
         offload_activations: keep the hidden states on the CPU, as in `SLEB`.
         loads_in: programs that must read the result as transformers does, as in `ShortGPT`.
         heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
-            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
-            calibration windows or more.
+            "layer" trains whole layers to them too, one at a time. "mlp" lets one MLP stand in for
+            each run of layers and trains that. See docs/healing.md. All need 2 calibration windows
+            or more.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -60,13 +61,15 @@ class ShortenedLlama(PruningCallback):
         protected: list[int] | None = None,
         offload_activations: bool = False,
         loads_in: list[str] | None = None,
-        heal: Healing = "none",
+        heal: DepthHealing = "none",
     ) -> None:
         check_depth_target(ratio, num_layers)
+        check_stand_ins(heal, loads_in=loads_in)
         self.ratio, self.num_layers, self.score = ratio, num_layers, score
         self.protected = None if protected is None else list(protected)
         self.offload_activations = offload_activations
         self.loads_in, self.heal = known_engines(loads_in), heal
+        self.drops_sublayers = heal == "mlp"
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, TypeError for quantized weights."""

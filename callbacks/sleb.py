@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import Healing, PruningCallback
+from prunelight.callbacks.base import DepthHealing, PruningCallback
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.removable import removable_layers
 from prunelight.planning.layer_choice import (
@@ -42,8 +42,9 @@ class SLEB(PruningCallback):
         offload_activations: keep the hidden states on the CPU: num_samples * seq_len * hidden_size
             * (layers + 1) numbers.
         heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
-            "layer" trains whole layers to them too, one at a time. See docs/healing.md. Both need 2
-            calibration windows or more.
+            "layer" trains whole layers to them too, one at a time. "mlp" lets one MLP stand in for
+            each run of layers and trains that. See docs/healing.md. All need 2 calibration windows
+            or more.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -57,12 +58,13 @@ class SLEB(PruningCallback):
         criterion: Literal["cosine", "cka", "kl", "nll", "cosine_flat"] = "nll",
         protected: list[int] | None = None,
         offload_activations: bool = False,
-        heal: Healing = "none",
+        heal: DepthHealing = "none",
     ) -> None:
         check_depth_target(ratio, num_layers)
         self.ratio, self.num_layers, self.criterion = ratio, num_layers, criterion
         self.protected = [0, -1] if protected is None else list(protected)
         self.offload_activations, self.heal = offload_activations, heal
+        self.drops_sublayers = heal == "mlp"
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, or layers depend on each other."""

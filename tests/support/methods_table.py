@@ -115,6 +115,7 @@ VARIANTS = {
     ),
     "ShortGPT, share of all parameters": Method(lambda: ShortGPT(parameter_ratio=0.2), layers=4),
     "ShortGPT, healed": Method(lambda: ShortGPT(num_layers=2, heal="linear"), layers=4),
+    "ShortGPT, an MLP stands in": Method(lambda: ShortGPT(layers=[2, 3], heal="mlp"), layers=5),
     "SLM's mean, healed": Method(
         lambda: SlidingLayerMerging(num_layers=2, merge="mean", heal="linear"), layers=4
     ),

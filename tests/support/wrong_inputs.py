@@ -230,6 +230,10 @@ RANGES: dict[str, Range] = {
         f"{name}.heal": _range("none", "linear", "layer", wrong=("ridge", "", True))
         for name in _HEALED
     },
+    **{
+        f"{name}.heal": _range("none", "linear", "layer", "mlp", wrong=("ridge", "", True))
+        for name in ("ShortGPT", "SLEB", "ShortenedLlama")
+    },
     "DepthPruning.num_layers": _range(0, 1, 5, wrong=_LAYERS),
     "DepthPruning.ratio": _range(0.34, wrong=_RATIO),
     "DepthPruning.parameter_ratio": _range(0, 0.1, wrong=(*_RATIO, 0.99, None)),

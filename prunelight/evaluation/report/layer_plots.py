@@ -40,6 +40,11 @@ _LABELS = {
 }
 
 
+def has_layer_plots(plan: PlanFacts) -> bool:
+    """Return whether `plot_layers` has something to draw of a plan."""
+    return bool(plan.score_lists() or plan.steps_of(Sparsify) or plan.steps_of(SliceHidden))
+
+
 def plot_layers(plan: PlanFacts, outcome: Json | None = None) -> Figure:
     """Draw the scores of a plan over the decoder layers, its zeros and its widths.
 
@@ -53,7 +58,7 @@ def plot_layers(plan: PlanFacts, outcome: Json | None = None) -> Figure:
             what was planned.
 
     Raises:
-        ValueError: if there is no list of scores and no sparsify or slice step.
+        ValueError: if there is nothing to draw, see `has_layer_plots`.
     """
     outcome = outcome or {}
     drawings = _score_drawings(plan)

@@ -36,7 +36,7 @@ from prunelight.evaluation.report.figures import (
     stage_rows,
 )
 from prunelight.evaluation.report.heat_maps import plot_cka
-from prunelight.evaluation.report.layer_plots import plot_layers
+from prunelight.evaluation.report.layer_plots import has_layer_plots, plot_layers
 from prunelight.evaluation.report.page.run_page import run_page
 from prunelight.evaluation.report.plan_facts import (
     HEALING_ERRORS,
@@ -132,7 +132,7 @@ def _plan_sections(record: RunRecord) -> tuple[list[str], dict[str, Callable[[],
         plan, together = carried.plan, carried.together
         sections += _plan_section(plan, carried.outcomes) + _layer_table(plan, together)
         number = len(pictures) + 1
-        if plan.score_lists() or any(step.has_outcome for step in plan.steps):
+        if has_layer_plots(plan):
             name = f"layers-{number}.png" if number > 1 else "layers.png"
             what = "widths" if plan.steps_of(SliceHidden) else "scores"
             sections.append(f"![{what} of the decoder layers]({name})")

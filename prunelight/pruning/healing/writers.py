@@ -125,7 +125,7 @@ def _last_called(walk: LayerWalk, matrices: Sequence[Matrix]) -> Matrix | None:
 def check_healable(model: PreTrainedModel, windows: Windows, mode: str) -> None:
     """Check that windows can be held out, and on a few tokens that layers can be healed.
 
-    Mode "linear" needs layers that have writers, mode "layer" none.
+    Mode "linear" needs layers that have writers, modes "layer" and "mlp" none.
 
     Raises:
         ValueError: if there are too few windows to hold one out.

@@ -387,10 +387,12 @@ def test_merged_and_dropped_layers_are_told_by_their_fate(tmp_path: Path) -> Non
     assert (tmp_path / "cka-2.png").read_bytes()[:4] == PNG[:4]
 
 
-def test_a_heal_step_tells_of_each_layer_what_became_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_hand", [False, True])  # layers by hand have no scores to draw
+def test_a_heal_step_tells_of_each_layer_what_became_of_it(tmp_path: Path, by_hand: bool) -> None:
     record = with_steps(
         {"kind": "remove_layers", "layers": [3]},
         {"kind": "heal", "layers": [2, 5], "mode": "linear", "ridges": [0.1, 1.0]},
+        **({"scores": {}} if by_hand else {}),
     )
     outcome = {
         "healed": ["model.layers.2.mlp.down_proj"],
