@@ -24,6 +24,7 @@ from prunelight.data.instructions import is_instruction_row
 from prunelight.data.rows import Row
 from prunelight.data.sources import read_documents
 from prunelight.data.token_windows import bos_token_id, pack_windows, tokenize_documents
+from prunelight.evaluation.quality.reference_memory import ReferenceMemory
 from prunelight.evaluation.quality.text_windows import TextWindows, text_windows
 from prunelight.evaluation.speed import forward_seconds
 from prunelight.models.loading import load
@@ -49,6 +50,7 @@ class Bench:
         given = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(given)
         self.memory = Memory()
+        self.dense_logits = ReferenceMemory()
         self._calibration: dict[int, Windows] = {}
         self._quantized: dict[tuple[str, int], PreTrainedModel] = {}
 

@@ -34,7 +34,9 @@ def measure(model: PreTrainedModel, bench: Bench, *, tasks: bool) -> dict[str, A
         if is_dense:
             quality = text_quality(model, text)
         else:
-            quality, _, divergence = against_reference(model, bench.dense, text)
+            quality, _, divergence = against_reference(
+                model, bench.dense, text, memory=bench.dense_logits
+            )
             found["divergence"].append(asdict(divergence))
         found["texts"].append(asdict(quality))
     if tasks and bench.task_set is not None:

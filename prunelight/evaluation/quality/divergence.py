@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel
 from prunelight.calibration.shared_windows import group_of, share_windows
 from prunelight.calibration.windows import check_readable
 from prunelight.evaluation.quality.bootstrap import mean_interval, paired_difference
+from prunelight.evaluation.quality.reference_memory import ReferenceMemory
 from prunelight.evaluation.quality.results import Divergence, TextQuality
 from prunelight.evaluation.quality.text_quality import quality_of
 from prunelight.evaluation.quality.text_windows import TextWindows
@@ -64,6 +67,7 @@ def against_reference(
     *,
     batch_tokens: int = EVALUATION_TOKENS,
     group: ProcessGroup | None = None,
+    memory: ReferenceMemory | None = None,
 ) -> tuple[TextQuality, TextQuality, Divergence]:
     """Measure a model and its reference on a text, and how far the model is from the reference.
 
@@ -73,6 +77,7 @@ def against_reference(
         text: what `text_windows` gave.
         batch_tokens: tokens of a forward.
         group: processes that share the windows, each with the same models; None: this one alone.
+        memory: of this reference, where it is asked for these texts again; None keeps nothing.
 
     Returns:
         Quality of the model, quality of the reference, divergence; the same on every process.
@@ -85,15 +90,16 @@ def against_reference(
         check_readable(each, text.windows)
     check_same_vocabulary(vocabulary_size(model), vocabulary_size(reference))
     windows = share_windows(text.windows, group or ProcessGroup())
+    memory = memory or ReferenceMemory(0)
     tokens: list[Tensor] = []  # of each window (6, T - 1); NaN where no token counts
     with evaluating(model), evaluating(reference):
-        for batch, labels in labelled_batches(
+        batches = labelled_batches(
             model, windows, tokens=batch_tokens, label=f"divergence on {text.text}"
-        ):
+        )
+        for index, (batch, labels) in enumerate(batches):
             ours = model(**batch).logits
-            moved = {name: value.to(reference.device) for name, value in batch.items()}
-            theirs = reference(**moved).logits.to(ours.device)
-            tokens += compare_logits(ours, theirs, labels[:, 1:]).unbind(1)
+            theirs = memory.logits(text.text, index, partial(_logits, reference, batch))
+            tokens += compare_logits(ours, theirs.to(ours.device), labels[:, 1:]).unbind(1)
     tokens = [window for part in group_of(windows).gather(tokens) for window in part]
     found = torch.stack(tokens).numpy()  # (N, 6, T - 1)
     qualities = [
@@ -101,6 +107,13 @@ def against_reference(
         for nll, correct in ((_NLL, _CORRECT), (_REFERENCE_NLL, _REFERENCE_CORRECT))
     ]
     return qualities[0], qualities[1], divergence_of(found)
+
+
+def _logits(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """Return the logits (B, T, V) of a micro-batch that may lie on another device."""
+    moved = {name: value.to(model.device) for name, value in batch.items()}
+    logits: Tensor = model(**moved).logits
+    return logits
 
 
 def compare_logits(logits: Tensor, reference_logits: Tensor, targets: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from prunelight.evaluation.quality.divergence import (
     compare_logits,
     divergence_of,
 )
+from prunelight.evaluation.quality.reference_memory import ReferenceMemory
 from prunelight.evaluation.quality.text_quality import text_quality
 from prunelight.evaluation.quality.text_windows import TextWindows
 
@@ -93,6 +94,20 @@ def test_quality_does_not_depend_on_the_batch(models, found):
     other = against_reference(*models, TEXT, batch_tokens=40)
     assert other[2].kl.value == pytest.approx(found[2].kl.value, rel=1e-6)
     assert other[0].window_nll == pytest.approx(found[0].window_nll, rel=1e-6)
+
+
+@pytest.mark.parametrize(("windows_kept", "forwards"), [(0, 10), (2, 8), (5, 5)])
+def test_a_reference_is_asked_again_only_for_what_was_not_kept(models, windows_kept, forwards):
+    vocabulary = models[1].config.vocab_size
+    memory = ReferenceMemory(windows_kept * 40 * vocabulary * 4)
+    asked = []
+    handle = models[1].register_forward_hook(lambda *_: asked.append(1))
+    try:
+        found = [against_reference(*models, TEXT, batch_tokens=40, memory=memory) for _ in range(2)]
+    finally:
+        handle.remove()
+    assert len(asked) == forwards
+    assert found[0] == found[1] == against_reference(*models, TEXT, batch_tokens=40)
 
 
 def test_a_small_divergence_is_exact_where_a_plain_sum_is_rounding(models):
