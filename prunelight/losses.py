@@ -355,7 +355,7 @@ def next_token_sums(
         number of predicted tokens.
     """
     flat, targets = logits.flatten(0, 1), next_token_targets(labels.to(logits.device))
-    nll, losses = torch.zeros((), dtype=torch.float64), []
+    nll, losses = torch.zeros((), dtype=torch.float64), list[Tensor]()
     correct = torch.zeros((), dtype=torch.long, device=logits.device)
     # In chunks: a float32 copy of all logits would be the largest tensor of an evaluation.
     for part, target in zip(flat.split(_LOGIT_TOKENS), targets.split(_LOGIT_TOKENS), strict=True):
