@@ -24,11 +24,14 @@ IGNORED_LABEL = -100  # the label that torch's cross-entropy skips
 
 Finish: TypeAlias = Callable[[Tensor], Tensor]
 
-# At most five copies of a chunk's logits exist at a time: together below a tenth of all logits.
-_CHUNKS = 64
+# Bytes of a chunk's logits in float32. At most five copies of these exist at a time. On an
+# accelerator a chunk must have tokens enough for its products to take longer than reading the
+# head's weights; on the CPU its logits should stay in the caches.
+CHUNK_BYTES = 2**27
+CPU_CHUNK_BYTES = 2**24
 
 # Tokens; in a smaller chunk, reading the head's weights would take most of the time.
-_SMALLEST_CHUNK = 32
+SMALLEST_CHUNK = 32
 
 
 class TokenLoss(Protocol):
@@ -145,9 +148,18 @@ def top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     return ids, torch.cat([top, tail.log()], dim=1) - log_total
 
 
-def chunk_size(num_tokens: int) -> int:
-    """Return how many of `num_tokens` tokens a chunk holds."""
-    return max(_SMALLEST_CHUNK, -(-num_tokens // _CHUNKS))
+def chunk_size(num_tokens: int, vocabulary: int, device: torch.device) -> int:
+    """Return how many of `num_tokens` tokens a chunk holds: as many as its logits' bytes allow.
+
+    Args:
+        num_tokens: of all chunks together; chunks are of one size, but for the last.
+        vocabulary: logits of a token.
+        device: where they are computed; see `CHUNK_BYTES`.
+    """
+    limit = CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES
+    most = max(SMALLEST_CHUNK, limit // (4 * vocabulary))
+    num_chunks = max(1, -(-num_tokens // most))
+    return max(1, -(-num_tokens // num_chunks))
 
 
 def logits_loss(logits: Tensor, loss: TokenLoss, tokens: Tensor) -> Tensor:
@@ -197,10 +209,13 @@ def module_loss(
     loss: TokenLoss,
     tokens: Tensor,
     finish: Finish | None = None,
+    *,
+    vocabulary: int,
 ) -> Tensor:
     """Return `linear_loss` for a head of any kind, such as a head with LoRA.
 
-    The logits are computed twice: the backward computes them again, chunk by chunk.
+    The logits are computed twice: the backward computes them again, chunk by chunk. `vocabulary` is
+    the number of logits V that the head gives each token.
     """
 
     def chunk_loss(states: Tensor, rows: slice) -> Tensor:
@@ -210,7 +225,7 @@ def module_loss(
         return _summed(finish(logits) if finish else logits, None, None, shifted, all_rows, None)
 
     total = hidden_states[:0].sum().to(_at_least_float32(hidden_states))
-    for rows in _chunks(len(tokens)):
+    for rows in _chunks(len(tokens), vocabulary, hidden_states.device):
         states = hidden_states[tokens[rows]]
         total = total + checkpoint(chunk_loss, states, rows, use_reentrant=False)
     return total / max(1, len(tokens))
@@ -221,8 +236,8 @@ def _shifted(loss: TokenLoss, first: int) -> TokenLoss:
     return lambda logits, rows: loss(logits, slice(first + rows.start, first + rows.stop))
 
 
-def _chunks(num_tokens: int) -> list[slice]:
-    size = chunk_size(num_tokens)
+def _chunks(num_tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
+    size = chunk_size(num_tokens, vocabulary, device)
     return [slice(i, min(i + size, num_tokens)) for i in range(0, num_tokens, size)]
 
 
@@ -257,7 +272,8 @@ class _ChunkedLoss(torch.autograd.Function):
         head_weight = None if weight is None else weight.to(dtype)
         head_bias = None if bias is None else bias.to(dtype)
         total = states.new_zeros((), dtype=_at_least_float32(states))
-        for rows in _chunks(len(tokens)):
+        vocabulary = states.shape[-1] if weight is None else weight.shape[0]
+        for rows in _chunks(len(tokens), vocabulary, states.device):
             inputs = states[tokens[rows]]
             if head_weight is not None:
                 inputs = inputs.to(dtype)
@@ -339,15 +355,18 @@ def next_token_sums(
         number of predicted tokens.
     """
     flat, targets = logits.flatten(0, 1), next_token_targets(labels.to(logits.device))
-    nll = torch.zeros((), dtype=torch.float64)
+    nll, losses = torch.zeros((), dtype=torch.float64), list[Tensor]()
     correct = torch.zeros((), dtype=torch.long, device=logits.device)
     # In chunks: a float32 copy of all logits would be the largest tensor of an evaluation.
     for part, target in zip(flat.split(_LOGIT_TOKENS), targets.split(_LOGIT_TOKENS), strict=True):
         if head is not None:
             part = head(part)
-        loss = cross_entropy(part.float(), target, ignore_index=IGNORED_LABEL, reduction="sum")
-        nll += loss.cpu().double()  # not every device has float64
+        losses.append(
+            cross_entropy(part.float(), target, ignore_index=IGNORED_LABEL, reduction="sum")
+        )
         correct += (part.argmax(-1) == target).sum()
+    for loss in torch.stack(losses).cpu().double():  # not every device has float64
+        nll += loss
     return nll, correct.cpu(), (targets != IGNORED_LABEL).sum().cpu()
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, linear
 from torch.profiler import ProfilerActivity, profile
 
+from prunelight import losses
 from prunelight.losses import (
     chunk_size,
     distillation_loss,
@@ -20,6 +21,7 @@ from prunelight.losses import (
 TOKENS, HIDDEN, WORDS, K = 150, 6, 40, 5
 TEMPERATURE = 1.7
 EVERY = slice(0, TOKENS)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 generator = torch.Generator().manual_seed(0)
 
 
@@ -88,10 +90,16 @@ def test_value_and_gradient_are_those_of_the_formula(name):
     assert torch.equal(logits, before)
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of the fewest tokens, so that a few tokens take several of them."""
+    monkeypatch.setattr(losses, "CPU_CHUNK_BYTES", 1)
+    assert chunk_size(TOKENS, WORDS, CPU) < TOKENS / 3
+
+
 @pytest.mark.parametrize("finish", [None, scaled_and_capped])
 @pytest.mark.parametrize("name", LOSSES)
-def test_chunks_change_neither_the_loss_nor_any_gradient(name, finish):
-    assert chunk_size(TOKENS) < TOKENS / 3, "there must be several chunks"
+def test_chunks_change_neither_the_loss_nor_any_gradient(name, finish, small_chunks):
     loss, expected = LOSSES[name]
     # Twice as many positions as tokens that count, in any order.
     states = torch.cat([random(TOKENS, HIDDEN), STATES])
@@ -107,13 +115,13 @@ def test_chunks_change_neither_the_loss_nor_any_gradient(name, finish):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_logits_that_are_there_already_and_any_module_give_the_same():
+def test_logits_that_are_there_already_and_any_module_give_the_same(small_chunks):
     loss, tokens = LOSSES["mixed"][0], torch.arange(TOKENS)
     results = []
     for take in (
         lambda s, w: linear_loss(s, w, None, loss, tokens),
         lambda s, w: logits_loss(linear(s, w), loss, tokens),
-        lambda s, w: module_loss(s, lambda x: linear(x, w), loss, tokens),
+        lambda s, w: module_loss(s, lambda x: linear(x, w), loss, tokens, vocabulary=WORDS),
     ):
         values = parameters(STATES, WEIGHT)
         total = take(*values)
@@ -136,7 +144,8 @@ def test_a_frozen_head_gets_no_gradient_and_frozen_states_neither():
 def test_no_token_that_counts_gives_a_loss_of_zero_that_can_be_trained_on(take):
     (states,) = parameters(STATES)
     head = (WEIGHT, None) if take is linear_loss else (lambda x: linear(x, WEIGHT),)
-    loss = take(states, *head, language_loss(TARGETS[:0]), TARGETS[:0])
+    size = {} if take is linear_loss else {"vocabulary": WORDS}
+    loss = take(states, *head, language_loss(TARGETS[:0]), TARGETS[:0], **size)
     loss.backward()
     assert loss.item() == 0
     assert states.grad.abs().max() == 0
@@ -224,19 +233,32 @@ def test_the_loss_of_a_large_vocabulary_needs_less_than_a_tenth_of_its_logits(na
     teacher = distillation_loss(lambda rows: linear(states[rows].detach(), head), 2.0)
     plain = language_loss(torch.arange(tokens))
     ids = torch.arange(64).expand(tokens, 64)
-    losses = {
+    by_name = {
         "lm": plain,
         "kd": teacher,
         "kd_topk": top_k_loss(ids, torch.zeros(tokens, 65), 2.0),
         "mixed": mixed_loss(teacher, plain, 0.5),
     }
     # The first of the chunks tell: all are of one size, and nothing of them is left.
-    assert chunk_size(tokens) * 64 == tokens
-    counted = torch.arange(tokens)[: 3 * chunk_size(tokens)]
-    # A loss of 96 tokens would take its chunks of 32 too.
-    assert chunk_size(len(counted)) == chunk_size(tokens)
+    size = chunk_size(tokens, vocabulary, CPU)
+    assert size * 64 == tokens
+    counted = torch.arange(tokens)[: 3 * size]
 
     def call():
-        linear_loss(states, head, None, losses[name], counted).backward()
+        linear_loss(states, head, None, by_name[name], counted).backward()
 
     assert 0 < peak_bytes(call) < 4 * tokens * vocabulary / 10
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_chunk_has_the_same_bytes_whatever_the_tokens_and_the_vocabulary(device):
+    limit = losses.CPU_CHUNK_BYTES if device == CPU else losses.CHUNK_BYTES
+    for vocabulary in (32_000, 49_152, 131_072):
+        for tokens in (1, 500, 2048, 10**6 + 1):
+            size = chunk_size(tokens, vocabulary, device)
+            assert 1 <= size <= tokens
+            assert size * vocabulary * 4 <= limit
+            # All tokens at once, or more than half of what a chunk may take.
+            assert size == tokens or 2 * size * vocabulary * 4 > limit - 8 * vocabulary
+    assert chunk_size(10**6, 10**6, CPU) == losses.SMALLEST_CHUNK
+    assert chunk_size(0, 100, device) == 1

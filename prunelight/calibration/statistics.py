@@ -20,11 +20,22 @@ from torch.nn.functional import cosine_similarity
 
 from prunelight.runtime.processes import ProcessGroup
 
+# Values of tokens that a mean holds on their device before they are added up; 4 MB.
+_MOST_WAITING = 2**20
+
 
 class TokenMean:
-    """Mean over tokens of a value that each token has; of first tokens also apart."""
+    """Mean over tokens of a value that each token has; of first tokens also apart.
+
+    The values wait on their device, since a host that reads them waits for all work before them.
+
+    Attributes:
+        total, count: sum and number of the tokens that count, as of the last `settle`.
+        first_total, first_count: those of first tokens.
+    """
 
     def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         self.total = 0.0
         self.first_total = 0.0
         self.count = 0
@@ -39,15 +50,29 @@ class TokenMean:
             first: the first token of each sequence, bool (B, T); None takes position 0. These
                 tokens are also summed apart, because attention sinks live there.
         """
-        firsts = values[:, 0] if first is None else values[first]
-        counted = values if mask is None else values[mask]
-        self.total += counted.cpu().double().sum().item()
-        self.count += counted.numel()
-        self.first_total += firsts.cpu().double().sum().item()
-        self.first_count += firsts.numel()
+        self._waiting.append((values, mask, first))
+        if sum(values.numel() for values, *_ in self._waiting) >= _MOST_WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Bring the values that wait to the CPU, all at once, and add them up in float64."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        flat = torch.cat([values.flatten() for values, *_ in waiting]).cpu()
+        parts = flat.split([values.numel() for values, *_ in waiting])
+        for part, (there, mask, first) in zip(parts, waiting, strict=True):
+            values = part.view(there.shape)
+            firsts = values[:, 0] if first is None else values[first.cpu()]
+            counted = values if mask is None else values[mask.cpu()]
+            self.total += counted.double().sum().item()
+            self.count += counted.numel()
+            self.first_total += firsts.double().sum().item()
+            self.first_count += firsts.numel()
 
     def pool(self, group: ProcessGroup) -> Self:
         """Add up the sums of all ranks, in place, and return the statistic."""
+        self.settle()
         self.total, count, self.first_total, first_count = group.totals(
             self.total, self.count, self.first_total, self.first_count
         )
@@ -60,12 +85,14 @@ class TokenMean:
         Raises:
             ValueError: if no token was counted.
         """
+        self.settle()
         if self.count == 0:
             raise ValueError("0 tokens were counted; ignore fewer tokens or mask less")
         return self.total / self.count
 
     def first_result(self) -> float:
         """Return the mean over the first tokens of all sequences."""
+        self.settle()
         return self.first_total / max(1, self.first_count)
 
 
@@ -256,6 +283,11 @@ def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:
 
 def check_finite(index: int, statistic: float, outputs: Tensor) -> None:
     """Check that a statistic of a decoder layer's outputs is finite.
+
+    Args:
+        index: of the layer.
+        statistic: of its outputs.
+        outputs: the outputs, or the largest number in them: they tell NaN from Inf.
 
     Raises:
         ValueError: if the statistic is NaN or Inf; names the layer.

@@ -54,6 +54,7 @@ def _apply(values: Namespace, given: set[str]) -> None:
         offload=values.offload,
         strict=values.strict,
         trust_remote_code=values.trust_remote_code,
+        attn_implementation=values.attn_implementation,
     )
     rows = {"parameters": str(size), "saved": saved.directory, "verified": saved.verification}
     show_decisions(f"Applied: {values.plan}", {**plan_rows(plan), **rows})

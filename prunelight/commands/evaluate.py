@@ -43,6 +43,7 @@ def _evaluate(given: Namespace) -> None:
             dtype=given.dtype,
             device=device or given.device,
             trust_remote_code=given.trust_remote_code,
+            attn_implementation=given.attn_implementation,
             group=group,
         )
         if group.rank == 0:

@@ -109,12 +109,17 @@ def _of_model(values: Namespace, method: Any) -> tuple[Any, Any]:
         device=values.device,
         offload=values.offload,
         trust=values.trust_remote_code,
+        attn_implementation=values.attn_implementation,
     )
+
+
+# Options that say how a model is read and looked at.
+_OF_THE_WEIGHTS = ("data", "dtype", "device", "offload", "attn_implementation")
 
 
 def _of_scores(arguments: Sequence[str], values: Namespace, method: Any) -> tuple[Any, Any]:
     for option in (text.partition("=")[0].removeprefix("--") for text in arguments):
-        if option.partition(".")[0] in ("data", "dtype", "device", "offload"):
+        if option.partition(".")[0] in _OF_THE_WEIGHTS:
             raise ValueError(
                 f"{option} has no effect with scores, whose windows were read and whose model ran "
                 "before; leave it out, or score again"

@@ -60,6 +60,13 @@ def add_place(parser: VerbParser) -> None:
     add: Any = parser.add_argument
     add("--dtype", type=str, default="auto", help="auto, float32, bfloat16 or float16.")
     add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
+    add(
+        "--attn_implementation",
+        type=str | None,
+        default=None,
+        help="transformers' attention: sdpa, eager, flash_attention_2 and others; by default its "
+        "own choice.",
+    )
 
 
 def add_offload(parser: VerbParser) -> None:

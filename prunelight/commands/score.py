@@ -31,6 +31,7 @@ def _score(values: Namespace) -> None:
         device=values.device,
         offload=values.offload,
         trust=values.trust_remote_code,
+        attn_implementation=values.attn_implementation,
     )
     rows = [(name, f"{seconds:.1f} s") for name, seconds in scores.seconds.items()]
     rows += [(name, f"left out: {reason}") for name, reason in scores.left_out.items()]

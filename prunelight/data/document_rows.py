@@ -20,17 +20,17 @@ PACKINGS = ("stream", "documents")
 
 
 def cut_document(
-    tokens: Sequence[int], seq_len: int, *, bos_token_id: int | None = None
+    tokens: Sequence[int] | Tensor, seq_len: int, *, bos_token_id: int | None = None
 ) -> list[Tensor]:
-    """Cut one document into pieces of at most `seq_len` tokens, LongTensors (T,).
+    """Cut one document into pieces of at most `seq_len` tokens, int32 (T,).
 
     Each piece starts with `bos_token_id`, if one is given. A piece of one token, which predicts
     nothing, is left out.
     """
-    bos = [] if bos_token_id is None else [bos_token_id]
-    width = seq_len - len(bos)
-    pieces = ([*bos, *tokens[start : start + width]] for start in range(0, len(tokens), width))
-    return [torch.tensor(piece) for piece in pieces if len(piece) > 1]
+    ids = torch.as_tensor(tokens, dtype=torch.int32)
+    bos = ids.new_tensor([] if bos_token_id is None else [bos_token_id])
+    pieces = (torch.cat([bos, piece]) for piece in ids.split(seq_len - len(bos)))
+    return [piece for piece in pieces if len(piece) > 1]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -61,12 +61,12 @@ def pack_documents(
     """Pack documents into rows of at most `seq_len` tokens.
 
     Args:
-        documents: token ids and labels of each document, LongTensors (T,).
+        documents: token ids and labels of each document, (T,), of one type of whole numbers.
         seq_len: the most tokens of a row.
 
     Returns:
-        Token ids, labels and positions of each row, LongTensors (T,). The label of a document's
-        first token is -100: the token before it, of another document, must not predict it.
+        Token ids, labels and positions of each row, (T,), of the same type. The label of a
+        document's first token is -100: a token of another document must not predict it.
         Positions start at 0 with each document.
     """
     rows = []
@@ -75,6 +75,6 @@ def pack_documents(
         for part in labels:
             part[0] = IGNORED_LABEL
         ids = [documents[index][0] for index in row]
-        positions = [torch.arange(len(part)) for part in ids]
+        positions = [torch.arange(len(part), dtype=part.dtype) for part in ids]
         rows.append((torch.cat(ids), torch.cat(labels), torch.cat(positions)))
     return rows

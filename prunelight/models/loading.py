@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -92,7 +93,11 @@ class Source:
 
 
 def load(
-    name: str | Path, *, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, on the CPU and in eval mode.
 
@@ -102,14 +107,20 @@ def load(
         dtype: a torch dtype or its name; "auto" keeps the checkpoint's dtype (float32 for GGUF).
         trust_remote_code: run Python code that comes with the model; set it only for authors that
             you trust.
+        attn_implementation: transformers' name of the attention that the model computes with, such
+            as "sdpa", "eager" or "flash_attention_2"; None leaves the choice to transformers.
 
     Raises:
         ValueError: if the source is unknown, damaged or incomplete, a weight is NaN or infinite,
-            the dtype is not a floating type, or the tokenizer does not fit the model.
+            the dtype is not a floating type, transformers does not know the attention, or the
+            tokenizer does not fit the model.
         TypeError: if the model is not a causal language model.
         ImportError: if a GGUF file needs the package gguf, or packed weights need theirs.
     """
     torch_dtype = resolve_dtype(dtype)
+    check_attention(attn_implementation, trust_remote_code=trust_remote_code)
+    # None would replace what a config names itself.
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     source = check_hub(find_source(str(name)))
     config = load_config(source, trust_remote_code=trust_remote_code)
     reader = reading_class(config, str(name))
@@ -125,6 +136,7 @@ def load(
                 source.location,
                 config=config,  # without it a GGUF file would be parsed again, which takes seconds
                 dtype=torch_dtype,
+                **attention,
                 trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # `_check_complete` names the weight and its shapes
                 output_loading_info=True,
@@ -326,6 +338,24 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     name = str(dtype).removeprefix("torch.")
     check_choice("dtype", name, ("auto", *DTYPES))
     return DTYPES[name]
+
+
+def check_attention(name: str | None, *, trust_remote_code: bool = False) -> None:
+    """Check that transformers knows an attention; a name with a slash is code on the hub.
+
+    Raises:
+        ValueError: if it does not, or the code is not trusted.
+    """
+    if name is None or ("/" in name and trust_remote_code):
+        return
+    if "/" in name:
+        raise ValueError(
+            f"attn_implementation={name!r} is code on the hub; pass trust_remote_code=True if you "
+            "trust it"
+        )
+    # Those of a paged cache serve generation alone.
+    known = {"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)}
+    check_choice("attn_implementation", name, sorted(known))
 
 
 @contextmanager

@@ -232,6 +232,9 @@ def verify(
                 trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # _compare_weights names the weight and its shapes
             )
+        attention = getattr(model.config, "_attn_implementation", None)
+        if attention and attention != getattr(loaded.config, "_attn_implementation", None):
+            loaded.set_attn_implementation(attention)  # the file does not keep the choice
         reloaded = place_like(loaded, model)
         stored = packed_state(model) if has_grids(model) else model.state_dict()
         _compare_weights(stored, reloaded.state_dict())

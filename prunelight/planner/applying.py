@@ -43,6 +43,7 @@ def apply_to_saved(
     offload: bool = False,
     strict: bool = True,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> tuple[SavedModel, Size]:
     """Prune a model by a plan and save it, with the plan beside it; all of it, or nothing.
 
@@ -56,6 +57,7 @@ def apply_to_saved(
         offload: keep it off the device, with one layer there at a time, even if it fits.
         strict: require the very weights that the plan was made for.
         trust_remote_code: run Python code that comes with the model.
+        attn_implementation: attention that it computes with; None: transformers chooses.
 
     Returns:
         What was saved, and the sizes before and after.
@@ -68,7 +70,12 @@ def apply_to_saved(
     place = find_device(device)
     check_new(out)
     check_data(plan, data)
-    model, tokenizer = load(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, tokenizer = load(
+        name,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
     plan.check(model, strict=strict, num_layers=len(decoder_layers(model)))
     size = planned_size(model, plan)
     check_room(out, size.bytes_after)

@@ -48,6 +48,7 @@ def plan_of_model(
     device: str = "auto",
     offload: bool = False,
     trust: bool = False,
+    attn_implementation: str | None = None,
 ) -> tuple[Plan, Size]:
     """Return the plan that a run would make with the same data, and the sizes before and after.
 
@@ -59,12 +60,15 @@ def plan_of_model(
         device: where the model computes; auto takes a GPU if there is one.
         offload: keep it off the device, with one layer there at a time, even if it fits.
         trust: run Python code that comes with the model.
+        attn_implementation: attention that it computes with; None: transformers chooses.
 
     Raises:
         ValueError, TypeError: if arguments, model and windows do not go together.
     """
     place = find_device(device)
-    model, tokenizer = load(name, dtype=dtype, trust_remote_code=trust)
+    model, tokenizer = load(
+        name, dtype=dtype, trust_remote_code=trust, attn_implementation=attn_implementation
+    )
     method.check(model)  # before any text is read
     windows = data.windows(model, tokenizer)
     method.check_calibration(model, windows)

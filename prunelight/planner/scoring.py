@@ -194,6 +194,7 @@ def score_to_directory(
     device: str = "auto",
     offload: bool = False,
     trust: bool = False,
+    attn_implementation: str | None = None,
 ) -> Scores:
     """Score a model by name, write the scores to a new directory, and return them.
 
@@ -206,6 +207,7 @@ def score_to_directory(
         device: where the model computes; auto takes a GPU if there is one.
         offload: keep it off the device, with one layer there at a time, even if it fits.
         trust: run Python code that comes with the model.
+        attn_implementation: attention that it computes with; None: transformers chooses.
 
     Raises:
         FileExistsError: if the directory exists.
@@ -215,7 +217,9 @@ def score_to_directory(
     place = find_device(device)
     check_scorers(scores)
     check_new(out)
-    model, tokenizer = load(name, dtype=dtype, trust_remote_code=trust)
+    model, tokenizer = load(
+        name, dtype=dtype, trust_remote_code=trust, attn_implementation=attn_implementation
+    )
     windows = data.windows(model, tokenizer)
     computed = score_model(model, windows, scores=scores, device=place, offload=offload)
     write_scores(computed, model, out)

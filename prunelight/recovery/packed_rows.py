@@ -25,17 +25,23 @@ _PROBE = (5, 3)  # tokens of the two documents in the probe
 _LEAK = 0.1  # far above rounding in bfloat16, and far below documents that see each other
 
 
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def model_inputs(batch: Mapping[str, Tensor], *, padded: bool | None = None) -> dict[str, Any]:
     """Return the arguments of a model's forward for a training batch, packed or not.
 
     With position ids there is no mask: a mask would override the document boundaries that they set.
     Without padding there is no mask either, so that attention takes its causal fast path.
+
+    Args:
+        batch: input_ids (B, T), and position_ids or an attention_mask.
+        padded: the mask holds zeros; None looks, and waits for the device of the batch.
     """
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
     if "position_ids" in batch:
         return {**inputs, "position_ids": batch["position_ids"]}
     mask = batch.get("attention_mask")
-    return {**inputs, "attention_mask": None if mask is None or bool(mask.all()) else mask}
+    if padded is None:
+        padded = mask is not None and not bool(mask.all())
+    return {**inputs, "attention_mask": mask if padded else None}
 
 
 def check_packed(model: PreTrainedModel, data: Any) -> None:

@@ -53,6 +53,7 @@ class Run:
         name: of the dense model, what `prunelight.load` takes.
         dtype: of the weights: auto, float32, bfloat16 or float16.
         trust_remote_code: run Python code that comes with the model.
+        attn_implementation: attention that the models compute with; None: transformers chooses.
         settings: how the model is recovered.
         objective: what the recovery learns from.
         latency: protocol by which generation is timed for the report; None: not at all.
@@ -83,6 +84,7 @@ class Run:
         *,
         dtype: str = "auto",
         trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
         settings: RecoverySettings = RecoverySettings(),  # noqa: B008 (frozen)
         objective: Objective | None = None,
         latency: LatencyProtocol | None = None,
@@ -91,6 +93,7 @@ class Run:
     ) -> None:
         self.holder, self.name, self.dtype = holder, name, dtype
         self.trust_remote_code, self.settings = trust_remote_code, settings
+        self.attn_implementation = attn_implementation
         self.objective, self.latency = objective, latency
         self.probes = probes
         self.describe_recovery = describe_recovery
@@ -176,7 +179,10 @@ class Run:
         self.source = source
         with self.phases.phase("load the model"):
             model, self.tokenizer = load(
-                source, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+                source,
+                dtype=self.dtype,
+                trust_remote_code=self.trust_remote_code,
+                attn_implementation=self.attn_implementation,
             )
         self.holder.model = model
         return model

@@ -35,10 +35,16 @@ class TeacherSource:
     dtype: str
     held: str
     trust_remote_code: bool
+    attn_implementation: str | None = None
 
     def load(self, device: torch.device) -> PreTrainedModel:
         """Return the teacher on a device, in eval mode and without gradients."""
-        model, _ = load(self.name, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        model, _ = load(
+            self.name,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            attn_implementation=self.attn_implementation,
+        )
         log.info("teacher %s: %d layers, %s", self.name, model.config.num_hidden_layers, self.held)
         model.requires_grad_(False)
         if self.held != "memory":
@@ -99,7 +105,9 @@ def prepare_teacher(run: Run) -> None:
     if settings.name is None and run.base is None:
         log.warning("distillation.name=None: the teacher is %s as it is", run.name)
     name = settings.name or run.name
-    source = TeacherSource(name, run.dtype, settings.teacher, run.trust_remote_code)
+    source = TeacherSource(
+        name, run.dtype, settings.teacher, run.trust_remote_code, run.attn_implementation
+    )
     if objective.kind == "kd":
         with run.phases.phase("load the teacher"):
             teacher = source.load(run.place.device)

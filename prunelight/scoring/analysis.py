@@ -142,6 +142,7 @@ class _StateSums:
         def visit(index: int, inputs: Tensor, outputs: Tensor) -> None:
             cosine = self.cosines[index]
             cosine.update(inputs, outputs, counted, first)
+            cosine.settle()
             check_finite(index, cosine.total + cosine.first_total, outputs)
             for state in (inputs, outputs)[index > 0 :]:  # the inputs only of layer 0
                 state_index = len(kernels)

@@ -73,10 +73,17 @@ def angular_distances_by_size(
 
     def visit(batch: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
         states[batch].extend(state[lasts[batch]] for state in (inputs, outputs)[index > 0 :])
-        check_finite(index, states[batch][-1].float().norm().item(), outputs)
+        if batch == 0 and index == num_layers - 1:
+            check(states[0])  # a model of no use is found early, at the cost of one wait
+
+    def check(of_batch: list[Tensor]) -> None:
+        norms = torch.stack([state.float().norm() for state in of_batch[1:]]).tolist()
+        for index, (norm, state) in enumerate(zip(norms, of_batch[1:], strict=True)):
+            check_finite(index, norm, state)
 
     visit_layers(model, windows, visit, label="angular distance")
     for of_batch in states:
+        check(of_batch)
         for size, total in totals.items():
             starts, ends = torch.stack(of_batch[: len(total)]), torch.stack(of_batch[size:])
             total += angular_distance(starts, ends).sum(1).cpu().double()

@@ -29,7 +29,6 @@ from prunelight.calibration.windows import (
 )
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.placement import compute_device
 from prunelight.scoring.remembered import remembered
 
 
@@ -178,22 +177,34 @@ def _token_means(
         measure: gives the value (B, T) of each token of a pair.
     """
     means = {name: [TokenMean() for _ in decoder_layers(model)] for name in names}
-    place = compute_device(model)
-    # Of each micro-batch: the tokens that count, and the first of each sequence.
+    num_layers = len(decoder_layers(model))
+    # The largest number after each layer, on the device: NaN or Inf if there is one.
+    largest: dict[int, Tensor] = {}
+    # Of each micro-batch, on the CPU: the tokens that count, and the first of each sequence.
     tokens: list[tuple[Tensor | None, Tensor | None]] = []
     for batch in micro_batches(model, windows):
         mask = batch.get("attention_mask")
-        mask = None if mask is None else mask.to(place)
+        mask = None if mask is None else mask.cpu()
         counted = counted_positions(mask, batch["input_ids"].shape, ignore_first_tokens)
-        counted = None if counted is None else counted.to(place)
         tokens.append((counted, first_positions(mask)))
 
     def visit(number: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
         counted, first = tokens[number]
         for layers, (x, y) in zip(means.values(), pairs(inputs, outputs), strict=True):
             layers[index].add(measure(x, y), counted, first)
-            check_finite(index, layers[index].total + layers[index].first_total, outputs)
+        size = torch.linalg.vector_norm(outputs, ord=torch.inf)
+        largest[index] = torch.maximum(largest[index], size) if index in largest else size
+        if number == 0 and index == num_layers - 1:
+            check()  # a model of no use is found early, at the cost of one wait
+
+    def check() -> None:
+        for index in sorted(largest):
+            for layers in means.values():
+                layers[index].settle()
+                statistic = layers[index].total + layers[index].first_total
+                check_finite(index, statistic, largest[index])
 
     visit_layers(model, windows, visit, label="layer scores")
+    check()
     group = group_of(windows)
     return {name: [mean.pool(group) for mean in layers] for name, layers in means.items()}

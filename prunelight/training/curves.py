@@ -29,13 +29,22 @@ class TrainingCurves(Callback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.losses: list[tuple[int, float]] = []
+        self._losses: list[tuple[int, float]] = []
+        # Later points, sums of which are still on their device: step, sum, batches.
+        self._waiting: list[tuple[int, Tensor | float, int]] = []
         self.rates: list[tuple[int, float]] = []
         self.perplexities: list[tuple[int, float]] = []
         self._sum: Tensor | float = 0.0  # on its device
         self._batches = 0
         self._every = 1  # steps from one point to the next
         self._rate: float | None = None  # of the step that is taken
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Points of the train loss; reads those that are still on the device."""
+        self._losses += [(step, float(total) / n) for step, total, n in self._waiting]
+        self._waiting = []
+        return self._losses
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
@@ -46,7 +55,7 @@ class TrainingCurves(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Add the loss of a batch; it is read from the device only where a point is due."""
+        """Add the loss of a batch; no point is read from the device before it is asked for."""
         loss = loss_of(outputs)
         if loss is not None:
             # Lightning has divided it by the batches of an optimizer step.
@@ -54,16 +63,17 @@ class TrainingCurves(Callback):
             self._batches += 1
         step = trainer.global_step
         # Batches of the same optimizer step share a number.
-        due = step % self._every == 0 and step > (self.losses[-1][0] if self.losses else 0)
+        points = self._waiting or self._losses
+        due = step % self._every == 0 and step > (points[-1][0] if points else 0)
         if not due or not self._batches:
             return
-        self.losses.append((step, float(self._sum) / self._batches))
+        self._waiting.append((step, self._sum, self._batches))
         if self._rate is not None:
             self.rates.append((step, self._rate))
         self._sum, self._batches = 0.0, 0
-        if len(self.losses) >= MOST_POINTS:
+        if len(self._losses) + len(self._waiting) >= MOST_POINTS:
             pairs = zip(self.losses[::2], self.losses[1::2], strict=True)
-            self.losses = [(second[0], (first[1] + second[1]) / 2) for first, second in pairs]
+            self._losses = [(second[0], (first[1] + second[1]) / 2) for first, second in pairs]
             self.rates = self.rates[1::2]
             self._every *= 2
 
@@ -98,9 +108,10 @@ class TrainingCurves(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the curves of the run that wrote the checkpoint."""
-        self.losses, self.rates, self.perplexities = (
+        self._losses, self.rates, self.perplexities = (
             [(int(step), float(value)) for step, value in state_dict[name]]
             for name in ("losses", "rates", "perplexities")
         )
+        self._waiting = []
         self._sum, self._batches = state_dict["sum"], state_dict["batches"]
         self._every = state_dict["every"]

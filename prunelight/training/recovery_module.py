@@ -21,7 +21,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.calibration.data_windows import check_batch, named_loaders
@@ -30,7 +30,7 @@ from prunelight.evaluation.metrics import TokenAccuracy, TokenPerplexity
 from prunelight.evaluation.report.record import RunRecord
 from prunelight.evaluation.speed import LatencyProtocol
 from prunelight.losses import next_token_sums
-from prunelight.models.loading import resolve_dtype
+from prunelight.models.loading import check_attention, resolve_dtype
 from prunelight.moved import (
     ATTRIBUTES,
     REPLACED_ATTRIBUTES,
@@ -38,6 +38,7 @@ from prunelight.moved import (
     set_moved_attribute,
 )
 from prunelight.recovery.compiled_layers import check_backend
+from prunelight.recovery.distillation.batch_facts import BatchFacts
 from prunelight.recovery.distillation.language_head import LanguageHead
 from prunelight.recovery.distillation.objective import Distillation, Objective
 from prunelight.recovery.lora import LoRA
@@ -65,6 +66,7 @@ from prunelight.run.strategies import ChangedSettings, Place, loss_weight
 from prunelight.runtime.arguments import NOT_EMPTY, above, at_least, checked
 from prunelight.runtime.files.checkpoint_files import read_checkpoint
 from prunelight.training.finite_training import check_loaded, check_saved
+from prunelight.training.optimizers import adamw
 from prunelight.training.recovery_watch import WatchedModule
 from prunelight.training.resuming.exact_resume import ExactResume
 
@@ -83,7 +85,7 @@ class RecoveryModule(WatchedModule):
         lr_scheduler: what follows: a schedule of transformers.get_scheduler.
         lr_scheduler_kwargs: its own arguments; warmup_stable_decay decays over the last tenth.
         optimizer: called with the trainable parameters; brings its own learning rate. None takes
-            AdamW with `learning_rate`.
+            AdamW with `learning_rate`, fused where all that is trained is on CUDA.
         gradient_checkpointing: compute activations again in the backward, for memory.
         compile_backend: of torch.compile, such as "inductor", for each decoder layer; None: eager.
         restore_best: end with the best weights if a ModelCheckpoint monitors a metric `val/...`.
@@ -102,6 +104,8 @@ class RecoveryModule(WatchedModule):
         trust_remote_code: run Python code that comes with the model.
         probes: show at each stage of the report what perplexity hides: collapse probes, samples of
             text, and the divergence from the dense model. False leaves them out.
+        attn_implementation: transformers' name of the attention that models compute with, such as
+            "sdpa", "eager" or "flash_attention_2"; None leaves the choice to transformers.
 
     The defaults are those with which the depth-pruning papers recover. To recover a model that is
     already in memory, set `module.model` and `module.tokenizer` before the fit. Zeros count as
@@ -143,6 +147,7 @@ class RecoveryModule(WatchedModule):
         latency: LatencyProtocol | None = None,
         trust_remote_code: bool = False,
         probes: bool = True,
+        attn_implementation: str | None = None,
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key in _ARGUMENTS}
         super().__init__()
@@ -158,6 +163,7 @@ class RecoveryModule(WatchedModule):
         if loss != "lm" and distillation.teacher != "memory":
             check_installed(f"distillation.teacher={distillation.teacher!r}")
         resolve_dtype(dtype)
+        check_attention(attn_implementation, trust_remote_code=trust_remote_code)
         check_backend(compile_backend, watched=distillation.hidden_weight > 0)
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.lr_scheduler_name, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs or {}
@@ -170,6 +176,7 @@ class RecoveryModule(WatchedModule):
             name,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
             settings=RecoverySettings(
                 recovery=recovery,
                 lora=lora,
@@ -192,6 +199,9 @@ class RecoveryModule(WatchedModule):
         self.resuming = ExactResume(self.run, self._make_optimizer, self.given_arguments)
         self.changed = ChangedSettings()
         self._own_tokens = 0  # of this process, that `tokens_seen` does not hold yet
+        # Of the training batch that came last: its labels on the device, how often these were
+        # changed in place, and what was seen of the batch.
+        self._facts: tuple[Tensor | None, int, BatchFacts | None] = None, 0, None
         self._evaluation_head: LanguageHead | None = None
 
     def sibling(self, **changes: Any) -> RecoveryModule:
@@ -326,12 +336,19 @@ class RecoveryModule(WatchedModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss over the tokens whose label counts."""
-        mask = batch.get("attention_mask")
-        loss = self.objective(self.model, batch)
-        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
-        self._own_tokens += tokens
+        facts = self._facts_of(batch)
+        loss = self.objective(self.model, batch, facts)
+        self._own_tokens += facts.num_tokens
         self.log("train/loss", loss, prog_bar=True)
         return loss * loss_weight(self.trainer, batch["labels"])
+
+    def _facts_of(self, batch: Mapping[str, Tensor]) -> BatchFacts:
+        """Return what was seen of a batch before it came to the device; else look at it now."""
+        seen, version, facts = self._facts
+        labels = batch["labels"]
+        if facts is None or labels is not seen or labels._version != version:
+            return self.objective.facts(batch)  # it came another way, or was changed since
+        return facts
 
     def count_tokens(self) -> None:
         """Add what all processes have trained on to `tokens_seen`; all must call this."""
@@ -413,7 +430,9 @@ class RecoveryModule(WatchedModule):
         return {"optimizer": optimizer, "lr_scheduler": by_step}
 
     def _make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
-        return (self.optimizer or partial(AdamW, lr=self.learning_rate))(parameters)
+        if self.optimizer is not None:
+            return self.optimizer(parameters)
+        return adamw(parameters, self.learning_rate)
 
     def _check_optimizer(self) -> None:
         """Check that the optimizer takes a step, before anything is pruned.
@@ -455,6 +474,15 @@ class RecoveryModule(WatchedModule):
         if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
             model: Any = self.model  # peft's wrapper has the config and the embeddings too
             check_readable(model, batch)
+        self._facts = None, 0, self.objective.facts(batch) if self.trainer.training else None
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Bring what was seen of a training batch to its device; Lightning calls it."""
+        *_, facts = self._facts
+        if facts is not None:
+            labels = batch["labels"]
+            self._facts = labels, labels._version, facts.to(labels.device)
         return batch
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

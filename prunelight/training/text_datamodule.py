@@ -35,8 +35,8 @@ from prunelight.data.token_windows import (
     bos_token_id,
     pack_windows,
     sample_indices,
-    tokenize,
     tokenize_documents,
+    tokenized,
 )
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.loading import load_tokenizer
@@ -47,7 +47,8 @@ from prunelight.training.resuming.resumable_loader import ResumableLoader
 log_once = rank_zero_only(logging.getLogger(__name__).info)
 
 # N examples, T tokens of the longest
-# input_ids and labels, and positions in a row of several documents: LongTensors (T,)
+# input_ids and labels, and positions in a row of several documents: int32 (T,), which batches turn
+# into LongTensors
 Example = tuple[Tensor, ...]
 
 # Calibration windows are drawn from so many times their number where a corpus is streamed, so that
@@ -250,7 +251,8 @@ class TextDataModule(LightningDataModule):
         """Return 16 hex digits of the examples of a role."""
         tokens = hashlib.sha256()
         for part in (part for example in self.examples(role) for part in example):
-            tokens.update(f"{part.shape}".encode() + part.numpy().tobytes())
+            # As LongTensors, which earlier versions held: digests in checkpoints stay.
+            tokens.update(f"{part.shape}".encode() + part.long().numpy().tobytes())
         return tokens.hexdigest()[:16]
 
     def val_dataloader(self) -> DataLoader | dict[str, DataLoader]:
@@ -300,6 +302,8 @@ class TextDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=self._collate,
+            # From pinned memory a GPU copies a batch while the host goes on.
+            pin_memory=torch.cuda.is_available(),
         )
 
     def _windows(self, examples: list[Example]) -> Windows:
@@ -362,10 +366,11 @@ class TextDataModule(LightningDataModule):
         return [(window, window) for window in windows]
 
     def _documents(self, texts: list[str]) -> list[Example]:
-        end = [t for t in [self.tokenizer.eos_token_id] if t is not None]
+        eos = [t for t in [self.tokenizer.eos_token_id] if t is not None]
+        end = torch.tensor(eos, dtype=torch.int32)
         bos = bos_token_id(self.tokenizer, self.bos)
-        documents = tokenize(self.tokenizer, [t for t in texts if t.strip()])
-        pieces = (cut_document([*d, *end], self.seq_len, bos_token_id=bos) for d in documents)
+        documents = (torch.cat([ids, end]) for ids in tokenized(self.tokenizer, texts))
+        pieces = (cut_document(d, self.seq_len, bos_token_id=bos) for d in documents)
         return [(piece, piece) for document in pieces for piece in document]
 
     def _packed(self, documents: list[Example]) -> list[Example]:
@@ -377,16 +382,20 @@ class TextDataModule(LightningDataModule):
     def _instruction_examples(self, role: str, rows: Iterable[Row]) -> list[Example]:
         seq_len = self.seq_len_of(role)
         pairs = [self._instruction_example(row, seq_len) for row in rows]
-        kept = [(torch.tensor(pair[0]), torch.tensor(pair[1])) for pair in pairs if pair]
+        kept = [pair for pair in pairs if pair]
         rule = f"the others have no response within {seq_len} tokens"
         log_once(f"{role}: {len(pairs)} instruction rows -> {len(kept)} examples, {rule}")
         return [*kept]
 
-    def _instruction_example(self, row: Row, seq_len: int) -> tuple[list[int], list[int]] | None:
+    def _instruction_example(self, row: Row, seq_len: int) -> tuple[Tensor, Tensor] | None:
         try:
-            return instruction_example(row, self.tokenizer, seq_len=seq_len, bos=self.bos)
+            pair = instruction_example(row, self.tokenizer, seq_len=seq_len, bos=self.bos)
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from error
+        if not pair:
+            return None
+        ids, labels = (torch.tensor(part, dtype=torch.int32) for part in pair)
+        return ids, labels
 
 
 def _kind(role: str) -> str:
@@ -400,8 +409,8 @@ def pad_examples(examples: Sequence[Example], *, pad_token_id: int) -> dict[str,
     Returns input_ids, attention_mask (0 on padding), labels (-100 on padding), LongTensors (N, T),
     and position_ids if the rows hold documents: 0 on padding, each of which is then alone.
     """
-    tokens, labels = ([example[part] for example in examples] for part in (0, 1))
-    positions = [example[2] for example in examples if len(example) == 3]
+    tokens, labels = ([example[part].long() for example in examples] for part in (0, 1))
+    positions = [example[2].long() for example in examples if len(example) == 3]
     packed = {"position_ids": pad_sequence(positions, batch_first=True)} if positions else {}
     return packed | {
         "input_ids": pad_sequence(tokens, batch_first=True, padding_value=pad_token_id),

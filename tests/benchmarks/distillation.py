@@ -111,7 +111,9 @@ def cpu_seconds(call):
 def cache(options):
     model, _ = prunelight.load(NAME, dtype="float32")
     data = data_of(options)
-    windows = torch.stack([ids for ids, _ in data.examples("train")[: options.train_samples]])
+    windows = torch.stack(
+        [ids for ids, _ in data.examples("train")[: options.train_samples]]
+    ).long()
 
     def forward():
         with evaluating(model):

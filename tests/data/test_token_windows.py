@@ -1,11 +1,13 @@
 """Windows of token ids: how text is packed and drawn."""
 
 import logging
+import tracemalloc
 
 import pytest
 import torch
 from text_tokenizers import make_tokenizer, sample
 
+from prunelight.data import token_windows
 from prunelight.data.token_windows import (
     calibration_windows,
     pack_windows,
@@ -38,7 +40,7 @@ def test_all_windows_together_are_the_text_so_they_do_not_overlap():
     stream = tokenize_documents(tokenizer, [TEXT])
     count = len(stream) // 64
     windows = calibration_windows(tokenizer, TEXT, count, 64)
-    expected = [tuple(stream[i * 64 : (i + 1) * 64]) for i in range(count)]
+    expected = [tuple(window.tolist()) for window in stream.split(64)[:count]]
     assert sorted(map(tuple, windows.tolist())) == sorted(expected)
 
 
@@ -71,9 +73,24 @@ def test_documents_are_joined_by_eos_and_blank_ones_are_skipped():
     tokenizer = make_tokenizer()
     one, two = tokenize(tokenizer, ["one", "two"])
     stream = tokenize_documents(tokenizer, ["one", " \n", "two"])
-    assert stream == [*one, tokenizer.eos_token_id, *two]
-    assert tokenize_documents(make_tokenizer(eos_token=None), ["one", "two"]) == one + two
-    assert tokenize_documents(tokenizer, ["", " "]) == []
+    assert stream.tolist() == [*one, tokenizer.eos_token_id, *two]
+    without_eos = tokenize_documents(make_tokenizer(eos_token=None), ["one", "two"])
+    assert without_eos.tolist() == one + two
+    assert tokenize_documents(tokenizer, ["", " "]).tolist() == []
+
+
+def test_a_token_takes_four_bytes_and_never_all_are_python_integers_at_once(monkeypatch):
+    monkeypatch.setattr(token_windows, "_DOCUMENTS_AT_ONCE", 8)
+    tokenizer = make_tokenizer()
+    tracemalloc.start()
+    try:
+        stream = tokenize_documents(tokenizer, [TEXT[:2000]] * 400)
+        _, peak = tracemalloc.get_traced_memory()  # of Python's objects: tensors are not among them
+    finally:
+        tracemalloc.stop()
+    assert stream.element_size() == 4
+    assert pack_windows(stream, 64).data_ptr() == stream.data_ptr(), "and windows no more"
+    assert peak < 2 * len(stream), "a list alone has 8 bytes a token, and needs two of them"
 
 
 def test_a_list_of_one_document_equals_the_document():

@@ -116,6 +116,27 @@ def test_a_dtype_that_weights_cannot_have_is_refused(dtype):
         prunelight.load("nowhere", dtype=dtype)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_is_the_one_that_was_asked_for(directory, attention):
+    model, _ = prunelight.load(directory, attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+    assert prunelight.load(directory)[0].config._attn_implementation == "sdpa", "as before"
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ("spda", r"attn_implementation='spda' must be one of .*eager.*; did you mean sdpa\?"),
+        ("a/kernel", "attn_implementation='a/kernel' is code on the hub; pass trust_remote_code"),
+    ],
+)
+def test_an_attention_that_nobody_knows_is_refused_before_anything_is_read(attention, message):
+    with pytest.raises(ValueError, match=message):
+        prunelight.load("nowhere/at-all", attn_implementation=attention)
+    with pytest.raises(ValueError, match=message):
+        prunelight.RecoveryModule("nowhere/at-all", attn_implementation=attention)
+
+
 def test_transformers_is_as_talkative_afterwards_as_before(directory):
     transformers.logging.set_verbosity_info()
     try:

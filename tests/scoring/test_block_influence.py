@@ -87,6 +87,8 @@ def test_the_mean_cosine_in_parts_is_that_of_the_whole():
     for start in range(0, 6, 2):
         part = slice(start, start + 2)
         parts.update(x[part], y[part], mask[part], None)
+    whole.settle()
+    parts.settle()
     assert parts.count == whole.count == mask.sum()
     # Sums in float64, in another order.
     assert parts.result() == pytest.approx(whole.result(), abs=1e-12)

@@ -101,6 +101,7 @@ OTHER: dict[str, Any] = {
     "model.lr_scheduler_kwargs": {"num_cycles": 1.0},
     "model.lora.targets": ["q_proj"],
     "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+    "model.attn_implementation": "eager",
     "model.compile_backend": "eager",
     "model.distillation.lm_weight": 0.5,
     "model.distillation.hidden_weight": 0.5,

@@ -139,6 +139,7 @@ RANGES: dict[str, Range] = {
         wrong=("reduce_lr_on_plateau", "greedy", "cosin", ""),
     ),
     "model.lr_scheduler_kwargs": _range({}, None, wrong=({"no_such": 1}, {"num_cycles": 1})),
+    "model.attn_implementation": _range(None, "sdpa", "eager", wrong=("spda", "")),
     "model.compile_backend": _range(None, wrong=("inducto", "")),
     "model.loss": _range("lm", "kd", "kd_topk", wrong=("KD", "ce", "")),
     "model.quantization": _range("none", wrong=("int4", "")),

@@ -33,7 +33,11 @@ from prunelight.run.strategies import FSDP2Strategy
 from prunelight.runtime.files.atomic_files import ENDING
 from prunelight.runtime.files.checkpoint_files import check_checkpoint_path
 from prunelight.runtime.processes import ProcessGroup
-from prunelight.training.resuming.exact_resume import AtomicCheckpointIO, seed_batch
+from prunelight.training.resuming.exact_resume import (
+    AtomicCheckpointIO,
+    inexact_resume,
+    seed_batch,
+)
 from prunelight.training.trainer import Trainer
 
 DROPOUT = {"lora": LoRA(dropout=0.2), "warmup_steps": 2}
@@ -618,6 +622,18 @@ def test_a_checkpoint_between_accumulated_batches_is_told_of(name, tmp_path, cap
     fit(name, tmp_path, short_gpt(), Save(), **arguments)
     fit(name, tmp_path, short_gpt(), ckpt_path=tmp_path / "between.ckpt", **arguments)
     assert "whose gradients it does not hold: the resumed run will differ" in caplog.text
+
+
+def test_only_a_run_on_cuda_without_deterministic_sums_is_told_that_it_may_differ():
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(False)
+        assert "trainer.deterministic=true" in inexact_resume(torch.device("cuda", 0))
+        assert not inexact_resume(torch.device("cpu"))
+        torch.use_deterministic_algorithms(True)
+        assert not inexact_resume(torch.device("cuda", 0))
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def test_a_checkpoint_every_less_than_one_step_is_refused():

@@ -41,7 +41,7 @@ def test_text_is_packed_into_full_windows_that_are_their_own_labels():
     batches = list(data.val_dataloader())
     stream = tokenize_documents(data.tokenizer, [sample("validation")])
     tokens = torch.cat([batch["input_ids"] for batch in batches])
-    assert tokens.flatten().tolist() == stream[: len(stream) // 64 * 64]
+    assert tokens.flatten().tolist() == stream[: len(stream) // 64 * 64].tolist()
     for batch in batches:
         assert torch.equal(batch["input_ids"], batch["labels"])
         assert batch["attention_mask"].all()

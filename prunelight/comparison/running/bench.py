@@ -161,7 +161,7 @@ def held_out_text(
     if any(is_instruction_row(row) for row in rows):
         stream = tokenize_documents(tokenizer, [plain_text(row, data.text_field) for row in rows])
         start = bos_token_id(tokenizer, data.bos)
-        ids = pack_windows(stream, seq_len, bos_token_id=start)[: data.num_windows]
+        ids = pack_windows(stream, seq_len, bos_token_id=start)[: data.num_windows].long()
         protocol = (
             f"{len(rows)} instructions with their responses as plain text, joined by EOS tokens; "
             f"the first {len(ids)} windows of {seq_len} tokens that do not overlap"

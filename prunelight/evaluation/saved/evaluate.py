@@ -59,6 +59,7 @@ def evaluate_saved(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     group: ProcessGroup | None = None,
 ) -> Json:
     """Measure a model, and write OUT/evaluation.json.
@@ -71,6 +72,7 @@ def evaluate_saved(
         dtype: of the weights: auto, float32, bfloat16 or float16.
         device: such as "cuda:0" or "cpu"; "auto" takes a GPU if there is one.
         trust_remote_code: run Python code that comes with the models.
+        attn_implementation: attention that they compute with; None: transformers chooses.
         group: processes that share the work; None for this one alone.
 
     Returns:
@@ -86,10 +88,17 @@ def evaluate_saved(
     folder = out_folder(name, out)
     check_out(folder)
     place = find_device(device)
-    subject = Subject(name, dtype=dtype, device=place, trust=trust_remote_code)
+    subject_of = partial(
+        Subject,
+        dtype=dtype,
+        device=place,
+        trust=trust_remote_code,
+        attention=attn_implementation,
+    )
+    subject = subject_of(name)
     dense = None
     if reference is not None:
-        dense = Subject(reference, dtype=dtype, device=place, trust=trust_remote_code)
+        dense = subject_of(reference)
         check_same_tokenizer(subject, dense)
     texts = _texts(subject, dense, settings)
     names = spelled_out(settings.tasks) if settings.tasks else []

@@ -12,6 +12,7 @@ from prunelight.evaluation.report.plan_facts import Json
 from prunelight.models.families.config_fields import decoder_config, maximum_length
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import (
+    check_attention,
     check_hub,
     file_states,
     find_source,
@@ -41,14 +42,26 @@ class Subject:
         dtype: of the weights.
         device: on which it runs.
         trust: run Python code that comes with the model.
+        attention: that the model computes with; None: transformers chooses.
 
     Raises:
-        ValueError: if the name is none of a model, it has no tokenizer, or the dtype is unknown.
+        ValueError: if the name is none of a model, it has no tokenizer, or dtype or attention are
+            unknown.
     """
 
-    def __init__(self, name: str, *, dtype: str, device: torch.device, trust: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        dtype: str,
+        device: torch.device,
+        trust: bool,
+        attention: str | None = None,
+    ) -> None:
         check_is_no_run(name)
         resolve_dtype(dtype)
+        check_attention(attention, trust_remote_code=trust)
+        self.attention = attention
         self.name, self.dtype, self.device, self.trust = name, dtype, device, trust
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(name, trust_remote_code=trust)
 
@@ -61,7 +74,12 @@ class Subject:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model, computing on its device."""
-        model, _ = load(self.name, dtype=self.dtype, trust_remote_code=self.trust)
+        model, _ = load(
+            self.name,
+            dtype=self.dtype,
+            trust_remote_code=self.trust,
+            attn_implementation=self.attention,
+        )
         return move_if_it_fits(model, self.device)
 
     @property
@@ -71,7 +89,8 @@ class Subject:
         if states is None:
             return None
         place = str(Path(find_source(self.name).location).resolve())
-        return fingerprint_of(place, states, self.dtype, library_versions())
+        chosen = () if self.attention is None else (self.attention,)
+        return fingerprint_of(place, states, self.dtype, library_versions(), *chosen)
 
     def describe(self) -> Json:
         """Return dtype, name, fingerprint and sizes.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunelight.losses import TokenLoss, linear_loss, module_loss, next_token_sums
-from prunelight.models.families.config_fields import logits_finish
+from prunelight.models.families.config_fields import logits_finish, vocabulary_size
 from prunelight.models.forward import evaluating
 from prunelight.models.placement import replaced_forward
 
@@ -147,7 +147,14 @@ class LanguageHead:
             self._loss_value = linear_loss(flat, *weights, loss, tokens, self.finish)
         else:
             forward = type(self.module).forward.__get__(self.module)
-            self._loss_value = module_loss(flat, forward, loss, tokens, self.finish)
+            self._loss_value = module_loss(
+                flat,
+                forward,
+                loss,
+                tokens,
+                self.finish,
+                vocabulary=vocabulary_size(without_adapters(self.model)),
+            )
         return (0.0 * self._loss_value).to(states.dtype).expand(*states.shape[:-1], 1)
 
 

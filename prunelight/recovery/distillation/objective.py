@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from prunelight.losses import (
     TokenLoss,
-    counted_targets,
     distillation_loss,
     language_loss,
     logits_loss,
@@ -33,6 +32,7 @@ from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.forward import watching_layers
 from prunelight.planning.plan import Plan
+from prunelight.recovery.distillation.batch_facts import BatchFacts, facts_of
 from prunelight.recovery.distillation.language_head import LanguageHead, without_adapters
 from prunelight.recovery.distillation.teacher_cache import TeacherCache
 from prunelight.recovery.packed_rows import model_inputs
@@ -174,14 +174,27 @@ class Objective:
         """Drop the teacher from memory."""
         self.teacher = self._head = None
 
-    def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the mean loss over the tokens whose label counts, a scalar in float32."""
-        inputs, (tokens, targets) = model_inputs(batch), counted_targets(batch["labels"])
+    def facts(self, batch: Mapping[str, Tensor]) -> BatchFacts:
+        """Return what the loss of a training batch must know; see batch_facts.py."""
+        return facts_of(batch, None if self.cache is None else self.cache.targets(batch))
+
+    def __call__(
+        self, model: Any, batch: Mapping[str, Tensor], facts: BatchFacts | None = None
+    ) -> Tensor:
+        """Return the mean loss over the tokens whose label counts, a scalar in float32.
+
+        Args:
+            model: the student.
+            batch: input_ids and labels, (B, T), and what else the model's forward takes.
+            facts: what `facts` said of the batch before it was on its device; None asks now.
+        """
+        facts = self.facts(batch) if facts is None else facts
+        inputs, tokens = model_inputs(batch, padded=facts.padded), facts.positions
         teacher_outputs: list[Tensor] = []
         with _collecting_outputs(
             self.teacher and self.teacher.model, self.teacher_layers, teacher_outputs
         ):
-            loss = self._token_loss(batch, inputs, tokens, targets)
+            loss = self._token_loss(inputs, facts)
         outputs: list[Tensor] = []
         layers = range(len(self.teacher_layers))
         with _collecting_outputs(without_adapters(model), layers, outputs):
@@ -191,22 +204,20 @@ class Objective:
                 total = logits_loss(model(**inputs).logits.flatten(0, 1), loss, tokens)
         if not self.teacher_layers:
             return total
-        mask = batch.get("attention_mask")
+        mask = batch.get("attention_mask") if facts.padded else None
         hidden = hidden_state_loss(outputs, teacher_outputs, mask)
         return total + self.settings.hidden_weight * hidden
 
-    def _token_loss(
-        self, batch: Mapping[str, Tensor], inputs: dict[str, Any], tokens: Tensor, targets: Tensor
-    ) -> TokenLoss:
-        plain_loss, settings = language_loss(targets), self.settings
+    def _token_loss(self, inputs: dict[str, Any], facts: BatchFacts) -> TokenLoss:
+        plain_loss, settings = language_loss(facts.targets), self.settings
         if self.kind == "lm":
             return plain_loss
         if self.kind == "kd":
-            teacher_logits = self._run_teacher(inputs, tokens)
+            teacher_logits = self._run_teacher(inputs, facts.positions)
             loss = distillation_loss(teacher_logits, settings.temperature)
         else:
-            assert self.cache is not None
-            loss = top_k_loss(*self.cache.targets(batch), settings.temperature)
+            assert facts.teacher is not None
+            loss = top_k_loss(*facts.teacher, settings.temperature)
         return mixed_loss(loss, plain_loss, settings.lm_weight) if settings.lm_weight else loss
 
     @torch.no_grad()
@@ -270,8 +281,14 @@ def hidden_state_loss(
     for student, teacher in zip(student_outputs, teacher_outputs, strict=True):
         target = teacher.float()
         error = (student.float() - target).square().sum(-1) / target.square().sum(-1)
-        errors.append(error.mean() if mask is None else error[mask.bool()].mean())
+        errors.append(error.mean() if mask is None else _masked_mean(error, mask))
     return torch.stack(errors).mean()
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of the values (B, T) where the mask is not 0; no host waits for it."""
+    counted = mask.bool()
+    return torch.where(counted, values, 0.0).sum() / counted.sum()
 
 
 def kept_layers(plans: Sequence[Plan], num_layers: int) -> list[int]:

@@ -1,5 +1,7 @@
 """What makes a resumed run equal one that was never interrupted, bit for bit on one device.
 
+On CUDA that takes `deterministic: true` of the Trainer too, which a run that goes on says.
+
 Checkpoints appear whole under their name or not at all. Every training batch starts from random
 numbers of its own, derived from the run's seed, the process, the epoch and the batch: what happened
 before leaves no trace in them. What the losses depend on is written down, so that a run with other
@@ -257,6 +259,8 @@ class ExactResume(Callback):
         else:
             trainer.should_stop |= saved["finished"]
             log.info("going on from step %d: %s", step, trainer.ckpt_path)
+            if note := inexact_resume(trainer.strategy.root_device):
+                log.warning(note)
         if saved["accumulating"]:
             log.warning(
                 "%s was written between the batches of accumulate_grad_batches, whose gradients it "
@@ -306,6 +310,16 @@ class ExactResume(Callback):
         return describe_run(
             trainer, self.run, self.make_optimizer, self.given_arguments(), recovery
         )
+
+
+def inexact_resume(device: torch.device) -> str:
+    """Return why a run that goes on there need not repeat the bits of one never stopped, or ""."""
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return ""
+    return (
+        "on CUDA some sums are in another order each time: the resumed run equals one that was "
+        "never stopped bit for bit only if both have trainer.deterministic=true"
+    )
 
 
 def how_it_goes_on(trainer: Trainer) -> str:
