@@ -75,11 +75,15 @@ def compare(settings: ComparisonSettings, command: str = "") -> Summary:
             grid = _new_grid(settings, entrants)
             write_grid(out, key, settings, grid)
 
+        pages = _Pages()
+
         def tell(found: dict[str, dict[str, Any]]) -> None:
-            _tell(settings, grid, found, command)
+            pages.draw(_tell(settings, grid, found, command), out)
 
         results = run_missing(settings, grid.cells, tell)
-        return _tell(settings, grid, results, command)
+        summary = _tell(settings, grid, results, command)
+        _draw(summary, out)
+        return summary
     finally:
         lock.release()
 
@@ -155,11 +159,31 @@ def _minutes(seconds: float) -> str:
 def _tell(
     settings: ComparisonSettings, grid: Grid, results: dict[str, dict[str, Any]], command: str
 ) -> Summary:
+    """Write the table of all results so far, and return what it was written from."""
     pairs = [(cell, results.get(cell.fingerprint)) for cell in grid.cells]
     summary = summarize(settings, grid.facts, pairs, command)
     out, told = Path(settings.out).expanduser(), verdict(summary)
     write_json(out / "comparison.json", {**json_of(summary), "verdict": told})
     with explaining_write_errors(out):
         write_whole(out / "comparison.md", markdown(summary, told))
-        write_whole(out / "report.html", page(summary, told))
     return summary
+
+
+class _Pages:
+    """Draws the page while cells run, as often as that takes a twentieth of the time at most."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def draw(self, summary: Summary, out: Path) -> None:
+        """Draw the page if it is time."""
+        start = time.perf_counter()
+        if start >= self._next:
+            _draw(summary, out)
+            end = time.perf_counter()
+            self._next = end + 19 * (end - start)
+
+
+def _draw(summary: Summary, out: Path) -> None:
+    with explaining_write_errors(out):
+        write_whole(out / "report.html", page(summary, verdict(summary)))

@@ -37,19 +37,16 @@ RECOVERIES = ("lora", "full")
 # Methods whose stages are asked by the probes too; one of each kind of result, for the time.
 PROBED = ("ShortGPT by number", "sublayers dropped", "width by layer", "SliceGPT", "DLP, gradual")
 # Methods that every run of the tests trains whole too, and in two processes: one of each kind of
-# step, of walk and of search. A sweep (`-m ""`) does so with all; plans of two processes are held
+# step. A sweep (`-m ""`) does so with all; plans of two processes are held
 # against one in test_processes.py.
 THOROUGH = (
     "ShortGPT by number",
     "SLM, highest layers",
-    "SLEB",
     "depth by healing",
     "sublayers dropped",
     "width by layer",
     "SliceGPT",
-    "DynamicSlicing, by hand",
     "DLP, Wanda",
-    "DLP, SparseGPT",
     "DLP, gradual",
 )
 

@@ -22,6 +22,7 @@ def test_strategies_agree(title, results):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_strategies_agree_in_all_kinds_of_run(tmp_path):
     titles = list(strategies.CASES)
     results = strategies.launch(tmp_path, titles, limit=3600)
