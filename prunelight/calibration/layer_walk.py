@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunelight.calibration.kept_layers import KeptLayers, holding
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, micro_batches
 from prunelight.models.families.layers import (
@@ -135,14 +136,19 @@ class LayerWalk:
         self._stack.close()
         self.states.clear()
 
-    def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """Yield index and module of each decoder layer in order; the layer is on the device."""
+    def layers(self, kept: KeptLayers | None = None) -> Iterator[tuple[int, nn.Module]]:
+        """Yield index and module of each decoder layer in order; the layer is on the device.
+
+        Args:
+            kept: gets each layer that the caller has changed, and gives back those that an earlier
+                process finished. The caller need only advance through these.
+        """
         layers = decoder_layers(self.model)
         quiet = self.group.rank > 0 or not self.label
         shown = show_progress(layers, self.label, unit="layers", quiet=quiet)
         for index, layer in enumerate(shown):
             self._index, self._layer = index, layer
-            with on_device(layer.modules(), self.device):
+            with holding(kept, index, layer), on_device(layer.modules(), self.device):
                 yield index, layer
 
     def forward(self, batch: int) -> Tensor:

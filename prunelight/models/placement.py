@@ -189,36 +189,41 @@ def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[No
         yield
         return
     home_device = elsewhere[0].device
-    homes = [_Home(tensor) for tensor in dict.fromkeys(elsewhere)]
+    homes = [Home(tensor) for tensor in dict.fromkeys(elsewhere)]
     known = {id(tensor) for _, _, tensor in _tensors_in(modules)}
     try:
         for home in homes:
-            home.leave(device)
+            home.leave(home.data.to(device))
         yield
     finally:
         for home in homes:
             home.take_back()
         for _, _, tensor in _tensors_in(modules):
             if id(tensor) not in known and tensor.device == device:  # it replaced another
-                _assign(tensor, tensor.data.to(home_device))
+                assign_memory(tensor, tensor.data.to(home_device))
 
 
-class _Home:
-    """Where a weight or buffer lies, while its numbers are on another device."""
+class Home:
+    """The memory of a weight or buffer, while its numbers are in other memory."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.data = tensor, tensor.data
         self._before = self._now()
 
-    def leave(self, device: torch.device) -> None:
-        """Give the tensor a copy of its numbers on a device."""
-        _assign(self.tensor, self.data.to(device))
+    def leave(self, data: Tensor) -> None:
+        """Give the tensor other memory, in place."""
+        assign_memory(self.tensor, data)
         self._before = self._now()
+
+    @property
+    def changed(self) -> bool:
+        """Return whether the tensor was written over, or got other memory, since it left."""
+        return self._now() != self._before
 
     def take_back(self) -> None:
         """Give the tensor its old memory back if its numbers are the same, else a copy of them."""
-        same = self._now() == self._before
-        _assign(self.tensor, self.data if same else self.tensor.data.to(self.data.device))
+        numbers = self.tensor.data.to(self.data.device) if self.changed else self.data
+        assign_memory(self.tensor, numbers)
 
     def _now(self) -> tuple[int, int]:
         """Return what changes when the tensor is written over, and when it gets other memory."""
@@ -235,8 +240,8 @@ def _tensors_in(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, 
         yield from ((module, name, tensor) for name, tensor in named)
 
 
-def _assign(tensor: Tensor, data: Tensor) -> None:
-    """Give a tensor, which keeps its identity, other memory, as `nn.Module.to` does."""
+def assign_memory(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor, which keeps its identity, other memory, as `nn.Module.to` does, in place."""
     if not torch.__future__.get_swap_module_params_on_conversion():
         tensor.data = data
         return

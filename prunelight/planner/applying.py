@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +24,11 @@ from prunelight.planner.counting import Size, planned_size
 from prunelight.planner.settings import CalibrationSettings
 from prunelight.planning.fingerprints import describe_windows
 from prunelight.planning.plan import Plan
-from prunelight.pruning.apply import apply, needs_windows
+from prunelight.pruning.apply import apply, keeps_layers, needs_windows
 from prunelight.run.run_state import plan_texts, plans_beside
+from prunelight.runtime.devices import free_memory
 from prunelight.runtime.files.atomic_files import check_writable, explaining_write_errors
+from prunelight.runtime.files.directory_lock import DirectoryLock
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,7 @@ def apply_to_saved(
         FileExistsError: if the directory exists.
         ValueError, TypeError: if the plan does not fit the model, or needs windows.
         OSError: if the result would not fit on the disk, or cannot be written.
+        RuntimeError: if another process makes the same directory.
     """
     place = find_device(device)
     check_new(out)
@@ -81,21 +86,80 @@ def apply_to_saved(
     check_room(out, size.bytes_after)
     windows = None if data is None else _windows(plan, data, model, tokenizer)
     model = move_if_it_fits(model, place, offload=offload)
-    fault = generation_fault(model)
-    model = apply(model, plan, windows, strict=strict, device=place)
-    with explaining_write_errors(out):
-        saved = save(
-            model,
-            tokenizer,
-            out,
-            # What was done to the model before still holds: its zeros stay planned zeros.
-            extra_files=plan_texts([*plans_beside(Path(name).expanduser()), plan]),
-            trust_remote_code=trust_remote_code,
-            export_remote_code=bool(plan.arguments.get("export_remote_code"))
-            and code_file(model.config.model_type) is not None,
-            dense_fault=fault,
-        )
+    scratch = scratch_for(model, plan, out, size.bytes_after)
+    with _kept_until_saved(scratch):
+        fault = generation_fault(model)
+        model = apply(model, plan, windows, strict=strict, device=place, scratch=scratch)
+        with explaining_write_errors(out):
+            saved = save(
+                model,
+                tokenizer,
+                out,
+                # What was done to the model before still holds: its zeros stay planned zeros.
+                extra_files=plan_texts([*plans_beside(Path(name).expanduser()), plan]),
+                trust_remote_code=trust_remote_code,
+                export_remote_code=bool(plan.arguments.get("export_remote_code"))
+                and code_file(model.config.model_type) is not None,
+                dense_fault=fault,
+            )
     return saved, size
+
+
+def scratch_for(model: PreTrainedModel, plan: Plan, out: Path, needed: int) -> Path | None:
+    """Return the directory for layers that a step has finished; None holds them in memory.
+
+    Layers go there if a step of the plan can keep them, and the disk has room for both: the layers
+    and the result.
+
+    Args:
+        model: before the plan.
+        plan: of the model.
+        out: new directory of the result; the layers lie beside it.
+        needed: bytes of the result's weights.
+
+    Raises:
+        OSError: if neither the disk nor the memory has room for the layers.
+    """
+    weights = {id(weight): weight for weight in decoder_layers(model).parameters()}.values()
+    layers = sum(weight.numel() * weight.element_size() for weight in weights)
+    on_disk = layers * len(keeps_layers(plan.steps))
+    if not on_disk:
+        return None
+    scratch = out.absolute().with_name(f".{out.name}.layers")
+    there = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+    free = _free_beside(out) + there
+    if free >= needed + on_disk + _OTHER_FILES:
+        return scratch
+    lacking = (
+        f"out={out} has {free / 1e9:.2f} GB free for {needed / 1e9:.2f} GB of weights and "
+        f"{on_disk / 1e9:.2f} GB of finished layers"
+    )
+    if model.device.type == "cpu" and free_memory(model.device) < layers:
+        raise OSError(
+            f"{lacking}, which do not fit in memory either; free space, or choose another disk"
+        )
+    log.warning("%s: these stay in memory, and a run that is killed starts anew", lacking)
+    return None
+
+
+@contextmanager
+def _kept_until_saved(scratch: Path | None) -> Iterator[None]:
+    """Hold a scratch directory for this process; remove it at the end, not on errors."""
+    if scratch is None:
+        yield
+        return
+    lock = DirectoryLock(scratch, "out")
+    try:
+        yield
+        shutil.rmtree(scratch, ignore_errors=True)
+    except BaseException:
+        if any(scratch.rglob("*.safetensors")):
+            log.warning("finished layers are in %s: the same command goes on from there", scratch)
+        else:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
 
 
 def calibration_for(plan: Plan, data: CalibrationSettings, given: set[str]) -> CalibrationSettings:
@@ -152,16 +216,21 @@ def check_room(out: Path, needed: int) -> None:
     Raises:
         OSError: if not; says what is needed and what is free.
     """
-    existing = out.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = _free_beside(out)
     if free < needed + _OTHER_FILES:
         raise OSError(
             f"out={out} needs {needed / 1e9:.2f} GB for its weights and {_OTHER_FILES / 1e9:.2f} "
             f"GB beside them, and {free / 1e9:.2f} GB are free there; free space, or choose "
             "another disk"
         )
+
+
+def _free_beside(out: Path) -> int:
+    """Return the free bytes of the disk on which a new directory will be."""
+    existing = out.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def _windows(

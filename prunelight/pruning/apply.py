@@ -9,6 +9,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ def apply(
     device: torch.device | None = None,
     offload: bool = False,
     outcomes: list[dict[str, Any]] | None = None,
+    scratch: Path | None = None,
 ) -> PreTrainedModel:
     """Carry out a plan, in place where the class stays, and return the pruned model.
 
@@ -77,6 +79,9 @@ def apply(
         offload: keep the calibration states on the CPU.
         outcomes: this list gets what each sparsify, slice or heal step did, see
             `SparsifyOutcome`, `SliceOutcome` and `HealOutcome`.
+        scratch: directory for layers that a sparsify or heal step has finished. They then take no
+            memory: the model's weights are mapped from these files. Remove it when the model is
+            saved. After a kill, the same call with the same directory goes on from there.
 
     Raises:
         ValueError: if the plan does not fit the model, or a weight is NaN or infinite (it is
@@ -93,8 +98,9 @@ def apply(
     context = StepContext(windows, device, offload)
     _check_steps(model, plan.steps, context)
     before = parameter_count(model) / 1e6
+    context = replace(context, scratch=scratch)
     if any(_kind_of(step).needs_dense for step in plan.steps):
-        context = replace(context, dense=_dense_twin(model, plan.steps))
+        context = replace(context, dense=_dense_twin(model, plan.steps, keeps=scratch is not None))
     for step in plan.steps:
         outcome = _kind_of(step).carry_out(model, step, context)
         if outcome is not None and outcomes is not None:
@@ -112,12 +118,17 @@ def _kind_of(step: Step) -> StepKind[Any]:
     return KINDS[type(step)]
 
 
-def _dense_twin(model: PreTrainedModel, steps: Sequence[Step]) -> PreTrainedModel:
+def _dense_twin(model: PreTrainedModel, steps: Sequence[Step], *, keeps: bool) -> PreTrainedModel:
     """Return the model as it is now, which the steps will not change.
 
     The twin shares the memory of all weights, unless a step changes numbers where they are.
+
+    Args:
+        model: before the plan.
+        steps: of the plan.
+        keeps: layers are kept, so that a step which can do so gives them memory of their own first.
     """
-    if any(_kind_of(step).changes_weights for step in steps):
+    if any(_kind_of(x).changes_weights and not (keeps and _kind_of(x).keeps_layers) for x in steps):
         return copy.deepcopy(model)
     return copy_of_same_memory(model)
 
@@ -146,6 +157,11 @@ def _check_steps(model: PreTrainedModel, steps: Sequence[Step], context: StepCon
 def needs_windows(steps: Sequence[Step]) -> list[Step]:
     """Return the steps that run the model on calibration windows."""
     return [step for step in steps if _kind_of(step).needs_windows(step)]
+
+
+def keeps_layers(steps: Sequence[Step]) -> list[Step]:
+    """Return the steps that write the layers which they have finished into a scratch directory."""
+    return [step for step in steps if _kind_of(step).keeps_layers]
 
 
 def outline_after(model: PreTrainedModel, steps: Sequence[Step]) -> PreTrainedModel:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.calibration.windows import Windows
+from prunelight.calibration.kept_layers import KeptLayers
+from prunelight.calibration.windows import Windows, split_windows
+from prunelight.models.placement import compute_device
+from prunelight.planning.fingerprints import (
+    describe_windows,
+    fingerprint_of,
+    library_versions,
+    model_fingerprint,
+)
 from prunelight.planning.steps import Step, renumber
 
 StepT = TypeVar("StepT", bound=Step)
@@ -25,6 +34,7 @@ class StepContext:
         offload: keep the calibration states on the CPU.
         earlier: the steps of the same plan that come before.
         dense: the model before the plan, for steps that need it.
+        scratch: directory for layers that a step has finished; None holds them in memory.
     """
 
     windows: Windows | None = None
@@ -32,10 +42,32 @@ class StepContext:
     offload: bool = False
     earlier: tuple[Step, ...] = ()
     dense: PreTrainedModel | None = None
+    scratch: Path | None = None
 
     def after(self, step: Step) -> StepContext:
         """Return the context of the next step."""
         return replace(self, earlier=(*self.earlier, step))
+
+    def kept_layers(self, model: PreTrainedModel, step: Step) -> KeptLayers | None:
+        """Return the layers that a step finished before, and finishes now; None without scratch.
+
+        Args:
+            model: as the step gets it.
+            step: its place in the plan names the folder.
+        """
+        if self.scratch is None:
+            return None
+        windows = None if self.windows is None else describe_windows(*split_windows(self.windows))
+        identity = {
+            "steps": fingerprint_of(*((x.kind, asdict(x)) for x in (*self.earlier, step))),
+            "model": model_fingerprint(model),
+            "dense": None if self.dense is None else model_fingerprint(self.dense),
+            "dtype": str(model.dtype),
+            "windows": windows,
+            "device": (self.device or compute_device(model)).type,
+            "versions": library_versions(),
+        }
+        return KeptLayers(self.scratch / f"step-{len(self.earlier)}", identity)
 
     @property
     def removed(self) -> set[int]:
@@ -69,6 +101,7 @@ class StepKind(Generic[StepT]):
             next steps can be carried out too.
         changes_weights: tells whether numbers of weights change in the memory where they are.
         needs_dense: the step reads the model before the plan.
+        keeps_layers: the step writes each layer that it has finished into `StepContext.scratch`.
     """
 
     check: Callable[[PreTrainedModel, StepT, StepContext], None]
@@ -78,3 +111,4 @@ class StepKind(Generic[StepT]):
     rehearse: Callable[[PreTrainedModel, StepT, StepContext], Any] | None = None
     changes_weights: bool = False
     needs_dense: bool = False
+    keeps_layers: bool = False

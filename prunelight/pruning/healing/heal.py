@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prunelight.calibration.kept_layers import KeptLayers
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows
@@ -74,6 +75,11 @@ class HealOutcome:
         self.error_before.append(before)
         self.error_after.append(after)
 
+    def extend(self, layer: HealOutcome) -> None:
+        """Add what the step did to one more layer."""
+        for name, values in asdict(layer).items():
+            getattr(self, name).extend(values)
+
 
 @torch.no_grad()
 def heal(
@@ -87,6 +93,7 @@ def heal(
     sparse: bool = False,
     device: torch.device | None = None,
     offload: bool = False,
+    kept: KeptLayers | None = None,
 ) -> HealOutcome:
     """Fit each layer that the step names, in place.
 
@@ -100,6 +107,7 @@ def heal(
         sparse: the plan put zeros into the model, so that each zero stays.
         device: where the layers compute; None takes the model's own.
         offload: keep the calibration states on the CPU.
+        kept: gets each layer when it is healed; those that it has are not fitted again.
 
     Raises:
         ValueError: if activations are NaN or Inf; some layers may be healed by then.
@@ -110,29 +118,51 @@ def heal(
         LayerWalk(model, windows, device=device, offload=offload, label="heal") as walk,
     ):
         ahead = dense_walk.layers()
-        for (index, module), (layer, end) in zip(walk.layers(), sorted(ends.items()), strict=True):
+        layers = walk.layers(kept)
+        for (index, module), (layer, end) in zip(layers, sorted(ends.items()), strict=True):
             for dense_index, _ in ahead:
                 dense_walk.advance()
                 if dense_index == end:
                     break
-            if layer in step.layers:
-                for state in dense_walk.states:
-                    check_finite(end, state.abs().max().item(), state)
-                writer = writer_of(walk, index)
-                turn = _rotation(dense, layer, writer) if rotated and writer else None
-                target_of = partial(_target, walk, dense_walk.states, turn)
-                if writer is None:
-                    outcome.add(0.0, 0.0, 0.0)
-                else:
-                    _fit_writer(walk, writer, target_of, step.ridges, sparse, outcome)
-                if step.mode == "layer":
-                    _tune(walk, index, module, target_of, step.epochs, sparse, outcome)
-                elif writer is None:
-                    reason = "no matrix of it adds to the hidden states"
-                    _note(outcome, f"layer {layer} was not healed: {reason}")
+            if kept is not None and index in kept.facts:
+                outcome.extend(HealOutcome(**kept.facts[index]))
+            else:
+                part = HealOutcome()
+                if layer in step.layers:
+                    for state in dense_walk.states:
+                        check_finite(end, state.abs().max().item(), state)
+                    writer = writer_of(walk, index)
+                    turn = _rotation(dense, layer, writer) if rotated and writer else None
+                    target_of = partial(_target, walk, dense_walk.states, turn)
+                    _heal_layer(walk, index, module, writer, target_of, step, sparse, layer, part)
+                outcome.extend(part)
+                if kept is not None:
+                    kept.note(index, part)
             if index + 1 < len(ends):
                 walk.advance()
     return outcome
+
+
+def _heal_layer(
+    walk: LayerWalk,
+    index: int,
+    module: nn.Module,
+    writer: Writer | None,
+    target_of: Callable[[int], Tensor],
+    step: Heal,
+    sparse: bool,
+    layer: int,
+    outcome: HealOutcome,
+) -> None:
+    """Fit the walk's current layer, which the step counts as `layer`, in place."""
+    if writer is None:
+        outcome.add(0.0, 0.0, 0.0)
+    else:
+        _fit_writer(walk, writer, target_of, step.ridges, sparse, outcome)
+    if step.mode == "layer":
+        _tune(walk, index, module, target_of, step.epochs, sparse, outcome)
+    elif writer is None:
+        _note(outcome, f"layer {layer} was not healed: no matrix of it adds to the hidden states")
 
 
 def _rotation(dense: PreTrainedModel, layer: int, writer: Writer) -> Tensor:
@@ -293,6 +323,7 @@ def _carry_out(model: PreTrainedModel, step: Heal, context: StepContext) -> Heal
         sparse=any(isinstance(earlier, Sparsify) for earlier in context.earlier),
         device=context.device,
         offload=context.offload,
+        kept=context.kept_layers(model, step),
     )
 
 
@@ -307,5 +338,6 @@ HEAL = StepKind(
     follows_slicing=True,
     needs_windows=lambda step: True,
     needs_dense=True,
+    keeps_layers=True,
     rehearse=_rehearse,
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.kept_layers import KeptLayers, holding
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Hessian, InputNorm
 from prunelight.calibration.windows import Windows
@@ -74,6 +75,13 @@ class SparsifyOutcome:
     notes: list[str] = field(default_factory=list)
     outliers_kept: list[float] = field(default_factory=list)
 
+    def add(self, layer: SparsifyOutcome) -> None:
+        """Add what the step did to one more layer."""
+        self.sparsity.update(layer.sparsity)
+        self.reconstruction_error += layer.reconstruction_error
+        self.notes += layer.notes
+        self.outliers_kept += layer.outliers_kept
+
 
 @torch.no_grad()
 def sparsify(
@@ -83,6 +91,7 @@ def sparsify(
     *,
     device: torch.device | None = None,
     offload: bool = False,
+    kept: KeptLayers | None = None,
 ) -> SparsifyOutcome:
     """Put the zeros of a step into a model, in place.
 
@@ -92,6 +101,7 @@ def sparsify(
         windows: calibration windows; magnitude needs none.
         device: where the layers compute; None takes the model's own.
         offload: keep the calibration states on the CPU.
+        kept: gets each layer when it is sparse; those that it has are not pruned again.
 
     Raises:
         ValueError: if the step does not fit the model, or windows are missing; nothing has changed
@@ -102,10 +112,12 @@ def sparsify(
     check_data(step, windows)
     outcome = SparsifyOutcome()
     if step.solver == "magnitude":
-        for matrix in matrices(model).values():
-            if matrix.name in step.sparsity:
-                zero_by_magnitude(matrix, step)
-                _note_zeros(outcome, matrix)
+        for index, layer in enumerate(decoder_layers(model)):
+            with holding(kept, index, layer):
+                for matrix in layer_matrices(model, index):
+                    if matrix.name in step.sparsity:
+                        zero_by_magnitude(matrix, step)
+                        _note_zeros(outcome, matrix)
         _note_layers(outcome, model)
         return outcome
     assert windows is not None  # check_data
@@ -116,8 +128,16 @@ def sparsify(
             known = matrices(model)
             chosen = [known[name] for name in step.sparsity]
             _note_scarce(chosen, walk.counted(), step.solver, outcome)
-        for index, _ in walk.layers():
-            sparsify_layer(model, step, walk, index, outcome)
+        for index, _ in walk.layers(kept):
+            if kept is not None and index in kept.facts:
+                outcome.add(SparsifyOutcome(**kept.facts[index]))
+                walk.advance()
+                continue
+            part = SparsifyOutcome()
+            sparsify_layer(model, step, walk, index, part)
+            outcome.add(part)
+            if kept is not None:
+                kept.note(index, part)
     _note_layers(outcome, model)
     return outcome
 
@@ -393,6 +413,7 @@ def _carry_out(model: PreTrainedModel, step: Sparsify, context: StepContext) -> 
         context.windows,
         device=context.device,
         offload=context.offload,
+        kept=context.kept_layers(model, step),
     )
 
 
@@ -409,4 +430,5 @@ SPARSIFY = StepKind(
     needs_windows=lambda step: step.solver != "magnitude",
     rehearse=_rehearse,
     changes_weights=True,
+    keeps_layers=True,
 )
