@@ -42,7 +42,6 @@ PROBED = ("ShortGPT by number", "sublayers dropped", "width by layer", "SliceGPT
 THOROUGH = (
     "ShortGPT by number",
     "SLM, highest layers",
-    "depth by healing",
     "sublayers dropped",
     "width by layer",
     "SliceGPT",

@@ -243,8 +243,15 @@ def hidden(file):
         other.rename(file)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
-@pytest.mark.parametrize("longer", [{"max_epochs": 3}, {"max_steps": 11, "max_epochs": -1}])
+@pytest.mark.parametrize(
+    ("longer", "schedule"),
+    [
+        ({"max_epochs": 3}, "linear"),
+        ({"max_steps": 11, "max_epochs": -1}, "constant"),
+        pytest.param({"max_epochs": 3}, "constant", marks=pytest.mark.sweep),
+        pytest.param({"max_steps": 11, "max_epochs": -1}, "linear", marks=pytest.mark.sweep),
+    ],
+)
 def test_a_finished_run_trains_on_with_more_steps_into_a_new_result(
     schedule, longer, name, tmp_path
 ):
@@ -281,8 +288,15 @@ class CtrlC(pl.Callback):
                 signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    ("hook", "times"),
+    [
+        ("on_train_batch_start", 1),
+        ("on_train_batch_end", 2),
+        pytest.param("on_train_batch_start", 2, marks=pytest.mark.sweep),
+        pytest.param("on_train_batch_end", 1, marks=pytest.mark.sweep),
+    ],
+)
 def test_ctrl_c_saves_the_step_and_the_run_goes_on_from_there(hook, times, name, tmp_path, caplog):
     fit(name, tmp_path / "whole", short_gpt())
     every = 100 if times == 1 else 1  # the second one does not wait for a save
@@ -345,7 +359,7 @@ def test_sigterm_ends_a_validation_after_a_fit_at_once(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.sweep), 1])
 def test_two_processes_save_at_the_same_step_whichever_gets_the_signal(rank, tmp_path):
     root, made = tmp_path / "run", tmp_path / "made"
     arguments = write_config(made, "shortgpt")
