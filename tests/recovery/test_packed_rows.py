@@ -142,7 +142,7 @@ def test_the_training_loss_is_that_of_the_documents_alone(source, tmp_path, chec
     for ids, labels, positions in data.examples("train"):
         starts = (positions == 0).nonzero().flatten().tolist()[1:]
         for part, wanted in zip(ids.tensor_split(starts), labels.tensor_split(starts), strict=True):
-            losses.append(token_losses(pruned(part[None]).logits, wanted[None]))
+            losses.append(token_losses(pruned(part[None]).logits, wanted[None].long()))
     expected = torch.cat(losses).mean().item()
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(expected, rel=1e-5)
     assert module.record.recovery["tokens_seen"] == data.describe()["counts"]["train"]["tokens"]
