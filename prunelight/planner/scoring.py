@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from prunelight.calibration.windows import Windows, check_windows, split_windows
+from prunelight.calibration.windows import Windows, check_windows
 from prunelight.evaluation.saved.subject import find_device
 from prunelight.models.families.experts.layout import has_experts
 from prunelight.models.families.layers import decoder_layers
@@ -23,7 +23,7 @@ from prunelight.models.placement import move_if_it_fits
 from prunelight.planner.applying import check_new
 from prunelight.planner.scores import Scores, describe_scored, windows_like, write_scores
 from prunelight.planner.settings import CalibrationSettings
-from prunelight.pruning.healing.writers import check_healable
+from prunelight.pruning.healing.writers import has_writers
 from prunelight.runtime.arguments import did_you_mean
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.angular_distance import angular_distances, angular_distances_by_size
@@ -93,10 +93,8 @@ def _experts(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
 
 
 def _healing(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
-    """Keep that layers of this model can be healed; one window alone holds none out."""
-    if len(split_windows(windows)[0]) > 1:
-        for mode in ("layer", "linear"):  # every family that can be healed can be so by "layer"
-            check_healable(model, windows, mode)
+    """Keep whether layers of this model can be healed in closed form."""
+    has_writers(model, windows)
 
 
 def _taylor(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:

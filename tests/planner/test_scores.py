@@ -33,7 +33,7 @@ FROM_SCORES = {
     *("DLP, Wanda", "DLP, Wanda's variant", "DLP, SparseGPT", "DLP by linear", "DLP, mixed 2:4"),
     *("DLP, healed", "Wanda", "magnitude", "OWL, Wanda", "2:4, SparseGPT", "Wanda, swapped"),
     *("ALPS", "2:4, ALPS", "2:4, ALPS, swapped"),
-    *("ShortGPT, layers trained", "Wanda, layers trained"),
+    *("ShortGPT, layers trained", "Wanda, layers trained", "ShortGPT, an MLP stands in"),
 }
 
 

@@ -120,35 +120,43 @@ def _last_called(walk: LayerWalk, matrices: Sequence[Matrix]) -> Matrix | None:
     return next((matrix for matrix in matrices if matrix.owner is last), None)
 
 
-@torch.no_grad()
-@remembered
 def check_healable(model: PreTrainedModel, windows: Windows, mode: str) -> None:
     """Check that windows can be held out, and on a few tokens that layers can be healed.
 
-    Mode "linear" needs layers that have writers, modes "layer" and "mlp" none.
+    Mode "linear" needs layers that have writers, other modes none.
 
     Raises:
         ValueError: if there are too few windows to hold one out.
         TypeError: if the first layer has no writer, or weights are quantized.
     """
-    ids = split_windows(windows)[0]
-    if len(ids) < 2:
+    num_windows = len(split_windows(windows)[0])
+    if num_windows < 2:
         raise ValueError(
-            f"heal={mode!r} holds windows out to judge what it fits, and {len(ids)} window is "
+            f"heal={mode!r} holds windows out to judge what it fits, and {num_windows} window is "
             "given; calibrate on 2 windows or more, better on 16"
         )
-    layer_matrices(model, 0)  # refuses quantized weights
-    few = ids[:1, :_PROBE_TOKENS].clone()
-    with LayerWalk(model, few) as walk:
-        for index, _ in walk.layers():
-            writer = writer_of(walk, index)
-            break
-    if writer is None and mode == "linear":
+    if not has_writers(model, windows) and mode == "linear":
         raise TypeError(
             f"layers of {model.config.model_type} cannot be healed in closed form: no matrix of "
             "theirs adds to the hidden states as it is (a norm or experts stand behind the last); "
             "train the layers by heal='layer', or leave heal out"
         )
+
+
+@torch.no_grad()
+@remembered
+def has_writers(model: PreTrainedModel, windows: Windows) -> bool:
+    """Return whether the first layer has a writer, found on a few tokens of the first window.
+
+    Raises:
+        TypeError: if layers cannot be run one by one, or weights are quantized.
+    """
+    few = split_windows(windows)[0][:1, :_PROBE_TOKENS].clone()
+    with LayerWalk(model, few) as walk:
+        for index, _ in walk.layers():
+            writer = writer_of(walk, index)
+            break
+    return writer is not None
 
 
 def _scale(walk: LayerWalk, matrix: Matrix) -> float | None:
