@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from itertools import groupby
 from typing import Any
 
+from prunelight.planning.layer_choice import runs_of
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import (
     DropSublayers,
@@ -74,12 +74,9 @@ def difference_rows(first: Plan, second: Plan) -> dict[str, tuple[str, str]]:
 
 def layer_ranges(layers: Collection[int]) -> str:
     """Return layers as text, with neighbours as ranges: "1-3, 7"."""
-    runs = groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0])
-    texts = []
-    for _, run in runs:
-        members = [layer for _, layer in run]
-        texts.append(f"{members[0]}-{members[-1]}" if len(members) > 1 else str(members[0]))
-    return ", ".join(texts)
+    return ", ".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs_of(layers)
+    )
 
 
 def _removed(plan: Plan) -> set[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
 from statistics import fmean
 from typing import Any
@@ -247,3 +247,18 @@ def resolve_indices(indices: Collection[int], total: int) -> set[int]:
     if outside:
         raise ValueError(f"protected={outside} must lie in [{-total}, {total - 1}]")
     return {i % total for i in indices}
+
+
+def runs_of(layers: Iterable[int]) -> list[list[int]]:
+    """Return layers as runs of neighbours, both in order.
+
+    >>> runs_of({5, 3, 4, 9})
+    [[3, 4, 5], [9]]
+    """
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return runs

@@ -10,6 +10,7 @@ from prunelight.planning.layer_choice import (
     lowest_scores,
     lowest_window,
     resolve_indices,
+    runs_of,
 )
 
 SCORES = [0.9, 0.2, 0.5, 0.1, 0.3, 0.8]
@@ -125,3 +126,8 @@ def test_a_window_never_contains_a_protected_layer():
 def test_protecting_a_layer_that_does_not_exist_is_refused(choose, index):
     with pytest.raises(ValueError, match=rf"protected=\[{index}\] must lie in \[-6, 5\]"):
         choose([0, index])
+
+
+def test_layers_are_split_into_runs_of_neighbours():
+    assert runs_of({5, 3, 4, 9}) == [[3, 4, 5], [9]]
+    assert runs_of([]) == []

@@ -9,12 +9,13 @@ it runs, is saved and is exported as a layer without attention.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedModel
 
 from prunelight.models.families.own_classes.dropped_sublayers import dropped
-from prunelight.models.families.removable import removable_layers
+from prunelight.models.families.removable import RemovableLayers, removable_layers
+from prunelight.planning.layer_choice import runs_of
 from prunelight.planning.steps import DropSublayers, RemoveLayers, Step
 from prunelight.pruning.drop_sublayers import leading_attentions
 
@@ -31,9 +32,11 @@ def leave_stand_ins(model: PreTrainedModel, steps: Sequence[Step]) -> tuple[Step
         steps: of a plan.
     """
     removed = {layer for step in steps if isinstance(step, RemoveLayers) for layer in step.layers}
+    removable = removable_layers(model)
     stand_ins: set[int] = set()
     for run in runs_of(removed):
-        choices = (layer for layer in run if _may_stay(model, layer, removed - stand_ins))
+        gone = removed - stand_ins
+        choices = (layer for layer in run if _may_stay(model, removable, layer, gone))
         if (stand_in := next(choices, None)) is None:
             log.warning(
                 "no MLP stands in for layers %s: %s cannot keep one of them without its attention",
@@ -47,28 +50,15 @@ def leave_stand_ins(model: PreTrainedModel, steps: Sequence[Step]) -> tuple[Step
     return (*(step for step in fewer if step.named), *drops)
 
 
-def runs_of(layers: Iterable[int]) -> list[list[int]]:
-    """Return layers as runs of neighbours, both in order.
-
-    >>> runs_of({5, 3, 4, 9})
-    [[3, 4, 5], [9]]
-    """
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return runs
-
-
-def _may_stay(model: PreTrainedModel, layer: int, removed: Collection[int]) -> bool:
+def _may_stay(
+    model: PreTrainedModel, removable: RemovableLayers, layer: int, removed: Collection[int]
+) -> bool:
     """Return whether a layer can stay of those that are removed, without its attention."""
     others = {*removed} - {layer}
     return (
         layer not in leading_attentions(model, others)
         and layer not in dropped(model, "mlp")
-        and not removable_layers(model).fault(others)
+        and not removable.fault(others)
     )
 
 

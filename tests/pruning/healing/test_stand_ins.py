@@ -10,14 +10,8 @@ import prunelight
 from prunelight.callbacks import SLEB, ShortenedLlama, ShortGPT
 from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.steps import DropSublayers, Heal, RemoveLayers
-from prunelight.pruning.healing.stand_ins import runs_of
 
 WINDOWS = token_windows(128, 64)  # 8 micro-batches
-
-
-def test_layers_are_split_into_runs_of_neighbours():
-    assert runs_of({5, 3, 4, 9}) == [[3, 4, 5], [9]]
-    assert runs_of([]) == []
 
 
 def test_one_layer_of_each_run_stays_without_its_attention():
