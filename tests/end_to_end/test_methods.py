@@ -37,8 +37,8 @@ RECOVERIES = ("lora", "full")
 # Methods whose stages are asked by the probes too; one of each kind of result, for the time.
 PROBED = ("ShortGPT by number", "sublayers dropped", "width by layer", "SliceGPT", "DLP, gradual")
 # Methods that every run of the tests trains whole too, and in two processes: one of each kind of
-# step. A sweep (`-m ""`) does so with all; plans of two processes are held
-# against one in test_processes.py.
+# step. A sweep (`-m ""`) does so with all; plans of two processes are held against one in
+# test_processes.py.
 THOROUGH = (
     "ShortGPT by number",
     "SLM, highest layers",

@@ -69,17 +69,11 @@ CASES = {
     "gradual zeros, LoRA": Case(gradual=True),
     "gradual zeros, LoRA, bf16-true": Case("bf16-true", gradual=True),
     "gradual zeros, full, bf16-mixed": Case("bf16-mixed", "full", gradual=True),
-}
-EXAMINED = {
     "probes and divergence, full": Case(recovery="full", probes=True),
     "probes and divergence, LoRA": Case(probes=True),
-}
-CASES |= EXAMINED
-FAILING = {
     "NaN in one process, full": Case(recovery="full", fails=True),
     "NaN in one process, LoRA": Case(fails=True),
 }
-CASES |= FAILING
 FAST = (  # one of each kind; the others are a sweep
     "NaN in one process, LoRA",
     "probes and divergence, LoRA",

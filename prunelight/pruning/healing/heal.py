@@ -124,45 +124,30 @@ def heal(
                 dense_walk.advance()
                 if dense_index == end:
                     break
+            part = HealOutcome()
             if kept is not None and index in kept.facts:
-                outcome.extend(HealOutcome(**kept.facts[index]))
-            else:
-                part = HealOutcome()
-                if layer in step.layers:
-                    for state in dense_walk.states:
-                        check_finite(end, state.abs().max().item(), state)
-                    writer = writer_of(walk, index)
-                    turn = _rotation(dense, layer, writer) if rotated and writer else None
-                    target_of = partial(_target, walk, dense_walk.states, turn)
-                    _heal_layer(walk, index, module, writer, target_of, step, sparse, layer, part)
-                outcome.extend(part)
-                if kept is not None:
-                    kept.note(index, part)
+                part = HealOutcome(**kept.facts[index])
+            elif layer in step.layers:
+                for state in dense_walk.states:
+                    check_finite(end, state.abs().max().item(), state)
+                writer = writer_of(walk, index)
+                turn = _rotation(dense, layer, writer) if rotated and writer else None
+                target_of = partial(_target, walk, dense_walk.states, turn)
+                if writer is None:
+                    part.add(0.0, 0.0, 0.0)
+                else:
+                    _fit_writer(walk, writer, target_of, step.ridges, sparse, part)
+                if step.mode == "layer":
+                    _tune(walk, index, module, target_of, step.epochs, sparse, part)
+                elif writer is None:
+                    reason = "no matrix of it adds to the hidden states"
+                    _note(part, f"layer {layer} was not healed: {reason}")
+            outcome.extend(part)
+            if kept is not None:
+                kept.note(index, part)
             if index + 1 < len(ends):
                 walk.advance()
     return outcome
-
-
-def _heal_layer(
-    walk: LayerWalk,
-    index: int,
-    module: nn.Module,
-    writer: Writer | None,
-    target_of: Callable[[int], Tensor],
-    step: Heal,
-    sparse: bool,
-    layer: int,
-    outcome: HealOutcome,
-) -> None:
-    """Fit the walk's current layer, which the step counts as `layer`, in place."""
-    if writer is None:
-        outcome.add(0.0, 0.0, 0.0)
-    else:
-        _fit_writer(walk, writer, target_of, step.ridges, sparse, outcome)
-    if step.mode == "layer":
-        _tune(walk, index, module, target_of, step.epochs, sparse, outcome)
-    elif writer is None:
-        _note(outcome, f"layer {layer} was not healed: no matrix of it adds to the hidden states")
 
 
 def _rotation(dense: PreTrainedModel, layer: int, writer: Writer) -> Tensor:

@@ -129,12 +129,12 @@ def sparsify(
             chosen = [known[name] for name in step.sparsity]
             _note_scarce(chosen, walk.counted(), step.solver, outcome)
         for index, _ in walk.layers(kept):
-            if kept is not None and index in kept.facts:
-                outcome.add(SparsifyOutcome(**kept.facts[index]))
-                walk.advance()
-                continue
             part = SparsifyOutcome()
-            sparsify_layer(model, step, walk, index, part)
+            if kept is not None and index in kept.facts:
+                part = SparsifyOutcome(**kept.facts[index])
+                walk.advance()
+            else:
+                sparsify_layer(model, step, walk, index, part)
             outcome.add(part)
             if kept is not None:
                 kept.note(index, part)
