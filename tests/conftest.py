@@ -10,6 +10,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import importlib.util
 
 import pytest
+from matplotlib.figure import Figure
 from runs import measure_speed_briefly
 from tiny import VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -31,6 +32,20 @@ def pytest_collection_modifyitems(items):
     """Start with the longest files: each process takes whole ones."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_pictures(request):
+    """Let matplotlib draw nothing, a third of a tiny run's time, where no test looks at pictures.
+
+    A sweep (`-m ""`) draws them everywhere.
+    """
+    drawn = request.path.parent.name in ("report", "docs", "run")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.option.markexpr == "not sweep" and not drawn:
+            draw = Figure.savefig
+            patch.setattr(Figure, "savefig", lambda _, *to, **how: draw(Figure((1, 1)), *to, **how))
+        yield
 
 
 @pytest.fixture

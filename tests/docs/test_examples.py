@@ -84,6 +84,7 @@ def test_prune_removes_a_fifth_of_the_layers_and_saves(name, tmp_path):
     assert prunelight.Plan.load(tmp_path / "smaller" / "plan.json").method == "ShortGPT"
 
 
+@pytest.mark.sweep
 @pytest.mark.real
 def test_prune_runs_on_its_default_model(smollm2, tmp_path):
     output = run("prune.py", tmp_path)

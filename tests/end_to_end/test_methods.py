@@ -36,9 +36,8 @@ from prunelight.pruning.sparsity.sparsify import amount_of
 RECOVERIES = ("lora", "full")
 # Methods whose stages are asked by the probes too; one of each kind of result, for the time.
 PROBED = ("ShortGPT by number", "sublayers dropped", "width by layer", "SliceGPT", "DLP, gradual")
-# Methods that every run of the tests trains whole too, and in two processes: one of each kind of
-# step. A sweep (`-m ""`) does so with all; plans of two processes are held against one in
-# test_processes.py.
+# Methods that every run of the tests trains whole too: one of each kind of step. A sweep (`-m ""`)
+# does so with all.
 THOROUGH = (
     "ShortGPT by number",
     "SLM, highest layers",
@@ -48,11 +47,14 @@ THOROUGH = (
     "DLP, Wanda",
     "DLP, gradual",
 )
+# Of these, in two processes, which need most time; the plans of two processes are held against one
+# in test_processes.py.
+SHARED = ("ShortGPT by number", "SliceGPT", "DLP, Wanda", "DLP, gradual")
 
 
-def chosen_methods(config):
-    """Return the names of the methods that this run of the tests looks at thoroughly."""
-    return THOROUGH if config.option.markexpr == "not sweep" else tuple(METHODS)
+def chosen_methods(config, names):
+    """Return the names of the methods that this run of the tests looks at so."""
+    return names if config.option.markexpr == "not sweep" else tuple(METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def method(request):
 
 @pytest.fixture(params=RECOVERIES, scope="module")
 def recovery(request, method):
-    thorough = [METHODS[name] for name in chosen_methods(request.config)]
+    thorough = [METHODS[name] for name in chosen_methods(request.config, THOROUGH)]
     if request.param == "full" and method in METHODS.values() and method not in thorough:
         pytest.skip("it is trained by adapters alone, for the time; a sweep trains it whole too")
     return request.param
@@ -196,7 +198,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(method, recovery, name,
 @pytest.fixture(scope="module")
 def launched(method, request):
     """Skip methods that no two processes fit here."""
-    if method not in [METHODS[name] for name in chosen_methods(request.config)]:
+    if method not in [METHODS[name] for name in chosen_methods(request.config, SHARED)]:
         pytest.skip("two processes fit one method of each kind, and a sweep the main table")
 
 
@@ -205,7 +207,7 @@ def group(name, tmp_path_factory, request):
     """Return the directory of the same runs by two processes, all in one launch."""
     directory = tmp_path_factory.mktemp("ranks")
     numbers = {known: str(number) for number, known in enumerate(METHODS)}
-    chosen = ",".join(numbers[known] for known in chosen_methods(request.config))
+    chosen = ",".join(numbers[known] for known in chosen_methods(request.config, SHARED))
     gradual = numbers["DLP, gradual"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     runs = [

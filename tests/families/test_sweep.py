@@ -1,6 +1,6 @@
 """Every family of transformers: each kind of pruning works, or refuses in one line at once.
 
-    python -m pytest tests/families                       # a fixed eighth, by the family's name
+    python -m pytest tests/families                       # a fixed sixteenth, by the family's name
     python -m pytest --dist load -m "" tests/families     # all families
 
 cells.py names the outcomes; only "works" and "refused" may come. docs/families.md is the table of

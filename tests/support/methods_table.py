@@ -38,23 +38,11 @@ def gradually() -> DLP:
 
 METHODS = {
     "ShortGPT by number": Method(lambda: ShortGPT(num_layers=2), layers=4),
-    "ShortGPT by ratio": Method(lambda: ShortGPT(ratio=0.5), layers=3),
-    "ShortGPT, sinks ignored, ends protected": Method(
-        lambda: ShortGPT(num_layers=1, ignore_first_tokens=4, protected=[0, -1]), layers=5
-    ),
-    "ShortGPT, angular": Method(lambda: ShortGPT(num_layers=2, score="angular"), layers=4),
     "ShortGPT, layers by hand": Method(lambda: ShortGPT(layers=[1, -2]), layers=4),
     "SLM, highest layers": Method(lambda: SlidingLayerMerging(num_layers=2), layers=4),
     "SLM, the paper's sum of differences": Method(
         lambda: SlidingLayerMerging(ratio=0.34, merge="difference_sum", criterion="cosine"),
         layers=4,
-    ),
-    "SLM, flattened cosine, lowest kept": Method(
-        lambda: SlidingLayerMerging(num_layers=2, merge="lowest", criterion="cosine_flat"),
-        layers=4,
-    ),
-    "SLM, searched by the paper's loop": Method(
-        lambda: SlidingLayerMerging(num_layers=2, search="sliding"), layers=4
     ),
     "SLM by threshold": Method(
         lambda: SlidingLayerMerging(threshold=-1.0, merge="mean", criterion="cka"), layers=2
@@ -71,16 +59,9 @@ METHODS = {
     "width by layer": Method(
         lambda: WidthPruning(neuron_ratio=0.25, head_ratio=0.25, multiple=8, allocation="global")
     ),
-    "width by layer, Taylor, no correction": Method(
-        lambda: WidthPruning(head_ratio=0.25, score="taylor", correction=False, allocation="global")
-    ),
-    "width by DLP's shares": Method(
-        lambda: WidthPruning(neuron_ratio=0.5, multiple=8, allocation="dlp", alpha=0.4)
-    ),
     "SliceGPT": Method(lambda: SliceGPT(0.25, embedding="full"), slices=True),
     # The text has too few different words for wider ones.
     "SliceGPT, sliced embeddings": Method(lambda: SliceGPT(0.5), slices=True),
-    "SliceGPT, one rotation": Method(lambda: SliceGPT(0.25, rotation="shared"), slices=True),
     "DynamicSlicing, sweep": Method(
         lambda: DynamicSlicing(0.7, round_to=2, embedding="full"), slices=True
     ),
@@ -90,18 +71,11 @@ METHODS = {
         ),
         slices=True,
     ),
-    "DynamicSlicing, single cuts": Method(
-        lambda: DynamicSlicing(0.7, 0.65, round_to=2, embedding="full", score="single_cut"),
-        slices=True,
-    ),
     "DLP, Wanda": Method(lambda: DLP(0.5), sparsity=0.5),
-    "DLP, Wanda's variant": Method(lambda: DLP(0.5, solver="wanda_variant"), sparsity=0.5),
     "DLP, SparseGPT": Method(lambda: DLP(0.5, solver="sparsegpt"), sparsity=0.5),
     "DLP by linear": Method(lambda: DLP(0.6, granularity="linear"), sparsity=0.6),
-    "DLP, mixed 2:4": Method(lambda: DLP(pattern="2:4", alpha=0.3), sparsity=0.5),
     "Wanda": Method(lambda: WeightPruning(0.5), sparsity=0.5),
     "magnitude": Method(lambda: WeightPruning(0.5, solver="magnitude"), sparsity=0.5),
-    "OWL, Wanda": Method(lambda: WeightPruning(0.5, allocation="owl"), sparsity=0.5),
     "2:4, SparseGPT": Method(
         lambda: WeightPruning(pattern="2:4", solver="sparsegpt"), sparsity=0.5
     ),
@@ -110,6 +84,32 @@ METHODS = {
 
 # Other scores and shares of methods above: what they leave is of the same kind. Swept alone.
 VARIANTS = {
+    "ShortGPT by ratio": Method(lambda: ShortGPT(ratio=0.5), layers=3),
+    "ShortGPT, sinks ignored, ends protected": Method(
+        lambda: ShortGPT(num_layers=1, ignore_first_tokens=4, protected=[0, -1]), layers=5
+    ),
+    "ShortGPT, angular": Method(lambda: ShortGPT(num_layers=2, score="angular"), layers=4),
+    "SLM, flattened cosine, lowest kept": Method(
+        lambda: SlidingLayerMerging(num_layers=2, merge="lowest", criterion="cosine_flat"),
+        layers=4,
+    ),
+    "SLM, searched by the paper's loop": Method(
+        lambda: SlidingLayerMerging(num_layers=2, search="sliding"), layers=4
+    ),
+    "width by layer, Taylor, no correction": Method(
+        lambda: WidthPruning(head_ratio=0.25, score="taylor", correction=False, allocation="global")
+    ),
+    "width by DLP's shares": Method(
+        lambda: WidthPruning(neuron_ratio=0.5, multiple=8, allocation="dlp", alpha=0.4)
+    ),
+    "SliceGPT, one rotation": Method(lambda: SliceGPT(0.25, rotation="shared"), slices=True),
+    "DynamicSlicing, single cuts": Method(
+        lambda: DynamicSlicing(0.7, 0.65, round_to=2, embedding="full", score="single_cut"),
+        slices=True,
+    ),
+    "DLP, Wanda's variant": Method(lambda: DLP(0.5, solver="wanda_variant"), sparsity=0.5),
+    "DLP, mixed 2:4": Method(lambda: DLP(pattern="2:4", alpha=0.3), sparsity=0.5),
+    "OWL, Wanda": Method(lambda: WeightPruning(0.5, allocation="owl"), sparsity=0.5),
     "ShortGPT, relative magnitude": Method(
         lambda: ShortGPT(num_layers=2, score="relative_magnitude"), layers=4
     ),

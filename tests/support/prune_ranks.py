@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from methods_table import METHODS
+from methods_table import METHODS, VARIANTS
 from runs import make_data, make_module, make_trainer, measure_speed_briefly
 from safetensors.torch import save_file
 from tiny import tiny_model, token_windows
@@ -39,7 +39,6 @@ from prunelight.callbacks import (
     ShortenedLlama,
     ShortGPT,
     SlidingLayerMerging,
-    WeightPruning,
     WidthPruning,
 )
 from prunelight.evaluation.perplexity import evaluate
@@ -55,14 +54,9 @@ MORE = {
     "width, fluctuation": lambda: WidthPruning(
         neuron_ratio=0.25, score="fluctuation", multiple=8, correction=False
     ),
-    "FLAP": lambda: WidthPruning(
-        0.25, 0.25, score="fluctuation", multiple=8, correction="bias", allocation="flap"
-    ),
-    "ShortGPT, healed": lambda: ShortGPT(num_layers=2, heal="linear"),
-    "ShortGPT, layers trained": lambda: ShortGPT(num_layers=2, heal="layer"),
-    "Wanda, swapped": lambda: WeightPruning(0.5, swaps=2),
 }
-MAKERS = {**{name: method.make for name, method in METHODS.items()}, **MORE}
+TABLE = {**METHODS, **VARIANTS}
+MAKERS = {**{name: method.make for name, method in TABLE.items()}, **MORE}
 UNEVEN = {
     "ShortGPT": lambda: ShortGPT(num_layers=2, ignore_first_tokens=2),
     "SparseGPT": lambda: DLP(0.5, solver="sparsegpt"),

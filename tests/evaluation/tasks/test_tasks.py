@@ -123,6 +123,7 @@ REAL_ROWS = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.real
 @pytest.mark.slow
 def test_the_real_model_has_exactly_the_metrics_of_the_command_line(smollm2, tmp_path):
