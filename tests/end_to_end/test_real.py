@@ -150,12 +150,14 @@ def sparse_perplexities(smollm2, windows):
     return found
 
 
+@pytest.mark.sweep
 def test_the_order_of_solvers_and_allocations_is_that_of_the_paper(sparse_perplexities):
     told = {key: value[0] for key, value in sparse_perplexities.items()}
     assert told["uniform", "sparsegpt"] < told["uniform", "wanda"] < told["uniform", "magnitude"]
     assert told["dlp", "wanda"] < told["uniform", "wanda"]
 
 
+@pytest.mark.sweep
 def test_every_matrix_has_exactly_its_planned_zeros(smollm2, sparse_perplexities):
     dense = matrices(smollm2[0])
     for (_, solver), (_, pruned, plan) in sparse_perplexities.items():
