@@ -2,10 +2,19 @@
 
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
+from saved_bytes import adapted, per_unit
 from tiny import tiny_model, token_windows
 
 from prunelight.models.sizes import parameter_count
-from prunelight.recovery.lora import LoRA, attach_lora, freeze, merge_lora, train_all
+from prunelight.recovery.lora import (
+    LoRA,
+    attach_lora,
+    freeze,
+    keep_as_peft,
+    merge_lora,
+    train_all,
+)
 
 
 def disturbed(model):
@@ -118,3 +127,47 @@ def test_freeze_and_train_all_are_opposites():
     assert parameter_count(model, trainable=True) == 0
     train_all(model)
     assert parameter_count(model, trainable=True) == parameter_count(model)
+
+
+# --- what is kept until the backward ----------------------------------------------------------
+
+
+def trained_step(dtype, dropout, autocast, as_peft):
+    """Return the loss of a step and the gradients of all adapters."""
+    model = attach_lora(tiny_model(dtype=dtype), LoRA(dropout=dropout))
+    for layer in model.modules():
+        if as_peft and isinstance(layer, LoraLayer):
+            keep_as_peft(layer)
+    disturbed(model).train()
+    torch.manual_seed(1)
+    windows = token_windows()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(windows, labels=windows, use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+)
+def test_what_is_kept_changes_no_bit_of_loss_and_gradients(dtype, autocast, dropout):
+    ours, of_peft = (trained_step(dtype, dropout, autocast, as_peft) for as_peft in (False, True))
+    assert len(ours) > 2
+    for mine, theirs in zip(ours, of_peft, strict=True):
+        assert mine.dtype == theirs.dtype == torch.float32 or mine is ours[0]
+        assert torch.equal(mine, theirs)
+
+
+def test_adapters_share_the_input_of_their_base_and_keep_none_of_it_in_float32():
+    """A byte a number for dropout is left: 4 projections of 1 unit, 2 of 1 and one of 2.75."""
+    masks = 3 + 1 + 2 + 2.75
+    lean, of_peft = (per_unit(adapted(torch.bfloat16, 0.05, as_peft=p)) for p in (False, True))
+    without = per_unit(adapted(torch.bfloat16, 0.0))
+    assert lean - without == pytest.approx(masks, abs=0.1)
+    # dropout(x) in float32, and on the CPU its mask in float32 too.
+    assert of_peft - lean > 4 * masks
+    only_float32 = per_unit(adapted(torch.bfloat16, 0.0), torch.float32)
+    frozen = per_unit(adapted(torch.bfloat16, 0.0, as_peft=True), torch.float32)
+    assert frozen - only_float32 >= 4 * masks - 0.1

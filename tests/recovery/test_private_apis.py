@@ -1,6 +1,6 @@
 """Private names of torch, peft and bitsandbytes that recovery/ uses: a release may rename them.
 
-The module docstrings of compiled_layers.py, quantization.py and masked_lora.py list these names.
+The module docstrings of compiled_layers.py, quantization.py, lora.py and masked_lora.py name them.
 """
 
 import inspect
@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
+from prunelight.recovery.lora import LeanLora
 from prunelight.recovery.zeros.masked_lora import MaskedLora, QuantizedMaskedLora
 
 
@@ -26,7 +27,8 @@ def test_torch_has_the_limits_of_dynamo_and_the_compiled_call_of_a_module():
 @pytest.mark.parametrize("name", ["forward", "merge_safe", "merge_unsafe", "unmerge"])
 def test_variants_of_peft_take_the_arguments_that_ours_take(name):
     expected = [*inspect.signature(getattr(peft_layers.LoraVariant, name)).parameters]
-    assert [*inspect.signature(getattr(MaskedLora, name)).parameters] == expected
+    for variant in (LeanLora, MaskedLora):
+        assert [*inspect.signature(getattr(variant, name)).parameters] == expected
 
 
 def test_the_variant_of_quantized_weights_overrides_a_method_of_peft():
@@ -41,6 +43,7 @@ def test_layers_of_peft_hold_a_variant_per_adapter():
     assert isinstance(layer, peft_layers.Linear)
     assert isinstance(layer, peft_layers.LoraLayer)
     assert not layer.lora_variant
+    assert layer.cast_input_dtype_enabled
     assert set(layer.lora_A) == set(layer.lora_B) == set(layer.scaling) == {"default"}
 
 

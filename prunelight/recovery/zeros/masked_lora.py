@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from prunelight.recovery.lora import keep_as_peft
 from prunelight.recovery.zeros.weight_masks import unpack_mask
 
 
@@ -52,6 +53,7 @@ def mask_adapters(
             layer = layer.base_layer
         layer = getattr(layer, parameter_name, None)
         if isinstance(layer, Linear) or (name in quantized and isinstance(layer, LoraLayer)):
+            keep_as_peft(layer)
             for adapter in layer.lora_A:
                 packed = quantized.get(name)
                 variant = MaskedLora() if packed is None else QuantizedMaskedLora(packed)
