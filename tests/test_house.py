@@ -34,6 +34,7 @@ FLOORS = {
     "comparison": 11,
     "parse_errors": 11,
     "planner": 12,
+    "verbs": 12,
     "commands": 13,
     "lightning_cli": 14,
     "cli": 15,

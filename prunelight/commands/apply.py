@@ -10,11 +10,11 @@ from typing import Any
 from jsonargparse import Namespace
 
 from prunelight.commands.plan import show_decisions
-from prunelight.commands.running import VerbParser, add_offload, add_place, add_trust, run_verb
 from prunelight.planner.applying import apply_to_saved, calibration_for
 from prunelight.planner.making import read_plan
 from prunelight.planner.settings import CalibrationSettings
 from prunelight.planner.telling import plan_rows
+from prunelight.verbs import VerbParser, add_offload, add_place, add_trust, run_verb
 
 
 def main(arguments: Sequence[str]) -> None:

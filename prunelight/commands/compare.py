@@ -11,7 +11,6 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from prunelight.commands.running import VerbParser, run_verb
 from prunelight.comparison.contest import compare
 from prunelight.comparison.settings import ComparisonSettings
 from prunelight.comparison.telling.claim import claim_holds
@@ -20,6 +19,7 @@ from prunelight.comparison.telling.table import lines, short_head
 from prunelight.comparison.telling.verdict import verdict
 from prunelight.config_files import find_configs
 from prunelight.runtime.origin import command_line
+from prunelight.verbs import VerbParser, run_verb
 
 
 def main(arguments: Sequence[str], command: Sequence[str] | None = None) -> None:

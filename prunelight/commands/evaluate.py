@@ -16,12 +16,12 @@ import torch.distributed as dist
 from jsonargparse import Namespace
 from rich.console import Console
 
-from prunelight.commands.running import VerbParser, add_place, add_trust, run_verb
 from prunelight.evaluation.saved.evaluate import evaluate_saved, out_folder
 from prunelight.evaluation.saved.record import FILE
 from prunelight.evaluation.saved.settings import EvaluationSettings
 from prunelight.evaluation.saved.table import evaluation_notes, evaluation_table
 from prunelight.runtime.processes import ProcessGroup
+from prunelight.verbs import VerbParser, add_place, add_trust, run_verb
 
 log = logging.getLogger(__name__)
 

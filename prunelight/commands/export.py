@@ -7,9 +7,9 @@ from dataclasses import fields
 
 from jsonargparse import Namespace
 
-from prunelight.commands.running import VerbParser, run_verb
 from prunelight.export.exporting import export
 from prunelight.export.targets import TARGETS, Rounding
+from prunelight.verbs import VerbParser, run_verb
 
 # Options of an export that rounds weights by data -> type and help.
 _ROUNDING: dict[str, tuple[type, str]] = {

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prunelight.commands.running import VerbParser, add_offload, add_place, add_trust, run_verb
 from prunelight.comparison.methods import known_methods, method_class
 from prunelight.planner.counting import size_by_config
 from prunelight.planner.making import (
@@ -32,6 +31,7 @@ from prunelight.planner.making import (
 from prunelight.planner.scores import is_scores
 from prunelight.planner.settings import CalibrationSettings
 from prunelight.planner.telling import difference_rows, plan_rows
+from prunelight.verbs import VerbParser, add_offload, add_place, add_trust, run_verb
 
 MethodClass: TypeAlias = type[Any]  # of a method
 

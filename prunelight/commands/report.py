@@ -10,10 +10,10 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from prunelight.commands.running import VerbParser, run_verb
 from prunelight.evaluation.report.record import FORMAT, RunRecord
 from prunelight.evaluation.report.report import draw_report
 from prunelight.evaluation.report.writing import check_report_files
+from prunelight.verbs import VerbParser, run_verb
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 from jsonargparse import Namespace
 
 from prunelight.commands.plan import show_rows
-from prunelight.commands.running import VerbParser, add_offload, add_place, add_trust, run_verb
 from prunelight.planner.scoring import CHEAP, SCORERS, score_to_directory
 from prunelight.planner.settings import CalibrationSettings
+from prunelight.verbs import VerbParser, add_offload, add_place, add_trust, run_verb
 
 
 def main(arguments: Sequence[str]) -> None:
