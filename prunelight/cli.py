@@ -31,6 +31,7 @@ COMMANDS = {
     "score": "Compute the scores that plans are made of, once.",
     "plan": "Make a method's plan without training; show a plan, or the difference of two.",
     "apply": "Carry out a plan on its model, and save the result.",
+    "estimate": "Tell what a model takes in memory while it is pruned and recovered.",
     "evaluate": "Measure a model on text and tasks, alone or against the dense one.",
     "compare": "Run a contest of methods at equal size, and draw one page to decide from.",
     "reproduce": "Repeat a paper's table on your model, with the published figures beside it.",

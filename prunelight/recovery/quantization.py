@@ -71,20 +71,28 @@ def check_kind(kind: str, options: BitsAndBytes, recovery: str) -> None:
     """Check the arguments of a quantization, before anything is loaded.
 
     Raises:
-        ValueError: if the kind is unknown, options have no effect, or all weights would be trained.
+        ValueError: as `check_combination` does.
         ImportError: if bitsandbytes is missing.
+    """
+    check_combination(kind, options, recovery)
+    if kind != "none":
+        check_installed(f"quantization={kind!r}")
+
+
+def check_combination(kind: str, options: BitsAndBytes, recovery: str) -> None:
+    """Check the arguments of a quantization, wherever it will be done.
+
+    Raises:
+        ValueError: if the kind is unknown, options have no effect, or all weights would be trained.
     """
     check_choice("quantization", kind, QUANTIZATIONS)
     if kind not in FOUR_BIT and options != BitsAndBytes():
         raise ValueError(f"{options} has no effect with quantization={kind!r}; leave it out")
-    if kind == "none":
-        return
-    if recovery == "full":
+    if kind != "none" and recovery == "full":
         raise ValueError(
             f"quantization={kind!r} keeps the base frozen, recovery='full' trains it; set "
             "recovery=lora, or quantization=none"
         )
-    check_installed(f"quantization={kind!r}")
 
 
 def check_installed(option: str) -> None:

@@ -240,7 +240,10 @@ def test_the_best_figure_of_each_column_or_row_is_bold():
     )
 
 
-@each_page([page for page in PAGES if "<!-- table:" in read(page)])
+COUNTED = "<!-- table: memory -->"  # of shapes, not measured with a model
+
+
+@each_page([page for page in PAGES if "<!-- table:" in read(page).replace(COUNTED, "")])
 def test_a_page_with_figures_says_which_model_they_are_from(page):
     for word in ("Instruct", "Q4_1", "CPU"):
         assert word in read(page)

@@ -1,0 +1,56 @@
+"""`prunelight estimate MODEL`: what pruning and a recovery keep in memory, by the config alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from prunelight.commands.plan import show_rows
+from prunelight.planner.memory import estimate
+from prunelight.runtime.files.atomic_files import write_text
+from prunelight.verbs import VerbParser, run_verb
+
+_TITLES = {
+    "whole": "pruning: the model on the device",
+    "streamed": "pruning: one layer there at a time",
+    "weights": "recovery: weights",
+    "gradients": "recovery: gradients",
+    "optimizer": "recovery: states of AdamW",
+    "gathered": "recovery: layers that FSDP2 gathers",
+    "activations": "recovery: activations until the backward",
+    "loss": "recovery: loss",
+    "total": "recovery: together",
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the verb."""
+    parser = _parser()
+    run_verb(parser, arguments, lambda values: _estimate(parser.instantiate(values)))
+
+
+def _estimate(values: Namespace) -> None:
+    given = vars(values)
+    out = given.pop("out")
+    parts = estimate(**given)
+    rows = [(_TITLES[name], f"{count / 1e9:.2f}") for name, count in parts.items()]
+    show_rows(f"{values.model}, on each device", ("", "GB"), rows)
+    if out is not None:
+        write_text(Path(out).expanduser(), json.dumps(parts, indent=2) + "\n")
+
+
+def _parser() -> VerbParser:
+    parser = VerbParser(
+        prog="prunelight estimate",
+        description="Tell what a model takes in memory while it is pruned and recovered. No weight "
+        "is read; what kernels and the allocator take comes on top.",
+    )
+    add: Any = parser.add_argument
+    add("model", type=str, help="Hub id, directory, GGUF file, bundled name or model type.")
+    add("--out", type=str | None, default=None, help="File for the bytes as JSON.")
+    parser.add_function_arguments(estimate, None, skip={"model"})
+    return parser
