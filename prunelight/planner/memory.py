@@ -105,7 +105,7 @@ class RecoveryMemory:
 
     @property
     def total(self) -> int:
-        """Return the bytes of all parts."""
+        """Return the bytes of all parts: gradients and activations are at once if steps add up."""
         return sum(getattr(self, part.name) for part in fields(self))
 
 
@@ -186,6 +186,7 @@ def recovery_memory(
     settings: RecoverySettings,
     batch: Batch,
     dtype: torch.dtype,
+    device: torch.device = torch.device("cuda"),  # noqa: B008 (immutable)
 ) -> RecoveryMemory:
     """Return what a recovery keeps in memory on each device; no weight is read or made.
 
@@ -194,6 +195,7 @@ def recovery_memory(
         settings: recovery, adapters, quantization and gradient checkpointing.
         batch: its size on a device, and the devices.
         dtype: of the weights.
+        device: which computes; the loss takes smaller chunks on a CPU.
 
     Raises:
         ValueError: if nothing is trained, settings exclude each other, or LoRA's targets fit no
@@ -217,7 +219,7 @@ def recovery_memory(
     gathered = weights - sum(by_layer) + _GATHERED_LAYERS * max(by_layer) if shards > 1 else 0
     kept, states = _forward(trained, layers, batch)
     vocabulary = vocabulary_size(model)
-    chunk = chunk_size(batch.batch_size * batch.seq_len, vocabulary, torch.device("cuda"))
+    chunk = chunk_size(batch.batch_size * batch.seq_len, vocabulary, device)
     loss = 2 * states.nbytes + _CHUNK_COPIES * 4 * chunk * vocabulary + head_gradient
     buckets = gradients if batch.devices > 1 and shards == 1 else 0
     return RecoveryMemory(
