@@ -2,8 +2,8 @@
 
     MALLOC_MMAP_THRESHOLD_=100000 python tests/support/peak_memory.py lora float32 [checkpointing]
 
-or full, or bfloat16. A random Llama of 134M parameters, two windows of 1024 tokens. The environment variable lets the
-allocator give memory back at once.
+or full, or bfloat16. A random Llama of 134M parameters, two windows of 1024 tokens. The environment
+variable lets the allocator give memory back at once.
 """
 
 import gc

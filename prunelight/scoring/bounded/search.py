@@ -39,9 +39,7 @@ from prunelight.scoring.model_variants import MergedVariants, VariantReplay
 
 log = logging.getLogger(__name__)
 
-# Of the model over all calibration windows, head included. Losses and smaller batches take a third
-# more by the clock, on two CPU cores, which makes 10.
-MOST_FORWARDS = 7.5
+MOST_FORWARDS = 10  # of the model over all calibration windows, head included
 _JUDGED = 3  # sets that are compared on the windows that judge
 _SPARE = 4  # kept layers that a round of swaps tries beyond the number of removed ones
 _FEWEST_TOKENS = 8  # that a part of the windows must predict
