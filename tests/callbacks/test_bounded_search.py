@@ -10,6 +10,7 @@ from tiny import tiny_model, token_windows
 
 from prunelight.callbacks import ShortGPT, SlidingLayerMerging
 from prunelight.models.families.layers import decoder_layers
+from prunelight.scoring.bounded import search
 from prunelight.scoring.bounded.search import MOST_FORWARDS, part_windows
 
 WINDOWS = token_windows(6, 16)
@@ -96,6 +97,15 @@ def test_it_never_loses_to_shortgpts_layers_on_the_windows_that_judge(criterion,
     assert plan.found["similarity"] == pytest.approx(expected, abs=2e-6)
 
 
+@pytest.mark.parametrize(("deviation", "chosen"), [(0.0, "swaps"), (1.5, "block_influence")])
+@pytest.mark.parametrize("count", [3, 5])
+def test_a_set_that_is_better_by_chance_alone_is_not_taken(count, deviation, chosen, monkeypatch):
+    """Swaps are a little better here, over 45 tokens that judge."""
+    monkeypatch.setattr(search, "_DEVIATION", deviation)
+    plan = SlidingLayerMerging(num_layers=count).plan(deep_model(8), WINDOWS)
+    assert plan.found["chosen"] == chosen
+
+
 def reference_groups(removed):
     groups = []
     for layer in sorted(removed):
@@ -117,8 +127,8 @@ def test_a_layer_that_does_nothing_goes_first():
 
 
 def test_windows_are_parted_only_where_both_parts_can_tell_something():
-    search, judge = part_windows(WINDOWS, 0)
-    assert torch.equal(search, WINDOWS[::2])
+    first, judge = part_windows(WINDOWS, 0)
+    assert torch.equal(first, WINDOWS[::2])
     assert torch.equal(judge, WINDOWS[1::2])
     assert part_windows(WINDOWS[:1], 0)[1] is None
     assert part_windows(WINDOWS, 14)[1] is None  # a token in each window is left
