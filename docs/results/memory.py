@@ -14,12 +14,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import LlamaConfig
 
-from prunelight.planner.memory import Batch, pruning_memory, recovery_memory
-from prunelight.pruning.abilities import unloaded_model
-from prunelight.recovery.prepared_model import RecoverySettings
+from prunelight.planner.memory import estimate
 
 FOLDER = Path(__file__).resolve().parent
 LONG: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8}
@@ -63,13 +60,12 @@ def row(name: str) -> list[str]:
     """Return the cells of a model."""
     with tempfile.TemporaryDirectory() as directory:
         LlamaConfig(**MODELS[name]).save_pretrained(directory)
-        outline = unloaded_model(directory)
-    cells = [gigabytes(count) for count in pruning_memory(outline, torch.bfloat16).values()]
-    for settings, devices in WAYS.values():
-        batch = Batch(devices=devices, strategy="fsdp2" if devices > 1 else "ddp")
-        memory = recovery_memory(outline, RecoverySettings(**settings), batch, torch.bfloat16)
-        cells.append(gigabytes(memory.total))
-    return [name, *cells]
+        parts = [
+            estimate(directory, dtype="bfloat16", devices=devices, strategy="fsdp2", **settings)
+            for settings, devices in WAYS.values()
+        ]
+    pruning = [gigabytes(parts[0][kind]) for kind in ("whole", "streamed")]
+    return [name, *pruning, *(gigabytes(part["total"]) for part in parts)]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain
@@ -217,7 +217,7 @@ def recovery_memory(
     head_gradient = 4 * head.weight.numel() if head.weight.requires_grad else 0
     shards = batch.shards
     gathered = weights - sum(by_layer) + _GATHERED_LAYERS * max(by_layer) if shards > 1 else 0
-    kept, states = _forward(trained, layers, batch)
+    saved, states = _forward(trained, layers, batch)
     vocabulary = vocabulary_size(model)
     chunk = chunk_size(batch.batch_size * batch.seq_len, vocabulary, device)
     loss = 2 * states.nbytes + _CHUNK_COPIES * 4 * chunk * vocabulary + head_gradient
@@ -227,29 +227,29 @@ def recovery_memory(
         (gradients + buckets) // shards,
         2 * gradients // shards,
         gathered,
-        kept.total(checkpointing=settings.gradient_checkpointing),
+        saved.total(checkpointing=settings.gradient_checkpointing),
         loss,
     )
 
 
 def _forward(
     trained: PreTrainedModel | PeftModel, layers: Iterable[nn.Module], batch: Batch
-) -> tuple[_Kept, Tensor]:
+) -> tuple[_SavedForBackward, Tensor]:
     """Return what a forward of a model on meta would keep, and the input of its head, (B, T, D)."""
     config = without_adapters(trained).config
     with FakeTensorMode(), _no_tracebacks():
         _give_fakes(trained)
-        kept = _Kept(trained, str(config._attn_implementation), batch.seq_len)
+        saved = _SavedForBackward(trained, str(config._attn_implementation), batch.seq_len)
         ids = torch.zeros(batch.batch_size, batch.seq_len, dtype=torch.long)
         try:
-            with kept.watching([*layers]):
+            with saved.watching([*layers]):
                 states = LanguageHead(trained).hidden_states({"input_ids": ids, "use_cache": False})
         except (RuntimeError, NotImplementedError) as error:
             raise TypeError(
                 f"what {config.model_type} keeps for its backward cannot be told from shapes and "
                 f"types alone: {str(error).splitlines()[0]}"
             ) from error
-    return kept, states
+    return saved, states
 
 
 @contextmanager
@@ -295,7 +295,7 @@ def _stored(weight: Tensor, settings: RecoverySettings, quantized: bool) -> int:
     return weight.numel() + 4 * len(weight)  # a float32 for each row
 
 
-class _Kept:
+class _SavedForBackward:
     """The memory that autograd keeps of a forward, by the decoder layer that was computing.
 
     Attributes:
@@ -317,16 +317,13 @@ class _Kept:
     @contextmanager
     def watching(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         """Count what forwards inside keep."""
-        handles = []
-        for index, layer in enumerate(layers):
-            handles += [
-                layer.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True),
-                layer.register_forward_hook(self._leave),
-            ]
-        with saved_tensors_hooks(self._count, lambda tensor: tensor):
+        with ExitStack() as stack:
+            for index, layer in enumerate(layers):
+                enter = partial(self._enter, index)
+                stack.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+                stack.enter_context(layer.register_forward_hook(self._leave))
+            stack.enter_context(saved_tensors_hooks(self._count, lambda tensor: tensor))
             yield
-        for handle in handles:
-            handle.remove()
 
     def _enter(self, index: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         states = args[0] if args else kwargs[hidden_states_argument(layer)]
@@ -348,5 +345,5 @@ class _Kept:
         """Return the bytes that are kept; with checkpointing one layer's, and all inputs."""
         if not checkpointing:
             return self.by_layer.total()
-        within = [kept for layer, kept in self.by_layer.items() if layer is not None]
+        within = [count for layer, count in self.by_layer.items() if layer is not None]
         return self.by_layer[None] + sum(self.inputs.values()) + max(within, default=0)

@@ -138,8 +138,9 @@ def attach_lora(model: PreTrainedModel, settings: LoRA) -> PeftModel:
             f"lora.targets={names} fit no module of {model.config.model_type}: {error}"
         ) from error
     assert isinstance(wrapped, PeftModel)
+    linears = _adapted_linears()
     for layer in wrapped.modules():
-        if isinstance(layer, _adapted_linears()):
+        if isinstance(layer, linears):
             keep_less(layer)
     stop_rescaling(model)
     return wrapped
@@ -277,14 +278,14 @@ class LowRankUpdate(torch.autograd.Function):
         ctx.dtype = torch.get_autocast_dtype(device) if autocast else A.dtype
         ctx.scaling, ctx.scale = scaling, scale
         with torch.autocast(device, enabled=False):
-            dropped, kept = x.to(A.dtype), None
+            dropped, mask = x.to(A.dtype), None
             if dropout:
-                dropped, kept = torch.native_dropout(dropped, dropout, True)
+                dropped, mask = torch.native_dropout(dropped, dropout, True)
             dropped = dropped.to(ctx.dtype)
             hidden = F.linear(dropped, A.to(ctx.dtype))
             # Where autocast narrows x, the narrow copy is the smaller one.
             ctx.narrows = dropped.element_size() < x.element_size()
-            ctx.save_for_backward(dropped if ctx.narrows else x, A, B, hidden, kept)
+            ctx.save_for_backward(dropped if ctx.narrows else x, A, B, hidden, mask)
             ctx.type_of_x = x.dtype
             return F.linear(hidden, B.to(ctx.dtype)) * scaling
 
@@ -292,17 +293,17 @@ class LowRankUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A and B."""
-        x, A, B, hidden, kept = ctx.saved_tensors  # read once, as checkpointing demands
+        x, A, B, hidden, mask = ctx.saved_tensors  # read once, as checkpointing demands
         with torch.autocast(x.device.type, enabled=False):
             rows = (gradient * ctx.scaling).flatten(0, -2).to(ctx.dtype)
             grad_B = rows.T @ hidden.flatten(0, -2)
             grad_hidden = rows @ B.to(ctx.dtype)
-            dropped = x if ctx.narrows else _dropped(x, kept, ctx.scale, A.dtype).to(ctx.dtype)
+            dropped = x if ctx.narrows else _dropped(x, mask, ctx.scale, A.dtype).to(ctx.dtype)
             grad_A = grad_hidden.T @ dropped.flatten(0, -2)
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x = (grad_hidden @ A.to(ctx.dtype)).view(x.shape)
-                grad_x = _dropped(grad_x, kept, ctx.scale, A.dtype).to(ctx.type_of_x)
+                grad_x = _dropped(grad_x, mask, ctx.scale, A.dtype).to(ctx.type_of_x)
             return grad_x, grad_A.to(A.dtype), grad_B.to(B.dtype), None, None, None
 
 
@@ -312,7 +313,7 @@ def _scale_of(dropout: float) -> float:
     return float(1 / np.float32(1 - dropout))
 
 
-def _dropped(x: Tensor, kept: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return x in a type, without the numbers that dropout takes; the others times `scale`."""
+def _dropped(x: Tensor, mask: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    """Return x in a type; where dropout has a mask, what it lets through times `scale`."""
     x = x.to(dtype)
-    return x if kept is None else (x * kept).mul_(scale)
+    return x if mask is None else (x * mask).mul_(scale)

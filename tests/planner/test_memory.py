@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from saved_bytes import saved_bytes
 from tiny import tiny_model, token_windows
 from torch import nn
 
@@ -19,27 +20,10 @@ from prunelight.recovery.quantization import BitsAndBytes, quantize
 BATCH, SEQ_LEN = 2, 24
 
 
-def told(family="llama", *, dtype=torch.float32, batch=None, changes=None, **settings):
+def estimated(family="llama", *, dtype=torch.float32, batch=None, changes=None, **settings):
     outline = copy_without_values(tiny_model(family, **(changes or {})))
     batch = batch or Batch(BATCH, SEQ_LEN)
     return recovery_memory(outline, RecoverySettings(**settings), batch, dtype)
-
-
-def kept_bytes(model):
-    """Return the bytes that autograd keeps of a forward on the CPU, beside weights."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage  # held: no other memory gets its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ids = token_windows(BATCH, SEQ_LEN)
-        LanguageHead(model).hidden_states({"input_ids": ids, "use_cache": False})
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize("recovery", ["lora", "full"])
@@ -47,13 +31,15 @@ def kept_bytes(model):
 def test_activations_are_those_that_autograd_keeps(family, recovery):
     changes = {} if family == "rwkv" else {"attn_implementation": "eager"}
     model = tiny_model(family, **changes)
-    real = kept_bytes(make_trainable(model, recovery, LoRA()).train())
-    assert told(family, recovery=recovery, changes=changes).activations == real
+    trained = make_trainable(model, recovery, LoRA()).train()
+    inputs = {"input_ids": token_windows(BATCH, SEQ_LEN), "use_cache": False}
+    real = saved_bytes(trained, lambda: LanguageHead(trained).hidden_states(inputs))
+    assert estimated(family, recovery=recovery, changes=changes).activations == real
 
 
 def test_fused_attention_keeps_no_square_of_the_tokens():
     eager, fused = (
-        told(changes={"attn_implementation": kind}, batch=Batch(1, 512)).activations
+        estimated(changes={"attn_implementation": kind}, batch=Batch(1, 512)).activations
         for kind in ("eager", "sdpa")
     )
     squares = 6 * 4 * 512 * 512 * 4  # of each layer and head, in float32
@@ -66,7 +52,7 @@ def test_gradients_and_states_are_those_of_adamw():
     windows = token_windows(BATCH, SEQ_LEN)
     model(windows, labels=windows).loss.backward()
     optimizer.step()
-    memory = told(recovery="full")
+    memory = estimated(recovery="full")
     assert memory.gradients == tensor_bytes(p.grad for p in model.parameters())
     states = [s for state in optimizer.state.values() for s in state.values() if s.dim()]
     assert memory.optimizer == tensor_bytes(states)
@@ -84,14 +70,16 @@ def test_weights_in_few_bits_take_what_bitsandbytes_takes(kind, options):
     changes = {"hidden_size": 256, "intermediate_size": 1024}
     model = tiny_model(dtype=torch.bfloat16, **changes)
     quantize(model, kind, options, torch.device("cpu"))
-    memory = told(dtype=torch.bfloat16, changes=changes, quantization=kind, bitsandbytes=options)
+    memory = estimated(
+        dtype=torch.bfloat16, changes=changes, quantization=kind, bitsandbytes=options
+    )
     adapters = memory.gradients  # as large as the adapters themselves
     assert memory.weights - adapters == pytest.approx(stored_bytes(model), rel=0.02)
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_all():
     plain, checkpointed = (
-        told(changes={"num_hidden_layers": 12}, gradient_checkpointing=on).activations
+        estimated(changes={"num_hidden_layers": 12}, gradient_checkpointing=on).activations
         for on in (False, True)
     )
     states = BATCH * SEQ_LEN * 32 * 4  # the hidden states of one layer
@@ -99,8 +87,8 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_all():
 
 
 def test_fsdp2_cuts_weights_gradients_and_states_and_gathers_layers():
-    whole = told(recovery="full")
-    cut = told(recovery="full", batch=Batch(BATCH, SEQ_LEN, devices=4, strategy="fsdp2"))
+    whole = estimated(recovery="full")
+    cut = estimated(recovery="full", batch=Batch(BATCH, SEQ_LEN, devices=4, strategy="fsdp2"))
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(cut, part) == getattr(whole, part) // 4
     assert whole.gathered == 0 < cut.gathered < whole.weights
@@ -108,8 +96,8 @@ def test_fsdp2_cuts_weights_gradients_and_states_and_gathers_layers():
 
 
 def test_ddp_holds_the_gradients_twice():
-    one = told()
-    many = told(batch=Batch(BATCH, SEQ_LEN, devices=2))
+    one = estimated()
+    many = estimated(batch=Batch(BATCH, SEQ_LEN, devices=2))
     assert many.gradients == 2 * one.gradients
     assert many.weights == one.weights
 
@@ -123,7 +111,7 @@ def test_a_streamed_model_takes_one_layer_and_what_is_outside():
 
 
 def test_experts_in_bfloat16_can_be_told():
-    assert told("mixtral", dtype=torch.bfloat16, recovery="full").activations > 0
+    assert estimated("mixtral", dtype=torch.bfloat16, recovery="full").activations > 0
 
 
 @pytest.mark.parametrize(
@@ -136,7 +124,7 @@ def test_experts_in_bfloat16_can_be_told():
 )
 def test_settings_that_exclude_each_other_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        told(**settings)
+        estimated(**settings)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def main():
     model = LlamaForCausalLM(config).to(dtype)
     settings = RecoverySettings(recovery, gradient_checkpointing=checkpointing)
     outline = copy_without_values(model)
-    told = recovery_memory(outline, settings, Batch(2, 1024), dtype, CPU)
+    estimated = recovery_memory(outline, settings, Batch(2, 1024), dtype, CPU)
     gc.collect()
     before = private_bytes() - parameter_count(model) * dtype.itemsize
     if checkpointing:
@@ -75,9 +75,9 @@ def main():
     finally:
         done.set()
         watcher.join()
-    share = (peak[0] - before) / told.total
+    share = (peak[0] - before) / estimated.total
     sys.stdout.write(
-        f"{' '.join([recovery, name, *more])}: {share:.2f} of {told.total / 1e9:.2f} GB\n"
+        f"{' '.join([recovery, name, *more])}: {share:.2f} of {estimated.total / 1e9:.2f} GB\n"
     )
 
 

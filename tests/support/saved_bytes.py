@@ -26,33 +26,35 @@ def small_llama(dtype, num_layers=LAYERS):
     )
 
 
-def saved_bytes(model, dtype=None):
-    """Return the bytes of all tensors, or of those of one type, that a forward keeps.
+def saved_bytes(model, forward, dtype=None):
+    """Return the bytes of all tensors, or of those of one type, that a forward of a model keeps.
 
     Tensors of one memory count once; weights do not count.
     """
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    weights |= {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
-    kept = {}
+    weights = [*model.parameters(), *model.buffers()]
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    storages = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and dtype in (None, tensor.dtype):
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in addresses and dtype in (None, tensor.dtype):
+            storages[storage.data_ptr()] = storage  # held: no other memory gets its address
         return tensor
 
-    model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(token_windows(1, TOKENS), use_cache=False, logits_to_keep=1).logits
-    total = sum(kept.values())
-    del output
-    return total
+        forward()
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def per_unit(make, dtype=None):
     """Return bytes a token, layer and hidden unit: what twice as many layers add."""
-    few, many = (saved_bytes(make(num), dtype) for num in (LAYERS, 2 * LAYERS))
-    return (many - few) / (TOKENS * LAYERS * HIDDEN)
+
+    def of_layers(num_layers):
+        model = make(num_layers).train()
+        arguments = {"use_cache": False, "logits_to_keep": 1}
+        return saved_bytes(model, lambda: model(token_windows(1, TOKENS), **arguments), dtype)
+
+    return (of_layers(2 * LAYERS) - of_layers(LAYERS)) / (TOKENS * LAYERS * HIDDEN)
 
 
 def full(dtype):

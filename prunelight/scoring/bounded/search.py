@@ -257,7 +257,7 @@ class BoundedSearch:
         judge = self._score[1]
         judged = {groups: judge(groups) for groups in sets}
         best = max(judged, key=judged.__getitem__)
-        if judged[best] <= judged.get(plain.groups, -math.inf) * self._chance():
+        if plain.groups in judged and judged[best] <= judged[plain.groups] * self._chance():
             best = plain.groups
         both = (sets[best].similarity, judged[best])
         return replace(sets[best], similarity=self._over_all(both))
