@@ -36,7 +36,6 @@ from prunelight.models.families.rwkv import (
     resume_rescaling,
     stop_rescaling,
 )
-from prunelight.models.sizes import parameter_count
 from prunelight.runtime.arguments import (
     NOT_EMPTY,
     above,
@@ -94,12 +93,6 @@ def make_trainable(
         trainable = attach_lora(model, settings)
     else:
         (train_all if recovery == "full" else freeze)(model)
-    log.info(
-        "%s recovery: %.2fM of %.1fM parameters are trained",
-        recovery,
-        parameter_count(trainable, trainable=True) / 1e6,
-        parameter_count(trainable) / 1e6,
-    )
     return trainable
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from prunelight.models.families.rwkv import restore_rwkv_scale
+from prunelight.models.sizes import parameter_count
 from prunelight.planning.fingerprints import model_fingerprint
 from prunelight.planning.plan import Plan
 from prunelight.recovery.compiled_layers import compile_layers, uncompile_layers
@@ -28,6 +30,8 @@ from prunelight.recovery.quantization import BitsAndBytes, describe_kind, quanti
 from prunelight.recovery.sharded_weights import shard
 from prunelight.recovery.zeros.planned_zeros import PlannedZeros
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RecoverySettings:
@@ -36,7 +40,7 @@ class RecoverySettings:
     recovery: str = "lora"
     lora: LoRA = LoRA()  # noqa: RUF009 (frozen)
     keep_zeros: bool = True
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None  # None: `start.prepare` looks at the memory
     gradual: bool = False  # zeros are added while the model trains; `prepare` takes it of the run
     quantization: str = "none"
     bitsandbytes: BitsAndBytes = BitsAndBytes()  # noqa: RUF009 (frozen)
@@ -102,6 +106,12 @@ class PreparedModel:
             # A seed of their own: a resumed run has drawn other random numbers up to here.
             torch.manual_seed(settings.seed)
             self.model = make_trainable(model, settings.recovery, settings.lora)
+        log.info(
+            "%s recovery: %.2fM of %.1fM parameters are trained",
+            settings.recovery,
+            parameter_count(self.model, trainable=True) / 1e6,
+            parameter_count(self.model) / 1e6,
+        )
         if self.zeros.planned and settings.keep_zeros and settings.recovery != "none":
             self.zeros.keep(self.model, gradual=settings.gradual)
         if settings.compile_backend is not None:

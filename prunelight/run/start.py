@@ -30,8 +30,10 @@ from prunelight.models.families.own_classes.registration import code_file
 from prunelight.models.loading import DTYPES, check_hub, find_source, load_config
 from prunelight.models.placement import device_for, move_if_it_fits
 from prunelight.models.saving import SavedModel, check_replaceable, generation_fault, save
+from prunelight.models.sizes import parameter_bytes
 from prunelight.planning.fingerprints import describe_windows, fingerprint_of
 from prunelight.planning.plan import Plan
+from prunelight.recovery.memory.recovery_memory import Batch, needs_checkpointing
 from prunelight.recovery.precision import slow_precision
 from prunelight.recovery.prepared_model import PreparedModel
 from prunelight.run.checkpoints import (
@@ -59,7 +61,7 @@ from prunelight.run.method import PruningMethod
 from prunelight.run.preflight import Facts, preflight
 from prunelight.run.run_state import Run, plan_texts, plans_beside
 from prunelight.run.teacher import prepare_teacher
-from prunelight.runtime.devices import device_name, slowness
+from prunelight.runtime.devices import device_name, free_memory, slowness
 from prunelight.runtime.files.atomic_files import explaining_write_errors
 
 log = logging.getLogger(__name__)
@@ -143,15 +145,38 @@ def start_recovery(run: Run) -> None:
 
 def prepare(run: Run) -> PreparedModel:
     """Make the model trainable, in place, before the optimizer exists: in bits, with adapters."""
-    settings = replace(run.settings, gradual=run.gradual, seed=run.seed)
     with run.phases.phase("prepare the training"):
+        model = run.load_model()
+        settings = replace(
+            run.settings,
+            gradual=run.gradual,
+            seed=run.seed,
+            gradient_checkpointing=_checkpoints(run, model),
+        )
         run.prepared = PreparedModel(
-            run.load_model(), run.plans(), settings, partial(add_quantized, run), run.device
+            model, run.plans(), settings, partial(add_quantized, run), run.device
         )
     run.holder.model = run.prepared.model
     if run.prepared.zeros.warning and settings.recovery != "none":
         run.warn(run.prepared.zeros.warning)
     return run.prepared
+
+
+def _checkpoints(run: Run, model: PreTrainedModel) -> bool:
+    """Return whether activations are computed again in the backward; all ranks do the same."""
+    asked, place = run.settings.gradient_checkpointing, getattr(run, "place", None)
+    if asked is not None:
+        return asked
+    if place is None or place.stage != "fit":
+        return False
+    batch_size, seq_len = (getattr(place.data, name, None) for name in ("batch_size", "seq_len"))
+    if batch_size is None or seq_len is None:
+        return False
+    strategy = "fsdp2" if place.shards_weights else "ddp"
+    batch = Batch(batch_size, seq_len, place.group.size, strategy)
+    free = free_memory(run.device) + (parameter_bytes(model) if model.device == run.device else 0)
+    needed = needs_checkpointing(model, run.settings, batch, run.device, free)
+    return any(place.group.gather(needed))
 
 
 # --- the pruned base -------------------------------------------------------------------------

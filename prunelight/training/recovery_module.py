@@ -86,7 +86,8 @@ class RecoveryModule(WatchedModule):
         lr_scheduler_kwargs: its own arguments; warmup_stable_decay decays over the last tenth.
         optimizer: called with the trainable parameters; brings its own learning rate. None takes
             AdamW with `learning_rate`, fused where all that is trained is on CUDA.
-        gradient_checkpointing: compute activations again in the backward, for memory.
+        gradient_checkpointing: compute activations again in the backward, for memory. None does so
+            where the device has too little memory free without it, see `prunelight estimate`.
         compile_backend: of torch.compile, such as "inductor", for each decoder layer; None: eager.
         restore_best: end with the best weights if a ModelCheckpoint monitors a metric `val/...`.
         keep_zeros: keep the zeros of sparsified weights: full training holds them at exactly zero,
@@ -135,7 +136,7 @@ class RecoveryModule(WatchedModule):
         lr_scheduler: str = "linear",
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         optimizer: OptimizerCallable | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | None = None,
         compile_backend: str | None = None,
         restore_best: bool = True,
         keep_zeros: bool = True,

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from runs import make_data, make_module, make_trainer, write_model
 from saved_bytes import saved_bytes
 from tiny import tiny_model, token_windows
 from torch import nn
@@ -11,9 +12,10 @@ from torch import nn
 from prunelight.cli import main
 from prunelight.models.placement import copy_without_values
 from prunelight.models.sizes import stored_bytes, tensor_bytes
-from prunelight.planner.memory import Batch, pruning_memory, recovery_memory
+from prunelight.planner.memory import pruning_memory
 from prunelight.recovery.distillation.language_head import LanguageHead
 from prunelight.recovery.lora import LoRA, make_trainable
+from prunelight.recovery.memory.recovery_memory import Batch, needs_checkpointing, recovery_memory
 from prunelight.recovery.prepared_model import RecoverySettings
 from prunelight.recovery.quantization import BitsAndBytes, quantize
 
@@ -166,3 +168,41 @@ def test_the_outline_stays_as_it_was():
     recovery_memory(outline, RecoverySettings(), Batch(BATCH, SEQ_LEN), torch.bfloat16)
     assert {name: (p.shape, p.dtype) for name, p in outline.named_parameters()} == before
     assert not any(isinstance(m, nn.ModuleDict) for m in outline.modules())
+
+
+def test_checkpointing_is_chosen_only_where_memory_lacks_without_it(caplog):
+    model, settings, batch = tiny_model(), RecoverySettings(), Batch(BATCH, SEQ_LEN)
+    cpu = torch.device("cpu")
+    plain, checkpointed = (
+        recovery_memory(
+            model, RecoverySettings(gradient_checkpointing=on), batch, torch.float32, cpu
+        ).total
+        for on in (False, True)
+    )
+    assert checkpointed < plain
+    for free, needed, told in (
+        (2 * plain, False, ""),
+        (
+            (plain + checkpointed) / 2 / 0.9,
+            True,
+            "gradient checkpointing is on: the recovery needs",
+        ),
+        (checkpointed / 2, True, "even so memory may run short: lower batch_size"),
+    ):
+        caplog.clear()
+        assert needs_checkpointing(model, settings, batch, cpu, int(free)) == needed
+        assert told in caplog.text
+        assert bool(caplog.text) == needed
+    assert not needs_checkpointing(model, RecoverySettings("none"), batch, cpu, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "batch_size", "on"),
+    [(None, 2, False), (None, 10**6, True), (False, 10**6, False), (True, 2, True)],
+)
+def test_a_run_looks_at_the_memory_where_nothing_is_asked(asked, batch_size, on, tmp_path):
+    name = write_model(tmp_path / "tiny")
+    module = make_module(name, gradient_checkpointing=asked)
+    data = make_data(name, tmp_path, batch_size=batch_size)  # there are fewer rows than that
+    make_trainer(tmp_path / "run", max_steps=1).fit(module, data)
+    assert module.run.prepared.settings.gradient_checkpointing is on

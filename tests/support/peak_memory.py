@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prunelight.losses import language_loss, linear_loss
 from prunelight.models.placement import copy_without_values
 from prunelight.models.sizes import parameter_count
-from prunelight.planner.memory import Batch, recovery_memory
 from prunelight.recovery.distillation.language_head import LanguageHead
 from prunelight.recovery.lora import LoRA, make_trainable
+from prunelight.recovery.memory.recovery_memory import Batch, recovery_memory
 from prunelight.recovery.prepared_model import RecoverySettings
 
 CPU = torch.device("cpu")

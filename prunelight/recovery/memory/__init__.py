@@ -1,0 +1,1 @@
+"""What a recovery keeps in memory, told before it begins."""
