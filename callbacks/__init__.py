@@ -1,6 +1,7 @@
 """Lightning callbacks: one file a pruning method, and what recovery and studies need."""
 
 from prunelight.callbacks.base import PruningCallback
+from prunelight.callbacks.budget_pruning import BudgetPruning
 from prunelight.callbacks.depth_pruning import DepthPruning
 from prunelight.callbacks.dlp import DLP
 from prunelight.callbacks.dynamic_slicing import DynamicSlicing
@@ -23,6 +24,7 @@ from prunelight.moved import serve_old_names
 __all__ = [
     "DLP",
     "SLEB",
+    "BudgetPruning",
     "DepthPruning",
     "DynamicSlicing",
     "ExpertPruning",

@@ -1,5 +1,7 @@
 """`prunelight plan MODEL --method NAME ...`: the plan of a method, made without a run.
 
+`--budget 0.75` alone takes `BudgetPruning`, which finds what to remove.
+
 `plan show FILE` says what a plan decides, and `plan diff A B` where two plans differ.
 """
 
@@ -35,6 +37,8 @@ from prunelight.verbs import VerbParser, add_offload, add_place, add_trust, run_
 
 MethodClass: TypeAlias = type[Any]  # of a method
 
+_OF_A_BUDGET = "BudgetPruning"  # what --budget takes without --method
+
 
 def main(arguments: Sequence[str]) -> None:
     """Run the verb."""
@@ -55,7 +59,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = _parser(method_type)
     if method_type is None:
         if not {"-h", "--help"} & {*given}:
-            parser.error(f"method is missing; name one of {', '.join(known_methods())}")
+            known = ", ".join(known_methods())
+            parser.error(f"method is missing; name one of {known}, or give --budget alone")
         parser.parse_args(given)
         return
     run_verb(parser, given, partial(_plan, parser, method_type, given))
@@ -164,13 +169,14 @@ def _size_row(given: Namespace, plan: Any) -> dict[str, str]:
 
 
 def _method_name(arguments: Sequence[str]) -> str | None:
-    """Return the value of --method, before there is a parser of its arguments."""
+    """Return the method that is asked for, before there is a parser of its arguments."""
     for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument == "--method" and value and not value.startswith("--"):
             return value
         if argument.startswith("--method="):
             return argument.partition("=")[2]
-    return None
+    asks_budget = any(argument.partition("=")[0] == "--budget" for argument in arguments)
+    return _OF_A_BUDGET if asks_budget else None
 
 
 def _parser(method_type: MethodClass | None) -> VerbParser:
@@ -181,7 +187,12 @@ def _parser(method_type: MethodClass | None) -> VerbParser:
     )
     add: Any = parser.add_argument
     add("model", type=str, help="The model, as for evaluate; or scores of prunelight score.")
-    add("--method", type=str, help=f"One of {', '.join(known_methods())}, or a class of yours.")
+    add(
+        "--method",
+        type=str,
+        help=f"One of {', '.join(known_methods())}, or a class of yours; with --budget "
+        "BudgetPruning.",
+    )
     add("--out", type=str, default="plan.json", help="File of the plan; plan.json by default.")
     add_place(parser)
     add_offload(parser)

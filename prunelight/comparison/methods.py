@@ -20,7 +20,7 @@ import prunelight.callbacks
 from prunelight.callbacks.base import PruningCallback
 from prunelight.comparison.settings import check_keys
 
-Kind = Literal["depth", "width", "slicing", "zeros"]
+Kind = Literal["depth", "width", "slicing", "zeros", "budget"]
 
 # What a method may be asked by, in the order in which a comparison takes them.
 AMOUNTS: dict[Kind, tuple[str, ...]] = {
@@ -28,6 +28,7 @@ AMOUNTS: dict[Kind, tuple[str, ...]] = {
     "depth": ("num_layers",),
     "slicing": ("slice_ratio",),
     "width": ("neuron_ratio",),
+    "budget": ("budget",),
 }
 # What a method is asked by where each has its own measure: a share of what it removes.
 OWN_RATIOS: dict[Kind, str] = {
@@ -42,6 +43,7 @@ _OTHER_AMOUNTS: dict[Kind, tuple[str, ...]] = {
     "depth": ("ratio", "threshold", "layers", "parameter_ratio"),
     "slicing": ("parameter_ratio", "slice_ratios"),
     "width": ("intermediate_size",),
+    "budget": (),
 }
 
 

@@ -115,6 +115,10 @@ class VariantReplay:
         states = self._inputs_at(start, layers)
         for layer in layers:
             states = self._run(layer, states)
+        return self.similarity_of(states)
+
+    def similarity_of(self, states: Sequence[Tensor]) -> float:
+        """Return the similarity of states after the last layer, (B, T, D) for each micro-batch."""
         self.measurements += 1
         similarity = self._similarity(states)
         return -math.inf if math.isnan(similarity) else similarity

@@ -112,3 +112,16 @@ def test_a_model_that_no_choice_makes_smaller_is_refused():
 def test_experts_have_no_neurons_to_prune():
     with pytest.raises(TypeError, match="has experts, whose neurons cannot be pruned"):
         ladder(entrant("WidthPruning"), tiny_model("mixtral"))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_a_budget_leaves_no_more_than_was_asked_for(share, windows):
+    one, model = entrant("BudgetPruning", multiple=1), tiny_model(tie_word_embeddings=True)
+    before = parameter_count(model)
+    rung = nearest(one, model, share)
+    assert rung.share == share
+    pruned = prunelight.apply(model, one.make(rung.arguments).plan(model, windows), windows)
+    assert 1 - parameter_count(pruned) / before >= share
+    assert [rung.share for rung in ladder(one, tiny_model())][:2] == [0.01, 0.02]
+    with pytest.raises(ValueError, match="BudgetPruning has no argument ratio to be asked by"):
+        own_ratio(one, share)

@@ -194,7 +194,14 @@ def test_a_bad_recovery_is_refused(recovery, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["compare_25.yaml", "compare_recovery.yaml", "compare_healing.yaml", "owl_m_sweep.yaml"]
+    "name",
+    [
+        "compare_25.yaml",
+        "compare_recovery.yaml",
+        "compare_healing.yaml",
+        "compare_budget.yaml",
+        "owl_m_sweep.yaml",
+    ],
 )
 def test_shipped_configs_parse_and_say_how_they_are_run(name):
     from prunelight.commands.compare import _parser

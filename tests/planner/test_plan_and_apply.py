@@ -366,3 +366,14 @@ def test_the_commands_work_in_a_shell(models, data, tmp_path):
     assert "layers removed" in shown
     assert "parameters" in run("apply", models("llama"), "plan.json", "--out", "pruned")
     assert (tmp_path / "pruned" / "model.safetensors").is_file()
+
+
+def test_a_budget_alone_finds_what_to_remove(models, tmp_path, data):
+    out = tmp_path / "plan.json"
+    given = ["--budget", "0.8", "--multiple", "8", "--out", str(out)]
+    main(["plan", models("llama"), *given, *data])
+    plan = Plan.load(out)
+    assert plan.method == "BudgetPruning"
+    assert plan.found["cost_left"] <= 0.8
+    with pytest.raises(SystemExit, match="budget=0.01 of the parameters cannot be met"):
+        main(["plan", models("llama"), "--budget", "0.01", "--out", str(out), *data])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from prunelight.callbacks import (
     DLP,
     SLEB,
+    BudgetPruning,
     DepthPruning,
     DynamicSlicing,
     LaCo,
@@ -53,6 +54,7 @@ METHODS = {
         lambda: ShortenedLlama(num_layers=2, score="taylor", protected=[0]), layers=4
     ),
     "depth by healing": Method(lambda: DepthPruning(num_layers=2, protected=[0]), layers=4),
+    "depth and width in a budget": Method(lambda: BudgetPruning(0.75, multiple=8)),
     "attention dropped": Method(lambda: ShortGPT(num_layers=2, granularity="attention")),
     "sublayers dropped": Method(lambda: ShortGPT(ratio=0.5, granularity="sublayer")),
     "width": Method(lambda: WidthPruning(neuron_ratio=0.25, head_ratio=0.5, multiple=8)),
@@ -116,6 +118,12 @@ VARIANTS = {
     "ShortGPT, share of all parameters": Method(lambda: ShortGPT(parameter_ratio=0.2), layers=4),
     "ShortGPT, healed": Method(lambda: ShortGPT(num_layers=2, heal="linear"), layers=4),
     "ShortGPT, an MLP stands in": Method(lambda: ShortGPT(layers=[2, 3], heal="mlp"), layers=5),
+    "a budget, widths by layer": Method(
+        lambda: BudgetPruning(0.7, multiple=4, allocation="by_layer")
+    ),
+    "a budget of memory, layers alone": Method(
+        lambda: BudgetPruning(0.8, metric="memory", allocation="none", heal="none"), layers=4
+    ),
     "SLM's mean, healed": Method(
         lambda: SlidingLayerMerging(num_layers=2, merge="mean", heal="linear"), layers=4
     ),

@@ -68,6 +68,7 @@ TARGETS = {
     "ShortGPT": _callback(callbacks.ShortGPT, num_layers=2),
     "SLEB": _callback(callbacks.SLEB, num_layers=2),
     "DepthPruning": _callback(callbacks.DepthPruning, num_layers=2),
+    "BudgetPruning": _callback(callbacks.BudgetPruning, budget=0.75, multiple=8),
     "ShortenedLlama": _callback(callbacks.ShortenedLlama, num_layers=2, protected=[0]),
     "SlidingLayerMerging": _callback(callbacks.SlidingLayerMerging, num_layers=2),
     "LaCo": _callback(callbacks.LaCo, num_layers=2),
@@ -121,7 +122,7 @@ _RATIO = (-0.1, 1, 1.0, 2, -1, 1e300)
 _COUNT = (0, -1)
 _HEALED = (
     *("ShortGPT", "SLEB", "ShortenedLlama", "SlidingLayerMerging", "LaCo", "DepthPruning"),
-    *("SliceGPT", "DynamicSlicing", "WidthPruning", "WeightPruning", "DLP"),
+    *("SliceGPT", "DynamicSlicing", "WidthPruning", "WeightPruning", "DLP", "BudgetPruning"),
 )
 _LAYERS = (-1, 6, 7, 1000)  # of a model of 6 layers
 _PROTECTED = ([6], [-7], [0, 99], [0, 1, 2, 3, 4, 5])
@@ -239,6 +240,14 @@ RANGES: dict[str, Range] = {
     "DepthPruning.ratio": _range(0.34, wrong=_RATIO),
     "DepthPruning.parameter_ratio": _range(0, 0.1, wrong=(*_RATIO, 0.99, None)),
     "DepthPruning.protected": _range([], [0, -1], None, wrong=_PROTECTED),
+    "BudgetPruning.budget": _range(0.75, 0.9, wrong=(*_RATIO, 0, 0.01)),
+    "BudgetPruning.metric": _range("parameters", "memory", "latency", wrong=("flops", "")),
+    "BudgetPruning.allocation": _range("uniform", "by_layer", "none", wrong=("global", "")),
+    "BudgetPruning.protected": _range([], [0, -1], None, wrong=_PROTECTED[:2]),
+    "BudgetPruning.multiple": _range(1, 8, 16, wrong=_COUNT),
+    "BudgetPruning.cache_tokens": _range(None, wrong=(*_COUNT, 16)),
+    "BudgetPruning.latency_table": _range(None, wrong=("", "/nowhere")),
+    "BudgetPruning.export_remote_code": _range(False, wrong=(True,)),
     "SLEB.ratio": _range(0.34, wrong=_RATIO),
     "SLEB.num_layers": _range(0, 1, 4, wrong=(*_LAYERS, 5)),
     "SLEB.criterion": _range("nll", "kl", "cosine", "cka", "cosine_flat", wrong=("mse", "")),

@@ -116,6 +116,8 @@ def nearest(entrant: Entrant | Series, model: PreTrainedModel, target: float) ->
         return Rung({"sparsity": target}, target)
     if _meets_parameters(entrant):
         return Rung({"parameter_ratio": target}, target)
+    if entrant.kind == "budget":
+        return _budget(target)
     return _nearest_rung(entrant, ladder(entrant, model), target)
 
 
@@ -194,7 +196,7 @@ def own_ratio(entrant: Entrant | Series, share: float) -> Rung:
             f"{entrant.label} holds several callbacks, each with a measure of its own; compare it "
             "with equal='parameters'"
         )
-    name = OWN_RATIOS[entrant.kind]
+    name = OWN_RATIOS.get(entrant.kind, "ratio")
     if name not in inspect.signature(entrant.made).parameters:
         raise ValueError(
             f"{entrant.label} has no argument {name} to be asked by; compare it with "
@@ -215,6 +217,8 @@ def ladder(entrant: Entrant | Series, model: PreTrainedModel) -> list[Rung]:
         rungs = [Rung({"sparsity": share}, share) for share in _shares(0.95)]
     elif _meets_parameters(entrant):
         rungs = [Rung({"parameter_ratio": share}, share) for share in _shares(0.9)]
+    elif entrant.kind == "budget":
+        rungs = [*map(_budget, _shares(0.9))]
     elif entrant.kind == "depth":
         rungs = [*_depth(entrant, model)]
     elif entrant.kind == "width":
@@ -249,6 +253,11 @@ def _of_series(series: Series, model: PreTrainedModel) -> list[Rung]:
 
 def _shares(most: float) -> list[float]:
     return [round(STEP * number, 6) for number in range(1, round(most / STEP) + 1)]
+
+
+def _budget(share: float) -> Rung:
+    """Return the choice of a method that is given what is left, and finds what to remove."""
+    return Rung({"budget": round(1 - share, 6)}, share)
 
 
 def _meets_parameters(entrant: Entrant) -> bool:

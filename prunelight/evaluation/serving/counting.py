@@ -178,6 +178,12 @@ _FORMULAS = {
 }
 
 
+def cache_bytes_in(value: Any) -> int:
+    """Return the bytes of the keys, values and states in the arguments of a layer or model."""
+    caches = [x for x in tree_leaves(value) if not isinstance(x, Tensor)]
+    return sum(_tensor_bytes(caches).values())
+
+
 def _tensor_bytes(value: Any, seen: dict[int, int] | None = None) -> dict[int, int]:
     """Return the bytes of each tensor inside a cache, by its id; counters of tokens are none."""
     seen = {} if seen is None else seen

@@ -49,6 +49,7 @@ class DepthSearch:
     Attributes:
         removed: the layers to remove, in the order in which they were chosen.
         divergence: KL to the dense model of the healed model on the windows that judged, in nats.
+        path: the same after each removal in turn, before any exchange.
         first_round: KL without each layer alone, healed; None where it cannot go.
         exchanges: (layer that was put back, layer that went instead).
         forwards: what the search cost, in forwards of the dense model over all calibration
@@ -57,6 +58,7 @@ class DepthSearch:
 
     removed: list[int]
     divergence: float
+    path: list[float]
     first_round: list[float | None]
     exchanges: list[tuple[int, int]]
     forwards: float
@@ -121,7 +123,7 @@ def search_depth(
     """
     total = len(decoder_layers(model))
     if not count:
-        return DepthSearch([], 0.0, [None] * total, [], 0.0)
+        return DepthSearch([], 0.0, [], [None] * total, [], 0.0)
     fitted, judging = search_windows(windows)
     with _Variants(model, fitted, judging, heals=heals, device=device, offload=offload) as variants:
         last_known: dict[int, float] = {}
@@ -145,10 +147,12 @@ def search_depth(
                 )
             return chosen
 
+        path = []
         for _ in range(count):
             layer = best()
             first_round = first_round or dict(last_known)
             variants.remove(layer)
+            path.append(variants.divergence)
             log.info("removed layer %d: KL %.4f", layer, variants.divergence)
         exchanges = []
         for layer in list(variants.removed) if look_back and count > 1 else ():
@@ -165,6 +169,7 @@ def search_depth(
         return DepthSearch(
             list(variants.removed),
             variants.divergence,
+            path,
             [first_round.get(i) for i in range(total)],
             exchanges,
             variants.window_forwards / whole,

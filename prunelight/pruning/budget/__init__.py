@@ -1,0 +1,1 @@
+"""Which layers and neurons to remove so that a model costs no more than a budget."""

@@ -1,0 +1,314 @@
+"""The best model that costs no more than a budget, of layers removed and MLPs narrowed.
+
+Layers go in the order of `search_depth`. For some numbers of layers, from none to as many as meet
+the budget alone, the rest of the budget is met by fewer neurons in the layers left: equally many in
+each, or as the curves of `width_curves.py` say. Each such candidate is carried out on a copy of the
+model, healed, and judged by its KL to the dense model on windows that no fit sees. Between the best
+number of layers and its neighbours more are tried. So depth alone and width alone are always among
+the candidates, and what is predicted stands beside what was measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from prunelight.calibration.layer_walk import LayerWalk
+from prunelight.calibration.windows import Windows
+from prunelight.models.families.layers import layers_path
+from prunelight.models.families.removable import RemovableLayers, removable_layers
+from prunelight.models.placement import copy_of_same_memory
+from prunelight.planning.plan import Plan
+from prunelight.planning.steps import RemoveLayers, Step
+from prunelight.pruning.apply import apply
+from prunelight.pruning.budget.costs import LayerCosts
+from prunelight.pruning.budget.width_curves import (
+    Curve,
+    best_widths,
+    equal_widths,
+    neurons_kept,
+    predicted,
+    width_curves,
+)
+from prunelight.pruning.healing.depth_search import DepthSearch, search_depth, search_windows
+from prunelight.pruning.healing.ends import heal_step
+from prunelight.scoring.model_variants import VariantReplay
+
+log = logging.getLogger(__name__)
+
+_SPLITS = 3  # parts into which the way from no layer to as many as may go is cut at first
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to meet a budget.
+
+    Attributes:
+        layers: that are removed.
+        neurons: layer -> neurons that it keeps; empty where all MLPs stay whole.
+        cost: of the model that is left, as a share of the dense model's.
+        predicted_kl: sum of what was measured of its parts alone, in nats.
+        kl: to the dense model, measured, in nats; inf where states are NaN.
+    """
+
+    layers: tuple[int, ...]
+    neurons: dict[int, int]
+    cost: float
+    predicted_kl: float
+    kl: float = math.inf
+
+    @property
+    def words(self) -> str:
+        """What goes, in words."""
+        counts = self.neurons.values()
+        least, most = min(counts, default=0), max(counts, default=0)
+        widths = f"{least}" if least == most else f"{least} to {most}"
+        narrow = f", {widths} neurons left in the others" if counts else ""
+        removed = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)} removed"
+        return removed + narrow
+
+
+@dataclass(frozen=True)
+class BudgetSearch:
+    """What the search found.
+
+    Attributes:
+        steps: of the best candidate, without healing.
+        best: the candidate.
+        candidates: all that were measured, the best first.
+        depth: the search for layers.
+        curves: of each layer, see `width_curves`; empty where no MLP can be narrowed.
+    """
+
+    steps: tuple[Step, ...]
+    best: Candidate
+    candidates: list[Candidate]
+    depth: DepthSearch
+    curves: list[Curve] = field(default_factory=list)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a plan keeps of the search; JSON values."""
+        rows = [
+            {
+                "removes": candidate.words,
+                "layers": list(candidate.layers),
+                "cost": candidate.cost,
+                "kl": candidate.kl,
+                "predicted_kl": candidate.predicted_kl,
+            }
+            for candidate in self.candidates
+        ]
+        return {
+            "cost_left": self.best.cost,
+            "kl_of_search": self.best.kl,
+            "kl_predicted": self.best.predicted_kl,
+            "candidates": rows,
+            "depth_order": self.depth.removed,
+        }
+
+
+def most_layers(costs: LayerCosts, budget: float, protected: Sequence[int] = ()) -> int:
+    """Return how many layers of mean cost must go to meet a budget by depth alone, one stays.
+
+    Args:
+        costs: of the dense model.
+        budget: in the unit of the costs.
+        protected: layers that stay.
+    """
+    total = len(costs.layers)
+    free = total - max(1, len(protected))
+    mean = sum(costs.layers) / total
+    return max(0, min(free, math.ceil((costs.total() - budget) / mean - 1e-9)))
+
+
+def least_cost(costs: LayerCosts, protected: Sequence[int], multiple: int) -> float:
+    """Return the least that a model can cost with one layer left, or the protected ones."""
+    left = sorted(
+        range(len(costs.layers)), key=lambda layer: (layer not in protected, costs.layers[layer])
+    )[: max(1, len(protected))]
+    removed = [layer for layer in range(len(costs.layers)) if layer not in left]
+    kept = {layer: min(multiple, costs.neurons[layer]) for layer in left if costs.neurons[layer]}
+    return costs.total(removed, kept)
+
+
+@torch.no_grad()
+def search_budget(
+    model: PreTrainedModel,
+    windows: Windows,
+    costs: LayerCosts,
+    budget: float,
+    order: Sequence[Sequence[int]],
+    *,
+    heals: bool,
+    by_layer: bool,
+    multiple: int,
+    protected: Sequence[int] = (),
+    device: torch.device | None = None,
+    offload: bool = False,
+) -> BudgetSearch:
+    """Find what to remove; the model is unchanged.
+
+    Args:
+        model: the dense model.
+        windows: calibration windows, (N, T).
+        costs: of its parts.
+        budget: the most that the result may cost, in the same unit.
+        order: MLP neurons of each layer, the best first; empty where none can be pruned.
+        heals: candidates are healed before they are judged, in closed form.
+        by_layer: layers may keep different numbers of neurons, which no stock class has.
+        multiple: what numbers of neurons are multiples of.
+        protected: layers that are not removed.
+        device: where the layers compute.
+        offload: keep the calibration states on the CPU.
+
+    Raises:
+        ValueError: if no candidate meets the budget; names the nearest.
+    """
+    removable = removable_layers(model)
+    count = most_layers(costs, budget, protected)
+    places: dict[str, Any] = {"device": device, "offload": offload}
+    depth = search_depth(
+        model,
+        windows,
+        count,
+        may_go=lambda layers: (
+            not {*protected} & {*layers} and removable.can_go(layers, count, protected)
+        ),
+        heals=heals,
+        **places,
+    )
+    fitted, judging = search_windows(windows)
+    dense = copy_of_same_memory(model)  # as it is outside the replay, which moves its parts
+    with VariantReplay(model, judging, "kl", **places) as judges:
+        curves: list[Curve] = []
+        if order and costs.total() > budget:
+            curves = width_curves(model, fitted, judges, order, multiple, **places)
+        ways = _Ways(costs, budget, depth, curves, multiple, removable, by_layer=by_layer)
+        path = layers_path(model)
+        tried: dict[int, Candidate] = {}
+        measured: list[Candidate] = []
+
+        def measure(layers: int) -> None:
+            for way in ways.of(layers):
+                steps = _steps(way, order)
+                healing = heal_step(steps, len(costs.layers), path) if heals else []
+                kl = _measured(dense, (*steps, *healing), fitted, judging, judges, places)
+                done = Candidate(**{**vars(way), "kl": kl})
+                log.info(
+                    "%s: KL %.4f, predicted %.4f; costs %.1f %% of the dense model",
+                    done.words,
+                    kl,
+                    done.predicted_kl,
+                    100 * done.cost,
+                )
+                measured.append(done)
+                if layers not in tried or kl < tried[layers].kl:
+                    tried[layers] = done
+
+        for layers in sorted({round(count * part / _SPLITS) for part in range(_SPLITS + 1)}):
+            measure(layers)
+        if not measured:
+            raise ValueError(_unmet(costs, budget, protected, multiple))
+        best = min(tried, key=lambda layers: tried[layers].kl)
+        for layers in _between(best, [*tried]):
+            measure(layers)
+    measured.sort(key=lambda candidate: candidate.kl)
+    if not math.isfinite(measured[0].kl):
+        raise ValueError("every candidate leaves NaN states; load the model in bfloat16 or float32")
+    return BudgetSearch(_steps(measured[0], order), measured[0], measured, depth, curves)
+
+
+class _Ways:
+    """The candidates for each number of layers that go."""
+
+    def __init__(
+        self,
+        costs: LayerCosts,
+        budget: float,
+        depth: DepthSearch,
+        curves: Sequence[Curve],
+        multiple: int,
+        removable: RemovableLayers,
+        *,
+        by_layer: bool,
+    ) -> None:
+        self._costs, self._budget, self._depth = costs, budget, depth
+        self._curves, self._multiple, self._removable = curves, multiple, removable
+        self._by_layer = by_layer
+
+    def of(self, count: int) -> Iterator[Candidate]:
+        """Yield the ways to meet the budget with this number of layers removed."""
+        costs, budget, multiple = self._costs, self._budget, self._multiple
+        layers = tuple(sorted(self._depth.removed[:count]))
+        if self._removable.fault(layers):
+            return
+        if costs.total(layers) <= budget:
+            yield self._way(layers, {}, count)
+            return
+        if not self._curves:
+            return
+        widths = []
+        if not (self._by_layer and layers):  # width alone is always tried so
+            widths.append(equal_widths(costs, layers, budget, multiple))
+        if self._by_layer:
+            widths.append(best_widths(costs, self._curves, layers, budget, multiple))
+        for kept in widths:
+            if kept is not None:
+                yield self._way(layers, kept, count)
+
+    def _way(self, layers: tuple[int, ...], kept: dict[int, int], count: int) -> Candidate:
+        depth = self._depth
+        whole = count == len(depth.removed)
+        kl = depth.divergence if whole else depth.path[count - 1] if count else 0.0
+        return Candidate(
+            layers,
+            kept,
+            self._costs.total(layers, kept) / self._costs.total(),
+            kl + predicted(self._curves, self._costs, kept),
+        )
+
+
+def _steps(way: Candidate, order: Sequence[Sequence[int]]) -> tuple[Step, ...]:
+    removal = (RemoveLayers(way.layers),) if way.layers or not way.neurons else ()
+    return (*removal, *((neurons_kept(order, way.neurons),) if way.neurons else ()))
+
+
+def _between(best: int, tried: Sequence[int]) -> list[int]:
+    """Return the numbers half way between the best one and those tried beside it."""
+    below = max((x for x in tried if x < best), default=best)
+    above = min((x for x in tried if x > best), default=best)
+    return sorted({(below + best) // 2, (best + above + 1) // 2} - {*tried})
+
+
+def _measured(
+    dense: PreTrainedModel,
+    steps: tuple[Step, ...],
+    fitted: Windows,
+    judging: Windows,
+    judges: VariantReplay,
+    places: dict[str, Any],
+) -> float:
+    """Return the KL to the dense model, in nats, of a copy on which steps were carried out."""
+    plan = Plan("", {}, {}, steps)
+    pruned = apply(copy.deepcopy(dense), plan, fitted, strict=False, **places)
+    with LayerWalk(pruned, judging, **places) as walk:
+        for _ in walk.layers():
+            walk.advance()
+        similarity = judges.similarity_of(walk.states)
+    return -math.log(similarity) if similarity > 0 else math.inf
+
+
+def _unmet(costs: LayerCosts, budget: float, protected: Sequence[int], multiple: int) -> str:
+    least = least_cost(costs, protected, multiple) / costs.total()
+    return (
+        f"budget={budget / costs.total():.3g} cannot be met: the least that can be left is "
+        f"{least:.3g} of the dense model; take a larger budget"
+    )
