@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,6 +32,7 @@ from prunelight.data.held_out_texts import ROLE, Sources, check_texts, role_of, 
 from prunelight.data.instructions import instruction_example, is_instruction_row
 from prunelight.data.rows import Row
 from prunelight.data.sources import read_documents
+from prunelight.data.token_files import read_examples, write_examples
 from prunelight.data.token_windows import (
     Bos,
     bos_token_id,
@@ -43,6 +46,7 @@ from prunelight.models.loading import load_tokenizer
 from prunelight.planning.fingerprints import fingerprint_of
 from prunelight.runtime.arguments import NOT_EMPTY, SEED, at_least, checked
 from prunelight.training.resuming.resumable_loader import ResumableLoader
+from prunelight.training.trainer import pruning_methods
 
 log_once = rank_zero_only(logging.getLogger(__name__).info)
 
@@ -144,6 +148,48 @@ class TextDataModule(LightningDataModule):
         self._examples: dict[str, list[Example]] = {}
         self._joined: dict[str, str] = {}  # role -> how its rows became a text
 
+    def prepare_data(self) -> None:
+        """Read and tokenise once for all processes of a node, into files that they map.
+
+        Lightning calls this in one process of each node, while the others wait. A single process
+        needs no file.
+        """
+        for role, file in self._token_files().items():
+            if role in self._examples:
+                continue
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.unlink(missing_ok=True)  # of a run that was killed
+            try:
+                examples = self._build(role)
+            except Exception:  # the others would wait for ever; each tells it in `setup`
+                return
+            write_examples(examples, self._joined[role], file)
+
+    def _token_files(self) -> dict[str, Path]:
+        """Return the file of each role that several processes of this run read; none for one."""
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return {}
+        roles = self._roles_of_texts()
+        if trainer.state.fn == "fit":
+            roles += ["train", *(["calibration"] if pruning_methods(trainer) else [])]
+        names = ("sources", "num_validation", "text_field", "bos", "packing")
+        facts = {name: getattr(self, name) for name in names}
+        lengths = {role: self.seq_len_of(role) for role in roles}
+        digest = fingerprint_of(facts | lengths)
+        directory = Path(trainer.default_root_dir) / "tokens"
+        return {
+            role: directory / f"{role.replace('/', '-')}-{digest}.safetensors" for role in roles
+        }
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Remove the files of the tokens; what a process has mapped stays readable to it."""
+        if self.trainer is not None and self.trainer.local_rank == 0:
+            for file in self._token_files().values():
+                file.unlink(missing_ok=True)
+                with suppress(OSError):  # not there, or not empty
+                    file.parent.rmdir()
+
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what the stage needs; what is there already is kept."""
         roles = {"fit": ("train", "validation"), "predict": ()}
@@ -168,7 +214,11 @@ class TextDataModule(LightningDataModule):
         Raises FileNotFoundError or ValueError if a source cannot be read or holds too few.
         """
         if role not in self._examples:
-            self._examples[role] = self._build(role)
+            file = self._token_files().get(role)
+            if file is not None and file.is_file():
+                self._examples[role], self._joined[role] = read_examples(file)
+            else:
+                self._examples[role] = self._build(role)
         return self._examples[role]
 
     def seq_len_of(self, role: str) -> int:

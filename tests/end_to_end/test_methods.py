@@ -241,6 +241,7 @@ def test_two_processes_reach_what_one_reaches(method, recovery, launched, root, 
     # Sums over two processes round differently, over six steps at a high learning rate.
     assert two == pytest.approx(one, rel=1e-4)
     assert told["validated"] == pytest.approx(two, rel=1e-5)
+    assert told["tokenised"] == [["calibration", "train", "validation"], []]
     assert_planned_zeros(
         AutoModelForCausalLM.from_pretrained(run / "final"),
         [prunelight.Plan.load(run / "final" / "plan.json")],

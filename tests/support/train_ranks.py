@@ -50,7 +50,13 @@ def fit(name, root, strategy, recovery, method, *, resume):
     if recovery == "texts":
         settings, data = {}, {"batch_size": 1, "validation": texts_of(root)}
     module, data = make_module(name, **settings), make_data(name, root, **data)
-    look = Digest()
+    look, tokenised, build = Digest(), [], data._build
+
+    def recorded(role):
+        tokenised.append(role)
+        return build(role)
+
+    data._build = recorded
     trainer = make_trainer(root, method.make(), look, devices=2, strategy=strategy)
     checkpoint = root / "checkpoints" / "epoch=0.ckpt" if resume else None
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
@@ -58,8 +64,11 @@ def fit(name, root, strategy, recovery, method, *, resume):
     further = {"further": validated[1]["val/perplexity/symbols"]} if recovery == "texts" else {}
     digests = [None, None]
     torch.distributed.all_gather_object(digests, look.digest)
+    roles = [None, None]
+    torch.distributed.all_gather_object(roles, sorted(tokenised))
     if trainer.is_global_zero:
         told = {"digests": digests, "validated": validated[0]["val/perplexity"], **further}
+        told |= {"tokenised": roles, "files": [*map(str, root.glob("tokens*"))]}
         (root / "digests.json").write_text(json.dumps(told))
 
 

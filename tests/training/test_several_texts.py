@@ -202,3 +202,6 @@ def test_two_processes_measure_what_one_measures(name, tmp_path):
     found = stages[-1]["examined"]["texts"]["symbols"]["perplexity"]
     assert found == pytest.approx(one, rel=1e-5)
     assert told["further"] == pytest.approx(one, rel=1e-4)
+    # One of the two tokenises, the other maps its files, which are gone in the end.
+    assert told["tokenised"] == [["calibration", "train", "validation", "validation/symbols"], []]
+    assert told["files"] == []
