@@ -307,7 +307,7 @@ def test_a_file_that_holds_no_plan_is_not_replaced(models, data, tmp_path):
 PLAN = ["plan", "MODEL", "--method"]
 SHORT = [*PLAN, "ShortGPT"]
 ERRORS = {
-    "no method": (["plan", "MODEL"], "method is missing; name one of DLP"),
+    "no method": (["plan", "MODEL"], "method is missing; name one of BudgetPruning, DLP"),
     "misspelt method": ([*PLAN, "ShortGTP"], "did you mean prunelight.callbacks.ShortGPT"),
     "no pruning method": ([*PLAN, "RecoveryCheckpoint"], "is no pruning method"),
     "misspelt argument": ([*SHORT, "--ratoi", "0.2"], "did you mean ratio"),

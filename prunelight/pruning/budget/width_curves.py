@@ -21,7 +21,7 @@ from prunelight.pruning.budget.costs import LayerCosts
 from prunelight.pruning.prune_width import narrowed_layers
 from prunelight.scoring.model_variants import VariantLayer, VariantReplay
 
-LEVELS = (0.75, 0.5, 0.25)  # shares of its neurons that a layer keeps
+LEVELS = (0.75, 0.5, 0.25, 0.125)  # shares of its neurons that a layer keeps
 
 Curve = Sequence[tuple[int, float]]  # (neurons that go, KL), from (0, 0) on
 
