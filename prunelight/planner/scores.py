@@ -59,6 +59,12 @@ class Scores:
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=library_versions)
 
+    def are_of(self, other: Scores) -> bool:
+        """Return whether both are of the same model, windows and versions of the libraries."""
+        windows = [describe_windows(*split_windows(scores.windows)) for scores in (self, other)]
+        same = self.model == other.model and self.versions == other.versions
+        return same and windows[0] == windows[1]
+
     @contextmanager
     def in_place_of(self, directory: Path, *, trust: bool = False) -> Iterator[PreTrainedModel]:
         """Yield a model without weights, of which scores are asked and found; undo it on exit.

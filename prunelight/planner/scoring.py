@@ -7,8 +7,11 @@ scores, their results are kept as if each had been asked for alone.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +24,17 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import load
 from prunelight.models.placement import move_if_it_fits
 from prunelight.planner.applying import check_new
-from prunelight.planner.scores import Scores, describe_scored, windows_like, write_scores
+from prunelight.planner.scores import (
+    Scores,
+    describe_scored,
+    read_scores,
+    windows_like,
+    write_scores,
+)
 from prunelight.planner.settings import CalibrationSettings
 from prunelight.pruning.healing.writers import has_writers
 from prunelight.runtime.arguments import did_you_mean
+from prunelight.runtime.files.directory_lock import DirectoryLock
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.angular_distance import angular_distances, angular_distances_by_size
 from prunelight.scoring.block_influence import (
@@ -149,6 +159,8 @@ def score_model(
     scores: Collection[str] = CHEAP,
     device: torch.device,
     offload: bool = False,
+    earlier: Scores | None = None,
+    keep: Callable[[Scores], None] | None = None,
 ) -> Scores:
     """Return the scores of a model; the model is unchanged.
 
@@ -158,6 +170,8 @@ def score_model(
         scores: names of `SCORERS`. One that the family does not have is left out, and named.
         device: where the model computes.
         offload: keep it off the device, with one layer there at a time, even if it fits.
+        earlier: of the same model and windows; what they hold is not computed again.
+        keep: called with all that is there after each score.
 
     Raises:
         ValueError: if a name is unknown, the windows do not fit, or a state is NaN or Inf.
@@ -167,10 +181,17 @@ def score_model(
     check_windows(model, windows)
     windows = windows_like(windows)
     model = move_if_it_fits(model, device, offload=offload)
-    left_out: dict[str, str] = {}
-    seconds: dict[str, float] = {}
-    with remembering_scores(Memory()) as memory:
+    found = Scores(describe_scored(model), windows, Memory())
+    left_out, seconds = found.left_out, found.seconds
+    if earlier is not None and earlier.are_of(found):
+        found.memory.scores |= earlier.memory.scores
+        found.memory.calls |= earlier.memory.calls
+        seconds |= earlier.seconds
+        log.info("%s was scored before: %s", model.config._name_or_path, ", ".join(seconds))
+    with remembering_scores(found.memory) as memory:
         for name in dict.fromkeys(scores):
+            if name in seconds:
+                continue
             start = time.perf_counter()
             try:
                 SCORERS[name](model, windows, memory)
@@ -179,7 +200,9 @@ def score_model(
                 left_out[name] = str(error)
                 continue
             seconds[name] = time.perf_counter() - start
-    return Scores(describe_scored(model), windows, memory, left_out, seconds)
+            if keep is not None:
+                keep(found)
+    return found
 
 
 def score_to_directory(
@@ -219,6 +242,61 @@ def score_to_directory(
         name, dtype=dtype, trust_remote_code=trust, attn_implementation=attn_implementation
     )
     windows = data.windows(model, tokenizer)
-    computed = score_model(model, windows, scores=scores, device=place, offload=offload)
-    write_scores(computed, model, out)
+    with _kept_until_whole(out) as unfinished:
+        computed = score_model(
+            model,
+            windows,
+            scores=scores,
+            device=place,
+            offload=offload,
+            earlier=_earlier(unfinished),
+            keep=partial(_keep, model, unfinished),
+        )
+        write_scores(computed, model, out)
     return computed
+
+
+@contextmanager
+def _kept_until_whole(out: Path) -> Iterator[Path]:
+    """Yield a directory for the scores so far, held by this process; it goes when all are there.
+
+    Raises:
+        RuntimeError: if another process scores into the same directory.
+    """
+    place = out.absolute().with_name(f".{out.name}.scores")
+    lock = DirectoryLock(place, "out")
+    try:
+        yield place
+        shutil.rmtree(place, ignore_errors=True)
+    except BaseException:
+        if _numbered(place):
+            log.warning("scores so far are in %s: the same command goes on from there", place)
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def _keep(model: PreTrainedModel, place: Path, so_far: Scores) -> None:
+    """Write all scores so far, in place of those before."""
+    before = _numbered(place)
+    write_scores(so_far, model, place / str(1 + max(before, default=0)))
+    for directory in before.values():
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _earlier(place: Path) -> Scores | None:
+    """Return the scores that a killed process left; None if there are none that are whole."""
+    left = _numbered(place)
+    if not left:
+        return None
+    try:
+        return read_scores(left[max(left)])
+    except ValueError as error:
+        log.warning("%s", error)
+        return None
+
+
+def _numbered(place: Path) -> dict[int, Path]:
+    return {int(path.name): path for path in place.glob("*") if path.name.isdecimal()}

@@ -1,11 +1,16 @@
 """Scores on disk: a plan made of them is the plan of the model, or they say what they lack."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from methods_table import METHODS, VARIANTS
 from runs import VARIED_TEXT, write_model
+from source_tree import ROOT
 from tiny import tiny_model, token_windows
 from warm_command import call
 
@@ -211,3 +216,55 @@ def test_a_wrong_value_ends_in_one_line(case, saved, tmp_path):
     assert end.kind == "one line", end
     assert told in end.text
     assert not (tmp_path / "new").exists()
+
+
+def score_command(saved, out, *more):
+    name, data, _ = saved
+    return ["score", name, "--out", str(out), *data, *more]
+
+
+def kill_at_score(number, arguments):
+    support = ROOT / "tests" / "support"
+    done = subprocess.run(
+        [sys.executable, f"{support}/killed_score.py", str(number), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(support)])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+
+
+def computed_in(directory):
+    """Return scores as bytes and JSON, without the times that they took."""
+    facts = json.loads((directory / SCORES).read_text())
+    for timed in (facts, *facts["scores"]):
+        del timed["seconds"]
+    return facts, (directory / TENSORS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=[] if n == 4 else pytest.mark.sweep) for n in range(1, 9)]
+)
+def test_a_killed_score_goes_on_from_the_last_whole_one(number, saved, tmp_path, caplog):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    main(score_command(saved, whole))
+    kill_at_score(number, score_command(saved, out))
+    assert not out.exists()
+    with caplog.at_level("INFO"):
+        main(score_command(saved, out))
+    told = [line for line in caplog.messages if "was scored before" in line]
+    before = told[0].split(": ")[1].split(", ") if told else []
+    assert len(before) == number - 1
+    assert computed_in(out) == computed_in(whole)
+    assert not (tmp_path / ".out.scores").exists()
+
+
+def test_scores_that_were_left_for_other_windows_are_not_taken(saved, tmp_path, caplog):
+    out = tmp_path / "out"
+    kill_at_score(3, score_command(saved, out, "--data.seed", "1"))
+    with caplog.at_level("INFO"):
+        main(score_command(saved, out))
+    assert "was scored before" not in caplog.text
+    main(score_command(saved, tmp_path / "whole"))
+    assert computed_in(out) == computed_in(tmp_path / "whole")
