@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
 from prunelight.callbacks.base import Healing, PruningCallback
+from prunelight.callbacks.width_pruning import FIELDS, PER_LAYER
 from prunelight.evaluation.serving.by_layer import (
     cache_bytes_by_layer,
     measure_latency_table,
@@ -24,7 +25,7 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.layer_choice import resolve_indices
 from prunelight.planning.plan import Plan
 from prunelight.pruning.budget.costs import LayerCosts, byte_costs, parameter_costs, time_costs
-from prunelight.pruning.budget.search import least_cost, search_budget
+from prunelight.pruning.budget.search import Candidate, least_cost, search_budget
 from prunelight.pruning.healing.depth_search import search_windows
 from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
@@ -97,13 +98,11 @@ class BudgetPruning(PruningCallback):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if no plan reaches the budget; names the nearest."""
-        if self.metric == "latency":
-            if self.latency_table is not None:
-                read_latency_table(self.latency_table, model)
-            return  # times are measured when the plan is made
-        if self.metric == "memory" and any(weight.is_meta for weight in model.parameters()):
-            return  # a cache is measured by running the model
-        self._check_budget(model, self._costs(model)[0])
+        if self.latency_table is not None:
+            read_latency_table(self.latency_table, model)
+        self._protected(model)
+        if self.metric == "parameters":  # a cache and times need the model to run: see `plan`
+            self._check_budget(model, parameter_costs(model))
 
     def check_calibration(self, model: PreTrainedModel, windows: Windows) -> None:
         """Raise ValueError if the windows do not suffice to fit and to judge."""
@@ -152,7 +151,7 @@ class BudgetPruning(PruningCallback):
             windows,
             *search.steps,
             scores={**scores_of, **curves},
-            found={**search.facts, **facts},
+            found={**search.facts, **self._widths_found(costs, search.best), **facts},
         )
 
     def _costs(self, model: PreTrainedModel) -> tuple[LayerCosts, dict[str, Any]]:
@@ -168,6 +167,16 @@ class BudgetPruning(PruningCallback):
         )
         costs = time_costs(model, table.rest, table.layers, table.mlps)
         return costs, {"latency_table": table.to_dict()}
+
+    def _widths_found(self, costs: LayerCosts, best: Candidate) -> dict[str, Any]:
+        """Return the neurons that layers keep, as `WidthPruning` tells them."""
+        if not best.neurons:
+            return {}
+        field = FIELDS["neurons"]
+        kept = [best.neurons.get(layer, 0) for layer in range(len(costs.layers))]
+        equal = len({*best.neurons.values()}) == 1
+        widths = {field: max(kept)} if equal else {PER_LAYER[field]: kept}
+        return {**widths, f"{field}_before": max(costs.neurons)}
 
     def _check_budget(self, model: PreTrainedModel, costs: LayerCosts) -> None:
         multiple = self.multiple if self._narrows(costs) else max(costs.neurons)

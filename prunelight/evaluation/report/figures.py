@@ -159,6 +159,10 @@ def finding(name: str, value: Any) -> Any:
     """Return a finding as a report shows it."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {finding(key, x)}" for key, x in value.items())
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "; ".join(finding(name, row) for row in value)
+    if isinstance(value, list) and any(isinstance(x, float) for x in value):
+        return ", ".join(str(finding(name, x)) for x in value)
     if isinstance(value, float):
         return f"{value:.4g}"
     return count(value) if name.startswith("parameters") else value

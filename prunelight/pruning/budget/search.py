@@ -14,6 +14,7 @@ import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,7 +174,7 @@ def search_budget(
         ValueError: if no candidate meets the budget; names the nearest.
     """
     removable = removable_layers(model)
-    count = most_layers(costs, budget, protected)
+    count = _most_that_go(removable, most_layers(costs, budget, protected), protected)
     places: dict[str, Any] = {"device": device, "offload": offload}
     depth = search_depth(
         model,
@@ -226,6 +227,17 @@ def search_budget(
     return BudgetSearch(_steps(measured[0], order), measured[0], measured, depth, curves)
 
 
+def _most_that_go(removable: RemovableLayers, count: int, protected: Sequence[int]) -> int:
+    """Return the largest number of layers, up to a count, that the family lets go together."""
+    for number in range(count, 0, -1):
+        try:
+            removable.choose([0.0] * removable.total, number, protected)
+        except ValueError:
+            continue
+        return number
+    return 0
+
+
 class _Ways:
     """The candidates for each number of layers that go."""
 
@@ -247,7 +259,7 @@ class _Ways:
     def of(self, count: int) -> Iterator[Candidate]:
         """Yield the ways to meet the budget with this number of layers removed."""
         costs, budget, multiple = self._costs, self._budget, self._multiple
-        layers = tuple(sorted(self._depth.removed[:count]))
+        layers = self._removed(count)
         if self._removable.fault(layers):
             return
         if costs.total(layers) <= budget:
@@ -264,10 +276,16 @@ class _Ways:
             if kept is not None:
                 yield self._way(layers, kept, count)
 
+    def _removed(self, count: int) -> tuple[int, ...]:
+        """Return so many layers: all that the search chose, or those that went first."""
+        depth = self._depth
+        whole = count == len(depth.removed)
+        return tuple(sorted(depth.removed if whole else [x for x, _ in depth.path[:count]]))
+
     def _way(self, layers: tuple[int, ...], kept: dict[int, int], count: int) -> Candidate:
         depth = self._depth
         whole = count == len(depth.removed)
-        kl = depth.divergence if whole else depth.path[count - 1] if count else 0.0
+        kl = depth.divergence if whole else depth.path[count - 1][1] if count else 0.0
         return Candidate(
             layers,
             kept,
@@ -298,12 +316,28 @@ def _measured(
 ) -> float:
     """Return the KL to the dense model, in nats, of a copy on which steps were carried out."""
     plan = Plan("", {}, {}, steps)
-    pruned = apply(copy.deepcopy(dense), plan, fitted, strict=False, **places)
+    with _without_its_logs():
+        pruned = apply(copy.deepcopy(dense), plan, fitted, strict=False, **places)
     with LayerWalk(pruned, judging, **places) as walk:
         for _ in walk.layers():
             walk.advance()
         similarity = judges.similarity_of(walk.states)
     return -math.log(similarity) if similarity > 0 else math.inf
+
+
+@contextmanager
+def _without_its_logs() -> Iterator[None]:
+    """Keep what `apply` tells of each matrix of a candidate out of the log; the last one tells it.
+
+    Its warnings are of the few windows of the search.
+    """
+    logger = logging.getLogger("prunelight.pruning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _unmet(costs: LayerCosts, budget: float, protected: Sequence[int], multiple: int) -> str:

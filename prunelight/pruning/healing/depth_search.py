@@ -49,7 +49,7 @@ class DepthSearch:
     Attributes:
         removed: the layers to remove, in the order in which they were chosen.
         divergence: KL to the dense model of the healed model on the windows that judged, in nats.
-        path: the same after each removal in turn, before any exchange.
+        path: the layers as they went one by one, before any exchange, each with the KL then.
         first_round: KL without each layer alone, healed; None where it cannot go.
         exchanges: (layer that was put back, layer that went instead).
         forwards: what the search cost, in forwards of the dense model over all calibration
@@ -58,7 +58,7 @@ class DepthSearch:
 
     removed: list[int]
     divergence: float
-    path: list[float]
+    path: list[tuple[int, float]]
     first_round: list[float | None]
     exchanges: list[tuple[int, int]]
     forwards: float
@@ -152,7 +152,7 @@ def search_depth(
             layer = best()
             first_round = first_round or dict(last_known)
             variants.remove(layer)
-            path.append(variants.divergence)
+            path.append((layer, variants.divergence))
             log.info("removed layer %d: KL %.4f", layer, variants.divergence)
         exchanges = []
         for layer in list(variants.removed) if look_back and count > 1 else ():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lively_models import lively_model
 from tiny import tiny_model, token_windows
+from tiny_families import tiny_family
 
 import prunelight
 from prunelight.callbacks import BudgetPruning
@@ -229,3 +230,13 @@ def test_states_that_are_nan_in_every_candidate_are_told():
             decoder_layers(model)[5].mlp.get_submodule(name).weight.fill_(1e30)
     with pytest.raises(ValueError, match="NaN|Inf"):
         BudgetPruning(0.75, multiple=4).plan(model, WINDOWS)
+
+
+def test_layers_that_a_family_needs_stay():
+    """Of convolutions and of attentions one of each must stay."""
+    model = tiny_family("lfm2")
+    before = parameter_count(model)
+    plan = BudgetPruning(0.6, heal="none", allocation="none").plan(model, WINDOWS % 100)
+    pruned = prunelight.apply(model, plan, WINDOWS % 100)
+    assert parameter_count(pruned) <= 0.6 * before
+    assert {*pruned.config.layer_types} == {"conv", "full_attention"}
