@@ -175,6 +175,9 @@ def search_budget(
     """
     removable = removable_layers(model)
     count = _most_that_go(removable, most_layers(costs, budget, protected), protected)
+    some = removable.choose([0.0] * removable.total, count, protected) if count else []
+    if unmet := _unmet(costs, budget, some, multiple if order else None):
+        raise ValueError(unmet)
     places: dict[str, Any] = {"device": device, "offload": offload}
     depth = search_depth(
         model,
@@ -217,7 +220,10 @@ def search_budget(
         for layers in sorted({round(count * part / _SPLITS) for part in range(_SPLITS + 1)}):
             measure(layers)
         if not measured:
-            raise ValueError(_unmet(costs, budget, protected, multiple))
+            raise ValueError(
+                _unmet(costs, budget, depth.removed, multiple if order else None)
+                or "the family lets none of the layers go that were chosen; set protected"
+            )
         best = min(tried, key=lambda layers: tried[layers].kl)
         for layers in _between(best, [*tried]):
             measure(layers)
@@ -340,9 +346,25 @@ def _without_its_logs() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _unmet(costs: LayerCosts, budget: float, protected: Sequence[int], multiple: int) -> str:
-    least = least_cost(costs, protected, multiple) / costs.total()
+def _unmet(costs: LayerCosts, budget: float, removed: Sequence[int], multiple: int | None) -> str:
+    """Return why a budget cannot be met with these layers removed; "" if it can.
+
+    Args:
+        costs: of the dense model.
+        budget: in the same unit.
+        removed: as many layers as may go.
+        multiple: the fewest neurons of an MLP; None where MLPs stay whole.
+    """
+    fewest = {
+        layer: count if multiple is None else min(count, multiple)
+        for layer, count in enumerate(costs.neurons)
+    }
+    least = costs.total(removed, fewest)
+    if least <= budget:
+        return ""
+    narrow = "" if multiple is None else f" and {multiple} neurons in each MLP that is left"
     return (
-        f"budget={budget / costs.total():.3g} cannot be met: the least that can be left is "
-        f"{least:.3g} of the dense model; take a larger budget"
+        f"budget={budget / costs.total():.3g} cannot be met: with {len(removed)} layers removed, "
+        f"as many as the family lets go,{narrow} {least / costs.total():.3g} of the dense model is "
+        "left; take a larger budget"
     )

@@ -21,7 +21,7 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.models.sizes import parameter_bytes, parameter_count
 from prunelight.planning.steps import PruneWidth
 from prunelight.pruning.budget.costs import LayerCosts, byte_costs, parameter_costs
-from prunelight.pruning.budget.search import least_cost, most_layers
+from prunelight.pruning.budget.search import _unmet, least_cost, most_layers
 from prunelight.pruning.budget.width_curves import best_widths, equal_widths, predicted
 from prunelight.pruning.prune_width import narrowed_layers, prune_width
 from prunelight.pruning.remove_layers import remove_layers
@@ -230,6 +230,13 @@ def test_states_that_are_nan_in_every_candidate_are_told():
             decoder_layers(model)[5].mlp.get_submodule(name).weight.fill_(1e30)
     with pytest.raises(ValueError, match="NaN|Inf"):
         BudgetPruning(0.75, multiple=4).plan(model, WINDOWS)
+
+
+def test_what_a_family_lets_go_bounds_the_budget():
+    assert _unmet(COSTS, 100 + 2 * 40, [0, 1], None) == ""
+    assert "with 2 layers removed, as many as" in _unmet(COSTS, 100 + 2 * 40 - 1, [0, 1], None)
+    assert _unmet(COSTS, 100 + 2 * (40 - 6 * 3), [0, 1], 2) == ""
+    assert "2 neurons in each MLP" in _unmet(COSTS, 100 + 2 * (40 - 6 * 3) - 1, [0, 1], 2)
 
 
 def test_layers_that_a_family_needs_stay():
