@@ -170,8 +170,8 @@ def _checkpoints(run: Run, model: PreTrainedModel) -> bool:
     if place is None or place.stage != "fit":
         return False
     batch_size, seq_len = (getattr(place.data, name, None) for name in ("batch_size", "seq_len"))
-    if batch_size is None or seq_len is None:
-        return False
+    if not (type(batch_size) is type(seq_len) is int and batch_size > 0 and seq_len > 1):
+        return False  # data of the user's own, which need not say so
     strategy = "fsdp2" if place.shards_weights else "ddp"
     batch = Batch(batch_size, seq_len, place.group.size, strategy)
     free = free_memory(run.device) + (parameter_bytes(model) if model.device == run.device else 0)

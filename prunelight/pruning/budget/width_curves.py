@@ -49,7 +49,10 @@ def width_curves(
         offload: keep the states on the CPU.
     """
     widths = [
-        [max(multiple, round(len(best) * share / multiple) * multiple) for best in order]
+        [
+            min(len(best), max(multiple, round(len(best) * share / multiple) * multiple))
+            for best in order
+        ]
         for share in LEVELS
     ]
     steps = [neurons_kept(order, dict(enumerate(counts))) for counts in widths]
@@ -58,10 +61,13 @@ def width_curves(
     for layer, variants in enumerate(narrow):
         points = {0: 0.0}
         for counts, variant in zip(widths, variants, strict=True):
+            gone = len(order[layer]) - counts[layer]
+            if gone in points:  # a multiple leaves few numbers to a small layer
+                continue
             rest = judges.layers[layer + 1 :]
             similarity = judges.score(layer, [VariantLayer(variant, layer), *rest])
             kl = -math.log(similarity) if similarity > 0 else math.inf
-            points[len(order[layer]) - counts[layer]] = max(0.0, kl)
+            points[gone] = max(0.0, kl)
         curves.append(sorted((gone, kl) for gone, kl in points.items() if math.isfinite(kl)))
     return curves
 

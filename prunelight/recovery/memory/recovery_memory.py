@@ -119,18 +119,20 @@ def needs_checkpointing(
         device: which computes.
         free: bytes that are free on it, the model's own weights not yet there.
     """
-    if settings.recovery == "none" or _surely_fits(model, batch, free):
+    if settings.recovery == "none" or not model.supports_gradient_checkpointing:
         return False
-    with_and_without = []
-    for on in (False, True):
-        chosen = replace(settings, gradient_checkpointing=on)
-        try:
-            memory = recovery_memory(model, chosen, batch, model.dtype, device)
-        except TypeError as error:
-            log.info("%s; set model.gradient_checkpointing if memory runs short", error)
+    try:
+        if _surely_fits(model, batch, free):
             return False
-        with_and_without.append(memory.total)
-    without, with_it = with_and_without
+        without, with_it = (
+            recovery_memory(
+                model, replace(settings, gradient_checkpointing=on), batch, model.dtype, device
+            ).total
+            for on in (False, True)
+        )
+    except Exception as error:  # an estimate ends no run; what is wrong is told where it is used
+        log.info("%s; set model.gradient_checkpointing if memory runs short", error)
+        return False
     if without <= _USABLE * free:
         return False
     log.warning(

@@ -143,6 +143,12 @@ def test_the_model_is_unchanged_and_the_plan_goes_through_json(plans, tmp_path):
     assert prunelight.Plan.load(tmp_path / "plan.json").steps == plan.steps
 
 
+def test_widths_that_a_multiple_forbids_are_not_tried():
+    plan = BudgetPruning(0.75, multiple=64).plan(lively_model(), WINDOWS)  # of 64 neurons
+    assert [step.kind for step in plan.steps] == ["remove_layers", "heal"]
+    assert not any("neurons" in each["removes"] for each in plan.found["candidates"])
+
+
 def test_protected_layers_stay():
     plan = BudgetPruning(0.6, protected=[0, 1, -1], multiple=4).plan(lively_model(), WINDOWS)
     assert not {0, 1, 5} & {layer for step in plan.steps for layer in step.removed}
