@@ -4,7 +4,7 @@ The file is safetensors. All parts of one kind lie one after another; where each
 beside them. Labels that are the tokens themselves are not written twice.
 """
 
-# S tokens of all examples, N examples
+# T tokens of an example
 
 from __future__ import annotations
 

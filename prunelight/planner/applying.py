@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def apply_to_saved(
     windows = None if data is None else _windows(plan, data, model, tokenizer)
     model = move_if_it_fits(model, place, offload=offload)
     scratch = scratch_for(model, plan, out, size.bytes_after)
-    with _kept_until_saved(scratch):
+    with nullcontext() if scratch is None else held_until_done(scratch, "finished layers"):
         fault = generation_fault(model)
         model = apply(model, plan, windows, strict=strict, device=place, scratch=scratch)
         with explaining_write_errors(out):
@@ -143,20 +143,25 @@ def scratch_for(model: PreTrainedModel, plan: Plan, out: Path, needed: int) -> P
 
 
 @contextmanager
-def _kept_until_saved(scratch: Path | None) -> Iterator[None]:
-    """Hold a scratch directory for this process; remove it at the end, not on errors."""
-    if scratch is None:
-        yield
-        return
-    lock = DirectoryLock(scratch, "out")
+def held_until_done(place: Path, contents: str) -> Iterator[None]:
+    """Hold a directory of finished parts for this process; remove it at the end, not on errors.
+
+    Args:
+        place: beside the result.
+        contents: what it holds, for the log.
+
+    Raises:
+        RuntimeError: if another process makes the same result.
+    """
+    lock = DirectoryLock(place, "out")
     try:
         yield
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
     except BaseException:
-        if any(scratch.rglob("*.safetensors")):
-            log.warning("finished layers are in %s: the same command goes on from there", scratch)
+        if any(place.rglob("*.safetensors")):
+            log.warning("%s are in %s: the same command goes on from there", contents, place)
         else:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
         raise
     finally:
         lock.release()

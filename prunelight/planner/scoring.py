@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from prunelight.models.families.experts.layout import has_experts
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import load
 from prunelight.models.placement import move_if_it_fits
-from prunelight.planner.applying import check_new
+from prunelight.planner.applying import check_new, held_until_done
 from prunelight.planner.scores import (
     Scores,
     describe_scored,
@@ -34,7 +33,6 @@ from prunelight.planner.scores import (
 from prunelight.planner.settings import CalibrationSettings
 from prunelight.pruning.healing.writers import has_writers
 from prunelight.runtime.arguments import did_you_mean
-from prunelight.runtime.files.directory_lock import DirectoryLock
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.angular_distance import angular_distances, angular_distances_by_size
 from prunelight.scoring.block_influence import (
@@ -181,14 +179,14 @@ def score_model(
     check_windows(model, windows)
     windows = windows_like(windows)
     model = move_if_it_fits(model, device, offload=offload)
-    found = Scores(describe_scored(model), windows, Memory())
-    left_out, seconds = found.left_out, found.seconds
-    if earlier is not None and earlier.are_of(found):
-        found.memory.scores |= earlier.memory.scores
-        found.memory.calls |= earlier.memory.calls
+    computed = Scores(describe_scored(model), windows, Memory())
+    left_out, seconds = computed.left_out, computed.seconds
+    if earlier is not None and earlier.are_of(computed):
+        computed.memory.scores |= earlier.memory.scores
+        computed.memory.calls |= earlier.memory.calls
         seconds |= earlier.seconds
         log.info("%s was scored before: %s", model.config._name_or_path, ", ".join(seconds))
-    with remembering_scores(found.memory) as memory:
+    with remembering_scores(computed.memory) as memory:
         for name in dict.fromkeys(scores):
             if name in seconds:
                 continue
@@ -201,8 +199,8 @@ def score_model(
                 continue
             seconds[name] = time.perf_counter() - start
             if keep is not None:
-                keep(found)
-    return found
+                keep(computed)
+    return computed
 
 
 def score_to_directory(
@@ -242,7 +240,8 @@ def score_to_directory(
         name, dtype=dtype, trust_remote_code=trust, attn_implementation=attn_implementation
     )
     windows = data.windows(model, tokenizer)
-    with _kept_until_whole(out) as unfinished:
+    unfinished = out.absolute().with_name(f".{out.name}.scores")
+    with held_until_done(unfinished, "scores so far"):
         computed = score_model(
             model,
             windows,
@@ -254,28 +253,6 @@ def score_to_directory(
         )
         write_scores(computed, model, out)
     return computed
-
-
-@contextmanager
-def _kept_until_whole(out: Path) -> Iterator[Path]:
-    """Yield a directory for the scores so far, held by this process; it goes when all are there.
-
-    Raises:
-        RuntimeError: if another process scores into the same directory.
-    """
-    place = out.absolute().with_name(f".{out.name}.scores")
-    lock = DirectoryLock(place, "out")
-    try:
-        yield place
-        shutil.rmtree(place, ignore_errors=True)
-    except BaseException:
-        if _numbered(place):
-            log.warning("scores so far are in %s: the same command goes on from there", place)
-        else:
-            shutil.rmtree(place, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
 
 
 def _keep(model: PreTrainedModel, place: Path, so_far: Scores) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
@@ -23,6 +24,18 @@ LINE_SECONDS = 25.0  # between two lines in a file; a busy machine may take 5 mo
 TOLD_SECONDS = 5.0  # work that took longer says so at its end
 
 Item = TypeVar("Item")
+
+
+@contextmanager
+def logging_from(name: str, level: int) -> Iterator[None]:
+    """Let a logger and those below it tell only what has this level or a higher one; undo it."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class Bar:

@@ -68,6 +68,11 @@ def similarity_to(
     return make(walk, states, counted)
 
 
+def divergence_of(similarity: float) -> float:
+    """Return the KL in nats of a similarity by "kl"; inf where it could not be measured."""
+    return -math.log(similarity) if similarity > 0 else math.inf
+
+
 def _total(walk: LayerWalk, masks: Sequence[Tensor]) -> float:
     """Return the number of tokens, over all ranks, for which the masks are True."""
     return walk.group.totals(sum(int(mask.sum()) for mask in masks))[0]

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from killed_at_rename import kill_at_rename
 from plans import make_plan
 from runs import VARIED_TEXT, write_model
 from source_tree import ROOT
@@ -74,22 +74,11 @@ def killed(place, tmp_path_factory):
     def of(plan, number, directory):
         if plan not in left:
             left[plan] = tmp_path_factory.mktemp("killed")
-            kill_at_layer(number, command(place, plan, left[plan] / "out"))
+            kill_at_rename(number, r"layer-.*", command(place, plan, left[plan] / "out"))
             assert not (left[plan] / "out").exists()
         return shutil.copytree(left[plan] / ".out.layers", directory / ".out.layers")
 
     return of
-
-
-def kill_at_layer(number, arguments):
-    """Run the command in a process of its own, killed before it has so many layers."""
-    support = ROOT / "tests" / "support"
-    done = subprocess.run(
-        [sys.executable, f"{support}/killed_apply.py", str(number), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(support)])},
-        capture_output=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 
 def check_same(place, plan, directory, **changes):

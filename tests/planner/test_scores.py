@@ -1,16 +1,12 @@
 """Scores on disk: a plan made of them is the plan of the model, or they say what they lack."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from killed_at_rename import kill_at_rename
 from methods_table import METHODS, VARIANTS
 from runs import VARIED_TEXT, write_model
-from source_tree import ROOT
 from tiny import tiny_model, token_windows
 from warm_command import call
 
@@ -223,18 +219,6 @@ def score_command(saved, out, *more):
     return ["score", name, "--out", str(out), *data, *more]
 
 
-def kill_at_score(number, arguments):
-    support = ROOT / "tests" / "support"
-    done = subprocess.run(
-        [sys.executable, f"{support}/killed_score.py", str(number), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(support)])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-
-
 def computed_in(directory):
     """Return scores as bytes and JSON, without the times that they took."""
     facts = json.loads((directory / SCORES).read_text())
@@ -249,7 +233,7 @@ def computed_in(directory):
 def test_a_killed_score_goes_on_from_the_last_whole_one(number, saved, tmp_path, caplog):
     whole, out = tmp_path / "whole", tmp_path / "out"
     main(score_command(saved, whole))
-    kill_at_score(number, score_command(saved, out))
+    kill_at_rename(number, r"\d+", score_command(saved, out))
     assert not out.exists()
     with caplog.at_level("INFO"):
         main(score_command(saved, out))
@@ -262,7 +246,7 @@ def test_a_killed_score_goes_on_from_the_last_whole_one(number, saved, tmp_path,
 
 def test_scores_that_were_left_for_other_windows_are_not_taken(saved, tmp_path, caplog):
     out = tmp_path / "out"
-    kill_at_score(3, score_command(saved, out, "--data.seed", "1"))
+    kill_at_rename(3, r"\d+", score_command(saved, out, "--data.seed", "1"))
     with caplog.at_level("INFO"):
         main(score_command(saved, out))
     assert "was scored before" not in caplog.text

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,6 +26,8 @@ from prunelight.models.forward import evaluating, generate_tokens
 from prunelight.models.placement import compute_device
 from prunelight.models.sizes import longest_sequence
 from prunelight.runtime.devices import synchronize
+
+Visit: TypeAlias = Callable[[int, Any], None]  # of a part's index and its arguments
 
 _LONGEST = 2048  # tokens of the cache, where a model allows so many and nothing else is asked
 _STEPS = 24  # of decoding that are timed
@@ -156,7 +158,7 @@ def read_latency_table(file: str, model: PreTrainedModel) -> LatencyTable:
 
 
 @contextmanager
-def _visiting(parts: list[nn.Module], enter: Any, leave: Any) -> Iterator[None]:
+def _visiting(parts: Sequence[nn.Module], enter: Visit, leave: Visit) -> Iterator[None]:
     """Call `enter` before each forward of a part and `leave` after it, with index and arguments."""
     with ExitStack() as stack:
         for index, part in enumerate(parts):

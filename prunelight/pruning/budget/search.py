@@ -14,7 +14,6 @@ import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +39,9 @@ from prunelight.pruning.budget.width_curves import (
 )
 from prunelight.pruning.healing.depth_search import DepthSearch, search_depth, search_windows
 from prunelight.pruning.healing.ends import heal_step
+from prunelight.runtime.progress import logging_from
 from prunelight.scoring.model_variants import VariantReplay
+from prunelight.scoring.similarity import divergence_of
 
 log = logging.getLogger(__name__)
 
@@ -322,28 +323,13 @@ def _measured(
 ) -> float:
     """Return the KL to the dense model, in nats, of a copy on which steps were carried out."""
     plan = Plan("", {}, {}, steps)
-    with _without_its_logs():
+    # Lines for each matrix, and warnings of the few windows of the search, are the last apply's.
+    with logging_from("prunelight.pruning", logging.ERROR):
         pruned = apply(copy.deepcopy(dense), plan, fitted, strict=False, **places)
     with LayerWalk(pruned, judging, **places) as walk:
         for _ in walk.layers():
             walk.advance()
-        similarity = judges.similarity_of(walk.states)
-    return -math.log(similarity) if similarity > 0 else math.inf
-
-
-@contextmanager
-def _without_its_logs() -> Iterator[None]:
-    """Keep what `apply` tells of each matrix of a candidate out of the log; the last one tells it.
-
-    Its warnings are of the few windows of the search.
-    """
-    logger = logging.getLogger("prunelight.pruning")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+        return divergence_of(judges.similarity_of(walk.states))
 
 
 def _unmet(costs: LayerCosts, budget: float, removed: Sequence[int], multiple: int | None) -> str:

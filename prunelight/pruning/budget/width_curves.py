@@ -20,6 +20,7 @@ from prunelight.planning.steps import PruneWidth
 from prunelight.pruning.budget.costs import LayerCosts
 from prunelight.pruning.prune_width import narrowed_layers
 from prunelight.scoring.model_variants import VariantLayer, VariantReplay
+from prunelight.scoring.similarity import divergence_of
 
 LEVELS = (0.75, 0.5, 0.25, 0.125)  # shares of its neurons that a layer keeps
 
@@ -66,8 +67,7 @@ def width_curves(
                 continue
             rest = judges.layers[layer + 1 :]
             similarity = judges.score(layer, [VariantLayer(variant, layer), *rest])
-            kl = -math.log(similarity) if similarity > 0 else math.inf
-            points[gone] = max(0.0, kl)
+            points[gone] = max(0.0, divergence_of(similarity))
         curves.append(sorted((gone, kl) for gone, kl in points.items() if math.isfinite(kl)))
     return curves
 

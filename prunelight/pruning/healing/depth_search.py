@@ -33,6 +33,7 @@ from prunelight.pruning.healing.error_sums import ErrorSums
 from prunelight.pruning.healing.writers import Writer, writer_of
 from prunelight.runtime.devices import float64_device
 from prunelight.scoring.model_variants import VariantLayer, VariantReplay
+from prunelight.scoring.similarity import divergence_of
 
 log = logging.getLogger(__name__)
 
@@ -278,8 +279,7 @@ class _Variants:
 
     def _score(self, start: int, layers: Sequence[VariantLayer]) -> float:
         """Return the KL of what the judges know with its layers from a place on replaced."""
-        similarity = self._judges.score(start, layers)
-        return -math.log(similarity) if similarity > 0 else math.inf
+        return divergence_of(self._judges.score(start, layers))
 
     @contextmanager
     def _healed(self, layer: int, end: int) -> Iterator[None]:

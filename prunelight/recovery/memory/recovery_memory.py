@@ -124,16 +124,13 @@ def needs_checkpointing(
     try:
         if _surely_fits(model, batch, free):
             return False
-        without, with_it = (
-            recovery_memory(
-                model, replace(settings, gradient_checkpointing=on), batch, model.dtype, device
-            ).total
-            for on in (False, True)
-        )
+        off, on = (replace(settings, gradient_checkpointing=x) for x in (False, True))
+        without = recovery_memory(model, off, batch, model.dtype, device).total
+        if without <= _USABLE * free:
+            return False
+        with_it = recovery_memory(model, on, batch, model.dtype, device).total
     except Exception as error:  # an estimate ends no run; what is wrong is told where it is used
         log.info("%s; set model.gradient_checkpointing if memory runs short", error)
-        return False
-    if without <= _USABLE * free:
         return False
     log.warning(
         "gradient checkpointing is on: the recovery needs about %.1f GB on %s without it and "
@@ -151,10 +148,10 @@ def _surely_fits(model: PreTrainedModel, batch: Batch, free: int) -> bool:
     """Return whether far more than any recovery takes is free, so that nobody need count."""
     tokens = batch.batch_size * batch.seq_len
     layers = decoder_layers(model)
-    kept = sum(max(p.shape) for p in layers.parameters() if p.ndim) * tokens * _FAR_MORE
+    activations = sum(max(p.shape) for p in layers.parameters() if p.ndim) * tokens * _FAR_MORE
     square = len(layers) * batch.seq_len * tokens * _FAR_MORE  # of attention, however many heads
     logits = vocabulary_size(model) * tokens * _FAR_MORE
-    return _FAR_MORE * parameter_count(model) + kept + square + logits < free
+    return _FAR_MORE * parameter_count(model) + activations + square + logits < free
 
 
 def recovery_memory(

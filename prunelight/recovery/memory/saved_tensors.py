@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from prunelight.models.forward import hidden_states_argument
 from prunelight.recovery.distillation.language_head import LanguageHead, without_adapters
+from prunelight.runtime.progress import logging_from
 
 
 class SavedForBackward:
@@ -93,7 +94,9 @@ def saved_by_forward(
         TypeError: if the forward depends on more than shapes and types.
     """
     config = without_adapters(trained).config
-    with FakeTensorMode(), _no_tracebacks():
+    # A fake kernel that fails logs its traceback; the error below says enough.
+    quiet = logging_from("torch._subclasses.fake_tensor", logging.CRITICAL)
+    with FakeTensorMode(), quiet:
         _give_fakes(trained)
         saved = SavedForBackward(trained, str(config._attn_implementation), seq_len)
         ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
@@ -106,18 +109,6 @@ def saved_by_forward(
                 f"types alone: {str(error).splitlines()[0]}"
             ) from error
     return saved, states
-
-
-@contextmanager
-def _no_tracebacks() -> Iterator[None]:
-    """Keep torch from logging the traceback of a fake kernel that fails; its error says enough."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _give_fakes(model: nn.Module) -> None:
