@@ -364,7 +364,7 @@ MOVED: dict[str, dict[str, str]] = {
     },
     "variants": {},
     "walk": {
-        "calibration.input_statistics": "InputStatistics Statistic",
+        "calibration.layer_inputs.input_statistics": "InputStatistics Statistic",
         "calibration.layer_walk": "Call LayerWalk",
     },
     "width": {

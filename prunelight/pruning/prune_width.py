@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunelight.calibration.input_statistics import InputStatistics, Statistic
+from prunelight.calibration.layer_inputs.input_statistics import InputStatistics, Statistic
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Hessian, InputVariance
 from prunelight.calibration.windows import Windows

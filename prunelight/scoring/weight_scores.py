@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import InputNorm, exact_median, finite_values
 from prunelight.calibration.windows import Windows

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import InputVariance
 from prunelight.calibration.windows import Windows, micro_batches

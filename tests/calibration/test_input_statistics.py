@@ -7,7 +7,7 @@ from tiny import tiny_model, token_windows
 from tiny_families import tiny_family
 from torch.nn.functional import silu
 
-from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Hessian, InputNorm
 from prunelight.models.families.layers import decoder_layers

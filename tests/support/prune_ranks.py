@@ -17,7 +17,7 @@ from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.calibration.cka import CKA
-from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
 from prunelight.calibration.shared_windows import (
     MICRO_BATCH_TOKENS,
     group_of,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Hessian
 from prunelight.calibration.windows import Windows

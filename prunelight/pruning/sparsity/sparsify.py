@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.calibration.input_statistics import InputStatistics
 from prunelight.calibration.kept_layers import KeptLayers, holding
+from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Hessian, InputNorm
 from prunelight.calibration.windows import Windows

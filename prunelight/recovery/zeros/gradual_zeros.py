@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from prunelight.calibration.input_statistics import InputStatistics
+from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
 from prunelight.calibration.statistics import InputNorm
 from prunelight.models.families.matrices import Matrix
 from prunelight.pruning.sparsity.masks import Amount, Pattern, matrix_mask, row_mask

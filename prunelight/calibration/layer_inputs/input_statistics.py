@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prunelight.calibration.layer_inputs.weight_products import WeightProducts
 from prunelight.calibration.statistics import InputNorm
-from prunelight.calibration.weight_products import WeightProducts
 from prunelight.models.families.matrices import Matrix
 from prunelight.runtime.processes import ProcessGroup
 

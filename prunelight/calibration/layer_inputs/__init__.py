@@ -1,0 +1,1 @@
+"""What reaches the weight matrices of a decoder layer, and its statistics."""
