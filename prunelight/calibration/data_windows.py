@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
 from prunelight.losses import IGNORED_LABEL
@@ -47,16 +48,29 @@ def check_data(gives: Callable[[str], bool]) -> None:
             )
 
 
-def calibration_windows_of(data: Any) -> Windows:
+def are_self_written(data: Any) -> bool:
+    """Return whether a data module lets the dense model write its calibration windows."""
+    return bool(getattr(data, "self_written", False))
+
+
+def stand_in_windows(data: Any) -> Tensor:
+    """Return token ids (N, T) in the shape of windows that the model has not written yet."""
+    return torch.zeros(data.num_calibration, data.seq_len_of("calibration"), dtype=torch.long)
+
+
+def calibration_windows_of(data: Any, model: PreTrainedModel | None = None) -> Windows:
     """Return the windows on which pruning decides.
 
     Args:
         data: a data module with `calibration_windows()`, or with `train_dataloader()`. From the
             dataloader the first `data.num_calibration` rows are taken, 128 without this attribute.
+        model: the dense model, for data that lets it write them.
 
     Raises:
         ValueError: if there is no batch, or one without token ids.
     """
+    if are_self_written(data):
+        return checked_windows(data.calibration_windows(model), "calibration_windows")
     if hasattr(data, "calibration_windows"):
         return checked_windows(data.calibration_windows(), "calibration_windows")
     num_rows = getattr(data, "num_calibration", NUM_CALIBRATION)

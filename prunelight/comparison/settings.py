@@ -13,6 +13,11 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
+from prunelight.calibration.self_written import (
+    check_self_alone,
+    is_self_written,
+    prefix_source,
+)
 from prunelight.comparison.papers.published import published_tables
 from prunelight.data.corpora import corpus_part, is_corpus
 from prunelight.data.sources import HUB_PREFIX, SAMPLES, SUFFIXES
@@ -55,8 +60,8 @@ class DataSettings:
     """What methods look at, and the held-out texts that quality is measured on.
 
     Attributes:
-        calibration: source or sources of the windows that pruning looks at, see
-            `prunelight.data.sources.read_documents`.
+        calibration: source or sources of the windows that pruning looks at, or self, as of
+            `prunelight.training.text_datamodule.TextDataModule`.
         seq_len: tokens of a calibration window.
         num_calibration: windows drawn for calibration, by the seed.
         texts: name of a held-out text -> its source. Rows of instructions become plain text.
@@ -94,7 +99,7 @@ class DataSettings:
         )
         for name, source in self.texts.items():
             checked_value(f"data.texts.{name}", source, str, NOT_EMPTY)
-        check_sources(self.calibration)
+        check_calibration(self.calibration)
         for source in self.texts.values():
             check_source(source, split="test")
 
@@ -338,8 +343,11 @@ class ComparisonSettings:
         return asdict(self)
 
 
-def check_sources(sources: str | list[str]) -> None:
-    """Check one source or several, as `check_source` does."""
+def check_calibration(sources: str | list[str]) -> None:
+    """Check each source of calibration windows as `check_source` does; "self" names prefixes."""
+    check_self_alone(sources)
+    if is_self_written(sources):
+        sources = prefix_source(sources)
     for source in [sources] if isinstance(sources, str) else sources:
         check_source(source)
 

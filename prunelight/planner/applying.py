@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.evaluation.saved.subject import find_device
@@ -84,7 +85,10 @@ def apply_to_saved(
     plan.check(model, strict=strict, num_layers=len(decoder_layers(model)))
     size = planned_size(model, plan)
     check_room(out, size.bytes_after)
-    windows = None if data is None else _windows(plan, data, model, tokenizer)
+    windows = None
+    if data is not None:
+        draw = partial(data.windows, model, tokenizer, place, offload=offload)
+        windows = _windows(plan, draw)
     model = move_if_it_fits(model, place, offload=offload)
     scratch = scratch_for(model, plan, out, size.bytes_after)
     with nullcontext() if scratch is None else held_until_done(scratch, "finished layers"):
@@ -238,16 +242,11 @@ def _free_beside(out: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _windows(
-    plan: Plan,
-    data: CalibrationSettings,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Windows | None:
-    """Return the windows that steps look at; None if no step does."""
+def _windows(plan: Plan, draw: Callable[[], Windows]) -> Windows | None:
+    """Return the windows that steps look at, as they are drawn; None if no step does."""
     if not needs_windows(plan.steps):
         return None
-    windows = data.windows(model, tokenizer)
+    windows = draw()
     facts = describe_windows(*split_windows(windows))
     if plan.calibration and facts["fingerprint"] != plan.calibration.get("fingerprint"):
         log.warning(

@@ -70,7 +70,9 @@ def plan_of_model(
         name, dtype=dtype, trust_remote_code=trust, attn_implementation=attn_implementation
     )
     method.check(model)  # before any text is read
-    windows = data.windows(model, tokenizer)
+    if data.self_written:  # which takes minutes
+        method.check_calibration(model, data.stand_in())
+    windows = data.windows(model, tokenizer, place, offload=offload)
     method.check_calibration(model, windows)
     method.device = place
     plan = method.plan(move_if_it_fits(model, place, offload=offload), windows)

@@ -239,7 +239,7 @@ def score_to_directory(
     model, tokenizer = load(
         name, dtype=dtype, trust_remote_code=trust, attn_implementation=attn_implementation
     )
-    windows = data.windows(model, tokenizer)
+    windows = data.windows(model, tokenizer, place, offload=offload)
     unfinished = out.absolute().with_name(f".{out.name}.scores")
     with held_until_done(unfinished, "scores so far"):
         computed = score_model(

@@ -6,13 +6,15 @@ Names and defaults are those of `data` in a fit, so that both give the same wind
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunelight.calibration.windows import Windows, check_windows
-from prunelight.comparison.settings import check_sources
+from prunelight.calibration.self_written import is_self_written
+from prunelight.calibration.windows import Windows, check_length, check_windows
+from prunelight.comparison.settings import check_calibration
 from prunelight.data.token_windows import Bos
+from prunelight.models.placement import move_if_it_fits
 from prunelight.runtime.arguments import NOT_EMPTY, SEED, at_least, check_fields
 from prunelight.training.text_datamodule import TextDataModule
 
@@ -22,8 +24,8 @@ class CalibrationSettings:
     """What methods look at.
 
     Attributes:
-        calibration: source or sources of the windows that pruning looks at, see
-            `prunelight.data.sources.read_documents`.
+        calibration: source or sources of the windows that pruning looks at, or self, as of
+            `prunelight.training.text_datamodule.TextDataModule`.
         seq_len: tokens of a window.
         num_calibration: windows drawn, by the seed.
         text_field: the field of a row that holds its text.
@@ -48,15 +50,40 @@ class CalibrationSettings:
             text_field=NOT_EMPTY,
             seed=SEED,
         )
-        check_sources(self.calibration)
+        check_calibration(self.calibration)
 
-    def windows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    @property
+    def self_written(self) -> bool:
+        """Whether the dense model writes the windows."""
+        return is_self_written(self.calibration)
+
+    def stand_in(self) -> Windows:
+        """Return token ids in the shape of the windows."""
+        return torch.zeros(self.num_calibration, self.seq_len, dtype=torch.long)
+
+    def windows(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        place: torch.device,
+        *,
+        offload: bool = False,
+    ) -> Windows:
         """Return the windows, as a fit draws them.
 
+        Args:
+            model: the dense model. If it writes the windows, it is moved where it computes.
+            tokenizer: of the model.
+            place: where the model will compute.
+            offload: with one layer there at a time.
+
         Raises:
-            ValueError: if there is too little text, or the model cannot read the windows.
+            ValueError: if there is too little text, the model cannot read the windows, or it is to
+                write them with one layer on the device at a time.
         """
-        arguments: dict[str, Any] = asdict(self)
-        windows = TextDataModule(tokenizer, **arguments).calibration_windows()
+        check_length(model, self.seq_len)
+        module = TextDataModule(tokenizer, **asdict(self))
+        writer = move_if_it_fits(model, place, offload=offload) if self.self_written else None
+        windows = module.calibration_windows(writer)
         check_windows(model, windows)
         return windows

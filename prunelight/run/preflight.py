@@ -19,14 +19,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from prunelight.calibration.data_windows import (
+    are_self_written,
     calibration_windows_of,
     check_data,
     check_training_batch,
+    stand_in_windows,
 )
 from prunelight.calibration.shared_windows import share_windows
 from prunelight.calibration.windows import Windows, check_length, check_windows
 from prunelight.evaluation.report.writing import check_report_files
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.placement import move_if_it_fits
 from prunelight.models.saving import MARKER, check_replaceable
 from prunelight.planning.fingerprints import without_folders
 from prunelight.recovery.lora import check_targets
@@ -75,8 +78,14 @@ class Facts:
     @cached_property
     def windows(self) -> Windows:
         """The calibration windows, of which each process feeds its share."""
-        with self.run.phases.phase(DATA):
-            return share_windows(calibration_windows_of(self.run.place.data), self.run.place.group)
+        place = self.run.place
+        if not are_self_written(place.data):
+            with self.run.phases.phase(DATA):
+                return share_windows(calibration_windows_of(place.data), place.group)
+        model = move_if_it_fits(self.model, place.device)
+        with self.run.phases.phase("write calibration windows"):
+            write = partial(calibration_windows_of, place.data, model)
+            return share_windows(place.group.run_on_rank_zero(write), place.group)
 
     @cached_property
     def held_out(self) -> Windows:
@@ -450,9 +459,13 @@ def training_batches(facts: Facts) -> None:
 
 def calibration(facts: Facts) -> None:
     """The calibration windows fit the model, and suffice for each method."""
-    windows = facts.windows
+    place = facts.run.place
+    if are_self_written(place.data):  # which takes minutes
+        like_them = share_windows(stand_in_windows(place.data), place.group)
+        for method in facts.methods:
+            method.check_calibration(facts.model, like_them)
     for method in facts.methods:
-        method.check_calibration(facts.model, windows)
+        method.check_calibration(facts.model, facts.windows)
 
 
 def held_out(facts: Facts) -> None:

@@ -54,7 +54,7 @@ def windows_of_text(
             num_calibration=count,
             seed=seed,
         )
-        windows = module.calibration_windows()
+        windows = module.calibration_windows(model)
     except (ValueError, OSError) as error:
         raise type(error)(f"{argument}={text!r}: {error}") from error
     check_windows(model, windows)

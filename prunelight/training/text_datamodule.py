@@ -18,13 +18,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import constants
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunelight.calibration.self_written import (
+    check_self_alone,
+    is_self_written,
+    prefix_length,
+    prefix_source,
+    prefixes_for,
+    self_written_windows,
+)
 from prunelight.calibration.windows import Windows
 from prunelight.data.corpus_reading import characters_of
 from prunelight.data.document_rows import cut_document, pack_documents
@@ -43,7 +52,7 @@ from prunelight.data.token_windows import (
 )
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.loading import load_tokenizer
-from prunelight.planning.fingerprints import fingerprint_of
+from prunelight.planning.fingerprints import describe_windows, fingerprint_of, model_fingerprint
 from prunelight.runtime.arguments import NOT_EMPTY, SEED, at_least, checked
 from prunelight.training.resuming.resumable_loader import ResumableLoader
 from prunelight.training.trainer import pruning_methods
@@ -54,6 +63,8 @@ log_once = rank_zero_only(logging.getLogger(__name__).info)
 # input_ids and labels, and positions in a row of several documents: int32 (T,), which batches turn
 # into LongTensors
 Example = tuple[Tensor, ...]
+
+CALIBRATION = "calibration"
 
 # Calibration windows are drawn from so many times their number where a corpus is streamed, so that
 # other seeds draw other windows.
@@ -69,7 +80,10 @@ class TextDataModule(LightningDataModule):
         validation: the same, for validation and test. A mapping of names to sources takes several
             texts: the first is what a run watches and compares its stages on, each other one has
             figures of its own beside it.
-        calibration: the same, for the windows that pruning looks at.
+        calibration: the same, for the windows that pruning looks at; of several sources each
+            gives the same number. "self", or "self:SOURCE": the dense model writes them, each
+            behind 8 tokens of the source (`sample:calibration`), see
+            `prunelight.calibration.self_written`.
         seq_len: tokens of a text window, and the most of an instruction example.
         batch_size: examples per batch and process.
         num_calibration: windows (or instruction examples) drawn for calibration.
@@ -87,8 +101,8 @@ class TextDataModule(LightningDataModule):
         validation_seq_len: tokens of a validation window; None means `seq_len`.
 
     Raises:
-        ValueError: if a number is out of range, or a text's name cannot stand in the name of a
-            metric.
+        ValueError: if a number is out of range, a text's name cannot stand in the name of a
+            metric, or "self" stands beside other sources.
     """
 
     @checked(
@@ -132,6 +146,8 @@ class TextDataModule(LightningDataModule):
         if isinstance(validation, dict):
             check_texts(validation)
         bos_token_id(tokenizer, bos)  # raises now rather than after minutes of other work
+        check_self_alone(calibration)
+        self._calibration = calibration
         self.sources: dict[str, Sources] = {
             "train": train,
             "validation": validation,
@@ -172,7 +188,7 @@ class TextDataModule(LightningDataModule):
             return {}
         roles = self._roles_of_texts()
         if trainer.state.fn == "fit":
-            roles += ["train", *(["calibration"] if pruning_methods(trainer) else [])]
+            roles += ["train", *(self._calibration_roles() if pruning_methods(trainer) else [])]
         names = ("sources", "num_validation", "text_field", "bos", "packing")
         facts = {name: getattr(self, name) for name in names}
         lengths = {role: self.seq_len_of(role) for role in roles}
@@ -194,7 +210,8 @@ class TextDataModule(LightningDataModule):
         """Read and tokenise what the stage needs; what is there already is kept."""
         roles = {"fit": ("train", "validation"), "predict": ()}
         for role in roles.get(stage, (ROLE,)) if stage else self.sources:
-            for each in self._roles_of_texts() if role == ROLE else [role]:
+            several = {ROLE: self._roles_of_texts, CALIBRATION: self._calibration_roles}
+            for each in several[role]() if role in several else [role]:
                 self.examples(each)
 
     @property
@@ -207,11 +224,25 @@ class TextDataModule(LightningDataModule):
         """Return the role of each validation text: that of the first one is "validation"."""
         return [ROLE, *(role_of(name) for name in self.validation_names[1:])]
 
+    def _calibration_roles(self) -> list[str]:
+        """Return the role of each calibration source: "calibration" if there is one alone."""
+        sources = self._calibration
+        if isinstance(sources, str) or len(sources) == 1:
+            return [CALIBRATION]
+        return [f"{CALIBRATION}/{place}" for place in range(len(sources))]
+
+    @property
+    def self_written(self) -> bool:
+        """Whether the dense model writes the calibration windows."""
+        return is_self_written(self._calibration)
+
     def examples(self, role: str) -> list[Example]:
         """All examples of "train", "validation" or "calibration", read at the first call.
 
         Of several validation texts, "validation" is the first and "validation/NAME" another one.
-        Raises FileNotFoundError or ValueError if a source cannot be read or holds too few.
+        Of several calibration sources each is "calibration/PLACE". Where the model writes the
+        windows these are prefixes. Raises FileNotFoundError or ValueError if a source cannot be
+        read or holds too few.
         """
         if role not in self._examples:
             file = self._token_files().get(role)
@@ -226,23 +257,61 @@ class TextDataModule(LightningDataModule):
         own = {"calibration": self.calibration_seq_len, "validation": self.validation_seq_len}
         return own.get(_kind(role)) or self.seq_len
 
-    def calibration_windows(self) -> Windows:
-        """The windows for pruning: `num_calibration` of the calibration examples, drawn by `seed`.
+    def calibration_windows(self, model: PreTrainedModel | None = None) -> Windows:
+        """The `num_calibration` windows for pruning, drawn by `seed` from the calibration examples.
 
-        LongTensor (N, T) for text, T tokens of a window; for instructions a dict of input_ids and
-        attention_mask, (N, T). Raises ValueError if there are fewer calibration examples than
-        `num_calibration`.
+        Args:
+            model: the dense model, on the device where it writes; needed if it is to write them.
+
+        Returns:
+            LongTensor (N, T) for text, T tokens of a window; for instructions a dict of input_ids
+            and attention_mask, (N, T).
+
+        Raises:
+            ValueError: if a source holds too few examples, or the model is missing.
         """
-        examples = self.examples("calibration")
-        if self.num_calibration > len(examples):
+        if not self.self_written:
+            return self._drawn_windows(self.num_calibration)
+        if model is None:
             raise ValueError(
-                f"num_calibration={self.num_calibration} must be at most {len(examples)}, which "
-                f"calibration={self.sources['calibration']!r} holds at "
-                f"{self._told_seq_len('calibration')}; "
-                "give more text, or lower num_calibration or seq_len"
+                f"calibration={self._calibration!r} needs the dense model, which writes "
+                "the windows; call calibration_windows(model)"
             )
-        drawn = sample_indices(len(examples), self.num_calibration, seed=self.seed)
-        windows = self._windows([examples[i] for i in drawn])
+        prefixes = self._drawn_windows(prefixes_for(self.num_calibration))
+        if not isinstance(prefixes, Tensor):
+            raise ValueError(
+                f"calibration={self._calibration!r} takes prefixes of text, and the source "
+                "holds instructions; name a text"
+            )
+        seq_len = self.seq_len_of(CALIBRATION)
+        facts = describe_windows(prefixes) | {"seq_len": seq_len, "seed": self.seed}
+        place = fingerprint_of(model_fingerprint(model), str(model.dtype), model.device.type, facts)
+        kept = Path(constants.HF_HOME) / "prunelight" / "self-written" / place
+        return self_written_windows(
+            model, prefixes, seq_len, self.num_calibration, kept, seed=self.seed
+        )
+
+    def _drawn_windows(self, count: int) -> Windows:
+        """Return `count` calibration examples, as many of each source, as windows."""
+        roles, drawn = self._calibration_roles(), list[Example]()
+        if count < len(roles):
+            raise ValueError(
+                f"num_calibration={count} must be at least {len(roles)}: each source gives a window"
+            )
+        for place, role in enumerate(roles):
+            examples = self.examples(role)
+            share = count // len(roles) + (place < count % len(roles))
+            if share > len(examples):
+                raise ValueError(
+                    f"num_calibration={self.num_calibration} takes {share} examples of "
+                    f"calibration={self._sources_of(role)!r}, which holds {len(examples)} at "
+                    f"{self._told_seq_len(CALIBRATION)}; "
+                    "give more text, or lower num_calibration or seq_len"
+                )
+            drawn += [examples[i] for i in sample_indices(len(examples), share, seed=self.seed)]
+        if len(roles) > 1:  # any part of them, such as those that healing holds out, is mixed
+            drawn = [drawn[i] for i in sample_indices(count, count, seed=self.seed)]
+        windows = self._windows(drawn)
         if isinstance(windows, dict):
             del windows["labels"]
         return windows
@@ -386,6 +455,10 @@ class TextDataModule(LightningDataModule):
         return examples[:wanted]
 
     def _sources_of(self, role: str) -> str | list[str]:
+        if role == CALIBRATION:
+            return prefix_source(self._calibration) if self.self_written else self._calibration
+        if _kind(role) == CALIBRATION:
+            return self._calibration[int(role.rpartition("/")[2])]
         sources = self.sources[_kind(role)]
         if isinstance(sources, dict):
             return sources[role.removeprefix(f"{ROLE}/") if role != ROLE else next(iter(sources))]
@@ -394,7 +467,7 @@ class TextDataModule(LightningDataModule):
     def _enough(self, role: str) -> int | None:
         """Return the characters after which a streamed source may end; None if nobody knows."""
         windows = None
-        if role == "calibration":
+        if _kind(role) == CALIBRATION:
             windows = DRAWN_FROM * self.num_calibration
         elif _kind(role) == ROLE:
             windows = self.num_validation
@@ -410,6 +483,8 @@ class TextDataModule(LightningDataModule):
         stream = tokenize_documents(self.tokenizer, texts)
         bos = bos_token_id(self.tokenizer, self.bos)
         seq_len = self.seq_len_of(role)
+        if role == CALIBRATION and self.self_written:
+            seq_len = prefix_length(seq_len) + (bos is not None)
         windows = pack_windows(stream, seq_len, bos_token_id=bos)
         tail = len(stream) - len(windows) * (seq_len - (bos is not None))
         log_once(f"{role}: {len(stream)} tokens -> {len(windows)} windows, tail of {tail} dropped")

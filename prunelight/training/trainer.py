@@ -95,9 +95,10 @@ class Trainer(pl.Trainer):
         root = Path(self.default_root_dir)
         check_report_files(root)
         model.run.hold_directory()
+        on_device = to_device(model.run.load_model(), self.strategy.root_device)
         analysis = analyze(
-            to_device(model.run.load_model(), self.strategy.root_device),
-            calibration_windows_of(datamodule),
+            on_device,
+            calibration_windows_of(datamodule, on_device),
             kernel=kernel,
             ignore_first_tokens=ignore_first_tokens,
         )

@@ -200,6 +200,7 @@ def test_a_bad_recovery_is_refused(recovery, message, tmp_path):
         "compare_recovery.yaml",
         "compare_healing.yaml",
         "compare_budget.yaml",
+        "compare_calibration.yaml",
         "owl_m_sweep.yaml",
     ],
 )

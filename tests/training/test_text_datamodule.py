@@ -64,6 +64,22 @@ def test_calibration_needs_no_setup_and_equals_the_function():
     assert not torch.equal(make_data(num_calibration=6, seed=6).calibration_windows(), expected)
 
 
+def test_each_of_several_calibration_sources_gives_the_same_number(tmp_path):
+    (tmp_path / "short.txt").write_text("Of few words only. " * 200, encoding="utf-8")
+    sources = ["sample:calibration", str(tmp_path / "short.txt")]
+    data = make_data(calibration=sources, num_calibration=9, seed=5)
+    windows = [tuple(window.tolist()) for window in data.calibration_windows()]
+    of_each = [make_data(calibration=one).examples("calibration") for one in sources]
+    parts = [{tuple(example[0].tolist()) for example in examples} for examples in of_each]
+    assert [sum(window in part for window in windows) for part in parts] == [5, 4]
+    assert [window in parts[0] for window in windows] != [True] * 5 + [False] * 4
+    assert len(set(windows)) == 9
+    with pytest.raises(ValueError, match=r"takes 49 examples of calibration='.*short.txt'"):
+        make_data(calibration=sources, num_calibration=98).calibration_windows()
+    with pytest.raises(ValueError, match="num_calibration=1 must be at least 2: each source"):
+        make_data(calibration=sources, num_calibration=1).calibration_windows()
+
+
 def test_the_default_samples_fill_the_default_windows():
     data = make_data(seq_len=512)
     data.setup()
@@ -242,7 +258,7 @@ def test_a_source_too_short_for_one_window_is_named(tmp_path):
 def test_too_few_calibration_windows_are_named():
     with pytest.raises(
         ValueError,
-        match=r"num_calibration=9999 must be at most \d+, which calibration='sample",
+        match=r"num_calibration=9999 takes 9999 examples of calibration='sample.* holds \d+ at",
     ):
         make_data(num_calibration=9999).calibration_windows()
 

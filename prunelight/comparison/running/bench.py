@@ -93,7 +93,7 @@ class Bench:
         if seed not in self._calibration:
             data = self.settings.data
             module = TextDataModule(self.tokenizer, seed=seed, **data_arguments(data))
-            windows = module.calibration_windows()
+            windows = module.calibration_windows(self.dense)
             check_readable(self.dense, windows)
             self._calibration[seed] = windows
         return self._calibration[seed]

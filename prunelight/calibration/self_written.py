@@ -1,0 +1,190 @@
+"""Calibration windows that the dense model writes: it continues short prefixes of a text.
+
+Ji et al., Beware of Calibration Data for Pruning Large Language Models (ICLR 2025,
+arXiv:2410.17711): pruning wants text like that of the pre-training, which few have; what the model
+writes is like it. Of what it wrote the windows with the highest perplexity are dropped.
+
+Each batch is kept in a file when it is written. So all commands and starts that ask for the same
+windows get the same, and a killed one loses one batch.
+"""
+
+# N windows written, n windows kept, P tokens of a prefix, T tokens of a window
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from prunelight.losses import next_token_sums
+from prunelight.models.forward import evaluating
+from prunelight.models.placement import is_streamed
+from prunelight.runtime.files.atomic_files import atomic_replacement, explaining_write_errors
+from prunelight.runtime.progress import Bar
+
+_WORD = "self"  # the source that stands for the model
+_PREFIX_TOKENS = 8
+_WRITTEN = 1.25  # windows written for each that is kept
+_TOKENS_AT_ONCE = 16384
+_TOP_K = 50
+
+
+def is_self_written(calibration: str | list[str]) -> bool:
+    """Return whether calibration sources say that the model writes the windows."""
+    return all(_is_self(source) for source in _listed(calibration))
+
+
+def prefix_source(calibration: str | list[str]) -> str:
+    """Return the source of the prefixes that "self" or "self:SOURCE" continues."""
+    (source,) = _listed(calibration)
+    return source.partition(":")[2] or "sample:calibration"
+
+
+def check_self_alone(calibration: str | list[str]) -> None:
+    """Check that the model writes all calibration windows, or none.
+
+    Raises:
+        ValueError: if "self" stands beside other sources.
+    """
+    sources = _listed(calibration)
+    for source in sources if len(sources) > 1 else ():
+        if _is_self(source):
+            raise ValueError(
+                f"calibration: {source!r} must stand alone; self:SOURCE continues prefixes of a "
+                "text of yours"
+            )
+
+
+def _is_self(source: str) -> bool:
+    return source.partition(":")[0] == _WORD
+
+
+def _listed(sources: str | list[str]) -> list[str]:
+    return [sources] if isinstance(sources, str) else [*sources]
+
+
+def prefix_length(seq_len: int) -> int:
+    """Return the tokens of a prefix of windows of `seq_len`: 8, or half of a shorter window."""
+    return max(1, min(_PREFIX_TOKENS, seq_len // 2))
+
+
+def prefixes_for(count: int) -> int:
+    """Return how many prefixes `count` windows need: a fifth of what is written is dropped."""
+    return math.ceil(_WRITTEN * count)
+
+
+def self_written_windows(
+    model: PreTrainedModel,
+    prefixes: Tensor,
+    seq_len: int,
+    count: int,
+    kept: Path,
+    *,
+    seed: int = 0,
+) -> Tensor:
+    """Return windows that a model writes, those of the lowest perplexity, in order of the prefixes.
+
+    Tokens are drawn at temperature 1 from the 50 most probable; no text ends early.
+
+    Args:
+        model: the dense model, on the device where it writes.
+        prefixes: token ids, LongTensor (N, P).
+        seq_len: T, tokens of a window with its prefix.
+        count: n, windows that are returned, at most N.
+        kept: directory for what this model has written behind these prefixes, at this length and
+            with this seed; what lies there is taken.
+        seed: of the draws; the global random state is left as it was.
+
+    Returns:
+        LongTensor (n, T) on the CPU.
+
+    Raises:
+        ValueError: if the model does not fit on its device, and every token would move its layers.
+        OSError: if the windows cannot be kept.
+    """
+    if is_streamed(model):
+        raise ValueError(
+            f"calibration={_WORD!r}: the layers of this model go to the device one at a time, and "
+            "would do so for each token it writes; calibrate on a text, or take a device that "
+            "holds the model"
+        )
+    batches = prefixes.split(max(1, _TOKENS_AT_ONCE // seq_len))
+    parts, written = [], seq_len - prefixes.shape[1]
+    with Bar("the model writes windows", len(batches) * written, unit="tokens each") as bar:
+        for number, batch in enumerate(batches):
+            file = kept / f"{number}.safetensors"
+            if file.is_file():
+                bar.update(written)
+            else:
+                part = _written(model, batch, written, seed + (number << 32), bar)
+                _keep(part, file)
+            parts.append(load_file(file))
+    windows, nll = (torch.cat([part[name] for part in parts]) for name in ("windows", "nll"))
+    best = nll.argsort(stable=True)[:count].sort().values
+    return windows[best].long()
+
+
+def _keep(part: dict[str, Tensor], file: Path) -> None:
+    with explaining_write_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_replacement(file) as temporary:
+            save_file(part, temporary)
+
+
+def _written(
+    model: PreTrainedModel, prefixes: Tensor, count: int, seed: int, bar: Bar
+) -> dict[str, Tensor]:
+    """Return windows, int32 (N, T), and the mean nll of their tokens in nats, float64 (N,)."""
+    ids = prefixes.to(model.device)
+    with evaluating(model), _seeded(seed, model.device):
+        windows: Tensor = model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=1.0,
+            top_k=_TOP_K,
+            top_p=1.0,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            use_cache=True,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            pad_token_id=0,
+            streamer=_Counting(bar),
+        )
+        rows = [next_token_sums(model(row).logits, row) for row in windows.split(1)]
+    nll = torch.stack([nats / tokens for nats, _, tokens in rows])
+    return {"windows": windows.int().cpu(), "nll": nll}
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Let the random numbers of the CPU and of a device begin anew, and go on afterwards."""
+    others = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Counting(BaseStreamer):
+    """Counts tokens of a batch as they are written: first come the prompts, then one each."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar, self._prompts_seen = bar, False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompts, or the next token of each row."""
+        if self._prompts_seen:
+            self._bar.update()
+        self._prompts_seen = True
+
+    def end(self) -> None:
+        """Nothing is left to count."""
