@@ -34,7 +34,7 @@ from prunelight.run.start import start
 from prunelight.run.strategies import Place
 from prunelight.training.own_module import prune_after_setup
 from prunelight.training.recovery_module import RecoveryModule
-from prunelight.training.resuming.exact_resume import use_safe_files
+from prunelight.training.resuming.checkpoint_io import use_safe_files
 from prunelight.training.trainer import pruning_methods
 
 log = logging.getLogger(__name__)

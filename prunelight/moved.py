@@ -245,7 +245,8 @@ MOVED: dict[str, dict[str, str]] = {
         "evaluation.report.report": "summary_table write_report",
     },
     "resume": {
-        "training.resuming.exact_resume": "AtomicCheckpointIO KEY seed_batch write_atomically",
+        "training.resuming.checkpoint_io": "AtomicCheckpointIO write_atomically",
+        "training.resuming.exact_resume": "KEY seed_batch",
         "training.resuming.run_identity": "VOLATILE describe_run",
     },
     "retraining": {

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prunelight.run.strategies import group_of_run
 from prunelight.runtime.arguments import NOT_EMPTY, at_least, checked
-from prunelight.training.resuming.exact_resume import removals_of
+from prunelight.training.resuming.checkpoint_io import carry_out_removals, removals_of
 from prunelight.training.resuming.kept_checkpoints import ResumePoint, directory_of
 
 log = logging.getLogger(__name__)
@@ -189,8 +189,7 @@ class RecoveryCheckpoint(ResumePoint):
     def _save(self, trainer: Trainer) -> None:
         if not getattr(trainer, "fast_dev_run", False):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-            if trainer.is_global_zero and (removals := removals_of(trainer)) is not None:
-                removals.carry_out()
+            carry_out_removals(trainer)
 
     @property
     def state_key(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from prunelight.run.strategies import FSDP2Strategy, group_of_run
 from prunelight.runtime.processes import ProcessGroup
 from prunelight.training.curves import TrainingCurves
 from prunelight.training.finite_training import FiniteTraining, loss_of
+from prunelight.training.resuming.checkpoint_io import finish_writing
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ class RecoveryWatch(Callback):
         """Warn of overfitting, and take over the best weights, on every rank, before the merge."""
         if not isinstance(pl_module, WatchedModule):
             return
+        self._group.run_on_rank_zero(partial(finish_writing, trainer))
         sentence = overfitting(self.history)
         if sentence is not None:
             pl_module.run.warn(sentence)

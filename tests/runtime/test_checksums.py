@@ -23,7 +23,7 @@ from prunelight.runtime.files.checksums import (
     sealed,
     unsealed,
 )
-from prunelight.training.resuming.exact_resume import AtomicCheckpointIO
+from prunelight.training.resuming.checkpoint_io import AtomicCheckpointIO
 
 TIMES = 40  # damages of each kind of file
 

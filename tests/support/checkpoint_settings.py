@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from runs import make_data, make_module
 from safetensors.torch import load_file
 
@@ -36,6 +37,7 @@ CHOICES: dict[str, list[Any]] = {
     "accumulate": [1, 2],
     "max_steps": [None, 9],  # instead of epochs
     "first": [True, False],  # the resume point stands before the others
+    "background": [False, True],  # files are written by a thread
 }
 HOOKS = (
     "on_train_start",
@@ -126,6 +128,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=root,
+        plugins=[AsyncCheckpointIO()] if settings["background"] else None,
         callbacks=[*callbacks, ShortGPT(num_layers=2), stop],
     )
     module = make_module(

@@ -33,11 +33,8 @@ from prunelight.run.strategies import FSDP2Strategy
 from prunelight.runtime.files.atomic_files import ENDING
 from prunelight.runtime.files.checkpoint_files import check_checkpoint_path
 from prunelight.runtime.processes import ProcessGroup
-from prunelight.training.resuming.exact_resume import (
-    AtomicCheckpointIO,
-    inexact_resume,
-    seed_batch,
-)
+from prunelight.training.resuming.checkpoint_io import AtomicCheckpointIO
+from prunelight.training.resuming.exact_resume import inexact_resume, seed_batch
 from prunelight.training.trainer import Trainer
 
 DROPOUT = {"lora": LoRA(dropout=0.2), "warmup_steps": 2}

@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from prunelight.models.saving import MARKER
 from prunelight.planning.fingerprints import fingerprint_of
@@ -42,21 +40,19 @@ from prunelight.run.measurements import TRAINING, training_cost
 from prunelight.run.preflight import refuse_finished
 from prunelight.run.run_state import Run
 from prunelight.runtime.files.atomic_files import (
-    atomic_replacement,
-    explaining_write_errors,
     newest_checkpoint,
-    remove_temporaries,
 )
 from prunelight.runtime.files.checkpoint_files import read_checkpoint
-from prunelight.runtime.files.checksums import ChecksumWriter
-from prunelight.runtime.measuring import Measurement, Phases
+from prunelight.runtime.measuring import Measurement
+from prunelight.training.resuming.checkpoint_io import (
+    finish_writing,
+    removals_of,
+    use_safe_files,
+    write_atomically,
+)
 from prunelight.training.resuming.kept_checkpoints import (
-    DelayedRemovals,
     check_resume_point,
     counters,
-    directory_of,
-    find_resume_point,
-    keepers,
     resume_file,
     retire_resume_point,
     reuse_own_files,
@@ -73,58 +69,6 @@ from prunelight.training.resuming.run_identity import (
 )
 
 log = logging.getLogger(__name__)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written whole or not at all, and read without unpickling.
-
-    Args:
-        phases: of the run, to which the time for checkpoints is added.
-
-    Attributes:
-        removals: where removed files wait until the resume point is written; None: at once.
-    """
-
-    removals: DelayedRemovals | None = None
-
-    def __init__(self, phases: Phases | None = None) -> None:
-        self.phases = phases or Phases()
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        """Write beside the final name, flush to disk, rename.
-
-        Raises:
-            OSError: if it cannot be written; names the reason and the checkpoint that is intact.
-        """
-        if "://" in str(path):  # not a file of this machine
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        path = Path(path)
-        writing = explaining_write_errors(path, newest_checkpoint(path.parent))
-        with self.phases.phase("write checkpoints"), writing:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_replacement(path) as temporary, temporary.open("wb") as file:
-                writer: Any = ChecksumWriter(file)
-                torch.save(checkpoint, writer)
-                writer.end()
-        if self.removals is not None:
-            self.removals.keep(path)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a file, once the resume point does not name it."""
-        if self.removals is None or "://" in str(path):
-            super().remove_checkpoint(path)
-        else:
-            self.removals.add(path)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read tensors and plain data, whatever `weights_only` is; see `read_checkpoint`."""
-        with self.phases.phase("read a checkpoint"):
-            return read_checkpoint(path, map_location)
 
 
 class ExactResume(Callback):
@@ -160,7 +104,8 @@ class ExactResume(Callback):
             if trainer.ckpt_path is None:  # else what reads the checkpoint tells more
                 check_resume_point(trainer, lambda path: METADATA in _read(path))
             write_atomically(trainer, self.run.phases)
-            reuse_own_files(trainer, partial(self._is_ours, trainer))
+            finish = partial(finish_writing, trainer)
+            reuse_own_files(trainer, partial(self._is_ours, trainer), finish)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the settings that it starts with; start to measure the training, or go on."""
@@ -352,36 +297,6 @@ def read_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def use_safe_files(trainer: Trainer) -> None:
-    """Let a trainer write checkpoints whole or not at all, and read them without running code.
-
-    A trainer that was given its own way of writing keeps it; Lightning's asynchronous one then
-    writes and reads by ours.
-    """
-    strategy = trainer.strategy
-    files = strategy.checkpoint_io
-    if type(files) is TorchCheckpointIO:
-        strategy.checkpoint_io = AtomicCheckpointIO()
-    elif type(files) is AsyncCheckpointIO and type(files.checkpoint_io) is TorchCheckpointIO:
-        strategy.checkpoint_io = AsyncCheckpointIO(AtomicCheckpointIO())
-
-
-def write_atomically(trainer: Trainer, phases: Phases) -> None:
-    """Let a trainer write checkpoints whole or not at all, unless it was given its own way.
-
-    Also removes what a killed process left half-written.
-    """
-    use_safe_files(trainer)
-    files = trainer.strategy.checkpoint_io
-    if isinstance(files, AtomicCheckpointIO):
-        files.phases = phases
-        files.removals = DelayedRemovals() if find_resume_point(trainer) else None
-    if trainer.is_global_zero:
-        root = Path(trainer.default_root_dir)
-        kept = {Path(str(keeper.dirpath)) for keeper in keepers(trainer)}
-        remove_temporaries({root, directory_of(trainer), *root.glob("pruned-*"), *kept})
-
-
 def rewind_to_last_batch(loop: dict[str, Any]) -> None:
     """Turn the counts of a run saved at the end of an epoch into those after its last batch.
 
@@ -397,12 +312,6 @@ def rewind_to_last_batch(loop: dict[str, Any]) -> None:
         epochs[count]["processed"] -= 1
         batches[count]["completed"] -= 1
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-
-
-def removals_of(trainer: Trainer) -> DelayedRemovals | None:
-    """Return the files that wait to be removed; None where they are removed at once."""
-    files = trainer.strategy.checkpoint_io
-    return files.removals if isinstance(files, AtomicCheckpointIO) else None
 
 
 def seed_batch(seed: int, *position: int) -> None:

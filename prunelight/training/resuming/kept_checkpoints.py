@@ -130,7 +130,9 @@ def settle(trainer: Trainer) -> None:
             )
 
 
-def reuse_own_files(trainer: Trainer, is_ours: Callable[[Path], bool]) -> None:
+def reuse_own_files(
+    trainer: Trainer, is_ours: Callable[[Path], bool], finish: Callable[[], None]
+) -> None:
     """Let ModelCheckpoints write over what this run wrote before it was killed, in place.
 
     A killed run may leave files that its resume point does not know. Lightning would keep them and
@@ -139,19 +141,22 @@ def reuse_own_files(trainer: Trainer, is_ours: Callable[[Path], bool]) -> None:
     Args:
         trainer: of the run.
         is_ours: whether a checkpoint on disk is of this run.
+        finish: waits until all that this process writes is on disk.
     """
     for keeper in keepers(trainer):
         exists = type(keeper).file_exists.__get__(keeper)
-        vars(keeper)["file_exists"] = partial(_is_taken, exists, is_ours)
+        vars(keeper)["file_exists"] = partial(_is_taken, exists, is_ours, finish)
 
 
 def _is_taken(
     exists: Callable[[Any, Trainer], bool],
     is_ours: Callable[[Path], bool],
+    finish: Callable[[], None],
     path: Any,
     trainer: Trainer,
 ) -> bool:
     """Return, on all processes, whether a name is that of a file that must stay."""
+    finish()
     if not exists(path, trainer):
         return False
     known = any(str(path) in _files(keeper) for keeper in keepers(trainer))
@@ -280,11 +285,10 @@ class DelayedRemovals:
         """Do not remove a file that is written again."""
         self.waiting = [other for other in self.waiting if other != str(path)]
 
-    def carry_out(self) -> None:
-        """Remove the files now."""
-        for path in self.waiting:
-            Path(path).unlink(missing_ok=True)
-        self.waiting = []
+    def taken(self) -> list[str]:
+        """Return the files, to be removed now; none waits any more."""
+        paths, self.waiting = self.waiting, []
+        return paths
 
     def take_over(self, paths: Iterable[str], trainer: Trainer) -> None:
         """Go on with what an earlier start had no time to remove."""
