@@ -12,12 +12,14 @@ windows get the same, and a killed one loses one batch.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,6 +30,8 @@ from prunelight.models.forward import evaluating
 from prunelight.models.placement import is_streamed
 from prunelight.runtime.files.atomic_files import atomic_replacement, explaining_write_errors
 from prunelight.runtime.progress import Bar
+
+log = logging.getLogger(__name__)
 
 _WORD = "self"  # the source that stands for the model
 _PREFIX_TOKENS = 8
@@ -89,7 +93,7 @@ def self_written_windows(
     *,
     seed: int = 0,
 ) -> Tensor:
-    """Return windows that a model writes, those of the lowest perplexity, in order of the prefixes.
+    """Return windows that a model writes, those of lowest perplexity, in the order of the prefixes.
 
     Tokens are drawn at temperature 1 from the 50 most probable; no text ends early.
 
@@ -120,15 +124,27 @@ def self_written_windows(
     with Bar("the model writes windows", len(batches) * written, unit="tokens each") as bar:
         for number, batch in enumerate(batches):
             file = kept / f"{number}.safetensors"
-            if file.is_file():
-                bar.update(written)
-            else:
+            part = _read(file)
+            if part is None:
                 part = _written(model, batch, written, seed + (number << 32), bar)
                 _keep(part, file)
-            parts.append(load_file(file))
+            else:
+                bar.update(written)
+            parts.append(part)
     windows, nll = (torch.cat([part[name] for part in parts]) for name in ("windows", "nll"))
     best = nll.argsort(stable=True)[:count].sort().values
     return windows[best].long()
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    """Return what was kept; None if it is not there, or damaged."""
+    if not file.is_file():
+        return None
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        log.warning("%s is damaged (%s): the model writes these windows again", file, error)
+        return None
 
 
 def _keep(part: dict[str, Tensor], file: Path) -> None:

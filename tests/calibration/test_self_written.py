@@ -87,7 +87,7 @@ def test_another_seed_model_prefix_or_length_has_windows_of_its_own(tmp_path, ge
     assert len(generations) == len(given) + 1
 
 
-def test_a_killed_writing_loses_one_batch(generations, kept, monkeypatch):
+def test_a_killed_writing_loses_one_batch(generations, kept, monkeypatch, caplog):
     monkeypatch.setattr(self_written, "_TOKENS_AT_ONCE", 32)  # two windows
     model, prefixes = tiny_model(), token_windows(6, 4)
     whole = self_written_windows(model, prefixes, 16, 6, kept)
@@ -96,6 +96,10 @@ def test_a_killed_writing_loses_one_batch(generations, kept, monkeypatch):
     generations.clear()
     assert torch.equal(self_written_windows(model, prefixes, 16, 6, kept), whole)
     assert len(generations) == 2
+    files(kept)[0].write_bytes(files(kept)[0].read_bytes()[:-9])
+    assert torch.equal(self_written_windows(model, prefixes, 16, 6, kept), whole)
+    assert len(generations) == 3
+    assert "0.safetensors is damaged" in caplog.text
 
 
 def test_a_streamed_model_is_refused(kept):
