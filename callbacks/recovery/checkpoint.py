@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -24,7 +25,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prunelight.run.strategies import group_of_run
 from prunelight.runtime.arguments import NOT_EMPTY, at_least, checked
-from prunelight.training.resuming.checkpoint_io import carry_out_removals, removals_of
+from prunelight.training.resuming.checkpoint_io import (
+    carry_out_removals,
+    finish_writing,
+    removals_of,
+)
 from prunelight.training.resuming.kept_checkpoints import ResumePoint, directory_of
 
 log = logging.getLogger(__name__)
@@ -143,6 +148,7 @@ class RecoveryCheckpoint(ResumePoint):
         self._restore_handler()
         self._save(trainer)
         group = group_of_run(trainer)
+        group.run_on_rank_zero(partial(finish_writing, trainer))
         if group.any(self._interrupted):  # in its last step
             raise KeyboardInterrupt
         if group.any(self._terminated):

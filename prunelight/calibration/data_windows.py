@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
 from prunelight.losses import IGNORED_LABEL
+from prunelight.models.families.config_fields import vocabulary_size
 
 NUM_CALIBRATION = 128  # windows that SparseGPT, Wanda and DLP use
 
@@ -53,9 +54,10 @@ def are_self_written(data: Any) -> bool:
     return bool(getattr(data, "self_written", False))
 
 
-def stand_in_windows(data: Any) -> Tensor:
-    """Return token ids (N, T) in the shape of windows that the model has not written yet."""
-    return torch.zeros(data.num_calibration, data.seq_len_of("calibration"), dtype=torch.long)
+def stand_in_windows(model: PreTrainedModel, count: int, seq_len: int) -> Tensor:
+    """Return token ids (count, seq_len) in the shape of windows that the model is to write."""
+    ids = torch.arange(count * seq_len) % vocabulary_size(model)
+    return ids.view(count, seq_len)
 
 
 def calibration_windows_of(data: Any, model: PreTrainedModel | None = None) -> Windows:

@@ -12,31 +12,38 @@ windows get the same, and a killed one loses one batch.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from prunelight.calibration.windows import check_readable
 from prunelight.losses import next_token_sums
 from prunelight.models.forward import evaluating
 from prunelight.models.placement import is_streamed
-from prunelight.runtime.files.atomic_files import atomic_replacement, explaining_write_errors
+from prunelight.runtime.files.atomic_files import check_writable, explaining_write_errors
 from prunelight.runtime.progress import Bar
 
 log = logging.getLogger(__name__)
 
+FORMAT = 1  # of how windows are written; another one writes them anew
 _WORD = "self"  # the source that stands for the model
 _PREFIX_TOKENS = 8
+_SHORTEST = 4  # tokens of a window: a prefix is cut from a text, which takes two
 _WRITTEN = 1.25  # windows written for each that is kept
-_TOKENS_AT_ONCE = 16384
+_TOKENS_AT_ONCE = 8192  # the cache of a 7B model in 16 bits without grouped heads then takes 4 GB
 _TOP_K = 50
 
 
@@ -51,19 +58,21 @@ def prefix_source(calibration: str | list[str]) -> str:
     return source.partition(":")[2] or "sample:calibration"
 
 
-def check_self_alone(calibration: str | list[str]) -> None:
-    """Check that the model writes all calibration windows, or none.
+def check_calibration_sources(calibration: str | list[str]) -> None:
+    """Check that calibration sources go together.
 
     Raises:
-        ValueError: if "self" stands beside other sources.
+        ValueError: if "self" stands beside other sources, or a source is named twice.
     """
     sources = _listed(calibration)
-    for source in sources if len(sources) > 1 else ():
+    for place, source in enumerate(sources if len(sources) > 1 else ()):
         if _is_self(source):
             raise ValueError(
                 f"calibration: {source!r} must stand alone; self:SOURCE continues prefixes of a "
                 "text of yours"
             )
+        if source in sources[:place]:
+            raise ValueError(f"calibration names {source!r} twice; name each source once")
 
 
 def _is_self(source: str) -> bool:
@@ -75,8 +84,16 @@ def _listed(sources: str | list[str]) -> list[str]:
 
 
 def prefix_length(seq_len: int) -> int:
-    """Return the tokens of a prefix of windows of `seq_len`: 8, or half of a shorter window."""
-    return max(1, min(_PREFIX_TOKENS, seq_len // 2))
+    """Return the tokens of a prefix of windows of `seq_len`: 8, or half of a shorter window.
+
+    Raises:
+        ValueError: if a window would be too short for a prefix that text can be cut into.
+    """
+    if seq_len < _SHORTEST:
+        raise ValueError(
+            f"seq_len={seq_len} must be at least {_SHORTEST} where calibration={_WORD!r}"
+        )
+    return min(_PREFIX_TOKENS, seq_len // 2)
 
 
 def prefixes_for(count: int) -> int:
@@ -89,7 +106,7 @@ def self_written_windows(
     prefixes: Tensor,
     seq_len: int,
     count: int,
-    kept: Path,
+    directory: Path,
     *,
     seed: int = 0,
 ) -> Tensor:
@@ -102,38 +119,51 @@ def self_written_windows(
         prefixes: token ids, LongTensor (N, P).
         seq_len: T, tokens of a window with its prefix.
         count: n, windows that are returned, at most N.
-        kept: directory for what this model has written behind these prefixes, at this length and
-            with this seed; what lies there is taken.
+        directory: for what this model writes behind these prefixes, at this length and with this
+            seed; what lies there is taken.
         seed: of the draws; the global random state is left as it was.
 
     Returns:
         LongTensor (n, T) on the CPU.
 
     Raises:
-        ValueError: if the model does not fit on its device, and every token would move its layers.
+        ValueError: if the model cannot read windows of this length, or does not fit on its device,
+            so that every token would move its layers.
         OSError: if the windows cannot be kept.
     """
-    if is_streamed(model):
-        raise ValueError(
-            f"calibration={_WORD!r}: the layers of this model go to the device one at a time, and "
-            "would do so for each token it writes; calibrate on a text, or take a device that "
-            "holds the model"
-        )
     batches = prefixes.split(max(1, _TOKENS_AT_ONCE // seq_len))
     parts, written = [], seq_len - prefixes.shape[1]
     with Bar("the model writes windows", len(batches) * written, unit="tokens each") as bar:
         for number, batch in enumerate(batches):
-            file = kept / f"{number}.safetensors"
+            file = directory / f"{number}.safetensors"
             part = _read(file)
             if part is None:
-                part = _written(model, batch, written, seed + (number << 32), bar)
-                _keep(part, file)
+                _check_writing(model, batch, seq_len, directory)
+                part = _written(model, batch, written, _seed_of(seed, number), bar)
+                part = _keep(part, file)
             else:
                 bar.update(written)
             parts.append(part)
     windows, nll = (torch.cat([part[name] for part in parts]) for name in ("windows", "nll"))
     best = nll.argsort(stable=True)[:count].sort().values
     return windows[best].long()
+
+
+def _check_writing(model: PreTrainedModel, prefixes: Tensor, seq_len: int, directory: Path) -> None:
+    if is_streamed(model):
+        raise ValueError(
+            f"calibration={_WORD!r}: the layers of this model go to the device one at a time, and "
+            "would do so for each token it writes; calibrate on a text, or take a device that "
+            "holds the model"
+        )
+    check_readable(model, prefixes[:1].repeat(1, seq_len)[:, :seq_len])
+    try:
+        check_writable(directory)
+    except OSError as error:
+        raise OSError(
+            f"calibration={_WORD!r} keeps what the model writes in {directory}: {error}; set the "
+            "environment variable HF_HOME to a directory that can be written"
+        ) from error
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:
@@ -144,14 +174,19 @@ def _read(file: Path) -> dict[str, Tensor] | None:
         return load_file(file)
     except SafetensorError as error:
         log.warning("%s is damaged (%s): the model writes these windows again", file, error)
+        file.unlink(missing_ok=True)
         return None
 
 
-def _keep(part: dict[str, Tensor], file: Path) -> None:
+def _keep(part: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Keep what was written, and return it; or what another process kept before."""
     with explaining_write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_replacement(file) as temporary:
-            save_file(part, temporary)
+        with TemporaryDirectory(dir=file.parent) as beside:
+            save_file(part, Path(beside, file.name))
+            with suppress(FileExistsError):  # the first of several processes wins
+                os.link(Path(beside, file.name), file)
+    return _read(file) or part
 
 
 def _written(
@@ -159,17 +194,12 @@ def _written(
 ) -> dict[str, Tensor]:
     """Return windows, int32 (N, T), and the mean nll of their tokens in nats, float64 (N,)."""
     ids = prefixes.to(model.device)
-    with evaluating(model), _seeded(seed, model.device):
+    with evaluating(model), _drawing_plainly(model), _seeded(seed, model.device):
         windows: Tensor = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=True,
-            temperature=1.0,
             top_k=_TOP_K,
-            top_p=1.0,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
             use_cache=True,
             min_new_tokens=count,
             max_new_tokens=count,
@@ -179,6 +209,22 @@ def _written(
         rows = [next_token_sums(model(row).logits, row) for row in windows.split(1)]
     nll = torch.stack([nats / tokens for nats, _, tokens in rows])
     return {"windows": windows.int().cpu(), "nll": nll}
+
+
+@contextmanager
+def _drawing_plainly(model: PreTrainedModel) -> Iterator[None]:
+    """Leave out what a model's own settings of generation change in its probabilities."""
+    own: Any = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """Return a seed of each batch: of a seed torch's generator on CPUs reads 32 bits alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "little")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from prunelight.calibration.self_written import is_self_written, prefix_source
 from prunelight.comparison.amounts.matching import (
     Outlines,
     Rung,
@@ -131,7 +132,8 @@ def start_key(settings: ComparisonSettings) -> str:
             del values[name]
     data = settings.data
     given = [data.calibration] if isinstance(data.calibration, str) else data.calibration
-    sources = [*given, *data.texts.values()]
+    prefixes = [prefix_source(data.calibration)] if is_self_written(data.calibration) else []
+    sources = [*given, *prefixes, *data.texts.values()]
     model = file_states(settings.model.name)
     states: list[Any] = [model, [_file_state(s) for s in sources], _task_files(settings)]
     if named := digests_of_files([settings.methods, settings.recovery]):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 
 from prunelight.calibration.self_written import (
-    check_self_alone,
+    check_calibration_sources,
     is_self_written,
     prefix_source,
 )
@@ -345,7 +345,7 @@ class ComparisonSettings:
 
 def check_calibration(sources: str | list[str]) -> None:
     """Check each source of calibration windows as `check_source` does; "self" names prefixes."""
-    check_self_alone(sources)
+    check_calibration_sources(sources)
     if is_self_written(sources):
         sources = prefix_source(sources)
     for source in [sources] if isinstance(sources, str) else sources:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from prunelight.calibration.data_windows import stand_in_windows
+from prunelight.calibration.windows import check_length
 from prunelight.callbacks.base import PruningCallback
 from prunelight.evaluation.saved.subject import find_device
 from prunelight.models.loading import load
@@ -71,7 +73,9 @@ def plan_of_model(
     )
     method.check(model)  # before any text is read
     if data.self_written:  # which takes minutes
-        method.check_calibration(model, data.stand_in())
+        check_length(model, data.seq_len)
+        like_them = stand_in_windows(model, data.num_calibration, data.seq_len)
+        method.check_calibration(model, like_them)
     windows = data.windows(model, tokenizer, place, offload=offload)
     method.check_calibration(model, windows)
     method.device = place

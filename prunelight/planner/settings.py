@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.calibration.self_written import is_self_written
-from prunelight.calibration.windows import Windows, check_length, check_windows
+from prunelight.calibration.windows import Windows, check_windows
 from prunelight.comparison.settings import check_calibration
 from prunelight.data.token_windows import Bos
 from prunelight.models.placement import move_if_it_fits
@@ -57,10 +57,6 @@ class CalibrationSettings:
         """Whether the dense model writes the windows."""
         return is_self_written(self.calibration)
 
-    def stand_in(self) -> Windows:
-        """Return token ids in the shape of the windows."""
-        return torch.zeros(self.num_calibration, self.seq_len, dtype=torch.long)
-
     def windows(
         self,
         model: PreTrainedModel,
@@ -81,7 +77,6 @@ class CalibrationSettings:
             ValueError: if there is too little text, the model cannot read the windows, or it is to
                 write them with one layer on the device at a time.
         """
-        check_length(model, self.seq_len)
         module = TextDataModule(tokenizer, **asdict(self))
         writer = move_if_it_fits(model, place, offload=offload) if self.self_written else None
         windows = module.calibration_windows(writer)

@@ -186,6 +186,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         module.check_checkpoint(file)
         return file
 
+    def teardown(self) -> None:
+        """End what Lightning ends, and the thread that writes checkpoints, which it leaves out."""
+        super().teardown()
+        self.checkpoint_io.teardown()
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Gather what is trained: a frozen base can be larger than the memory of one process."""
         assert self.model is not None

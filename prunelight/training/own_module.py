@@ -29,6 +29,7 @@ from prunelight.run.start import start
 from prunelight.run.strategies import Place
 from prunelight.training.curves import TrainingCurves
 from prunelight.training.finite_training import FiniteTraining, check_saved
+from prunelight.training.resuming.checkpoint_io import end_writing
 from prunelight.training.resuming.kept_checkpoints import settle
 
 log = logging.getLogger(__name__)
@@ -239,6 +240,7 @@ class OwnModuleRecovery(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let other runs write into the directory."""
+        """Let other runs write into the directory, when all checkpoints are there."""
+        end_writing(trainer)
         self.run.phases.stop()
         self.run.release_directory()

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.calibration.self_written import (
-    check_self_alone,
+    FORMAT,
+    check_calibration_sources,
     is_self_written,
     prefix_length,
     prefix_source,
@@ -146,7 +147,7 @@ class TextDataModule(LightningDataModule):
         if isinstance(validation, dict):
             check_texts(validation)
         bos_token_id(tokenizer, bos)  # raises now rather than after minutes of other work
-        check_self_alone(calibration)
+        check_calibration_sources(calibration)
         self._calibration = calibration
         self.sources: dict[str, Sources] = {
             "train": train,
@@ -284,11 +285,12 @@ class TextDataModule(LightningDataModule):
                 "holds instructions; name a text"
             )
         seq_len = self.seq_len_of(CALIBRATION)
+        of_the_model = [model_fingerprint(model), str(model.dtype), model.config.to_json_string()]
         facts = describe_windows(prefixes) | {"seq_len": seq_len, "seed": self.seed}
-        place = fingerprint_of(model_fingerprint(model), str(model.dtype), model.device.type, facts)
-        kept = Path(constants.HF_HOME) / "prunelight" / "self-written" / place
+        place = fingerprint_of(FORMAT, of_the_model, facts)
+        directory = Path(constants.HF_HOME) / "prunelight" / "self-written" / place
         return self_written_windows(
-            model, prefixes, seq_len, self.num_calibration, kept, seed=self.seed
+            model, prefixes, seq_len, self.num_calibration, directory, seed=self.seed
         )
 
     def _drawn_windows(self, count: int) -> Windows:
@@ -302,11 +304,12 @@ class TextDataModule(LightningDataModule):
             examples = self.examples(role)
             share = count // len(roles) + (place < count % len(roles))
             if share > len(examples):
+                lower = "" if self.self_written else f" at {self._told_seq_len(CALIBRATION)}"
                 raise ValueError(
-                    f"num_calibration={self.num_calibration} takes {share} examples of "
-                    f"calibration={self._sources_of(role)!r}, which holds {len(examples)} at "
-                    f"{self._told_seq_len(CALIBRATION)}; "
-                    "give more text, or lower num_calibration or seq_len"
+                    f"num_calibration={self.num_calibration} takes {share} "
+                    f"{'prefixes' if self.self_written else 'examples'} of calibration="
+                    f"{self._sources_of(role)!r}, which holds {len(examples)}{lower}; give more "
+                    f"text, or lower num_calibration{' or seq_len' if lower else ''}"
                 )
             drawn += [examples[i] for i in sample_indices(len(examples), share, seed=self.seed)]
         if len(roles) > 1:  # any part of them, such as those that healing holds out, is mixed

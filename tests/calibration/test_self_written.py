@@ -17,8 +17,11 @@ import prunelight
 from prunelight.calibration import self_written
 from prunelight.calibration.self_written import prefixes_for, self_written_windows
 from prunelight.callbacks import DepthPruning, ShortGPT
+from prunelight.comparison.grid import start_key
+from prunelight.comparison.settings import ComparisonSettings, DataSettings, ModelSettings
 from prunelight.evaluation.perplexity import perplexity
 from prunelight.models.placement import move_if_it_fits
+from prunelight.training.score_text import windows_of_text
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +105,51 @@ def test_a_killed_writing_loses_one_batch(generations, kept, monkeypatch, caplog
     assert "0.safetensors is damaged" in caplog.text
 
 
+def test_batches_draw_numbers_of_their_own(kept, monkeypatch):
+    monkeypatch.setattr(self_written, "_TOKENS_AT_ONCE", 32)
+    prefix = token_windows(1, 4).expand(6, 4)
+    windows = self_written_windows(tiny_model(), prefix, 16, 6, kept)
+    assert len({tuple(window.tolist()) for window in windows}) == 6
+
+
+def test_of_two_that_write_at_once_the_first_counts(kept, monkeypatch):
+    model, prefixes, write = tiny_model(), token_windows(5, 4), self_written._written
+    first = self_written_windows(model, prefixes, 16, 5, kept, seed=1)
+    (of_first,) = files(kept)
+    hidden = of_first.rename(of_first.with_suffix(".hidden"))
+
+    def late(*given):
+        part = write(*given)
+        hidden.rename(of_first)  # the other one was faster
+        return part
+
+    monkeypatch.setattr(self_written, "_written", late)
+    assert torch.equal(self_written_windows(model, prefixes, 16, 5, kept, seed=2), first)
+
+
+def test_a_models_own_settings_of_generation_change_nothing(kept, tmp_path):
+    model, prefixes = tiny_model(), token_windows(5, 4)
+    plain = self_written_windows(model, prefixes, 16, 5, kept)
+    own = {"temperature": 0.1, "top_p": 0.1, "repetition_penalty": 9.0, "min_p": 0.9}
+    model.generation_config.update(**own)
+    assert torch.equal(self_written_windows(model, prefixes, 16, 5, tmp_path / "other"), plain)
+    assert model.generation_config.min_p == 0.9
+
+
+def test_windows_longer_than_learned_positions_are_refused_before_any_is_written(kept, generations):
+    model = tiny_model("gpt2", max_position_embeddings=32)
+    with pytest.raises(ValueError, match="seq_len=40 must be at most 32"):
+        self_written_windows(model, token_windows(5, 4), 40, 4, kept)
+    assert not generations
+
+
+def test_a_home_that_cannot_be_written_is_told_before_any_is_written(tmp_path, generations):
+    (tmp_path / "file").write_text("no directory", encoding="utf-8")
+    with pytest.raises(OSError, match=r"calibration='self' keeps .*; set the environment variable"):
+        self_written_windows(tiny_model(), token_windows(5, 4), 16, 4, tmp_path / "file" / "kept")
+    assert not generations
+
+
 def test_a_streamed_model_is_refused(kept):
     model = move_if_it_fits(tiny_model(), torch.device("meta"), offload=True)
     with pytest.raises(ValueError, match="calibration='self': the layers of this model go"):
@@ -120,10 +168,33 @@ def test_data_of_the_model_needs_the_model_and_text(tmp_path):
         ).calibration_windows(tiny_model())
     with pytest.raises(ValueError, match="'self' must stand alone"):
         make_data(name, tmp_path, calibration=["self", "sample:train"])
-    with pytest.raises(ValueError, match=r"num_calibration=9999 takes 12499 examples of"):
+    with pytest.raises(ValueError, match=r"num_calibration=9999 takes 12499 prefixes of"):
         make_data(name, tmp_path, calibration="self", num_calibration=9999).calibration_windows(
             tiny_model()
         )
+    with pytest.raises(ValueError, match="seq_len=3 must be at least 4 where calibration='self'"):
+        make_data(name, tmp_path, calibration="self", seq_len=3).calibration_windows(tiny_model())
+    with pytest.raises(ValueError, match="calibration names 'sample:train' twice"):
+        make_data(name, tmp_path, calibration=["sample:train", "sample:train"])
+
+
+def test_a_text_of_a_method_of_its_own_is_not_written(tmp_path):
+    model, _ = prunelight.load(write_model(tmp_path / "model"))
+    with pytest.raises(ValueError, match="redundancy_text='self': a method reads a text"):
+        windows_of_text(model, "self", 4, 16, 0, "redundancy_text")
+
+
+def test_a_contest_notes_the_state_of_a_file_of_prefixes(tmp_path):
+    text = tmp_path / "varied.txt"
+    text.write_text(VARIED_TEXT, encoding="utf-8")
+    settings = ComparisonSettings(
+        ModelSettings("tiny"),
+        [{"class_path": "ShortGPT"}],
+        data=DataSettings(calibration=f"self:{text}"),
+    )
+    before = start_key(settings)
+    text.write_text(VARIED_TEXT * 2, encoding="utf-8")
+    assert start_key(settings) != before
 
 
 @pytest.mark.parametrize("bos", ["never", "always"])

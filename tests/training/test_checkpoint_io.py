@@ -97,6 +97,22 @@ def test_a_run_whose_disk_is_full_ends_with_that_error(tmp_path):
         trainer.fit(make_module(name), make_data(name, tmp_path))
 
 
+@pytest.mark.parametrize("delayed", [True, False])
+def test_a_file_stays_where_what_replaces_it_could_not_be_written(files, tmp_path, delayed):
+    files.removals = DelayedRemovals() if delayed else None
+    old, new = tmp_path / "old.ckpt", tmp_path / "new.ckpt"
+    files.save_checkpoint(CONTENT, old)
+    files.finish()
+    with files_of_at_most(10_000):
+        files.save_checkpoint({"x": torch.rand(100_000)}, new)
+        files.remove_checkpoint(old)
+        files.carry_out_removals()
+        with pytest.raises(OSError, match="cannot write .*new.ckpt"):
+            files.finish()
+    assert old.exists()
+    assert not new.exists()
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("background")

@@ -28,7 +28,7 @@ from prunelight.evaluation.quality.reference_memory import ReferenceMemory
 from prunelight.evaluation.quality.text_windows import TextWindows, text_windows
 from prunelight.evaluation.speed import forward_seconds
 from prunelight.models.loading import load
-from prunelight.models.placement import move_if_it_fits
+from prunelight.models.placement import move_if_it_fits, to_device
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.fingerprints import describe_windows
 from prunelight.scoring.remembered import Memory
@@ -93,10 +93,19 @@ class Bench:
         if seed not in self._calibration:
             data = self.settings.data
             module = TextDataModule(self.tokenizer, seed=seed, **data_arguments(data))
-            windows = module.calibration_windows(self.dense)
+            windows = self._written(module) if module.self_written else module.calibration_windows()
             check_readable(self.dense, windows)
             self._calibration[seed] = windows
         return self._calibration[seed]
+
+    def _written(self, module: TextDataModule) -> Windows:
+        """Return windows that the dense model writes, on a GPU if there is one."""
+        if self.device.type != "cpu" or not torch.cuda.is_available():
+            return module.calibration_windows(self.dense)
+        try:
+            return module.calibration_windows(move_if_it_fits(self.dense, torch.device("cuda")))
+        finally:
+            to_device(self.dense, self.device)
 
     @cached_property
     def texts(self) -> dict[str, TextWindows]:

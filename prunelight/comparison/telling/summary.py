@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from prunelight.calibration.self_written import is_self_written, prefix_source
 from prunelight.comparison.amounts.goals import factor_of
 from prunelight.comparison.grid import DENSE, Cell
 from prunelight.comparison.settings import ComparisonSettings
@@ -162,6 +163,9 @@ class Summary:
         """The calibration windows and their sources, without folders of this machine."""
         data = self.settings.data
         given = [data.calibration] if isinstance(data.calibration, str) else data.calibration
+        if is_self_written(data.calibration):
+            prefixes = without_folders(prefix_source(data.calibration))
+            return f"{data.num_calibration} windows that the dense model wrote behind {prefixes}"
         sources = ", ".join(without_folders(source) for source in given)
         return f"{data.num_calibration} windows of {sources}"
 

@@ -6,6 +6,8 @@ of its AsyncCheckpointIO. A trainer that was given another one keeps it.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from prunelight.training.resuming.kept_checkpoints import (
     find_resume_point,
     keepers,
 )
+
+log = logging.getLogger(__name__)
 
 WRITING = "write checkpoints"  # a phase
 
@@ -102,7 +106,8 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
     """The same by a thread, while the training goes on: one file after another, in order.
 
     The training waits for a copy of the tensors in the memory of the host, and for the write before
-    this one. Files are removed by the same thread, so never before what replaces them is on disk.
+    this one. Files are removed by the same thread, so never before what replaces them is on disk,
+    and not at all where that could not be written.
     """
 
     def __init__(self, phases: Phases | None = None) -> None:
@@ -118,16 +123,25 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file once the resume point does not name it, after what is to be written."""
         if self.removals is None and "://" not in str(path):
-            self._do(remove_files, [str(path)])
+            self._remove([str(path)])
         else:
             super().remove_checkpoint(path)
 
     def carry_out_removals(self) -> None:
         """Remove the files that wait for it, after the resume point is on disk."""
         if self.removals is not None and (paths := self.removals.taken()):
-            self._do(remove_files, paths)
+            self._remove(paths)
 
-    def _do(self, work: Any, *arguments: Any) -> None:
+    def _remove(self, paths: list[str]) -> None:
+        before = [*self._work]
+
+        def remove() -> None:
+            if all(work.exception() is None for work in before):
+                remove_files(paths)
+
+        self._do(remove)
+
+    def _do(self, work: Callable[..., None], *arguments: Any) -> None:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="prunelight checkpoints")
         self._work.append(self._thread.submit(work, *arguments))
@@ -235,3 +249,14 @@ def finish_writing(trainer: Trainer) -> None:
     files = trainer.strategy.checkpoint_io
     if isinstance(files, AtomicCheckpointIO):
         files.finish()
+
+
+def end_writing(trainer: Trainer) -> None:
+    """Wait until all checkpoints of this process are on disk, where a run has ended by an error.
+
+    A write that failed is told, so that it does not take that error's place.
+    """
+    try:
+        finish_writing(trainer)
+    except OSError as error:
+        log.error("%s", error)

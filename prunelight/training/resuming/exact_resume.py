@@ -39,12 +39,11 @@ from prunelight.run.checkpoints import (
 from prunelight.run.measurements import TRAINING, training_cost
 from prunelight.run.preflight import refuse_finished
 from prunelight.run.run_state import Run
-from prunelight.runtime.files.atomic_files import (
-    newest_checkpoint,
-)
+from prunelight.runtime.files.atomic_files import newest_checkpoint
 from prunelight.runtime.files.checkpoint_files import read_checkpoint
 from prunelight.runtime.measuring import Measurement
 from prunelight.training.resuming.checkpoint_io import (
+    end_writing,
     finish_writing,
     removals_of,
     use_safe_files,
@@ -148,6 +147,7 @@ class ExactResume(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Stop to measure a run that failed; after Ctrl-C say how it goes on."""
+        end_writing(trainer)  # before another start may take the directory
         self.run.phases.stop()
         self.run.release_directory()
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
