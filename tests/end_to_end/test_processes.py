@@ -16,7 +16,17 @@ from pathlib import Path
 import prune_ranks
 import pytest
 import torch
-from prune_ranks import BY_CKA, MAKERS, PARTS, UNEVEN, long, padded, prune, statistics
+from prune_ranks import (
+    BY_CKA,
+    MAKERS,
+    PARTS,
+    UNEVEN,
+    long,
+    padded,
+    prune,
+    statistics,
+    varied_windows,
+)
 from runs import make_data, write_model
 from safetensors.torch import load_file
 from tiny import tiny_model, token_windows
@@ -78,6 +88,7 @@ def numbers(root, title, size):
 
 
 # Solvers in which the rounding of a sum grows: ADMM may keep other places, training ends elsewhere.
+# Errors then differ by up to 15 % (on two kinds of CPU).
 UNSTEADY = ("ALPS", "2:4, ALPS", "2:4, ALPS, swapped", "Wanda, layers trained")
 
 
@@ -99,7 +110,7 @@ def assert_pruned_alike(places, size, expected, *, scores_too=True, unsteady=Fal
         stretched = key == "layer_redundancy" and "single_cut" in plan.scores
         assert_close(list(shared.scores[key]), list(scores), rel=1e-3 if stretched else 1e-4)
     for one, other in zip(told[0]["outcomes"], outcomes, strict=True):
-        assert_close(one, other, rel=0.1 if unsteady else 1e-3)
+        assert_close(one, other, rel=0.25 if unsteady else 1e-3)
     flipped = 0  # near-ties among what becomes zero
     for key, weight in weights.items() if not unsteady else ():
         other = found[0][key]
@@ -131,8 +142,7 @@ def without_shares(step):
 
 @pytest.mark.parametrize("title", MAKERS)
 def test_two_ranks_plan_and_prune_as_one_process_does(title, root, name):
-    windows = make_data(name, root / "text").calibration_windows()
-    expected = prune(MAKERS[title], prunelight.load(name)[0], windows)
+    expected = prune(MAKERS[title], prunelight.load(name)[0], varied_windows(name, root))
     # These windows are less than a micro-batch: half of them give CKA other kernels.
     other = getattr(MAKERS[title](), "criterion", None) == "cka"
     unsteady = title in UNSTEADY

@@ -6,6 +6,7 @@ of its AsyncCheckpointIO. A trainer that was given another one keeps it.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,6 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from prunelight.runtime.files.atomic_files import (
@@ -117,8 +117,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
 
     def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
         self.finish()  # two copies at most: of what is written, and the training's own
-        copy = apply_to_collection(checkpoint, Tensor, _copied_to_host)
-        self._do(write_checkpoint, copy, path)
+        self._do(write_checkpoint, _copied_to_host(checkpoint), path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file once the resume point does not name it, after what is to be written."""
@@ -188,8 +187,17 @@ def remove_files(paths: list[str]) -> None:
             TorchCheckpointIO().remove_checkpoint(path)
 
 
-def _copied_to_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+def _copied_to_host(value: Any) -> Any:
+    """Return a copy of tensors, however deep they lie in dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # of its own class, which Lightning has for arguments
+        copied.update({key: _copied_to_host(each) for key, each in value.items()})
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(_copied_to_host(each) for each in value)
+    return value
 
 
 def use_safe_files(trainer: Trainer) -> None:
