@@ -97,6 +97,15 @@ def test_a_run_whose_disk_is_full_ends_with_that_error(tmp_path):
         trainer.fit(make_module(name), make_data(name, tmp_path))
 
 
+def test_a_link_whose_file_is_gone_is_removed(files, tmp_path):
+    link = tmp_path / "last-metric.ckpt"
+    link.symlink_to(tmp_path / "gone.ckpt")
+    files.remove_checkpoint(link)
+    files.carry_out_removals()
+    files.finish()
+    assert not link.is_symlink()
+
+
 @pytest.mark.parametrize("delayed", [True, False])
 def test_a_file_stays_where_what_replaces_it_could_not_be_written(files, tmp_path, delayed):
     files.removals = DelayedRemovals() if delayed else None

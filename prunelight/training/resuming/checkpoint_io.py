@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -181,10 +182,12 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def remove_files(paths: list[str]) -> None:
-    """Remove files, or directories of Lightning's, that may be gone already."""
-    for path in paths:
-        if Path(path).exists() or Path(path).is_symlink():
-            TorchCheckpointIO().remove_checkpoint(path)
+    """Remove files, links, or directories of Lightning's, that may be gone already."""
+    for path in map(Path, paths):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _copied_to_host(value: Any) -> Any:
