@@ -15,11 +15,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,10 +29,16 @@ from transformers.generation.streamers import BaseStreamer
 
 from prunelight.calibration.windows import check_readable
 from prunelight.losses import next_token_sums
-from prunelight.models.forward import evaluating
+from prunelight.models.forward import evaluating, generate_tokens
 from prunelight.models.placement import is_streamed
-from prunelight.runtime.files.atomic_files import check_writable, explaining_write_errors
+from prunelight.runtime.files.atomic_files import (
+    atomic_creation,
+    check_writable,
+    explaining_write_errors,
+    remove_temporaries,
+)
 from prunelight.runtime.progress import Bar
+from prunelight.runtime.random_state import random_state_kept
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +56,12 @@ def is_self_written(calibration: str | list[str]) -> bool:
     return all(_is_self(source) for source in _listed(calibration))
 
 
-def prefix_source(calibration: str | list[str]) -> str:
-    """Return the source of the prefixes that "self" or "self:SOURCE" continues."""
-    (source,) = _listed(calibration)
-    return source.partition(":")[2] or "sample:calibration"
+def sources_read(calibration: str | list[str]) -> list[str]:
+    """Return the sources that are read: of "self:SOURCE" that of the prefixes."""
+    sources = _listed(calibration)
+    if is_self_written(calibration):
+        return [source.partition(":")[2] or "sample:calibration" for source in sources]
+    return sources
 
 
 def check_calibration_sources(calibration: str | list[str]) -> None:
@@ -91,7 +97,8 @@ def prefix_length(seq_len: int) -> int:
     """
     if seq_len < _SHORTEST:
         raise ValueError(
-            f"seq_len={seq_len} must be at least {_SHORTEST} where calibration={_WORD!r}"
+            f"seq_len={seq_len} must be at least {_SHORTEST} where calibration={_WORD!r}; raise it, "
+            "or calibrate on a text"
         )
     return min(_PREFIX_TOKENS, seq_len // 2)
 
@@ -182,10 +189,9 @@ def _keep(part: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """Keep what was written, and return it; or what another process kept before."""
     with explaining_write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=file.parent) as beside:
-            save_file(part, Path(beside, file.name))
-            with suppress(FileExistsError):  # the first of several processes wins
-                os.link(Path(beside, file.name), file)
+        remove_temporaries([file.parent])
+        with atomic_creation(file) as temporary:
+            save_file(part, temporary)
     return _read(file) or part
 
 
@@ -194,18 +200,9 @@ def _written(
 ) -> dict[str, Tensor]:
     """Return windows, int32 (N, T), and the mean nll of their tokens in nats, float64 (N,)."""
     ids = prefixes.to(model.device)
-    with evaluating(model), _drawing_plainly(model), _seeded(seed, model.device):
-        windows: Tensor = model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            top_k=_TOP_K,
-            use_cache=True,
-            min_new_tokens=count,
-            max_new_tokens=count,
-            pad_token_id=0,
-            streamer=_Counting(bar),
-        )
+    with evaluating(model), _drawing_plainly(model), random_state_kept():
+        torch.manual_seed(seed)
+        windows = generate_tokens(model, ids, count, top_k=_TOP_K, streamer=_Counting(bar))
         rows = [next_token_sums(model(row).logits, row) for row in windows.split(1)]
     nll = torch.stack([nats / tokens for nats, _, tokens in rows])
     return {"windows": windows.int().cpu(), "nll": nll}
@@ -225,15 +222,6 @@ def _drawing_plainly(model: PreTrainedModel) -> Iterator[None]:
 def _seed_of(seed: int, number: int) -> int:
     """Return a seed of each batch: of a seed torch's generator on CPUs reads 32 bits alone."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "little")
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Let the random numbers of the CPU and of a device begin anew, and go on afterwards."""
-    others = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
-        torch.manual_seed(seed)
-        yield
 
 
 class _Counting(BaseStreamer):

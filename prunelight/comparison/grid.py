@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prunelight.calibration.self_written import is_self_written, prefix_source
+from prunelight.calibration.self_written import sources_read
 from prunelight.comparison.amounts.matching import (
     Outlines,
     Rung,
@@ -131,9 +131,7 @@ def start_key(settings: ComparisonSettings) -> str:
         if not values[name]:  # an older version, which did not know it, found the same
             del values[name]
     data = settings.data
-    given = [data.calibration] if isinstance(data.calibration, str) else data.calibration
-    prefixes = [prefix_source(data.calibration)] if is_self_written(data.calibration) else []
-    sources = [*given, *prefixes, *data.texts.values()]
+    sources = [*sources_read(data.calibration), *data.texts.values()]
     model = file_states(settings.model.name)
     states: list[Any] = [model, [_file_state(s) for s in sources], _task_files(settings)]
     if named := digests_of_files([settings.methods, settings.recovery]):

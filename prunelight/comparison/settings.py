@@ -13,11 +13,7 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
-from prunelight.calibration.self_written import (
-    check_calibration_sources,
-    is_self_written,
-    prefix_source,
-)
+from prunelight.calibration.self_written import check_calibration_sources, sources_read
 from prunelight.comparison.papers.published import published_tables
 from prunelight.data.corpora import corpus_part, is_corpus
 from prunelight.data.sources import HUB_PREFIX, SAMPLES, SUFFIXES
@@ -99,7 +95,7 @@ class DataSettings:
         )
         for name, source in self.texts.items():
             checked_value(f"data.texts.{name}", source, str, NOT_EMPTY)
-        check_calibration(self.calibration)
+        check_sources(self.calibration)
         for source in self.texts.values():
             check_source(source, split="test")
 
@@ -343,12 +339,10 @@ class ComparisonSettings:
         return asdict(self)
 
 
-def check_calibration(sources: str | list[str]) -> None:
-    """Check each source of calibration windows as `check_source` does; "self" names prefixes."""
-    check_calibration_sources(sources)
-    if is_self_written(sources):
-        sources = prefix_source(sources)
-    for source in [sources] if isinstance(sources, str) else sources:
+def check_sources(calibration: str | list[str]) -> None:
+    """Check that calibration sources go together, and each as `check_source` does."""
+    check_calibration_sources(calibration)
+    for source in sources_read(calibration):
         check_source(source)
 
 

@@ -5,13 +5,9 @@ A report asks each examiner once a stage, and keeps its answer under `Stage.exam
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.evaluation.report.plan_facts import Json
@@ -60,18 +56,3 @@ class Examiner(Protocol):
 def examiners_among(callbacks: Sequence[Any]) -> list[Examiner]:
     """Return the callbacks that are examiners, in their order."""
     return [callback for callback in callbacks if isinstance(callback, Examiner)]
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leave the random numbers of python, numpy and torch as they were.
-
-    A training draws the same numbers, whatever examined its model before.
-    """
-    python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)

@@ -24,6 +24,7 @@ from prunelight.models.placement import compute_device
 from prunelight.models.sizes import is_quantized, parameter_bytes
 from prunelight.runtime.arguments import NOT_EMPTY, at_least, check_fields
 from prunelight.runtime.devices import free_memory
+from prunelight.runtime.random_state import random_state_kept
 
 _ALONE = ServingProtocol(new_tokens=25, batch_size=1)
 
@@ -56,8 +57,7 @@ class Architecture:
         """Return a model with random weights on a device; None if there is no room for it."""
         if free_memory(device) < 1.5 * self.num_bytes:
             return None
-        devices = range(torch.cuda.device_count())
-        with torch.random.fork_rng(devices):  # the run's own random numbers stay as they are
+        with random_state_kept():
             model: Any = self.kind(copy.deepcopy(self.config))
             built: PreTrainedModel = model.to(device=device, dtype=self.dtype).eval()
             return built

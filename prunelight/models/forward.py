@@ -95,25 +95,28 @@ def generate_tokens(
     count: int,
     *,
     use_cache: bool = True,
+    top_k: int | None = None,
     streamer: BaseStreamer | None = None,
 ) -> Tensor:
-    """Continue ids (B, T) greedily by exactly `count` tokens; the model's mode is left as it is.
+    """Continue ids (B, T) by exactly `count` tokens; the model's mode is left as it is.
 
     Args:
         model: that generates.
         ids: the prompts, (B, T).
         count: new tokens of each prompt.
         use_cache: keep keys, values and states instead of computing them again.
+        top_k: draw each token from so many most probable ones; None takes the most probable.
         streamer: gets the prompts, and then each new token as soon as it is there.
 
     Returns:
         Token ids, (B, T + count).
     """
+    drawn = {"do_sample": False} if top_k is None else {"do_sample": True, "top_k": top_k}
     pad_id = getattr(model.config, "pad_token_id", None)  # RWKV and CodeGen have no such field
     tokens: Tensor = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
-        do_sample=False,
+        **drawn,
         use_cache=use_cache,
         min_new_tokens=count,
         max_new_tokens=count,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,9 +85,9 @@ def apply_to_saved(
     size = planned_size(model, plan)
     check_room(out, size.bytes_after)
     windows = None
-    if data is not None:
-        draw = partial(data.windows, model, tokenizer, place, offload=offload)
-        windows = _windows(plan, draw)
+    if data is not None and needs_windows(plan.steps):
+        windows = data.windows(model, tokenizer, place, offload=offload)
+        _tell_other_windows(plan, windows)
     model = move_if_it_fits(model, place, offload=offload)
     scratch = scratch_for(model, plan, out, size.bytes_after)
     with nullcontext() if scratch is None else held_until_done(scratch, "finished layers"):
@@ -242,11 +241,8 @@ def _free_beside(out: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _windows(plan: Plan, draw: Callable[[], Windows]) -> Windows | None:
-    """Return the windows that steps look at, as they are drawn; None if no step does."""
-    if not needs_windows(plan.steps):
-        return None
-    windows = draw()
+def _tell_other_windows(plan: Plan, windows: Windows) -> None:
+    """Warn if these are not the windows that the plan was made with."""
     facts = describe_windows(*split_windows(windows))
     if plan.calibration and facts["fingerprint"] != plan.calibration.get("fingerprint"):
         log.warning(
@@ -255,4 +251,3 @@ def _windows(plan: Plan, draw: Callable[[], Windows]) -> Windows | None:
             *(plan.calibration.get(key) for key in ("num_samples", "seq_len", "fingerprint")),
             *(facts[key] for key in ("num_samples", "seq_len", "fingerprint")),
         )
-    return windows

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunelight.calibration.self_written import is_self_written
 from prunelight.calibration.windows import Windows, check_windows
-from prunelight.comparison.settings import check_calibration
+from prunelight.comparison.settings import check_sources
 from prunelight.data.token_windows import Bos
 from prunelight.models.placement import move_if_it_fits
 from prunelight.runtime.arguments import NOT_EMPTY, SEED, at_least, check_fields
@@ -50,7 +50,7 @@ class CalibrationSettings:
             text_field=NOT_EMPTY,
             seed=SEED,
         )
-        check_calibration(self.calibration)
+        check_sources(self.calibration)
 
     @property
     def self_written(self) -> bool:

@@ -21,7 +21,7 @@ from prunelight.calibration.data_windows import (
 )
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, split_windows
-from prunelight.evaluation.examiners import Examiner, examiners_among, random_state_kept
+from prunelight.evaluation.examiners import Examiner, examiners_among
 from prunelight.evaluation.further_texts import TextsExaminer
 from prunelight.evaluation.probes.dense_divergence import DenseDivergence
 from prunelight.evaluation.probes.examiner import (
@@ -41,6 +41,7 @@ from prunelight.run.run_state import DENSE_PREDICTIONS, Run
 from prunelight.runtime.measuring import Measurement
 from prunelight.runtime.origin import command_line, date_now, machine_facts, without_paths
 from prunelight.runtime.processes import ProcessGroup
+from prunelight.runtime.random_state import random_state_kept
 
 log = logging.getLogger(__name__)
 

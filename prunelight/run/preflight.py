@@ -461,8 +461,7 @@ def calibration(facts: Facts) -> None:
     """The calibration windows fit the model, and suffice for each method."""
     place = facts.run.place
     if are_self_written(place.data):  # which takes minutes
-        data = place.data
-        shape = data.num_calibration, data.seq_len_of("calibration")
+        shape = place.data.num_calibration, place.data.seq_len_of("calibration")
         like_them = share_windows(stand_in_windows(facts.model, *shape), place.group)
         for method in facts.methods:
             method.check_calibration(facts.model, like_them)

@@ -112,6 +112,7 @@ class RecoveryWatch(Callback):
         """Warn of overfitting, and take over the best weights, on every rank, before the merge."""
         if not isinstance(pl_module, WatchedModule):
             return
+        # All ranks look for the best file, which a thread of rank 0 may still write.
         self._group.run_on_rank_zero(partial(finish_writing, trainer))
         sentence = overfitting(self.history)
         if sentence is not None:

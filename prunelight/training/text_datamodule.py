@@ -31,9 +31,9 @@ from prunelight.calibration.self_written import (
     check_calibration_sources,
     is_self_written,
     prefix_length,
-    prefix_source,
     prefixes_for,
     self_written_windows,
+    sources_read,
 )
 from prunelight.calibration.windows import Windows
 from prunelight.data.corpus_reading import characters_of
@@ -209,11 +209,11 @@ class TextDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what the stage needs; what is there already is kept."""
-        roles = {"fit": ("train", "validation"), "predict": ()}
-        for role in roles.get(stage, (ROLE,)) if stage else self.sources:
-            several = {ROLE: self._roles_of_texts, CALIBRATION: self._calibration_roles}
-            for each in several[role]() if role in several else [role]:
-                self.examples(each)
+        kinds = {"fit": ("train", ROLE), "predict": ()}
+        several = {ROLE: self._roles_of_texts(), CALIBRATION: self._calibration_roles()}
+        for kind in kinds.get(stage, (ROLE,)) if stage else self.sources:
+            for role in several.get(kind, [kind]):
+                self.examples(role)
 
     @property
     def validation_names(self) -> tuple[str, ...]:
@@ -227,10 +227,8 @@ class TextDataModule(LightningDataModule):
 
     def _calibration_roles(self) -> list[str]:
         """Return the role of each calibration source: "calibration" if there is one alone."""
-        sources = self._calibration
-        if isinstance(sources, str) or len(sources) == 1:
-            return [CALIBRATION]
-        return [f"{CALIBRATION}/{place}" for place in range(len(sources))]
+        count = len(sources_read(self._calibration))
+        return [CALIBRATION] if count == 1 else [f"{CALIBRATION}/{i}" for i in range(count)]
 
     @property
     def self_written(self) -> bool:
@@ -304,12 +302,13 @@ class TextDataModule(LightningDataModule):
             examples = self.examples(role)
             share = count // len(roles) + (place < count % len(roles))
             if share > len(examples):
-                lower = "" if self.self_written else f" at {self._told_seq_len(CALIBRATION)}"
+                kind, length, lower = "examples", f" at {self._told_seq_len(role)}", " or seq_len"
+                if self.self_written:  # prefixes have one length
+                    kind, length, lower = "prefixes", "", ""
                 raise ValueError(
-                    f"num_calibration={self.num_calibration} takes {share} "
-                    f"{'prefixes' if self.self_written else 'examples'} of calibration="
-                    f"{self._sources_of(role)!r}, which holds {len(examples)}{lower}; give more "
-                    f"text, or lower num_calibration{' or seq_len' if lower else ''}"
+                    f"num_calibration={self.num_calibration} takes {share} {kind} of calibration="
+                    f"{self._sources_of(role)!r}, which holds {len(examples)}{length}; give more "
+                    f"text, or lower num_calibration{lower}"
                 )
             drawn += [examples[i] for i in sample_indices(len(examples), share, seed=self.seed)]
         if len(roles) > 1:  # any part of them, such as those that healing holds out, is mixed
@@ -458,10 +457,8 @@ class TextDataModule(LightningDataModule):
         return examples[:wanted]
 
     def _sources_of(self, role: str) -> str | list[str]:
-        if role == CALIBRATION:
-            return prefix_source(self._calibration) if self.self_written else self._calibration
         if _kind(role) == CALIBRATION:
-            return self._calibration[int(role.rpartition("/")[2])]
+            return sources_read(self._calibration)[int(role.partition("/")[2] or 0)]
         sources = self.sources[_kind(role)]
         if isinstance(sources, dict):
             return sources[role.removeprefix(f"{ROLE}/") if role != ROLE else next(iter(sources))]

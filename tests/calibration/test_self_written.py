@@ -150,6 +150,13 @@ def test_a_home_that_cannot_be_written_is_told_before_any_is_written(tmp_path, g
     assert not generations
 
 
+def test_a_streamed_model_takes_what_was_written_where_it_was_whole(kept):
+    prefixes = token_windows(5, 4)
+    written = self_written_windows(tiny_model(), prefixes, 16, 4, kept)
+    model = move_if_it_fits(tiny_model(), torch.device("meta"), offload=True)
+    assert torch.equal(self_written_windows(model, prefixes, 16, 4, kept), written)
+
+
 def test_a_streamed_model_is_refused(kept):
     model = move_if_it_fits(tiny_model(), torch.device("meta"), offload=True)
     with pytest.raises(ValueError, match="calibration='self': the layers of this model go"):

@@ -8,6 +8,7 @@ import pytest
 
 from prunelight.runtime.files.atomic_files import (
     ENDING,
+    atomic_creation,
     atomic_directory,
     atomic_replacement,
     remove_temporaries,
@@ -39,7 +40,7 @@ def temporaries(directory):
     return list(directory.glob(f".*{ENDING}"))
 
 
-@pytest.mark.parametrize("kind", [atomic_replacement, atomic_directory])
+@pytest.mark.parametrize("kind", [atomic_replacement, atomic_creation, atomic_directory])
 def test_what_is_being_written_stays_and_what_a_kill_left_goes(tmp_path, kind):
     process = start(tmp_path, kind)
     remove_temporaries([tmp_path])
@@ -49,6 +50,27 @@ def test_what_is_being_written_stays_and_what_a_kill_left_goes(tmp_path, kind):
     assert len(temporaries(tmp_path)) == 1
     remove_temporaries([tmp_path])
     assert temporaries(tmp_path) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_is_whole_and_leaves_no_other_name(tmp_path, links, monkeypatch):
+    def no_links(*_):
+        raise OSError("Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    with atomic_creation(tmp_path / "file") as temporary:
+        temporary.write_text("mine")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_that_another_process_made_meanwhile_stays(tmp_path):
+    with atomic_creation(tmp_path / "file") as temporary:
+        temporary.write_text("mine")
+        (tmp_path / "file").write_text("theirs")
+    assert (tmp_path / "file").read_text() == "theirs"
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-from prunelight.calibration.self_written import is_self_written, prefix_source
+from prunelight.calibration.self_written import is_self_written, sources_read
 from prunelight.comparison.amounts.goals import factor_of
 from prunelight.comparison.grid import DENSE, Cell
 from prunelight.comparison.settings import ComparisonSettings
@@ -162,12 +162,9 @@ class Summary:
     def calibration(self) -> str:
         """The calibration windows and their sources, without folders of this machine."""
         data = self.settings.data
-        given = [data.calibration] if isinstance(data.calibration, str) else data.calibration
-        if is_self_written(data.calibration):
-            prefixes = without_folders(prefix_source(data.calibration))
-            return f"{data.num_calibration} windows that the dense model wrote behind {prefixes}"
-        sources = ", ".join(without_folders(source) for source in given)
-        return f"{data.num_calibration} windows of {sources}"
+        sources = ", ".join(without_folders(source) for source in sources_read(data.calibration))
+        behind = "that the dense model wrote behind" if is_self_written(data.calibration) else "of"
+        return f"{data.num_calibration} windows {behind} {sources}"
 
     @property
     def num_missing(self) -> int:

@@ -12,13 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunelight.evaluation.examiners import random_state_kept
 from prunelight.evaluation.tasks.catalog import quiet_lm_eval
 from prunelight.evaluation.tasks.results import TaskResult
 from prunelight.evaluation.tasks.task_set import TaskSet
 from prunelight.models.forward import evaluating
 from prunelight.runtime.arguments import at_least, checked
 from prunelight.runtime.processes import ProcessGroup
+from prunelight.runtime.random_state import random_state_kept
 
 
 @checked(batch_size=at_least(1))

@@ -14,7 +14,6 @@ import numpy as np
 from jinja2 import UndefinedError
 from transformers import PreTrainedTokenizerBase
 
-from prunelight.evaluation.examiners import random_state_kept
 from prunelight.evaluation.report.plan_facts import Json
 from prunelight.evaluation.tasks.catalog import (
     Catalog,
@@ -34,6 +33,7 @@ from prunelight.evaluation.tasks.local_rows import (
     swapped,
 )
 from prunelight.runtime.arguments import at_least, checked
+from prunelight.runtime.random_state import random_state_kept
 
 log = logging.getLogger(__name__)
 

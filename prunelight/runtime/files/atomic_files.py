@@ -10,7 +10,7 @@ import pickle
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,13 +26,35 @@ def atomic_replacement(path: Path) -> Iterator[Path]:
 
     The temporary file is locked meanwhile: `remove_temporaries` of another process leaves it alone.
     """
+    with _renamed_by(os.replace, path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def atomic_creation(path: Path) -> Iterator[Path]:
+    """Do the same, but a file that another process has put at `path` by then stays."""
+    with _renamed_by(_link_if_new, path) as temporary:
+        yield temporary
+
+
+def _link_if_new(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _renamed_by(rename: Callable[[Path, Path], None], path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         _try_lock(handle)
         yield temporary
         flush(temporary)
-        os.replace(temporary, path)
+        rename(temporary, path)
         flush(path.parent)
     finally:
         os.close(handle)
