@@ -97,8 +97,8 @@ def prefix_length(seq_len: int) -> int:
     """
     if seq_len < _SHORTEST:
         raise ValueError(
-            f"seq_len={seq_len} must be at least {_SHORTEST} where calibration={_WORD!r}; raise it, "
-            "or calibrate on a text"
+            f"seq_len={seq_len} must be at least {_SHORTEST} where calibration={_WORD!r}; "
+            "raise it, or calibrate on a text"
         )
     return min(_PREFIX_TOKENS, seq_len // 2)
 
