@@ -137,8 +137,6 @@ class PreparedModel:
     def shard(self, mesh: DeviceMesh, same: Callable[[Any], Any], precision: str) -> None:
         """Shard the model over processes, in place; `rebuild_on` gives one that can be merged."""
         shard(self.model, mesh, same, sharded_policy(precision))
-        if self.zeros.masks is not None:
-            self.zeros.masks.shard()
         self.sharded = True
 
     def release(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from prunelight.models.families.matrices import Matrix
@@ -71,8 +72,8 @@ class ZeroRecord:
 class WeightMasks:
     """Masks that keep pruned weights at exactly zero while all weights are trained.
 
-    A mask has one byte per weight that this process holds, in the weight's stored shape (a `Conv1D`
-    stores (I, O)) and on its device. Sharded weights take one more bit per weight on the CPU.
+    The whole masks are bits on the CPU, in the weight's stored shape (a `Conv1D` stores (I, O)). A
+    mask that was used has one byte more per weight that this process holds, on the weight's device.
 
     Attributes:
         matrices: name -> matrix.
@@ -83,25 +84,21 @@ class WeightMasks:
 
     def __init__(self, matrices: Iterable[Matrix]) -> None:
         self.matrices = {matrix.name: matrix for matrix in matrices}
-        self._pruned = {name: m.parameter.detach() == 0 for name, m in self.matrices.items()}
-        self._bits: dict[str, Tensor] = {}  # the whole masks, where weights are sharded
+        self._bits = {n: pack_mask(m.parameter.detach() == 0) for n, m in self.matrices.items()}
+        self._pruned: dict[str, Tensor] = {}  # of this process' shards, made when they are used
         self._hooks: list[Any] = []
-
-    def shard(self) -> None:
-        """Cut each mask to this process' shard of its weight; call this after sharding."""
-        for name, pruned in self._pruned.items():
-            self._bits[name] = pack_mask(pruned)
-            self._pruned[name] = shard_like(pruned, self.matrices[name].parameter)
 
     def pruned(self, name: str) -> Tensor:
         """Return the whole mask of a matrix, True on pruned weights, on the weight's device."""
-        if self._bits:
-            return unpack_mask(self._bits[name], self.matrices[name].parameter)
-        return self._local(name)
+        return unpack_mask(self._bits[name], self.matrices[name].parameter)
 
     def _local(self, name: str) -> Tensor:
-        device = self.matrices[name].parameter.device  # the model may have moved since
-        self._pruned[name] = self._pruned[name].to(device)
+        """Return the mask of this process' shard of a matrix."""
+        weight = self.matrices[name].parameter
+        known = self._pruned.get(name)
+        if known is None or known.shape != local_shard(weight).shape:  # cut up since
+            known = shard_like(self.pruned(name), weight)
+        self._pruned[name] = known.to(weight.device)  # the model may have moved since
         return self._pruned[name]
 
     def share(self) -> float:
@@ -123,8 +120,7 @@ class WeightMasks:
         self._zero(name, None)
 
     def _set(self, name: str, pruned: Tensor) -> None:
-        if self._bits:
-            self._bits[name] = pack_mask(pruned)
+        self._bits[name] = pack_mask(pruned)
         self._pruned[name] = shard_like(pruned, self.matrices[name].parameter)
 
     def apply(self, optimizer: Optimizer | None = None) -> None:
@@ -151,7 +147,7 @@ class WeightMasks:
         hooks for gradients of sharded weights: call `mask_gradients` before each step there.
         """
         for name, matrix in self.matrices.items():
-            if matrix.parameter.requires_grad and not self._bits:
+            if matrix.parameter.requires_grad and not isinstance(matrix.parameter, DTensor):
                 # A hook on the tensor runs before DDP averages gradients and before clipping.
                 self._hooks.append(matrix.parameter.register_hook(self._gradient_mask(name)))
         step = optimizer.register_step_post_hook(lambda stepped, *_: self.apply(stepped))
@@ -160,8 +156,8 @@ class WeightMasks:
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, in place, where weights are sharded."""
-        for name, matrix in self.matrices.items() if self._bits else ():
-            if matrix.parameter.grad is not None:
+        for name, matrix in self.matrices.items():
+            if isinstance(matrix.parameter, DTensor) and matrix.parameter.grad is not None:
                 local_shard(matrix.parameter.grad).masked_fill_(self._local(name), 0)
 
     def _gradient_mask(self, name: str) -> Callable[[Tensor], Tensor]:

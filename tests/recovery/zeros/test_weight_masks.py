@@ -1,5 +1,7 @@
 """Masks of full training: zeros and their optimizer state stay zero."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -152,6 +154,20 @@ def test_masks_follow_the_model_to_its_device():
     masks = WeightMasks([matrix])
     matrix.owner.to("meta")
     assert masks.pruned("layer").device.type == "meta"
+
+
+def test_masks_take_a_bit_a_weight_until_they_are_used():
+    """Before weights are cut up over processes, each has masks of all weights."""
+    matrix = linear(36, 44)
+    masks = WeightMasks([matrix])
+
+    def bytes_a_weight():
+        tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+        return sum(x.dtype == torch.bool and x.shape == (36, 44) for x in tensors)
+
+    assert bytes_a_weight() == 0
+    masks.apply()
+    assert bytes_a_weight() == 1
 
 
 @pytest.mark.parametrize("fill", [1.0, float("nan")])
