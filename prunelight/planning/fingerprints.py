@@ -77,7 +77,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def stand_for(model: PreTrainedModel, fingerprint: str, name: str) -> None:
-    """Let a model without weights stand for the model of a fingerprint and a name, in place."""
+    """Let a model without whole weights stand for that of a fingerprint and a name, in place."""
     setattr(model, _STANDS_FOR, fingerprint)
     model.config._name_or_path = name
 

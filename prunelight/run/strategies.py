@@ -28,9 +28,10 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from prunelight.losses import IGNORED_LABEL
-from prunelight.recovery.sharded_weights import gather_trained, load_trained
+from prunelight.recovery.sharded_weights import gather_trained, load_trained, shard
 from prunelight.runtime.files.checkpoint_files import read_checkpoint
 from prunelight.runtime.processes import ProcessGroup
 
@@ -119,6 +120,15 @@ class Place:
     def shards_weights(self) -> bool:
         """Whether the strategy cuts weights into shards."""
         return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def shard(self, model: PreTrainedModel) -> None:
+        """Cut a frozen model's weights over the processes, in place; each puts its part on its device.
+
+        All processes must call this, under a strategy that cuts weights.
+        """
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ModelParallelStrategy)
+        shard(model, strategy.device_mesh["data_parallel"], strategy.broadcast)
 
     def optimizer_steps(self) -> float:
         """Return how many optimizer steps the training has; all processes must call this."""

@@ -1,7 +1,8 @@
 """The teacher of a run: loaded, or asked once, before the training, on all processes.
 
-The teacher of "kd" is loaded beside the student. That of "kd_topk" writes what the cache lacks and
-is dropped before the student is loaded again; a whole cache needs no teacher at all.
+The teacher of "kd" is loaded beside the student, and cut up where the student's weights are. That of
+"kd_topk" writes what the cache lacks and is dropped before the student is loaded again; a whole
+cache needs no teacher at all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from prunelight.models.families.config_fields import vocabulary_size
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import check_hub, find_source, load, load_config, load_tokenizer
 from prunelight.models.placement import to_device
-from prunelight.planning.fingerprints import model_fingerprint
+from prunelight.planning.fingerprints import model_fingerprint, stand_for
 from prunelight.recovery.distillation.objective import Objective, kept_layers
 from prunelight.recovery.distillation.teacher_cache import TeacherCache
 from prunelight.recovery.quantization import BitsAndBytes, quantize
@@ -110,11 +111,29 @@ def prepare_teacher(run: Run) -> None:
     )
     if objective.kind == "kd":
         with run.phases.phase("load the teacher"):
-            teacher = source.load(run.place.device)
+            teacher = _beside_student(run, source)
         kept = _kept_layers(run, teacher, name) if settings.hidden_weight else []
         objective.use_teacher(teacher, kept)
     else:
         objective.cache = _whole_cache(run, objective, source)
+
+
+def _beside_student(run: Run, source: TeacherSource) -> PreTrainedModel:
+    """Return the teacher on this process' device: cut up where the student's weights are."""
+    place = run.place
+    if not place.shards_weights:
+        return source.load(place.device)
+    if source.held != "memory":
+        log.warning(
+            "distillation.teacher=%s: each process holds the whole teacher, since weights in bits "
+            "cannot be cut up; with teacher='memory' it is cut up as the student is",
+            source.held,
+        )
+        return source.load(place.device)
+    teacher = source.load(torch.device("cpu"))
+    stand_for(teacher, model_fingerprint(teacher), source.name)  # whole weights tell it, not parts
+    place.shard(teacher)
+    return teacher
 
 
 def _kept_layers(run: Run, teacher: PreTrainedModel, name: str) -> list[int]:

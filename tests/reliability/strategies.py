@@ -29,8 +29,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rows import Row, run
 from runs import make_data, make_module, make_trainer, measure_speed_briefly, write_model
 
-from prunelight.callbacks import DLP
-from prunelight.recovery.sharded_weights import trained_parameters
+from prunelight.callbacks import DLP, ShortGPT
+from prunelight.recovery.distillation.objective import Distillation
+from prunelight.recovery.sharded_weights import is_sharded, trained_parameters
 from prunelight.recovery.zeros.gradual_zeros import Schedule
 
 STRATEGIES = {"one": 1, "ddp": 2, "fsdp2": 2}
@@ -46,6 +47,7 @@ class Case:
     best: bool | None = None  # keep the best weights: alone, or with the optimizer (False)
     gradual: bool = False
     fails: bool = False  # the last process' loss turns NaN
+    distills: bool = False  # from the dense model, of which a layer is removed
     probes: bool = False  # probes, samples and divergence from the dense model in the report
 
     @property
@@ -71,6 +73,9 @@ CASES = {
     "gradual zeros, full, bf16-mixed": Case("bf16-mixed", "full", gradual=True),
     "probes and divergence, full": Case(recovery="full", probes=True),
     "probes and divergence, LoRA": Case(probes=True),
+    "distillation, full": Case(recovery="full", distills=True),
+    "distillation, LoRA": Case(distills=True),
+    "distillation, LoRA, bf16-mixed": Case("bf16-mixed", distills=True),
     "NaN in one process, full": Case(recovery="full", fails=True),
     "NaN in one process, LoRA": Case(fails=True),
 }
@@ -79,11 +84,12 @@ FAST = (  # one of each kind; the others are a sweep
     "probes and divergence, LoRA",
     "best weights alone, full",
     "gradual zeros, LoRA",
+    "distillation, full",
 )
 
 
 class Dtypes(Callback):
-    """The dtypes of what is trained, of its optimizer state, and of the gathered frozen rest."""
+    """The dtypes of what is trained, of its optimizer state and of the frozen rest; the teacher."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         trained = trained_parameters(pl_module.model)
@@ -98,6 +104,8 @@ class Dtypes(Callback):
         self.states = sorted({str(dtype) for dtype in states})
         frozen = [p for p in pl_module.model.parameters() if not p.requires_grad]
         self.frozen = sorted({str(p.dtype) for p in frozen})
+        teacher = pl_module.objective.teacher
+        self.teacher_is_cut = teacher is not None and is_sharded(teacher.model)
 
 
 class Destroy(Callback):
@@ -134,8 +142,11 @@ def fit(name: str, root: Path, strategy: str, case: Case) -> None:
         kept = {"monitor": "val/perplexity", "save_weights_only": case.best}
         callbacks.append(ModelCheckpoint(root / "best", filename="best", **kept))
         callbacks.append(Destroy())
-    rates = {"learning_rate": 3e-2, "lr_scheduler": "constant"}
-    module = make_module(name, recovery=case.recovery, probes=case.probes, **rates)
+    settings: dict[str, Any] = {"learning_rate": 3e-2, "lr_scheduler": "constant"}
+    if case.distills:
+        callbacks.append(ShortGPT(num_layers=1))
+        settings |= {"loss": "kd", "distillation": Distillation(hidden_weight=0.5)}
+    module = make_module(name, recovery=case.recovery, probes=case.probes, **settings)
     size = 1 if STRATEGIES[strategy] == 2 else 2
     trainer = make_trainer(
         root,
@@ -161,6 +172,7 @@ def fit(name: str, root: Path, strategy: str, case: Case) -> None:
             "trained": dtypes.trained,
             "states": dtypes.states,
             "frozen": dtypes.frozen,
+            "teacher_is_cut": dtypes.teacher_is_cut,
             "kl": [divergence(stage) for stage in record.stages[1:] if case.probes],
             "answers": [sorted(stage.examined) for stage in record.stages],
         }
@@ -209,6 +221,8 @@ def fault(title: str, results: dict[str, Any]) -> str:
         exact = ("step", "tokens_seen", "trained", "states", "frozen", "answers")
         if odd := {n: (one[n], told[n]) for n in exact if one[n] != told[n]}:
             return f"{title}: {strategy} differs from one process in {odd}"
+        if told["teacher_is_cut"] != (case.distills and strategy == "fsdp2"):
+            return f"{title}: the teacher is {'' if told['teacher_is_cut'] else 'not '}cut up"
         # Merging in bfloat16 rounds a few weights to zero, others in each.
         limits = {"perplexity": case.tolerance * one["perplexity"], "sparsity": 1e-3}
         for number, allowed in limits.items():

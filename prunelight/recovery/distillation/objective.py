@@ -3,7 +3,7 @@
 The dense model is a good teacher for its own pruned copy (Minitron, arXiv:2407.14679). The teacher
 can stay in memory beside the student, in full precision or in 4 or 8 bits. Or it runs once before
 the training, and its probabilities are cached (teacher_cache.py). The teacher belongs to no state
-dict, optimizer or sharding.
+dict and no optimizer; its weights are cut up where the student's are (run/teacher.py).
 """
 
 # B sequences, T tokens, D hidden size, V vocabulary
