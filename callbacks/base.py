@@ -26,6 +26,7 @@ from prunelight.planning.steps import Step
 from prunelight.pruning.apply import apply
 from prunelight.pruning.drop_sublayers import check_droppable
 from prunelight.pruning.healing.ends import heal_step
+from prunelight.pruning.healing.gap_operator import check_operators
 from prunelight.pruning.healing.stand_ins import leave_stand_ins
 from prunelight.pruning.healing.writers import check_healable
 from prunelight.run.method import PruningMethod
@@ -40,7 +41,13 @@ from prunelight.training.trainer import pruning_methods
 log = logging.getLogger(__name__)
 
 Healing: TypeAlias = Literal["none", "linear", "layer"]  # see docs/healing.md
-DepthHealing: TypeAlias = Literal["none", "linear", "layer", "mlp"]  # of removed layers
+DepthHealing: TypeAlias = Literal["none", "linear", "operator", "layer", "mlp"]  # of removed layers
+
+# What stands in for removed layers -> what that is, how it leaves layers, and what could be done.
+OWN_CLASS_HEALING = {
+    "mlp": ("MLPs", "without attention", ", or export to decilm for vLLM"),
+    "operator": ("matrices", "with a matrix behind them", ", or take heal='linear'"),
+}
 
 
 class PruningCallback(Callback, ABC):
@@ -52,7 +59,7 @@ class PruningCallback(Callback, ABC):
     gradual = False  # prunes while the model trains, not at fit start
     slices = False  # leaves hidden states that are not those of the dense model
     puts_zeros = False  # puts zeros into weights, which a slicing after it would fill
-    drops_sublayers = False  # leaves decoder layers without attention or MLP
+    drops_sublayers = False  # leaves layers without attention or MLP, or with a matrix at a gap
     follows_slicing = False  # can prune a model whose hidden states were sliced
     export_remote_code = False  # leaves a class of ours whose code goes beside the model
     heal: DepthHealing = "none"
@@ -81,7 +88,7 @@ class PruningCallback(Callback, ABC):
         if self.heal == "mlp":
             steps = leave_stand_ins(model, steps)
         if self.heal != "none":
-            mode = "linear" if self.heal == "linear" else "layer"
+            mode = "layer" if self.heal == "mlp" else self.heal
             healing = heal_step(steps, len(decoder_layers(model)), layers_path(model), mode)
             if not healing and any(step.named for step in steps):
                 log.warning(
@@ -143,6 +150,8 @@ class PruningCallback(Callback, ABC):
         check_windows(model, windows)
         if self.heal == "mlp":
             check_droppable(model)
+        if self.heal == "operator":
+            check_operators(model)
         if self.heal != "none":
             check_healable(model, windows, self.heal)
 
@@ -169,31 +178,38 @@ class PruningCallback(Callback, ABC):
             start(run, methods)
 
 
-def check_stand_ins(
+def layers_it_leaves(method: PruningMethod) -> str:
+    """Return what a method that `drops_sublayers` does to layers, as part of a sentence."""
+    operators = getattr(method, "heal", None) == "operator"
+    return "puts matrices at gaps" if operators else "drops sublayers"
+
+
+def check_depth_healing(
     heal: str,
     granularity: str = "layer",
     parameter_ratio: float | None = None,
     loads_in: Sequence[str] | None = None,
 ) -> None:
-    """Check that `heal="mlp"` goes with other arguments of a method that removes layers.
+    """Check that what stands in for removed layers goes with other arguments of a method.
 
     Raises:
         ValueError: if it does not.
     """
-    if heal != "mlp":
+    if heal not in OWN_CLASS_HEALING:
         return
+    stands_in, leaves, instead = OWN_CLASS_HEALING[heal]
     if granularity != "layer":
         raise ValueError(
-            f"heal='mlp' lets MLPs stand in for whole layers, not for granularity={granularity!r}; "
-            "take granularity='layer', or heal='layer'"
+            f"heal={heal!r} lets {stands_in} stand in for whole layers, not for granularity="
+            f"{granularity!r}; take granularity='layer', or heal='layer'"
         )
     if parameter_ratio is not None:
         raise ValueError(
-            f"parameter_ratio={parameter_ratio} counts whole layers, and heal='mlp' keeps an MLP "
-            "of each run; give num_layers or ratio"
+            f"parameter_ratio={parameter_ratio} counts whole layers, and heal={heal!r} adds "
+            f"{stands_in} for each run; give num_layers or ratio"
         )
     if loads_in:
         raise ValueError(
-            f"loads_in={[*loads_in]} needs a stock class, and heal='mlp' leaves layers without "
-            "attention, which none has; leave one of them out, or export to decilm for vLLM"
+            f"loads_in={[*loads_in]} needs a stock class, and heal={heal!r} leaves layers "
+            f"{leaves}, which none has; leave one of them out{instead}"
         )

@@ -8,11 +8,17 @@ healed before it is judged, by the KL to the dense model on windows that no fit 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import Healing, PruningCallback
+from prunelight.callbacks.base import (
+    OWN_CLASS_HEALING,
+    PruningCallback,
+    check_depth_healing,
+)
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.removable import removable_layers
 from prunelight.models.sizes import depth_unit_sizes, parameter_count
@@ -39,8 +45,9 @@ class DepthPruning(PruningCallback):
         parameter_ratio: share of all parameters to remove, embeddings included, in [0, 1): the
             nearest whole number of layers.
         heal: "linear" fits the layer before each gap anew, during the search and after it, see
-            docs/healing.md. "layer" trains that layer too, after the search. "none" searches and
-            prunes without.
+            docs/healing.md. After the search "operator" puts a matrix before each gap as well, with
+            which the model needs prunelight to load; "layer" trains the layer before it. "none"
+            searches and prunes without.
         protected: layers never to remove; negative indices count from the end.
         look_back: in the end put each removed layer back once, and let another go instead where
             that is better.
@@ -57,7 +64,7 @@ class DepthPruning(PruningCallback):
         num_layers: int | None = None,
         ratio: float | None = None,
         parameter_ratio: float | None = None,
-        heal: Healing = "linear",
+        heal: Literal["none", "linear", "operator", "layer"] = "linear",
         protected: list[int] | None = None,
         look_back: bool = True,
         offload_activations: bool = False,
@@ -65,7 +72,9 @@ class DepthPruning(PruningCallback):
         check_one_target(
             {"num_layers": num_layers, "ratio": ratio, "parameter_ratio": parameter_ratio}
         )
+        check_depth_healing(heal, parameter_ratio=parameter_ratio)
         self.num_layers, self.ratio, self.parameter_ratio = num_layers, ratio, parameter_ratio
+        self.drops_sublayers = heal in OWN_CLASS_HEALING
         self.heal, self.look_back = heal, look_back
         self.protected = list(protected or [])
         self.offload_activations = offload_activations

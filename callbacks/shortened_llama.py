@@ -14,7 +14,12 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import DepthHealing, PruningCallback, check_stand_ins
+from prunelight.callbacks.base import (
+    OWN_CLASS_HEALING,
+    DepthHealing,
+    PruningCallback,
+    check_depth_healing,
+)
 from prunelight.models.engines import check_engines, engine_patterns, known_engines
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import matrices
@@ -44,9 +49,10 @@ class ShortenedLlama(PruningCallback):
         offload_activations: keep the hidden states on the CPU, as in `SLEB`.
         loads_in: programs that must read the result as transformers does, as in `ShortGPT`.
         heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
-            "layer" trains whole layers to them too, one at a time. "mlp" lets one MLP stand in for
-            each run of layers and trains that. See docs/healing.md. All need 2 calibration windows
-            or more.
+            "operator" puts a matrix before each gap as well; "layer" trains whole layers instead,
+            one at a time. "mlp" lets one MLP stand in for each run of layers and trains that. What
+            "operator" and "mlp" leave needs prunelight to load. See docs/healing.md. All need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -64,12 +70,12 @@ class ShortenedLlama(PruningCallback):
         heal: DepthHealing = "none",
     ) -> None:
         check_depth_target(ratio, num_layers)
-        check_stand_ins(heal, loads_in=loads_in)
+        check_depth_healing(heal, loads_in=loads_in)
         self.ratio, self.num_layers, self.score = ratio, num_layers, score
         self.protected = None if protected is None else list(protected)
         self.offload_activations = offload_activations
         self.loads_in, self.heal = known_engines(loads_in), heal
-        self.drops_sublayers = heal == "mlp"
+        self.drops_sublayers = heal in OWN_CLASS_HEALING
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, TypeError for quantized weights."""

@@ -17,7 +17,12 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_ignored
-from prunelight.callbacks.base import DepthHealing, PruningCallback, check_stand_ins
+from prunelight.callbacks.base import (
+    OWN_CLASS_HEALING,
+    DepthHealing,
+    PruningCallback,
+    check_depth_healing,
+)
 from prunelight.models.engines import check_engines, engine_patterns, known_engines
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.own_classes.dropped_sublayers import SUBLAYERS
@@ -84,9 +89,10 @@ class ShortGPT(PruningCallback):
             nearest whole number of layers or sublayers.
         seed: of score="random"; needed there.
         heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
-            "layer" trains whole layers to them too, one at a time. "mlp" lets one MLP stand in for
-            each run of layers and trains that. See docs/healing.md. All need 2 calibration windows
-            or more.
+            "operator" puts a matrix before each gap as well; "layer" trains whole layers instead,
+            one at a time. "mlp" lets one MLP stand in for each run of layers and trains that. What
+            "operator" and "mlp" leave needs prunelight to load. See docs/healing.md. All need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range or has no effect.
@@ -119,15 +125,15 @@ class ShortGPT(PruningCallback):
         targets = {"ratio": ratio, "num_layers": num_layers}
         check_one_target({**targets, "layers": layers, "parameter_ratio": parameter_ratio})
         _check_choices(score, granularity, ignore_first_tokens, layers, seed)
-        check_stand_ins(heal, granularity, parameter_ratio, loads_in)
-        if export_remote_code and granularity == "layer" and heal != "mlp":
+        check_depth_healing(heal, granularity, parameter_ratio, loads_in)
+        if export_remote_code and granularity == "layer" and heal not in OWN_CLASS_HEALING:
             raise ValueError(
                 "export_remote_code=True has no effect with granularity='layer', which leaves a "
                 "stock class; leave it out"
             )
         self.ratio, self.num_layers, self.score = ratio, num_layers, score
         self.ignore_first_tokens, self.granularity = ignore_first_tokens, granularity
-        self.drops_sublayers = granularity != "layer" or heal == "mlp"
+        self.drops_sublayers = granularity != "layer" or heal in OWN_CLASS_HEALING
         self.export_remote_code = export_remote_code
         self.protected = list(protected or [])
         self.loads_in = known_engines(loads_in)

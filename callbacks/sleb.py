@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import DepthHealing, PruningCallback
+from prunelight.callbacks.base import OWN_CLASS_HEALING, DepthHealing, PruningCallback
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.removable import removable_layers
 from prunelight.planning.layer_choice import (
@@ -42,9 +42,10 @@ class SLEB(PruningCallback):
         offload_activations: keep the hidden states on the CPU: num_samples * seq_len * hidden_size
             * (layers + 1) numbers.
         heal: "linear" then fits weights anew, in closed form, to the dense model's hidden states;
-            "layer" trains whole layers to them too, one at a time. "mlp" lets one MLP stand in for
-            each run of layers and trains that. See docs/healing.md. All need 2 calibration windows
-            or more.
+            "operator" puts a matrix before each gap as well; "layer" trains whole layers instead,
+            one at a time. "mlp" lets one MLP stand in for each run of layers and trains that. What
+            "operator" and "mlp" leave needs prunelight to load. See docs/healing.md. All need 2
+            calibration windows or more.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -64,7 +65,7 @@ class SLEB(PruningCallback):
         self.ratio, self.num_layers, self.criterion = ratio, num_layers, criterion
         self.protected = [0, -1] if protected is None else list(protected)
         self.offload_activations, self.heal = offload_activations, heal
-        self.drops_sublayers = heal == "mlp"
+        self.drops_sublayers = heal in OWN_CLASS_HEALING
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if too few layers may be removed, or layers depend on each other."""

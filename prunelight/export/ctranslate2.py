@@ -23,6 +23,7 @@ from prunelight.export.targets import Bound, ExportOptions, Reading, Source
 from prunelight.export.tokenizer_files import copy_tokenizer
 from prunelight.models.engines import NO, has_windows, loads_in
 from prunelight.models.families.config_fields import vocabulary_size
+from prunelight.models.families.own_classes.dropped_sublayers import gap_layers
 from prunelight.models.families.own_classes.registration import PREFIX
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
 from prunelight.models.loading import quiet_transformers
@@ -132,6 +133,8 @@ def check_model(config: PretrainedConfig) -> None:
         other = "or export with --to gguf or --to decilm, which hold layers that differ"
         if kind.startswith(SLICED_PREFIX):
             other = "slicing leaves what no export holds but SliceGPT(rotation='shared') in GGUF"
+        elif gap_layers(config):
+            other = "heal by 'linear' instead of the matrices at gaps, which no export holds"
         raise ValueError(
             f"CTranslate2 cannot hold {kind}: it keeps layers that are all alike. Remove or merge "
             f"whole layers, narrow all MLPs alike, or zero weights for it; {other}"

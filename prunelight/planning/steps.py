@@ -458,8 +458,9 @@ class Heal(Step):
 
     Attributes:
         layers: the layers that are fitted, those before it first.
-        mode: "linear", weighted ridge regression of the last matrix in closed form; "layer", then
-            gradient steps on all matrices of the layer.
+        mode: "linear", weighted ridge regression of the last matrix in closed form; "operator",
+            with a matrix behind the layer before each gap, fitted together with its last one;
+            "layer", after "linear" gradient steps on all matrices of the layer.
         ridges: strengths of the pull towards the old weights. Held-out windows choose one for each
             layer, or leave its weights as they are. 1 is the median energy of the matrix' inputs.
         epochs: of mode "layer", passes over the windows for each layer.
@@ -473,6 +474,11 @@ class Heal(Step):
     epochs: int = 8
 
     @property
+    def leaves_own_class(self) -> bool:
+        """Return whether the model becomes one of a class that transformers does not have."""
+        return self.mode == "operator"
+
+    @property
     def named(self) -> tuple[int, ...]:
         """Return the layers that the step names."""
         return self.layers
@@ -482,7 +488,7 @@ class Heal(Step):
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError for an unknown mode or layer, or ridges or epochs not above 0."""
-        check_choice("mode", self.mode, ("linear", "layer"))
+        check_choice("mode", self.mode, ("linear", "operator", "layer"))
         _check_indices("layers", self.layers, num_layers)
         if not self.ridges or not all(
             isinstance(ridge, int | float) and 0 < ridge < math.inf for ridge in self.ridges

@@ -20,10 +20,10 @@ from prunelight.models.families.own_classes.dropped_sublayers import (
     NAMES,
     SUBLAYERS,
     dropped,
+    take_class,
     take_out,
 )
 from prunelight.models.families.own_classes.layer_widths import PREFIX as WIDTHS_PREFIX
-from prunelight.models.families.own_classes.registration import family_of
 from prunelight.planning.steps import DropSublayers, PruneWidth
 from prunelight.pruning.step_kind import StepContext, StepKind
 
@@ -109,14 +109,10 @@ def drop_sublayers(
     for name, layers in zip(SUBLAYERS, (attention, mlp), strict=True):
         without = dropped(model, name) | set(layers)
         setattr(config, f"drop_{name}", [i in without for i in range(config.num_hidden_layers)])
-    registered: Any = CLASSES[family_of(config.model_type)]
     sublayers = sublayers_of(model)
     names = {name: getattr(sublayers, name) for name in NAMES}
     config.sublayer_names = None if names == NAMES else names
-    config.__class__ = registered.config_class
-    config.model_type = registered.config_class.model_type
-    config.architectures = [registered.__name__]
-    model.__class__ = registered
+    take_class(model)
     take_out(model)
     return model
 

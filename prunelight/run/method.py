@@ -28,7 +28,7 @@ class PruningMethod(Protocol):
         slices: leaves hidden states in other bases than those of the dense model.
         follows_slicing: can prune a model whose hidden states were sliced.
         puts_zeros: puts zeros into weights, which a slicing after it would fill.
-        drops_sublayers: leaves decoder layers without attention or MLP.
+        drops_sublayers: leaves decoder layers without attention or MLP, or with a matrix at a gap.
         export_remote_code: the code of its model class goes beside the model.
     """
 

@@ -122,7 +122,7 @@ class Place:
         return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def shard(self, model: PreTrainedModel) -> None:
-        """Cut a frozen model's weights over the processes, in place; each puts its part on its device.
+        """Cut a model's weights over the processes, in place; each part goes to its device.
 
         All processes must call this, under a strategy that cuts weights.
         """

@@ -1,7 +1,7 @@
 """The teacher of a run: loaded, or asked once, before the training, on all processes.
 
-The teacher of "kd" is loaded beside the student, and cut up where the student's weights are. That of
-"kd_topk" writes what the cache lacks and is dropped before the student is loaded again; a whole
+The teacher of "kd" is loaded beside the student, and cut up where the student's weights are. That
+of "kd_topk" writes what the cache lacks and is dropped before the student is loaded again; a whole
 cache needs no teacher at all.
 """
 

@@ -132,7 +132,7 @@ def test_heads_of_another_width_than_it_takes_are_refused(callback, told, tmp_pa
     assert told in refusal(tmp_path, *pruned(tmp_path, callback))
 
 
-@pytest.mark.parametrize("kind", ["dropped", "widths", "sliced"])
+@pytest.mark.parametrize("kind", ["dropped", "gaps", "widths", "sliced"])
 def test_classes_of_our_own_are_refused_with_what_it_could_take(kind, tmp_path, tiny_tokenizer):
     told = refusal(tmp_path, own_model(kind, "llama"), tiny_tokenizer)
     assert "it keeps layers that are all alike. Remove or merge whole layers" in told

@@ -219,6 +219,11 @@ def test_the_attention_of_the_first_layer_must_be_there(tmp_path, tiny_tokenizer
     assert "fails without the attention of layer 0" in refusal(source)
 
 
+def test_a_matrix_behind_a_layer_is_refused(tmp_path, tiny_tokenizer):
+    source = saved(tmp_path, own_model("gaps", "llama"), tiny_tokenizer)
+    assert "DeciLM has no matrix behind a layer, as behind [1, 4] here" in refusal(source)
+
+
 def test_without_vllm_nothing_is_written(tmp_path, tiny_tokenizer):
     source = saved(tmp_path, own_model("dropped", "llama"), tiny_tokenizer)
     for python, told in {

@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from own_models import with_operators
 from runs import write_model
 from text_tokenizers import make_tokenizer, sample
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -169,12 +170,20 @@ def biased(folder):
     return saved(prunelight.apply(model, plan, windows), folder / "biased")
 
 
+def gap(folder):
+    return saved(with_operators(tiny_llama(folder / "dense"), [2]), folder / "gap")
+
+
 def rope(kind, **more):
     parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     return {"rope_parameters": {**parameters, "original_max_position_embeddings": 64, **more}}
 
 
 REFUSED = {
+    "a matrix behind a layer": (
+        gap,
+        r"llama.cpp has no matrix behind a layer, as behind \[2\] here",
+    ),
     "no family of ours": (
         lambda f: tiny_directory(f, "bloom"),
         "a GGUF of bloom is not written here.*written are llama.*convert_hf_to_gguf.py",

@@ -115,7 +115,7 @@ def test_families_are_packed_and_verified(family, tmp_path, tiny_tokenizer):
     assert done.verification.startswith("reloaded with AutoModelForCausalLM: equal weights")
 
 
-@pytest.mark.parametrize("kind", ["sliced", "dropped", "widths"])
+@pytest.mark.parametrize("kind", ["sliced", "dropped", "gaps", "widths"])
 def test_our_own_classes_are_packed_where_prunelight_is_imported(kind, tmp_path, tiny_tokenizer):
     model = own_model(kind, "llama")
     quantize_gptq(model, WINDOWS)

@@ -118,6 +118,9 @@ VARIANTS = {
     "ShortGPT, share of all parameters": Method(lambda: ShortGPT(parameter_ratio=0.2), layers=4),
     "ShortGPT, healed": Method(lambda: ShortGPT(num_layers=2, heal="linear"), layers=4),
     "ShortGPT, an MLP stands in": Method(lambda: ShortGPT(layers=[2, 3], heal="mlp"), layers=5),
+    "ShortGPT, a matrix at the gap": Method(
+        lambda: ShortGPT(layers=[2, 3], heal="operator"), layers=4
+    ),
     "a budget, widths by layer": Method(
         lambda: BudgetPruning(0.7, multiple=4, allocation="by_layer")
     ),

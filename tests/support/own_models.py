@@ -16,8 +16,14 @@ from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import PruneWidth
 from prunelight.pruning.drop_sublayers import drop_sublayers
+from prunelight.pruning.healing.gap_operator import put_gap_operators
 
-KINDS = {"sliced": sliced_classes, "dropped": dropped_sublayers, "widths": layer_widths}
+KINDS = {
+    "sliced": sliced_classes,
+    "dropped": dropped_sublayers,
+    "gaps": dropped_sublayers,
+    "widths": layer_widths,
+}
 EVERY = [(kind, family) for kind, module in KINDS.items() for family in module.FAMILIES]
 
 GROUPS = (2, 1, 1, 2, 1, 2)  # of 2 key-value groups, in each layer
@@ -68,7 +74,19 @@ def shared_model(kind, family):
         return sliced(family, False, VARIED)
     if kind == "dropped":
         return drop_sublayers(copy.deepcopy(lively(family)), [4, 5], [1, 4])
+    if kind == "gaps":
+        return with_operators(copy.deepcopy(lively(family)), [1, 4])
     return narrowed(family)
+
+
+def with_operators(model, layers):
+    """The model with small random matrices behind some layers."""
+    put_gap_operators(model, layers)
+    generator = torch.Generator().manual_seed(2)
+    for index in layers:
+        weight = decoder_layers(model)[index].gap_operator.weight
+        weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    return model
 
 
 def own_model(kind, family):

@@ -29,6 +29,7 @@ from prunelight.export.targets import TORCH_DTYPES, Bound, ExportOptions, Readin
 from prunelight.export.tokenizer_files import copy_tokenizer
 from prunelight.models.engines import YES, has_windows, loads_in
 from prunelight.models.families.config_fields import head_dim
+from prunelight.models.families.own_classes.dropped_sublayers import gap_layers
 from prunelight.models.families.own_classes.layer_widths import BIASED, LISTS
 from prunelight.models.families.own_classes.registration import PREFIX, family_of
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
@@ -134,6 +135,11 @@ def check_model(source: Source) -> None:
             f"DeciLM computes as Llama does, and {family} does otherwise; it holds layers that "
             f"differ of {', '.join(FAMILIES)}. Remove or merge whole layers, or narrow all layers "
             "alike, and vLLM loads the directory itself"
+        )
+    if gaps := gap_layers(config):
+        raise ValueError(
+            f"DeciLM has no matrix behind a layer, as behind {gaps} here; heal by 'linear', which "
+            "leaves a stock model, and vLLM loads that directory itself"
         )
     if biased := getattr(config, BIASED, None):
         raise ValueError(

@@ -42,6 +42,7 @@ from prunelight.export.targets import Bound, ExportOptions, NotReadableError, Re
 from prunelight.export.widths import block_warnings, parallel_warnings
 from prunelight.models.engines import READINGS, ByPlace, OtherWindows, has_windows
 from prunelight.models.families.config_fields import head_dim
+from prunelight.models.families.own_classes.dropped_sublayers import gap_layers
 from prunelight.models.families.own_classes.layer_widths import BIASED
 from prunelight.models.families.own_classes.registration import PREFIX, family_of
 from prunelight.models.families.own_classes.sliced import PREFIX as SLICED_PREFIX
@@ -155,6 +156,11 @@ def check_family(source: Source) -> GgufFamily:
         raise ValueError(
             f"llama.cpp holds layers that differ ({kind}) only for {', '.join(DECI_FAMILIES)}, in "
             "its architecture deci; remove whole layers, or narrow all layers alike"
+        )
+    if gaps := gap_layers(source.config):
+        raise ValueError(
+            f"llama.cpp has no matrix behind a layer, as behind {gaps} here; heal by 'linear', "
+            "which leaves a stock model"
         )
     if biased := getattr(source.config, BIASED, None):
         raise ValueError(

@@ -305,7 +305,7 @@ class _Variants:
         writer = self._writers[layer]
         place = float64_device(self._walk.device)
         features, inputs = writer.weight.shape
-        sums = ErrorSums.empty(features, inputs, place)
+        sums = ErrorSums.empty(features, (inputs,), place)
         positions = self._walk.positions()
         module = self._layers[layer]
         self._forwards += 1

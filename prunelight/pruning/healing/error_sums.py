@@ -5,7 +5,8 @@ is missing, divided by the scale, the best change of W minimises
 
     sum_t w_t ||r_t - D x_t||^2  +  ridge * ||D||^2,    D = C (G + ridge)^-1,
 
-with G = sum w x x^T and C = sum w r x^T. The same sums tell the error of any D, so that windows
+with G = sum w x x^T and C = sum w r x^T. Inputs of several kinds, one behind the other, each have a
+ridge in units of their own median energy. The same sums tell the error of any D, so that windows
 that were held out can judge it. Zeros of W that an earlier step put there stay: D is then found
 over the other places, see `masked_solution`.
 """
@@ -36,22 +37,27 @@ class ErrorSums:
         gram: G, weighted inputs x inputs, (I, I).
         cross: C, weighted missing states x inputs, (O, I).
         energy: sum of w ||r||^2: the error of no change.
+        kinds: how many inputs are of each kind; the sum is I.
         tokens: how many tokens were added.
     """
 
     gram: Tensor
     cross: Tensor
     energy: Tensor
+    kinds: tuple[int, ...]
     tokens: int = 0
 
     @classmethod
-    def empty(cls, out_features: int, in_features: int, device: torch.device) -> ErrorSums:
+    def empty(cls, out_features: int, kinds: tuple[int, ...], device: torch.device) -> ErrorSums:
         """Return the sums of no token."""
+        in_features = sum(kinds)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        return cls(zeros(in_features, in_features), zeros(out_features, in_features), zeros())
+        return cls(
+            zeros(in_features, in_features), zeros(out_features, in_features), zeros(), kinds
+        )
 
     def update(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
         """Add tokens: inputs (T, I), missing states (T, O), weights (T)."""
@@ -75,8 +81,15 @@ class ErrorSums:
             self.gram + other.gram,
             self.cross + other.cross,
             self.energy + other.energy,
+            self.kinds,
             self.tokens + other.tokens,
         )
+
+    def of_kinds(self, first: int, last: int) -> ErrorSums:
+        """Return the sums of the inputs of some kinds alone; views of these."""
+        begin, end = sum(self.kinds[:first]), sum(self.kinds[: last + 1])
+        gram, cross = self.gram[begin:end, begin:end], self.cross[:, begin:end]
+        return ErrorSums(gram, cross, self.energy, self.kinds[first : last + 1], self.tokens)
 
     def error(self, change: Tensor) -> float:
         """Return sum_t w_t ||r_t - D x_t||^2 of a change D, (O, I)."""
@@ -87,12 +100,12 @@ class ErrorSums:
         """Return the change D (O, I) of the smallest error, float64.
 
         Args:
-            ridge: pull towards the old weights, in units of the median energy of the inputs.
+            ridge: pull towards the old weights, in units of the median energy of each kind.
             mask: bool (O, I), False where D must be 0; None lets all places change.
         """
-        strength = ridge * self.gram.diagonal().median().clamp(min=1e-30)
         gram = self.gram.clone()
-        gram.diagonal().add_(strength)
+        for energies in gram.diagonal().split(self.kinds):
+            energies.add_(ridge * energies.median().clamp(min=1e-30))
         if mask is not None:
             return masked_solution(gram, self.cross, mask.to(gram.device))
         factor, failed = torch.linalg.cholesky_ex(gram)

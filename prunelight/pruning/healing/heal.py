@@ -9,6 +9,8 @@ Tokens weigh 1 / ||dense state||: massive activations are a thousand times as la
 tokens count all the same, because a layer that writes them must go on doing so. Every fourth window
 is held out. It chooses the ridge, and a fit that does not lower its error there is discarded.
 
+Mode "operator" also puts a matrix behind the layer before each gap, see `gap_operator.py`.
+
 Mode "layer" then trains all matrices of the layer, see `tune.py`. It needs no matrix that adds to
 the states, so that it heals families whose layers norm what their MLP gives, or end in experts.
 """
@@ -32,9 +34,16 @@ from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import layer_matrices
-from prunelight.planning.steps import Heal, SliceHidden, Sparsify, renumber
+from prunelight.models.families.own_classes.dropped_sublayers import GapOperator
+from prunelight.planning.steps import Heal, PruneWidth, SliceHidden, Sparsify, renumber
 from prunelight.pruning.healing.ends import dense_ends
 from prunelight.pruning.healing.error_sums import ErrorSums
+from prunelight.pruning.healing.gap_operator import (
+    check_operators,
+    fit_gap,
+    put_gap_operators,
+    put_operator,
+)
 from prunelight.pruning.healing.held_out import split_positions
 from prunelight.pruning.healing.tune import tune_layer
 from prunelight.pruning.healing.writers import Writer, check_healable, writer_of
@@ -133,13 +142,15 @@ def heal(
                 writer = writer_of(walk, index)
                 turn = _rotation(dense, layer, writer) if rotated and writer else None
                 target_of = partial(_target, walk, dense_walk.states, turn)
-                if writer is None:
+                if step.mode == "operator" and end > layer:
+                    _fit_gap(walk, index, module, writer, target_of, step.ridges, sparse, part)
+                elif writer is None:
                     part.add(0.0, 0.0, 0.0)
                 else:
                     _fit_writer(walk, writer, target_of, step.ridges, sparse, part)
                 if step.mode == "layer":
                     _tune(walk, index, module, target_of, step.epochs, sparse, part)
-                elif writer is None:
+                elif writer is None and not (step.mode == "operator" and end > layer):
                     reason = "no matrix of it adds to the hidden states"
                     _note(part, f"layer {layer} was not healed: {reason}")
             outcome.extend(part)
@@ -188,6 +199,50 @@ def _kept_zeros(weight: Tensor, sparse: bool) -> Tensor | None:
     mask = weight != 0
     zeros = 1 - float(mask.float().mean())
     return mask if zeros > (0 if sparse else _ZEROS) else None
+
+
+def _fit_gap(
+    walk: LayerWalk,
+    index: int,
+    module: nn.Module,
+    writer: Writer | None,
+    target_of: Callable[[int], Tensor],
+    ridges: Sequence[float],
+    sparse: bool,
+    outcome: HealOutcome,
+) -> None:
+    """Fit the matrix behind the walk's current layer, in place, if that helps held-out windows.
+
+    The layer's last matrix is fitted with it, unless it has zeros to keep.
+    """
+    operator = module.gap_operator
+    assert isinstance(operator, GapOperator)
+    if writer is not None and _kept_zeros(writer.weight, sparse) is not None:
+        writer = None
+    fitted = fit_gap(walk, writer, target_of, ridges)
+    name = f"{layers_path(walk.model)}.{index}.gap_operator"
+    if fitted.tokens < fitted.inputs:
+        _note(
+            outcome,
+            f"{name} was fitted on {fitted.tokens} tokens, fewer than the {fitted.inputs} numbers "
+            "that are known of each: the ridge decides the rest; calibrate on more text",
+        )
+    outcome.add(fitted.ridge, fitted.error_before, fitted.error_after)
+    if fitted.change is not None:
+        assert writer is not None
+        writer.put(writer.weight.to(fitted.change) + fitted.change)
+        outcome.healed.append(writer.matrix.name)
+    if fitted.operator is not None:
+        put_operator(operator, fitted.operator)
+        outcome.healed.append(name)
+    log.info(
+        "gap behind layer %d fitted with ridge %g: error %.3g -> %.3g of the dense states on "
+        "held-out windows",
+        index,
+        fitted.ridge,
+        fitted.error_before,
+        fitted.error_after,
+    )
 
 
 def _fit_writer(
@@ -267,7 +322,7 @@ def _sums(
     """
     place = float64_device(walk.device)
     features, inputs = writer.weight.shape
-    sums = [ErrorSums.empty(features, inputs, place) for _ in range(2)]
+    sums = [ErrorSums.empty(features, (inputs,), place) for _ in range(2)]
     energy = 0.0
     for batch, split in enumerate(split_positions(walk)):
         target = target_of(batch)
@@ -293,11 +348,34 @@ def _check(model: PreTrainedModel, step: Heal, context: StepContext) -> None:
     if context.windows is None:
         raise ValueError("heal needs calibration windows; pass them to apply")
     check_healable(model, context.windows, step.mode)
+    if step.mode == "operator":
+        _check_operators(model, step, context)
+
+
+def _check_operators(model: PreTrainedModel, step: Heal, context: StepContext) -> None:
+    check_operators(model)
+    if not _gaps(step, context, len(decoder_layers(model))):
+        raise ValueError(
+            f"heal with mode='operator' puts matrices before gaps, and none of layers="
+            f"{list(step.layers)} lies before one; take mode='linear'"
+        )
+    if any(isinstance(other, PruneWidth) and other.leaves_own_class for other in context.earlier):
+        raise TypeError(
+            "no class describes layers of different widths with matrices at gaps; take "
+            "heal='linear'"
+        )
+
+
+def _gaps(step: Heal, context: StepContext, num_layers: int) -> list[int]:
+    """Return the layers of a step, counted as in the dense model, behind which layers are gone."""
+    ends = dense_ends(context.earlier, num_layers)
+    return [layer for layer in step.layers if ends.get(layer, layer) > layer]
 
 
 def _carry_out(model: PreTrainedModel, step: Heal, context: StepContext) -> HealOutcome:
     assert context.windows is not None  # _check
     assert context.dense is not None  # apply
+    _put_operators(model, step, context, len(decoder_layers(context.dense)))
     return heal(
         model,
         context.dense,
@@ -312,8 +390,17 @@ def _carry_out(model: PreTrainedModel, step: Heal, context: StepContext) -> Heal
     )
 
 
+def _put_operators(
+    model: PreTrainedModel, step: Heal, context: StepContext, num_layers: int
+) -> None:
+    if step.mode == "operator":
+        gaps = _gaps(step, context, num_layers)
+        put_gap_operators(model, context.renumber(gaps))
+
+
 def _rehearse(model: PreTrainedModel, step: Heal, context: StepContext) -> None:
     left = len(decoder_layers(model))
+    _put_operators(model, step, context, left + len(context.removed))
     assert all(renumber(layer, context.removed) < left for layer in step.layers)
 
 

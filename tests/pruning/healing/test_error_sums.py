@@ -18,7 +18,7 @@ def tokens(seed=0, count=200, inputs=12, outputs=5):
 
 
 def sums_of(*parts):
-    sums = ErrorSums.empty(5, 12, torch.device("cpu"))
+    sums = ErrorSums.empty(5, (12,), torch.device("cpu"))
     for part in parts:
         sums.update(*part)
     return sums
@@ -87,5 +87,5 @@ def test_a_rising_ridge_pulls_back_to_no_change():
 def test_a_singular_gram_matrix_is_no_obstacle():
     few = [part[:3] for part in tokens()]
     assert bool(sums_of(few).fit(0.01).isfinite().all())
-    nothing = ErrorSums.empty(5, 12, torch.device("cpu"))
+    nothing = ErrorSums.empty(5, (12,), torch.device("cpu"))
     assert bool((nothing.fit(1.0) == 0).all())

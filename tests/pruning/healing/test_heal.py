@@ -298,7 +298,7 @@ def test_healing_does_not_depend_on_micro_batches_or_where_states_are_kept():
         (Heal((2,)), "layers=.2. are gone after an earlier step"),
         (Heal((1,), ridges=(0.0,)), "ridges=.0.0. must be numbers above 0"),
         (Heal((1,), ridges=()), "ridges=.. must be numbers above 0"),
-        (Heal((1,), mode="operator"), "mode='operator'"),
+        (Heal((1,), mode="matrix"), "mode='matrix'"),
         (Heal((1,), mode="layer", epochs=0), "epochs=0 must be a whole number above 0"),
         (Heal((9,)), "layers=.9. must lie in"),
     ],

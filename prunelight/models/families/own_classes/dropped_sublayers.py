@@ -1,4 +1,4 @@
-"""Decoder layers without attention or without MLP (LLM-Drop, arXiv:2406.15786), as models.
+"""Decoder layers without attention or MLP (LLM-Drop, arXiv:2406.15786) or at a gap, as models.
 
 No stock config can say that a layer has no attention. So each family that supports it has a
 registered class here, whose config lists what was dropped: after `import prunelight`,
@@ -6,6 +6,9 @@ registered class here, whose config lists what was dropped: after `import prunel
 its norm, computes nothing, and an attention takes no room in the cache. The first attention of each
 kind of layer must stay: transformers counts the tokens of the cache there. Assisted generation
 crops caches, which in transformers 5.23 fails on an empty one of a sliding window.
+
+At a gap, where the next layers are gone, a matrix can make up for them (Ghosted Layers,
+arXiv:2605.15491): such a layer hands on x + M x. `gap_operators` lists these layers.
 
 A saved config.json also states what was dropped as transformers' `per_layer_config` does, which the
 models of these families do not read. The lists count; a statement that differs is an error.
@@ -17,6 +20,7 @@ This file needs only torch and transformers: it is what `export_remote_code` put
 
 from __future__ import annotations
 
+from functools import cache, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,6 +72,12 @@ class DroppedSublayer(nn.Module):
         return (zero, None) if self.pair else zero
 
 
+class GapOperator(nn.Linear):
+    """M of a layer at a gap, (D, D); bitsandbytes leaves this class in full precision."""
+
+    stays_dense = "stands for the layers of a gap"
+
+
 class _WithSkips:
     """What the registered config classes add to those of their family."""
 
@@ -107,6 +117,7 @@ class _WithDropped:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # that of the family
         take_out(self)
+        put_operators(self)
 
 
 def dropped(model: PreTrainedModel, name: str) -> set[int]:
@@ -121,9 +132,7 @@ def take_out(model: PreTrainedModel) -> None:
     Args:
         model: with the head, or without.
     """
-    base: Any = model.base_model
-    lists = (module for module in base.modules() if isinstance(module, nn.ModuleList))
-    layers = next(x for x in lists if len(x) == model.config.num_hidden_layers)
+    layers = layers_of(model)
     names = {**NAMES, **(getattr(model.config, "sublayer_names", None) or {})}
     for name in SUBLAYERS:
         for index in dropped(model, name):
@@ -137,6 +146,75 @@ def take_out(model: PreTrainedModel) -> None:
             setattr(layers[index], names[f"{name}_norm"], nn.Identity())
 
 
+def gap_layers(config: Any) -> list[int]:
+    """Return the layers with a matrix behind them; none for configs of other classes."""
+    flags = getattr(config, "gap_operators", None) or []
+    return [index for index, flag in enumerate(flags) if flag]
+
+
+def put_operators(model: PreTrainedModel) -> None:
+    """Put a matrix of zeros behind each layer that the config lists and that has none, in place.
+
+    Args:
+        model: with the head, or without.
+    """
+    layers, width = layers_of(model), model.config.hidden_size
+    for index in gap_layers(model.config):
+        layer: Any = layers[index]
+        if not hasattr(layer, "gap_operator"):
+            like = next(weight for weight in layer.parameters() if weight.is_floating_point())
+            place = {"device": like.device, "dtype": like.dtype}
+            stock: Any = type(layer)
+            layer.__class__ = _class_at_gap(stock)
+            layer.gap_operator = GapOperator(width, width, bias=False, **place)
+            nn.init.zeros_(layer.gap_operator.weight)
+
+
+@cache
+def _class_at_gap(stock: Any) -> Any:
+    """Return the class of a family's decoder layers with a matrix behind them."""
+
+    @wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = stock.forward(self, *args, **kwargs)
+        if isinstance(output, tuple):  # transformers 4, and layers that hand on more than states
+            return (output[0] + self.gap_operator(output[0]), *output[1:])
+        return output + self.gap_operator(output)
+
+    def reduce(self: Any) -> Any:  # a class that is made here has no name to pickle it by
+        return _layer_at_gap, (stock,), self.__dict__
+
+    body = {"forward": forward, "__reduce__": reduce, "__module__": __name__}
+    return type(stock.__name__, (stock,), body)
+
+
+def _layer_at_gap(stock: Any) -> Any:
+    """Return a layer without its state yet, as pickle and copy ask for it."""
+    kind = _class_at_gap(stock)
+    return kind.__new__(kind)
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder layers of a model with the head, or without."""
+    base: Any = model.base_model
+    lists = (module for module in base.modules() if isinstance(module, nn.ModuleList))
+    return next(x for x in lists if len(x) == model.config.num_hidden_layers)
+
+
+def take_class(model: PreTrainedModel) -> None:
+    """Give a model and its config the registered class of their family, in place.
+
+    Raises:
+        KeyError: if transformers does not have the family.
+    """
+    config: Any = model.config
+    registered: Any = CLASSES[config.model_type.removeprefix(PREFIX)]
+    config.__class__ = registered.config_class
+    config.model_type = registered.config_class.model_type
+    config.architectures = [registered.__name__]
+    model.__class__ = registered
+
+
 def _make(family: str) -> Any:
     """Make the classes of a family and return that of its causal language models."""
     stock_config = CONFIG_MAPPING[family]
@@ -145,7 +223,7 @@ def _make(family: str) -> Any:
     here, flags = {"__module__": __name__}, ("drop_attention", "drop_mlp")
     fields: dict[str, Any] = {**here, "model_type": PREFIX + family}
     fields["__annotations__"] = {
-        **dict.fromkeys(flags, "list[bool] | None"),
+        **dict.fromkeys((*flags, "gap_operators"), "list[bool] | None"),
         "sublayer_names": "dict[str, str] | None",
     }
     fields |= dict.fromkeys(fields["__annotations__"])

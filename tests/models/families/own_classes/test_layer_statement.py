@@ -73,7 +73,7 @@ def test_a_statement_that_differs_from_the_lists_is_an_error(kind, tmp_path, tin
         AutoConfig.from_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize("kind", ["sliced", "stock"])
+@pytest.mark.parametrize("kind", ["sliced", "gaps", "stock"])
 def test_other_models_state_nothing(kind, tmp_path, tiny_tokenizer):
     model = tiny_model("llama") if kind == "stock" else own_model(kind, "llama")
     prunelight.save(model, tiny_tokenizer, tmp_path / "model")

@@ -36,7 +36,8 @@ from prunelight.recovery.lora import LoRA, attach_lora, merge_lora
 IDS = [f"{kind}-{family}" for kind, family in EVERY]
 EACH = pytest.mark.parametrize(("kind", "family"), EVERY, ids=IDS)
 ONE_OF_A_KIND = pytest.mark.parametrize(
-    ("kind", "family"), [("sliced", "opt"), ("dropped", "phi3"), ("widths", "phi3")]
+    ("kind", "family"),
+    [("sliced", "opt"), ("dropped", "phi3"), ("gaps", "phi3"), ("widths", "phi3")],
 )
 NEW_TOKENS = 12  # beyond the sliding windows of 8
 
@@ -147,7 +148,7 @@ def test_later_saves_write_the_code_too_and_name_all_classes(
 def test_the_exported_file_needs_only_torch_and_transformers(kind):
     source = (ROOT / KINDS[kind].__file__).read_text()
     roots = {name.split(".")[0] for name in imported(source)}
-    assert roots <= {"__future__", "sys", "typing", "torch", "transformers"}
+    assert roots <= {"__future__", "functools", "sys", "typing", "torch", "transformers"}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -264,7 +265,7 @@ def test_layers_can_be_removed_again_unless_they_were_sliced(
         return
     remove_layers(model, [1, 5])
     for name, value in whole.config.to_dict().items():
-        if name.startswith(("layer_", "drop_")) and value is not None:
+        if name.startswith(("layer_", "drop_", "gap_")) and value is not None:
             assert getattr(model.config, name) == [value[i] for i in (0, 2, 3, 4)]
     prunelight.save(model, tiny_tokenizer, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
