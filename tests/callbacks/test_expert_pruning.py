@@ -126,6 +126,7 @@ def test_a_plan_of_scores_on_disk_is_that_of_the_model(score, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep  # test_processes.py shares windows in the same way
 def test_two_ranks_give_the_scores_and_the_plan_of_one(tmp_path):
     script, support = tmp_path / "ranks.py", Path(__file__).parent.parent / "support"
     script.write_text(_RANKS)

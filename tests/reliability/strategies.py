@@ -26,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "sup
 
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from rows import Row, run
 from runs import make_data, make_module, make_trainer, measure_speed_briefly, write_model
 
@@ -33,6 +34,7 @@ from prunelight.callbacks import DLP, ShortGPT
 from prunelight.recovery.distillation.objective import Distillation
 from prunelight.recovery.sharded_weights import is_sharded, trained_parameters
 from prunelight.recovery.zeros.gradual_zeros import Schedule
+from prunelight.training.resuming.checkpoint_io import BackgroundCheckpointIO
 
 STRATEGIES = {"one": 1, "ddp": 2, "fsdp2": 2}
 STEPS = 8
@@ -46,6 +48,7 @@ class Case:
     recovery: str = "lora"
     best: bool | None = None  # keep the best weights: alone, or with the optimizer (False)
     gradual: bool = False
+    by_thread: bool = False  # checkpoints are written by a thread
     fails: bool = False  # the last process' loss turns NaN
     distills: bool = False  # from the dense model, of which a layer is removed
     probes: bool = False  # probes, samples and divergence from the dense model in the report
@@ -57,7 +60,7 @@ class Case:
 
 
 CASES = {
-    "best weights alone, full": Case(recovery="full", best=True),
+    "best weights alone, by a thread, full": Case(recovery="full", best=True, by_thread=True),
     "best weights alone, LoRA": Case(best=True),
     "best weights with optimizer, full": Case(recovery="full", best=False),
     "best weights with optimizer, LoRA": Case(best=False),
@@ -82,7 +85,7 @@ CASES = {
 FAST = (  # one of each kind; the others are a sweep
     "NaN in one process, LoRA",
     "probes and divergence, LoRA",
-    "best weights alone, full",
+    "best weights alone, by a thread, full",
     "gradual zeros, LoRA",
     "distillation, full",
 )
@@ -103,6 +106,8 @@ class Dtypes(Callback):
         self.trained = sorted({str(p.dtype) for p in trained.values()})
         self.states = sorted({str(dtype) for dtype in states})
         frozen = [p for p in pl_module.model.parameters() if not p.requires_grad]
+        files = trainer.strategy.checkpoint_io
+        self.by_thread = isinstance(files, BackgroundCheckpointIO)
         self.frozen = sorted({str(p.dtype) for p in frozen})
         teacher = pl_module.objective.teacher
         self.teacher_is_cut = teacher is not None and is_sharded(teacher.model)
@@ -160,6 +165,7 @@ def fit(name: str, root: Path, strategy: str, case: Case) -> None:
         val_check_interval=2,
         check_val_every_n_epoch=None,
         log_every_n_steps=2,
+        plugins=[AsyncCheckpointIO()] if case.by_thread else None,
     )
     trainer.fit(module, make_data(name, root, batch_size=size))
     if trainer.is_global_zero:
@@ -172,6 +178,7 @@ def fit(name: str, root: Path, strategy: str, case: Case) -> None:
             "trained": dtypes.trained,
             "states": dtypes.states,
             "frozen": dtypes.frozen,
+            "by_thread": dtypes.by_thread,
             "teacher_is_cut": dtypes.teacher_is_cut,
             "kl": [divergence(stage) for stage in record.stages[1:] if case.probes],
             "answers": [sorted(stage.examined) for stage in record.stages],
@@ -221,6 +228,8 @@ def fault(title: str, results: dict[str, Any]) -> str:
         exact = ("step", "tokens_seen", "trained", "states", "frozen", "answers")
         if odd := {n: (one[n], told[n]) for n in exact if one[n] != told[n]}:
             return f"{title}: {strategy} differs from one process in {odd}"
+        if told["by_thread"] != case.by_thread:
+            return f"{title}: {strategy} writes {'' if told['by_thread'] else 'not '}by a thread"
         if told["teacher_is_cut"] != (case.distills and strategy == "fsdp2"):
             return f"{title}: the teacher is {'' if told['teacher_is_cut'] else 'not '}cut up"
         # Merging in bfloat16 rounds a few weights to zero, others in each.

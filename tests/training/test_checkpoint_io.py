@@ -21,6 +21,7 @@ from prunelight.cli import main
 from prunelight.training.resuming.checkpoint_io import BackgroundCheckpointIO, write_checkpoint
 from prunelight.training.resuming.kept_checkpoints import DelayedRemovals
 
+SWEEP = [pytest.mark.slow, pytest.mark.sweep]
 CONTENT = {"state_dict": {}, "pytorch-lightning_version": "2.6.0"}
 
 
@@ -161,7 +162,7 @@ def kept(root):
     return sorted(path.name for path in Path(root).rglob("*.ckpt"))
 
 
-@pytest.mark.parametrize("number", [1, 3, 6, 8])
+@pytest.mark.parametrize("number", [1, *(pytest.param(later, marks=SWEEP) for later in (3, 6, 8))])
 def test_a_run_that_is_killed_while_a_checkpoint_is_written_ends_as_a_whole_one(place, number):
     run = f"killed-{number}"
     kill_at_rename(number, r".*\.ckpt", command(place, run))
@@ -174,6 +175,8 @@ def test_a_run_that_is_killed_while_a_checkpoint_is_written_ends_as_a_whole_one(
     assert kept(place / run) == kept(place / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.sweep  # test_strategies.py writes by a thread in two processes too
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_leave_what_they_leave_without_a_thread(place, strategy):
     given = ["--trainer.devices", "2", "--trainer.strategy", strategy]
