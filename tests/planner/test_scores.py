@@ -35,6 +35,7 @@ FROM_SCORES = {
     *("DLP, healed", "Wanda", "magnitude", "OWL, Wanda", "2:4, SparseGPT", "Wanda, swapped"),
     *("ALPS", "2:4, ALPS", "2:4, ALPS, swapped"),
     *("ShortGPT, layers trained", "Wanda, layers trained", "ShortGPT, an MLP stands in"),
+    "ShortGPT, a matrix at the gap",
 }
 
 
