@@ -178,12 +178,6 @@ class PruningCallback(Callback, ABC):
             start(run, methods)
 
 
-def layers_it_leaves(method: PruningMethod) -> str:
-    """Return what a method that `drops_sublayers` does to layers, as part of a sentence."""
-    operators = getattr(method, "heal", None) == "operator"
-    return "puts matrices at gaps" if operators else "drops sublayers"
-
-
 def check_depth_healing(
     heal: str,
     granularity: str = "layer",

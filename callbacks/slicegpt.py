@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import Healing, PruningCallback, layers_it_leaves
+from prunelight.callbacks.base import Healing, PruningCallback
 from prunelight.planning.plan import Plan
 from prunelight.planning.slice_widths import uniform_width
 from prunelight.planning.steps import SliceHidden, Sparsify
@@ -66,8 +66,9 @@ class SlicingCallback(PruningCallback):
                 )
             if other.drops_sublayers:
                 raise ValueError(
-                    f"{name} {layers_it_leaves(other)} before {slicing}, which cannot slice what "
-                    "is left; drop whole layers (granularity='layer', heal='linear')"
+                    f"{name} drops sublayers, or puts matrices at gaps, before {slicing}, which "
+                    "cannot slice what is left; drop whole layers (granularity='layer'), and heal "
+                    "by 'linear'"
                 )
         for other in methods[position + 1 :] if self.rotation == "per_layer" else ():
             if not other.follows_slicing:

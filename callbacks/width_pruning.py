@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
-from prunelight.callbacks.base import Healing, PruningCallback, layers_it_leaves
+from prunelight.callbacks.base import Healing, PruningCallback
 from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import layer_matrices
@@ -212,12 +212,16 @@ class WidthPruning(PruningCallback):
         for other in methods[: methods.index(self)]:
             if other.drops_sublayers:
                 raise ValueError(
-                    f"{type(other).__name__} {layers_it_leaves(other)} before WidthPruning; put "
-                    "WidthPruning before it"
+                    f"{type(other).__name__} drops sublayers, or puts matrices at gaps, before "
+                    "WidthPruning; put WidthPruning before it"
                 )
         for other in methods if not self.stays_stock else ():
             if other.drops_sublayers or other.slices:
-                does = layers_it_leaves(other) if other.drops_sublayers else "slices hidden states"
+                does = (
+                    "drops sublayers or puts matrices at gaps"
+                    if other.drops_sublayers
+                    else "slices hidden states"
+                )
                 raise ValueError(
                     f"{type(other).__name__} {does}, and no class describes such a model with "
                     f"{self._own_class_reason()}"

@@ -2,7 +2,7 @@
 
 The names below are what a script needs; `prunelight.callbacks` holds the pruning methods. Each name
 is imported at its first use, so that `import prunelight` is quick. After it, transformers loads our
-sliced models, and models without some attentions or MLPs, by plain `from_pretrained`.
+models of classes of our own, such as sliced ones, by plain `from_pretrained`.
 """
 
 import logging

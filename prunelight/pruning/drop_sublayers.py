@@ -16,7 +16,7 @@ from prunelight.models.families.architectures import is_sliced, sublayers_of
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import (
-    CLASSES,
+    FAMILIES,
     NAMES,
     SUBLAYERS,
     dropped,
@@ -47,7 +47,7 @@ def check_droppable(model: PreTrainedModel) -> None:
     if not sublayers_of(model).droppable:
         raise TypeError(
             f"{model.config.model_type} has norms after its sublayers, which cannot be dropped "
-            f"alone; families that can: {', '.join(sorted(CLASSES))}"
+            f"alone; families that can: {', '.join(sorted(FAMILIES))}"
         )
     layer_matrices(model, 0)  # refuses quantized weights
 

@@ -28,6 +28,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from prunelight.losses import IGNORED_LABEL
@@ -122,13 +123,16 @@ class Place:
         return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def shard(self, model: PreTrainedModel) -> None:
-        """Cut a model's weights over the processes, in place; each part goes to its device.
+        """Cut a frozen model's weights over the processes, in place; each part goes to its device.
 
-        All processes must call this, under a strategy that cuts weights.
+        Embeddings, last norm and head are whole again after the first forward, so that the head can
+        be called by itself. All processes must call this, under a strategy that cuts weights.
         """
         strategy = self.trainer.strategy
         assert isinstance(strategy, ModelParallelStrategy)
         shard(model, strategy.device_mesh["data_parallel"], strategy.broadcast)
+        assert isinstance(model, FSDPModule)
+        model.set_reshard_after_forward(False, recurse=False)
 
     def optimizer_steps(self) -> float:
         """Return how many optimizer steps the training has; all processes must call this."""

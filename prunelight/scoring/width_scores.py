@@ -29,7 +29,7 @@ from prunelight.calibration.windows import Windows, micro_batches
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.config_fields import config_accepts, head_dim
 from prunelight.models.families.matrices import Matrix, layer_matrices
-from prunelight.models.families.own_classes.dropped_sublayers import dropped
+from prunelight.models.families.own_classes.dropped_sublayers import dropped, gap_layers
 from prunelight.models.forward import evaluating, forward_without_head
 from prunelight.scoring.importance import saliencies
 from prunelight.scoring.remembered import remembered
@@ -98,11 +98,17 @@ def widths_of(model: PreTrainedModel) -> list[Widths]:
     """Return the widths of each decoder layer.
 
     Raises:
-        TypeError: if attention and MLP of the family are not known, or sublayers were dropped.
+        TypeError: if attention and MLP of the family are not known, sublayers were dropped, or
+            matrices stand at gaps.
     """
     sublayers_of(model)  # raises for a family without known sublayers
     if dropped(model, "attention") | dropped(model, "mlp"):
         raise TypeError("sublayers of this model were dropped; prune its width first, then drop")
+    if gap_layers(model.config):
+        raise TypeError(
+            "matrices stand at gaps of this model; prune its width first, then remove layers with "
+            "heal='operator'"
+        )
     layers = []
     for config in model.config.per_layer_config:
         heads = config.num_attention_heads

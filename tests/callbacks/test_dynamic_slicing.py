@@ -356,7 +356,7 @@ WRONG_ORDER = {
     "sublayers before": (
         ShortGPT(num_layers=2, granularity="mlp"),
         SliceGPT(0.25),
-        "ShortGPT drops sublayers before SliceGPT, which cannot slice what is left",
+        "ShortGPT drops sublayers, or .*, before SliceGPT, which cannot slice what is left",
     ),
 }
 

@@ -332,7 +332,7 @@ def test_width_after_sublayers_is_refused_before_anything_is_computed(arguments,
     drop = ("ShortGPT", {"num_layers": 1, "granularity": "mlp"})
     width = ("WidthPruning", {"head_ratio": 0.5})
     message = fails(capsys, "fit", *with_methods(arguments, drop, width))
-    assert "ShortGPT drops sublayers before WidthPruning; put WidthPruning before it" in message
+    assert "ShortGPT drops sublayers, or puts matrices at gaps, before WidthPruning" in message
     assert not (tmp_path / "run" / "report.json").exists()
 
 

@@ -40,9 +40,14 @@ def healed_by(outcome: Json) -> list[str]:
     """Return what gave each layer of a heal step its weights; "" where it kept the old ones."""
     ridges = outcome.get("ridge", [])
     epochs = outcome.get("epochs") or [0] * len(ridges)  # of mode "layer" alone
+    fitted = outcome.get("fitted") or [""] * len(ridges)  # of mode "operator" alone
     return [
-        ", ".join([f"ridge {ridge:g}"] * bool(ridge) + [f"{count} epochs"] * bool(count))
-        for ridge, count in zip(ridges, epochs, strict=True)
+        ", ".join(
+            [f"ridge {ridge:g}"] * bool(ridge)
+            + [names] * bool(names)
+            + [f"{count} epochs"] * bool(count)
+        )
+        for ridge, names, count in zip(ridges, fitted, epochs, strict=True)
     ]
 
 

@@ -19,9 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_walk import LayerWalk
+from prunelight.models.families.config_fields import decoder_config
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.own_classes.dropped_sublayers import (
     CLASSES,
+    PREFIX,
     GapOperator,
     gap_layers,
     layers_of,
@@ -29,13 +31,14 @@ from prunelight.models.families.own_classes.dropped_sublayers import (
     take_class,
 )
 from prunelight.models.families.own_classes.registration import family_of, prefix_of
-from prunelight.pruning.healing.error_sums import ErrorSums, token_weights
-from prunelight.pruning.healing.held_out import split_positions
+from prunelight.pruning.healing.error_sums import token_weights
+from prunelight.pruning.healing.held_out import fitted_and_held_out
 from prunelight.pruning.healing.writers import Writer
-from prunelight.runtime.devices import float64_device
 
-_STATES, _INPUTS = 0, 1  # kinds of inputs of the fit
-_CANDIDATES = {"operator": (_STATES, _STATES), "writer": (_INPUTS, _INPUTS), "both": (0, 1)}
+_STATES, _INPUTS = 0, 1  # kinds of what is known of a token
+# What may be fitted, as the first and the last kind that it is multiplied with: M, D, or both.
+_OPERATOR, _WRITER, _BOTH = (_STATES, _STATES), (_INPUTS, _INPUTS), (_STATES, _INPUTS)
+_ROUNDING = 1e-6  # of float64 solves
 
 
 @dataclass(frozen=True)
@@ -65,23 +68,30 @@ def check_operators(model: PreTrainedModel) -> None:
     """Check that matrices can be put behind the model's layers.
 
     Raises:
-        TypeError: if no class of ours describes such a model.
+        TypeError: if no class of ours describes such a model, or accelerate placed it.
     """
+    if reason := _why_not(model):
+        kind = model.config.model_type
+        raise TypeError(f"heal='operator' cannot be had for {kind}: {reason}; take heal='linear'")
+
+
+def _why_not(model: PreTrainedModel) -> str:
     kind = model.config.model_type
-    why = ""
-    if prefix_of(kind) not in ("", prefix_of(CLASSES["llama"].config_class.model_type)):
-        why = "its layers are sliced, or of different widths"
-    else:
-        try:
-            own = CLASSES[family_of(kind)]
-        except KeyError:
-            own = None
-        if own is None or not issubclass(own, type(model)):
-            why = f"{type(model).__name__} is no causal language model of transformers' own table"
-        elif layers_of(model) is not decoder_layers(model):
-            why = "its decoder layers are not the first list of as many modules"
-    if why:
-        raise TypeError(f"heal='operator' has no class for {kind}: {why}; take heal='linear'")
+    if prefix_of(kind) not in ("", PREFIX):
+        return "its layers are sliced, or of different widths"
+    if decoder_config(model.config) is not model.config:
+        return "its text decoder is a part of a larger model"
+    try:
+        own = CLASSES[family_of(kind)]
+    except KeyError:
+        own = None
+    if own is None or not issubclass(own, type(model)):
+        return f"{type(model).__name__} is no causal language model of transformers' own table"
+    if layers_of(model) is not decoder_layers(model):
+        return "its decoder layers are not the first list of as many modules"
+    if any("forward" in vars(layer) for layer in decoder_layers(model)):
+        return "accelerate placed it (device_map); load it without"
+    return ""
 
 
 def put_gap_operators(model: PreTrainedModel, layers: Sequence[int]) -> None:
@@ -100,6 +110,7 @@ def put_gap_operators(model: PreTrainedModel, layers: Sequence[int]) -> None:
 
 def fit_gap(
     walk: LayerWalk,
+    operator: GapOperator,
     writer: Writer | None,
     target_of: Callable[[int], Tensor],
     ridges: Sequence[float],
@@ -108,31 +119,54 @@ def fit_gap(
 
     Args:
         walk: at the layer.
-        writer: its last matrix, if that can be fitted too.
+        operator: behind the layer; where it is not zero, M goes behind it, and it alone is fitted.
+        writer: the last matrix of the layer, if that can be fitted too.
         target_of: returns the states (B, T, D) that it should hand on for a micro-batch.
         ridges: to choose among.
     """
-    fitted_on, held_out, energy = _sums(walk, writer, target_of)
+    if operator.weight.any():
+        writer = None
+    width = operator.in_features
+    kinds = (width,) if writer is None else (width, writer.weight.shape[1])
+    observe = partial(_observe, writer)
+    fitted_on, held_out, energy = fitted_and_held_out(walk, observe, target_of, width, kinds)
+    total = fitted_on + held_out
     before = float(held_out.energy)
-    candidates = _CANDIDATES if writer is not None else {"operator": _CANDIDATES["operator"]}
     errors = {
-        (kinds, ridge): held_out.of_kinds(*kinds).error(fitted_on.of_kinds(*kinds).fit(ridge))
-        for kinds in candidates.values()
+        (part, ridge): held_out.of_kinds(*part).error(fitted_on.of_kinds(*part).fit(ridge))
+        for part in ([_OPERATOR] if writer is None else [_OPERATOR, _WRITER, _BOTH])
         for ridge in ridges
     }
-    kinds, ridge = min(errors, key=lambda tried: errors[tried])
-    after, inputs = errors[kinds, ridge], sum(fitted_on.kinds)
-    if not after < before:
-        same = before / energy
-        return GapFit(0.0, same, same, None, None, fitted_on.tokens, inputs)
-    solution = (fitted_on + held_out).of_kinds(*kinds).fit(ridge)
-    operator = solution[:, : fitted_on.kinds[_STATES]] if _STATES in kinds else None
-    change = solution[:, -fitted_on.kinds[_INPUTS] :] if _INPUTS in kinds else None
-    if operator is not None and change is not None:  # what the writer adds goes through M as well
-        through = torch.eye(len(operator)).to(operator) + operator
-        change = torch.linalg.lstsq(through, change).solution
-    errors_told = before / energy, after / energy
-    return GapFit(ridge, *errors_told, operator, change, fitted_on.tokens, inputs)
+    for (part, ridge), after in sorted(errors.items(), key=lambda item: item[1]):
+        if not after < before:
+            break
+        solution = total.of_kinds(*part).fit(ridge)
+        fitted, change = _taken_apart(solution, part, width)
+        if change is None or bool(change.isfinite().all()):
+            told = before / energy, after / energy
+            return GapFit(ridge, *told, fitted, change, fitted_on.tokens, sum(kinds))
+    same = before / energy
+    return GapFit(0.0, same, same, None, None, fitted_on.tokens, sum(kinds))
+
+
+def _taken_apart(
+    solution: Tensor, part: tuple[int, int], width: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return M, and the change of the writer's weight, of what was fitted.
+
+    What the writer adds goes through M as well, so that its own change is (1 + M)^-1 D. It is NaN
+    where 1 + M has no inverse to speak of.
+    """
+    if part == _OPERATOR:
+        return solution, None
+    if part == _WRITER:
+        return None, solution
+    operator, wanted = solution[:, :width], solution[:, width:]
+    through = torch.eye(width).to(operator) + operator
+    change = torch.linalg.solve_ex(through, wanted).result
+    missed = (through @ change - wanted).norm()
+    good = bool(missed <= _ROUNDING * wanted.norm())
+    return operator, change if good else change.fill_(torch.nan)
 
 
 @torch.no_grad()
@@ -142,38 +176,12 @@ def put_operator(operator: GapOperator, fitted: Tensor) -> None:
     operator.weight.data = (old + fitted + fitted @ old).to(operator.weight)
 
 
-def _sums(
-    walk: LayerWalk, writer: Writer | None, target_of: Callable[[int], Tensor]
-) -> tuple[ErrorSums, ErrorSums, float]:
-    """Return the sums over windows to fit on and over those held out, and the latter's energy."""
-    place = float64_device(walk.device)
-    sums: list[ErrorSums] = []
-    energy = 0.0
-    for batch, split in enumerate(split_positions(walk)):
-        target = target_of(batch)
-        known, missing, weights = _observe(partial(walk.forward, batch), writer, target)
-        if not sums:
-            width = target.shape[-1]
-            kinds = (width, *([] if writer is None else [known.shape[-1] - width]))
-            sums = [ErrorSums.empty(width, kinds, place) for _ in range(2)]
-        for own, rows in zip(sums, split, strict=True):
-            if bool(rows.any()):
-                own.update(known[rows], missing[rows], weights[rows])
-        rows = split[1]
-        energy += float((target[rows].square().sum(-1) * weights[rows]).sum())
-    for own in sums:
-        own.pool(walk.group)
-    return sums[0], sums[1], max(walk.group.totals(energy)[0], 1e-30)
-
-
 def _observe(
-    forward: Callable[[], Tensor], writer: Writer | None, target: Tensor
+    writer: Writer | None, forward: Callable[[], Tensor], target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a fit at a gap needs to know of some tokens.
+    """Return what a fit at a gap needs to know of some tokens, see `held_out.Observe`.
 
-    Returns:
-        What is known of the tokens (B, T, D + I), or (B, T, D) without writer; what is missing of
-        their states (B, T, D); their weights (B, T).
+    Known are the states (B, T, D), and the inputs of the writer (B, T, I) behind them.
     """
     if writer is None:
         states = forward().float()

@@ -37,14 +37,13 @@ from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import GapOperator
 from prunelight.planning.steps import Heal, PruneWidth, SliceHidden, Sparsify, renumber
 from prunelight.pruning.healing.ends import dense_ends
-from prunelight.pruning.healing.error_sums import ErrorSums
 from prunelight.pruning.healing.gap_operator import (
     check_operators,
     fit_gap,
     put_gap_operators,
     put_operator,
 )
-from prunelight.pruning.healing.held_out import split_positions
+from prunelight.pruning.healing.held_out import fitted_and_held_out
 from prunelight.pruning.healing.tune import tune_layer
 from prunelight.pruning.healing.writers import Writer, check_healable, writer_of
 from prunelight.pruning.step_kind import StepContext, StepKind
@@ -67,8 +66,9 @@ class HealOutcome:
             windows that were held out, divided by that of the dense states themselves.
         error_after: the same with the fitted weights.
         notes: warnings of the run, for its report.
-        epochs: after how many passes a layer's trained weights were taken, 0 where none were;
-            empty in mode "linear".
+        epochs: after how many passes a layer's trained weights were taken, 0 where none were; of
+            mode "layer" alone.
+        fitted: the last names of the matrices that were fitted; of mode "operator" alone.
     """
 
     healed: list[str] = field(default_factory=list)
@@ -77,6 +77,7 @@ class HealOutcome:
     error_after: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
+    fitted: list[str] = field(default_factory=list)
 
     def add(self, ridge: float, before: float, after: float) -> None:
         """Note what the closed form did to a layer."""
@@ -142,7 +143,8 @@ def heal(
                 writer = writer_of(walk, index)
                 turn = _rotation(dense, layer, writer) if rotated and writer else None
                 target_of = partial(_target, walk, dense_walk.states, turn)
-                if step.mode == "operator" and end > layer:
+                at_gap = step.mode == "operator" and end > layer
+                if at_gap:
                     _fit_gap(walk, index, module, writer, target_of, step.ridges, sparse, part)
                 elif writer is None:
                     part.add(0.0, 0.0, 0.0)
@@ -150,9 +152,13 @@ def heal(
                     _fit_writer(walk, writer, target_of, step.ridges, sparse, part)
                 if step.mode == "layer":
                     _tune(walk, index, module, target_of, step.epochs, sparse, part)
-                elif writer is None and not (step.mode == "operator" and end > layer):
+                elif writer is None and not at_gap:
                     reason = "no matrix of it adds to the hidden states"
+                    if hasattr(module, "gap_operator"):
+                        reason = "an earlier run put a matrix behind it; take heal='operator'"
                     _note(part, f"layer {layer} was not healed: {reason}")
+                if step.mode == "operator":
+                    part.fitted.append(", ".join(name.split(".")[-1] for name in part.healed))
             outcome.extend(part)
             if kept is not None:
                 kept.note(index, part)
@@ -219,7 +225,7 @@ def _fit_gap(
     assert isinstance(operator, GapOperator)
     if writer is not None and _kept_zeros(writer.weight, sparse) is not None:
         writer = None
-    fitted = fit_gap(walk, writer, target_of, ridges)
+    fitted = fit_gap(walk, operator, writer, target_of, ridges)
     name = f"{layers_path(walk.model)}.{index}.gap_operator"
     if fitted.tokens < fitted.inputs:
         _note(
@@ -235,10 +241,18 @@ def _fit_gap(
     if fitted.operator is not None:
         put_operator(operator, fitted.operator)
         outcome.healed.append(name)
+    elif not operator.weight.any():
+        better = "the last matrix of the layer alone" if outcome.healed else "the old weights"
+        _note(
+            outcome,
+            f"{name} stays zero: held-out windows prefer {better}; heal='linear' leaves a model "
+            "without it",
+        )
     log.info(
-        "gap behind layer %d fitted with ridge %g: error %.3g -> %.3g of the dense states on "
-        "held-out windows",
+        "gap behind layer %d: %s with ridge %g: error %.3g -> %.3g of the dense states on held-out "
+        "windows",
         index,
+        ", ".join(outcome.healed) or "nothing fitted",
         fitted.ridge,
         fitted.error_before,
         fitted.error_after,
@@ -254,9 +268,11 @@ def _fit_writer(
     outcome: HealOutcome,
 ) -> None:
     """Fit the writer of the walk's current layer, in place, if that helps held-out windows."""
-    fitted_on, held_out, scale = _sums(walk, writer, target_of)
+    features, inputs = writer.weight.shape
+    sums = fitted_and_held_out(walk, writer.observe, target_of, features, (inputs,))
+    fitted_on, held_out, energy = sums
+    scale = energy / writer.scale**2  # as the errors are
     mask = _kept_zeros(writer.weight, sparse)
-    inputs = writer.weight.shape[1]
     if fitted_on.tokens < inputs:
         _note(
             outcome,
@@ -311,30 +327,6 @@ def _tune(
         tuned.before,
         tuned.after,
     )
-
-
-def _sums(
-    walk: LayerWalk, writer: Writer, target_of: Callable[[int], Tensor]
-) -> tuple[ErrorSums, ErrorSums, float]:
-    """Return the sums over windows to fit on and over those held out, and the latter's energy.
-
-    The energy is that of the dense states, weighted like the errors.
-    """
-    place = float64_device(walk.device)
-    features, inputs = writer.weight.shape
-    sums = [ErrorSums.empty(features, (inputs,), place) for _ in range(2)]
-    energy = 0.0
-    for batch, split in enumerate(split_positions(walk)):
-        target = target_of(batch)
-        x, missing, weights = writer.observe(partial(walk.forward, batch), target)
-        for own, rows in zip(sums, split, strict=True):
-            if bool(rows.any()):
-                own.update(x[rows], missing[rows], weights[rows])
-        rows = split[1]
-        energy += float((target[rows].square().sum(-1) * weights[rows]).sum()) / writer.scale**2
-    for own in sums:
-        own.pool(walk.group)
-    return sums[0], sums[1], max(walk.group.totals(energy)[0], 1e-30)
 
 
 def _note(outcome: HealOutcome, text: str) -> None:

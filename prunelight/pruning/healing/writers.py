@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.windows import Windows, split_windows
+from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import Matrix, layer_matrices
+from prunelight.models.families.own_classes.dropped_sublayers import gap_layers
 from prunelight.pruning.healing.error_sums import token_weights
 from prunelight.scoring.remembered import remembered
 
@@ -146,16 +148,22 @@ def check_healable(model: PreTrainedModel, windows: Windows, mode: str) -> None:
 @torch.no_grad()
 @remembered
 def has_writers(model: PreTrainedModel, windows: Windows) -> bool:
-    """Return whether the first layer has a writer, found on a few tokens of the first window.
+    """Return whether the first layer without a matrix behind it has a writer.
+
+    It is found on a few tokens of the first window.
 
     Raises:
         TypeError: if layers cannot be run one by one, or weights are quantized.
     """
     few = split_windows(windows)[0][:1, :_PROBE_TOKENS].clone()
+    writer, at_gaps = None, gap_layers(model.config)
     with LayerWalk(model, few) as walk:
         for index, _ in walk.layers():
-            writer = writer_of(walk, index)
-            break
+            if index not in at_gaps:
+                writer = writer_of(walk, index)
+                break
+            if index + 1 < len(decoder_layers(model)):
+                walk.advance()
     return writer is not None
 
 

@@ -4,14 +4,25 @@ import copy
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from own_models import own_model, with_operators
 from tiny import tiny_model, token_windows
+from transformers import AutoModelForImageTextToText, Gemma3Config
 
 import prunelight
-from prunelight.callbacks import SLEB, DepthPruning, ShortenedLlama, ShortGPT, SliceGPT
+from prunelight.callbacks import (
+    SLEB,
+    DepthPruning,
+    ShortenedLlama,
+    ShortGPT,
+    SliceGPT,
+    WidthPruning,
+)
+from prunelight.evaluation.report.plan_facts import healing_lines
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.own_classes.dropped_sublayers import GapOperator
 from prunelight.planning.plan import Plan
-from prunelight.planning.steps import Heal, PruneWidth, RemoveLayers
+from prunelight.planning.steps import DropSublayers, Heal, PruneWidth, RemoveLayers
 from prunelight.pruning.healing.gap_operator import check_operators
 
 WINDOWS = token_windows(128, 64)  # 8 micro-batches
@@ -125,6 +136,38 @@ def test_a_fit_that_does_not_help_leaves_matrices_of_zeros():
     assert torch.equal(model(WINDOWS[:4]).logits, expected)
 
 
+@pytest.mark.parametrize("layers", [(0,), (1, 4)])
+def test_other_gaps_are_healed_in_closed_form_afterwards(layers):
+    model, outcomes = with_operators(tiny_model(), layers), []
+    plan = ShortGPT(layers=[3], heal="linear").plan(model, WINDOWS)
+    prunelight.apply(model, plan, WINDOWS, outcomes=outcomes)
+    assert outcomes[-1]["healed"] == ["model.layers.2.mlp.down_proj"]
+
+
+def test_a_layer_with_a_matrix_behind_it_is_told_not_to_be_healed_without(caplog):
+    model, outcomes = with_operators(tiny_model(), [2]), []
+    plan = ShortGPT(layers=[3], heal="linear").plan(model, WINDOWS)
+    prunelight.apply(model, plan, WINDOWS, outcomes=outcomes)
+    assert outcomes[-1]["healed"] == []
+    (told,) = outcomes[-1]["notes"]
+    assert "layer 2 was not healed: an earlier run put a matrix behind it" in told
+
+
+def test_a_matrix_can_stand_behind_a_layer_without_weights():
+    steps = DropSublayers((2,), (2,)), RemoveLayers((3,)), Heal((2,), "operator")
+    made = ShortGPT(layers=[3]).plan(tiny_model(), WINDOWS)
+    plan = Plan(**{**vars(made), "steps": steps})
+    model = prunelight.apply(tiny_model(), plan, WINDOWS)
+    assert operators(model) == ["model.layers.2.gap_operator"]
+
+
+def test_what_was_fitted_is_told_of_each_layer():
+    plan, outcomes = ShortGPT(layers=[2, 3], heal="operator").plan(tiny_model(), WINDOWS), []
+    prunelight.apply(tiny_model(), plan, WINDOWS, outcomes=outcomes)
+    (line,) = healing_lines(plan.steps[-1], outcomes[-1])
+    assert "down_proj, gap_operator)" in line
+
+
 def test_zeros_stay_zeros():
     dense = tiny_model()
     weight = dense.model.layers[1].mlp.down_proj.weight
@@ -154,9 +197,42 @@ def sliced():
     return prunelight.apply(tiny_model(), plan, WINDOWS)
 
 
-def test_models_that_no_class_describes_are_refused_before_scores():
-    with pytest.raises(TypeError, match="its layers are sliced.*take heal='linear'"):
-        check_operators(sliced())
+def placed():
+    """Return a model with the hooks of accelerate's device_map."""
+    model = tiny_model()
+    return dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+
+
+def tiny_gemma3():
+    widths = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {**widths, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    return Gemma3Config(text_config={**widths, **heads, "vocab_size": 64}, vision_config=vision)
+
+
+REFUSED = {
+    "sliced": (sliced, "its layers are sliced.*take heal='linear'"),
+    "of different widths": (lambda: own_model("widths", "llama"), "of different widths"),
+    "placed by accelerate": (placed, "accelerate placed it"),
+    "of another table": (
+        lambda: AutoModelForImageTextToText.from_config(tiny_gemma3()),
+        "its text decoder is a part of a larger model",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_cannot_have_them_are_refused_before_scores(case):
+    make, message = REFUSED[case]
+    with pytest.raises(TypeError, match=message):
+        check_operators(make())
+
+
+def test_width_goes_before_them():
+    model = with_operators(tiny_model(), [1])
+    for allocation in ("uniform", "global"):
+        with pytest.raises(TypeError, match="matrices stand at gaps.*prune its width first"):
+            WidthPruning(0.25, 0.5, multiple=8, allocation=allocation).plan(model, WINDOWS)
 
 
 @pytest.mark.parametrize(

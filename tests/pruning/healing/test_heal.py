@@ -267,6 +267,7 @@ def test_a_fit_that_does_not_help_held_out_windows_is_discarded():
             "error_after": [0.0, 0.0],
             "notes": outcomes[0]["notes"],
             "epochs": [],
+            "fitted": [],
         }
     ]
     for mine, other in zip(model.parameters(), dense.parameters(), strict=True):

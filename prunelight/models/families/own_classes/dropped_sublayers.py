@@ -162,11 +162,11 @@ def put_operators(model: PreTrainedModel) -> None:
     for index in gap_layers(model.config):
         layer: Any = layers[index]
         if not hasattr(layer, "gap_operator"):
-            like = next(weight for weight in layer.parameters() if weight.is_floating_point())
-            place = {"device": like.device, "dtype": like.dtype}
+            like = next(layer.parameters(), next(model.parameters()))
             stock: Any = type(layer)
             layer.__class__ = _class_at_gap(stock)
-            layer.gap_operator = GapOperator(width, width, bias=False, **place)
+            layer.gap_operator = GapOperator(width, width, bias=False).to(like)
+            layer.gap_operator.requires_grad_(like.requires_grad)
             nn.init.zeros_(layer.gap_operator.weight)
 
 
