@@ -10,6 +10,7 @@ import torch
 import transformers4_side
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from methods_table import METHODS
+from own_models import KINDS, own_model
 from tiny import FAMILIES, UNKNOWN_FAMILIES, tiny_model, token_windows
 from tiny_families import NOT_BUILT, family_names, make_lively, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -187,16 +188,19 @@ def test_a_tokenizer_has_a_class_that_both_versions_know(tmp_path, tiny_tokenize
 
 
 @pytest.fixture(scope="module")
-def transformers4():
+def transformers4(tmp_path_factory):
     """Return a function that runs transformers4_side.py with transformers 4."""
     python = os.environ.get("TRANSFORMERS4_PYTHON")
     if not python:
         pytest.skip("no environment with transformers 4: see .ci/transformers4")
 
+    modules = tmp_path_factory.mktemp("modules")
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
     def run(*arguments):
         done = subprocess.run(
             [python, transformers4_side.__file__, *map(str, arguments)],
-            env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]},
+            env={**settings, "HF_MODULES_CACHE": str(modules), "PATH": os.environ["PATH"]},
             capture_output=True,
             text=True,
         )
@@ -260,6 +264,8 @@ def models():
     for name in STOCK:
         if (model := pruned(name)).config.model_type == "llama":  # a class of transformers
             yield f"method {name}", model
+    for kind in KINDS:
+        yield f"class of our own, {kind}", own_model(kind, "llama")
     for name in ROPES:
         yield f"rope {name}", rope_model(name)
     yield "capped scores", loud_model("gemma2", attn_logit_softcapping=0.5)
@@ -275,7 +281,8 @@ def test_transformers_4_computes_the_same_logits(tmp_path, tiny_tokenizer, trans
     tiny_tokenizer.add_special_tokens({"extra_special_tokens": ["<extra>"]})
     expected = {}
     for number, (name, model) in enumerate(models()):
-        prunelight.save(model, tiny_tokenizer, tmp_path / str(number))
+        own = model.config.model_type.startswith("prunelight_")
+        prunelight.save(model, tiny_tokenizer, tmp_path / str(number), export_remote_code=own)
         if "attn_implementation='eager'" in transformers4_fault(model.config):
             (tmp_path / str(number) / "eager").touch()
         with torch.no_grad():

@@ -40,7 +40,8 @@ def logits(root):
 def computed(directory, ids):
     try:
         settings = {"attn_implementation": "eager"} if (directory / "eager").exists() else {}
-        model = AutoModelForCausalLM.from_pretrained(directory, **settings)
+        own = any(directory.glob("*.py"))  # the code of a class of ours
+        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=own, **settings)
         words = None
         if (directory / "tokenizer.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(directory)
