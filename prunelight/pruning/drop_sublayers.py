@@ -16,14 +16,15 @@ from prunelight.models.families.architectures import is_sliced, sublayers_of
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import (
+    CLASSES,
     FAMILIES,
     NAMES,
     SUBLAYERS,
     dropped,
-    take_class,
     take_out,
 )
 from prunelight.models.families.own_classes.layer_widths import PREFIX as WIDTHS_PREFIX
+from prunelight.models.families.own_classes.registration import family_of, take_class
 from prunelight.planning.steps import DropSublayers, PruneWidth
 from prunelight.pruning.step_kind import StepContext, StepKind
 
@@ -112,7 +113,7 @@ def drop_sublayers(
     sublayers = sublayers_of(model)
     names = {name: getattr(sublayers, name) for name in NAMES}
     config.sublayer_names = None if names == NAMES else names
-    take_class(model)
+    take_class(model, CLASSES[family_of(config.model_type)])
     take_out(model)
     return model
 

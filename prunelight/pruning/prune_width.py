@@ -35,7 +35,7 @@ from prunelight.models.families.own_classes.layer_widths import (
     give_bias,
     share_config,
 )
-from prunelight.models.families.own_classes.registration import family_of
+from prunelight.models.families.own_classes.registration import family_of, take_class
 from prunelight.models.placement import copy_of_same_memory
 from prunelight.planning.steps import DropSublayers, PruneWidth, renumber
 from prunelight.pruning.step_kind import StepContext, StepKind
@@ -339,10 +339,7 @@ def _describe(model: Any, layers: Sequence[Widths]) -> None:
         else:
             vars(config).pop(name, None)
     if differs != isinstance(model, own):
-        model.__class__ = own if differs else stock
-        config.__class__ = model.config_class
-        config.model_type = model.config_class.model_type
-        config.architectures = [type(model).__name__]
+        take_class(model, own if differs else stock)
         vars(config).pop("auto_map", None)  # of the class before
     share_config(model)
 

@@ -28,9 +28,8 @@ from prunelight.models.families.own_classes.dropped_sublayers import (
     gap_layers,
     layers_of,
     put_operators,
-    take_class,
 )
-from prunelight.models.families.own_classes.registration import family_of, prefix_of
+from prunelight.models.families.own_classes.registration import family_of, prefix_of, take_class
 from prunelight.pruning.healing.error_sums import token_weights
 from prunelight.pruning.healing.held_out import fitted_and_held_out
 from prunelight.pruning.healing.writers import Writer
@@ -102,8 +101,8 @@ def put_gap_operators(model: PreTrainedModel, layers: Sequence[int]) -> None:
         layers: present indices.
     """
     at_gaps = {*gap_layers(model.config), *layers}
-    take_class(model)
     config: Any = model.config
+    take_class(model, CLASSES[family_of(config.model_type)])
     config.gap_operators = [index in at_gaps for index in range(config.num_hidden_layers)]
     put_operators(model)
 
@@ -141,21 +140,21 @@ def fit_gap(
         if not after < before:
             break
         solution = total.of_kinds(*part).fit(ridge)
-        fitted, change = _taken_apart(solution, part, width)
-        if change is None or bool(change.isfinite().all()):
-            told = before / energy, after / energy
-            return GapFit(ridge, *told, fitted, change, fitted_on.tokens, sum(kinds))
+        matrices = _taken_apart(solution, part, width)
+        if matrices is not None:
+            shares = before / energy, after / energy
+            return GapFit(ridge, *shares, *matrices, fitted_on.tokens, sum(kinds))
     same = before / energy
     return GapFit(0.0, same, same, None, None, fitted_on.tokens, sum(kinds))
 
 
 def _taken_apart(
     solution: Tensor, part: tuple[int, int], width: int
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None] | None:
     """Return M, and the change of the writer's weight, of what was fitted.
 
-    What the writer adds goes through M as well, so that its own change is (1 + M)^-1 D. It is NaN
-    where 1 + M has no inverse to speak of.
+    What the writer adds goes through M as well, so that its own change is (1 + M)^-1 D. Where 1 + M
+    has no inverse to speak of, there are none.
     """
     if part == _OPERATOR:
         return solution, None
@@ -165,8 +164,7 @@ def _taken_apart(
     through = torch.eye(width).to(operator) + operator
     change = torch.linalg.solve_ex(through, wanted).result
     missed = (through @ change - wanted).norm()
-    good = bool(missed <= _ROUNDING * wanted.norm())
-    return operator, change if good else change.fill_(torch.nan)
+    return (operator, change) if bool(missed <= _ROUNDING * wanted.norm()) else None
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from prunelight.models.families.config_fields import head_dim
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.families.own_classes.layer_widths import PREFIX as WIDTHS_PREFIX
+from prunelight.models.families.own_classes.registration import take_class
 from prunelight.models.families.own_classes.sliced import (
     CLASSES,
     FAMILIES,
@@ -190,9 +191,9 @@ def slice_hidden(
         strip_last_norm(model)
         dense = slicer.dense_basis() if slicer.centered else None
         read_basis(model.lm_head, norm, dense, offset=LAYERS[family].norm_offset)
-    sliced_class = CLASSES[family]
-    _describe(config, sliced_class, step)
-    model.__class__ = sliced_class
+    config.head_dim = head_dim(config)  # explicit, for readers that divide widths
+    config.residual_dims = list(step.residual_dims)
+    take_class(model, CLASSES[family])
     model._no_split_modules = {LAYERS[family].__name__}
     model.train(training)
     return SliceOutcome(slicer.explained)
@@ -205,15 +206,6 @@ def untie(model: PreTrainedModel) -> None:
     model.config.tie_word_embeddings = False
     untyped: Any = model
     untyped.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-
-
-def _describe(config: Any, sliced_class: Any, step: SliceHidden) -> None:
-    """Make a config that of a sliced model."""
-    config.head_dim = head_dim(config)  # explicit, for readers that divide widths
-    config.residual_dims = list(step.residual_dims)
-    config.architectures = [sliced_class.__name__]
-    config.__class__ = sliced_class.config_class
-    config.model_type = sliced_class.config_class.model_type
 
 
 class Slicer:

@@ -51,6 +51,16 @@ def test_the_plan_names_the_layers_before_gaps_and_one_matrix_stands_behind_each
     assert operators(model) == ["model.layers.0.gap_operator", "model.layers.1.gap_operator"]
 
 
+def held_out_error(model, layer, dense, dense_layer):
+    """Return the error of a layer's inputs on the windows that judge, as `HealOutcome` has it."""
+    held_out = WINDOWS[3::4]
+    targets = dense(held_out, output_hidden_states=True).hidden_states[dense_layer]
+    states = model(held_out, output_hidden_states=True).hidden_states[layer]
+    weights = 1 / targets.norm(dim=-1)
+    error = ((states - targets).square().sum(-1) * weights).sum()
+    return float(error / (targets.square().sum(-1) * weights).sum())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layer_before_the_gap_comes_closer_than_by_its_last_matrix_alone(family):
     outcomes = []
@@ -70,12 +80,7 @@ def test_what_is_told_is_what_the_healed_layer_does():
     """The state behind the gap is as near to the dense one as the outcome says."""
     dense, outcomes = tiny_model(), []
     model = healed("operator", outcomes=outcomes)
-    held_out = WINDOWS[3::4]
-    targets = dense(held_out, output_hidden_states=True).hidden_states[4]
-    states = model(held_out, output_hidden_states=True).hidden_states[2]
-    weights = 1 / targets.norm(dim=-1)
-    error = ((states - targets).square().sum(-1) * weights).sum()
-    share = float(error / (targets.square().sum(-1) * weights).sum())
+    share = held_out_error(model, 2, dense, 4)
     # The weights that are taken are fitted on the held-out windows too, so they are a bit better.
     assert 0.5 * outcomes[-1]["error_after"][0] < share <= outcomes[-1]["error_after"][0]
 
@@ -125,13 +130,7 @@ def test_a_second_gap_behind_the_same_layer_is_healed_through_the_same_matrix():
     model = prunelight.apply(model, plan, WINDOWS, outcomes=outcomes)
     assert operators(model) == ["model.layers.1.gap_operator"]
     assert outcomes[-1]["error_after"][0] < outcomes[-1]["error_before"][0]
-    held_out = WINDOWS[3::4]
-    targets = before(held_out, output_hidden_states=True).hidden_states[3]
-    states = model(held_out, output_hidden_states=True).hidden_states[2]
-    weights = 1 / targets.norm(dim=-1)
-    error = ((states - targets).square().sum(-1) * weights).sum()
-    share = float(error / (targets.square().sum(-1) * weights).sum())
-    assert share <= outcomes[-1]["error_after"][0]
+    assert held_out_error(model, 2, before, 3) <= outcomes[-1]["error_after"][0]
 
 
 def test_a_fit_that_does_not_help_leaves_matrices_of_zeros():

@@ -201,20 +201,6 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return next(x for x in lists if len(x) == model.config.num_hidden_layers)
 
 
-def take_class(model: PreTrainedModel) -> None:
-    """Give a model and its config the registered class of their family, in place.
-
-    Raises:
-        KeyError: if transformers does not have the family.
-    """
-    config: Any = model.config
-    registered: Any = CLASSES[config.model_type.removeprefix(PREFIX)]
-    config.__class__ = registered.config_class
-    config.model_type = registered.config_class.model_type
-    config.architectures = [registered.__name__]
-    model.__class__ = registered
-
-
 def _make(family: str) -> Any:
     """Make the classes of a family and return that of its causal language models."""
     stock_config = CONFIG_MAPPING[family]

@@ -72,6 +72,14 @@ def import_classes() -> None:
         importlib.import_module(module)
 
 
+def take_class(model: Any, model_class: Any) -> None:
+    """Give a model and its config another class of their family, in place."""
+    model.__class__ = model_class
+    model.config.__class__ = model_class.config_class
+    model.config.model_type = model_class.config_class.model_type
+    model.config.architectures = [model_class.__name__]
+
+
 def make_class(model_type: str) -> None:
     """Make and register the classes of one of our model types, if it has a family."""
     classes = importlib.import_module(CLASS_MODULES[prefix_of(model_type)]).CLASSES
