@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunelight.models.placement import Home, assign_memory
+from prunelight.models.placement import Home, map_from
 from prunelight.runtime.files.atomic_files import atomic_replacement, write_text
 from prunelight.runtime.files.checksums import sealed, unsealed
 
@@ -31,6 +31,8 @@ _IDENTITY = "identity.json"
 class KeptLayers:
     """The finished layers of one step, each in a safetensors file.
 
+    A file has the form of a shard of the saved model, so that it can become one.
+
     Attributes:
         facts: index of a finished layer -> what the step did there, as JSON values.
 
@@ -38,10 +40,11 @@ class KeptLayers:
         directory: of this step alone; made if it is missing. Layers there that another computation
             finished are removed.
         identity: JSON values that say all that the layers depend on: model, step, windows.
+        layers_path: dotted path of the decoder layers, which names of weights begin with.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, identity: Mapping[str, Any], layers_path: str) -> None:
+        self.directory, self._layers_path = directory, layers_path
         self.facts: dict[int, dict[str, Any]] = {}
         if differing := _differing(directory, identity):
             log.warning(
@@ -83,7 +86,7 @@ class KeptLayers:
             self._write(index, {name: weights[name] for name in weights if name not in same})
         for name, stored in self._mapped(index):
             if weights[name].is_cpu:
-                assign_memory(weights[name], stored)
+                map_from(weights[name], stored, self._file(index))
 
     def note(self, index: int, outcome: Any) -> None:
         """Note what the step did to the layer that is held: a dataclass of JSON values."""
@@ -93,15 +96,21 @@ class KeptLayers:
         return self.directory / f"layer-{index:05d}.safetensors"
 
     def _write(self, index: int, weights: Mapping[str, Tensor]) -> None:
-        facts = {"facts": json.dumps(self.facts.setdefault(index, {}))}
-        stored = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        facts = {"format": "pt", "facts": json.dumps(self.facts.setdefault(index, {}))}
+        stored = {
+            self._begin(index) + name: weight.detach().cpu().contiguous()
+            for name, weight in weights.items()
+        }
         with atomic_replacement(self._file(index)) as temporary:
             save_file(stored, temporary, facts)
+
+    def _begin(self, index: int) -> str:
+        return f"{self._layers_path}.{index}."
 
     def _mapped(self, index: int) -> Iterator[tuple[str, Tensor]]:
         with safe_open(self._file(index), framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                yield name, tensors.get_tensor(name)
+                yield name.removeprefix(self._begin(index)), tensors.get_tensor(name)
 
     def _read_facts(self, index: int) -> dict[str, Any] | None:
         """Return what was done to a layer; None if it is not finished."""

@@ -27,10 +27,16 @@ from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.forward import evaluating, greedy_tokens
 from prunelight.models.loading import quiet_transformers
 from prunelight.models.packed.grids import describe_grids, has_grids, packed_state, quiet_package
-from prunelight.models.placement import compute_device, place_like
+from prunelight.models.placement import compute_device, mapped_file, place_like
 from prunelight.models.sizes import is_quantized, longest_sequence, parameter_bytes
 from prunelight.models.transformers4 import add_old_names, tell_fault
-from prunelight.models.written_files import check_names, check_place, finish_files
+from prunelight.models.written_files import (
+    check_names,
+    check_place,
+    finish_files,
+    link_parts,
+    number_parts,
+)
 from prunelight.planning.fingerprints import library_versions, model_fingerprint
 from prunelight.planning.plan import Plan
 from prunelight.runtime.devices import free_memory
@@ -43,6 +49,8 @@ log = logging.getLogger(__name__)
 MARKER = "prunelight.json"  # `save` may replace a directory that holds this file
 
 _NEW_TOKENS = 8
+
+_ONE_FILE = 4 * 2**30  # bytes of weights up to which a model is saved as one file
 
 # Equal weights on the same device give equal logits up to the order of sums inside a kernel.
 _LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -101,11 +109,16 @@ def save(
         name_remote_code(model)
     restore_rwkv_scale(model)
     with atomic_directory(directory) as temporary:
+        parts = link_parts(temporary, _finished_files(model)) if stored is None else set()
+        if parts:
+            stored = {name: x for name, x in model.state_dict().items() if name not in parts}
         with quiet_transformers():
             # transformers cannot write packed weights of 4 or 8 bits in the layout of full ones.
             model.save_pretrained(
                 temporary, state_dict=stored, save_original_format=not is_quantized(model)
             )
+            if parts:
+                number_parts(temporary, model.num_parameters())
             tokenizer.save_pretrained(temporary)
             add_old_names(model.config, temporary)
             state_layers(model.config, temporary)
@@ -140,6 +153,36 @@ def _stored_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
     # Layers may have gone since, and with them names of modules that stay in full precision.
     model.config.quantization_config = describe_grids(model)
     return packed_state(model)
+
+
+def _finished_files(model: PreTrainedModel) -> dict[Path, list[str]]:
+    """Return the files that hold finished layers as they are saved, and the names of their weights.
+
+    Small models have none, so that they are saved as one file.
+    """
+    if parameter_bytes(model) < _ONE_FILE:
+        return {}
+    weights: dict[Path, dict[str, Tensor]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if file := mapped_file(weight):
+            weights.setdefault(file, {})[name] = weight.data
+    finished = {}
+    for file, named in weights.items():
+        with safe_open(file, framework="pt") as tensors:
+            same = {*tensors.keys()} == {*named}
+        if same and _saved_as_they_are(model, named):
+            finished[file] = [*named]
+    return finished
+
+
+def _saved_as_they_are(model: PreTrainedModel, weights: dict[str, Tensor]) -> bool:
+    """Return whether these weights have the same names and numbers in files as in memory."""
+    try:
+        saved = revert_weight_conversion(model, dict(weights))
+    except Exception:  # a conversion that needs weights of other layers too
+        return False
+    addresses = [{name: x.data_ptr() for name, x in each.items()} for each in (saved, weights)]
+    return addresses[0] == addresses[1]
 
 
 def name_remote_code(model: PreTrainedModel) -> None:

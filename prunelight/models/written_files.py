@@ -6,12 +6,13 @@ import json
 import logging
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
 
 from prunelight.models.card.model_card import CARD, is_local_path, write_card
 from prunelight.models.loading import BUNDLED, LICENCE_FILES, find_source
@@ -83,6 +84,44 @@ def check_place(directory: str | Path) -> None:
             f"directory={str(directory)!r} is a mount point, which cannot be replaced as a whole; "
             "give the name of a new directory in it"
         )
+
+
+def link_parts(directory: Path, files: Mapping[Path, Collection[str]]) -> set[str]:
+    """Make files part of a directory, without a copy; return the names of the weights in them.
+
+    Returns:
+        No names, and no file in the directory, where the file system links none.
+    """
+    linked: list[Path] = []
+    try:
+        for file in files:
+            linked.append(directory / f"part-{len(linked):05d}.safetensors")
+            linked[-1].hardlink_to(file)
+    except OSError as error:
+        log.info("weights are copied: %s", error)
+        for part in linked:
+            part.unlink(missing_ok=True)
+        return set()
+    return {name for names in files.values() for name in names}
+
+
+def number_parts(directory: Path, num_parameters: int) -> None:
+    """Name the safetensors files of a directory as shards of one model, and write their index."""
+    parts = sorted(directory.glob("*.safetensors"))
+    weight_map, size = {}, 0
+    for number, part in enumerate(parts, 1):
+        with safe_open(part, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                weight_map[name] = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+                size += tensors.get_tensor(name).nbytes
+        part.rename(directory / f"{number:05d}.part")  # it may have the name of another shard
+    for number in range(1, len(parts) + 1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        (directory / f"{number:05d}.part").rename(directory / name)
+    metadata = {"total_parameters": num_parameters, "total_size": size}
+    index = {"metadata": metadata, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def finish_files(directory: Path, base: str, loads_in: Mapping[str, str] | None = None) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.kept_layers import KeptLayers
 from prunelight.calibration.windows import Windows, split_windows
+from prunelight.models.families.layers import layers_path
 from prunelight.models.placement import compute_device
 from prunelight.planning.fingerprints import (
     describe_windows,
@@ -67,7 +68,8 @@ class StepContext:
             "device": (self.device or compute_device(model)).type,
             "versions": library_versions(),
         }
-        return KeptLayers(self.scratch / f"step-{len(self.earlier)}", identity)
+        directory = self.scratch / f"step-{len(self.earlier)}"
+        return KeptLayers(directory, identity, layers_path(model))
 
     @property
     def removed(self) -> set[int]:
