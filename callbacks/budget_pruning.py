@@ -2,7 +2,7 @@
 
 Depth, width, or some of both: which of them costs a model least differs from one to the next, and
 with the budget. Every way is carried out on a copy, healed, and judged by its KL to the dense model
-on windows that no fit sees; see prunelight/pruning/budget/search.py.
+on windows that no fit sees; see prunelight/pruning/searches/budget_search.py.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from prunelight.evaluation.serving.by_layer import (
 from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.layer_choice import resolve_indices
 from prunelight.planning.plan import Plan
-from prunelight.pruning.budget.costs import LayerCosts, byte_costs, parameter_costs, time_costs
-from prunelight.pruning.budget.search import Candidate, least_cost, search_budget
-from prunelight.pruning.healing.depth_search import search_windows
+from prunelight.pruning.searches.budget_search import Candidate, least_cost, search_budget
+from prunelight.pruning.searches.costs import LayerCosts, byte_costs, parameter_costs, time_costs
+from prunelight.pruning.searches.depth_search import search_windows
 from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.width_scores import width_scores

@@ -31,7 +31,7 @@ from prunelight.planning.layer_choice import (
 )
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers
-from prunelight.pruning.healing.depth_search import search_depth, search_windows
+from prunelight.pruning.searches.depth_search import search_depth, search_windows
 from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
 

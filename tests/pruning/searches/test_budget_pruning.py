@@ -20,11 +20,11 @@ from prunelight.evaluation.serving.shape import shape_cost
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.sizes import parameter_bytes, parameter_count
 from prunelight.planning.steps import PruneWidth
-from prunelight.pruning.budget.costs import LayerCosts, byte_costs, parameter_costs
-from prunelight.pruning.budget.search import _unmet, least_cost, most_layers
-from prunelight.pruning.budget.width_curves import best_widths, equal_widths, predicted
 from prunelight.pruning.prune_width import narrowed_layers, prune_width
 from prunelight.pruning.remove_layers import remove_layers
+from prunelight.pruning.searches.budget_search import _unmet, least_cost, most_layers
+from prunelight.pruning.searches.costs import LayerCosts, byte_costs, parameter_costs
+from prunelight.pruning.searches.width_curves import best_widths, equal_widths, predicted
 
 WINDOWS = token_windows(24, 16)
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma3_text", "mixtral")

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows
 from prunelight.planning.steps import PruneWidth
-from prunelight.pruning.budget.costs import LayerCosts
 from prunelight.pruning.prune_width import narrowed_layers
+from prunelight.pruning.searches.costs import LayerCosts
 from prunelight.scoring.model_variants import VariantLayer, VariantReplay
 from prunelight.scoring.similarity import divergence_of
 

@@ -10,8 +10,8 @@ from prunelight.calibration.windows import split_windows
 from prunelight.callbacks import DepthPruning
 from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.steps import RemoveLayers
-from prunelight.pruning.healing.depth_search import _Variants, search_depth, search_windows
 from prunelight.pruning.remove_layers import remove_layers
+from prunelight.pruning.searches.depth_search import _Variants, search_depth, search_windows
 
 WINDOWS = token_windows(24, 16)
 

@@ -28,8 +28,10 @@ from prunelight.models.placement import copy_of_same_memory
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers, Step
 from prunelight.pruning.apply import apply
-from prunelight.pruning.budget.costs import LayerCosts
-from prunelight.pruning.budget.width_curves import (
+from prunelight.pruning.healing.ends import heal_step
+from prunelight.pruning.searches.costs import LayerCosts
+from prunelight.pruning.searches.depth_search import DepthSearch, search_depth, search_windows
+from prunelight.pruning.searches.width_curves import (
     Curve,
     best_widths,
     equal_widths,
@@ -37,8 +39,6 @@ from prunelight.pruning.budget.width_curves import (
     predicted,
     width_curves,
 )
-from prunelight.pruning.healing.depth_search import DepthSearch, search_depth, search_windows
-from prunelight.pruning.healing.ends import heal_step
 from prunelight.runtime.progress import logging_from
 from prunelight.scoring.model_variants import VariantReplay
 from prunelight.scoring.similarity import divergence_of

@@ -1,1 +1,0 @@
-"""Which layers and neurons to remove so that a model costs no more than a budget."""
