@@ -11,7 +11,7 @@ their columns (FLAP, arXiv:2312.11983). Stock models lack that bias, so those ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +36,6 @@ from prunelight.models.families.own_classes.layer_widths import (
     share_config,
 )
 from prunelight.models.families.own_classes.registration import family_of, take_class
-from prunelight.models.placement import copy_of_same_memory
 from prunelight.planning.steps import DropSublayers, PruneWidth, renumber
 from prunelight.pruning.step_kind import StepContext, StepKind
 from prunelight.runtime.devices import float64_device
@@ -147,46 +146,6 @@ def prune_width(
         for index, change in enumerate(zip(old, new, strict=True)):
             _narrow(model, index, *change, kept)
     _describe(model, new)
-
-
-@torch.no_grad()
-def narrowed_layers(
-    model: PreTrainedModel,
-    steps: Sequence[PruneWidth],
-    windows: Windows,
-    *,
-    device: torch.device | None = None,
-    offload: bool = False,
-) -> Iterator[list[nn.Module]]:
-    """Yield each decoder layer as each step alone would leave it, in a model that is else dense.
-
-    The model is unchanged. A layer's copies are for the caller until the next one comes.
-
-    Args:
-        model: the dense model.
-        steps: that name every layer, and correct.
-        windows: that the output projections are fitted on.
-        device: where the layers compute.
-        offload: keep the calibration states on the CPU.
-
-    Raises:
-        ValueError: if activations are NaN or Inf.
-    """
-    old, each = widths_of(model), [_kept(step, ()) for step in steps]
-    kinds = [*dict.fromkeys(kind for kept in each for kind in kept)]
-    twins = [copy_of_same_memory(model) for _ in steps]
-    with LayerWalk(model, windows, device=device, offload=offload, label="widths") as walk:
-        for index, _ in walk.layers():
-            parts = projection_parts(model, index, old[index])
-            inputs = _advanced(walk, [parts[kind][-1].matrix for kind in kinds], Hessian)
-            for twin, kept in zip(twins, each, strict=True):
-                for kind in kept:  # the fit writes into the weight, which is the model's too
-                    output: Any = projection_parts(twin, index, old[index])[kind][-1].matrix.owner
-                    output.weight = nn.Parameter(output.weight.data.clone(), requires_grad=False)
-                _narrow(twin, index, old[index], _widths(old[index], kept, index), kept, inputs)
-            yield [decoder_layers(twin)[index] for twin in twins]
-            for twin in twins:
-                decoder_layers(twin)[index].to("meta")  # its memory is free
 
 
 def _advanced(

@@ -91,6 +91,21 @@ class ErrorSums:
         gram, cross = self.gram[begin:end, begin:end], self.cross[:, begin:end]
         return ErrorSums(gram, cross, self.energy, self.kinds[first : last + 1], self.tokens)
 
+    def of_inputs(self, kept: Tensor, weight: Tensor) -> ErrorSums:
+        """Return the sums of inputs of one kind that stay, when the matrix loses the others.
+
+        Args:
+            kept: indices of the inputs that stay.
+            weight: the matrix W (O, I) before.
+        """
+        gone = torch.ones(len(self.gram), dtype=torch.bool, device=kept.device)
+        gone[kept] = False
+        lost, products = weight[:, gone], self.gram[gone]
+        energy = self.energy + 2 * (lost * self.cross[:, gone]).sum()
+        energy = energy + ((lost @ products[:, gone]) * lost).sum()
+        cross = self.cross[:, kept] + lost @ products[:, kept]
+        return ErrorSums(self.gram[kept][:, kept], cross, energy, (len(kept),), self.tokens)
+
     def error(self, change: Tensor) -> float:
         """Return sum_t w_t ||r_t - D x_t||^2 of a change D, (O, I)."""
         explained = 2 * (change * self.cross).sum() - ((change @ self.gram) * change).sum()

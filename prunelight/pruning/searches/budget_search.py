@@ -4,7 +4,8 @@ Layers go in the order of `search_depth`. For some numbers of layers, from none 
 the budget alone, the rest of the budget is met by fewer neurons in the layers left: equally many in
 each, or as the curves of `width_curves.py` say. Each such candidate is carried out on a copy of the
 model, healed, and judged by its KL to the dense model on windows that no fit sees. Between the best
-number of layers and its neighbours more are tried. So depth alone and width alone are always among
+number of layers and its neighbours more are tried. Then layers of the best one switch neurons, see
+`level_switches.py`, which makes one more candidate. So depth alone and width alone are always among
 the candidates, and what is predicted stands beside what was measured.
 """
 
@@ -14,7 +15,9 @@ import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +34,8 @@ from prunelight.pruning.apply import apply
 from prunelight.pruning.healing.ends import heal_step
 from prunelight.pruning.searches.costs import LayerCosts
 from prunelight.pruning.searches.depth_search import DepthSearch, search_depth, search_windows
+from prunelight.pruning.searches.healed_variants import HealedVariants
+from prunelight.pruning.searches.level_switches import switched_widths
 from prunelight.pruning.searches.width_curves import (
     Curve,
     best_widths,
@@ -58,6 +63,7 @@ class Candidate:
         cost: of the model that is left, as a share of the dense model's.
         predicted_kl: sum of what was measured of its parts alone, in nats.
         kl: to the dense model, measured, in nats; inf where states are NaN.
+        switched: layers have switched neurons, see `level_switches.py`.
     """
 
     layers: tuple[int, ...]
@@ -65,6 +71,7 @@ class Candidate:
     cost: float
     predicted_kl: float
     kl: float = math.inf
+    switched: bool = False
 
     @property
     def words(self) -> str:
@@ -73,6 +80,7 @@ class Candidate:
         least, most = min(counts, default=0), max(counts, default=0)
         widths = f"{least}" if least == most else f"{least} to {most}"
         narrow = f", {widths} neurons left in the others" if counts else ""
+        narrow += ", switched" if self.switched else ""
         removed = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)} removed"
         return removed + narrow
 
@@ -192,34 +200,42 @@ def search_budget(
     )
     fitted, judging = search_windows(windows)
     dense = copy_of_same_memory(model)  # as it is outside the replay, which moves its parts
-    with VariantReplay(model, judging, "kl", **places) as judges:
+    with VariantReplay(model, judging, "kl", **places) as judges, ExitStack() as stack:
+        variants = HealedVariants(model, fitted, judges, heals=heals, order=order, **places)
         curves: list[Curve] = []
         if order and costs.total() > budget:
-            curves = width_curves(model, fitted, judges, order, multiple, **places)
+            stack.enter_context(variants)
+            curves = width_curves(variants, costs.neurons, multiple)
         ways = _Ways(costs, budget, depth, curves, multiple, removable, by_layer=by_layer)
         path = layers_path(model)
+        # Healing fits a narrow MLP to the dense states; a correction before it would be undone.
+        steps_of = partial(_steps, order=order, correction=not variants.heals_neurons)
         tried: dict[int, Candidate] = {}
         measured: list[Candidate] = []
 
-        def measure(layers: int) -> None:
+        def measure(way: Candidate) -> Candidate:
+            steps = steps_of(way)
+            healing = heal_step(steps, len(costs.layers), path) if heals else []
+            kl = _measured(dense, (*steps, *healing), fitted, judging, judges, places)
+            done = replace(way, kl=kl)
+            log.info(
+                "%s: KL %.4f, predicted %.4f; costs %.1f %% of the dense model",
+                done.words,
+                kl,
+                done.predicted_kl,
+                100 * done.cost,
+            )
+            measured.append(done)
+            return done
+
+        def measure_all(layers: int) -> None:
             for way in ways.of(layers):
-                steps = _steps(way, order)
-                healing = heal_step(steps, len(costs.layers), path) if heals else []
-                kl = _measured(dense, (*steps, *healing), fitted, judging, judges, places)
-                done = Candidate(**{**vars(way), "kl": kl})
-                log.info(
-                    "%s: KL %.4f, predicted %.4f; costs %.1f %% of the dense model",
-                    done.words,
-                    kl,
-                    done.predicted_kl,
-                    100 * done.cost,
-                )
-                measured.append(done)
-                if layers not in tried or kl < tried[layers].kl:
+                done = measure(way)
+                if layers not in tried or done.kl < tried[layers].kl:
                     tried[layers] = done
 
         for layers in sorted({round(count * part / _SPLITS) for part in range(_SPLITS + 1)}):
-            measure(layers)
+            measure_all(layers)
         if not measured:
             raise ValueError(
                 _unmet(costs, budget, depth.removed, multiple if order else None)
@@ -227,11 +243,17 @@ def search_budget(
             )
         best = min(tried, key=lambda layers: tried[layers].kl)
         for layers in _between(best, [*tried]):
-            measure(layers)
+            measure_all(layers)
+        start = min(measured, key=lambda candidate: candidate.kl)
+        if by_layer and start.neurons and math.isfinite(start.kl):
+            variants.restore(start.layers)
+            kept = switched_widths(variants, start.neurons, curves, costs, budget, multiple)
+            if kept != start.neurons:
+                measure(ways.switched(start, kept))
     measured.sort(key=lambda candidate: candidate.kl)
     if not math.isfinite(measured[0].kl):
         raise ValueError("every candidate leaves NaN states; load the model in bfloat16 or float32")
-    return BudgetSearch(_steps(measured[0], order), measured[0], measured, depth, curves)
+    return BudgetSearch(steps_of(measured[0]), measured[0], measured, depth, curves)
 
 
 def _most_that_go(removable: RemovableLayers, count: int, protected: Sequence[int]) -> int:
@@ -283,6 +305,19 @@ class _Ways:
             if kept is not None:
                 yield self._way(layers, kept, count)
 
+    def switched(self, start: Candidate, kept: dict[int, int]) -> Candidate:
+        """Return a candidate with other numbers of neurons."""
+        change = predicted(self._curves, self._costs, kept)
+        change -= predicted(self._curves, self._costs, start.neurons)
+        return replace(
+            start,
+            neurons=kept,
+            cost=self._costs.total(start.layers, kept) / self._costs.total(),
+            predicted_kl=start.predicted_kl + change,
+            switched=True,
+            kl=math.inf,
+        )
+
     def _removed(self, count: int) -> tuple[int, ...]:
         """Return so many layers: all that the search chose, or those that went first."""
         depth = self._depth
@@ -301,9 +336,13 @@ class _Ways:
         )
 
 
-def _steps(way: Candidate, order: Sequence[Sequence[int]]) -> tuple[Step, ...]:
-    removal = (RemoveLayers(way.layers),) if way.layers or not way.neurons else ()
-    return (*removal, *((neurons_kept(order, way.neurons),) if way.neurons else ()))
+def _steps(way: Candidate, *, order: Sequence[Sequence[int]], correction: bool) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    if way.layers or not way.neurons:
+        steps.append(RemoveLayers(way.layers))
+    if way.neurons:
+        steps.append(neurons_kept(order, way.neurons, correction=correction))
+    return tuple(steps)
 
 
 def _between(best: int, tried: Sequence[int]) -> list[int]:

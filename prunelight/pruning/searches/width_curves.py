@@ -1,7 +1,7 @@
 """What it costs in KL to take neurons from each layer's MLP alone, and how to spend a budget on it.
 
-Each decoder layer is narrowed to a few widths, its output projection fitted to what it gave before,
-and the KL to the dense model is measured with all other layers whole. Between the widths KL is
+Each decoder layer is narrowed to a few widths, its output projection fitted anew, and the KL to the
+dense model is measured with all other layers whole. Between the widths KL is
 taken to be linear. KL of several layers is taken to add up, which holds for small changes alone: so
 what is chosen here is measured as a whole before it is taken.
 """
@@ -13,14 +13,10 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from transformers import PreTrainedModel
 
-from prunelight.calibration.windows import Windows
 from prunelight.planning.steps import PruneWidth
-from prunelight.pruning.prune_width import narrowed_layers
 from prunelight.pruning.searches.costs import LayerCosts
-from prunelight.scoring.model_variants import VariantLayer, VariantReplay
-from prunelight.scoring.similarity import divergence_of
+from prunelight.pruning.searches.healed_variants import HealedVariants
 
 LEVELS = (0.75, 0.5, 0.25, 0.125)  # shares of its neurons that a layer keeps
 
@@ -28,59 +24,38 @@ Curve = Sequence[tuple[int, float]]  # (neurons that go, KL), from (0, 0) on
 
 
 @torch.no_grad()
-def width_curves(
-    model: PreTrainedModel,
-    fitted: Windows,
-    judges: VariantReplay,
-    order: Sequence[Sequence[int]],
-    multiple: int,
-    *,
-    device: torch.device | None = None,
-    offload: bool = False,
-) -> list[Curve]:
-    """Return the curve of each decoder layer; the model is unchanged.
+def width_curves(variants: HealedVariants, neurons: Sequence[int], multiple: int) -> list[Curve]:
+    """Return the curve of each decoder layer.
 
     Args:
-        model: the dense model.
-        fitted: windows that the output projections are fitted on.
-        judges: replay of the model over windows that judge, by "kl", not changed so far.
-        order: neurons of each layer, the best first.
+        variants: of the dense model, of which nothing is gone.
+        neurons: of each layer.
         multiple: what numbers of neurons that stay are multiples of.
-        device: where the layers compute.
-        offload: keep the states on the CPU.
     """
-    widths = [
-        [
-            min(len(best), max(multiple, round(len(best) * share / multiple) * multiple))
-            for best in order
-        ]
-        for share in LEVELS
-    ]
-    steps = [neurons_kept(order, dict(enumerate(counts))) for counts in widths]
     curves: list[Curve] = []
-    narrow = narrowed_layers(model, steps, fitted, device=device, offload=offload)
-    for layer, variants in enumerate(narrow):
-        points = {0: 0.0}
-        for counts, variant in zip(widths, variants, strict=True):
-            gone = len(order[layer]) - counts[layer]
-            if gone in points:  # a multiple leaves few numbers to a small layer
-                continue
-            rest = judges.layers[layer + 1 :]
-            similarity = judges.score(layer, [VariantLayer(variant, layer), *rest])
-            points[gone] = max(0.0, divergence_of(similarity))
-        curves.append(sorted((gone, kl) for gone, kl in points.items() if math.isfinite(kl)))
+    for layer, total in enumerate(neurons):
+        rounded = (max(multiple, round(total * share / multiple) * multiple) for share in LEVELS)
+        counts = [count for count in dict.fromkeys(rounded) if count < total]
+        divergences = variants.divergences_with(layer, counts)
+        points = [
+            (total - count, max(0.0, kl)) for count, kl in zip(counts, divergences, strict=True)
+        ]
+        curves.append([(0, 0.0), *((gone, kl) for gone, kl in points if math.isfinite(kl))])
     return curves
 
 
-def neurons_kept(order: Sequence[Sequence[int]], kept: Mapping[int, int]) -> PruneWidth:
-    """Return the step that keeps the best neurons of layers, their output projections fitted.
+def neurons_kept(
+    order: Sequence[Sequence[int]], kept: Mapping[int, int], *, correction: bool
+) -> PruneWidth:
+    """Return the step that keeps the best neurons of layers.
 
     Args:
         order: neurons of each layer, the best first.
         kept: layer -> how many it keeps.
+        correction: fit the output projections to what they gave.
     """
     best = {str(layer): tuple(sorted(order[layer][:count])) for layer, count in kept.items()}
-    return PruneWidth({}, best, correction=True)
+    return PruneWidth({}, best, correction=correction)
 
 
 def equal_widths(

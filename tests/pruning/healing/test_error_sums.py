@@ -89,3 +89,20 @@ def test_a_singular_gram_matrix_is_no_obstacle():
     assert bool(sums_of(few).fit(0.01).isfinite().all())
     nothing = ErrorSums.empty(5, (12,), torch.device("cpu"))
     assert bool((nothing.fit(1.0) == 0).all())
+
+
+def test_sums_of_the_inputs_that_stay_are_those_of_the_matrix_without_the_others():
+    generator = torch.Generator().manual_seed(0)
+    x, target, weight = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((40, 6), (40, 3), (3, 6))
+    )
+    weights, kept = torch.rand(40, generator=generator).double(), torch.tensor([0, 3, 4])
+    whole = ErrorSums.empty(3, (6,), torch.device("cpu"))
+    whole.update(x, target - x @ weight.T, weights)
+    fewer = ErrorSums.empty(3, (3,), torch.device("cpu"))
+    fewer.update(x[:, kept], target - x[:, kept] @ weight[:, kept].T, weights)
+    derived = whole.of_inputs(kept, weight)
+    for name in ("gram", "cross", "energy"):
+        torch.testing.assert_close(getattr(derived, name), getattr(fewer, name))
+    assert (derived.kinds, derived.tokens) == (fewer.kinds, fewer.tokens)

@@ -1,5 +1,7 @@
 """Laws of the search for layers that are healed once they are gone."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from lively_models import lively_model
@@ -11,7 +13,9 @@ from prunelight.callbacks import DepthPruning
 from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.remove_layers import remove_layers
-from prunelight.pruning.searches.depth_search import _Variants, search_depth, search_windows
+from prunelight.pruning.searches.depth_search import search_depth, search_windows
+from prunelight.pruning.searches.healed_variants import HealedVariants
+from prunelight.scoring.model_variants import VariantReplay
 
 WINDOWS = token_windows(24, 16)
 
@@ -68,9 +72,14 @@ def test_the_model_is_unchanged_afterwards_on_errors_too():
         assert torch.equal(mine, other)
 
 
+@contextmanager
 def variants(model):
     fitted, judging = search_windows(WINDOWS)
-    return _Variants(model, fitted, judging, heals=True, device=None, offload=False)
+    with (
+        VariantReplay(model, judging, "kl") as judges,
+        HealedVariants(model, fitted, judges, heals=True) as healed,
+    ):
+        yield healed
 
 
 def test_a_candidate_is_judged_as_the_variant_that_it_becomes():
