@@ -4,9 +4,9 @@ What a layer loses by fewer neurons was measured with all other layers whole. In
 lost more, it is another number. So it is measured again there: the KL with one layer wider or
 narrower, fitted for that, all others as they are. Only the layers that lost least so far are tried
 narrower. Layers are paired then, the one that gains most by being wider with the one that loses
-least by being narrower. All pairs that promise a gain are
-switched at once; where that does not help, the better half of them, and so on. EvoPress
-(arXiv:2410.14649) switches levels at random; the pairs here follow from what was measured.
+least by being narrower. All pairs that promise a gain are switched at once; where that does not
+help, the better half of them, and so on. EvoPress (arXiv:2410.14649) switches levels at random; the
+pairs here follow from what was measured.
 """
 
 from __future__ import annotations
