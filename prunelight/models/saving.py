@@ -158,7 +158,8 @@ def _stored_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
 def _finished_files(model: PreTrainedModel) -> dict[Path, list[str]]:
     """Return the files that hold finished layers as they are saved, and the names of their weights.
 
-    Small models have none, so that they are saved as one file.
+    Small models have none, so that they are saved as one file. A weight may have been written over
+    since it was mapped, which its memory does not tell: numbers are compared.
     """
     if parameter_bytes(model) < _ONE_FILE:
         return {}
@@ -168,8 +169,12 @@ def _finished_files(model: PreTrainedModel) -> dict[Path, list[str]]:
             weights.setdefault(file, {})[name] = weight.data
     finished = {}
     for file, named in weights.items():
+        if not file.is_file():
+            continue
         with safe_open(file, framework="pt") as tensors:
-            same = {*tensors.keys()} == {*named}
+            same = {*tensors.keys()} == {*named} and all(
+                torch.equal(weight, tensors.get_tensor(name)) for name, weight in named.items()
+            )
         if same and _saved_as_they_are(model, named):
             finished[file] = [*named]
     return finished

@@ -95,14 +95,25 @@ def test_the_index_names_each_weight_once_in_the_file_that_holds_it(tmp_path, ti
     check_loads(model, tmp_path / "out")
 
 
-def test_a_layer_that_changed_since_is_copied(tmp_path, tiny_tokenizer):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_layer_that_changed_since_is_copied(tmp_path, tiny_tokenizer, in_place):
     model = pruned(tiny.tiny_model(), tmp_path / "layers")
     weight = decoder_layers(model)[1].mlp.down_proj.weight
-    weight.data = 2 * weight.data
+    if in_place:
+        weight.data.mul_(2)
+    else:
+        weight.data = 2 * weight.data
     save(model, tiny_tokenizer, tmp_path / "out")
     names = {file.stem for file in linked(tmp_path / "out", tmp_path / "layers")}
     expected = {f"layer-{i:05d}" for i in range(len(decoder_layers(model)))}
     assert names == expected - {"layer-00001"}
+    check_loads(model, tmp_path / "out")
+
+
+def test_layers_whose_files_are_gone_are_copied(tmp_path, tiny_tokenizer):
+    model = pruned(tiny.tiny_model(), tmp_path / "layers")
+    shutil.rmtree(tmp_path / "layers")
+    save(model, tiny_tokenizer, tmp_path / "out")
     check_loads(model, tmp_path / "out")
 
 
