@@ -11,7 +11,7 @@ their columns (FLAP, arXiv:2312.11983). Stock models lack that bias, so those ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunelight.calibration.layer_inputs.input_statistics import InputStatistics, Statistic
+from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Hessian, InputVariance
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.architectures import is_sliced, sublayers_of
 from prunelight.models.families.config_fields import config_accepts
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.families.matrices import Matrix
 from prunelight.models.families.own_classes.layer_widths import (
     BIASED,
     CLASSES,
@@ -148,18 +147,6 @@ def prune_width(
     _describe(model, new)
 
 
-def _advanced(
-    walk: LayerWalk, matrices: Sequence[Matrix], make: Callable[[int], Statistic]
-) -> InputStatistics[Statistic]:
-    """Advance a walk by its current layer; return statistics of the inputs of some matrices."""
-    inputs = InputStatistics(matrices, make)
-    for batch, mask in enumerate(walk.masks):
-        with inputs.watching(mask):
-            walk.states[batch] = walk.forward(batch).to(walk.store)
-    inputs.pool(walk.group)
-    return inputs
-
-
 def _widths(old: Widths, kept: Mapping[str, Mapping[int, Tensor]], index: int) -> Widths:
     """Return the widths of a layer after a step."""
     counts = {kind: len(layers[index]) for kind, layers in kept.items()}
@@ -225,7 +212,11 @@ def _mean_inputs(
         for index, _ in walk.layers():
             parts = projection_parts(model, index, widths[index])
             outputs = [parts[kind][-1].matrix for kind in kinds]
-            inputs = _advanced(walk, outputs, InputVariance)
+            inputs = InputStatistics(outputs, InputVariance)
+            for batch, mask in enumerate(walk.masks):
+                with inputs.watching(mask):
+                    walk.states[batch] = walk.forward(batch).to(walk.store)
+            inputs.pool(walk.group)
             for matrix in outputs:
                 (statistic,) = inputs.of(matrix)
                 statistic.norms()  # raises if an input was NaN or Inf

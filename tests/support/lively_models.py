@@ -46,6 +46,13 @@ def hooks(model):
     return [len(getattr(module, kind)) for module in model.modules() for kind in kinds]
 
 
+def plain_divergence(model, other, windows):
+    """Mean KL of the next-token distributions, over all positions, in nats."""
+    with torch.no_grad():
+        logits = [each(windows).logits.double().log_softmax(-1) for each in (model, other)]
+    return (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
+
+
 @torch.no_grad()
 def raw_output(model, windows):
     """What the last decoder layer puts out in the model's own forward."""

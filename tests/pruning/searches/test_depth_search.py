@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from lively_models import lively_model
+from lively_models import lively_model, plain_divergence
 from tiny import tiny_model, token_windows
 
 import prunelight
@@ -22,13 +22,6 @@ WINDOWS = token_windows(24, 16)
 
 def any_layers(layers):
     return True
-
-
-def plain_divergence(model, other, windows):
-    """Mean KL of the next-token distributions, over all positions, in nats."""
-    with torch.no_grad():
-        logits = [each(windows).logits.double().log_softmax(-1) for each in (model, other)]
-    return (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
 
 
 def test_windows_that_judge_are_not_fitted_on_and_both_are_spread():

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from lively_models import lively_model
+from lively_models import lively_model, plain_divergence
 from tiny import token_windows
 
 import prunelight
@@ -72,8 +72,7 @@ def test_a_point_of_a_curve_is_the_kl_of_a_layer_that_is_plainly_narrowed():
         gone, kl = curves[layer][point]
         narrow = lively_model()
         plainly_narrowed(narrow, layer, sorted(order[layer][: 64 - gone]), fitted)
-        logits = [each(judging).logits.double().log_softmax(-1) for each in (model, narrow)]
-        plain = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
+        plain = plain_divergence(model, narrow, judging)
         assert kl == pytest.approx(plain, rel=1e-2, abs=1e-6)
 
 
