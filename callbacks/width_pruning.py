@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from prunelight.calibration.windows import Windows
 from prunelight.callbacks.base import Healing, PruningCallback
 from prunelight.models.families.architectures import is_sliced
-from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import layer_matrices
 from prunelight.models.families.own_classes.layer_widths import LISTS
 from prunelight.planning.plan import Plan
@@ -39,6 +39,7 @@ from prunelight.planning.sparsity_shares import (
     spend_budget,
 )
 from prunelight.planning.steps import PruneWidth
+from prunelight.pruning.healing.writers import first_writer
 from prunelight.pruning.prune_width import check_width
 from prunelight.run.method import PruningMethod
 from prunelight.run.run_state import Run
@@ -80,7 +81,8 @@ class WidthPruning(PruningCallback):
         multiple: what the number of neurons must be a multiple of, for fast kernels.
         correction: fit the output projections by least squares on the calibration windows, to
             give what they gave with all inputs. "bias" gives them a bias instead, the mean of what
-            is gone on the calibration windows (FLAP); no stock class has it.
+            is gone on the calibration windows (FLAP); no stock class has it. None fits them, unless
+            `heal` fits all of the same matrices, which alone is better.
         allocation: "uniform" keeps equal numbers in all layers: a stock model. "global" keeps those
             of all layers whose shares of their layer's score are highest; at least one group and
             `multiple` neurons a layer. "flap" ranks groups and neurons together by standardised
@@ -121,7 +123,7 @@ class WidthPruning(PruningCallback):
         num_key_value_heads: int | None = None,
         score: Literal["taylor", "wanda", "fluctuation"] = "wanda",
         multiple: int = 64,
-        correction: bool | Literal["bias"] = True,
+        correction: bool | Literal["bias"] | None = None,
         allocation: Literal["uniform", "global", "flap", "dlp"] = "uniform",
         export_remote_code: bool = False,
         alpha: float | None = None,
@@ -260,9 +262,22 @@ class WidthPruning(PruningCallback):
             equal = self.allocation == "uniform" and len(set(counts)) == 1
             found |= {field: counts[0]} if equal else {PER_LAYER[field]: counts}
             found[f"{field}_before"] = max(_numbers(before, kind))
-        step = PruneWidth(kept.get("heads", {}), kept.get("neurons", {}), self.correction)
+        correction = self._correction(model, windows, kinds)
+        step = PruneWidth(kept.get("heads", {}), kept.get("neurons", {}), correction)
         kept_shares |= {"median": medians} if medians else {}
         return self.make_plan(model, windows, step, scores=kept_shares, found=found)
+
+    def _correction(
+        self, model: PreTrainedModel, windows: Windows, kinds: Sequence[str]
+    ) -> bool | Literal["bias"]:
+        """Return how the step makes up for what is gone of these kinds."""
+        if self.correction is not None:
+            return self.correction
+        if self.heal == "none" or [*kinds] != ["neurons"]:
+            return True
+        output = projection_parts(model, 0, widths_of(model)[0])["neurons"][-1].matrix
+        healed = f"{layers_path(model)}.0.{first_writer(model, windows)}"
+        return healed != output.name
 
     def _medians(self, model: PreTrainedModel, windows: Windows) -> list[float]:
         """Return DLP's score of each decoder layer; an empty list if the allocation needs none."""

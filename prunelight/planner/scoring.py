@@ -31,7 +31,7 @@ from prunelight.planner.scores import (
     write_scores,
 )
 from prunelight.planner.settings import CalibrationSettings
-from prunelight.pruning.healing.writers import has_writers
+from prunelight.pruning.healing.writers import first_writer
 from prunelight.runtime.arguments import did_you_mean
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.angular_distance import angular_distances, angular_distances_by_size
@@ -101,8 +101,8 @@ def _experts(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
 
 
 def _healing(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
-    """Keep whether layers of this model can be healed in closed form."""
-    has_writers(model, windows)
+    """Keep what of this model's layers is healed in closed form, if anything is."""
+    first_writer(model, windows)
 
 
 def _taylor(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:

@@ -384,7 +384,7 @@ def test_ranges_that_cannot_lose_so_much_are_refused_before_any_forward(
         ({"skip_last": 1.5}, TypeError, "skip_last=1.5 must be a whole number"),
         ({"skip_last": True}, TypeError, "skip_last=True must be a whole number"),
         ({"correction": "biases"}, ValueError, "must be one of bias; did you mean bias"),
-        ({"correction": None}, TypeError, "correction=None must be true or false or one of bias"),
+        ({"correction": 1.5}, TypeError, "correction=1.5 must be true or false or one of bias"),
         ({"allocation": "flap"}, ValueError, "not score='wanda'; set score='fluctuation', or all"),
         ({"allocation": "flap", "score": "taylor"}, ValueError, "ranks standardised fluctuations"),
     ],

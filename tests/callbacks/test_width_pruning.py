@@ -1,4 +1,4 @@
-"""WidthPruning by DLP's shares: which widths layers get, and what is refused."""
+"""WidthPruning by DLP's shares: widths of layers, and refusals; when outputs are corrected."""
 
 import copy
 
@@ -108,3 +108,32 @@ def test_other_families_get_widths_too(family):
 def test_an_alpha_out_of_range_or_without_effect_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         WidthPruning(neuron_ratio=0.5, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "corrected"),
+    [
+        ("llama", {}, True),
+        ("llama", {"heal": "linear"}, False),
+        ("llama", {"heal": "layer"}, False),
+        ("llama", {"heal": "linear", "correction": True}, True),
+        ("llama", {"heal": "linear", "head_ratio": 0.5}, True),  # attention is not healed
+        ("gemma2", {"heal": "layer"}, True),  # a norm stands behind down_proj: no closed form
+        ("qwen3", {"correction": False}, False),
+    ],
+)
+def test_outputs_are_corrected_unless_healing_fits_the_same_matrices(family, arguments, corrected):
+    model = copy.deepcopy(lively(family))
+    plan = WidthPruning(neuron_ratio=0.5, multiple=8, **arguments).plan(model, WINDOWS)
+    assert plan.steps[0].correction is corrected
+
+
+def test_what_is_healed_alone_is_nearer_to_the_dense_model_than_what_was_corrected_before():
+    dense, windows, errors = tiny_model(), token_windows(64, 16), []
+    for correction in (None, True):
+        method = WidthPruning(0.5, multiple=8, heal="linear", correction=correction)
+        model = prunelight.apply(tiny_model(), method.plan(tiny_model(), windows), windows)
+        with torch.no_grad():
+            difference = model(windows).logits - dense(windows).logits
+        errors.append(difference.square().mean().item())
+    assert errors[0] < errors[1]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.windows import Windows, split_windows
-from prunelight.models.families.layers import decoder_layers
+from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import Matrix, layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import gap_layers
 from prunelight.pruning.healing.error_sums import token_weights
@@ -137,7 +137,7 @@ def check_healable(model: PreTrainedModel, windows: Windows, mode: str) -> None:
             f"heal={mode!r} holds windows out to judge what it fits, and {num_windows} window is "
             "given; calibrate on 2 windows or more, better on 16"
         )
-    if not has_writers(model, windows) and mode == "linear":
+    if first_writer(model, windows) is None and mode == "linear":
         raise TypeError(
             f"layers of {model.config.model_type} cannot be healed in closed form: no matrix of "
             "theirs adds to the hidden states as it is (a norm or experts stand behind the last); "
@@ -147,16 +147,17 @@ def check_healable(model: PreTrainedModel, windows: Windows, mode: str) -> None:
 
 @torch.no_grad()
 @remembered
-def has_writers(model: PreTrainedModel, windows: Windows) -> bool:
-    """Return whether the first layer without a matrix behind it has a writer.
+def first_writer(model: PreTrainedModel, windows: Windows) -> str | None:
+    """Return where the first layer without a matrix behind it has its writer; None: it has none.
 
-    It is found on a few tokens of the first window.
+    That is the path of the matrix within the layer, such as "mlp.down_proj". It is found on a few
+    tokens of the first window.
 
     Raises:
         TypeError: if layers cannot be run one by one, or weights are quantized.
     """
     few = split_windows(windows)[0][:1, :_PROBE_TOKENS].clone()
-    writer, at_gaps = None, gap_layers(model.config)
+    writer, at_gaps, path = None, gap_layers(model.config), layers_path(model)
     with LayerWalk(model, few) as walk:
         for index, _ in walk.layers():
             if index not in at_gaps:
@@ -164,7 +165,7 @@ def has_writers(model: PreTrainedModel, windows: Windows) -> bool:
                 break
             if index + 1 < len(decoder_layers(model)):
                 walk.advance()
-    return writer is not None
+    return None if writer is None else writer.matrix.name.removeprefix(f"{path}.{index}.")
 
 
 def _scale(walk: LayerWalk, matrix: Matrix) -> float | None:
