@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunelight.models.placement import Home, map_from
+from prunelight.models.placement import Home, assign_memory
 from prunelight.runtime.files.atomic_files import atomic_replacement, write_text
 from prunelight.runtime.files.checksums import sealed, unsealed
 
@@ -86,7 +86,7 @@ class KeptLayers:
             self._write(index, {name: weights[name] for name in weights if name not in same})
         for name, stored in self._mapped(index):
             if weights[name].is_cpu:
-                map_from(weights[name], stored, self._file(index))
+                assign_memory(weights[name], stored)
 
     def note(self, index: int, outcome: Any) -> None:
         """Note what the step did to the layer that is held: a dataclass of JSON values."""

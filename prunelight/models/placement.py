@@ -12,12 +12,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from prunelight.models.families.layers import decoder_layers
@@ -250,21 +248,6 @@ def assign_memory(tensor: Tensor, data: Tensor) -> None:
     parameter = isinstance(tensor, nn.Parameter)
     other = nn.Parameter(data, tensor.requires_grad) if parameter else data
     torch.utils.swap_tensors(tensor, other)
-
-
-_FILES = WeakTensorKeyDictionary()  # weight -> (the file that it was mapped from, its address)
-
-
-def map_from(weight: nn.Parameter, stored: Tensor, file: Path) -> None:
-    """Give a weight the memory of a tensor that is mapped from a file, in place."""
-    assign_memory(weight, stored)
-    _FILES[weight] = (file, weight.data_ptr())
-
-
-def mapped_file(weight: nn.Parameter) -> Path | None:
-    """Return the file that `map_from` mapped a weight from; None if it has other memory now."""
-    file, address = _FILES.get(weight, (None, 0))
-    return file if address == weight.data_ptr() else None
 
 
 def copy_without_values(model: PreTrainedModel) -> PreTrainedModel:

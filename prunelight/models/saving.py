@@ -27,7 +27,7 @@ from prunelight.models.families.rwkv import restore_rwkv_scale
 from prunelight.models.forward import evaluating, greedy_tokens
 from prunelight.models.loading import quiet_transformers
 from prunelight.models.packed.grids import describe_grids, has_grids, packed_state, quiet_package
-from prunelight.models.placement import compute_device, mapped_file, place_like
+from prunelight.models.placement import compute_device, place_like
 from prunelight.models.sizes import is_quantized, longest_sequence, parameter_bytes
 from prunelight.models.transformers4 import add_old_names, tell_fault
 from prunelight.models.written_files import (
@@ -75,6 +75,7 @@ def save(
     trust_remote_code: bool = False,
     export_remote_code: bool = False,
     dense_fault: str | None = None,
+    finished: str | Path | None = None,
 ) -> SavedModel:
     """Write a verified transformers directory: all of it, or nothing.
 
@@ -89,6 +90,8 @@ def save(
             loads without prunelight under trust_remote_code. Later saves of the model write it too.
         dense_fault: what `generation_fault` says of the dense model. If it is "", a fault in the
             model is an error; None, if nobody asked, makes it a warning.
+        finished: the `scratch` of `apply`. Files there whose weights are those of a result of more
+            than 4 GiB become its shards, without a copy.
 
     Raises:
         ValueError: if the directory cannot be replaced, or an extra file has a name that is taken
@@ -109,7 +112,8 @@ def save(
         name_remote_code(model)
     restore_rwkv_scale(model)
     with atomic_directory(directory) as temporary:
-        parts = link_parts(temporary, _finished_files(model)) if stored is None else set()
+        scratch = None if finished is None else Path(finished).expanduser()
+        parts = link_parts(temporary, _finished_files(model, scratch)) if stored is None else set()
         if parts:
             stored = {name: x for name, x in model.state_dict().items() if name not in parts}
         with quiet_transformers():
@@ -155,29 +159,36 @@ def _stored_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
     return packed_state(model)
 
 
-def _finished_files(model: PreTrainedModel) -> dict[Path, list[str]]:
-    """Return the files that hold finished layers as they are saved, and the names of their weights.
+def _finished_files(model: PreTrainedModel, directory: Path | None) -> dict[Path, list[str]]:
+    """Return the files that hold weights of the model as they are saved, and the weights' names.
 
-    Small models have none, so that they are saved as one file. A weight may have been written over
-    since it was mapped, which its memory does not tell: numbers are compared.
+    Small models have none, so that they are saved as one file. Numbers are compared: weights may
+    have changed since a file was written.
+
+    Args:
+        model: in memory.
+        directory: that holds such files, at any depth; None for none.
     """
-    if parameter_bytes(model) < _ONE_FILE:
+    if directory is None or parameter_bytes(model) < _ONE_FILE:
         return {}
-    weights: dict[Path, dict[str, Tensor]] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        if file := mapped_file(weight):
-            weights.setdefault(file, {})[name] = weight.data
+    weights = dict(model.named_parameters(remove_duplicate=False))
     finished = {}
-    for file, named in weights.items():
-        if not file.is_file():
-            continue
+    for file in sorted(directory.rglob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            same = {*tensors.keys()} == {*named} and all(
-                torch.equal(weight, tensors.get_tensor(name)) for name, weight in named.items()
+            names = [*tensors.keys()]
+            held = {name: weights[name].data.cpu() for name in names if name in weights}
+            same = 0 < len(held) == len(names) and all(
+                _equal(weight, tensors.get_tensor(name)) for name, weight in held.items()
             )
-        if same and _saved_as_they_are(model, named):
-            finished[file] = [*named]
+        if same and _saved_as_they_are(model, held):
+            finished[file] = names
+            for name in names:  # each weight is linked once
+                del weights[name]
     return finished
+
+
+def _equal(weight: Tensor, stored: Tensor) -> bool:
+    return weight.dtype == stored.dtype and torch.equal(weight, stored)
 
 
 def _saved_as_they_are(model: PreTrainedModel, weights: dict[str, Tensor]) -> bool:

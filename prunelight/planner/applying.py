@@ -104,6 +104,7 @@ def apply_to_saved(
                 export_remote_code=bool(plan.arguments.get("export_remote_code"))
                 and code_file(model.config.model_type) is not None,
                 dense_fault=fault,
+                finished=scratch,
             )
     return saved, size
 

@@ -8,6 +8,7 @@ import tiny
 import torch
 from plans import make_plan
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from prunelight.models import saving
@@ -69,7 +70,7 @@ def check_loads(model, directory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_finished_layers_are_shards_of_the_result_in_every_family(tmp_path, tiny_tokenizer, family):
     model = pruned(tiny.tiny_model(family), tmp_path / "layers")
-    save(model, tiny_tokenizer, tmp_path / "out")
+    save(model, tiny_tokenizer, tmp_path / "out", finished=tmp_path / "layers")
     count = len(linked(tmp_path / "out", tmp_path / "layers"))
     if family in ALWAYS:
         assert count == WITHOUT_EXPERTS.get(family, len(decoder_layers(model)))
@@ -79,7 +80,7 @@ def test_finished_layers_are_shards_of_the_result_in_every_family(tmp_path, tiny
 
 def test_the_index_names_each_weight_once_in_the_file_that_holds_it(tmp_path, tiny_tokenizer):
     model = pruned(tiny.tiny_model(), tmp_path / "layers", removed=[1])
-    save(model, tiny_tokenizer, tmp_path / "out")
+    save(model, tiny_tokenizer, tmp_path / "out", finished=tmp_path / "layers")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     total = len(decoder_layers(model)) + 1
@@ -103,7 +104,7 @@ def test_a_layer_that_changed_since_is_copied(tmp_path, tiny_tokenizer, in_place
         weight.data.mul_(2)
     else:
         weight.data = 2 * weight.data
-    save(model, tiny_tokenizer, tmp_path / "out")
+    save(model, tiny_tokenizer, tmp_path / "out", finished=tmp_path / "layers")
     names = {file.stem for file in linked(tmp_path / "out", tmp_path / "layers")}
     expected = {f"layer-{i:05d}" for i in range(len(decoder_layers(model)))}
     assert names == expected - {"layer-00001"}
@@ -113,7 +114,7 @@ def test_a_layer_that_changed_since_is_copied(tmp_path, tiny_tokenizer, in_place
 def test_layers_whose_files_are_gone_are_copied(tmp_path, tiny_tokenizer):
     model = pruned(tiny.tiny_model(), tmp_path / "layers")
     shutil.rmtree(tmp_path / "layers")
-    save(model, tiny_tokenizer, tmp_path / "out")
+    save(model, tiny_tokenizer, tmp_path / "out", finished=tmp_path / "layers")
     check_loads(model, tmp_path / "out")
 
 
@@ -124,13 +125,28 @@ def test_a_file_system_without_links_gets_copies(tmp_path, tiny_tokenizer, monke
         raise OSError("no links here")
 
     monkeypatch.setattr("pathlib.Path.hardlink_to", refuse)
-    save(model, tiny_tokenizer, tmp_path / "out")
+    save(model, tiny_tokenizer, tmp_path / "out", finished=tmp_path / "layers")
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    check_loads(model, tmp_path / "out")
+
+
+def test_files_of_other_weights_are_left_where_they_are(tmp_path, tiny_tokenizer):
+    model = pruned(tiny.tiny_model(), tmp_path / "layers")
+    odd = tmp_path / "layers" / "odd"
+    odd.mkdir()
+    first = sorted(tmp_path.glob("layers/*/layer-*.safetensors"))[0]
+    shutil.copy(first, odd / "same.safetensors")
+    name, weight = next(iter(load_file(first).items()))
+    save_file({name: weight.bfloat16()}, odd / "other-dtype.safetensors")
+    save_file({name: weight, "unknown": weight.clone()}, odd / "unknown-name.safetensors")
+    save_file({}, odd / "empty.safetensors")
+    save(model, tiny_tokenizer, tmp_path / "out", finished=tmp_path / "layers")
+    assert len(linked(tmp_path / "out", tmp_path / "layers")) >= len(decoder_layers(model)) - 1
     check_loads(model, tmp_path / "out")
 
 
 def test_small_models_are_one_file(tmp_path, tiny_tokenizer, monkeypatch):
     monkeypatch.undo()
     model = pruned(tiny.tiny_model(), tmp_path / "layers")
-    save(model, tiny_tokenizer, tmp_path / "out")
+    save(model, tiny_tokenizer, tmp_path / "out", finished=tmp_path / "layers")
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
