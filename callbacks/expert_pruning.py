@@ -7,6 +7,7 @@ layers lose equal numbers, so that a stock config describes the result.
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import torch
@@ -23,6 +24,8 @@ from prunelight.planning.steps import RemoveExperts
 from prunelight.runtime.arguments import at_least, checked, within
 from prunelight.runtime.finite import check_weights
 from prunelight.scoring.experts.expert_scores import expert_scores
+
+log = logging.getLogger(__name__)
 
 
 class ExpertPruning(PruningCallback):
@@ -51,7 +54,9 @@ class ExpertPruning(PruningCallback):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError or TypeError if the experts cannot be scored, or too few would stay."""
-        self._checked(model)
+        experts, count = self._checked(model)
+        if self.ratio and not count:
+            log.warning("ratio=%s removes none of %d experts", self.ratio, experts.count)
 
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:

@@ -17,7 +17,8 @@ PACKAGES = [PACKAGE, PACKAGE.parent / "callbacks"]
 
 def one_line_error(error: BaseException) -> BaseException | None:
     """Return an error to show in one line, without its traceback; None for a fault of ours."""
-    return our_error(error) or disk_error(error) or missing_package(error) or union_error(error)
+    known = our_error(error) or path_error(error) or disk_error(error) or missing_package(error)
+    return known or union_error(error)
 
 
 def our_error(error: BaseException | None) -> BaseException | None:
@@ -62,6 +63,17 @@ def union_error(error: BaseException) -> ValueError | None:
     refusals = re.findall(r"^  - (.+)$", str(error), flags=re.MULTILINE)
     reasons = [text for text in refusals if not text.startswith(of_other_kinds)]
     return ValueError(f"a class of the config cannot be made: {reasons[0]}") if reasons else None
+
+
+def path_error(error: BaseException | None) -> ValueError | None:
+    """Return an error for a name that no file can have, if it is that."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return ValueError(f"{error.filename}: {error.strerror}; give a shorter one")
+        if isinstance(error, RuntimeError) and "determine home directory" in str(error):
+            return ValueError("~NAME/... is the home of a user whom this machine does not know")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def disk_error(error: BaseException | None) -> OSError | None:

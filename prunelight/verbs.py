@@ -42,6 +42,7 @@ def run_verb(
     quiet_libraries(handler)
     first = int(os.environ.get("RANK", "0")) == 0  # torchrun starts several
     logging.getLogger("prunelight").setLevel(logging.INFO if first else logging.ERROR)
+    parser.allow_abbrev = False  # verbs look at what was given, under whole names
     given = parser.parse_args([*arguments])
     try:
         verb(given)

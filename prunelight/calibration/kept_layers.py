@@ -9,18 +9,24 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunelight.models.placement import Home, assign_memory
-from prunelight.runtime.files.atomic_files import atomic_replacement, write_text
+from prunelight.runtime.files.atomic_files import (
+    atomic_replacement,
+    explaining_write_errors,
+    write_text,
+)
 from prunelight.runtime.files.checksums import sealed, unsealed
 
 log = logging.getLogger(__name__)
@@ -101,7 +107,9 @@ class KeptLayers:
             self._begin(index) + name: weight.detach().cpu().contiguous()
             for name, weight in weights.items()
         }
-        with atomic_replacement(self._file(index)) as temporary:
+        facts["checksum"] = _checksum(stored)
+        file = self._file(index)
+        with explaining_write_errors(file), atomic_replacement(file) as temporary:
             save_file(stored, temporary, facts)
 
     def _begin(self, index: int) -> str:
@@ -113,18 +121,35 @@ class KeptLayers:
                 yield name.removeprefix(self._begin(index)), tensors.get_tensor(name)
 
     def _read_facts(self, index: int) -> dict[str, Any] | None:
-        """Return what was done to a layer; None if it is not finished."""
-        try:
-            with safe_open(self._file(index), framework="pt") as tensors:
-                facts: dict[str, Any] = json.loads(tensors.metadata()["facts"])
-                return facts
-        except (OSError, SafetensorError):
+        """Return what was done to a layer; None if it is not finished, or its file is damaged."""
+        file = self._file(index)
+        if not file.is_file():
             return None
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                told = tensors.metadata()
+                stored = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            if told["checksum"] != _checksum(stored):
+                raise ValueError("its bytes are not those that were written")
+            facts: dict[str, Any] = json.loads(told["facts"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            log.warning("%s is damaged (%s): the layer is computed anew", file, error)
+            return None
+        return facts
 
 
 def holding(kept: KeptLayers | None, index: int, layer: nn.Module) -> AbstractContextManager[None]:
     """Hold a layer if layers are kept, see `KeptLayers.holding`."""
     return nullcontext() if kept is None else kept.holding(index, layer)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the checksum of the numbers of some tensors on the CPU, eight hex digits."""
+    checksum = 0
+    for name in sorted(tensors):
+        numbers = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(numbers.data, checksum)
+    return f"{checksum:08x}"
 
 
 def _differing(directory: Path, identity: Mapping[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def given_settings(arguments: Sequence[str]) -> set[str]:
     """Return the names of the data settings on a command line; of a whole `--data`, all."""
-    options = {text.partition("=")[0] for text in arguments}
+    options = {text.partition("=")[0].removesuffix("+") for text in arguments}
     if "--data" in options:
         return {field.name for field in fields(CalibrationSettings)}
     prefix = "--data."
@@ -44,6 +44,7 @@ def _apply(values: Namespace, given: set[str]) -> None:
             f"data.{min(given)} says how windows are drawn, and no text is given; add "
             "--data.calibration, such as sample:calibration"
         )
+    decided = plan_rows(plan)
     saved, size = apply_to_saved(
         values.model,
         plan,
@@ -57,7 +58,7 @@ def _apply(values: Namespace, given: set[str]) -> None:
         attn_implementation=values.attn_implementation,
     )
     rows = {"parameters": str(size), "saved": saved.directory, "verified": saved.verification}
-    show_decisions(f"Applied: {values.plan}", {**plan_rows(plan), **rows})
+    show_decisions(f"Applied: {values.plan}", {**decided, **rows})
 
 
 def _parser() -> VerbParser:

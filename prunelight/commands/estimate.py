@@ -35,12 +35,30 @@ def main(arguments: Sequence[str]) -> None:
 
 def _estimate(values: Namespace) -> None:
     given = vars(values)
-    out = given.pop("out")
+    out = None if (out := given.pop("out")) is None else Path(out).expanduser()
+    if out is not None:
+        _check_file(out)
     parts = estimate(**given)
     rows = [(_TITLES[name], f"{count / 1e9:.2f}") for name, count in parts.items()]
     show_rows(f"{values.model}, on each device", ("", "GB"), rows)
     if out is not None:
-        write_text(Path(out).expanduser(), json.dumps(parts, indent=2) + "\n")
+        write_text(out, json.dumps(parts, indent=2) + "\n")
+
+
+def _check_file(out: Path) -> None:
+    """Check that an estimate may be written to a file: a new one, or one that holds an estimate.
+
+    Raises:
+        FileExistsError: if the file holds something else, or is a directory.
+    """
+    try:
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (ValueError, OSError):
+        earlier = None
+    if not isinstance(earlier, dict) or not {*earlier} <= {*_TITLES}:
+        raise FileExistsError(f"out={out} exists and holds no estimate; choose another name")
 
 
 def _parser() -> VerbParser:

@@ -170,7 +170,7 @@ def _size_row(given: Namespace, plan: Any) -> dict[str, str]:
 
 def _method_name(arguments: Sequence[str]) -> str | None:
     """Return the method that is asked for, before there is a parser of its arguments."""
-    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, value in zip(arguments, [*arguments, ""][1:], strict=True):
         if argument == "--method" and value and not value.startswith("--"):
             return value
         if argument.startswith("--method="):

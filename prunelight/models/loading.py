@@ -55,7 +55,16 @@ _PROBES = 2  # one lost packet must not look like a hub that does not answer
 _PROBE_SECONDS = 5
 
 # Errors of reading a damaged file, besides the UnpicklingError of pickled weights.
-_READ_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError)
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    LookupError,
+    EOFError,
+    SafetensorError,
+)
 
 _OF_NAN = "its files are damaged or come from a training that failed: take another copy"
 
@@ -195,7 +204,7 @@ def _load_tokenizer(source: Source, name: str, trust: bool) -> PreTrainedTokeniz
             return AutoTokenizer.from_pretrained(
                 source.location, trust_remote_code=trust, **source.keywords
             )
-        except (OSError, ValueError, KeyError, struct.error) as error:
+        except (*_READ_ERRORS, struct.error) as error:
             raise ValueError(
                 f"no tokenizer can be loaded from {name!r}: {source.explain(error)}; save one "
                 "beside the weights (tokenizer.save_pretrained)"
@@ -428,8 +437,11 @@ def _check_safetensors(directory: Path) -> None:
     """Open each safetensors file, so that an error names a damaged file before weights are read."""
     for file in sorted(directory.glob("*.safetensors")):
         try:
+            file.open("rb").close()  # a file that may not be read is none to safetensors
             with safe_open(file, framework="pt"):
                 pass
+        except PermissionError as error:
+            raise PermissionError(f"{file} cannot be read: {error.strerror}") from error
         except (SafetensorError, OSError) as error:
             reason = _first_line(error)
             raise ValueError(f"{file} is damaged ({reason}); download it again") from error

@@ -35,9 +35,28 @@ def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return movable.to(device)
 
 
+def how_computed(model: PreTrainedModel, device: torch.device | None = None) -> dict[str, str]:
+    """Return what numbers depend on beside the weights: dtype, kind of device and attention.
+
+    Args:
+        model: that computes.
+        device: where; None takes `compute_device` of the model.
+    """
+    return {
+        "dtype": str(model.dtype),
+        "device": (device or compute_device(model)).type,
+        "attention": str(getattr(model.config, "_attn_implementation", None)),
+    }
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Return a device with its number, as tensors there name it: cuda:0 for cuda."""
+    return torch.empty(0, device=device).device
+
+
 def has_room(model: PreTrainedModel, device: torch.device) -> bool:
     """Return whether a device has memory for a model and a fifth more; only GPUs are asked."""
-    if device.type != "cuda" or model.device == device:
+    if device.type != "cuda" or model.device == with_index(device):
         return True
     return 1.2 * parameter_bytes(model) <= free_memory(device)
 

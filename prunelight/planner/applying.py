@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,24 +73,25 @@ def apply_to_saved(
         RuntimeError: if another process makes the same directory.
     """
     place = find_device(device)
-    check_new(out)
     check_data(plan, data)
-    model, tokenizer = load(
-        name,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-    )
-    plan.check(model, strict=strict, num_layers=len(decoder_layers(model)))
-    size = planned_size(model, plan)
-    check_room(out, size.bytes_after)
-    windows = None
-    if data is not None and needs_windows(plan.steps):
-        windows = data.windows(model, tokenizer, place, offload=offload)
-        _tell_other_windows(plan, windows)
-    model = move_if_it_fits(model, place, offload=offload)
-    scratch = scratch_for(model, plan, out, size.bytes_after)
-    with nullcontext() if scratch is None else held_until_done(scratch, "finished layers"):
+    unfinished = out.absolute().with_name(f".{out.name}.layers")
+    with held_until_done(out, unfinished, "finished layers"):
+        model, tokenizer = load(
+            name,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
+        plan.check(model, strict=strict, num_layers=len(decoder_layers(model)))
+        size = planned_size(model, plan)
+        check_room(out, size.bytes_after)
+        windows = None
+        if data is not None and needs_windows(plan.steps):
+            windows = data.windows(model, tokenizer, place, offload=offload)
+            _tell_other_windows(plan, windows)
+        model = move_if_it_fits(model, place, offload=offload)
+        on_disk = goes_to_disk(model, plan, out, unfinished, size.bytes_after)
+        scratch = unfinished if on_disk else None
         fault = generation_fault(model)
         model = apply(model, plan, windows, strict=strict, device=place, scratch=scratch)
         with explaining_write_errors(out):
@@ -109,16 +110,19 @@ def apply_to_saved(
     return saved, size
 
 
-def scratch_for(model: PreTrainedModel, plan: Plan, out: Path, needed: int) -> Path | None:
-    """Return the directory for layers that a step has finished; None holds them in memory.
+def goes_to_disk(
+    model: PreTrainedModel, plan: Plan, out: Path, unfinished: Path, needed: int
+) -> bool:
+    """Return whether layers that a step has finished go to disk; else they stay in memory.
 
-    Layers go there if a step of the plan can keep them, and the disk has room for both: the layers
+    They go there if a step of the plan can keep them, and the disk has room for both: the layers
     and the result.
 
     Args:
         model: before the plan.
         plan: of the model.
-        out: new directory of the result; the layers lie beside it.
+        out: new directory of the result.
+        unfinished: directory of the layers, beside it.
         needed: bytes of the result's weights.
 
     Raises:
@@ -128,12 +132,11 @@ def scratch_for(model: PreTrainedModel, plan: Plan, out: Path, needed: int) -> P
     layers = sum(weight.numel() * weight.element_size() for weight in weights)
     on_disk = layers * len(keeps_layers(plan.steps))
     if not on_disk:
-        return None
-    scratch = out.absolute().with_name(f".{out.name}.layers")
-    there = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+        return False
+    there = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
     free = _free_beside(out) + there
     if free >= needed + on_disk + _OTHER_FILES:
-        return scratch
+        return True
     lacking = (
         f"out={out} has {free / 1e9:.2f} GB free for {needed / 1e9:.2f} GB of weights and "
         f"{on_disk / 1e9:.2f} GB of finished layers"
@@ -143,22 +146,27 @@ def scratch_for(model: PreTrainedModel, plan: Plan, out: Path, needed: int) -> P
             f"{lacking}, which do not fit in memory either; free space, or choose another disk"
         )
     log.warning("%s: these stay in memory, and a run that is killed starts anew", lacking)
-    return None
+    return False
 
 
 @contextmanager
-def held_until_done(place: Path, contents: str) -> Iterator[None]:
+def held_until_done(out: Path, place: Path, contents: str) -> Iterator[None]:
     """Hold a directory of finished parts for this process; remove it at the end, not on errors.
 
     Args:
-        place: beside the result.
+        out: new directory of the result.
+        place: beside it.
         contents: what it holds, for the log.
 
     Raises:
         RuntimeError: if another process makes the same result.
+        FileExistsError: if the result exists.
+        OSError: if it cannot be made.
     """
+    check_new(out)
     lock = DirectoryLock(place, "out")
     try:
+        check_new(out)  # another process may have made it before it let go
         yield
         shutil.rmtree(place, ignore_errors=True)
     except BaseException:

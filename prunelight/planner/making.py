@@ -14,11 +14,12 @@ from prunelight.callbacks.base import PruningCallback
 from prunelight.evaluation.saved.subject import find_device
 from prunelight.models.loading import load
 from prunelight.models.placement import move_if_it_fits
+from prunelight.models.saving import MARKER
 from prunelight.planner.counting import Size, planned_size
 from prunelight.planner.scores import read_scores
 from prunelight.planner.settings import CalibrationSettings
 from prunelight.planning.plan import Plan
-from prunelight.runtime.files.atomic_files import explaining_write_errors
+from prunelight.runtime.files.atomic_files import check_writable, explaining_write_errors
 
 
 def make_method(made: type[PruningCallback], arguments: Mapping[str, Any]) -> PruningCallback:
@@ -121,14 +122,21 @@ def check_plan_file(file: Path) -> None:
     """Check that a plan may be written to a file: a new one, or one that holds a plan.
 
     Raises:
-        FileExistsError: if the file holds something else.
+        FileExistsError: if the file holds something else, or is one of a saved model's.
         IsADirectoryError: if it is a directory.
         FileNotFoundError: if its directory does not exist.
+        OSError: if nothing can be written there.
     """
     if file.is_dir():
         raise IsADirectoryError(f"out={file} is a directory; give the name of a file in it")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"out={file}: there is no directory {file.parent}; make it first")
+    if (file.parent / MARKER).is_file():
+        raise FileExistsError(
+            f"out={file} lies in a saved model, whose plans say how it was made; give the name of "
+            "a file elsewhere"
+        )
+    check_writable(file.parent)
     if not file.exists():
         return
     try:

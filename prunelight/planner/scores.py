@@ -7,7 +7,6 @@ see `prunelight.scoring.remembered`: a method finds its own calls among them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,10 +25,12 @@ from prunelight.planning.fingerprints import (
     describe_model,
     describe_windows,
     library_versions,
+    shape_facts,
     stand_for,
 )
 from prunelight.pruning.abilities import unloaded_model
 from prunelight.runtime.files.atomic_files import atomic_directory, explaining_write_errors
+from prunelight.runtime.files.checksums import sealed, unsealed
 from prunelight.scoring.block_influence import BlockInfluence
 from prunelight.scoring.remembered import Memory, remembering_scores
 
@@ -50,6 +51,7 @@ class Scores:
         left_out: name of a score -> why this model has none.
         seconds: name of a score -> what it took.
         versions: library name -> version that computed them.
+        how: dtype, kind of device and attention that they were computed with.
     """
 
     model: dict[str, Any]
@@ -58,12 +60,15 @@ class Scores:
     left_out: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=library_versions)
+    how: dict[str, str] = field(default_factory=dict)
 
     def are_of(self, other: Scores) -> bool:
-        """Return whether both are of the same model, windows and versions of the libraries."""
-        windows = [describe_windows(*split_windows(scores.windows)) for scores in (self, other)]
-        same = self.model == other.model and self.versions == other.versions
-        return same and windows[0] == windows[1]
+        """Return whether both are of the same model and windows, and were computed alike."""
+        same = [
+            (x.model, x.versions, x.how, describe_windows(*split_windows(x.windows)))
+            for x in (self, other)
+        ]
+        return same[0] == same[1]
 
     @contextmanager
     def in_place_of(self, directory: Path, *, trust: bool = False) -> Iterator[PreTrainedModel]:
@@ -74,6 +79,12 @@ class Scores:
             trust: run Python code that comes with the model.
         """
         model = unloaded_model(str(directory), trust_remote_code=trust)
+        for key, value in shape_facts(model, len(decoder_layers(model))).items():
+            if self.model.get(key, value) != value:
+                raise ValueError(
+                    f"{directory} holds no whole scores (config.json has {key}={value!r}, and the "
+                    f"scores are of {self.model[key]!r}); remove it, and score again"
+                )
         stand_for(model, self.model["fingerprint"], self.model["name"])
         with remembering_scores(self.memory):
             yield model
@@ -109,6 +120,7 @@ def write_scores(scores: Scores, model: PreTrainedModel, directory: Path) -> Non
         "left_out": scores.left_out,
         "seconds": scores.seconds,
         "versions": scores.versions,
+        "how": scores.how,
         "scores": entries,
     }
     with explaining_write_errors(directory), atomic_directory(directory) as temporary:
@@ -116,7 +128,7 @@ def write_scores(scores: Scores, model: PreTrainedModel, directory: Path) -> Non
         save_file(
             {name: x.contiguous().clone() for name, x in tensors.items()}, temporary / TENSORS
         )
-        (temporary / SCORES).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (temporary / SCORES).write_text(sealed(facts), encoding="utf-8")
         _check_outline(model, temporary)
 
 
@@ -132,7 +144,7 @@ def read_scores(directory: Path) -> Scores:
             f"there are no scores in {directory}; prunelight score MODEL --out DIR writes some"
         )
     try:
-        facts = json.loads((directory / SCORES).read_text(encoding="utf-8"))
+        facts = unsealed((directory / SCORES).read_text(encoding="utf-8"), must=True)
         if facts.get("kind") != _KIND or facts.get("format") != FORMAT:
             raise ValueError(f"format={facts.get('format')!r} must be {FORMAT}")
         tensors = load_file(directory / TENSORS)
@@ -144,7 +156,7 @@ def read_scores(directory: Path) -> Scores:
         for entry in facts["scores"]:
             memory.scores[entry["key"]] = _decoded(entry["result"], tensors), entry["seconds"]
             memory.calls[entry["key"]] = entry["call"]
-        named = {name: facts[name] for name in ("model", "left_out", "seconds", "versions")}
+        named = {name: facts[name] for name in ("model", "left_out", "seconds", "versions", "how")}
         return Scores(windows=windows, memory=memory, **named)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)

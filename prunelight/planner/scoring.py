@@ -21,8 +21,8 @@ from prunelight.evaluation.saved.subject import find_device
 from prunelight.models.families.experts.layout import has_experts
 from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import load
-from prunelight.models.placement import move_if_it_fits
-from prunelight.planner.applying import check_new, held_until_done
+from prunelight.models.placement import how_computed, move_if_it_fits
+from prunelight.planner.applying import held_until_done
 from prunelight.planner.scores import (
     Scores,
     describe_scored,
@@ -179,7 +179,7 @@ def score_model(
     check_windows(model, windows)
     windows = windows_like(windows)
     model = move_if_it_fits(model, device, offload=offload)
-    computed = Scores(describe_scored(model), windows, Memory())
+    computed = Scores(describe_scored(model), windows, Memory(), how=how_computed(model, device))
     left_out, seconds = computed.left_out, computed.seconds
     if earlier is not None and earlier.are_of(computed):
         computed.memory.scores |= earlier.memory.scores
@@ -235,13 +235,12 @@ def score_to_directory(
     """
     place = find_device(device)
     check_scorers(scores)
-    check_new(out)
-    model, tokenizer = load(
-        name, dtype=dtype, trust_remote_code=trust, attn_implementation=attn_implementation
-    )
-    windows = data.windows(model, tokenizer, place, offload=offload)
     unfinished = out.absolute().with_name(f".{out.name}.scores")
-    with held_until_done(unfinished, "scores so far"):
+    with held_until_done(out, unfinished, "scores so far"):
+        model, tokenizer = load(
+            name, dtype=dtype, trust_remote_code=trust, attn_implementation=attn_implementation
+        )
+        windows = data.windows(model, tokenizer, place, offload=offload)
         computed = score_model(
             model,
             windows,

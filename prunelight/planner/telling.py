@@ -26,7 +26,8 @@ def plan_rows(plan: Plan) -> dict[str, str]:
     """Return what a plan is, and what it decides: name of a row -> text."""
     given = {name: value for name, value in plan.arguments.items() if value not in (None, [], {})}
     data = plan.calibration
-    windows = f"{data['num_samples']} windows of {data['seq_len']} tokens" if data else "none"
+    sizes = [data.get(name, "?") for name in ("num_samples", "seq_len")]
+    windows = f"{sizes[0]} windows of {sizes[1]} tokens" if data else "none"
     return {
         "method": plan.method,
         "arguments": ", ".join(f"{name}={value}" for name, value in given.items()) or NOTHING,
@@ -106,7 +107,7 @@ def _step_rows(step: Step) -> Iterable[tuple[str, str]]:
         widths = f"{least}" if least == most else f"{least} to {most}"
         yield "hidden widths", f"{widths} ({step.rotation})"
     elif isinstance(step, Sparsify):
-        shares = step.sparsity.values()
+        shares = step.sparsity.values() or [0.0]
         lowest, highest = (f"{100 * bound(shares):.1f} %" for bound in (min, max))
         share = lowest if lowest == highest else f"{lowest} to {highest}"
         how = ", ".join(part for part in (step.solver, step.pattern) if part)

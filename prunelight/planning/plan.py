@@ -82,6 +82,9 @@ class Plan:
         wrong = [k for k, v in keys.items() if not isinstance(v, kinds.get(k, dict))]
         if wrong:
             raise ValueError(f"keys {sorted(wrong)} hold values of the wrong type")
+        for name in ("num_samples", "seq_len"):
+            if not isinstance(number := keys.get("calibration", {}).get(name, 0), int):
+                raise ValueError(f"calibration: {name}={number!r} must be a whole number")
         steps = []
         for position, step in enumerate(keys.pop("steps")):
             try:
@@ -101,9 +104,12 @@ class Plan:
 
         Raises:
             ValueError: if the file is not JSON or not a plan; the message names the file.
+            PermissionError: if it may not be read.
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except PermissionError as error:
+            raise PermissionError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a valid plan: {error}") from error
 

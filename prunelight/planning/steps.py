@@ -139,6 +139,9 @@ class Sparsify(Step):
     def __post_init__(self) -> None:
         if not (isinstance(self.sparsity, dict) and isinstance(self.options, dict)):
             raise ValueError("sparsity and options must be objects, {name: value}")
+        for name, share in self.sparsity.items():
+            if isinstance(share, bool) or not isinstance(share, (int, float)):
+                raise ValueError(f"sparsity={share!r} of {name} must be a number in [0, 1)")
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -165,7 +168,7 @@ class Sparsify(Step):
     def check(self, num_layers: int) -> None:
         """Raise ValueError if a share is not in [0, 1); `sparsify.check_step` checks the rest."""
         for name, share in self.sparsity.items():
-            if not isinstance(share, (int, float)) or not 0 <= share < 1:
+            if not 0 <= share < 1:
                 raise ValueError(f"sparsity={share} of {name} must lie in [0, 1)")
 
 

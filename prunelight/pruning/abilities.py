@@ -71,7 +71,7 @@ def unloaded_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedM
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        ValueError: if there is no such model.
+        ValueError: if there is no such model, or its config describes none.
         TypeError: if transformers has no causal language model for it.
     """
     config = _config_of(name, trust_remote_code)
@@ -83,6 +83,11 @@ def unloaded_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedM
     except ValueError as error:
         raise TypeError(
             f"transformers has no causal language model for {name!r} ({config.model_type})"
+        ) from error
+    except (TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"the config of {name!r} describes no {config.model_type} that can be built: "
+            f"{type(error).__name__}: {error}"
         ) from error
     return model
 

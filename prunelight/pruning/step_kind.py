@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from prunelight.calibration.kept_layers import KeptLayers
 from prunelight.calibration.windows import Windows, split_windows
 from prunelight.models.families.layers import layers_path
-from prunelight.models.placement import compute_device
+from prunelight.models.placement import how_computed
 from prunelight.planning.fingerprints import (
     describe_windows,
     fingerprint_of,
@@ -63,9 +63,8 @@ class StepContext:
             "steps": fingerprint_of(*((x.kind, asdict(x)) for x in (*self.earlier, step))),
             "model": model_fingerprint(model),
             "dense": None if self.dense is None else model_fingerprint(self.dense),
-            "dtype": str(model.dtype),
             "windows": windows,
-            "device": (self.device or compute_device(model)).type,
+            **how_computed(model, self.device),
             "versions": library_versions(),
         }
         directory = self.scratch / f"step-{len(self.earlier)}"

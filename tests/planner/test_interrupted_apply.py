@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from file_limits import files_of_at_most
 from killed_at_rename import kill_at_rename
 from plans import make_plan
 from runs import VARIED_TEXT, write_model
@@ -21,7 +22,7 @@ from prunelight.cli import main
 from prunelight.models.families.matrices import matrices
 from prunelight.models.loading import load
 from prunelight.models.sizes import parameter_count
-from prunelight.planner.applying import scratch_for
+from prunelight.planner.applying import goes_to_disk
 from prunelight.planning.fingerprints import describe_model
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import Sparsify
@@ -117,6 +118,29 @@ def test_a_damaged_layer_and_those_after_it_are_computed_again(place, killed, tm
     assert "layers 0-0 are finished" in caplog.text
 
 
+def test_a_byte_that_changed_in_a_layer_is_noticed(place, killed, tmp_path, caplog):
+    file = killed("wanda", 4, tmp_path) / "step-0" / "layer-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 64  # of the last weight
+    file.write_bytes(content)
+    with caplog.at_level("INFO"):
+        check_same(place, "wanda", tmp_path)
+    assert "layer-00001.safetensors is damaged (its bytes are not those that were" in caplog.text
+    assert "layers 0-0 are finished" in caplog.text
+
+
+def test_layers_that_another_attention_computed_are_not_taken(place, killed, tmp_path, caplog):
+    killed("wanda", 4, tmp_path)
+    main([*command(place, "wanda", tmp_path / "out"), "--attn_implementation", "eager"])
+    assert "layers of another computation (attention)" in caplog.text
+
+
+def test_a_full_disk_while_layers_are_written_is_one_line(place, tmp_path):
+    with files_of_at_most(5_000), pytest.raises(SystemExit, match="cannot write .*layer-00000"):
+        main(command(place, "wanda", tmp_path / "out"))
+    main(command(place, "wanda", tmp_path / "out"))
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_kept_layers_have_the_weights_and_facts_of_those_in_memory(place, tmp_path, solver):
     results = []
@@ -149,20 +173,30 @@ def mapped_from(tensor):
 
 def test_a_disk_without_room_for_layers_holds_them_in_memory(place, monkeypatch, caplog):
     model, _ = load(place / "model")
-    plan, out = Plan.load(place / "wanda"), place / "out"
+    plan, places = Plan.load(place / "wanda"), (place / "out", place / ".out.layers")
     size = 2 * parameter_count(model)
-    assert scratch_for(model, plan, out, size) == place / ".out.layers"
+    assert goes_to_disk(model, plan, *places, size)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size + 2**26))
-    assert scratch_for(model, plan, out, size) is None
+    assert not goes_to_disk(model, plan, *places, size)
     assert "a run that is killed starts anew" in caplog.text
     memory = namedtuple("memory", "available")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(0))
     with pytest.raises(OSError, match="do not fit in memory either"):
-        scratch_for(model, plan, out, size)
+        goes_to_disk(model, plan, *places, size)
 
 
-def test_two_processes_do_not_make_one_directory(place, tmp_path):
+@pytest.fixture(scope="module")
+def depth_plan(place):
+    """A plan whose steps write no layers beside the result."""
+    file = place / "depth"
+    made = ["plan", f"{place}/model", "--method", "ShortGPT", "--num_layers", "1", *data(place)]
+    main([*made, "--out", str(file)])
+    return file.name
+
+
+@pytest.mark.parametrize("plan", ["wanda", "depth"])
+def test_two_processes_do_not_make_one_directory(place, depth_plan, tmp_path, plan):
     """The lock is that of another process: this one holds it for both of its own."""
     holder = "import sys; from pathlib import Path; from prunelight.runtime.files.directory_lock "
     holder += "import DirectoryLock; lock = DirectoryLock(Path(sys.argv[1])); print(flush=True)"
@@ -173,7 +207,7 @@ def test_two_processes_do_not_make_one_directory(place, tmp_path):
         stdout=subprocess.PIPE,
     ) as process:
         process.stdout.readline()
-        end = call(command(place, "wanda", tmp_path / "out"))
+        end = call(command(place, plan, tmp_path / "out"))
         process.communicate(b"\n")
     assert end.kind == "one line"
     assert "is in use by process" in end.text

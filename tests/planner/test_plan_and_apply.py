@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,6 +269,7 @@ def test_settings_of_the_data_count_as_given_however_they_are_written():
         *("seed", "calibration")
     }
     assert "calibration" in given_settings(["m", "--data", "{seed: 1}"])
+    assert given_settings(["m", "--data.calibration+", "x"]) == {"calibration"}
     assert given_settings(["m", "--dtype", "float32"]) == set()
 
 
@@ -304,6 +306,76 @@ def test_a_file_that_holds_no_plan_is_not_replaced(models, data, tmp_path):
     assert (tmp_path / "mine.json").read_text() == "{}"
 
 
+ODD_PLANS = {
+    "number of windows": ({"calibration": {"num_samples": "x"}}, "num_samples='x' must be a whole"),
+    "share of zeros": (
+        {"steps": [{"kind": "sparsify", "solver": "wanda", "sparsity": {"a": "x"}}]},
+        "sparsity='x' of a must be a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_PLANS)
+def test_a_plan_that_was_edited_to_an_odd_value_is_one_line(odd, models, data, tmp_path):
+    changes, told = ODD_PLANS[odd]
+    file = plan_file(models, data, tmp_path, num_layers=1)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    end = call(["plan", "show", str(file)])
+    assert end.kind == "one line", end
+    assert told in end.text
+
+
+def test_a_plan_that_was_edited_to_say_less_is_shown_and_carried_out(
+    models, data, tmp_path, capsys
+):
+    file = plan_file(models, data, tmp_path, "WeightPruning", sparsity=0.5)
+    plan = json.loads(file.read_text())
+    plan["calibration"] = {"fingerprint": "ab"}
+    plan["steps"][0]["sparsity"] = {}
+    file.write_text(json.dumps(plan))
+    main(["plan", "show", str(file)])
+    assert "? windows of ? tokens" in capsys.readouterr().out
+    main(["apply", models("llama"), str(file), *data, "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_plan_that_may_not_be_read_is_told_as_that(tmp_path, monkeypatch):
+    (tmp_path / "plan.json").write_text("{}")
+
+    def refuse(self, **settings):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuse)  # a superuser may read everything
+    with pytest.raises(PermissionError, match="plan.json cannot be read: Permission denied"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_share_that_removes_no_expert_is_told(models, data, tmp_path, caplog):
+    plan_file(models, data, tmp_path, "ExpertPruning", "qwen3_moe", ratio=0.1)
+    assert caplog.text.count("ratio=0.1 removes none of 4 experts") == 1
+
+
+ODD_FILES = {
+    "tokenizer_config.json": "[1]",
+    "model.safetensors.index.json": "[]",
+    "generation_config.json": "[]",
+    "config.json": '{"model_type": "llama", "hidden_act": "nix"}',
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+@pytest.mark.parametrize("verb", ["plan", "estimate"])
+def test_odd_files_of_a_model_are_one_line(verb, name, models, data, tmp_path):
+    model = shutil.copytree(models("llama"), tmp_path / "model")
+    if "index" in name:
+        (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    (model / name).write_text(ODD_FILES[name])
+    method = ["--method", "ShortGPT", "--num_layers", "1", *data] if verb == "plan" else []
+    end = call([verb, str(model), *method])
+    of_weights = verb == "estimate" and name != "config.json"  # it reads none, and goes on
+    assert end.kind == ("first forward" if of_weights else "one line"), end
+
+
 PLAN = ["plan", "MODEL", "--method"]
 SHORT = [*PLAN, "ShortGPT"]
 ERRORS = {
@@ -338,6 +410,21 @@ ERRORS = {
         "no text is given",
     ),
     "here": (["apply", "MODEL", "PLAN", "--out", "."], "cannot be replaced as a whole"),
+    "nothing at all": (["plan"], "method is missing"),
+    "an abbreviation": ([*SHORT, "--ratio", "0.2", "--data.num", "8"], "data.num"),
+    "a plan in a saved model": (
+        [*SHORT, "--ratio", "0.2", "--out", "SAVED/plan.json"],
+        "lies in a saved model, whose plans say how it was made",
+    ),
+    "a long name": (["plan", "show", "n" * 300], "File name too long"),
+    "a long name of a plan": ([*SHORT, "--ratio", "0.2", "--out", "n" * 300], "too long"),
+    "a name too long for its temporary": (
+        ["apply", "MODEL", "PLAN", "--out", "n" * 235],
+        "File name too long",
+    ),
+    "an unknown home": (["apply", "MODEL", "PLAN", "--out", "~nobody_xy/new"], "does not know"),
+    "no estimate there": (["estimate", "MODEL", "--out", "PLAN"], "exists and holds no estimate"),
+    "nowhere to write": ([*SHORT, "--ratio", "0.2", "--out", "/proc/p.json"], "cannot write /proc"),
 }
 
 
@@ -346,6 +433,9 @@ def test_a_wrong_value_ends_in_one_line_before_the_first_forward(case, models, d
     command, told = ERRORS[case]
     plan = plan_file(models, data, tmp_path, layers="[1]") if "PLAN" in command else None
     places = {"MODEL": models("llama"), "PLAN": str(plan), "NEW": str(tmp_path / "new")}
+    if any("SAVED" in word for word in command):
+        prunelight.save(*prunelight.load(models("llama")), tmp_path / "saved")
+        places["SAVED/plan.json"] = str(tmp_path / "saved" / "plan.json")
     end = call([places.get(word, word) for word in command])
     assert end.kind == "one line", end
     assert told in end.text

@@ -132,6 +132,7 @@ DAMAGES = {
     "a newer format": (SCORES, lambda text: text.replace(b'"format": 1', b'"format": 2')),
     "something else": (SCORES, lambda text: b"[]"),
     "other windows": (SCORES, lambda text: text.replace(b'"num_samples": 8', b'"num_samples": 9')),
+    "no model": (SCORES, lambda text: text.replace(b'"fingerprint"', b'"finger"')),
     "half of the tensors": (TENSORS, lambda text: text[: len(text) // 2]),
 }
 
@@ -145,6 +146,15 @@ def test_damaged_scores_are_refused_in_one_line(damage, llama, tmp_path):
     with pytest.raises(ValueError, match="holds no whole scores") as raised:
         read_scores(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_scores_beside_another_config_are_refused_in_one_line(llama, tmp_path):
+    for file in llama[2].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 9}))
+    with pytest.raises(ValueError, match="config.json has num_hidden_layers=9, and the scores"):
+        plan_of_scores(ShortGPT(num_layers=2), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +233,7 @@ def score_command(saved, out, *more):
 def computed_in(directory):
     """Return scores as bytes and JSON, without the times that they took."""
     facts = json.loads((directory / SCORES).read_text())
+    del facts["checksum"]
     for timed in (facts, *facts["scores"]):
         del timed["seconds"]
     return facts, (directory / TENSORS).read_bytes()
@@ -245,9 +256,17 @@ def test_a_killed_score_goes_on_from_the_last_whole_one(number, saved, tmp_path,
     assert not (tmp_path / ".out.scores").exists()
 
 
-def test_scores_that_were_left_for_other_windows_are_not_taken(saved, tmp_path, caplog):
+OTHERWISE = {
+    "windows": ("--data.seed", "1"),
+    "dtype": ("--dtype", "bfloat16"),
+    "attention": ("--attn_implementation", "eager"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERWISE)
+def test_scores_that_were_left_of_another_computation_are_not_taken(other, saved, tmp_path, caplog):
     out = tmp_path / "out"
-    kill_at_rename(3, r"\d+", score_command(saved, out, "--data.seed", "1"))
+    kill_at_rename(3, r"\d+", score_command(saved, out, *OTHERWISE[other]))
     with caplog.at_level("INFO"):
         main(score_command(saved, out))
     assert "was scored before" not in caplog.text

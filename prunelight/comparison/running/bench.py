@@ -28,7 +28,7 @@ from prunelight.evaluation.quality.reference_memory import ReferenceMemory
 from prunelight.evaluation.quality.text_windows import TextWindows, text_windows
 from prunelight.evaluation.speed import forward_seconds
 from prunelight.models.loading import load
-from prunelight.models.placement import move_if_it_fits, to_device
+from prunelight.models.placement import move_if_it_fits, to_device, with_index
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.fingerprints import describe_windows
 from prunelight.scoring.remembered import Memory
@@ -102,8 +102,9 @@ class Bench:
         """Return windows that the dense model writes, on a GPU if there is one."""
         if self.device.type != "cpu" or not torch.cuda.is_available():
             return module.calibration_windows(self.dense)
+        gpu = with_index(torch.device("cuda"))
         try:
-            return module.calibration_windows(move_if_it_fits(self.dense, torch.device("cuda")))
+            return module.calibration_windows(move_if_it_fits(self.dense, gpu))
         finally:
             to_device(self.dense, self.device)
 

@@ -21,7 +21,7 @@ from prunelight.models.loading import (
     load_tokenizer,
     resolve_dtype,
 )
-from prunelight.models.placement import move_if_it_fits
+from prunelight.models.placement import move_if_it_fits, with_index
 from prunelight.models.sizes import linear_sparsity, parameter_bytes, parameter_count
 from prunelight.planning.fingerprints import (
     fingerprint_of,
@@ -153,13 +153,11 @@ def find_device(device: str) -> torch.device:
         ValueError: if there is no such device.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
+        return with_index(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"device={device!r} cannot be used here ({reason}); give cpu, cuda, cuda:N or auto"
         ) from error
-    return place

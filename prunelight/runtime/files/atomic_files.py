@@ -180,12 +180,14 @@ def explaining_write_errors(path: Path, checkpoint: Path | None = None) -> Itera
         reason = _system_reason(error)
         if reason is None:
             raise
-        intact = f"checkpoint {checkpoint}" if checkpoint else "what was there before"
-        raise OSError(
-            f"cannot write {path}: {reason}; {intact} is intact. Free space or choose "
-            "another directory (trainer.default_root_dir), then start the same command again: it "
-            "goes on from there"
-        ) from error
+        told = "what was there before is intact. Free space, or choose another directory"
+        if checkpoint is not None:
+            told = (
+                f"checkpoint {checkpoint} is intact. Free space or choose another directory "
+                "(trainer.default_root_dir), then start the same command again: it goes on from "
+                "there"
+            )
+        raise OSError(f"cannot write {path}: {reason}; {told}") from error
 
 
 def _system_reason(error: BaseException | None) -> str | None:
@@ -215,16 +217,17 @@ def write_text(file: Path, text: str) -> None:
 def check_writable(directory: Path) -> None:
     """Check, by writing a file, that a directory is writable.
 
-    For a directory that does not exist yet, its nearest existing parent is checked.
+    For a directory that does not exist yet, its nearest existing parent is checked, and that its
+    name leaves room for that of a temporary directory.
 
     Raises:
         OSError: if the file cannot be written; the error names the directory and the reason.
     """
-    existing = directory.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    probe = _temporary(existing / "writable")
+    existing, new = directory.absolute(), "writable"
     with explaining_write_errors(directory):
+        while not existing.exists():
+            existing, new = existing.parent, existing.name
+        probe = _temporary(existing / new)
         try:
             probe.write_bytes(b"\0")
             flush(probe)
