@@ -107,7 +107,7 @@ class BudgetPruning(PruningCallback):
     def check_calibration(self, model: PreTrainedModel, windows: Windows) -> None:
         """Raise ValueError if the windows do not suffice to fit and to judge."""
         super().check_calibration(model, windows)
-        search_windows(windows)
+        search_windows(windows, fewest_fitted=1 if self.heal == "none" else 2)
 
     @torch.no_grad()
     def plan(self, model: PreTrainedModel, windows: Windows) -> Plan:

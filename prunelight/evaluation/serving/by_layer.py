@@ -6,6 +6,7 @@ The cache is watched while a layer runs, so nothing is known of a family.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -137,7 +138,9 @@ def read_latency_table(file: str, model: PreTrainedModel) -> LatencyTable:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         table = LatencyTable(**value.get("found", {}).get("latency_table", value))
-        numbers = [float(x) for x in (table.rest, *table.layers, *table.mlps)]
+        numbers = [table.rest, *table.layers, *table.mlps]
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+            raise ValueError("a time is no number")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"latency_table={file} holds no table of device, rest, layers and mlps; take a plan "

@@ -45,14 +45,13 @@ from prunelight.pruning.healing.gap_operator import (
 )
 from prunelight.pruning.healing.held_out import fitted_and_held_out
 from prunelight.pruning.healing.tune import tune_layer
-from prunelight.pruning.healing.writers import Writer, check_healable, writer_of
+from prunelight.pruning.healing.writers import Writer, check_healable, kept_zeros, writer_of
 from prunelight.pruning.step_kind import StepContext, StepKind
 from prunelight.runtime.devices import float64_device
 
 log = logging.getLogger(__name__)
 
 _ROTATION_ROUNDING = 0.02  # bfloat16's, and some room
-_ZEROS = 0.01  # a share of zeros from which on they are taken for an earlier run's, and kept
 
 
 @dataclass
@@ -197,16 +196,6 @@ def _target(walk: LayerWalk, dense_states: list[Tensor], turn: Tensor | None, ba
     return target if turn is None else target @ turn.to(target)
 
 
-def _kept_zeros(weight: Tensor, sparse: bool) -> Tensor | None:
-    """Return where a weight may change, bool of its shape, or None for everywhere.
-
-    A few zeros by chance, such as those of rounding, do not make the fit a slow one.
-    """
-    mask = weight != 0
-    zeros = 1 - float(mask.float().mean())
-    return mask if zeros > (0 if sparse else _ZEROS) else None
-
-
 def _fit_gap(
     walk: LayerWalk,
     index: int,
@@ -223,7 +212,7 @@ def _fit_gap(
     """
     operator = module.gap_operator
     assert isinstance(operator, GapOperator)
-    if writer is not None and _kept_zeros(writer.weight, sparse) is not None:
+    if writer is not None and kept_zeros(writer.weight, sparse) is not None:
         writer = None
     fitted = fit_gap(walk, operator, writer, target_of, ridges)
     name = f"{layers_path(walk.model)}.{index}.gap_operator"
@@ -272,7 +261,7 @@ def _fit_writer(
     sums = fitted_and_held_out(walk, writer.observe, target_of, features, (inputs,))
     fitted_on, held_out, energy = sums
     scale = energy / writer.scale**2  # as the errors are
-    mask = _kept_zeros(writer.weight, sparse)
+    mask = kept_zeros(writer.weight, sparse)
     if fitted_on.tokens < inputs:
         _note(
             outcome,
@@ -314,7 +303,7 @@ def _tune(
 ) -> None:
     """Tune the walk's current layer, in place, if that helps held-out windows."""
     trained = [matrix.parameter for matrix in layer_matrices(walk.model, index)]
-    masks = {parameter: _kept_zeros(parameter, sparse) for parameter in trained}
+    masks = {parameter: kept_zeros(parameter, sparse) for parameter in trained}
     tuned = tune_layer(walk, index, module, masks, target_of, epochs)
     outcome.epochs.append(tuned.epochs)
     if not outcome.ridge[-1]:

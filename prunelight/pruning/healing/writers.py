@@ -33,6 +33,7 @@ _ROUNDING = 0.05
 # a smaller number.
 _SIZES = (0.3, 10.0)
 _PROBE_TOKENS = 8
+_ZEROS = 0.01  # a share of zeros from which on they are taken for an earlier run's, and kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,20 @@ class Writer:
         parameter: Any = self.matrix.parameter
         stored = weight.T if self.matrix.transposed else weight
         parameter.data = stored.to(parameter.device, parameter.dtype).contiguous()
+
+
+def kept_zeros(weight: Tensor, sparse: bool = False) -> Tensor | None:
+    """Return where a weight may change, bool of its shape, or None for everywhere.
+
+    A few zeros by chance, such as those of rounding, do not make the fit a slow one.
+
+    Args:
+        weight: of a matrix.
+        sparse: a plan put zeros into the model, so that each zero stays.
+    """
+    mask = weight != 0
+    zeros = 1 - float(mask.float().mean())
+    return mask if zeros > (0 if sparse else _ZEROS) else None
 
 
 def writer_of(walk: LayerWalk, index: int) -> Writer | None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -32,8 +33,14 @@ from prunelight.planning.plan import Plan
 from prunelight.planning.steps import RemoveLayers, Step
 from prunelight.pruning.apply import apply
 from prunelight.pruning.healing.ends import heal_step
+from prunelight.pruning.healing.writers import first_writer
 from prunelight.pruning.searches.costs import LayerCosts
-from prunelight.pruning.searches.depth_search import DepthSearch, search_depth, search_windows
+from prunelight.pruning.searches.depth_search import (
+    DepthSearch,
+    finite_or_none,
+    search_depth,
+    search_windows,
+)
 from prunelight.pruning.searches.healed_variants import HealedVariants
 from prunelight.pruning.searches.level_switches import switched_widths
 from prunelight.pruning.searches.width_curves import (
@@ -111,7 +118,7 @@ class BudgetSearch:
                 "removes": candidate.words,
                 "layers": list(candidate.layers),
                 "cost": candidate.cost,
-                "kl": candidate.kl,
+                "kl": finite_or_none(candidate.kl),
                 "predicted_kl": candidate.predicted_kl,
             }
             for candidate in self.candidates
@@ -126,17 +133,23 @@ class BudgetSearch:
 
 
 def most_layers(costs: LayerCosts, budget: float, protected: Sequence[int] = ()) -> int:
-    """Return how many layers of mean cost must go to meet a budget by depth alone, one stays.
+    """Return how many layers meet a budget by depth alone, even if the cheapest go; one stays.
 
     Args:
         costs: of the dense model.
         budget: in the unit of the costs.
         protected: layers that stay.
     """
-    total = len(costs.layers)
-    free = total - max(1, len(protected))
-    mean = sum(costs.layers) / total
-    return max(0, min(free, math.ceil((costs.total() - budget) / mean - 1e-9)))
+    total, excess = len(costs.layers), costs.total() - budget
+    rounding = 1e-9 * sum(costs.layers) / total
+    free = sorted(costs.layers[layer] for layer in range(total) if layer not in protected)
+    free = free if protected else free[:-1]
+    saved = 0.0
+    for count, cost in enumerate(free):
+        if saved >= excess - rounding:
+            return count
+        saved += cost
+    return len(free)
 
 
 def least_cost(costs: LayerCosts, protected: Sequence[int], multiple: int) -> float:
@@ -172,7 +185,7 @@ def search_budget(
         costs: of its parts.
         budget: the most that the result may cost, in the same unit.
         order: MLP neurons of each layer, the best first; empty where none can be pruned.
-        heals: candidates are healed before they are judged, in closed form.
+        heals: candidates are healed before they are judged, in closed form, if the family has one.
         by_layer: layers may keep different numbers of neurons, which no stock class has.
         multiple: what numbers of neurons are multiples of.
         protected: layers that are not removed.
@@ -184,7 +197,8 @@ def search_budget(
     """
     removable = removable_layers(model)
     count = _most_that_go(removable, most_layers(costs, budget, protected), protected)
-    some = removable.choose([0.0] * removable.total, count, protected) if count else []
+    dear = [-cost for cost in costs.layers]
+    some = removable.choose(dear, count, protected) if count else []
     if unmet := _unmet(costs, budget, some, multiple if order else None):
         raise ValueError(unmet)
     places: dict[str, Any] = {"device": device, "offload": offload}
@@ -199,6 +213,7 @@ def search_budget(
         **places,
     )
     fitted, judging = search_windows(windows)
+    heals = heals and first_writer(model, fitted) is not None
     dense = copy_of_same_memory(model)  # as it is outside the replay, which moves its parts
     with VariantReplay(model, judging, "kl", **places) as judges, ExitStack() as stack:
         variants = HealedVariants(model, fitted, judges, heals=heals, order=order, **places)
@@ -234,7 +249,8 @@ def search_budget(
                 if layers not in tried or done.kl < tried[layers].kl:
                     tried[layers] = done
 
-        for layers in sorted({round(count * part / _SPLITS) for part in range(_SPLITS + 1)}):
+        parts = {round(count * part / _SPLITS) for part in range(_SPLITS + 1)}
+        for layers in sorted(parts | ways.by_depth_alone()):
             measure_all(layers)
         if not measured:
             raise ValueError(
@@ -304,6 +320,13 @@ class _Ways:
         for kept in widths:
             if kept is not None:
                 yield self._way(layers, kept, count)
+
+    def by_depth_alone(self) -> set[int]:
+        """Return the least number of layers that meets the budget without narrow MLPs, if any."""
+        costs = self._costs
+        counts = range(len(self._depth.removed) + 1)
+        fits = (n for n in counts if costs.total(self._removed(n)) <= self._budget)
+        return {*islice(fits, 1)}
 
     def switched(self, start: Candidate, kept: dict[int, int]) -> Candidate:
         """Return a candidate with other numbers of neurons."""

@@ -40,7 +40,7 @@ class DepthSearch:
         removed: the layers to remove, in the order in which they were chosen.
         divergence: KL to the dense model of the healed model on the windows that judged, in nats.
         path: the layers as they went one by one, before any exchange, each with the KL then.
-        first_round: KL without each layer alone, healed; None where it cannot go.
+        first_round: KL without each layer alone, healed; None where it cannot go, or leaves NaN.
         exchanges: (layer that was put back, layer that went instead).
         forwards: what the search cost, in forwards of the dense model over all calibration
             windows; solves and the head are left out.
@@ -54,21 +54,26 @@ class DepthSearch:
     forwards: float
 
 
-def search_windows(windows: Windows) -> tuple[Windows, Windows]:
+def search_windows(windows: Windows, fewest_fitted: int = 1) -> tuple[Windows, Windows]:
     """Return the windows to fit on, and those that judge: spread evenly over all.
 
     One window of 16 judges, 2 at least; three times as many are fitted on.
 
+    Args:
+        windows: calibration windows, (N, T).
+        fewest_fitted: how many must be left to fit on.
+
     Raises:
-        ValueError: if there are fewer than 3 windows, or fewer of one kind than processes.
+        ValueError: if there are too few windows, or fewer of one kind than processes.
     """
     ids, mask = split_windows(windows)
     group = group_of(windows)
     judges = max(_FEWEST_JUDGES, len(ids) // _JUDGED_SHARE, group.size)
-    if len(ids) <= judges:
+    fewest = judges + fewest_fitted
+    if len(ids) < fewest:
         raise ValueError(
             f"{len(ids)} windows: {judges} of them judge the search and the others are fitted on; "
-            f"calibrate on {judges + 1} or more, better on 32"
+            f"calibrate on {fewest} or more, better on 32"
         )
     count = min(len(ids), judges * (1 + _FITTED_PER_JUDGE))
     spread = [i * len(ids) // count for i in range(count)]
@@ -81,6 +86,11 @@ def search_windows(windows: Windows) -> tuple[Windows, Windows]:
         return share_windows(named, group)
 
     return chosen([i for i in spread if i not in judging]), chosen(sorted(judging))
+
+
+def finite_or_none(number: float) -> float | None:
+    """Return a number that JSON can hold: None for NaN and Inf."""
+    return number if math.isfinite(number) else None
 
 
 @torch.no_grad()
@@ -166,7 +176,7 @@ def search_depth(
             list(variants.removed),
             variants.divergence,
             path,
-            [first_round.get(i) for i in range(total)],
+            [finite_or_none(first_round.get(i, math.inf)) for i in range(total)],
             exchanges,
             spent / total / len(split_windows(windows)[0]),
         )

@@ -23,7 +23,7 @@ from prunelight.models.placement import on_device
 from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.healing.ends import dense_ends
 from prunelight.pruning.healing.error_sums import ErrorSums
-from prunelight.pruning.healing.writers import Writer, writer_of
+from prunelight.pruning.healing.writers import Writer, kept_zeros, writer_of
 from prunelight.runtime.devices import float64_device
 from prunelight.scoring.model_variants import VariantLayer, VariantReplay
 from prunelight.scoring.similarity import divergence_of
@@ -223,14 +223,17 @@ class HealedVariants:
                 x, missing, weights = (value[positions[batch]] for value in tokens)
                 sums.update(x, missing if layer in self._aims else 0 * missing, weights)
         sums.pool(self._walk.group)
+        # A fit around zeros takes minutes a matrix: here what would fill them is left out.
+        stays = torch.ones_like(old) if kept_zeros(old) is None else (old != 0).double()
         for count in counts:
             if count is None or count == old.shape[1]:
                 changes = layer in self._aims and end > layer
-                yield old + sums.fit(_RIDGE) if changes else old
+                yield old + stays * sums.fit(_RIDGE) if changes else old
                 continue
             kept = torch.tensor(sorted(self._order[layer][:count]), device=place)
             weight = torch.zeros_like(old)
-            weight[:, kept] = old[:, kept] + sums.of_inputs(kept, old).fit(_RIDGE)
+            fit = sums.of_inputs(kept, old).fit(_RIDGE)
+            weight[:, kept] = old[:, kept] + stays[:, kept] * fit
             yield weight
 
     def _run(self, layer: int, states: Sequence[Tensor]) -> list[Tensor]:

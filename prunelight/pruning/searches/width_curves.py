@@ -101,8 +101,10 @@ def best_widths(
     for _, layer, gone in sorted(cuts):
         if excess <= 0:
             break
-        needed = math.ceil(excess / costs.neuron[layer] / multiple) * multiple
-        taken = min(gone, needed)
+        needed = math.ceil(excess / costs.neuron[layer])
+        before = costs.neurons[layer] - gone_of[layer]
+        after = (before - min(gone, needed)) // multiple * multiple
+        taken = before - max(after, min(multiple, before))
         gone_of[layer] += taken
         excess -= taken * costs.neuron[layer]
     if excess > 0:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -71,6 +72,19 @@ def test_widths_by_layer_have_the_least_sum_of_kl_where_each_cut_costs_more_than
     assert tuple(kept.values()) in sums
     assert sums[tuple(kept.values())] == pytest.approx(min(sums.values()))
     assert best_widths(COSTS, curves, [], 100 + 4 * (40 - 18) - 1, 2) is None  # nothing goes so far
+
+
+@pytest.mark.parametrize("neurons", [8, 10, 11])
+@pytest.mark.parametrize("budget", range(60, 181, 5))
+def test_widths_by_layer_are_multiples_or_whole(neurons, budget):
+    multiple = 4
+    costs = LayerCosts(100.0, (40.0,) * 3, (neurons,) * 3, (3.0,) * 3)
+    counts = [count for count in (8, 4) if count < neurons]
+    curves = [[(0, 0.0), *((neurons - n, rise * (9 - n)) for n in counts)] for rise in (1, 2, 3)]
+    kept = best_widths(costs, curves, [], 100 + budget, multiple)
+    if kept is not None:
+        assert all(n == neurons or n % multiple == 0 for n in kept.values())
+        assert costs.total([], kept) <= 100 + budget
 
 
 RISES = ((0.1, 0.2, 0.9), (0.5, 0.6, 0.7), (0.01, 0.3, 0.4), (0.2, 0.25, 0.3))
@@ -145,6 +159,51 @@ def test_a_budget_that_is_met_already_removes_nothing():
     assert most_layers(costs, costs.total() - 1) == 1
 
 
+def uneven_model():
+    """Layers 1 and 2 have a quarter of the MLP neurons: they are smaller, and change less."""
+    kept = {str(i): tuple(range(16 if i in (1, 2) else 64)) for i in range(6)}
+    model = lively_model()
+    prune_width(model, PruneWidth({}, kept))
+    return model
+
+
+@pytest.mark.parametrize("budget", [0.9, 0.85, 0.8, 0.75, 0.7, 0.6])
+def test_layers_of_any_size_meet_a_budget_by_depth_alone(budget):
+    model = uneven_model()
+    plan = BudgetPruning(budget, allocation="none", heal="none").plan(model, WINDOWS)
+    gone = [layer for step in plan.steps for layer in step.removed]
+    costs = parameter_costs(model)
+    assert costs.total(gone) <= budget * costs.total()
+    fewer = plan.found["depth_order"][: len(gone) - 1]
+    assert costs.total(fewer) > budget * costs.total()  # none went that need not
+
+
+def test_layers_go_until_the_cheapest_of_them_meet_the_budget():
+    costs = LayerCosts(100.0, (40.0, 10.0, 10.0, 40.0), (0,) * 4, (0.0,) * 4)
+    assert [most_layers(costs, 200 - saved) for saved in (10, 11, 20, 21, 60, 61)] == [
+        *(1, 2, 2, 3, 3, 3)
+    ]
+    assert most_layers(costs, 180, [1]) == 2
+    assert most_layers(costs, 0, [0, 3]) == 2
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mixtral", "rwkv"])
+def test_families_without_a_closed_form_are_judged_unhealed_and_trained_in_the_end(family):
+    windows = token_windows(4, 16)
+    plan = BudgetPruning(0.8, heal="layer", multiple=8).plan(tiny_model(family), windows)
+    assert plan.steps[-1].kind == "heal"
+    assert plan.steps[-1].mode == "layer"
+    assert plan.found["cost_left"] <= 0.8
+
+
+@pytest.mark.parametrize(("heal", "fewest"), [("none", 3), ("linear", 4)])
+def test_the_fewest_windows_are_told_and_suffice(heal, fewest):
+    method = BudgetPruning(0.75, heal=heal, multiple=4)
+    with pytest.raises(ValueError, match=f"{fewest - 1} windows: .* calibrate on {fewest} or"):
+        method.check_calibration(lively_model(), WINDOWS[: fewest - 1])
+    method.plan(lively_model(), WINDOWS[:fewest])
+
+
 @pytest.mark.parametrize("arguments", [{}, {"allocation": "none"}, {"protected": [0, 1, 2]}])
 def test_a_budget_that_no_plan_reaches_names_the_nearest_that_one_does(arguments):
     model = lively_model()
@@ -184,6 +243,8 @@ def test_a_latency_table_is_timed_and_read_again(tmp_path):
         ({"layers": [1.0]}, "has times of 1 layers, and the model has 6"),
         ({"rest": -1.0}, "the model has 6"),
         ({"more": 1}, "holds no table"),
+        ({"rest": "1.0"}, "holds no table"),
+        ({"rest": math.nan}, "holds no table"),
         (None, "holds no table"),
     ],
 )

@@ -1,5 +1,6 @@
 """Laws of the search for layers that are healed once they are gone."""
 
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -9,7 +10,7 @@ from tiny import tiny_model, token_windows
 
 import prunelight
 from prunelight.calibration.windows import split_windows
-from prunelight.callbacks import DepthPruning
+from prunelight.callbacks import BudgetPruning, DepthPruning
 from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.steps import RemoveLayers
 from prunelight.pruning.remove_layers import remove_layers
@@ -140,3 +141,26 @@ def test_states_that_are_nan_are_told():
             decoder_layers(model)[5].mlp.get_submodule(name).weight.fill_(1e30)
     with pytest.raises(ValueError, match="NaN|Inf"):
         DepthPruning(num_layers=1).plan(model, WINDOWS)
+
+
+@pytest.mark.parametrize(
+    "method", [DepthPruning(1, heal="none"), BudgetPruning(0.9, multiple=8, heal="none")]
+)
+def test_a_choice_that_overflows_is_none_in_the_plan(method):
+    model = tiny_model("gpt2", dtype=torch.float16)
+    with torch.no_grad():
+        for layer, shift in enumerate((-40000, 40000, 40000, -40000)):
+            decoder_layers(model)[layer].mlp.c_proj.bias[0] = shift
+    plan = method.plan(model, token_windows(4, 8))
+    assert plan.scores["kl_without"][0] is None
+    json.dumps(plan.to_dict(), allow_nan=False)
+
+
+@torch.no_grad()
+def test_zeros_of_the_model_stay_in_what_is_judged():
+    model = lively_model()
+    for layer in decoder_layers(model):
+        layer.mlp.down_proj.weight[:, ::2] = 0
+    with variants(model) as search:
+        search.remove(3)
+        assert not decoder_layers(model)[2].mlp.down_proj.weight[:, ::2].any()
