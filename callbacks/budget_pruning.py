@@ -181,6 +181,11 @@ class BudgetPruning(PruningCallback):
     def _check_budget(self, model: PreTrainedModel, costs: LayerCosts) -> None:
         multiple = self.multiple if self._narrows(costs) else max(costs.neurons)
         least = least_cost(costs, self._protected(model), max(1, multiple)) / costs.total()
+        if least >= 1:
+            raise ValueError(
+                f"budget={self.budget} of the {self.metric} cannot be met: nothing may go with "
+                f"allocation={self.allocation!r} and protected={self.protected}; protect fewer"
+            )
         if self.budget < least:
             raise ValueError(
                 f"budget={self.budget} of the {self.metric} cannot be met: the least that can be "

@@ -216,6 +216,12 @@ def test_a_budget_that_no_plan_reaches_names_the_nearest_that_one_does(arguments
     assert plan.found["cost_left"] <= nearest
 
 
+def test_a_budget_where_nothing_may_go_is_told():
+    method = BudgetPruning(0.8, allocation="none", protected=[*range(6)])
+    with pytest.raises(ValueError, match=r"nothing may go with allocation='none' and protected="):
+        method.check(lively_model())
+
+
 def test_the_least_cost_is_that_of_one_narrow_layer():
     assert least_cost(COSTS, [], 2) == 100 + 40 - 6 * 3
     assert least_cost(COSTS, [1, 3], 2) == 100 + 2 * (40 - 6 * 3)
