@@ -24,20 +24,27 @@ Observe: TypeAlias = Callable[[Callable[[], Tensor], Tensor], tuple[Tensor, Tens
 _HELD_OUT = 4  # every fourth window
 
 
+def judges(numbers: Tensor, total: int) -> Tensor:
+    """Return which windows judge, bool (N): every fourth; of fewer than four the last one.
+
+    Args:
+        numbers: of the windows, from 0 on.
+        total: how many there are.
+    """
+    return (numbers % _HELD_OUT == _HELD_OUT - 1) | ((numbers == total - 1) & (total < _HELD_OUT))
+
+
 def split_positions(walk: LayerWalk) -> list[tuple[Tensor, Tensor]]:
     """Return which tokens of each micro-batch are fitted on, and which judge, both bool (B, T).
 
-    Every fourth window judges; of fewer windows than four the last one does. Padding does not
-    count. Both are on the walk's device.
+    Padding does not count. Both are on the walk's device.
     """
     total = len(split_windows(walk.windows)[0])
     number, split = first_own_window(walk.windows), []
     for counted in walk.positions():
         numbers = torch.arange(number, number + len(counted), device=counted.device)
-        judges = numbers % _HELD_OUT == _HELD_OUT - 1
-        if total < _HELD_OUT:
-            judges |= numbers == total - 1
-        split.append((counted & ~judges[:, None], counted & judges[:, None]))
+        judging = judges(numbers, total)[:, None]
+        split.append((counted & ~judging, counted & judging))
         number += len(counted)
     return split
 

@@ -25,6 +25,7 @@ from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import Matrix, layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import gap_layers
 from prunelight.pruning.healing.error_sums import token_weights
+from prunelight.pruning.healing.held_out import judges
 from prunelight.scoring.remembered import remembered
 
 # Share of a change that may be left unexplained: float32 has some 1e-6, bfloat16 some 1e-2.
@@ -143,14 +144,21 @@ def check_healable(model: PreTrainedModel, windows: Windows, mode: str) -> None:
     Mode "linear" needs layers that have writers, other modes none.
 
     Raises:
-        ValueError: if there are too few windows to hold one out.
+        ValueError: if there are too few windows to hold one out, or those hold no token.
         TypeError: if the first layer has no writer, or weights are quantized.
     """
-    num_windows = len(split_windows(windows)[0])
+    ids, mask = split_windows(windows)
+    num_windows = len(ids)
     if num_windows < 2:
         raise ValueError(
             f"heal={mode!r} holds windows out to judge what it fits, and {num_windows} window is "
             "given; calibrate on 2 windows or more, better on 16"
+        )
+    judging = judges(torch.arange(num_windows), num_windows)
+    if mask is not None and not bool(mask.cpu()[judging].any()):
+        raise ValueError(
+            f"heal={mode!r} holds every fourth window out to judge what it fits, and these hold "
+            "padding alone; leave windows without text out"
         )
     if first_writer(model, windows) is None and mode == "linear":
         raise TypeError(

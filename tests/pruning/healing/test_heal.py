@@ -325,3 +325,14 @@ def test_the_plan_says_what_is_healed_and_returns_from_json():
     again = prunelight.Plan.from_dict(plan.to_dict())
     assert again.steps == plan.steps
     assert again.steps[1] == Heal((1,))
+
+
+def test_windows_of_padding_that_are_to_judge_are_refused_before_any_fit():
+    ids = token_windows(8, 16)
+    mask = torch.ones_like(ids)
+    mask[[3, 7]] = 0
+    windows = {"input_ids": ids, "attention_mask": mask}
+    with pytest.raises(ValueError, match="these hold padding alone; leave windows without text"):
+        ShortGPT(num_layers=2, heal="linear").plan(tiny_model(), windows)
+    mask[7, :2] = 1
+    ShortGPT(num_layers=2, heal="linear").plan(tiny_model(), windows)
