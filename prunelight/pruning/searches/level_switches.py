@@ -4,9 +4,10 @@ What a layer loses by fewer neurons was measured with all other layers whole. In
 lost more, it is another number. So it is measured again there: the KL with one layer wider or
 narrower, fitted for that, all others as they are. Only the layers that lost least so far are tried
 narrower. Layers are paired then, the one that gains most by being wider with the one that loses
-least by being narrower. All pairs that promise a gain are switched at once; where that does not
-help, the better half of them, and so on. EvoPress (arXiv:2410.14649) switches levels at random; the
-pairs here follow from what was measured.
+least by being narrower; where the budget has room, a layer gets neurons that no other gives up. All
+pairs that promise a gain are switched at once; where that does not help, the better half of them,
+and so on. EvoPress (arXiv:2410.14649) switches levels at random; the pairs here follow from what
+was measured.
 """
 
 from __future__ import annotations
@@ -124,11 +125,18 @@ def _pairs(
 ) -> list[dict[int, int]]:
     """Return what the two layers of each pair keep, the most promising pair first.
 
-    All pairs together keep to the budget, and so does each first part of them.
+    A layer for whose neurons the budget has room anyway is a pair of its own. All pairs together
+    keep to the budget, and so does each first part of them.
     """
     pairs: list[tuple[float, dict[int, int]]] = []
     taken: set[int] = set()
+    with_room = dict(kept)
     for gain, layer, more in wider:
+        if gain < 0 and costs.total(removed, {**with_room, layer: more}) <= budget:
+            with_room[layer] = more
+            pairs.append((gain, {layer: more}))
+            taken.add(layer)
+            continue
         for loss, other, fewer in narrower:
             pair = {layer: more, other: fewer}
             if gain + loss >= 0 or not math.isfinite(gain + loss):

@@ -146,6 +146,19 @@ def test_layers_of_other_costs_switch_within_the_budget_too():
         assert costs.total([], switched_widths(search, kept, CURVES, costs, budget, 4)) <= budget
 
 
+@pytest.mark.parametrize("room", [4, 16, 40])
+def test_neurons_that_the_budget_has_room_for_are_given_to_layers(room):
+    model = lively_model()
+    costs, kept = parameter_costs(model), dict.fromkeys(range(6), 32)
+    budget = costs.total([], kept) + room * costs.neuron[0]
+    with variants(model) as search:
+        search.restore([], kept)
+        before = search.divergence
+        switched = switched_widths(search, kept, CURVES, costs, budget, 4)
+        assert search.divergence < before
+    assert costs.total([], kept) < costs.total([], switched) <= budget
+
+
 CLOSED_FORM = ("llama", "phi3", "qwen3")
 
 
