@@ -330,7 +330,15 @@ def test_a_sparsify_step_of_wrong_types_is_named_by_file_and_position(tmp_path, 
         Plan.load(written(tmp_path, steps=[step]))
 
 
-@pytest.mark.parametrize("share", [1, 1.0, -0.1, 70, float("nan"), float("inf"), "0.5", None, True])
+@pytest.mark.parametrize("share", ["0.5", None, True])
+def test_a_share_that_is_no_number_is_named_by_file_and_position(tmp_path, share):
+    step = {"kind": "sparsify", "sparsity": {"a": 0, "b": share}, "solver": "wanda"}
+    message = re.escape(f"steps[0]: sparsity={share!r} of b must be a number in [0, 1)")
+    with pytest.raises(ValueError, match=rf"plan.json is not a valid plan: {message}"):
+        Plan.load(written(tmp_path, steps=[step]))
+
+
+@pytest.mark.parametrize("share", [1, 1.0, -0.1, 70, float("nan"), float("inf")])
 def test_a_share_outside_its_range_is_refused_by_position(share):
     model = tiny_model()
     message = re.escape(f"sparsity={share} of {name_of(2)} must lie in [0, 1)")

@@ -167,7 +167,7 @@ def uneven_model():
     return model
 
 
-@pytest.mark.parametrize("budget", [0.9, 0.85, 0.8, 0.75, 0.7, 0.6])
+@pytest.mark.parametrize("budget", [0.85, 0.75, 0.6])
 def test_layers_of_any_size_meet_a_budget_by_depth_alone(budget):
     model = uneven_model()
     plan = BudgetPruning(budget, allocation="none", heal="none").plan(model, WINDOWS)
