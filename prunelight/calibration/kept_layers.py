@@ -127,11 +127,11 @@ class KeptLayers:
             return None
         try:
             with safe_open(file, framework="pt") as tensors:
-                told = tensors.metadata()
+                metadata = tensors.metadata()
                 stored = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-            if told["checksum"] != _checksum(stored):
+            if metadata["checksum"] != _checksum(stored):
                 raise ValueError("its bytes are not those that were written")
-            facts: dict[str, Any] = json.loads(told["facts"])
+            facts: dict[str, Any] = json.loads(metadata["facts"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("%s is damaged (%s): the layer is computed anew", file, error)
             return None

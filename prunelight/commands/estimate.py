@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 
 from prunelight.commands.plan import show_rows
 from prunelight.planner.memory import estimate
-from prunelight.runtime.files.atomic_files import write_text
+from prunelight.runtime.files.atomic_files import check_writable, write_text
 from prunelight.verbs import VerbParser, run_verb
 
 _TITLES = {
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _estimate(values: Namespace) -> None:
     given = vars(values)
-    out = None if (out := given.pop("out")) is None else Path(out).expanduser()
+    name = given.pop("out")
+    out = None if name is None else Path(name).expanduser()
     if out is not None:
         _check_file(out)
     parts = estimate(**given)
@@ -50,7 +51,9 @@ def _check_file(out: Path) -> None:
 
     Raises:
         FileExistsError: if the file holds something else, or is a directory.
+        OSError: if nothing can be written there.
     """
+    check_writable(out.parent)
     try:
         earlier = json.loads(out.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -171,6 +171,8 @@ def _finished_files(model: PreTrainedModel, directory: Path | None) -> dict[Path
     """
     if directory is None or parameter_bytes(model) < _ONE_FILE:
         return {}
+    if not directory.is_dir():
+        log.warning("finished=%s is no directory: all weights are copied", directory)
     weights = dict(model.named_parameters(remove_duplicate=False))
     finished = {}
     for file in sorted(directory.rglob("*.safetensors")):

@@ -8,8 +8,11 @@ Without CUDA all of it is skipped; an emulated device stands in, in end_to_end/t
 import pytest
 import torch
 from device_parity import NAMES, check, compared
+from tiny import tiny_model
 
-from prunelight.models.placement import move_if_it_fits, to_device
+from prunelight.evaluation.saved.subject import find_device
+from prunelight.models import placement
+from prunelight.models.placement import has_room, move_if_it_fits, to_device
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,3 +41,12 @@ def test_so_it_does_with_one_layer_there_at_a_time(name):
 def test_layers_of_every_family_go_to_the_gpu(family):
     for name in ("ShortGPT by number", "Wanda"):
         check(compared(name, family, streamed, CUDA), "cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "auto"])
+def test_a_model_that_is_there_is_not_asked_for_room_beside_itself(name, monkeypatch):
+    model = to_device(tiny_model(), CUDA)
+    monkeypatch.setattr(placement, "free_memory", lambda device: 0)
+    assert find_device(name).index is not None
+    assert has_room(model, find_device(name))
+    assert has_room(model, torch.device("cuda"))

@@ -424,6 +424,7 @@ ERRORS = {
     ),
     "an unknown home": (["apply", "MODEL", "PLAN", "--out", "~nobody_xy/new"], "does not know"),
     "no estimate there": (["estimate", "MODEL", "--out", "PLAN"], "exists and holds no estimate"),
+    "nowhere for an estimate": (["estimate", "MODEL", "--out", "/proc/no/e.json"], "cannot write"),
     "nowhere to write": ([*SHORT, "--ratio", "0.2", "--out", "/proc/p.json"], "cannot write /proc"),
 }
 

@@ -24,8 +24,8 @@ Observe: TypeAlias = Callable[[Callable[[], Tensor], Tensor], tuple[Tensor, Tens
 _HELD_OUT = 4  # every fourth window
 
 
-def judges(numbers: Tensor, total: int) -> Tensor:
-    """Return which windows judge, bool (N): every fourth; of fewer than four the last one.
+def is_held_out(numbers: Tensor, total: int) -> Tensor:
+    """Return which windows are held out, bool (N): every fourth; of fewer than four the last one.
 
     Args:
         numbers: of the windows, from 0 on.
@@ -43,8 +43,8 @@ def split_positions(walk: LayerWalk) -> list[tuple[Tensor, Tensor]]:
     number, split = first_own_window(walk.windows), []
     for counted in walk.positions():
         numbers = torch.arange(number, number + len(counted), device=counted.device)
-        judging = judges(numbers, total)[:, None]
-        split.append((counted & ~judging, counted & judging))
+        held_out = is_held_out(numbers, total)[:, None]
+        split.append((counted & ~held_out, counted & held_out))
         number += len(counted)
     return split
 

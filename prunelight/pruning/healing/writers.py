@@ -25,7 +25,7 @@ from prunelight.models.families.layers import decoder_layers, layers_path
 from prunelight.models.families.matrices import Matrix, layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import gap_layers
 from prunelight.pruning.healing.error_sums import token_weights
-from prunelight.pruning.healing.held_out import judges
+from prunelight.pruning.healing.held_out import is_held_out
 from prunelight.scoring.remembered import remembered
 
 # Share of a change that may be left unexplained: float32 has some 1e-6, bfloat16 some 1e-2.
@@ -154,8 +154,8 @@ def check_healable(model: PreTrainedModel, windows: Windows, mode: str) -> None:
             f"heal={mode!r} holds windows out to judge what it fits, and {num_windows} window is "
             "given; calibrate on 2 windows or more, better on 16"
         )
-    judging = judges(torch.arange(num_windows), num_windows)
-    if mask is not None and not bool(mask.cpu()[judging].any()):
+    held_out = is_held_out(torch.arange(num_windows), num_windows)
+    if mask is not None and not bool(mask.cpu()[held_out].any()):
         raise ValueError(
             f"heal={mode!r} holds every fourth window out to judge what it fits, and these hold "
             "padding alone; leave windows without text out"

@@ -197,8 +197,8 @@ def search_budget(
     """
     removable = removable_layers(model)
     count = _most_that_go(removable, most_layers(costs, budget, protected), protected)
-    dear = [-cost for cost in costs.layers]
-    some = removable.choose(dear, count, protected) if count else []
+    dearest_first = [-cost for cost in costs.layers]
+    some = removable.choose(dearest_first, count, protected) if count else []
     if unmet := _unmet(costs, budget, some, multiple if order else None):
         raise ValueError(unmet)
     places: dict[str, Any] = {"device": device, "offload": offload}
@@ -213,7 +213,7 @@ def search_budget(
         **places,
     )
     fitted, judging = search_windows(windows)
-    heals = heals and first_writer(model, fitted) is not None
+    heals = heals and first_writer(model, windows) is not None
     dense = copy_of_same_memory(model)  # as it is outside the replay, which moves its parts
     with VariantReplay(model, judging, "kl", **places) as judges, ExitStack() as stack:
         variants = HealedVariants(model, fitted, judges, heals=heals, order=order, **places)

@@ -180,14 +180,14 @@ def explaining_write_errors(path: Path, checkpoint: Path | None = None) -> Itera
         reason = _system_reason(error)
         if reason is None:
             raise
-        told = "what was there before is intact. Free space, or choose another directory"
+        remedy = "what was there before is intact. Free space, or choose another directory"
         if checkpoint is not None:
-            told = (
+            remedy = (
                 f"checkpoint {checkpoint} is intact. Free space or choose another directory "
                 "(trainer.default_root_dir), then start the same command again: it goes on from "
                 "there"
             )
-        raise OSError(f"cannot write {path}: {reason}; {told}") from error
+        raise OSError(f"cannot write {path}: {reason}; {remedy}") from error
 
 
 def _system_reason(error: BaseException | None) -> str | None:
