@@ -14,8 +14,10 @@ split only where there are fewer of them than ranks. That changes CKA, whose ker
 tokens from one micro-batch, into another sample of the same estimate.
 
 Every rank gets the bytes of rank 0's sums and of its plan, so that no rounding lets ranks diverge.
-Work on weights (masks, rotations) is done by every rank on its own copy of the model, which gives
-equal bytes on equal hardware. In a fit all ranks load the model that rank 0 saved.
+Solves that take long (SparseGPT, ALPS, swaps, GPTQ) are shared out by matrix, and all get the bytes
+of the rank that solved. Other work on weights (masks, rotations) is done by every rank on its own
+copy of the model, which gives equal bytes on equal hardware. In a fit all ranks load the model that
+rank 0 saved.
 """
 
 # N windows, T tokens

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -22,6 +23,21 @@ from torch import Tensor
 WAIT = timedelta(hours=6)
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work that one rank can do for all.
+
+    Attributes:
+        cost: how long it takes, in a unit that all jobs share; the same on all ranks.
+        results: tensors that the work writes over, in place.
+        work: does it.
+    """
+
+    cost: float
+    results: Sequence[Tensor]
+    work: Callable[[], None]
 
 
 class ProcessGroup:
@@ -72,14 +88,39 @@ class ProcessGroup:
         if self.size == 1:
             return values
         self.barrier()
-        # NCCL takes only tensors on a GPU, gloo reduces only tensors on the CPU.
-        kind = {"nccl": "cuda", "gloo": "cpu"}.get(dist.get_backend(), values.device.type)
-        total = values.detach().clone(memory_format=torch.contiguous_format)
-        total = total if total.device.type == kind else total.to(kind)
+        total = _sendable(values)
         # Not all_reduce, which does not promise the same last bit on every rank.
         dist.reduce(total, 0)
         dist.broadcast(total, 0)
         return total.to(values.device)
+
+    def do_shared(self, jobs: Sequence[Job]) -> None:
+        """Do each job on one rank, and give its results to all; every rank calls it with all jobs.
+
+        Raises:
+            RuntimeError: if a job failed on another rank.
+        """
+        doers = self._doers([job.cost for job in jobs])
+        for job, doer in zip(jobs, doers, strict=True):
+            if doer == self.rank:
+                job.work()
+        if self.size == 1:
+            return
+        self.barrier()
+        for job, doer in zip(jobs, doers, strict=True):
+            for result in job.results:
+                sent = _sendable(result)
+                dist.broadcast(sent, doer)
+                if doer != self.rank:
+                    result.copy_(sent)
+
+    def _doers(self, costs: Sequence[float]) -> list[int]:
+        """Return the rank that does each job: the costliest first, to whom has least to do."""
+        loads, doers = [0.0] * self.size, [0] * len(costs)
+        for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+            doers[index] = loads.index(min(loads))
+            loads[doers[index]] += costs[index]
+        return doers
 
     def totals(self, *numbers: float) -> list[float]:
         """Return the sum of each number over all ranks, added in float64."""
@@ -198,6 +239,13 @@ def _warn_of_old_name(old: str, new: str) -> None:
         DeprecationWarning,
         stacklevel=3,  # who calls the old method
     )
+
+
+def _sendable(values: Tensor) -> Tensor:
+    """Return a copy of a tensor where the backend takes it: NCCL on a GPU, gloo on the CPU."""
+    kind = {"nccl": "cuda", "gloo": "cpu"}.get(dist.get_backend(), values.device.type)
+    copied = values.detach().clone(memory_format=torch.contiguous_format)
+    return copied if copied.device.type == kind else copied.to(kind)
 
 
 @lru_cache(maxsize=1)

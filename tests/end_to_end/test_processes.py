@@ -18,12 +18,15 @@ import pytest
 import torch
 from prune_ranks import (
     BY_CKA,
+    COSTS,
     MAKERS,
     PARTS,
     UNEVEN,
+    jobs,
     long,
     padded,
     prune,
+    quantize,
     statistics,
     varied_windows,
 )
@@ -231,6 +234,38 @@ def test_a_fit_of_two_processes_prunes_together_and_ends_together(root, name):
     assert second["failed"] == "ValueError: the disk of this rank is gone"
     for one in (first, second):
         assert one["few"].startswith("ValueError: 1 windows cannot be shared by 2 ranks, each")
+
+
+def test_each_job_is_done_by_one_rank_and_its_results_are_given_to_all(root):
+    told = numbers(root, "jobs", 3)
+    assert [one["done"] for one in told] == [[1], [0, 3], [2, 4]]  # loads of 5, 4 and 4
+    alone = jobs(ProcessGroup())
+    assert alone["done"] == [*range(len(COSTS))]
+    assert all(one["results"] == alone["results"] for one in told)
+
+
+def test_a_job_that_fails_ends_all_ranks(root):
+    reason = "invalid literal for int() with base 10: 'x'"
+    theirs = f"RuntimeError: rank 1 failed: {reason}"
+    assert [one["job"] for one in numbers(root, "failures", 3)] == [
+        theirs,
+        f"ValueError: {reason}",
+        theirs,
+    ]
+
+
+def test_ranks_round_weights_together_as_one_process_does(root):
+    pytest.importorskip("compressed_tensors", reason="pip install 'prunelight[gptq]'")
+    found = [load_file(root / f"quantized-{rank}.safetensors") for rank in range(3)]
+    expected, rounded_otherwise, rounded = quantize(padded()), 0, 0
+    for key, weight in expected.items():
+        assert all(torch.equal(one[key], found[0][key]) for one in found)
+        if "layers" in key and key.endswith("proj.weight"):
+            rounded_otherwise += int((found[0][key] - weight).abs().gt(1e-4).sum())
+            rounded += weight.numel()
+        else:
+            torch.testing.assert_close(found[0][key], weight, rtol=0, atol=1e-6)
+    assert rounded_otherwise <= 1e-3 * rounded  # a sum's last digits decide near-ties
 
 
 def test_windows_that_are_not_shared_belong_to_one_process_alone():

@@ -5,6 +5,8 @@ All three have uneven shares; two of them then go through the table of methods, 
 
 import json
 import os
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,8 @@ from prunelight.callbacks import (
 )
 from prunelight.evaluation.perplexity import evaluate
 from prunelight.models.families.matrices import Matrix
-from prunelight.runtime.processes import ProcessGroup
+from prunelight.pruning.rounding.quantize import quantize_gptq
+from prunelight.runtime.processes import Job, ProcessGroup
 from prunelight.scoring.analysis import analyze
 
 # What the table of methods leaves out.
@@ -89,6 +92,13 @@ def prune(make, model, windows):
     return plan, outcomes, {name: w.clone() for name, w in model.state_dict().items()}
 
 
+def quantize(windows):
+    """Return the weights and scales of a model that GPTQ rounded."""
+    model = tiny_model()
+    quantize_gptq(model, windows)
+    return {name: w.clone() for name, w in model.state_dict().items()}
+
+
 PARTS = [slice(0, 20), slice(20, 35), slice(35, 35)]  # of the tokens, a rank
 
 
@@ -128,6 +138,22 @@ def statistics(parts, group):
     }
 
 
+COSTS = [1.0, 5.0, 1.0, 3.0, 3.0]  # of jobs
+
+
+def jobs(group):
+    """Return which of five jobs this rank did, and what their results are here afterwards."""
+    done = []
+    results = [torch.zeros(3, 2, dtype=torch.bfloat16).T for _ in COSTS]  # lines are not columns
+
+    def work(index):
+        done.append(index)
+        results[index].copy_(torch.arange(6).view(2, 3) + 10 * index)
+
+    group.do_shared([Job(cost, [results[i]], partial(work, i)) for i, cost in enumerate(COSTS)])
+    return {"done": done, "results": [result.tolist() for result in results]}
+
+
 # --- what the processes do
 
 
@@ -144,6 +170,7 @@ def work(rank, root, name):
     uneven(rank, root, group)
     save_file(statistics([PARTS[rank]], group), root / f"statistics-{rank}.safetensors")
     write(root / f"failures-{rank}.json", failures(rank, group))
+    write(root / f"jobs-{rank}.json", jobs(group))
     dist.destroy_process_group()
     if rank < 2:
         meet(rank, 2, root)
@@ -181,6 +208,8 @@ def keep(place, rank, found):
 
 def uneven(rank, root, group):
     shared, model = share_windows(padded(), group), tiny_model()
+    if find_spec("compressed_tensors"):
+        save_file(quantize(shared), root / f"quantized-{rank}.safetensors")
     for title, make in UNEVEN.items():
         keep(root / f"3 {title}", rank, prune(make, tiny_model(), shared))
     rows = own_windows(shared)["input_ids"].tolist()
@@ -211,8 +240,14 @@ def failures(rank, group):
         with failing.failing_together(), failing.failing_together():
             Failing(num_layers=1).plan(tiny_model(), share_windows(padded(), failing))
 
+    def one_cannot():
+        failing = ProcessGroup.of_default_group()
+        with failing.failing_together():
+            failing.do_shared([Job(1.0, [], partial(int, text)) for text in ("0", "x", "2")])
+
     return {
         "one": said(one_fails),
+        "job": said(one_cannot),
         "first": said(lambda: ProcessGroup.of_default_group().run_on_rank_zero(lambda: int("x"))),
         "differ": said(lambda: group.check_same("the fingerprint", "b" if rank == 2 else "a")),
         "few": said(lambda: share_windows(token_windows(2), group)),

@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
@@ -31,6 +32,7 @@ from prunelight.models.packed.grids import (
 )
 from prunelight.models.sizes import is_quantized
 from prunelight.pruning.rounding.gptq import GPTQ, each_input, gptq, grid_scale, nearest_on_grid
+from prunelight.runtime.processes import Job
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +148,16 @@ def quantize_gptq(
             done.zeros += sum(int((matrix.parameter == 0).sum()) for matrix in chosen)
             for matrix in inputs.idle():
                 _note(done, f"{matrix.name} was not used by any text: rounded to the nearest")
-                _set([matrix], None, grid, settings, dtype or model.dtype)
+                _round([matrix], _on_grid([matrix], grid, dtype or model.dtype), None, settings)
+            jobs = []
             for group in inputs.groups():
-                hessian = inputs.of(group[0])[0].result()
-                _set(group, hessian, grid, settings, dtype or model.dtype)
+                scale = _on_grid(group, grid, dtype or model.dtype)
+                (statistic,), views = inputs.of(group[0]), [matrix.views()[0] for matrix in group]
+                cost = len(scale) * group[0].in_features ** 2
+                jobs.append(
+                    Job(float(cost), views, partial(_round, group, scale, statistic, settings))
+                )
+            walk.group.do_shared(jobs)
             done.share += sum(matrix.parameter.numel() for matrix in chosen) / total
             if index + 1 < len(decoder_layers(model)):
                 walk.advance()
@@ -161,30 +169,42 @@ def quantize_gptq(
     return done
 
 
-def _set(
-    group: Sequence[Matrix],
-    hessian: torch.Tensor | None,
-    grid: WeightGrid,
-    settings: GPTQ,
-    dtype: torch.dtype,
+def _on_grid(group: Sequence[Matrix], grid: WeightGrid, dtype: torch.dtype) -> Tensor:
+    """Note the grids that matrices will lie on; return their scales, (all O, G)."""
+    scales = [grid_scale(matrix.views()[0], grid, dtype) for matrix in group]
+    for matrix, scale in zip(group, scales, strict=True):
+        assert isinstance(matrix.owner, nn.Linear)
+        set_grid(matrix.owner, grid, scale)
+    return torch.cat(scales)
+
+
+@torch.no_grad()
+def _round(
+    group: Sequence[Matrix], scale: Tensor, statistic: Hessian | None, settings: GPTQ
 ) -> None:
-    """Round matrices that share an input, in place; without a Hessian to the nearest value."""
+    """Round matrices that share an input, in place; without a statistic to the nearest value.
+
+    Args:
+        group: the matrices.
+        scale: of `_on_grid`.
+        statistic: of their input.
+        settings: see `GPTQ`.
+
+    Raises:
+        ValueError: if a weight or an input is NaN or Inf; names the matrices.
+    """
     views = [matrix.views()[0] for matrix in group]
-    scales = [grid_scale(view, grid, dtype) for view in views]
-    weight, scale = torch.cat(views), torch.cat(scales)
+    weight = torch.cat(views)
     try:
-        if hessian is None:
+        if statistic is None:
             steps = each_input(scale, weight.shape[1])
-            rounded = nearest_on_grid(weight.float(), steps, grid.bits)
+            rounded = nearest_on_grid(weight.float(), steps, settings.bits)
         else:
-            rounded = gptq(weight, hessian.to(weight.device), scale, settings)
+            rounded = gptq(weight, statistic.result().to(weight.device), scale, settings)
     except ValueError as fault:
         raise ValueError(f"{', '.join(matrix.name for matrix in group)}: {fault}") from fault
-    parts = rounded.split([len(view) for view in views])
-    for matrix, view, part, own in zip(group, views, parts, scales, strict=True):
+    for view, part in zip(views, rounded.split([len(view) for view in views]), strict=True):
         view.copy_(part)
-        assert isinstance(matrix.owner, nn.Linear)
-        set_grid(matrix.owner, grid, own)
 
 
 def _note(done: Quantized, text: str) -> None:

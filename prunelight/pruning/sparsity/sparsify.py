@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from prunelight.pruning.sparsity.sparsegpt import SparseGPT, sparsegpt_stacked
 from prunelight.pruning.sparsity.swaps import swapped_mask
 from prunelight.pruning.step_kind import StepContext, StepKind
 from prunelight.runtime.arguments import at_least, check_choice, checked_value
+from prunelight.runtime.processes import Job
 
 log = logging.getLogger(__name__)
 
@@ -187,16 +189,20 @@ def sparsify_layer(
         zero_by_magnitude(matrix, step)
         _note_zeros(outcome, matrix)
     limit = _OUTLIER_FACTOR * _mean_score(inputs) if count_outliers else 0.0
-    num_outliers, num_kept = 0, 0
-    for group in inputs.groups():
-        outliers = [_outliers(m, inputs, limit) if count_outliers else [] for m in group]
-        with _naming_matrices(group):
-            _solve(group, step, inputs, outcome)
-        for matrix, of_views in zip(group, outliers, strict=True):
-            _note_zeros(outcome, matrix)
-            for view, places in zip(matrix.views(), of_views, strict=count_outliers):
-                num_outliers += len(places[0])
-                num_kept += int(view[places].count_nonzero())
+    groups, num_outliers, num_kept = inputs.groups(), 0, 0
+    solved = [matrix for group in groups for matrix in group]
+    outliers = [_outliers(m, inputs, limit) if count_outliers else [] for m in solved]
+    jobs = [job for group in groups for job in _jobs(group, step, inputs, outcome)]
+    if products:
+        walk.group.do_shared(jobs)
+    else:  # a mask is found sooner than sent
+        for job in jobs:
+            job.work()
+    for matrix, of_views in zip(solved, outliers, strict=True):
+        _note_zeros(outcome, matrix)
+        for view, places in zip(matrix.views(), of_views, strict=count_outliers):
+            num_outliers += len(places[0])
+            num_kept += int(view[places].count_nonzero())
     if count_outliers:
         outcome.outliers_kept.append(num_kept / num_outliers if num_outliers else 1.0)
     if index + 1 < len(decoder_layers(model)):
@@ -242,29 +248,50 @@ def _naming_matrices(group: Sequence[Matrix]) -> Iterator[None]:
         raise ValueError(f"{', '.join(matrix.name for matrix in group)}: {fault}") from fault
 
 
-def _solve(
+def _jobs(
     group: Sequence[Matrix], step: Sparsify, inputs: InputStatistics[Any], outcome: SparsifyOutcome
-) -> None:
-    """Prune matrices that share an input, in place."""
+) -> Iterator[Job]:
+    """Yield the solves of matrices that share an input: one, or one for each expert."""
     statistics = inputs.of(group[0])
     unseen = sum(statistic.tokens == 0 for statistic in statistics)
     if unseen:  # experts: every other matrix reads all tokens
         _note(outcome, f"{unseen} experts of {group[0].name} saw no token: pruned by magnitude")
     for position, statistic in enumerate(statistics):
         views = [matrix.views()[position] for matrix in group]
-        amounts = [amount_of(step, matrix.name) for matrix in group]
+        width = views[0].shape[1]
+        # Columns are corrected one after another, by all later ones; the Hessian is factorized.
+        cost = width**2 * (width + sum(len(view) for view in views))
+        yield Job(float(cost), views, partial(_solve, group, views, statistic, step))
+
+
+@torch.no_grad()
+def _solve(
+    group: Sequence[Matrix], views: Sequence[Tensor], statistic: InputNorm, step: Sparsify
+) -> None:
+    """Prune views of matrices that share an input, in place.
+
+    Raises:
+        ValueError: if a weight or an input is NaN or Inf; names the matrices.
+    """
+    amounts = [amount_of(step, matrix.name) for matrix in group]
+    with _naming_matrices(group):
         if step.solver in _SETTINGS:
-            hessian = statistic.result().to(views[0].device)
+            hessian = _hessian(statistic).to(views[0].device)
             for view, weight in zip(views, _corrected(step, views, hessian, amounts), strict=True):
                 view.copy_(weight)
-            continue
+            return
         norms = statistic.norms().to(views[0].device)
         for view, amount in zip(views, amounts, strict=True):
             pruned = _wanda(step.solver, view, norms, amount)
             if swaps := _swaps_of(step):
-                hessian = statistic.result().to(view.device)
+                hessian = _hessian(statistic).to(view.device)
                 pruned = swapped_mask(view, pruned, hessian, amount, swaps)
             view.masked_fill_(pruned, 0)
+
+
+def _hessian(statistic: InputNorm) -> Tensor:
+    assert isinstance(statistic, Hessian)  # see sparsify_layer
+    return statistic.result()
 
 
 def _corrected(
