@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,9 @@ from prunelight.models.forward import (
     evaluating,
     forward_without_head,
     hidden_states_argument,
-    watching_layers,
 )
 from prunelight.models.placement import (
     compute_device,
-    is_streamed,
     layers_arriving,
     on_device,
     replaced_forward,
@@ -48,9 +46,6 @@ _PROBE_TOKENS = 8
 
 # Arguments of a layer besides the hidden states: positional and keyword.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-# Called as visit(micro-batch, layer, input (B, T, D), output (B, T, D)).
-VisitBatch: TypeAlias = Callable[[int, int, Tensor, Tensor], None]
 
 
 class LayerWalk:
@@ -329,37 +324,6 @@ def _equal(first: Any, second: Any) -> bool:
         )
     plain = isinstance(first, (bool, int, float, str, torch.dtype, torch.device))
     return first == second if plain else type(first) is type(second)
-
-
-def visit_layers(
-    model: PreTrainedModel, windows: Windows, visit: VisitBatch, *, label: str = ""
-) -> None:
-    """Call `visit` with the input and output of every decoder layer, for each micro-batch.
-
-    A model on its device reads one micro-batch after another. Of a streamed one each layer goes to
-    the device once, for all micro-batches.
-
-    Args:
-        model: unchanged.
-        windows: calibration windows.
-        visit: called as visit(micro-batch, layer, input, output), with indices and (B, T, D) each.
-        label: name of the progress bar.
-
-    Raises:
-        TypeError: if the layers of a streamed model cannot be run one by one.
-    """
-    if is_streamed(model):
-        with LayerWalk(model, windows, label=label) as walk:
-            for index, _ in walk.layers():
-                for number, inputs in enumerate(walk.states):
-                    outputs = walk.forward(number)
-                    visit(number, index, inputs.to(walk.device), outputs)
-                    walk.states[number] = outputs.to(walk.store)
-        return
-    with evaluating(model):
-        for number, batch in enumerate(micro_batches(model, windows, label=label)):
-            with watching_layers(model, partial(visit, number)):
-                forward_without_head(model, batch)
 
 
 def _record_calls(

@@ -49,7 +49,7 @@ class Scores:
         windows: that the scores were computed on.
         memory: the scores themselves.
         left_out: name of a score -> why this model has none.
-        seconds: name of a score -> what it took.
+        seconds: name of a score -> what it took, with its part of a pass that served several.
         versions: library name -> version that computed them.
         how: dtype, kind of device and attention that they were computed with.
     """
@@ -62,13 +62,18 @@ class Scores:
     versions: dict[str, str] = field(default_factory=library_versions)
     how: dict[str, str] = field(default_factory=dict)
 
-    def are_of(self, other: Scores) -> bool:
-        """Return whether both are of the same model and windows, and were computed alike."""
-        same = [
-            (x.model, x.versions, x.how, describe_windows(*split_windows(x.windows)))
+    def differing(self, other: Scores) -> list[str]:
+        """Return in what both differ: model, windows, versions, or how they were computed."""
+        facts = [
+            {
+                "model": x.model,
+                "windows": describe_windows(*split_windows(x.windows)),
+                "versions": x.versions,
+                **x.how,
+            }
             for x in (self, other)
         ]
-        return same[0] == same[1]
+        return [name for name in facts[1] if facts[0].get(name) != facts[1][name]]
 
     @contextmanager
     def in_place_of(self, directory: Path, *, trust: bool = False) -> Iterator[PreTrainedModel]:

@@ -1,8 +1,4 @@
-"""Scores a model once, in few forwards, for all plans that are made of these scores.
-
-Each entry of `SCORERS` calls scoring functions as the methods do. Where one forward gives several
-scores, their results are kept as if each had been asked for alone.
-"""
+"""Scores a model once, in one pass over the windows, for all plans that are made of the scores."""
 
 from __future__ import annotations
 
@@ -18,11 +14,10 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.evaluation.saved.subject import find_device
-from prunelight.models.families.experts.layout import has_experts
-from prunelight.models.families.layers import decoder_layers
 from prunelight.models.loading import load
 from prunelight.models.placement import how_computed, move_if_it_fits
 from prunelight.planner.applying import held_until_done
+from prunelight.planner.score_readers import READERS, read_together
 from prunelight.planner.scores import (
     Scores,
     describe_scored,
@@ -34,70 +29,11 @@ from prunelight.planner.settings import CalibrationSettings
 from prunelight.pruning.healing.writers import first_writer
 from prunelight.runtime.arguments import did_you_mean
 from prunelight.runtime.finite import check_weights
-from prunelight.scoring.angular_distance import angular_distances, angular_distances_by_size
-from prunelight.scoring.block_influence import (
-    block_influences,
-    relative_magnitudes,
-    sublayer_influences,
-)
-from prunelight.scoring.experts.expert_scores import SCORES as EXPERT_SCORES
-from prunelight.scoring.experts.expert_scores import expert_scores
 from prunelight.scoring.importance import taylor_scores
 from prunelight.scoring.remembered import Memory, remembering_scores
-from prunelight.scoring.weight_scores import WeightScore, weight_scores, weight_summaries
-from prunelight.scoring.width_scores import KINDS, standardised_scores, width_scores
+from prunelight.scoring.width_scores import KINDS, width_scores
 
 log = logging.getLogger(__name__)
-
-
-def _block_influence(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
-    block_influences(model, windows)
-
-
-def _relative_magnitude(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
-    relative_magnitudes(model, windows)
-
-
-def _sublayer_influence(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
-    sublayer_influences(model, windows)
-
-
-def _angular(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
-    """Keep the distances over every number of layers that may go."""
-    sizes, start = range(len(decoder_layers(model))), time.perf_counter()
-    distances = angular_distances_by_size(model, windows, sizes)
-    each = (time.perf_counter() - start) / len(sizes)
-    for size, scores in distances.items():
-        memory.keep(angular_distances, scores, each, model, windows, size)
-
-
-def _weights(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
-    """Keep what DLP (paper and code) and OWL read, of decoder layers and of matrices."""
-    summaries: list[WeightScore] = ["median", "mean", "outlier_ratio"]
-    for by_matrix in (False, True):
-        start = time.perf_counter()
-        by_summary = weight_summaries(model, windows, summaries, by_matrix=by_matrix)
-        each = (time.perf_counter() - start) / len(by_summary)
-        for name, scores in by_summary.items():
-            memory.keep(weight_scores, scores, each, model, windows, name, by_matrix=by_matrix)
-
-
-def _width(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
-    """Keep the scores of groups and neurons by Wanda and by fluctuation (FLAP)."""
-    for score in ("wanda", "fluctuation"):
-        _keep_width(model, windows, memory, score)
-    start = time.perf_counter()
-    standardised = standardised_scores(model, windows, [*KINDS])
-    seconds = time.perf_counter() - start
-    for kind, scores in standardised.items():
-        memory.keep(standardised_scores, {kind: scores}, seconds, model, windows, [kind])
-
-
-def _experts(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
-    """Keep both scores of experts; a model without routed experts has none to keep."""
-    if has_experts(model):
-        for score in EXPERT_SCORES:
-            expert_scores(model, windows, score)
 
 
 def _healing(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
@@ -106,31 +42,21 @@ def _healing(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
 
 
 def _taylor(model: PreTrainedModel, windows: Windows, memory: Memory) -> None:
-    """Keep first-order terms of layers, groups and neurons; needs gradients."""
+    """Keep first-order terms of layers, groups and neurons, both and each; needs gradients."""
     taylor_scores(model, windows)
-    _keep_width(model, windows, memory, "taylor")
-
-
-def _keep_width(model: PreTrainedModel, windows: Windows, memory: Memory, score: str) -> None:
-    """Keep a score of groups and neurons together, and of each alone."""
     start = time.perf_counter()
-    both = width_scores(model, windows, score, [*KINDS])
+    both = width_scores(model, windows, "taylor", [*KINDS])
     seconds = time.perf_counter() - start
     for kind, scores in both.items():
-        memory.keep(width_scores, {kind: scores}, seconds, model, windows, score, [kind])
+        memory.keep(width_scores, {kind: scores}, seconds, model, windows, "taylor", [kind])
 
 
-SCORERS: dict[str, Callable[[PreTrainedModel, Windows, Memory], None]] = {
-    "block_influence": _block_influence,
-    "relative_magnitude": _relative_magnitude,
-    "sublayer_influence": _sublayer_influence,
-    "angular": _angular,
-    "weights": _weights,
-    "width": _width,
-    "experts": _experts,
+# Scores that read more, or less, than one pass over the layers.
+_ALONE: dict[str, Callable[[PreTrainedModel, Windows, Memory], None]] = {
     "healing": _healing,
     "taylor": _taylor,
 }
+SCORERS = (*READERS, *_ALONE)
 CHEAP = [name for name in SCORERS if name != "taylor"]
 
 
@@ -180,26 +106,43 @@ def score_model(
     windows = windows_like(windows)
     model = move_if_it_fits(model, device, offload=offload)
     computed = Scores(describe_scored(model), windows, Memory(), how=how_computed(model, device))
-    left_out, seconds = computed.left_out, computed.seconds
-    if earlier is not None and earlier.are_of(computed):
+    if earlier is not None and (differing := earlier.differing(computed)):
+        log.warning(
+            "%s scores that were left are of another computation (%s): all are computed anew",
+            len(earlier.seconds),
+            ", ".join(differing),
+        )
+    elif earlier is not None:
         computed.memory.scores |= earlier.memory.scores
         computed.memory.calls |= earlier.memory.calls
-        seconds |= earlier.seconds
-        log.info("%s was scored before: %s", model.config._name_or_path, ", ".join(seconds))
-    with remembering_scores(computed.memory) as memory:
-        for name in dict.fromkeys(scores):
-            if name in seconds:
-                continue
+        computed.seconds.update(earlier.seconds)
+        scored = ", ".join(earlier.seconds)
+        log.info("%s was scored before: %s", model.config._name_or_path, scored)
+    left_out, memory = computed.left_out, computed.memory
+    asked = [name for name in dict.fromkeys(scores) if name not in computed.seconds]
+    together = [name for name in asked if name in READERS]
+
+    def note(name: str, seconds: float) -> None:
+        computed.seconds[name] = seconds
+        if keep is not None:
+            keep(computed)
+
+    with remembering_scores(memory):
+        for readers, seconds in read_together(model, windows, together, left_out):
+            for name, reader in readers.items():
+                start = time.perf_counter()
+                reader.keep(memory, seconds)
+                note(name, seconds / len(readers) + time.perf_counter() - start)
+        for name in [name for name in asked if name in _ALONE]:
             start = time.perf_counter()
             try:
-                SCORERS[name](model, windows, memory)
+                _ALONE[name](model, windows, memory)
             except TypeError as error:  # the family has no such parts
-                log.warning("%s is left out: %s", name, error)
                 left_out[name] = str(error)
                 continue
-            seconds[name] = time.perf_counter() - start
-            if keep is not None:
-                keep(computed)
+            note(name, time.perf_counter() - start)
+    for name, reason in left_out.items():
+        log.warning("%s is left out: %s", name, reason)
     return computed
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from prunelight.calibration.layer_walk import visit_layers
+from prunelight.calibration.layer_readers import LayerReader, read_layers
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import check_finite
 from prunelight.calibration.windows import Windows, last_positions, micro_batches
@@ -58,37 +58,59 @@ def angular_distances_by_size(
     Raises:
         ValueError: if the output of a layer, which is named, holds NaN or Inf, or all is padding.
     """
-    num_layers = len(decoder_layers(model))
-    totals = {size: torch.zeros(num_layers - size + 1, dtype=torch.float64) for size in sizes}
-    place = compute_device(model)
-    # Rows and columns of the last real tokens of each micro-batch.
-    lasts = [
-        tuple(positions.to(place) for positions in last_positions(batch))
-        for batch in micro_batches(model, windows)
-    ]
-    num_samples = sum(len(rows) for rows, _ in lasts)
-    # Of each micro-batch, hidden states (B, D) of the last real tokens before layer 0 and after
-    # each layer.
-    states: list[list[Tensor]] = [[] for _ in lasts]
+    reader = AngularReader(model, windows)
+    read_layers(model, windows, [reader], label="angular distance")
+    return reader.result(sizes)
 
-    def visit(batch: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
-        states[batch].extend(state[lasts[batch]] for state in (inputs, outputs)[index > 0 :])
-        if batch == 0 and index == num_layers - 1:
-            check(states[0])  # a model of no use is found early, at the cost of one wait
 
-    def check(of_batch: list[Tensor]) -> None:
-        norms = torch.stack([state.float().norm() for state in of_batch[1:]]).tolist()
-        for index, (norm, state) in enumerate(zip(norms, of_batch[1:], strict=True)):
-            check_finite(index, norm, state)
+class AngularReader(LayerReader):
+    """Reads what `angular_distances` returns, of any size.
 
-    visit_layers(model, windows, visit, label="angular distance")
-    for of_batch in states:
-        check(of_batch)
-        for size, total in totals.items():
-            starts, ends = torch.stack(of_batch[: len(total)]), torch.stack(of_batch[size:])
-            total += angular_distance(starts, ends).sum(1).cpu().double()
-    group = group_of(windows)
-    (samples,) = group.totals(num_samples)
-    if samples == 0:
-        raise ValueError("0 tokens were counted; mask less")
-    return {size: (group.sum(total) / samples).tolist() for size, total in totals.items()}
+    Args:
+        model: whose layers are read.
+        windows: all that will be read.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Windows) -> None:
+        self._group, self._num_layers = group_of(windows), len(decoder_layers(model))
+        place = compute_device(model)
+        # Rows and columns of the last real tokens of each micro-batch.
+        self._lasts = [
+            tuple(positions.to(place) for positions in last_positions(batch))
+            for batch in micro_batches(model, windows)
+        ]
+        # Of each micro-batch, hidden states (B, D) of the last real tokens before layer 0 and after
+        # each layer.
+        self._states: list[list[Tensor]] = [[] for _ in self._lasts]
+
+    def visit(self, batch: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
+        """Keep the states of the last tokens of a micro-batch."""
+        states = (inputs, outputs)[index > 0 :]
+        self._states[batch].extend(state[self._lasts[batch]] for state in states)
+        if batch == 0 and index == self._num_layers - 1:
+            _check(self._states[0])  # a model of no use is found early, at the cost of one wait
+
+    def result(self, sizes: Collection[int]) -> dict[int, list[float]]:
+        """Return the distances of each number of layers: size -> scores.
+
+        Raises:
+            ValueError: if the output of a layer, which is named, holds NaN or Inf, or all is
+                padding.
+        """
+        totals = {size: torch.zeros(self._num_layers - size + 1).double() for size in sizes}
+        for of_batch in self._states:
+            _check(of_batch)
+            for size, total in totals.items():
+                starts, ends = torch.stack(of_batch[: len(total)]), torch.stack(of_batch[size:])
+                total += angular_distance(starts, ends).sum(1).cpu().double()
+        (samples,) = self._group.totals(sum(len(rows) for rows, _ in self._lasts))
+        if samples == 0:
+            raise ValueError("0 tokens were counted; mask less")
+        return {size: (self._group.sum(x) / samples).tolist() for size, x in totals.items()}
+
+
+def _check(of_batch: list[Tensor]) -> None:
+    """Check the states of a micro-batch after each layer."""
+    norms = torch.stack([state.float().norm() for state in of_batch[1:]]).tolist()
+    for index, (norm, state) in enumerate(zip(norms, of_batch[1:], strict=True)):
+        check_finite(index, norm, state)

@@ -9,8 +9,8 @@ every dtype of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from prunelight.calibration.layer_walk import visit_layers
+from prunelight.calibration.layer_readers import LayerReader, read_layers
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import TokenMean, check_finite, token_cosine
 from prunelight.calibration.windows import (
@@ -73,8 +73,9 @@ def block_influences(
     Raises:
         ValueError: if the output of a layer, which is named, holds NaN or Inf, or no token counts.
     """
-    means = _token_means(model, windows, ignore_first_tokens, ["layer"], lambda x, y: [(x, y)])
-    return _influence(means["layer"])
+    reader = BlockInfluenceReader(model, windows, ignore_first_tokens=ignore_first_tokens)
+    read_layers(model, windows, [reader], label="layer scores")
+    return reader.result()
 
 
 def relative_magnitude(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -108,15 +109,9 @@ def relative_magnitudes(
     Raises:
         ValueError: if the output of a layer, which is named, holds NaN or Inf, or no token counts.
     """
-    means = _token_means(
-        model,
-        windows,
-        ignore_first_tokens,
-        ["layer"],
-        lambda x, y: [(x, y)],
-        measure=relative_magnitude,
-    )["layer"]
-    return [mean.result() for mean in means], [mean.first_result() for mean in means]
+    reader = RelativeMagnitudeReader(model, windows, ignore_first_tokens=ignore_first_tokens)
+    read_layers(model, windows, [reader], label="layer scores")
+    return reader.result()
 
 
 @remembered
@@ -136,75 +131,135 @@ def sublayer_influences(
         ValueError: if the output of a layer, which is named, holds NaN or Inf, or no token counts.
         TypeError: if attention and MLP of the family are not known.
     """
-    mlp_norm = sublayers_of(model).mlp_norm
-    after_attention: list[Tensor] = []  # hidden states between attention and MLP of one layer
+    reader = SublayerInfluenceReader(model, windows, ignore_first_tokens=ignore_first_tokens)
+    read_layers(model, windows, [reader], label="layer scores")
+    return reader.result()
 
-    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        after_attention[:] = args[:1]
 
-    def pairs(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return [(x, after_attention[0]), (after_attention[0], y)]
+class _TokenMeans(LayerReader):
+    """Means of a measure over tokens, of pairs of hidden states in each decoder layer.
 
-    with ExitStack() as hooks:
-        for layer in decoder_layers(model):
-            hooks.enter_context(layer.get_submodule(mlp_norm).register_forward_pre_hook(record))
-        means = _token_means(model, windows, ignore_first_tokens, ["attention", "mlp"], pairs)
-    return {name: _influence(cosines) for name, cosines in means.items()}
+    Attributes:
+        names: name of each pair.
+        means: name of a pair -> its mean in each layer.
+
+    Args:
+        model: whose layers are read.
+        windows: all that will be read.
+        ignore_first_tokens: tokens at the start of each sequence that do not count.
+    """
+
+    names: Sequence[str] = ("layer",)
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Windows, *, ignore_first_tokens: int = 0
+    ) -> None:
+        self._group, self._num_layers = group_of(windows), len(decoder_layers(model))
+        self.means = {name: [TokenMean() for _ in range(self._num_layers)] for name in self.names}
+        # The largest number after each layer, on the device: NaN or Inf if there is one.
+        self._largest: dict[int, Tensor] = {}
+        # Of each micro-batch, on the CPU: the tokens that count, and the first of each sequence.
+        self._tokens: list[tuple[Tensor | None, Tensor | None]] = []
+        for batch in micro_batches(model, windows):
+            mask = batch.get("attention_mask")
+            mask = None if mask is None else mask.cpu()
+            counted = counted_positions(mask, batch["input_ids"].shape, ignore_first_tokens)
+            self._tokens.append((counted, first_positions(mask)))
+
+    def pairs(self, inputs: Tensor, outputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return the pairs of a layer with this input and output, (B, T, D) each."""
+        return [(inputs, outputs)]
+
+    def measure(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the value (B, T) of each token of a pair."""
+        return token_cosine(x, y)
+
+    def visit(self, batch: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
+        """Add the tokens of a micro-batch."""
+        counted, first = self._tokens[batch]
+        for layers, (x, y) in zip(self.means.values(), self.pairs(inputs, outputs), strict=True):
+            layers[index].add(self.measure(x, y), counted, first)
+        size, largest = torch.linalg.vector_norm(outputs, ord=torch.inf), self._largest
+        largest[index] = torch.maximum(largest[index], size) if index in largest else size
+        if batch == 0 and index == self._num_layers - 1:
+            self._check()  # a model of no use is found early, at the cost of one wait
+
+    def pooled(self) -> dict[str, list[TokenMean]]:
+        """Return the means over all tokens of all ranks.
+
+        Raises:
+            ValueError: if the output of a layer, which is named, holds NaN or Inf.
+        """
+        self._check()
+        return {name: [mean.pool(self._group) for mean in x] for name, x in self.means.items()}
+
+    def _check(self) -> None:
+        for index in sorted(self._largest):
+            for layers in self.means.values():
+                layers[index].settle()
+                statistic = layers[index].total + layers[index].first_total
+                check_finite(index, statistic, self._largest[index])
+
+
+class BlockInfluenceReader(_TokenMeans):
+    """Reads what `block_influences` returns."""
+
+    def result(self) -> BlockInfluence:
+        """Return the scores."""
+        return _influence(self.pooled()["layer"])
+
+
+class RelativeMagnitudeReader(_TokenMeans):
+    """Reads what `relative_magnitudes` returns."""
+
+    def measure(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the relative magnitude (B, T) of each token."""
+        return relative_magnitude(x, y)
+
+    def result(self) -> tuple[list[float], list[float]]:
+        """Return the scores over all tokens, and over first tokens alone."""
+        means = self.pooled()["layer"]
+        return [mean.result() for mean in means], [mean.first_result() for mean in means]
+
+
+class SublayerInfluenceReader(_TokenMeans):
+    """Reads what `sublayer_influences` returns.
+
+    Raises:
+        TypeError: if attention and MLP of the family are not known.
+    """
+
+    names = ("attention", "mlp")
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Windows, *, ignore_first_tokens: int = 0
+    ) -> None:
+        mlp_norm = sublayers_of(model).mlp_norm
+        super().__init__(model, windows, ignore_first_tokens=ignore_first_tokens)
+        self._norms = [layer.get_submodule(mlp_norm) for layer in decoder_layers(model)]
+        self._between: Tensor  # hidden states between attention and MLP of the last layer
+
+    @contextmanager
+    def watching(self, mask: Tensor | None, index: int | None) -> Iterator[None]:
+        """Note the hidden states that the norm before the MLP gets."""
+
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._between = args[0]
+
+        with ExitStack() as hooks:
+            for norm in self._norms if index is None else [self._norms[index]]:
+                hooks.enter_context(norm.register_forward_pre_hook(note))
+            yield
+
+    def pairs(self, inputs: Tensor, outputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return the states around attention, and around the MLP."""
+        return [(inputs, self._between), (self._between, outputs)]
+
+    def result(self) -> dict[str, BlockInfluence]:
+        """Return the scores of attention and MLP."""
+        return {name: _influence(means) for name, means in self.pooled().items()}
 
 
 def _influence(cosines: Sequence[TokenMean]) -> BlockInfluence:
     means = [1 - cosine.result() for cosine in cosines]
     return BlockInfluence(means, [1 - cosine.first_result() for cosine in cosines])
-
-
-def _token_means(
-    model: PreTrainedModel,
-    windows: Windows,
-    ignore_first_tokens: int,
-    names: Sequence[str],
-    pairs: Callable[[Tensor, Tensor], Sequence[tuple[Tensor, Tensor]]],
-    measure: Callable[[Tensor, Tensor], Tensor] = token_cosine,
-) -> dict[str, list[TokenMean]]:
-    """Return the mean measure of each name's pair of hidden states, by layer, from one forward.
-
-    Args:
-        model: unchanged.
-        windows: calibration windows.
-        ignore_first_tokens: tokens at the start of each sequence that do not count.
-        names: name of each pair that `pairs` returns.
-        pairs: called after each layer with the layer's input and output, (B, T, D) each; returns
-            the pairs of hidden states to compare.
-        measure: gives the value (B, T) of each token of a pair.
-    """
-    means = {name: [TokenMean() for _ in decoder_layers(model)] for name in names}
-    num_layers = len(decoder_layers(model))
-    # The largest number after each layer, on the device: NaN or Inf if there is one.
-    largest: dict[int, Tensor] = {}
-    # Of each micro-batch, on the CPU: the tokens that count, and the first of each sequence.
-    tokens: list[tuple[Tensor | None, Tensor | None]] = []
-    for batch in micro_batches(model, windows):
-        mask = batch.get("attention_mask")
-        mask = None if mask is None else mask.cpu()
-        counted = counted_positions(mask, batch["input_ids"].shape, ignore_first_tokens)
-        tokens.append((counted, first_positions(mask)))
-
-    def visit(number: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
-        counted, first = tokens[number]
-        for layers, (x, y) in zip(means.values(), pairs(inputs, outputs), strict=True):
-            layers[index].add(measure(x, y), counted, first)
-        size = torch.linalg.vector_norm(outputs, ord=torch.inf)
-        largest[index] = torch.maximum(largest[index], size) if index in largest else size
-        if number == 0 and index == num_layers - 1:
-            check()  # a model of no use is found early, at the cost of one wait
-
-    def check() -> None:
-        for index in sorted(largest):
-            for layers in means.values():
-                layers[index].settle()
-                statistic = layers[index].total + layers[index].first_total
-                check_finite(index, statistic, largest[index])
-
-    visit_layers(model, windows, visit, label="layer scores")
-    check()
-    group = group_of(windows)
-    return {name: [mean.pool(group) for mean in layers] for name, layers in means.items()}

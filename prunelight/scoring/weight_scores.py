@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
-from prunelight.calibration.layer_walk import LayerWalk
+from prunelight.calibration.layer_readers import LayerReader, read_layers
+from prunelight.calibration.shared_windows import group_of, own_windows
 from prunelight.calibration.statistics import InputNorm, exact_median, finite_values
-from prunelight.calibration.windows import Windows
+from prunelight.calibration.windows import Windows, split_windows
 from prunelight.models.families.matrices import Matrix, layer_matrices
 from prunelight.scoring.remembered import remembered
 
@@ -92,28 +94,78 @@ def weight_summaries(
         ValueError: if an activation is NaN or Inf; names the matrix.
         TypeError: if the layers cannot be run one by one.
     """
-    scores: dict[WeightScore, dict[str, float]] = {summary: {} for summary in summaries}
     label = f"{next(iter(summaries))} score" if len(summaries) == 1 else "weight scores"
-    with LayerWalk(model, windows, device=device, offload=offload, label=label) as walk:
-        tokens = walk.counted()
-        for index, _ in walk.layers():
-            matrices = layer_matrices(model, index)
-            statistics = InputStatistics(matrices, InputNorm)
-            for batch, mask in enumerate(walk.masks):
-                with statistics.watching(mask):
-                    walk.states[batch] = walk.forward(batch).to(walk.store)
-            statistics.pool(walk.group)
+    reader = WeightReader(model, windows, summaries, [by_matrix], outlier_factor=outlier_factor)
+    read_layers(model, windows, [reader], device=device, offload=offload, label=label)
+    return reader.scores[by_matrix]
+
+
+class WeightReader(LayerReader):
+    """Reads what `weight_scores` returns, of several summaries.
+
+    Attributes:
+        scores: whether by matrix -> summary -> scores.
+
+    Args:
+        model: whose layers are read.
+        windows: all that will be read.
+        summaries: which are computed.
+        by_matrix: False for scores of layers, True for scores of matrices.
+        outlier_factor: OWL's M.
+    """
+
+    by_layer = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Windows,
+        summaries: Collection[WeightScore],
+        by_matrix: Collection[bool],
+        *,
+        outlier_factor: float = 5.0,
+    ) -> None:
+        self._model, self._group, self._factor = model, group_of(windows), outlier_factor
+        self._tokens = self._count(windows)
+        self._statistics = InputStatistics[InputNorm]([], InputNorm)
+        self._index = -1
+        self.scores: dict[bool, dict[WeightScore, dict[str, float]]] = {
+            each: {summary: {} for summary in summaries} for each in by_matrix
+        }
+
+    def _count(self, windows: Windows) -> int:
+        """Return how many tokens of all ranks' windows are no padding."""
+        ids, mask = split_windows(own_windows(windows))
+        return int(self._group.totals(ids.numel() if mask is None else int(mask.sum()))[0])
+
+    def watching(self, mask: Tensor | None, index: int | None) -> AbstractContextManager[None]:
+        """Add the inputs of a layer's matrices."""
+        assert index is not None  # by_layer
+        if index != self._index:
+            matrices = layer_matrices(self._model, index)
+            self._index, self._statistics = index, InputStatistics(matrices, InputNorm)
+        return self._statistics.watching(mask)
+
+    def leave(self, index: int) -> None:
+        """Summarize the weights of a layer.
+
+        Raises:
+            ValueError: if an activation is NaN or Inf; names the matrix.
+        """
+        statistics = self._statistics
+        matrices = statistics.matrices
+        statistics.pool(self._group)
+        for by_matrix, of_summary in self.scores.items():
             # A layer whose attention and MLP were both dropped has no matrices.
             for group in [[m] for m in matrices] if by_matrix or not matrices else [matrices]:
-                parts = partial(_wanda_parts, group, statistics, tokens)
+                parts = partial(_wanda_parts, group, statistics, self._tokens)
                 names = [matrix.name for matrix in group]
-                for summary, of_matrix in scores.items():
-                    of_matrix |= dict.fromkeys(names, _summary(parts, summary, outlier_factor))
-    return scores
+                for summary, of_matrix in of_summary.items():
+                    of_matrix |= dict.fromkeys(names, _summary(parts, summary, self._factor))
 
 
 def _wanda_parts(
-    group: list[Matrix], statistics: InputStatistics[InputNorm], tokens: int
+    group: Sequence[Matrix], statistics: InputStatistics[InputNorm], tokens: int
 ) -> Iterator[Tensor]:
     """Yield A of each matrix, or expert, of a group; all of them may not fit in memory at once."""
     idle = statistics.idle() if len(group) > 1 else []  # they weigh nothing in their layer

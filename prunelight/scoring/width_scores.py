@@ -14,7 +14,8 @@ Three scores of a group or neuron are possible:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,14 +24,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
+from prunelight.calibration.layer_readers import LayerReader, read_layers
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import InputVariance
-from prunelight.calibration.windows import Windows, micro_batches
+from prunelight.calibration.windows import Windows
 from prunelight.models.families.architectures import sublayers_of
 from prunelight.models.families.config_fields import config_accepts, head_dim
 from prunelight.models.families.matrices import Matrix, layer_matrices
 from prunelight.models.families.own_classes.dropped_sublayers import dropped, gap_layers
-from prunelight.models.forward import evaluating, forward_without_head
 from prunelight.scoring.importance import saliencies
 from prunelight.scoring.remembered import remembered
 from prunelight.scoring.weight_scores import wanda_scores
@@ -185,14 +186,29 @@ def width_scores(
         ValueError: if activations or gradients are NaN or Inf.
         TypeError: if attention and MLP of the family are not known, or weights are quantized.
     """
-    layers = [projection_parts(model, i, widths) for i, widths in enumerate(widths_of(model))]
-    parts = [part for layer in layers for kind in kinds for part in layer[kind]]
     if score == "taylor":
+        layers = _layer_parts(model)
+        parts = [part for layer in layers for kind in kinds for part in layer[kind]]
         parameters: dict[str, Any] = {part.matrix.name: part.matrix.parameter for part in parts}
-        scores = saliencies(model, windows, parameters)
-    else:
-        outputs = [part.matrix for part in parts if part.dim == 1]
-        scores = dict(_column_scores(model, windows, outputs, score))
+        return _summed(layers, kinds, saliencies(model, windows, parameters))
+    reader = WidthReader(model, windows, kinds)
+    read_layers(model, windows, [reader], label=score)
+    return reader.result(score, kinds)
+
+
+def _layer_parts(model: PreTrainedModel) -> list[dict[str, list[ProjectionPart]]]:
+    return [projection_parts(model, i, widths) for i, widths in enumerate(widths_of(model))]
+
+
+def _summed(
+    layers: Sequence[Mapping[str, list[ProjectionPart]]],
+    kinds: Collection[str],
+    scores: Mapping[str, Tensor],
+) -> dict[str, list[Tensor]]:
+    """Return kind -> scores of the groups or neurons of each layer, of scores of weights by name.
+
+    Layers of experts have no neurons and are left out there.
+    """
 
     def summed(parts: list[ProjectionPart]) -> Tensor:
         sums = [part.sums(scores[part.matrix.name]) for part in parts if part.matrix.name in scores]
@@ -226,36 +242,72 @@ def standardised_scores(
         ValueError: if activations are NaN or Inf.
         TypeError: if attention and MLP of the family are not known, or weights are quantized.
     """
-    layers = [projection_parts(model, i, widths) for i, widths in enumerate(widths_of(model))]
-    # The last part of a kind is the output projection.
-    outputs = {kind: [layer[kind][-1] for layer in layers if layer[kind]] for kind in kinds}
-    matrices = [part.matrix for parts in outputs.values() for part in parts]
-    columns = dict(_column_scores(model, windows, matrices, "fluctuation"))
-
-    def mean(part: ProjectionPart) -> Tensor:
-        scores = columns[part.matrix.name]
-        standardised = (scores - scores.mean()) / scores.std().clamp(min=1e-30)
-        return part.sums(standardised) / part.indices.shape[1]
-
-    return {kind: [mean(part) for part in parts] for kind, parts in outputs.items()}
+    reader = WidthReader(model, windows, kinds)
+    read_layers(model, windows, [reader], label="fluctuation")
+    return reader.standardised(kinds)
 
 
-def _column_scores(
-    model: PreTrainedModel, windows: Windows, outputs: list[Matrix], score: str
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and column scores (I,) of each output projection, from one forward."""
-    statistics = InputStatistics(outputs, InputVariance)
-    with evaluating(model):
-        for batch in micro_batches(model, windows, label=score):
-            mask = batch.get("attention_mask")
-            with statistics.watching(None if mask is None else mask.bool()):
-                forward_without_head(model, batch)
-    statistics.pool(group_of(windows))
-    for matrix in outputs:
-        (statistic,), weight = statistics.of(matrix), matrix.parameter
-        norms = statistic.norms()  # raises if an input was NaN or Inf
-        if score == "wanda":
-            yield matrix.name, wanda_scores(weight, norms.to(weight.device)).sum(0)
-        else:
-            variance = statistic.variance().to(weight.device)
-            yield matrix.name, weight.float().square().sum(0) * variance
+class WidthReader(LayerReader):
+    """Reads what `width_scores` returns by wanda and by fluctuation, and `standardised_scores`.
+
+    Args:
+        model: whose layers are read.
+        windows: all that will be read.
+        kinds: "heads", "neurons" or both.
+
+    Raises:
+        TypeError: if attention and MLP of the family are not known, or weights are quantized.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Windows, kinds: Collection[str] = KINDS
+    ) -> None:
+        self._group, self._layers = group_of(windows), _layer_parts(model)
+        # The last part of a kind is the output projection.
+        outputs = [layer[kind][-1] for layer in self._layers for kind in kinds if layer[kind]]
+        self._statistics = InputStatistics([x.matrix for x in outputs], InputVariance)
+        self._pooled = False
+
+    def watching(self, mask: Tensor | None, index: int | None) -> AbstractContextManager[None]:
+        """Add the inputs of all output projections."""
+        return self._statistics.watching(mask)
+
+    def result(self, score: str, kinds: Collection[str]) -> dict[str, list[Tensor]]:
+        """Return the scores by "wanda" or "fluctuation".
+
+        Raises:
+            ValueError: if an input was NaN or Inf.
+        """
+        return _summed(self._layers, kinds, self._columns(score))
+
+    def standardised(self, kinds: Collection[str]) -> dict[str, list[Tensor]]:
+        """Return the standardised scores.
+
+        Raises:
+            ValueError: if an input was NaN or Inf.
+        """
+        columns = self._columns("fluctuation")
+
+        def mean(part: ProjectionPart) -> Tensor:
+            scores = columns[part.matrix.name]
+            standardised = (scores - scores.mean()) / scores.std().clamp(min=1e-30)
+            return part.sums(standardised) / part.indices.shape[1]
+
+        outputs = {kind: [x[kind][-1] for x in self._layers if x[kind]] for kind in kinds}
+        return {kind: [mean(part) for part in parts] for kind, parts in outputs.items()}
+
+    def _columns(self, score: str) -> dict[str, Tensor]:
+        """Return name -> scores of the columns (I,) of each output projection."""
+        if not self._pooled:
+            self._statistics.pool(self._group)
+            self._pooled = True
+        columns = {}
+        for matrix in self._statistics.matrices:
+            (statistic,), weight = self._statistics.of(matrix), matrix.parameter
+            norms = statistic.norms()  # raises if an input was NaN or Inf
+            if score == "wanda":
+                columns[matrix.name] = wanda_scores(weight, norms.to(weight.device)).sum(0)
+            else:
+                variance = statistic.variance().to(weight.device)
+                columns[matrix.name] = weight.float().square().sum(0) * variance
+        return columns

@@ -2,13 +2,11 @@
 
 import copy
 import inspect
-import types
 
 import pytest
 import torch
-from lively_models import hooks, lively_model, padded, raw_output
+from lively_models import between, hooks, lively_model, padded, raw_output
 from tiny import FAMILIES, NUM_LAYERS, UNKNOWN_FAMILIES, tiny_model, token_windows
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
@@ -152,22 +150,6 @@ def test_the_model_is_restored_whatever_happens(family, fault):
     assert torch.is_grad_enabled()
     after = model.state_dict()
     assert all(torch.equal(after[name], weights[name]) for name in weights)
-
-
-def between(model, change):
-    """Make a llama do something between its layers: change(hidden states, second output)."""
-
-    def forward(self, input_ids=None, attention_mask=None, **_):
-        x, second = self.embed_tokens(input_ids), None
-        positions = torch.arange(x.shape[1])[None]
-        angles = self.rotary_emb(x, position_ids=positions)
-        for layer in self.layers:
-            x = layer(x, position_embeddings=angles, attention_mask=None, second=second)
-            x, second = change(*x) if isinstance(x, tuple) else change(x, None)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
-
-    model.model.forward = types.MethodType(forward, model.model)
-    return model
 
 
 @pytest.mark.parametrize("factor", [1.01, 1.5, 0.0])

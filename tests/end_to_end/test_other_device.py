@@ -56,6 +56,12 @@ def test_scores_bring_each_layer_once_for_all_micro_batches():
         assert row["to_device"] < 1.6  # hidden states are not small beside a tiny model
 
 
+def test_all_scores_together_bring_each_layer_once():
+    row = on_the_other_device("llama", ())["surroundings"]
+    assert row["left_out"] == {}
+    assert row["scored"] < 2  # a sixth each for two probes of a layer, and the hidden states
+
+
 def test_a_streamed_model_is_checked_and_timed_on_the_device():
     row = on_the_other_device("llama", ())["surroundings"]
     assert (row["reloaded_on"], row["generation_fault"], row["compared"]) == ("emulated", "", True)

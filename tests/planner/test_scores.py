@@ -1,10 +1,12 @@
 """Scores on disk: a plan made of them is the plan of the model, or they say what they lack."""
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
 from killed_at_rename import kill_at_rename
+from lively_models import between
 from methods_table import METHODS, VARIANTS
 from runs import VARIED_TEXT, write_model
 from tiny import tiny_model, token_windows
@@ -12,13 +14,23 @@ from warm_command import call
 
 from prunelight.callbacks import ShortGPT
 from prunelight.cli import main
+from prunelight.models.families.experts.layout import has_experts
+from prunelight.models.families.layers import decoder_layers
 from prunelight.planner.making import plan_of_scores
 from prunelight.planner.scores import SCORES, TENSORS, read_scores, write_scores
 from prunelight.planner.scoring import SCORERS, score_model
 from prunelight.planning.plan import Plan
+from prunelight.pruning.healing.writers import first_writer
 from prunelight.scoring.angular_distance import angular_distances, angular_distances_by_size
+from prunelight.scoring.block_influence import (
+    block_influences,
+    relative_magnitudes,
+    sublayer_influences,
+)
+from prunelight.scoring.experts.expert_scores import expert_scores
 from prunelight.scoring.remembered import Memory, remembering_scores
 from prunelight.scoring.weight_scores import weight_scores, weight_summaries
+from prunelight.scoring.width_scores import standardised_scores, width_scores
 
 CPU = torch.device("cpu")
 TABLE = {name: method for name, method in {**METHODS, **VARIANTS}.items() if not method.gradual}
@@ -85,11 +97,85 @@ def test_a_score_that_the_family_does_not_have_is_left_out_and_told(tmp_path):
     assert [*scores.seconds] == ["block_influence"]
 
 
-def test_padding_does_not_count_in_scores_either(tmp_path):
-    model, ids = tiny_model(), token_windows(4, 16)
-    mask = torch.ones_like(ids)
+def padded(windows):
+    mask = torch.ones_like(windows)
     mask[0, 10:] = 0
-    windows = {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": windows, "attention_mask": mask}
+
+
+def asked_alone(model, windows):
+    """Return what a memory holds of each scoring function that computed alone, if it could."""
+    memory = Memory()
+    with remembering_scores(memory):
+        block_influences(model, windows)
+        relative_magnitudes(model, windows)
+        with suppress(TypeError):  # gpt2's attention and MLP cannot be pruned apart
+            sublayer_influences(model, windows)
+        for size in range(6):
+            angular_distances(model, windows, size)
+        for summary in ("median", "mean", "outlier_ratio"):
+            for by_matrix in (False, True):
+                weight_scores(model, windows, summary, by_matrix=by_matrix)
+        with suppress(TypeError):
+            for kinds in (["heads", "neurons"], ["heads"], ["neurons"]):
+                for score in ("wanda", "fluctuation"):
+                    width_scores(model, windows, score, kinds)
+                standardised_scores(model, windows, kinds)
+        if has_experts(model):
+            for score in ("reap", "frequency"):
+                expert_scores(model, windows, score)
+        first_writer(model, windows)
+    return memory
+
+
+def assert_same(found, expected):
+    """Compare results, exactly."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(found[key], value)
+    elif isinstance(expected, (list, tuple)):
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("shape", ["plain", "padded"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen3_moe"])
+def test_scores_of_one_pass_are_those_that_each_function_computes_alone(family, shape):
+    model, windows = tiny_model(family), token_windows(300, 16)  # three micro-batches
+    if shape == "padded" and family != "qwen3_moe":  # whose experts hide what is padding
+        windows = padded(windows)
+    found, expected = score_model(model, windows, device=CPU).memory, asked_alone(model, windows)
+    assert {*found.calls.values()} == {*expected.calls.values()}
+    for key, (result, _) in expected.scores.items():
+        assert_same(found.scores[key][0], result)
+
+
+def test_all_scores_together_read_the_windows_once():
+    model, windows, read = tiny_model(), token_windows(300, 16), []
+    mlp = decoder_layers(model)[3].mlp  # a walk replaces the forward of a layer
+    with mlp.register_forward_hook(lambda module, args, output: read.append(output.numel())):
+        score_model(model, windows, device=CPU)
+    tokens = sum(read) / model.config.hidden_size
+    assert windows.numel() <= tokens <= windows.numel() + 64  # a walk begins with a few tokens
+
+
+def test_where_layers_cannot_be_run_alone_the_other_scores_are_read_all_the_same():
+    model, windows = between(tiny_model(), lambda x, _: (1.5 * x, None)), token_windows(8, 16)
+    scores = score_model(model, windows, device=CPU)
+    assert {*scores.left_out} == {"weights", "healing"}
+    assert "cannot be run on its own" in scores.left_out["weights"]
+    with remembering_scores(scores.memory):
+        found = block_influences(model, windows)
+    assert found == block_influences(model, windows)
+
+
+def test_padding_does_not_count_in_scores_either(tmp_path):
+    model, windows = tiny_model(), padded(token_windows(4, 16))
     directory = scored(model, windows, tmp_path / "scores", ["block_influence"])
     method = ShortGPT(num_layers=2)
     assert plan_of_scores(method, directory)[0].to_dict() == method.plan(model, windows).to_dict()
@@ -270,5 +356,6 @@ def test_scores_that_were_left_of_another_computation_are_not_taken(other, saved
     with caplog.at_level("INFO"):
         main(score_command(saved, out))
     assert "was scored before" not in caplog.text
+    assert f"2 scores that were left are of another computation ({other})" in caplog.text
     main(score_command(saved, tmp_path / "whole"))
     assert computed_in(out) == computed_in(tmp_path / "whole")

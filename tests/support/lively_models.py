@@ -2,9 +2,11 @@
 
 import copy
 import math
+import types
 
 import torch
 from tiny import tiny_model
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import prunelight
 from prunelight.models.families.layers import decoder_layers, first_tensor
@@ -88,3 +90,19 @@ def nll_without(model, layers, windows):
     other.model.layers = torch.nn.ModuleList(kept)
     other.config.num_hidden_layers = len(kept)
     return math.log(prunelight.perplexity(other, windows))
+
+
+def between(model, change):
+    """Make a llama do something between its layers: change(hidden states, second output)."""
+
+    def forward(self, input_ids=None, attention_mask=None, **_):
+        x, second = self.embed_tokens(input_ids), None
+        positions = torch.arange(x.shape[1])[None]
+        angles = self.rotary_emb(x, position_ids=positions)
+        for layer in self.layers:
+            x = layer(x, position_embeddings=angles, attention_mask=None, second=second)
+            x, second = change(*x) if isinstance(x, tuple) else change(x, None)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
+
+    model.model.forward = types.MethodType(forward, model.model)
+    return model

@@ -11,21 +11,27 @@ from functools import partial
 
 from device_parity import compared
 from emulated_device import BYTES, DEVICE, Emulating
-from tiny import tiny_model
+from tiny import tiny_model, token_windows
 
 from prunelight.evaluation.serving.shape import prompt
 from prunelight.evaluation.serving.timing import time_generation
 from prunelight.models.placement import compute_device, move_if_it_fits, place_like
 from prunelight.models.saving import _compare_behaviour, generation_fault
+from prunelight.planner.scoring import score_model
 
 
 def surroundings(family):
     """Return what the check of a saved model and a timing say of a streamed one."""
-    model = tiny_model(family)
+    model = tiny_model(family).requires_grad_(False)  # see device_parity
     with Emulating():
         streamed = move_if_it_fits(copy.deepcopy(model), DEVICE, offload=True)
         reloaded = place_like(model, streamed)
+        BYTES.clear()
+        scores = score_model(streamed, token_windows(300, 16), device=DEVICE, offload=True)
+        scored = BYTES["to"] / sum(x.numel() * x.element_size() for x in model.parameters())
         return {
+            "scored": scored,
+            "left_out": scores.left_out,
             "name": "surroundings",
             "reloaded_on": compute_device(reloaded).type,
             "generation_fault": generation_fault(streamed),

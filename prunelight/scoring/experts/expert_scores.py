@@ -9,15 +9,18 @@ Two scores of an expert are possible:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.calibration.shared_windows import group_of
-from prunelight.calibration.windows import Windows, micro_batches
+from prunelight.calibration.layer_readers import LayerReader, read_layers
+from prunelight.calibration.shared_windows import group_of, own_windows
+from prunelight.calibration.windows import Windows, split_windows
 from prunelight.models.families.experts.layout import experts_of
 from prunelight.models.families.experts.routed import check_scorable, watching_experts
-from prunelight.models.forward import evaluating, forward_without_head
 from prunelight.scoring.remembered import remembered
 
 SCORES = ("reap", "frequency")
@@ -68,33 +71,65 @@ def expert_scores(
         ValueError: if gates or outputs are NaN or Inf; names the layer.
         TypeError: if the model has no experts, or they cannot be scored.
     """
-    experts = experts_of(model)
-    check_scorable(model, experts)
-    sums = {layer: RoutedSums(experts.count) for layer in experts.layers}
-    total, counted = 0, None  # tokens that count; which of the batch do, (T,)
+    reader = ExpertReader(model, windows, norms=score == "reap")
+    read_layers(model, windows, [reader], label="experts")
+    return reader.result(score)
 
-    def visit(layer: int, indices: Tensor, gates: Tensor, norms: Tensor) -> None:
-        if counted is not None:
-            indices, gates, norms = (x[counted.to(x.device)] for x in (indices, gates, norms))
-        sums[layer].update(indices, gates, norms)
 
-    with evaluating(model), watching_experts(model, experts, visit, norms=score == "reap"):
-        for batch in micro_batches(model, windows, label="experts"):
-            mask = batch.get("attention_mask")
-            counted = None if mask is None else mask.bool().flatten()
-            total += batch["input_ids"].numel() if mask is None else int(mask.sum())
-            forward_without_head(model, batch)
-    group = group_of(windows)
-    (all_tokens,) = group.totals(total)
-    scores = {}
-    for layer, of_layer in sums.items():
-        of_layer.saliency = group.sum(of_layer.saliency)
-        of_layer.tokens = group.sum(of_layer.tokens)
-        values = of_layer.reap() if score == "reap" else of_layer.tokens / max(1, all_tokens)
-        if not bool(values.isfinite().all()):
-            raise ValueError(
-                f"gates or outputs of experts in decoder layer {layer} are NaN or Inf; load the "
-                "model in bfloat16 or float32, or check its weights"
-            )
-        scores[layer] = values.float()
-    return scores
+class ExpertReader(LayerReader):
+    """Reads what `expert_scores` returns.
+
+    Args:
+        model: with experts that `check_scorable` passes.
+        windows: all that will be read.
+        norms: read outputs too, which "reap" needs; it costs the experts' forward once more.
+
+    Raises:
+        TypeError: if the model has no experts, or they cannot be scored.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Windows, *, norms: bool = True) -> None:
+        self._model, self._group, self._norms = model, group_of(windows), norms
+        self._experts = experts_of(model)
+        check_scorable(model, self._experts)
+        self._sums = {layer: RoutedSums(self._experts.count) for layer in self._experts.layers}
+        ids, mask = split_windows(own_windows(windows))
+        tokens = ids.numel() if mask is None else int(mask.sum())
+        (self._tokens,) = self._group.totals(tokens)
+        self._pooled = False
+
+    @contextmanager
+    def watching(self, mask: Tensor | None, index: int | None) -> Iterator[None]:
+        """Add what tokens that are no padding get from their experts."""
+        counted = None if mask is None else mask.flatten()
+
+        def visit(layer: int, indices: Tensor, gates: Tensor, norms: Tensor) -> None:
+            if counted is not None:
+                indices, gates, norms = (x[counted.to(x.device)] for x in (indices, gates, norms))
+            self._sums[layer].update(indices, gates, norms)
+
+        with watching_experts(self._model, self._experts, visit, norms=self._norms):
+            yield
+
+    def result(self, score: str) -> dict[int, Tensor]:
+        """Return the scores by "reap" or "frequency".
+
+        Raises:
+            ValueError: if gates or outputs are NaN or Inf; names the layer.
+        """
+        if not self._pooled:
+            self._pooled = True
+            for of_layer in self._sums.values():
+                of_layer.saliency = self._group.sum(of_layer.saliency)
+                of_layer.tokens = self._group.sum(of_layer.tokens)
+        scores = {}
+        for layer, of_layer in self._sums.items():
+            reap = score == "reap"
+            values = of_layer.reap() if reap else of_layer.tokens / max(1, self._tokens)
+            if not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"gates or outputs of experts in decoder layer {layer} are NaN or Inf; load "
+                    "the model in bfloat16 or float32, or check its weights"
+                )
+            scores[layer] = values.float()
+        return scores
