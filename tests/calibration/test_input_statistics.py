@@ -1,5 +1,7 @@
 """What the matrices of a layer see: which share a statistic, and what it holds."""
 
+import weakref
+
 import pytest
 import torch
 from lively_models import hooks, lively_model, padded, raw_output
@@ -142,6 +144,25 @@ def test_one_weight_of_the_experts_may_be_watched_without_the_other(name):
             break
     for one, other in zip(alone.of(matrix), both.of(matrix), strict=True):
         assert torch.equal(one.squares, other.squares)
+
+
+@torch.no_grad()
+def test_inputs_of_earlier_layers_are_not_kept_while_a_whole_model_computes():
+    model = tiny_model()
+    outputs = [
+        m for i in range(6) for m in layer_matrices(model, i) if short(m.name) == "down_proj"
+    ]
+    inputs, alive = [], []
+
+    def look(module, args):
+        alive.append(sum(known() is not None for known in inputs))
+        inputs.append(weakref.ref(args[0]))
+
+    for matrix in outputs:
+        matrix.owner.register_forward_pre_hook(look)
+    with InputStatistics(outputs, InputNorm).watching():
+        model(WINDOWS)
+    assert alive == [0] * 6
 
 
 def test_a_matrix_that_is_never_called_is_named():

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -39,7 +40,8 @@ class InputStatistics(Generic[Statistic]):
         # Name of each matrix -> name of the first matrix with the same input, its leader.
         self._leader: dict[str, str] = {}
         self._statistics: dict[str, list[Statistic]] = {}  # by leader, one for each of its views
-        self._inputs: list[tuple[Tensor, str]] = []  # of this forward, each with a matrix' name
+        # Of this forward, each with a matrix' name; held weakly, or those of all layers would live.
+        self._inputs: list[tuple[weakref.ref[Tensor], str]] = []
         self._called: set[str] = set()  # matrices whose module has been called
 
     @contextmanager
@@ -154,9 +156,9 @@ class InputStatistics(Generic[Statistic]):
         x = args[0] if args else next(iter(kwargs.values()))
         name = matrices[0].name
         if name not in self._leader:
-            leader = next((first for tensor, first in self._inputs if tensor is x), name)
+            leader = next((first for known, first in self._inputs if known() is x), name)
             self._leader[name] = leader
-            self._inputs.append((x, name))
+            self._inputs.append((weakref.ref(x), name))
             if leader == name:
                 self._statistics[name] = [self.make(x.shape[-1])]
         if self._leader[name] == name:
