@@ -129,10 +129,11 @@ def score_model(
 
     with remembering_scores(memory):
         for readers, seconds in read_together(model, windows, together, left_out):
-            for name, reader in readers.items():
-                start = time.perf_counter()
-                reader.keep(memory, seconds)
-                note(name, seconds / len(readers) + time.perf_counter() - start)
+            reading = sum(x.reader is not None for x in readers.values())
+            for name, score in readers.items():
+                start, part = time.perf_counter(), seconds / reading if score.reader else 0.0
+                score.keep(memory, seconds)
+                note(name, part + time.perf_counter() - start)
         for name in [name for name in asked if name in _ALONE]:
             start = time.perf_counter()
             try:
