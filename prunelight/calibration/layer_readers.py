@@ -18,9 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_walk import LayerWalk
-from prunelight.calibration.windows import Windows, micro_batches
+from prunelight.calibration.shared_windows import group_of, own_windows
+from prunelight.calibration.windows import Windows, micro_batches, split_windows
+from prunelight.models.families.config_fields import decoder_config
+from prunelight.models.families.rwkv import without_rescaling
 from prunelight.models.forward import evaluating, forward_without_head, watching_layers
-from prunelight.models.placement import is_streamed
+from prunelight.models.placement import compute_device, is_streamed
+from prunelight.runtime.devices import free_memory
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +51,10 @@ class LayerReader:
         """Read what a layer got and gave for a micro-batch, (B, T, D) each."""
 
     def leave(self, index: int) -> None:
-        """Read a layer, on the compute device, that has seen all micro-batches; with `by_layer`."""
+        """Read a layer, on the compute device, that has seen all micro-batches.
+
+        It is called where layers compute one after another.
+        """
 
 
 @torch.no_grad()
@@ -66,8 +73,9 @@ def read_layers(
         model: unchanged.
         windows: calibration windows.
         readers: who read; each is as if it read alone.
-        device: where layers compute that go one after another; None takes the model's own.
-        offload: keep the states of such layers on the CPU.
+        device: where the layers compute if they go one after another; None takes the model's own.
+        offload: keep all states on the CPU then; of a streamed model also where the device has no
+            room for them.
         label: name of the progress bar.
 
     Raises:
@@ -76,19 +84,21 @@ def read_layers(
     if not readers:
         return
     by_layer = any(reader.by_layer for reader in readers)
+    offload = offload or (is_streamed(model) and not _states_fit(model, windows))
     with ExitStack() as stack:
         if by_layer or is_streamed(model):
             try:
                 walk = LayerWalk(model, windows, device=device, offload=offload, label=label)
                 stack.enter_context(walk)
             except TypeError as error:
-                if by_layer:
+                if by_layer or group_of(windows).size > 1:  # ranks that passed wait for this one
                     raise
                 log.warning("%s: each micro-batch brings all layers to the device", error)
             else:
                 _read_by_layer(walk, readers)
                 return
         stack.enter_context(evaluating(model))
+        stack.enter_context(without_rescaling(model))  # as a walk does
         for number, batch in enumerate(micro_batches(model, windows, label=label)):
             mask = batch.get("attention_mask")
 
@@ -101,6 +111,13 @@ def read_layers(
                     context = reader.watching(None if mask is None else mask.bool(), None)
                     watched.enter_context(context)
                 forward_without_head(model, batch)
+
+
+def _states_fit(model: PreTrainedModel, windows: Windows) -> bool:
+    """Return whether half of what the device has free holds the states of this rank's windows."""
+    tokens = split_windows(own_windows(windows))[0].numel()
+    size = decoder_config(model.config).hidden_size * model.dtype.itemsize
+    return 2 * tokens * size <= free_memory(compute_device(model))
 
 
 def _read_by_layer(walk: LayerWalk, readers: Sequence[LayerReader]) -> None:

@@ -11,6 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from itertools import chain
 from typing import Any
 
@@ -159,6 +160,7 @@ def layers_arriving(model: PreTrainedModel, device: torch.device) -> Iterator[No
     def arriving(layer: nn.Module) -> Callable[..., Any]:
         own = layer.forward
 
+        @wraps(own)  # its arguments are asked for by name
         def forward(*args: Any, **kwargs: Any) -> Any:
             with on_device(layer.modules(), device):
                 return own(*args, **kwargs)

@@ -41,7 +41,7 @@ class ScoreReader:
 
     Attributes:
         reader: that reads; None if there is nothing to read.
-        keep: called with a memory, and the seconds that reading alone takes; keeps the results.
+        keep: called with a memory, and the seconds of the pass; keeps the results.
     """
 
     reader: LayerReader | None
@@ -105,12 +105,14 @@ def _width(model: PreTrainedModel, windows: Windows) -> ScoreReader:
     reader = WidthReader(model, windows)
 
     def keep(memory: Memory, seconds: float) -> None:
+        by_score = {score: reader.result(score, KINDS) for score in ("wanda", "fluctuation")}
+        standardised = reader.standardised(KINDS)
         for kinds in ([*KINDS], *([kind] for kind in KINDS)):
-            for score in ("wanda", "fluctuation"):
-                scores = reader.result(score, kinds)
-                memory.keep(width_scores, scores, seconds, model, windows, score, kinds)
-            scores = reader.standardised(kinds)
-            memory.keep(standardised_scores, scores, seconds, model, windows, kinds)
+            for score, scores in by_score.items():
+                some = {kind: scores[kind] for kind in kinds}
+                memory.keep(width_scores, some, seconds, model, windows, score, kinds)
+            some = {kind: standardised[kind] for kind in kinds}
+            memory.keep(standardised_scores, some, seconds, model, windows, kinds)
 
     return ScoreReader(reader, keep)
 
@@ -158,16 +160,16 @@ def read_together(
         try:
             readers[name] = READERS[name](model, windows)
         except TypeError as error:  # the family has no such parts
-            left_out[name] = str(error)
+            leave_out(name, error, left_out)
     start = time.perf_counter()
     try:
         reading = [x.reader for x in readers.values() if x.reader is not None]
         read_layers(model, windows, reading, label="scores")
     except TypeError as error:
         if len(readers) == 1:
-            left_out |= dict.fromkeys(readers, str(error))
+            leave_out(next(iter(readers)), error, left_out)
             return
-        log.info("the scores are read in several passes: %s", error)
+        log.warning("the scores are read in several passes: %s", error)
         by_layer = [n for n, x in readers.items() if x.reader is not None and x.reader.by_layer]
         for some in (by_layer, [name for name in readers if name not in by_layer]):
             for part in [some] if 0 < len(some) < len(readers) else [[name] for name in some]:
@@ -175,3 +177,9 @@ def read_together(
         return
     if readers:
         yield readers, time.perf_counter() - start
+
+
+def leave_out(name: str, error: TypeError, left_out: dict[str, str]) -> None:
+    """Note that a model does not have a score, and why; say so."""
+    log.warning("%s is left out: %s", name, error)
+    left_out[name] = str(error)

@@ -17,7 +17,7 @@ from prunelight.evaluation.saved.subject import find_device
 from prunelight.models.loading import load
 from prunelight.models.placement import how_computed, move_if_it_fits
 from prunelight.planner.applying import held_until_done
-from prunelight.planner.score_readers import READERS, read_together
+from prunelight.planner.score_readers import READERS, leave_out, read_together
 from prunelight.planner.scores import (
     Scores,
     describe_scored,
@@ -108,8 +108,8 @@ def score_model(
     computed = Scores(describe_scored(model), windows, Memory(), how=how_computed(model, device))
     if earlier is not None and (differing := earlier.differing(computed)):
         log.warning(
-            "%s scores that were left are of another computation (%s): all are computed anew",
-            len(earlier.seconds),
+            "scores that were left (%s) are of another computation (%s): all are computed anew",
+            ", ".join(earlier.seconds),
             ", ".join(differing),
         )
     elif earlier is not None:
@@ -139,11 +139,9 @@ def score_model(
             try:
                 _ALONE[name](model, windows, memory)
             except TypeError as error:  # the family has no such parts
-                left_out[name] = str(error)
+                leave_out(name, error, left_out)
                 continue
             note(name, time.perf_counter() - start)
-    for name, reason in left_out.items():
-        log.warning("%s is left out: %s", name, reason)
     return computed
 
 

@@ -88,7 +88,16 @@ class AngularReader(LayerReader):
         states = (inputs, outputs)[index > 0 :]
         self._states[batch].extend(state[self._lasts[batch]] for state in states)
         if batch == 0 and index == self._num_layers - 1:
-            _check(self._states[0])  # a model of no use is found early, at the cost of one wait
+            _check(self._states[0][1:])  # a model of no use is found early, at the cost of one wait
+
+    def leave(self, index: int) -> None:
+        """Check a layer as soon as it is read.
+
+        Raises:
+            ValueError: if its output holds NaN or Inf.
+        """
+        for of_batch in self._states:
+            _check(of_batch[-1:], index)
 
     def result(self, sizes: Collection[int]) -> dict[int, list[float]]:
         """Return the distances of each number of layers: size -> scores.
@@ -99,7 +108,7 @@ class AngularReader(LayerReader):
         """
         totals = {size: torch.zeros(self._num_layers - size + 1).double() for size in sizes}
         for of_batch in self._states:
-            _check(of_batch)
+            _check(of_batch[1:])
             for size, total in totals.items():
                 starts, ends = torch.stack(of_batch[: len(total)]), torch.stack(of_batch[size:])
                 total += angular_distance(starts, ends).sum(1).cpu().double()
@@ -109,8 +118,8 @@ class AngularReader(LayerReader):
         return {size: (self._group.sum(x) / samples).tolist() for size, x in totals.items()}
 
 
-def _check(of_batch: list[Tensor]) -> None:
-    """Check the states of a micro-batch after each layer."""
-    norms = torch.stack([state.float().norm() for state in of_batch[1:]]).tolist()
-    for index, (norm, state) in enumerate(zip(norms, of_batch[1:], strict=True)):
+def _check(states: list[Tensor], first: int = 0) -> None:
+    """Check the states of a micro-batch after some layers, of which `first` is the first."""
+    norms = torch.stack([state.float().norm() for state in states]).tolist()
+    for index, (norm, state) in enumerate(zip(norms, states, strict=True), start=first):
         check_finite(index, norm, state)

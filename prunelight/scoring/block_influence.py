@@ -184,6 +184,14 @@ class _TokenMeans(LayerReader):
         if batch == 0 and index == self._num_layers - 1:
             self._check()  # a model of no use is found early, at the cost of one wait
 
+    def leave(self, index: int) -> None:
+        """Check a layer as soon as it is read.
+
+        Raises:
+            ValueError: if its output holds NaN or Inf.
+        """
+        self._check(index)
+
     def pooled(self) -> dict[str, list[TokenMean]]:
         """Return the means over all tokens of all ranks.
 
@@ -193,8 +201,8 @@ class _TokenMeans(LayerReader):
         self._check()
         return {name: [mean.pool(self._group) for mean in x] for name, x in self.means.items()}
 
-    def _check(self) -> None:
-        for index in sorted(self._largest):
+    def _check(self, only: int | None = None) -> None:
+        for index in sorted(self._largest) if only is None else [only]:
             for layers in self.means.values():
                 layers[index].settle()
                 statistic = layers[index].total + layers[index].first_total

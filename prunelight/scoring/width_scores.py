@@ -14,8 +14,8 @@ Three scores of a group or neuron are possible:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -263,14 +263,19 @@ class WidthReader(LayerReader):
         self, model: PreTrainedModel, windows: Windows, kinds: Collection[str] = KINDS
     ) -> None:
         self._group, self._layers = group_of(windows), _layer_parts(model)
-        # The last part of a kind is the output projection.
-        outputs = [layer[kind][-1] for layer in self._layers for kind in kinds if layer[kind]]
-        self._statistics = InputStatistics([x.matrix for x in outputs], InputVariance)
+        # Of each layer; the last part of a kind is the output projection.
+        outputs = [[x[kind][-1].matrix for kind in kinds if x[kind]] for x in self._layers]
+        self._statistics = [InputStatistics(x, InputVariance) for x in outputs]
         self._pooled = False
+        self._columns: dict[str, dict[str, Tensor]] = {}  # by score and matrix
 
-    def watching(self, mask: Tensor | None, index: int | None) -> AbstractContextManager[None]:
-        """Add the inputs of all output projections."""
-        return self._statistics.watching(mask)
+    @contextmanager
+    def watching(self, mask: Tensor | None, index: int | None) -> Iterator[None]:
+        """Add the inputs of output projections."""
+        with ExitStack() as stack:
+            for one in self._statistics if index is None else [self._statistics[index]]:
+                stack.enter_context(one.watching(mask))
+            yield
 
     def result(self, score: str, kinds: Collection[str]) -> dict[str, list[Tensor]]:
         """Return the scores by "wanda" or "fluctuation".
@@ -278,7 +283,7 @@ class WidthReader(LayerReader):
         Raises:
             ValueError: if an input was NaN or Inf.
         """
-        return _summed(self._layers, kinds, self._columns(score))
+        return _summed(self._layers, kinds, self._column_scores(score))
 
     def standardised(self, kinds: Collection[str]) -> dict[str, list[Tensor]]:
         """Return the standardised scores.
@@ -286,7 +291,7 @@ class WidthReader(LayerReader):
         Raises:
             ValueError: if an input was NaN or Inf.
         """
-        columns = self._columns("fluctuation")
+        columns = self._column_scores("fluctuation")
 
         def mean(part: ProjectionPart) -> Tensor:
             scores = columns[part.matrix.name]
@@ -296,18 +301,24 @@ class WidthReader(LayerReader):
         outputs = {kind: [x[kind][-1] for x in self._layers if x[kind]] for kind in kinds}
         return {kind: [mean(part) for part in parts] for kind, parts in outputs.items()}
 
-    def _columns(self, score: str) -> dict[str, Tensor]:
+    def _column_scores(self, score: str) -> dict[str, Tensor]:
         """Return name -> scores of the columns (I,) of each output projection."""
         if not self._pooled:
-            self._statistics.pool(self._group)
             self._pooled = True
-        columns = {}
-        for matrix in self._statistics.matrices:
-            (statistic,), weight = self._statistics.of(matrix), matrix.parameter
-            norms = statistic.norms()  # raises if an input was NaN or Inf
-            if score == "wanda":
-                columns[matrix.name] = wanda_scores(weight, norms.to(weight.device)).sum(0)
-            else:
-                variance = statistic.variance().to(weight.device)
-                columns[matrix.name] = weight.float().square().sum(0) * variance
-        return columns
+            for statistics in self._statistics:
+                statistics.pool(self._group)
+        if score not in self._columns:
+            self._columns[score] = {
+                matrix.name: _column_scores(matrix, statistics.of(matrix)[0], score)
+                for statistics in self._statistics
+                for matrix in statistics.matrices
+            }
+        return self._columns[score]
+
+
+def _column_scores(matrix: Matrix, statistic: InputVariance, score: str) -> Tensor:
+    """Return the scores of the columns (I,) of an output projection."""
+    weight, norms = matrix.parameter, statistic.norms()  # raises if an input was NaN or Inf
+    if score == "wanda":
+        return wanda_scores(weight, norms.to(weight.device)).sum(0)
+    return weight.float().square().sum(0) * statistic.variance().to(weight.device)

@@ -244,6 +244,12 @@ def test_each_job_is_done_by_one_rank_and_its_results_are_given_to_all(root):
     assert all(one["results"] == alone["results"] for one in told)
 
 
+def test_each_matrix_is_solved_by_one_rank(root):
+    solves = numbers(root, "solves SparseGPT", 3)
+    assert sum(solves) == 6 * 4  # q, k and v share a solve, and gate and up
+    assert min(solves) >= 6  # of four a layer, the longest is done by a rank of its own
+
+
 def test_a_job_that_fails_ends_all_ranks(root):
     reason = "invalid literal for int() with base 10: 'x'"
     theirs = f"RuntimeError: rank 1 failed: {reason}"

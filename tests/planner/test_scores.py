@@ -144,7 +144,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("shape", ["plain", "padded"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen3_moe", "rwkv"])
 def test_scores_of_one_pass_are_those_that_each_function_computes_alone(family, shape):
     model, windows = tiny_model(family), token_windows(300, 16)  # three micro-batches
     if shape == "padded" and family != "qwen3_moe":  # whose experts hide what is padding
@@ -356,6 +356,8 @@ def test_scores_that_were_left_of_another_computation_are_not_taken(other, saved
     with caplog.at_level("INFO"):
         main(score_command(saved, out))
     assert "was scored before" not in caplog.text
-    assert f"2 scores that were left are of another computation ({other})" in caplog.text
+    assert f"(block_influence, relative_magnitude) are of another computation ({other})" in (
+        caplog.text
+    )
     main(score_command(saved, tmp_path / "whole"))
     assert computed_in(out) == computed_in(tmp_path / "whole")

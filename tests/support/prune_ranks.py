@@ -5,6 +5,7 @@ All three have uneven shares; two of them then go through the table of methods, 
 
 import json
 import os
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +47,7 @@ from prunelight.callbacks import (
 from prunelight.evaluation.perplexity import evaluate
 from prunelight.models.families.matrices import Matrix
 from prunelight.pruning.rounding.quantize import quantize_gptq
+from prunelight.pruning.sparsity import sparsify
 from prunelight.runtime.processes import Job, ProcessGroup
 from prunelight.scoring.analysis import analyze
 
@@ -211,10 +213,28 @@ def uneven(rank, root, group):
     if find_spec("compressed_tensors"):
         save_file(quantize(shared), root / f"quantized-{rank}.safetensors")
     for title, make in UNEVEN.items():
-        keep(root / f"3 {title}", rank, prune(make, tiny_model(), shared))
+        with counting_solves() as solves:
+            keep(root / f"3 {title}", rank, prune(make, tiny_model(), shared))
+        write(root / f"solves {title}-{rank}.json", len(solves))
     rows = own_windows(shared)["input_ids"].tolist()
     quality, seen = vars(evaluate(model, shared)), vars(analyze(model, shared))
     write(root / f"measured-{rank}.json", {"rows": rows, "quality": quality, "analysis": seen})
+
+
+@contextmanager
+def counting_solves():
+    """Yield a list that gets an entry for each solve of SparseGPT in this process."""
+    solves, plain = [], sparsify.sparsegpt_stacked
+
+    def counted(*args):
+        solves.append(len(args[0]))
+        return plain(*args)
+
+    sparsify.sparsegpt_stacked = counted
+    try:
+        yield solves
+    finally:
+        sparsify.sparsegpt_stacked = plain
 
 
 class Failing(ShortGPT):

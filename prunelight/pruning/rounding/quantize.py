@@ -8,7 +8,8 @@ form has no place for them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -153,6 +154,8 @@ def quantize_gptq(
             for group in inputs.groups():
                 scale = _on_grid(group, grid, dtype or model.dtype)
                 (statistic,), views = inputs.of(group[0]), [matrix.views()[0] for matrix in group]
+                with _naming(group):
+                    statistic.norms()  # raises if an input was NaN or Inf, on all ranks alike
                 cost = len(scale) * group[0].in_features ** 2
                 jobs.append(
                     Job(float(cost), views, partial(_round, group, scale, statistic, settings))
@@ -195,16 +198,23 @@ def _round(
     """
     views = [matrix.views()[0] for matrix in group]
     weight = torch.cat(views)
-    try:
+    with _naming(group):
         if statistic is None:
             steps = each_input(scale, weight.shape[1])
             rounded = nearest_on_grid(weight.float(), steps, settings.bits)
         else:
             rounded = gptq(weight, statistic.result().to(weight.device), scale, settings)
-    except ValueError as fault:
-        raise ValueError(f"{', '.join(matrix.name for matrix in group)}: {fault}") from fault
     for view, part in zip(views, rounded.split([len(view) for view in views]), strict=True):
         view.copy_(part)
+
+
+@contextmanager
+def _naming(group: Sequence[Matrix]) -> Iterator[None]:
+    """Put the names of matrices into errors."""
+    try:
+        yield
+    except ValueError as fault:
+        raise ValueError(f"{', '.join(matrix.name for matrix in group)}: {fault}") from fault
 
 
 def _note(done: Quantized, text: str) -> None:

@@ -41,7 +41,7 @@ from prunelight.pruning.sparsity.sparsegpt import SparseGPT, sparsegpt_stacked
 from prunelight.pruning.sparsity.swaps import swapped_mask
 from prunelight.pruning.step_kind import StepContext, StepKind
 from prunelight.runtime.arguments import at_least, check_choice, checked_value
-from prunelight.runtime.processes import Job
+from prunelight.runtime.processes import Job, ProcessGroup
 
 log = logging.getLogger(__name__)
 
@@ -189,20 +189,18 @@ def sparsify_layer(
         zero_by_magnitude(matrix, step)
         _note_zeros(outcome, matrix)
     limit = _OUTLIER_FACTOR * _mean_score(inputs) if count_outliers else 0.0
-    groups, num_outliers, num_kept = inputs.groups(), 0, 0
-    solved = [matrix for group in groups for matrix in group]
-    outliers = [_outliers(m, inputs, limit) if count_outliers else [] for m in solved]
-    jobs = [job for group in groups for job in _jobs(group, step, inputs, outcome)]
-    if products:
-        walk.group.do_shared(jobs)
-    else:  # a mask is found sooner than sent
-        for job in jobs:
-            job.work()
-    for matrix, of_views in zip(solved, outliers, strict=True):
-        _note_zeros(outcome, matrix)
-        for view, places in zip(matrix.views(), of_views, strict=count_outliers):
-            num_outliers += len(places[0])
-            num_kept += int(view[places].count_nonzero())
+    num_outliers, num_kept = 0, 0
+    # Ranks share the solves of a whole layer; a mask is found sooner than sent.
+    ranks, groups = walk.group if products else ProcessGroup(), inputs.groups()
+    for together in [groups] if ranks.size > 1 else [[group] for group in groups]:
+        solved = [matrix for group in together for matrix in group]
+        outliers = [_outliers(m, inputs, limit) if count_outliers else [] for m in solved]
+        ranks.do_shared([job for group in together for job in _jobs(group, step, inputs, outcome)])
+        for matrix, of_views in zip(solved, outliers, strict=True):
+            _note_zeros(outcome, matrix)
+            for view, places in zip(matrix.views(), of_views, strict=count_outliers):
+                num_outliers += len(places[0])
+                num_kept += int(view[places].count_nonzero())
     if count_outliers:
         outcome.outliers_kept.append(num_kept / num_outliers if num_outliers else 1.0)
     if index + 1 < len(decoder_layers(model)):
@@ -257,6 +255,8 @@ def _jobs(
     if unseen:  # experts: every other matrix reads all tokens
         _note(outcome, f"{unseen} experts of {group[0].name} saw no token: pruned by magnitude")
     for position, statistic in enumerate(statistics):
+        with _naming_matrices(group):
+            statistic.norms()  # raises if an input was NaN or Inf, on all ranks alike
         views = [matrix.views()[position] for matrix in group]
         width = views[0].shape[1]
         # Columns are corrected one after another, by all later ones; the Hessian is factorized.

@@ -108,7 +108,7 @@ class ExpertReader(LayerReader):
                 indices, gates, norms = (x[counted.to(x.device)] for x in (indices, gates, norms))
             self._sums[layer].update(indices, gates, norms)
 
-        with watching_experts(self._model, self._experts, visit, norms=self._norms):
+        with watching_experts(self._model, self._experts, visit, norms=self._norms, layer=index):
             yield
 
     def result(self, score: str) -> dict[int, Tensor]:

@@ -47,7 +47,12 @@ def check_scorable(model: PreTrainedModel, experts: Experts) -> None:
 
 @contextmanager
 def watching_experts(
-    model: PreTrainedModel, experts: Experts, visit: VisitRouted, *, norms: bool = True
+    model: PreTrainedModel,
+    experts: Experts,
+    visit: VisitRouted,
+    *,
+    norms: bool = True,
+    layer: int | None = None,
 ) -> Iterator[None]:
     """Call `visit` with what tokens get from their experts in each layer of each forward.
 
@@ -57,11 +62,14 @@ def watching_experts(
         visit: see `VisitRouted`; tokens are in the order of the batch.
         norms: compute the outputs of single experts, which costs their forward once more; else
             norms are ones.
+        layer: watch this one alone; None watches all.
     """
     with ExitStack() as hooks:
-        for layer, path in experts.holders.items():
-            module = decoder_layers(model)[layer].get_submodule(path)
-            hook = _hook(layer, module, visit, norms)
+        for index, path in experts.holders.items():
+            if layer not in (None, index):
+                continue
+            module = decoder_layers(model)[index].get_submodule(path)
+            hook = _hook(index, module, visit, norms)
             hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
 
