@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,9 @@ class LayerReader:
         It is called where layers compute one after another.
         """
 
+    def finish(self) -> None:
+        """Finish after the pass: add up what all ranks read."""
+
 
 @torch.no_grad()
 def read_layers(
@@ -86,31 +90,22 @@ def read_layers(
     by_layer = any(reader.by_layer for reader in readers)
     offload = offload or (is_streamed(model) and not _states_fit(model, windows))
     with ExitStack() as stack:
+        walk = None
         if by_layer or is_streamed(model):
             try:
-                walk = LayerWalk(model, windows, device=device, offload=offload, label=label)
-                stack.enter_context(walk)
+                walk = stack.enter_context(
+                    LayerWalk(model, windows, device=device, offload=offload, label=label)
+                )
             except TypeError as error:
                 if by_layer or group_of(windows).size > 1:  # ranks that passed wait for this one
                     raise
                 log.warning("%s: each micro-batch brings all layers to the device", error)
-            else:
-                _read_by_layer(walk, readers)
-                return
-        stack.enter_context(evaluating(model))
-        stack.enter_context(without_rescaling(model))  # as a walk does
-        for number, batch in enumerate(micro_batches(model, windows, label=label)):
-            mask = batch.get("attention_mask")
-
-            def visit(index: int, x: Tensor, y: Tensor, number: int = number) -> None:
-                for reader in readers:
-                    reader.visit(number, index, x, y)
-
-            with watching_layers(model, visit), ExitStack() as watched:
-                for reader in readers:
-                    context = reader.watching(None if mask is None else mask.bool(), None)
-                    watched.enter_context(context)
-                forward_without_head(model, batch)
+        if walk is None:
+            _read_by_batch(model, windows, readers, label)
+        else:
+            _read_by_layer(walk, readers)
+    for reader in readers:
+        reader.finish()
 
 
 def _states_fit(model: PreTrainedModel, windows: Windows) -> bool:
@@ -120,6 +115,20 @@ def _states_fit(model: PreTrainedModel, windows: Windows) -> bool:
     return 2 * tokens * size <= free_memory(compute_device(model))
 
 
+def _read_by_batch(
+    model: PreTrainedModel, windows: Windows, readers: Sequence[LayerReader], label: str
+) -> None:
+    with evaluating(model), without_rescaling(model):  # as a walk does
+        for number, batch in enumerate(micro_batches(model, windows, label=label)):
+            mask = batch.get("attention_mask")
+            mask = None if mask is None else mask.bool()
+            with ExitStack() as watched:
+                watched.enter_context(watching_layers(model, partial(_visit, readers, number)))
+                for reader in readers:
+                    watched.enter_context(reader.watching(mask, None))
+                forward_without_head(model, batch)
+
+
 def _read_by_layer(walk: LayerWalk, readers: Sequence[LayerReader]) -> None:
     for index, _ in walk.layers():
         for number, inputs in enumerate(walk.states):
@@ -127,8 +136,14 @@ def _read_by_layer(walk: LayerWalk, readers: Sequence[LayerReader]) -> None:
                 for reader in readers:
                     watched.enter_context(reader.watching(walk.masks[number], index))
                 outputs = walk.forward(number)
-            for reader in readers:
-                reader.visit(number, index, inputs.to(walk.device), outputs)
+            _visit(readers, number, index, inputs.to(walk.device), outputs)
             walk.states[number] = outputs.to(walk.store)
         for reader in readers:
             reader.leave(index)
+
+
+def _visit(
+    readers: Sequence[LayerReader], batch: int, index: int, inputs: Tensor, outputs: Tensor
+) -> None:
+    for reader in readers:
+        reader.visit(batch, index, inputs, outputs)

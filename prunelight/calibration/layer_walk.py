@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.kept_layers import KeptLayers, holding
 from prunelight.calibration.shared_windows import group_of
-from prunelight.calibration.windows import Windows, micro_batches
+from prunelight.calibration.windows import Windows, counted_tokens, micro_batches
 from prunelight.models.families.layers import (
     HANDS_ON,
     carried_arguments,
@@ -199,7 +199,7 @@ class LayerWalk:
 
     def counted(self) -> int:
         """Return how many tokens of all ranks' windows are no padding."""
-        return int(self.group.totals(sum(int(mask.sum()) for mask in self.positions()))[0])
+        return counted_tokens(self.windows)
 
     def _probe(self) -> dict[str, Tensor]:
         """Return the first tokens of the windows, as arguments of the model."""

@@ -139,6 +139,13 @@ def micro_batches(
         yield batch
 
 
+def counted_tokens(windows: Windows) -> int:
+    """Return how many tokens of all ranks' windows are no padding; every rank must call it."""
+    ids, mask = split_windows(own_windows(windows))
+    tokens = ids.numel() if mask is None else int(mask.sum())
+    return int(group_of(windows).totals(tokens)[0])
+
+
 def first_positions(mask: Tensor | None) -> Tensor | None:
     """Return which tokens are the first of their sequence, bool (B, T).
 

@@ -10,6 +10,8 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -48,29 +50,17 @@ class ScoreReader:
     keep: Callable[[Memory, float], None]
 
 
-def _block_influence(model: PreTrainedModel, windows: Windows) -> ScoreReader:
-    reader = BlockInfluenceReader(model, windows)
+def _one_result(
+    reader_class: type[BlockInfluenceReader | RelativeMagnitudeReader | SublayerInfluenceReader],
+    function: Callable[..., Any],
+    model: PreTrainedModel,
+    windows: Windows,
+) -> ScoreReader:
+    """Keep the result of a reader as that of one scoring function."""
+    reader = reader_class(model, windows)
 
     def keep(memory: Memory, seconds: float) -> None:
-        memory.keep(block_influences, reader.result(), seconds, model, windows)
-
-    return ScoreReader(reader, keep)
-
-
-def _relative_magnitude(model: PreTrainedModel, windows: Windows) -> ScoreReader:
-    reader = RelativeMagnitudeReader(model, windows)
-
-    def keep(memory: Memory, seconds: float) -> None:
-        memory.keep(relative_magnitudes, reader.result(), seconds, model, windows)
-
-    return ScoreReader(reader, keep)
-
-
-def _sublayer_influence(model: PreTrainedModel, windows: Windows) -> ScoreReader:
-    reader = SublayerInfluenceReader(model, windows)
-
-    def keep(memory: Memory, seconds: float) -> None:
-        memory.keep(sublayer_influences, reader.result(), seconds, model, windows)
+        memory.keep(function, reader.result(), seconds, model, windows)
 
     return ScoreReader(reader, keep)
 
@@ -94,8 +84,9 @@ def _weights(model: PreTrainedModel, windows: Windows) -> ScoreReader:
     def keep(memory: Memory, seconds: float) -> None:
         for by_matrix, of_summary in reader.scores.items():
             for name, scores in of_summary.items():
-                options = {"by_matrix": by_matrix}
-                memory.keep(weight_scores, scores, seconds, model, windows, name, **options)
+                memory.keep(
+                    weight_scores, scores, seconds, model, windows, name, by_matrix=by_matrix
+                )
 
     return ScoreReader(reader, keep)
 
@@ -131,9 +122,9 @@ def _experts(model: PreTrainedModel, windows: Windows) -> ScoreReader:
 
 
 READERS: dict[str, Callable[[PreTrainedModel, Windows], ScoreReader]] = {
-    "block_influence": _block_influence,
-    "relative_magnitude": _relative_magnitude,
-    "sublayer_influence": _sublayer_influence,
+    "block_influence": partial(_one_result, BlockInfluenceReader, block_influences),
+    "relative_magnitude": partial(_one_result, RelativeMagnitudeReader, relative_magnitudes),
+    "sublayer_influence": partial(_one_result, SublayerInfluenceReader, sublayer_influences),
     "angular": _angular,
     "weights": _weights,
     "width": _width,
@@ -171,9 +162,10 @@ def read_together(
             return
         log.warning("the scores are read in several passes: %s", error)
         by_layer = [n for n, x in readers.items() if x.reader is not None and x.reader.by_layer]
-        for some in (by_layer, [name for name in readers if name not in by_layer]):
-            for part in [some] if 0 < len(some) < len(readers) else [[name] for name in some]:
-                yield from read_together(model, windows, part, left_out)
+        others = [name for name in readers if name not in by_layer]
+        parts = [by_layer, others] if by_layer and others else [[name] for name in readers]
+        for part in parts:
+            yield from read_together(model, windows, part, left_out)
         return
     if readers:
         yield readers, time.perf_counter() - start

@@ -47,20 +47,9 @@ def angular_distances(model: PreTrainedModel, windows: Windows, size: int) -> li
     Raises:
         ValueError: if the output of a layer, which is named, holds NaN or Inf, or all is padding.
     """
-    return angular_distances_by_size(model, windows, [size])[size]
-
-
-def angular_distances_by_size(
-    model: PreTrainedModel, windows: Windows, sizes: Collection[int]
-) -> dict[int, list[float]]:
-    """Return the `angular_distances` of several sizes, from one forward: size -> scores.
-
-    Raises:
-        ValueError: if the output of a layer, which is named, holds NaN or Inf, or all is padding.
-    """
     reader = AngularReader(model, windows)
     read_layers(model, windows, [reader], label="angular distance")
-    return reader.result(sizes)
+    return reader.result([size])[size]
 
 
 class AngularReader(LayerReader):

@@ -192,14 +192,16 @@ class _TokenMeans(LayerReader):
         """
         self._check(index)
 
-    def pooled(self) -> dict[str, list[TokenMean]]:
-        """Return the means over all tokens of all ranks.
+    def finish(self) -> None:
+        """Take the means over all tokens of all ranks.
 
         Raises:
             ValueError: if the output of a layer, which is named, holds NaN or Inf.
         """
         self._check()
-        return {name: [mean.pool(self._group) for mean in x] for name, x in self.means.items()}
+        for layers in self.means.values():
+            for mean in layers:
+                mean.pool(self._group)
 
     def _check(self, only: int | None = None) -> None:
         for index in sorted(self._largest) if only is None else [only]:
@@ -214,7 +216,7 @@ class BlockInfluenceReader(_TokenMeans):
 
     def result(self) -> BlockInfluence:
         """Return the scores."""
-        return _influence(self.pooled()["layer"])
+        return _influence(self.means["layer"])
 
 
 class RelativeMagnitudeReader(_TokenMeans):
@@ -226,7 +228,7 @@ class RelativeMagnitudeReader(_TokenMeans):
 
     def result(self) -> tuple[list[float], list[float]]:
         """Return the scores over all tokens, and over first tokens alone."""
-        means = self.pooled()["layer"]
+        means = self.means["layer"]
         return [mean.result() for mean in means], [mean.first_result() for mean in means]
 
 
@@ -265,7 +267,7 @@ class SublayerInfluenceReader(_TokenMeans):
 
     def result(self) -> dict[str, BlockInfluence]:
         """Return the scores of attention and MLP."""
-        return {name: _influence(means) for name, means in self.pooled().items()}
+        return {name: _influence(means) for name, means in self.means.items()}
 
 
 def _influence(cosines: Sequence[TokenMean]) -> BlockInfluence:

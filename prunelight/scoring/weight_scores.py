@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_inputs.input_statistics import InputStatistics
 from prunelight.calibration.layer_readers import LayerReader, read_layers
-from prunelight.calibration.shared_windows import group_of, own_windows
+from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.statistics import InputNorm, exact_median, finite_values
-from prunelight.calibration.windows import Windows, split_windows
-from prunelight.models.families.matrices import Matrix, layer_matrices
+from prunelight.calibration.windows import Windows, counted_tokens
+from prunelight.models.families.matrices import Matrix, layer_matrices, naming_matrices
 from prunelight.scoring.remembered import remembered
 
 # Summary of the Wanda scores of a layer's weights: those that DLP's paper compares. The paper takes
@@ -66,38 +66,9 @@ def weight_scores(
         ValueError: if an activation is NaN or Inf; names the matrix.
         TypeError: if the layers cannot be run one by one.
     """
-    return weight_summaries(
-        model,
-        windows,
-        [score],
-        outlier_factor=outlier_factor,
-        by_matrix=by_matrix,
-        device=device,
-        offload=offload,
-    )[score]
-
-
-@torch.no_grad()
-def weight_summaries(
-    model: PreTrainedModel,
-    windows: Windows,
-    summaries: Collection[WeightScore],
-    *,
-    outlier_factor: float = 5.0,
-    by_matrix: bool = False,
-    device: torch.device | None = None,
-    offload: bool = False,
-) -> dict[WeightScore, dict[str, float]]:
-    """Return several `weight_scores` from one walk: the summary -> scores.
-
-    Raises:
-        ValueError: if an activation is NaN or Inf; names the matrix.
-        TypeError: if the layers cannot be run one by one.
-    """
-    label = f"{next(iter(summaries))} score" if len(summaries) == 1 else "weight scores"
-    reader = WeightReader(model, windows, summaries, [by_matrix], outlier_factor=outlier_factor)
-    read_layers(model, windows, [reader], device=device, offload=offload, label=label)
-    return reader.scores[by_matrix]
+    reader = WeightReader(model, windows, [score], [by_matrix], outlier_factor=outlier_factor)
+    read_layers(model, windows, [reader], device=device, offload=offload, label=f"{score} score")
+    return reader.scores[by_matrix][score]
 
 
 class WeightReader(LayerReader):
@@ -126,24 +97,17 @@ class WeightReader(LayerReader):
         outlier_factor: float = 5.0,
     ) -> None:
         self._model, self._group, self._factor = model, group_of(windows), outlier_factor
-        self._tokens = self._count(windows)
-        self._statistics = InputStatistics[InputNorm]([], InputNorm)
-        self._index = -1
+        self._tokens = counted_tokens(windows)
+        self._statistics: InputStatistics[InputNorm] | None = None  # of the layer that is read
         self.scores: dict[bool, dict[WeightScore, dict[str, float]]] = {
             each: {summary: {} for summary in summaries} for each in by_matrix
         }
 
-    def _count(self, windows: Windows) -> int:
-        """Return how many tokens of all ranks' windows are no padding."""
-        ids, mask = split_windows(own_windows(windows))
-        return int(self._group.totals(ids.numel() if mask is None else int(mask.sum()))[0])
-
     def watching(self, mask: Tensor | None, index: int | None) -> AbstractContextManager[None]:
         """Add the inputs of a layer's matrices."""
         assert index is not None  # by_layer
-        if index != self._index:
-            matrices = layer_matrices(self._model, index)
-            self._index, self._statistics = index, InputStatistics(matrices, InputNorm)
+        if self._statistics is None:
+            self._statistics = InputStatistics(layer_matrices(self._model, index), InputNorm)
         return self._statistics.watching(mask)
 
     def leave(self, index: int) -> None:
@@ -152,9 +116,10 @@ class WeightReader(LayerReader):
         Raises:
             ValueError: if an activation is NaN or Inf; names the matrix.
         """
-        statistics = self._statistics
-        matrices = statistics.matrices
+        statistics, self._statistics = self._statistics, None
+        assert statistics is not None  # a walk has micro-batches
         statistics.pool(self._group)
+        matrices = statistics.matrices
         for by_matrix, of_summary in self.scores.items():
             # A layer whose attention and MLP were both dropped has no matrices.
             for group in [[m] for m in matrices] if by_matrix or not matrices else [matrices]:
@@ -171,12 +136,11 @@ def _wanda_parts(
     idle = statistics.idle() if len(group) > 1 else []  # they weigh nothing in their layer
     for matrix in [matrix for matrix in group if matrix not in idle]:
         for view, statistic in zip(matrix.views(), statistics.of(matrix), strict=True):
-            try:
+            with naming_matrices(matrix):
                 statistic.norms()  # raises if an input was NaN or Inf
                 mean_squares = statistic.squares.to(view.device) / tokens  # 0 without any token
-                yield wanda_scores(view, mean_squares.sqrt())
-            except ValueError as error:
-                raise ValueError(f"{matrix.name}: {error}") from error
+                scores = wanda_scores(view, mean_squares.sqrt())
+            yield scores
 
 
 def _summary(

@@ -266,7 +266,6 @@ class WidthReader(LayerReader):
         # Of each layer; the last part of a kind is the output projection.
         outputs = [[x[kind][-1].matrix for kind in kinds if x[kind]] for x in self._layers]
         self._statistics = [InputStatistics(x, InputVariance) for x in outputs]
-        self._pooled = False
         self._columns: dict[str, dict[str, Tensor]] = {}  # by score and matrix
 
     @contextmanager
@@ -276,6 +275,11 @@ class WidthReader(LayerReader):
             for one in self._statistics if index is None else [self._statistics[index]]:
                 stack.enter_context(one.watching(mask))
             yield
+
+    def finish(self) -> None:
+        """Add up the sums of all ranks."""
+        for statistics in self._statistics:
+            statistics.pool(self._group)
 
     def result(self, score: str, kinds: Collection[str]) -> dict[str, list[Tensor]]:
         """Return the scores by "wanda" or "fluctuation".
@@ -303,10 +307,6 @@ class WidthReader(LayerReader):
 
     def _column_scores(self, score: str) -> dict[str, Tensor]:
         """Return name -> scores of the columns (I,) of each output projection."""
-        if not self._pooled:
-            self._pooled = True
-            for statistics in self._statistics:
-                statistics.pool(self._group)
         if score not in self._columns:
             self._columns[score] = {
                 matrix.name: _column_scores(matrix, statistics.of(matrix)[0], score)

@@ -6,12 +6,13 @@ from contextlib import suppress
 import pytest
 import torch
 from killed_at_rename import kill_at_rename
-from lively_models import between
+from lively_models import between, padded
 from methods_table import METHODS, VARIANTS
 from runs import VARIED_TEXT, write_model
 from tiny import tiny_model, token_windows
 from warm_command import call
 
+from prunelight.calibration.layer_readers import read_layers
 from prunelight.callbacks import ShortGPT
 from prunelight.cli import main
 from prunelight.models.families.experts.layout import has_experts
@@ -21,7 +22,7 @@ from prunelight.planner.scores import SCORES, TENSORS, read_scores, write_scores
 from prunelight.planner.scoring import SCORERS, score_model
 from prunelight.planning.plan import Plan
 from prunelight.pruning.healing.writers import first_writer
-from prunelight.scoring.angular_distance import angular_distances, angular_distances_by_size
+from prunelight.scoring.angular_distance import AngularReader, angular_distances
 from prunelight.scoring.block_influence import (
     block_influences,
     relative_magnitudes,
@@ -29,7 +30,7 @@ from prunelight.scoring.block_influence import (
 )
 from prunelight.scoring.experts.expert_scores import expert_scores
 from prunelight.scoring.remembered import Memory, remembering_scores
-from prunelight.scoring.weight_scores import weight_scores, weight_summaries
+from prunelight.scoring.weight_scores import WeightReader, weight_scores
 from prunelight.scoring.width_scores import standardised_scores, width_scores
 
 CPU = torch.device("cpu")
@@ -97,12 +98,6 @@ def test_a_score_that_the_family_does_not_have_is_left_out_and_told(tmp_path):
     assert [*scores.seconds] == ["block_influence"]
 
 
-def padded(windows):
-    mask = torch.ones_like(windows)
-    mask[0, 10:] = 0
-    return {"input_ids": windows, "attention_mask": mask}
-
-
 def asked_alone(model, windows):
     """Return what a memory holds of each scoring function that computed alone, if it could."""
     memory = Memory()
@@ -128,19 +123,19 @@ def asked_alone(model, windows):
     return memory
 
 
-def assert_same(found, expected):
+def assert_same(result, expected):
     """Compare results, exactly."""
     if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected)
+        assert torch.equal(result, expected)
     elif isinstance(expected, dict):
-        assert found.keys() == expected.keys()
+        assert result.keys() == expected.keys()
         for key, value in expected.items():
-            assert_same(found[key], value)
+            assert_same(result[key], value)
     elif isinstance(expected, (list, tuple)):
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(result, expected, strict=True):
             assert_same(one, other)
     else:
-        assert found == expected
+        assert result == expected
 
 
 @pytest.mark.parametrize("shape", ["plain", "padded"])
@@ -149,10 +144,10 @@ def test_scores_of_one_pass_are_those_that_each_function_computes_alone(family, 
     model, windows = tiny_model(family), token_windows(300, 16)  # three micro-batches
     if shape == "padded" and family != "qwen3_moe":  # whose experts hide what is padding
         windows = padded(windows)
-    found, expected = score_model(model, windows, device=CPU).memory, asked_alone(model, windows)
-    assert {*found.calls.values()} == {*expected.calls.values()}
-    for key, (result, _) in expected.scores.items():
-        assert_same(found.scores[key][0], result)
+    together, alone = score_model(model, windows, device=CPU).memory, asked_alone(model, windows)
+    assert {*together.calls.values()} == {*alone.calls.values()}
+    for key, (result, _) in alone.scores.items():
+        assert_same(together.scores[key][0], result)
 
 
 def test_all_scores_together_read_the_windows_once():
@@ -170,12 +165,15 @@ def test_where_layers_cannot_be_run_alone_the_other_scores_are_read_all_the_same
     assert {*scores.left_out} == {"weights", "healing"}
     assert "cannot be run on its own" in scores.left_out["weights"]
     with remembering_scores(scores.memory):
-        found = block_influences(model, windows)
-    assert found == block_influences(model, windows)
+        kept = block_influences(model, windows)
+    assert kept == block_influences(model, windows)
 
 
 def test_padding_does_not_count_in_scores_either(tmp_path):
-    model, windows = tiny_model(), padded(token_windows(4, 16))
+    model, ids = tiny_model(), token_windows(4, 16)
+    mask = torch.ones_like(ids)
+    mask[0, 10:] = 0
+    windows = {"input_ids": ids, "attention_mask": mask}
     directory = scored(model, windows, tmp_path / "scores", ["block_influence"])
     method = ShortGPT(num_layers=2)
     assert plan_of_scores(method, directory)[0].to_dict() == method.plan(model, windows).to_dict()
@@ -188,8 +186,9 @@ def test_other_arguments_than_those_scored_are_named(llama):
 
 def test_one_forward_gives_the_angular_distances_of_every_size():
     model, windows = tiny_model(), token_windows(4, 16)
-    by_size = angular_distances_by_size(model, windows, range(6))
-    for size, distances in by_size.items():
+    reader = AngularReader(model, windows)
+    read_layers(model, windows, [reader])
+    for size, distances in reader.result(range(6)).items():
         assert distances == angular_distances(model, windows, size)
 
 
@@ -197,9 +196,12 @@ def test_one_forward_gives_the_angular_distances_of_every_size():
 def test_one_walk_gives_several_weight_scores(by_matrix):
     model, windows = tiny_model("qwen3_moe"), token_windows(4, 16)
     kinds = ("median", "mean", "outlier_ratio", "std")
-    summaries = weight_summaries(model, windows, kinds, by_matrix=by_matrix)
+    reader = WeightReader(model, windows, kinds, [False, True])
+    read_layers(model, windows, [reader])
     for kind in kinds:
-        assert summaries[kind] == weight_scores(model, windows, kind, by_matrix=by_matrix)
+        assert reader.scores[by_matrix][kind] == weight_scores(
+            model, windows, kind, by_matrix=by_matrix
+        )
 
 
 def test_a_kept_result_is_given_however_the_call_is_written():

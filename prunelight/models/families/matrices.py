@@ -14,6 +14,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -87,6 +88,16 @@ class Matrix:
     def in_features(self) -> int:
         """Return the number of input features."""
         return int(self.views()[0].shape[-1])
+
+
+@contextmanager
+def naming_matrices(*matrices: Matrix) -> Iterator[None]:
+    """Put the names of matrices into a ValueError that is raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        names = ", ".join(matrix.name for matrix in matrices)
+        raise ValueError(f"{names}: {error}") from error
 
 
 @dataclass

@@ -8,8 +8,7 @@ form has no place for them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.calibration.statistics import Hessian
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.families.matrices import Matrix, layer_matrices, matrices
+from prunelight.models.families.matrices import Matrix, layer_matrices, matrices, naming_matrices
 from prunelight.models.packed.grids import (
     PER_ROW,
     WeightGrid,
@@ -154,7 +153,7 @@ def quantize_gptq(
             for group in inputs.groups():
                 scale = _on_grid(group, grid, dtype or model.dtype)
                 (statistic,), views = inputs.of(group[0]), [matrix.views()[0] for matrix in group]
-                with _naming(group):
+                with naming_matrices(*group):
                     statistic.norms()  # raises if an input was NaN or Inf, on all ranks alike
                 cost = len(scale) * group[0].in_features ** 2
                 jobs.append(
@@ -198,7 +197,7 @@ def _round(
     """
     views = [matrix.views()[0] for matrix in group]
     weight = torch.cat(views)
-    with _naming(group):
+    with naming_matrices(*group):
         if statistic is None:
             steps = each_input(scale, weight.shape[1])
             rounded = nearest_on_grid(weight.float(), steps, settings.bits)
@@ -206,15 +205,6 @@ def _round(
             rounded = gptq(weight, statistic.result().to(weight.device), scale, settings)
     for view, part in zip(views, rounded.split([len(view) for view in views]), strict=True):
         view.copy_(part)
-
-
-@contextmanager
-def _naming(group: Sequence[Matrix]) -> Iterator[None]:
-    """Put the names of matrices into errors."""
-    try:
-        yield
-    except ValueError as fault:
-        raise ValueError(f"{', '.join(matrix.name for matrix in group)}: {fault}") from fault
 
 
 def _note(done: Quantized, text: str) -> None:

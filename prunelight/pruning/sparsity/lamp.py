@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.statistics import finite_values
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.families.matrices import Matrix, layer_matrices
+from prunelight.models.families.matrices import Matrix, layer_matrices, naming_matrices
 from prunelight.pruning.sparsity.masks import count_zeros
 
 _TOP_BINS = (0x3F80_0000 >> 16) + 1  # upper halves of float32 up to 1, the highest score
@@ -82,10 +82,8 @@ def _zeros(matrices: Sequence[Matrix], count: int, device: torch.device | None) 
         for matrix in matrices:
             row = torch.zeros(bins, dtype=torch.int64)
             for view in matrix.views():
-                try:
+                with naming_matrices(matrix):
                     bits = lamp_scores(view.to(device or view.device)).view(torch.int32)
-                except ValueError as error:
-                    raise ValueError(f"{matrix.name}: {error}") from error
                 row += torch.bincount(pick(bits), minlength=bins).cpu()
             rows.append(row)
         return torch.stack(rows)

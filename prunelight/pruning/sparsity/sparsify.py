@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,7 +24,7 @@ from prunelight.calibration.statistics import Hessian, InputNorm
 from prunelight.calibration.windows import Windows
 from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.layers import decoder_layers, layers_path
-from prunelight.models.families.matrices import Matrix, layer_matrices, matrices
+from prunelight.models.families.matrices import Matrix, layer_matrices, matrices, naming_matrices
 from prunelight.models.sizes import zero_share
 from prunelight.planning.steps import Sparsify, renumbered
 from prunelight.pruning.sparsity.alps import ALPS, alps_stacked
@@ -150,7 +149,7 @@ def zero_by_magnitude(matrix: Matrix, step: Sparsify) -> None:
     Raises:
         ValueError: if a weight is NaN or Inf; names the matrix.
     """
-    with _naming_matrices([matrix]):
+    with naming_matrices(matrix):
         for view in matrix.views():
             view.masked_fill_(magnitude_mask(view, amount_of(step, matrix.name)), 0)
 
@@ -237,15 +236,6 @@ def _outliers(
     ]
 
 
-@contextmanager
-def _naming_matrices(group: Sequence[Matrix]) -> Iterator[None]:
-    """Put the names of matrices into errors of the solver."""
-    try:
-        yield
-    except ValueError as fault:
-        raise ValueError(f"{', '.join(matrix.name for matrix in group)}: {fault}") from fault
-
-
 def _jobs(
     group: Sequence[Matrix], step: Sparsify, inputs: InputStatistics[Any], outcome: SparsifyOutcome
 ) -> Iterator[Job]:
@@ -255,7 +245,7 @@ def _jobs(
     if unseen:  # experts: every other matrix reads all tokens
         _note(outcome, f"{unseen} experts of {group[0].name} saw no token: pruned by magnitude")
     for position, statistic in enumerate(statistics):
-        with _naming_matrices(group):
+        with naming_matrices(*group):
             statistic.norms()  # raises if an input was NaN or Inf, on all ranks alike
         views = [matrix.views()[position] for matrix in group]
         width = views[0].shape[1]
@@ -274,7 +264,7 @@ def _solve(
         ValueError: if a weight or an input is NaN or Inf; names the matrices.
     """
     amounts = [amount_of(step, matrix.name) for matrix in group]
-    with _naming_matrices(group):
+    with naming_matrices(*group):
         if step.solver in _SETTINGS:
             hessian = _hessian(statistic).to(views[0].device)
             for view, weight in zip(views, _corrected(step, views, hessian, amounts), strict=True):

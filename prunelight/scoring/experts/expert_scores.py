@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunelight.calibration.layer_readers import LayerReader, read_layers
-from prunelight.calibration.shared_windows import group_of, own_windows
-from prunelight.calibration.windows import Windows, split_windows
+from prunelight.calibration.shared_windows import group_of
+from prunelight.calibration.windows import Windows, counted_tokens
 from prunelight.models.families.experts.layout import experts_of
 from prunelight.models.families.experts.routed import check_scorable, watching_experts
 from prunelight.scoring.remembered import remembered
@@ -93,10 +93,7 @@ class ExpertReader(LayerReader):
         self._experts = experts_of(model)
         check_scorable(model, self._experts)
         self._sums = {layer: RoutedSums(self._experts.count) for layer in self._experts.layers}
-        ids, mask = split_windows(own_windows(windows))
-        tokens = ids.numel() if mask is None else int(mask.sum())
-        (self._tokens,) = self._group.totals(tokens)
-        self._pooled = False
+        self._tokens = counted_tokens(windows)
 
     @contextmanager
     def watching(self, mask: Tensor | None, index: int | None) -> Iterator[None]:
@@ -111,17 +108,18 @@ class ExpertReader(LayerReader):
         with watching_experts(self._model, self._experts, visit, norms=self._norms, layer=index):
             yield
 
+    def finish(self) -> None:
+        """Add up the sums of all ranks."""
+        for of_layer in self._sums.values():
+            of_layer.saliency = self._group.sum(of_layer.saliency)
+            of_layer.tokens = self._group.sum(of_layer.tokens)
+
     def result(self, score: str) -> dict[int, Tensor]:
         """Return the scores by "reap" or "frequency".
 
         Raises:
             ValueError: if gates or outputs are NaN or Inf; names the layer.
         """
-        if not self._pooled:
-            self._pooled = True
-            for of_layer in self._sums.values():
-                of_layer.saliency = self._group.sum(of_layer.saliency)
-                of_layer.tokens = self._group.sum(of_layer.tokens)
         scores = {}
         for layer, of_layer in self._sums.items():
             reap = score == "reap"
