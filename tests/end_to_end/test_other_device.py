@@ -62,6 +62,11 @@ def test_all_scores_together_bring_each_layer_once():
     assert row["scored"] < 2  # a sixth each for two probes of a layer, and the hidden states
 
 
+def test_a_streamed_model_whose_layers_cannot_be_run_alone_is_scored_all_the_same():
+    scores, expected = on_the_other_device("llama", ())["surroundings"]["not_alone"]
+    assert scores == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_streamed_model_is_checked_and_timed_on_the_device():
     row = on_the_other_device("llama", ())["surroundings"]
     assert (row["reloaded_on"], row["generation_fault"], row["compared"]) == ("emulated", "", True)

@@ -97,7 +97,7 @@ def between(model, change):
 
     def forward(self, input_ids=None, attention_mask=None, **_):
         x, second = self.embed_tokens(input_ids), None
-        positions = torch.arange(x.shape[1])[None]
+        positions = torch.arange(x.shape[1], device=x.device)[None]
         angles = self.rotary_emb(x, position_ids=positions)
         for layer in self.layers:
             x = layer(x, position_embeddings=angles, attention_mask=None, second=second)

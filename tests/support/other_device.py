@@ -11,6 +11,7 @@ from functools import partial
 
 from device_parity import compared
 from emulated_device import BYTES, DEVICE, Emulating
+from lively_models import between
 from tiny import tiny_model, token_windows
 
 from prunelight.evaluation.serving.shape import prompt
@@ -18,6 +19,7 @@ from prunelight.evaluation.serving.timing import time_generation
 from prunelight.models.placement import compute_device, move_if_it_fits, place_like
 from prunelight.models.saving import _compare_behaviour, generation_fault
 from prunelight.planner.scoring import score_model
+from prunelight.scoring.block_influence import block_influences
 
 
 def surroundings(family):
@@ -29,7 +31,12 @@ def surroundings(family):
         BYTES.clear()
         scores = score_model(streamed, token_windows(300, 16), device=DEVICE, offload=True)
         scored = BYTES["to"] / sum(x.numel() * x.element_size() for x in model.parameters())
+        more = between(tiny_model(family), lambda x, _: (1.5 * x, None)).requires_grad_(False)
+        windows = token_windows(8, 16)
+        expected = block_influences(copy.deepcopy(more), windows).mean
+        not_alone = move_if_it_fits(more, DEVICE, offload=True)
         return {
+            "not_alone": [block_influences(not_alone, windows).mean, expected],
             "scored": scored,
             "left_out": scores.left_out,
             "name": "surroundings",
