@@ -8,7 +8,6 @@ whose readers ask for it, compute one after another, each for all micro-batches.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -18,16 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunelight.calibration.layer_walk import LayerWalk
-from prunelight.calibration.shared_windows import group_of, own_windows
-from prunelight.calibration.windows import Windows, micro_batches, split_windows
-from prunelight.models.families.config_fields import decoder_config
+from prunelight.calibration.layer_walk import LayerWalk, enter_walk
+from prunelight.calibration.windows import Windows, micro_batches
 from prunelight.models.families.rwkv import without_rescaling
 from prunelight.models.forward import evaluating, forward_without_head, watching_layers
-from prunelight.models.placement import compute_device, is_streamed
-from prunelight.runtime.devices import free_memory
-
-log = logging.getLogger(__name__)
+from prunelight.models.placement import is_streamed
 
 
 class LayerReader:
@@ -88,31 +82,18 @@ def read_layers(
     if not readers:
         return
     by_layer = any(reader.by_layer for reader in readers)
-    offload = offload or (is_streamed(model) and not _states_fit(model, windows))
     with ExitStack() as stack:
         walk = None
         if by_layer or is_streamed(model):
-            try:
-                walk = stack.enter_context(
-                    LayerWalk(model, windows, device=device, offload=offload, label=label)
-                )
-            except TypeError as error:
-                if by_layer or group_of(windows).size > 1:  # ranks that passed wait for this one
-                    raise
-                log.warning("%s: each micro-batch brings all layers to the device", error)
+            walk = enter_walk(
+                stack, model, windows, must=by_layer, device=device, offload=offload, label=label
+            )
         if walk is None:
             _read_by_batch(model, windows, readers, label)
         else:
             _read_by_layer(walk, readers)
     for reader in readers:
         reader.finish()
-
-
-def _states_fit(model: PreTrainedModel, windows: Windows) -> bool:
-    """Return whether half of what the device has free holds the states of this rank's windows."""
-    tokens = split_windows(own_windows(windows))[0].numel()
-    size = decoder_config(model.config).hidden_size * model.dtype.itemsize
-    return 2 * tokens * size <= free_memory(compute_device(model))
 
 
 def _read_by_batch(

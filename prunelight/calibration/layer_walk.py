@@ -9,6 +9,7 @@ layer at a time is on the compute device. The hidden states stay there or, offlo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunelight.calibration.kept_layers import KeptLayers, holding
-from prunelight.calibration.shared_windows import group_of
-from prunelight.calibration.windows import Windows, counted_tokens, micro_batches
+from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS, group_of, own_windows
+from prunelight.calibration.windows import Windows, counted_tokens, micro_batches, split_windows
+from prunelight.models.families.config_fields import decoder_config
 from prunelight.models.families.layers import (
     HANDS_ON,
     carried_arguments,
@@ -35,12 +37,16 @@ from prunelight.models.forward import (
 )
 from prunelight.models.placement import (
     compute_device,
+    is_streamed,
     layers_arriving,
     on_device,
     replaced_forward,
     rest_on_device,
 )
+from prunelight.runtime.devices import free_memory
 from prunelight.runtime.progress import show_progress
+
+log = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 8
 
@@ -69,6 +75,7 @@ class LayerWalk:
         device: device on which the layers compute; None takes `compute_device` of the model.
             Embeddings, last norm and head are there too during the walk.
         offload: keep the states on the CPU.
+        tokens: of a micro-batch.
         label: name of the progress bar.
 
     Raises:
@@ -83,6 +90,7 @@ class LayerWalk:
         *,
         device: torch.device | None = None,
         offload: bool = False,
+        tokens: int = MICRO_BATCH_TOKENS,
         label: str = "",
     ) -> None:
         carried = {name for layer in decoder_layers(model) for name in carried_arguments(layer)}
@@ -92,7 +100,7 @@ class LayerWalk:
                 f"{min(carried)} of the layer before it; methods that go layer by layer do not "
                 "support it"
             )
-        self.model, self.windows, self.label = model, windows, label
+        self.model, self.windows, self.tokens, self.label = model, windows, tokens, label
         self.group = group_of(windows)
         self.device = device or compute_device(model)
         self.home = model.device
@@ -114,7 +122,7 @@ class LayerWalk:
             rests = self._check_by_stand_ins() if self.device != self.home else None
             with layers_arriving(self.model, self.device):
                 self._rests = self._check_replay() if rests is None else rests
-            for batch in micro_batches(self.model, self.windows):
+            for batch in micro_batches(self.model, self.windows, tokens=self.tokens):
                 mask = batch.get("attention_mask")
                 state, calls = _record_calls(self.model, batch, self._rests)
                 first = self._calls[0] if self._calls else calls
@@ -272,6 +280,48 @@ class LayerWalk:
             if bool((difference > 1e-2 * outputs[index].float().norm(dim=-1)).any()):
                 raise TypeError(_not_alone(self.model, index))
         return rests
+
+
+def enter_walk(
+    stack: ExitStack,
+    model: PreTrainedModel,
+    windows: Windows,
+    *,
+    must: bool = False,
+    **options: Any,
+) -> LayerWalk | None:
+    """Enter the walk of a model; a warning says so where its layers cannot be run alone.
+
+    Args:
+        stack: exits the walk.
+        model: a streamed one keeps its states on the CPU where its device has no room for them.
+        windows: that walk.
+        must: raise instead of the warning.
+        options: further arguments of `LayerWalk`.
+
+    Returns:
+        The walk; None after the warning.
+
+    Raises:
+        TypeError: if the layers cannot be run alone, and `must` is set or ranks share the windows.
+    """
+    options["offload"] = options.get("offload") or (
+        is_streamed(model) and not _states_fit(model, windows)
+    )
+    try:
+        return stack.enter_context(LayerWalk(model, windows, **options))
+    except TypeError as error:
+        if must or group_of(windows).size > 1:  # ranks that passed wait for this one
+            raise
+        log.warning("%s: each micro-batch brings all layers to the device", error)
+        return None
+
+
+def _states_fit(model: PreTrainedModel, windows: Windows) -> bool:
+    """Return whether half of what the device has free holds the states of this rank's windows."""
+    tokens = split_windows(own_windows(windows))[0].numel()
+    size = decoder_config(model.config).hidden_size * model.dtype.itemsize
+    return 2 * tokens * size <= free_memory(compute_device(model))
 
 
 def _not_alone(model: PreTrainedModel, index: int) -> str:

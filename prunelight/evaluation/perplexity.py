@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of
 from prunelight.calibration.windows import Windows, check_readable, split_windows
+from prunelight.evaluation.quality.batch_logits import batch_logits
 from prunelight.evaluation.quality.token_losses import EVALUATION_TOKENS, labelled_batches
 from prunelight.losses import next_token_sums
-from prunelight.models.forward import evaluating
 from prunelight.runtime.finite import check_is_model
 
 
@@ -49,11 +49,11 @@ def evaluate(model: PreTrainedModel, windows: Windows) -> Evaluation:
     ids, _ = split_windows(windows)
     check_readable(model, windows)
     sums = torch.zeros(3, dtype=torch.float64)
-    with evaluating(model):
-        for batch, labels in labelled_batches(
-            model, windows, tokens=EVALUATION_TOKENS, label="evaluation"
-        ):
-            sums += torch.stack(next_token_sums(model(**batch).logits, labels)).double()
+    size, label = EVALUATION_TOKENS, "evaluation"
+    with batch_logits(model, windows, tokens=size, label=label) as logits:
+        batches = labelled_batches(model, windows, tokens=size, label=label)
+        for number, (batch, labels) in enumerate(batches):
+            sums += torch.stack(next_token_sums(logits(number, batch), labels)).double()
     nll, correct, tokens = group_of(windows).sum(sums)
     if tokens == 0:
         raise ValueError(

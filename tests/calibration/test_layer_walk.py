@@ -8,7 +8,7 @@ import torch
 from lively_models import between, hooks, lively_model, padded, raw_output
 from tiny import FAMILIES, NUM_LAYERS, UNKNOWN_FAMILIES, tiny_model, token_windows
 
-from prunelight.calibration.layer_walk import LayerWalk
+from prunelight.calibration.layer_walk import LayerWalk, _states_fit
 from prunelight.calibration.shared_windows import MICRO_BATCH_TOKENS
 from prunelight.models.families.layers import decoder_layers
 from prunelight.planning.steps import Sparsify
@@ -181,3 +181,10 @@ def test_windows_without_any_token_are_refused():
     with pytest.raises(ValueError, match="0 tokens were counted; mask less"):
         walked(model, empty)
     assert model.training
+
+
+def test_states_of_more_windows_than_the_device_has_memory_for_do_not_fit():
+    model = tiny_model()
+    assert _states_fit(model, token_windows(4, 16))
+    endless = torch.zeros(1, 1, dtype=torch.long).expand(2**30, 2**20)  # of eight bytes
+    assert not _states_fit(model, endless)

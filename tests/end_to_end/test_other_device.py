@@ -62,9 +62,24 @@ def test_all_scores_together_bring_each_layer_once():
     assert row["scored"] < 2  # a sixth each for two probes of a layer, and the hidden states
 
 
-def test_a_streamed_model_whose_layers_cannot_be_run_alone_is_scored_all_the_same():
-    scores, expected = on_the_other_device("llama", ())["surroundings"]["not_alone"]
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("perplexity", 1.7), ("text", 1.7), ("divergence", 3.4), ("kept logits", 2.2)],
+)
+def test_an_evaluation_brings_each_layer_once_for_all_micro_batches(name, most):
+    row = on_the_other_device("llama", ())["surroundings"]["evaluated"][name]  # 5 micro-batches
+    found, expected = row["values"]
+    assert found == pytest.approx(expected, rel=1e-5)
+    # A sixth for the probe of a layer, the hidden states, and the second model or what is kept.
+    assert row["moved"] < most
+
+
+def test_a_streamed_model_whose_layers_cannot_be_run_alone_is_scored_and_evaluated_all_the_same():
+    row = on_the_other_device("llama", ())["surroundings"]
+    scores, expected = row["not_alone"]
     assert scores == pytest.approx(expected, abs=1e-6)
+    found, expected = row["perplexity_not_alone"]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_streamed_model_is_checked_and_timed_on_the_device():

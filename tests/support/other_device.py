@@ -14,12 +14,51 @@ from emulated_device import BYTES, DEVICE, Emulating
 from lively_models import between
 from tiny import tiny_model, token_windows
 
+from prunelight.evaluation.perplexity import perplexity
+from prunelight.evaluation.quality.divergence import against_reference
+from prunelight.evaluation.quality.reference_logits import ReferenceLogits
+from prunelight.evaluation.quality.text_quality import text_quality
+from prunelight.evaluation.quality.text_windows import TextWindows
 from prunelight.evaluation.serving.shape import prompt
 from prunelight.evaluation.serving.timing import time_generation
+from prunelight.models.families.layers import decoder_layers
 from prunelight.models.placement import compute_device, move_if_it_fits, place_like
 from prunelight.models.saving import _compare_behaviour, generation_fault
 from prunelight.planner.scoring import score_model
 from prunelight.scoring.block_influence import block_influences
+
+
+def evaluated(family):
+    """Return what evaluations of a streamed model cost and say, each beside the CPU's.
+
+    Costs are bytes brought to the device, in sizes of the model.
+    """
+    model, windows = tiny_model(family).requires_grad_(False), token_windows(300, 16)
+    other = copy.deepcopy(model)
+    for weight in decoder_layers(other).parameters():
+        weight.mul_(3)
+    text = TextWindows("text", "protocol", windows)
+    with Emulating():
+        put = partial(move_if_it_fits, device=DEVICE, offload=True)
+        pair, streamed = (model, other), (put(copy.deepcopy(model)), put(copy.deepcopy(other)))
+        kept = ReferenceLogits.of(other, windows, num_windows=300)
+        measures = {
+            "perplexity": lambda ours, _: perplexity(ours, windows),
+            "text": lambda ours, _: text_quality(ours, text).perplexity.value,
+            "divergence": lambda *both: against_reference(*both, text)[2].kl.value,
+            "kept logits": lambda ours, _: kept.divergence_at(ours).kl.value,
+        }
+        rows = {}
+        for name, measure in measures.items():
+            expected = measure(*pair)
+            BYTES.clear()
+            found = measure(*streamed)
+            rows[name] = {"values": [found, expected], "moved": BYTES["to"] / _bytes(model)}
+        return rows
+
+
+def _bytes(model):
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def surroundings(family):
@@ -30,13 +69,16 @@ def surroundings(family):
         reloaded = place_like(model, streamed)
         BYTES.clear()
         scores = score_model(streamed, token_windows(300, 16), device=DEVICE, offload=True)
-        scored = BYTES["to"] / sum(x.numel() * x.element_size() for x in model.parameters())
+        scored = BYTES["to"] / _bytes(model)
         more = between(tiny_model(family), lambda x, _: (1.5 * x, None)).requires_grad_(False)
         windows = token_windows(8, 16)
         expected = block_influences(copy.deepcopy(more), windows).mean
+        expected_perplexity = perplexity(more, windows)
         not_alone = move_if_it_fits(more, DEVICE, offload=True)
         return {
             "not_alone": [block_influences(not_alone, windows).mean, expected],
+            "evaluated": evaluated(family),
+            "perplexity_not_alone": [perplexity(not_alone, windows), expected_perplexity],
             "scored": scored,
             "left_out": scores.left_out,
             "name": "surroundings",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of, share_windows
 from prunelight.calibration.windows import check_readable
+from prunelight.evaluation.quality.batch_logits import batch_logits
 from prunelight.evaluation.quality.bootstrap import mean_interval, paired_difference
 from prunelight.evaluation.quality.reference_memory import ReferenceMemory
 from prunelight.evaluation.quality.results import Divergence, TextQuality
@@ -34,7 +34,6 @@ from prunelight.evaluation.quality.token_losses import (
 )
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.families.config_fields import vocabulary_size
-from prunelight.models.forward import evaluating
 from prunelight.runtime.finite import check_is_model
 from prunelight.runtime.processes import ProcessGroup
 
@@ -92,13 +91,15 @@ def against_reference(
     windows = share_windows(text.windows, group or ProcessGroup())
     memory = memory or ReferenceMemory(0)
     tokens: list[Tensor] = []  # of each window (6, T - 1); NaN where no token counts
-    with evaluating(model), evaluating(reference):
-        batches = labelled_batches(
-            model, windows, tokens=batch_tokens, label=f"divergence on {text.text}"
-        )
-        for index, (batch, labels) in enumerate(batches):
-            ours = model(**batch).logits
-            theirs = memory.logits(text.text, index, partial(_logits, reference, batch))
+    label = f"divergence on {text.text}"
+    with (
+        batch_logits(model, windows, tokens=batch_tokens, label=label) as logits,
+        batch_logits(reference, windows, tokens=batch_tokens, label=label) as reference_logits,
+    ):
+        batches = labelled_batches(model, windows, tokens=batch_tokens, label=label)
+        for number, (batch, labels) in enumerate(batches):
+            ours = logits(number, batch)
+            theirs = memory.logits(text.text, number, partial(reference_logits, number, batch))
             tokens += compare_logits(ours, theirs.to(ours.device), labels[:, 1:]).unbind(1)
     tokens = [window for part in group_of(windows).gather(tokens) for window in part]
     found = torch.stack(tokens).numpy()  # (N, 6, T - 1)
@@ -107,13 +108,6 @@ def against_reference(
         for nll, correct in ((_NLL, _CORRECT), (_REFERENCE_NLL, _REFERENCE_CORRECT))
     ]
     return qualities[0], qualities[1], divergence_of(found)
-
-
-def _logits(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    """Return the logits (B, T, V) of a micro-batch that may lie on another device."""
-    moved = {name: value.to(model.device) for name, value in batch.items()}
-    logits: Tensor = model(**moved).logits
-    return logits
 
 
 def compare_logits(logits: Tensor, reference_logits: Tensor, targets: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from prunelight.calibration.windows import (
     next_token_labels,
     split_windows,
 )
+from prunelight.evaluation.quality.batch_logits import batch_logits
 from prunelight.evaluation.quality.divergence import (
     FOUND,
     check_same_vocabulary,
@@ -38,7 +39,6 @@ from prunelight.evaluation.quality.results import Divergence
 from prunelight.evaluation.quality.token_losses import CHUNK, EVALUATION_TOKENS
 from prunelight.losses import IGNORED_LABEL
 from prunelight.models.families.config_fields import vocabulary_size
-from prunelight.models.forward import evaluating
 from prunelight.planning.fingerprints import model_fingerprint
 from prunelight.runtime.files.atomic_files import atomic_replacement, explaining_write_errors
 from prunelight.runtime.finite import check_is_model
@@ -187,10 +187,11 @@ class ReferenceLogits:
         self, model: PreTrainedModel, windows: Windows, label: str
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield indices of chosen positions and a model's logits there, a few at a time."""
-        first = first_own_window(windows)
-        with evaluating(model):
-            for batch in micro_batches(model, windows, tokens=EVALUATION_TOKENS, label=label):
-                logits = model(**batch).logits
+        first, size = first_own_window(windows), EVALUATION_TOKENS
+        with batch_logits(model, windows, tokens=size, label=label) as compute:
+            batches = micro_batches(model, windows, tokens=size, label=label)
+            for number, batch in enumerate(batches):
+                logits = compute(number, batch)
                 inside = (self.rows >= first) & (self.rows < first + len(logits))
                 for chosen in inside.nonzero()[:, 0].split(CHUNK):
                     yield chosen, logits[self.rows[chosen] - first, self.columns[chosen]]

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.shared_windows import group_of, share_windows
 from prunelight.calibration.windows import check_readable
+from prunelight.evaluation.quality.batch_logits import batch_logits
 from prunelight.evaluation.quality.bootstrap import perplexity_interval
 from prunelight.evaluation.quality.results import TextQuality
 from prunelight.evaluation.quality.text_windows import TextWindows
@@ -16,7 +17,6 @@ from prunelight.evaluation.quality.token_losses import (
     token_losses,
 )
 from prunelight.losses import IGNORED_LABEL
-from prunelight.models.forward import evaluating
 from prunelight.runtime.finite import check_is_model
 from prunelight.runtime.processes import ProcessGroup
 
@@ -47,12 +47,12 @@ def text_quality(
     check_readable(model, text.windows)
     windows = share_windows(text.windows, group or ProcessGroup())
     rows: list[tuple[float, int, int]] = []
-    with evaluating(model):
-        for batch, labels in labelled_batches(
-            model, windows, tokens=batch_tokens, label=f"perplexity of {text.text}"
-        ):
+    label = f"perplexity of {text.text}"
+    with batch_logits(model, windows, tokens=batch_tokens, label=label) as logits:
+        batches = labelled_batches(model, windows, tokens=batch_tokens, label=label)
+        for number, (batch, labels) in enumerate(batches):
             targets = labels[:, 1:]
-            nll, correct = token_losses(model(**batch).logits, targets)
+            nll, correct = token_losses(logits(number, batch), targets)
             counted = (targets != IGNORED_LABEL).sum(1)
             sums = (nll.sum(1).tolist(), counted.tolist(), correct.sum(1).tolist())
             rows += zip(*sums, strict=True)
