@@ -42,6 +42,7 @@ from prunelight.models.placement import (
     on_device,
     replaced_forward,
     rest_on_device,
+    with_index,
 )
 from prunelight.runtime.devices import free_memory
 from prunelight.runtime.progress import show_progress
@@ -102,7 +103,7 @@ class LayerWalk:
             )
         self.model, self.windows, self.tokens, self.label = model, windows, tokens, label
         self.group = group_of(windows)
-        self.device = device or compute_device(model)
+        self.device = compute_device(model) if device is None else with_index(device)
         self.home = model.device
         self.store = torch.device("cpu") if offload else self.device
         self.states: list[Tensor] = []
@@ -233,7 +234,9 @@ class LayerWalk:
             state, calls = _record_calls(self.model, batch, rests)
         except (TypeError, ValueError, IndexError):  # it unpacks what a layer returns
             return None
-        kinds = {type(layer): index for index, layer in enumerate(layers)}
+        kinds: dict[type[nn.Module], int] = {}  # its first layer; later ones of a slice are narrow
+        for index, layer in enumerate(layers):
+            kinds.setdefault(type(layer), index)
         for index in kinds.values():
             args, kwargs = calls[index]
             with on_device(layers[index].modules(), self.device):

@@ -21,7 +21,7 @@ from prunelight.evaluation.saved.record import FILE
 from prunelight.evaluation.saved.settings import EvaluationSettings
 from prunelight.evaluation.saved.table import evaluation_notes, evaluation_table
 from prunelight.runtime.processes import ProcessGroup
-from prunelight.verbs import VerbParser, add_place, add_trust, run_verb
+from prunelight.verbs import VerbParser, add_offload, add_place, add_trust, run_verb
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def _evaluate(given: Namespace) -> None:
             device=device or given.device,
             trust_remote_code=given.trust_remote_code,
             attn_implementation=given.attn_implementation,
+            offload=given.offload,
             group=group,
         )
         if group.rank == 0:
@@ -164,6 +165,7 @@ def _parser() -> VerbParser:
         help="Windows, or questions, of a forward; by default about 1024 tokens of windows.",
     )
     add_place(parser)
+    add_offload(parser)
     add_trust(parser)
     add(
         "--out",

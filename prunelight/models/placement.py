@@ -80,6 +80,7 @@ def move_if_it_fits(
         device: where it should compute.
         offload: stream the model even if it fits.
     """
+    device = with_index(device)
     fits = has_room(model, device)
     if offload and (device == model.device or not _can_stream(model)):
         why = "the model is there" if device == model.device else "its layers cannot go there alone"

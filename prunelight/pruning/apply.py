@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from prunelight.calibration.windows import Windows, check_windows
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.placement import copy_of_same_memory, copy_without_values
+from prunelight.models.placement import copy_of_same_memory, copy_without_values, with_index
 from prunelight.models.sizes import parameter_count
 from prunelight.planning.plan import Plan
 from prunelight.planning.steps import (
@@ -95,7 +95,7 @@ def apply(
         )
     plan.check(model, strict=strict, num_layers=len(decoder_layers(model)))
     check_weights(model)
-    context = StepContext(windows, device, offload)
+    context = StepContext(windows, None if device is None else with_index(device), offload)
     _check_steps(model, plan.steps, context)
     before = parameter_count(model) / 1e6
     context = replace(context, scratch=scratch)

@@ -87,6 +87,7 @@ def test_a_streamed_model_is_checked_and_timed_on_the_device():
     assert (row["reloaded_on"], row["generation_fault"], row["compared"]) == ("emulated", "", True)
     assert row["first_token"] > 0
     assert {*row["home"]} == {"cpu"}
+    assert row["walks_on"] == "emulated:0"  # asked for as "emulated", as a user writes "cuda"
 
 
 @pytest.mark.sweep

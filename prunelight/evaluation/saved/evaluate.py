@@ -60,6 +60,7 @@ def evaluate_saved(
     device: str = "auto",
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    offload: bool = False,
     group: ProcessGroup | None = None,
 ) -> Json:
     """Measure a model, and write OUT/evaluation.json.
@@ -73,6 +74,7 @@ def evaluate_saved(
         device: such as "cuda:0" or "cpu"; "auto" takes a GPU if there is one.
         trust_remote_code: run Python code that comes with the models.
         attn_implementation: attention that they compute with; None: transformers chooses.
+        offload: keep models off the device, with one layer there at a time, even if they fit.
         group: processes that share the work; None for this one alone.
 
     Returns:
@@ -94,6 +96,7 @@ def evaluate_saved(
         device=place,
         trust=trust_remote_code,
         attention=attn_implementation,
+        offload=offload,
     )
     subject = subject_of(name)
     dense = None

@@ -43,6 +43,7 @@ class Subject:
         device: on which it runs.
         trust: run Python code that comes with the model.
         attention: that the model computes with; None: transformers chooses.
+        offload: keep it off the device, with one layer there at a time, even if it fits.
 
     Raises:
         ValueError: if the name is none of a model, it has no tokenizer, or dtype or attention are
@@ -57,11 +58,12 @@ class Subject:
         device: torch.device,
         trust: bool,
         attention: str | None = None,
+        offload: bool = False,
     ) -> None:
         check_is_no_run(name)
         resolve_dtype(dtype)
         check_attention(attention, trust_remote_code=trust)
-        self.attention = attention
+        self.attention, self.offload = attention, offload
         self.name, self.dtype, self.device, self.trust = name, dtype, device, trust
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(name, trust_remote_code=trust)
 
@@ -80,7 +82,7 @@ class Subject:
             trust_remote_code=self.trust,
             attn_implementation=self.attention,
         )
-        return move_if_it_fits(model, self.device)
+        return move_if_it_fits(model, self.device, offload=self.offload)
 
     @property
     def files(self) -> str | None:

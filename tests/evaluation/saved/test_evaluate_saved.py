@@ -48,6 +48,12 @@ def settings(places, *texts, **changes):
     return EvaluationSettings(**{"texts": files, "seq_len": 32, "probes": False, **changes})
 
 
+def test_offload_to_where_the_model_is_is_told(places, tmp_path, caplog):
+    asked = settings(places, max_windows=2)
+    evaluate_saved(str(places / "pruned"), asked, out=tmp_path, device="cpu", offload=True)
+    assert "offload=True has no effect with device=cpu: the model is there" in caplog.text
+
+
 def test_the_file_holds_what_the_functions_give(places, tmp_path):
     pruned, dense = str(places / "pruned"), str(places / "dense")
     asked = settings(places, "one.txt", "two.txt")
