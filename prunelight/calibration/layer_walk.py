@@ -44,12 +44,14 @@ from prunelight.models.placement import (
     rest_on_device,
     with_index,
 )
+from prunelight.models.sizes import tensor_bytes
 from prunelight.runtime.devices import free_memory
 from prunelight.runtime.progress import show_progress
 
 log = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 8
+_STATE_BYTES = 4  # of a number; some models add their states up in float32
 
 # Arguments of a layer besides the hidden states: positional and keyword.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -120,7 +122,9 @@ class LayerWalk:
             stack.enter_context(evaluating(self.model, at_home=True))
             stack.enter_context(without_rescaling(self.model))
             stack.enter_context(rest_on_device(self.model, self.device))
-            rests = self._check_by_stand_ins() if self.device != self.home else None
+            weights = decoder_layers(self.model).parameters()
+            arrive = any(weight.device != self.device for weight in weights)
+            rests = self._check_by_stand_ins() if arrive else None
             with layers_arriving(self.model, self.device):
                 self._rests = self._check_replay() if rests is None else rests
             for batch in micro_batches(self.model, self.windows, tokens=self.tokens):
@@ -139,6 +143,7 @@ class LayerWalk:
         """Restore the model, on errors too."""
         self._stack.close()
         self.states.clear()
+        self._calls.clear()
 
     def layers(self, kept: KeptLayers | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Yield index and module of each decoder layer in order; the layer is on the device.
@@ -179,7 +184,9 @@ class LayerWalk:
             compute device.
         """
         state = state.to(self.device)
-        ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
+        # transformers warns of ids that look like padding.
+        not_padding = 1 if getattr(self.model.config, "pad_token_id", None) == 0 else 0
+        ids = torch.full(state.shape[:2], not_padding, device=state.device)
 
         def stand_in(rest: tuple[Any, ...] | None, *args: Any, **kwargs: Any) -> Any:
             return state if rest is None else (state, *rest)
@@ -290,8 +297,11 @@ def enter_walk(
     model: PreTrainedModel,
     windows: Windows,
     *,
+    device: torch.device | None = None,
+    offload: bool = False,
+    tokens: int = MICRO_BATCH_TOKENS,
+    label: str = "",
     must: bool = False,
-    **options: Any,
 ) -> LayerWalk | None:
     """Enter the walk of a model; a warning says so where its layers cannot be run alone.
 
@@ -299,8 +309,11 @@ def enter_walk(
         stack: exits the walk.
         model: a streamed one keeps its states on the CPU where its device has no room for them.
         windows: that walk.
+        device: as `LayerWalk` takes it.
+        offload: as `LayerWalk` takes it.
+        tokens: of a micro-batch.
+        label: name of the progress bar.
         must: raise instead of the warning.
-        options: further arguments of `LayerWalk`.
 
     Returns:
         The walk; None after the warning.
@@ -308,11 +321,11 @@ def enter_walk(
     Raises:
         TypeError: if the layers cannot be run alone, and `must` is set or ranks share the windows.
     """
-    options["offload"] = options.get("offload") or (
-        is_streamed(model) and not _states_fit(model, windows)
-    )
+    offload = offload or (is_streamed(model) and not _states_fit(model, windows))
     try:
-        return stack.enter_context(LayerWalk(model, windows, **options))
+        return stack.enter_context(
+            LayerWalk(model, windows, device=device, offload=offload, tokens=tokens, label=label)
+        )
     except TypeError as error:
         if must or group_of(windows).size > 1:  # ranks that passed wait for this one
             raise
@@ -321,10 +334,17 @@ def enter_walk(
 
 
 def _states_fit(model: PreTrainedModel, windows: Windows) -> bool:
-    """Return whether half of what the device has free holds the states of this rank's windows."""
+    """Return whether a streamed model's device holds the states of this rank's windows.
+
+    They get half of what it has free beside what will come: all but the layers, and two layers.
+    """
+    device, layers = compute_device(model), decoder_layers(model)
+    inside = {*layers.parameters()}
+    rest = tensor_bytes(x for x in model.parameters() if x not in inside and x.device != device)
+    largest = sorted(tensor_bytes(layer.parameters()) for layer in layers)[-2:]
     tokens = split_windows(own_windows(windows))[0].numel()
-    size = decoder_config(model.config).hidden_size * model.dtype.itemsize
-    return 2 * tokens * size <= free_memory(compute_device(model))
+    states = tokens * decoder_config(model.config).hidden_size * _STATE_BYTES
+    return 2 * states <= free_memory(device) - rest - sum(largest)
 
 
 def _not_alone(model: PreTrainedModel, index: int) -> str:

@@ -51,8 +51,8 @@ def how_computed(model: PreTrainedModel, device: torch.device | None = None) -> 
 
 
 def with_index(device: torch.device) -> torch.device:
-    """Return a device with its number, as tensors there name it: cuda:0 for cuda."""
-    return torch.empty(0, device=device).device
+    """Return a device with its number, as tensors there name it: cuda:0 for cuda, but cpu."""
+    return device if device.type == "cpu" else torch.empty(0, device=device).device
 
 
 def has_room(model: PreTrainedModel, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from methods_table import METHODS, VARIANTS
 from tiny import tiny_model, token_windows
 
 from prunelight.evaluation.perplexity import evaluate
+from prunelight.models.sizes import parameter_count
 from prunelight.pruning.apply import apply
 
 # It refuses windows of so little text on any device.
@@ -58,16 +59,17 @@ def compared(name, family, put, device, *, num_windows=8, moved=None):
         moved: counts bytes that are copied "to" the device.
     """
     model, windows = tiny_model(family), token_windows(num_windows, 16)
-    # Torch does not exchange the memory of a weight with a gradient's node.
-    model.requires_grad_("Taylor" in name)
+    if "heal" in name or "budget" in name:
+        model.requires_grad_(False)  # torch does not exchange the memory of a gradient's node
     make = {**METHODS, **VARIANTS}[name].make
-    plan, _, perplexity, _ = pruned(copy.deepcopy(model), make, windows)
+    plan, ours, perplexity, _ = pruned(copy.deepcopy(model), make, windows)
     other_model = put(copy.deepcopy(model))
     other, theirs, other_perplexity, cost = pruned(other_model, make, windows, device, moved)
     num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     return {
         "name": name,
         "decisions": [_rounded(plan), _rounded(other)],
+        "size": parameter_count(theirs) / parameter_count(ours),
         "perplexity": abs(perplexity / other_perplexity - 1),
         "home": sorted({weight.device.type for weight in theirs.parameters()}),
         "strayed": cost["strayed"],
@@ -79,6 +81,7 @@ def check(row, home):
     """Assert that a method did the same, and left the model where it was."""
     assert "error" not in row, row["error"]
     assert row["decisions"][0] == row["decisions"][1] or row["name"] in NEAR_TIES
+    assert abs(row["size"] - 1) < (0.05 if row["name"] in NEAR_TIES else 1e-9)
     assert row["perplexity"] < 1e-2  # kernels round in another order, which may choose a ridge
     assert row["home"] == [home]
     assert row["strayed"] == 0 or row["name"] in SEARCHES  # planning copies no weight back

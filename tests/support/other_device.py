@@ -41,7 +41,7 @@ def evaluated(family):
         weight.mul_(3)
     text = TextWindows("text", "protocol", windows)
     with Emulating():
-        put = partial(move_if_it_fits, device=DEVICE, offload=True)
+        put = partial(move_if_it_fits, device=torch.device(DEVICE.type), offload=True)
         pair, streamed = (model, other), (put(copy.deepcopy(model)), put(copy.deepcopy(other)))
         kept = ReferenceLogits.of(other, windows, num_windows=300)
         measures = {

@@ -91,10 +91,10 @@ def against_reference(
     windows = share_windows(text.windows, group or ProcessGroup())
     memory = memory or ReferenceMemory(0)
     tokens: list[Tensor] = []  # of each window (6, T - 1); NaN where no token counts
-    label = f"divergence on {text.text}"
+    label, other = f"divergence on {text.text}", f"reference on {text.text}"
     with (
         batch_logits(model, windows, tokens=batch_tokens, label=label) as logits,
-        batch_logits(reference, windows, tokens=batch_tokens, label=label) as reference_logits,
+        batch_logits(reference, windows, tokens=batch_tokens, label=other) as reference_logits,
     ):
         batches = labelled_batches(model, windows, tokens=batch_tokens, label=label)
         for number, (batch, labels) in enumerate(batches):

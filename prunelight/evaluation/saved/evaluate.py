@@ -87,6 +87,11 @@ def evaluate_saved(
         RuntimeError: if another process evaluates into the same directory.
     """
     group = group or ProcessGroup()
+    if offload and settings.cost:
+        raise ValueError(
+            "offload=True cannot be combined with cost=True: speeds are those of a model on "
+            "its device; measure them in a run of their own"
+        )
     folder = out_folder(name, out)
     check_out(folder)
     place = find_device(device)

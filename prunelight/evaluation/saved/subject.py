@@ -157,9 +157,10 @@ def find_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return with_index(torch.device(device))
+        found = with_index(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"device={device!r} cannot be used here ({reason}); give cpu, cuda, cuda:N or auto"
         ) from error
+    return torch.device("cpu") if found.type == "cpu" else found  # cpu:0 is no other place

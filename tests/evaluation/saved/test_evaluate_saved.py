@@ -54,6 +54,18 @@ def test_offload_to_where_the_model_is_is_told(places, tmp_path, caplog):
     assert "offload=True has no effect with device=cpu: the model is there" in caplog.text
 
 
+def test_speeds_are_not_those_of_a_model_off_its_device(places, tmp_path):
+    asked = settings(places, cost=True)
+    with pytest.raises(ValueError, match="offload=True cannot be combined with cost=True"):
+        evaluate_saved(str(places / "pruned"), asked, out=tmp_path / "out", offload=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_hands_offload_on(places, tmp_path, caplog):
+    verb.main(arguments(places, "--out", str(tmp_path), "--device", "cpu", "--offload", "true"))
+    assert "offload=True has no effect with device=cpu: the model is there" in caplog.text
+
+
 def test_the_file_holds_what_the_functions_give(places, tmp_path):
     pruned, dense = str(places / "pruned"), str(places / "dense")
     asked = settings(places, "one.txt", "two.txt")
