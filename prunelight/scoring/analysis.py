@@ -11,10 +11,11 @@ return attention weights.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -22,31 +23,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunelight.calibration.cka import CKA
+from prunelight.calibration.layer_readers import LayerReader, read_layers
 from prunelight.calibration.shared_windows import group_of
-from prunelight.calibration.statistics import MeanCosine, check_finite, exact_median
+from prunelight.calibration.statistics import exact_median
 from prunelight.calibration.windows import (
     Windows,
     check_windows,
     counted_positions,
     first_positions,
-    last_positions,
     micro_batches,
     split_windows,
 )
 from prunelight.models.families.architectures import is_sliced
 from prunelight.models.families.layers import decoder_layers
-from prunelight.models.forward import evaluating, forward_without_head, watching_layers
+from prunelight.models.placement import compute_device
 from prunelight.planning.fingerprints import describe_model, describe_windows
 from prunelight.runtime.arguments import check_choice
 from prunelight.runtime.finite import check_is_model
-from prunelight.runtime.processes import ProcessGroup
-from prunelight.scoring.angular_distance import angular_distance
+from prunelight.scoring.angular_distance import AngularReader
+from prunelight.scoring.block_influence import BlockInfluenceReader
 
 KERNELS = ("linear", "rbf")
 
-_ATTENTION_BATCHES = 4  # micro-batches whose attention weights are averaged
+_ATTENTION_TOKENS = 4096  # of the windows whose attention weights are averaged
 
-_ATTENTION_TOKENS = 256  # T of these micro-batches: attention weights are (B, heads, T, T)
+_ATTENTION_LENGTH = 256  # T of these windows: attention weights are (B, heads, T, T)
 
 
 @dataclass(frozen=True)
@@ -102,77 +103,76 @@ def analyze(
             f"ignore_first_tokens={ignore_first_tokens} must lie in [0, {ids.shape[1] - 1}], less "
             "than a window holds"
         )
-    sums = _StateSums(len(decoder_layers(model)), kernel)
-    with evaluating(model):
-        for batch in micro_batches(model, windows, label="analysis"):
-            sums.add(model, batch, ignore_first_tokens)
-    sums.pool(group_of(windows))
+    influences = BlockInfluenceReader(model, windows, ignore_first_tokens=ignore_first_tokens)
+    angles = AngularReader(model, windows)
+    states = _StatesReader(model, windows, kernel, ignore_first_tokens)
+    read_layers(model, windows, [influences, angles, states], label="analysis")
+    influence = influences.result()
+    distances = angles.result(range(1, len(decoder_layers(model)) + 1))
     return Analysis(
         model=describe_model(model),
         calibration=describe_windows(*split_windows(windows)),
         settings={"kernel": kernel, "ignore_first_tokens": ignore_first_tokens},
-        cka=sums.cka.result().tolist(),
-        block_influence=[1 - cosine.result() for cosine in sums.cosines],
-        block_influence_first_token=[1 - cosine.first_result() for cosine in sums.cosines],
-        angular_distance=[(row / sums.samples).tolist() for row in sums.angles],
-        token_norms=sums.token_norms(group_of(windows)),
+        cka=states.cka.result().tolist(),
+        block_influence=influence.mean,
+        block_influence_first_token=influence.first_token,
+        angular_distance=[*distances.values()],
+        token_norms=states.token_norms(),
         attention_to_first_token=attention_to_first_token(model, windows),
     )
 
 
-class _StateSums:
-    """Sums over micro-batches; only `norms`, one number a token, grow with the windows."""
+class _StatesReader(LayerReader):
+    """Reads how alike hidden states are, and how long.
 
-    def __init__(self, num_layers: int, kernel: str) -> None:
-        self.cka = CKA(num_layers + 1, kernel)
-        self.cosines = [MeanCosine() for _ in range(num_layers)]
-        self.angles = [torch.zeros(num_layers - n, dtype=torch.float64) for n in range(num_layers)]
-        self.samples = 0
-        self.norms: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
-        self.first_norms: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
+    One number a token grows with the windows, and the kernels of CKA where layers compute one after
+    another: 1 to 2 KB a token and state, on the CPU.
 
-    def add(self, model: PreTrainedModel, batch: dict[str, Tensor], ignored: int) -> None:
-        """Run the model on one micro-batch and add its hidden states."""
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        counted = counted_positions(mask, mask.shape, ignored)
-        first, last, real = first_positions(mask), last_positions(batch), mask.bool()
-        kernels: list[Tensor] = []
-        ends: list[Tensor] = []
+    Args:
+        model: whose layers are read.
+        windows: all that will be read.
+        kernel: of CKA.
+        ignored: tokens at the start of each window that do not count in CKA.
+    """
 
-        def visit(index: int, inputs: Tensor, outputs: Tensor) -> None:
-            cosine = self.cosines[index]
-            cosine.update(inputs, outputs, counted, first)
-            cosine.settle()
-            check_finite(index, cosine.total + cosine.first_total, outputs)
-            for state in (inputs, outputs)[index > 0 :]:  # the inputs only of layer 0
-                state_index = len(kernels)
-                kernels.append(self.cka.kernels(state[counted]))
-                ends.append(state[last])
-                norms = torch.linalg.vector_norm(state, dim=-1, dtype=torch.float32)
-                self.norms[state_index].append(norms[real].cpu())
-                self.first_norms[state_index].append(norms[first].cpu())
+    def __init__(self, model: PreTrainedModel, windows: Windows, kernel: str, ignored: int) -> None:
+        self._group, self._num_layers = group_of(windows), len(decoder_layers(model))
+        self.cka = CKA(self._num_layers + 1, kernel)
+        place = compute_device(model)
+        # Bool (B, T) of each micro-batch: tokens that count, that are first, that are no padding.
+        self._tokens: list[tuple[Tensor, Tensor, Tensor]] = []
+        for batch in micro_batches(model, windows):
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(place)
+            counted, first = counted_positions(mask, mask.shape, ignored), first_positions(mask)
+            assert counted is not None
+            assert first is not None
+            self._tokens.append((counted, first, mask.bool()))
+        self._kernels: list[list[Tensor]] = [[] for _ in self._tokens]  # of each micro-batch
+        self._norms: list[list[Tensor]] = [[] for _ in range(self._num_layers + 1)]
+        self._first_norms: list[list[Tensor]] = [[] for _ in range(self._num_layers + 1)]
 
-        with watching_layers(model, visit):
-            forward_without_head(model, batch)
-        self.cka.add(kernels)
-        states = torch.stack(ends)  # (L + 1, B, D)
-        self.samples += states.shape[1]
-        for size, row in enumerate(self.angles, start=1):
-            row += angular_distance(states[:-size], states[size:]).sum(1).cpu().double()
+    def visit(self, batch: int, index: int, inputs: Tensor, outputs: Tensor) -> None:
+        """Keep kernels and norms of the states; add the kernels up when the last layer has them."""
+        counted, first, real = self._tokens[batch]
+        for place, state in ((index, inputs), (index + 1, outputs))[index > 0 :]:
+            self._kernels[batch].append(self.cka.kernels(state[counted]).cpu())
+            norms = torch.linalg.vector_norm(state, dim=-1, dtype=torch.float32)
+            self._norms[place].append(norms[real].cpu())
+            self._first_norms[place].append(norms[first].cpu())
+        if index == self._num_layers - 1:
+            self.cka.add(self._kernels[batch])
+            self._kernels[batch].clear()
 
-    def pool(self, group: ProcessGroup) -> None:
-        """Add up the sums of all ranks, in place; `norms` stay those of this rank."""
-        self.cka.pool(group)
-        for cosine in self.cosines:
-            cosine.pool(group)
-        self.samples = int(group.totals(self.samples)[0])
-        self.angles = [group.sum(row) for row in self.angles]
+    def finish(self) -> None:
+        """Add up the similarities of all ranks; norms stay those of this rank."""
+        self.cka.pool(self._group)
 
-    def token_norms(self, group: ProcessGroup) -> dict[str, list[float]]:
-        firsts = [group.gather(torch.cat(norms).tolist()) for norms in self.first_norms]
-        largest = [group.gather(torch.cat(norms).max().item()) for norms in self.norms]
+    def token_norms(self) -> dict[str, list[float]]:
+        """Return the norms of each state's tokens, of all ranks."""
+        firsts = [self._group.gather(torch.cat(norms).tolist()) for norms in self._first_norms]
+        largest = [self._group.gather(torch.cat(norms).max().item()) for norms in self._norms]
         return {
-            "median": [exact_median(partial(iter, norms), group) for norms in self.norms],
+            "median": [exact_median(partial(iter, norms), self._group) for norms in self._norms],
             "largest": [max(values) for values in largest],
             "first token": [
                 torch.tensor([*chain.from_iterable(values)]).mean().item() for values in firsts
@@ -191,27 +191,54 @@ def attention_to_first_token(model: PreTrainedModel, windows: Windows) -> list[f
     mask = torch.ones_like(ids) if mask is None else mask
     # Windows are cut from the first column that holds a real token.
     start = int(mask.argmax(1).min())
-    columns = slice(start, start + _ATTENTION_TOKENS)
-    cut_windows = {"input_ids": ids[:, columns], "attention_mask": mask[:, columns]}
-    sums = [[0.0, 0] for _ in decoder_layers(model)]  # summed shares and number of tokens
-
-    def add(layer_sums: list[Any], module: nn.Module, args: Any, output: Any) -> None:
-        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        if isinstance(weights, Tensor) and weights.shape[2:] == (*later.shape[1:],) * 2:
-            to_first = weights[torch.arange(len(first)), :, :, first].float().mean(1)  # (B, T)
-            layer_sums[0] += to_first[later].sum().item()
-            layer_sums[1] += int(later.sum())
-
-    with evaluating(model), ExitStack() as undo:
+    columns = slice(start, start + _ATTENTION_LENGTH)
+    rows = slice(max(1, _ATTENTION_TOKENS // len(ids[0, columns])))
+    cut_windows = {"input_ids": ids[rows, columns], "attention_mask": mask[rows, columns]}
+    reader = _AttentionReader(model, cut_windows)
+    with ExitStack() as undo:
         # Only eager attention returns its weights.
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation("eager")
-        for layer, layer_sums in zip(decoder_layers(model), sums, strict=True):
-            for module in [*layer.modules()][1:]:
-                undo.enter_context(module.register_forward_hook(partial(add, layer_sums)))
-        for batch in islice(micro_batches(model, cut_windows, tokens=1024), _ATTENTION_BATCHES):
-            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            first = real.int().argmax(1)
-            later = real & (real.cumsum(1) > 1)  # (B, T)
-            forward_without_head(model, batch)
-    return [total / count if count else None for total, count in sums]
+        read_layers(model, cut_windows, [reader], label="attention to first tokens")
+    return [total / count if count else None for total, count in reader.sums]
+
+
+class _AttentionReader(LayerReader):
+    """Reads how much of the attention of later tokens goes to the first token.
+
+    Attributes:
+        sums: of each layer, the summed shares and the number of tokens.
+
+    Args:
+        model: with eager attention.
+        windows: all that will be read, (N, T).
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Windows) -> None:
+        self._layers, self._length = decoder_layers(model), split_windows(windows)[0].shape[1]
+        self.sums = [[0.0, 0] for _ in self._layers]
+
+    @contextmanager
+    def watching(self, mask: Tensor | None, index: int | None) -> Iterator[None]:
+        """Add up the attention weights that modules of the layers return inside."""
+        with ExitStack() as undo:
+            for each in range(len(self._layers)) if index is None else [index]:
+                for module in [*self._layers[each].modules()][1:]:
+                    hook = partial(self._add, each, mask)
+                    undo.enter_context(module.register_forward_hook(hook))
+            yield
+
+    def _add(
+        self, index: int, mask: Tensor | None, module: nn.Module, args: Any, output: Any
+    ) -> None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if not isinstance(weights, Tensor) or weights.shape[2:] != (self._length, self._length):
+            return
+        real = weights.new_ones(weights.shape[::2], dtype=torch.bool) if mask is None else mask
+        first = real.int().argmax(1)
+        later = real & (real.cumsum(1) > 1)  # (B, T)
+        to_first = (
+            weights[torch.arange(len(first), device=first.device), :, :, first].float().mean(1)
+        )  # (B, T)
+        self.sums[index][0] += to_first[later].sum().item()
+        self.sums[index][1] += int(later.sum())

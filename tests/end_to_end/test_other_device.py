@@ -62,6 +62,13 @@ def test_all_scores_together_bring_each_layer_once():
     assert row["scored"] < 2  # a sixth each for two probes of a layer, and the hidden states
 
 
+def test_an_analysis_brings_each_layer_once_and_once_more_for_attention():
+    row = on_the_other_device("llama", ())["surroundings"]
+    expected, found = row["told"]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert row["analysed"] < 3.4  # of three micro-batches and two; hidden states are not small
+
+
 @pytest.mark.parametrize(
     ("name", "most"),
     [("perplexity", 1.7), ("text", 1.7), ("divergence", 3.4), ("kept logits", 2.2)],

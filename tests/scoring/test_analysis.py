@@ -9,6 +9,7 @@ from tiny import FAMILIES, NUM_LAYERS, tiny_model, token_windows
 
 import prunelight
 from prunelight.models.families.layers import decoder_layers
+from prunelight.models.placement import move_if_it_fits
 from prunelight.pruning.drop_sublayers import drop_sublayers
 from prunelight.scoring.analysis import attention_to_first_token
 from prunelight.scoring.angular_distance import angular_distances
@@ -37,7 +38,7 @@ def test_every_family_can_be_looked_at_and_is_unchanged(family):
     config = model.config.to_dict()
     found = prunelight.analyze(model, WINDOWS)
     assert torch.tensor(found.cka).shape == (NUM_LAYERS + 1, NUM_LAYERS + 1)
-    assert len(found.block_influence) == NUM_LAYERS
+    assert found.block_influence == block_influences(model, WINDOWS, ignore_first_tokens=1).mean
     assert len(found.token_norms["median"]) == NUM_LAYERS + 1
     none = family in ("mamba", "mamba2", "rwkv", "falcon")  # Falcon keeps its weights to itself
     assert found.attention_to_first_token.count(None) == (NUM_LAYERS if none else 0)
@@ -80,6 +81,18 @@ def test_padding_does_not_count(side):
     names = ("block_influence", "token_norms", "angular_distance", "attention_to_first_token")
     for name in ("cka", *names):
         flat = [torch.tensor(list(_numbers(x[name]))) for x in (plain, padded)]
+        assert torch.allclose(*flat, atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", ["llama", "rwkv", "opt"])
+def test_a_streamed_model_is_told_of_as_one_on_its_device(family):
+    model, windows = tiny_model(family), token_windows(300, 24)  # four micro-batches
+    expected = asdict(prunelight.analyze(model, windows))
+    elsewhere = torch.device("cpu:0")  # another place than cpu
+    found = asdict(prunelight.analyze(move_if_it_fits(model, elsewhere, offload=True), windows))
+    names = ("cka", "block_influence", "token_norms", "angular_distance")
+    for name in (*names, *([] if family == "rwkv" else ["attention_to_first_token"])):
+        flat = [torch.tensor(list(_numbers(x[name]))) for x in (found, expected)]
         assert torch.allclose(*flat, atol=1e-5), name
 
 

@@ -27,6 +27,7 @@ from prunelight.models.families.layers import decoder_layers
 from prunelight.models.placement import compute_device, move_if_it_fits, place_like
 from prunelight.models.saving import _compare_behaviour, generation_fault
 from prunelight.planner.scoring import score_model
+from prunelight.scoring.analysis import analyze
 from prunelight.scoring.block_influence import block_influences
 
 
@@ -72,6 +73,10 @@ def surroundings(family):
         BYTES.clear()
         scores = score_model(streamed, token_windows(300, 16), device=DEVICE, offload=True)
         scored = BYTES["to"] / _bytes(model)
+        told = [analyze(tiny_model(family), token_windows(300, 16)).cka[0]]
+        BYTES.clear()
+        told.append(analyze(streamed, token_windows(300, 16)).cka[0])
+        analysed = BYTES["to"] / _bytes(model)
         more = between(tiny_model(family), lambda x, _: (1.5 * x, None)).requires_grad_(False)
         windows = token_windows(8, 16)
         expected = block_influences(copy.deepcopy(more), windows).mean
@@ -83,6 +88,8 @@ def surroundings(family):
             "walks_on": str(LayerWalk(streamed, windows, device=torch.device("emulated")).device),
             "perplexity_not_alone": [perplexity(not_alone, windows), expected_perplexity],
             "scored": scored,
+            "told": told,
+            "analysed": analysed,
             "left_out": scores.left_out,
             "name": "surroundings",
             "reloaded_on": compute_device(reloaded).type,
